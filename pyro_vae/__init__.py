@@ -1,0 +1,29 @@
+"""Auto-Encoding Variational Bayes in Pyro: model/guide pairs trained by SVI.
+
+The public names. They are imported on first use, so that ``pyro-vae --help`` need not wait for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyro_vae import batches, conditionals, data, nets, pair, priors, vae
+    from pyro_vae.data import Data, load
+    from pyro_vae.vae import CVAE, VAE
+
+__version__ = "0.1.0"
+__all__ = ["CVAE", "VAE", "Data", "batches", "conditionals", "data", "load", "nets", "pair", "priors", "vae"]
+
+_HOME = {"CVAE": "vae", "VAE": "vae", "Data": "data", "load": "data"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"pyro_vae.{_HOME[name]}"), name)
+    if name in __all__:
+        return importlib.import_module(f"pyro_vae.{name}")
+    raise AttributeError(f"module 'pyro_vae' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

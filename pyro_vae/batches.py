@@ -1,0 +1,174 @@
+"""Minibatches of whatever users have: tensors, arrays, tuples and dicts of them, data sets, loaders.
+
+Data in memory stay in memory: an epoch is a permutation of the rows and one index per minibatch, without collating item
+by item; a ``DataLoader`` keeps its own ways.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+from pyro_vae.data import Data, check_rows
+
+
+class Batch(NamedTuple):
+    """The arguments of model and guide for some rows of the data: ``model(*args, **kwargs)``."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        named = {f"argument {i}": part for i, part in enumerate(self.args)} | self.kwargs
+        return {name: part for name, part in named.items() if isinstance(part, Tensor) and part.dim()}
+
+    @property
+    def num_rows(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> "Batch":
+        def each(part: Any) -> Any:
+            return f(part) if isinstance(part, Tensor) and part.dim() else part
+
+        return Batch(tuple(map(each, self.args)), {key: each(part) for key, part in self.kwargs.items()})
+
+    def first(self, n: int) -> "Batch":
+        return self.map(lambda part: part[:n])
+
+    def check(self, name: str) -> None:
+        """Raise ``ValueError`` for no rows, unequal rows, or non-finite ones."""
+        if not self.tensors:
+            raise ValueError(f"{name}: expected tensors of shape (n, *event) but got {self}")
+        for key, part in self.tensors.items():
+            check_rows(part, f"{name}, {key}" if len(self.tensors) > 1 else name)
+            if len(part) != self.num_rows:
+                raise ValueError(f"{name}: {key} has {len(part)} rows but the first has {self.num_rows}")
+
+
+class Batches(ABC):
+    """The minibatches of a data set, epoch after epoch. ``num_rows`` is the number N of data."""
+
+    num_rows: int
+
+    @abstractmethod
+    def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
+        """One pass over the data."""
+
+    @property
+    @abstractmethod
+    def num_batches(self) -> int:
+        """Minibatches in one epoch."""
+
+
+class InMemory(Batches):
+    """Tensors in memory, drawn by index."""
+
+    def __init__(self, whole: Batch, batch_size: int, take: Callable[[Tensor], Batch] | None = None) -> None:
+        self.whole = whole
+        self.num_rows = whole.num_rows
+        self.batch_size = min(batch_size, self.num_rows)
+        self._take = take or (lambda rows: whole.map(lambda part: part[rows]))
+
+    def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
+        if self.batch_size == self.num_rows:
+            # in the data's own order: a guide with parameters for each datum meets its rows where it left them
+            order = torch.arange(self.num_rows)
+        else:
+            order = torch.randperm(self.num_rows) if shuffle else torch.arange(self.num_rows)
+        return (self._take(rows) for rows in order.split(self.batch_size))
+
+    @property
+    def num_batches(self) -> int:
+        return -(-self.num_rows // self.batch_size)
+
+
+class Loaded(Batches):
+    """A user's ``DataLoader``, which decides on order and size of its batches; each is checked as it comes."""
+
+    def __init__(self, shuffled: DataLoader, ordered: DataLoader) -> None:
+        self.shuffled, self.ordered = shuffled, ordered
+        try:
+            self.num_rows, self._num_batches = len(shuffled.dataset), len(shuffled)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise ValueError(
+                "data: the loader's data set has no length, so a minibatch cannot be scaled to it; expected a data set "
+                "with __len__ (give an IterableDataset the number of its data as __len__)"
+            ) from error
+        if shuffled.drop_last:
+            self.num_rows = max(1, self._num_batches) * (shuffled.batch_size or 1)
+
+    def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
+        for i, items in enumerate(self.shuffled if shuffle else self.ordered):
+            batch = as_batch(items)
+            batch.check(f"data, batch {i}")
+            yield batch
+
+    @property
+    def num_batches(self) -> int:
+        return self._num_batches
+
+
+def as_batch(items: Any) -> Batch:
+    """A tensor or array is one argument, a tuple or list several, a mapping the keyword arguments."""
+    if isinstance(items, Mapping):
+        return Batch((), {key: _as_tensor(part) for key, part in items.items()})
+    if isinstance(items, tuple | list) and any(isinstance(part, Tensor | np.ndarray) for part in items):
+        return Batch(tuple(map(_as_tensor, items)), {})
+    return Batch((_as_tensor(items),), {})
+
+
+def as_batches(data: Any, batch_size: int | None) -> Batches:
+    """The minibatches of ``data``.
+
+    :param data: ``Tensor`` or ``ndarray`` ``(n, *event)``; a tuple of them, for ``model(x, c)``; a dict of them, for
+        ``model(x=…, mask=…)``; our :class:`~pyro_vae.data.Data`; any torch ``Dataset``; or a ``DataLoader``.
+    :param batch_size: rows in a minibatch, ``None`` for all of them at once; a ``DataLoader`` has its own.
+    :raises ValueError: for empty data, non-finite rows, arguments of unequal length, and what is no data at all.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size: expected 1 or more, or None for all data at once, but got {batch_size}")
+    if isinstance(data, DataLoader):
+        return Loaded(data, data)
+    if isinstance(data, Data):
+        whole = Batch(tuple(part for part in (data.x, data.condition) if part is not None), {})
+        return InMemory(whole, batch_size or len(data), lambda rows: Batch(data.arguments(rows), {}))
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if isinstance(data, Dataset):
+        if not len(data):  # type: ignore[arg-type]
+            raise ValueError("data: the data set is empty")
+        size = batch_size or len(data)  # type: ignore[arg-type]
+        ways = (DataLoader(data, size, shuffle=shuffle, collate_fn=_collate) for shuffle in (True, False))
+        return Loaded(*ways)
+    whole = as_batch(data)
+    whole.check("data")
+    return InMemory(whole, batch_size or whole.num_rows)
+
+
+def _as_tensor(part: Any) -> Any:
+    if isinstance(part, np.ndarray):
+        if part.dtype.kind not in "fiub":
+            raise ValueError(f"data: expected an array of numbers but got dtype {part.dtype}")
+        wide = part.dtype.itemsize >= 8 if part.dtype.kind == "f" else part.dtype.itemsize > 1
+        # numpy makes float64 of everything; the networks are of the default dtype
+        dtype = {"f": np.float64, "u": np.int64}.get(part.dtype.kind) if wide else part.dtype.newbyteorder("=")
+        tensor = torch.from_numpy(np.array(part, dtype=dtype or part.dtype.newbyteorder("="), order="C"))
+        return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
+    if isinstance(part, Tensor) or not isinstance(part, Sequence | str | type(None)):
+        return part
+    raise ValueError(f"data: expected tensors or arrays of shape (n, *event) but got {type(part).__name__}: {part!r:.80}")
+
+
+def _collate(items: list[Any]) -> Any:
+    try:
+        return default_collate(items)
+    except TypeError as error:
+        raise ValueError(
+            f"data: the items of the data set cannot be stacked into tensors ({str(error).splitlines()[0]}); for images "
+            "give the data set transform=torchvision.transforms.ToTensor()"
+        ) from error

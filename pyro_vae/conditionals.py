@@ -1,0 +1,296 @@
+"""Distributions given something: modules whose ``forward(given)`` returns a Pyro distribution.
+
+One vocabulary for both directions: a decoder p(x|z) and an encoder q(z|x) are conditionals alike. Each is built from a
+trunk (see :mod:`pyro_vae.nets`) and an ``event_shape``; it knows which parameters its distribution needs and adds its own
+linear read-out for each, so nobody computes ``2 * latent_dim`` by hand. Positive parameters are exp or softplus of a
+read-out plus a floor, which each class states: without a floor a density may grow without bound.
+
+>>> import torch
+>>> from pyro_vae import conditionals, nets
+>>> encoder = conditionals.Normal(nets.MLP(784, (500,)), event_shape=20)
+>>> q = encoder(torch.zeros(64, 28, 28))
+>>> q.batch_shape, q.event_shape
+(torch.Size([64]), torch.Size([20]))
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints, transform_to
+from torch.nn.functional import softplus
+
+from pyro_vae.nets import Readout, Shape, as_shape, out_shape
+
+Scale = Literal["network", "learned"] | float | Tensor
+
+
+class Conditional(nn.Module, ABC):
+    """p(y | given): reads the named parameters of a distribution from a trunk's features.
+
+    :param trunk: any module that says its ``out_shape`` (ours do; ``nn.Linear`` and ``nn.Sequential`` are understood).
+    :param event_shape: the shape of one y.
+    :param readouts: shape of each parameter that the network gives.
+
+    ``forward(*given)``: each ``(*batch, *its event)`` → a distribution with ``batch_shape`` ``batch`` and that
+    ``event_shape``, its event dimensions declared.
+    """
+
+    def __init__(self, trunk: nn.Module, *, event_shape: Shape, readouts: Mapping[str, Shape]) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.event_shape = as_shape(event_shape)
+        features = out_shape(trunk)
+        self.readout = nn.ModuleDict({name: Readout(features, shape) for name, shape in readouts.items()})
+
+    def forward(self, *given: Tensor) -> dist.TorchDistribution:
+        features = self.trunk(*given)
+        return self.distribution(**{name: readout(features) for name, readout in self.readout.items()})
+
+    @abstractmethod
+    def distribution(self, **parameters: Tensor) -> dist.TorchDistribution:
+        """The distribution with these read-outs, event dimensions declared."""
+
+    def extra_repr(self) -> str:
+        return f"event_shape={tuple(self.event_shape)}"
+
+
+class Elementwise(Conditional, ABC):
+    """Independent elements: every read-out has the ``event_shape``."""
+
+    names: ClassVar[tuple[str, ...]]
+
+    def __init__(self, trunk: nn.Module, *, event_shape: Shape) -> None:
+        super().__init__(trunk, event_shape=event_shape, readouts=dict.fromkeys(self.names, event_shape))
+
+    def distribution(self, **parameters: Tensor) -> dist.TorchDistribution:
+        return self.element(**parameters).to_event(len(self.event_shape))
+
+    @abstractmethod
+    def element(self, **parameters: Tensor) -> dist.TorchDistribution:
+        """The distribution of one element."""
+
+
+class Bernoulli(Elementwise):
+    """y ∈ {0, 1}: logits from the network. For binarized images; grey values want another conditional."""
+
+    names = ("logits",)
+
+    def element(self, *, logits: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
+        return dist.Bernoulli(logits=logits)
+
+
+class ContinuousBernoulli(Elementwise):
+    """y ∈ [0, 1] with density C(λ) λ^y (1−λ)^{1−y}: grey values (Loaiza-Ganem & Cunningham 2019)."""
+
+    names = ("logits",)
+
+    def element(self, *, logits: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
+        return dist.ContinuousBernoulli(logits=logits)
+
+
+class Poisson(Elementwise):
+    """Counts: log rate from the network."""
+
+    names = ("log_rate",)
+
+    def element(self, *, log_rate: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
+        return dist.Poisson(log_rate.exp())
+
+
+class NegativeBinomial(Elementwise):
+    """Over-dispersed counts: total_count = 1e-3 + softplus and success logits from the network;
+    mean = total_count · exp(logits)."""
+
+    names = ("total_count", "logits")
+
+    def element(self, *, total_count: Tensor, logits: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
+        return dist.NegativeBinomial(1e-3 + softplus(total_count), logits=logits)
+
+
+class Beta(Elementwise):
+    """y ∈ (0, 1): both concentrations are 1e-3 + softplus of a read-out. Implicit reparameterization as q(z|x)."""
+
+    names = ("concentration1", "concentration0")
+
+    def element(self, *, concentration1: Tensor, concentration0: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
+        return dist.Beta(1e-3 + softplus(concentration1), 1e-3 + softplus(concentration0))
+
+
+class Gamma(Elementwise):
+    """y > 0: concentration and rate are 1e-3 + softplus of a read-out. Implicit reparameterization as q(z|x)."""
+
+    names = ("concentration", "rate")
+
+    def element(self, *, concentration: Tensor, rate: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
+        return dist.Gamma(1e-3 + softplus(concentration), 1e-3 + softplus(rate))
+
+
+class LocationScale(Elementwise, ABC):
+    """Location from the network, scale from one of three places: Normal, Laplace, LogNormal and StudentT.
+
+    :param scale: ``"network"``: σ = min_scale + exp(s), s linear in the features as log σ² is in AEVB; ``"learned"``: the
+        same with one learned vector s, the same for every datum; a number or tensor: σ itself, fixed.
+    :param min_scale: the floor under a trained scale. A datum that the mean meets exactly has unbounded density as
+        σ → 0 (a pixel that is always black is enough); with it log p(y) ≤ −log min_scale + const per element.
+    :param loc_constraint: where the location lives: ``constraints.unit_interval`` puts the means through a sigmoid, as
+        AEVB does for Frey Face.
+    """
+
+    names = ("loc",)
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        *,
+        event_shape: Shape,
+        scale: Scale = "network",
+        min_scale: float = 1e-3,
+        loc_constraint: constraints.Constraint = constraints.real,
+    ) -> None:
+        extra = ("log_scale",) if isinstance(scale, str) and scale == "network" else ()
+        Conditional.__init__(
+            self, trunk, event_shape=event_shape, readouts=dict.fromkeys(self.names + extra, event_shape)
+        )
+        self.min_scale = _floor(min_scale)
+        self.loc_transform = transform_to(loc_constraint)
+        if not isinstance(scale, str):
+            fixed = torch.as_tensor(scale, dtype=torch.get_default_dtype())
+            if not (fixed > 0).all():
+                raise ValueError(f"scale: a fixed scale must be positive but got {scale}")
+            self.register_buffer("scale", fixed.expand(self.event_shape).clone())
+        elif scale == "learned":
+            self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
+        elif scale != "network":
+            raise ValueError(f'scale: expected "network", "learned" or a positive number but got {scale!r}')
+
+    def distribution(self, **parameters: Tensor) -> dist.TorchDistribution:
+        loc = self.loc_transform(parameters.pop("loc"))
+        if "scale" in self._buffers:
+            scale = self.scale
+        else:
+            scale = self.min_scale + parameters.pop("log_scale", getattr(self, "log_scale", None)).exp()
+        return self.element(loc=loc, scale=scale, **parameters).to_event(len(self.event_shape))
+
+
+class Normal(LocationScale):
+    """N(μ, σ²), independent elements: AEVB's Gaussian encoder and decoder; ``scale`` is σ."""
+
+    def element(self, *, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
+        return dist.Normal(loc, scale)
+
+
+class Laplace(LocationScale):
+    """Laplace(μ, b), independent elements; ``scale`` is b."""
+
+    def element(self, *, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
+        return dist.Laplace(loc, scale)
+
+
+class LogNormal(LocationScale):
+    """exp of N(μ, σ²): y > 0; location and scale are those of log y."""
+
+    def element(self, *, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
+        return dist.LogNormal(loc, scale)
+
+
+class StudentT(LocationScale):
+    """Student's t with df = 1 + softplus of a read-out, so that the mean exists; heavy tails for outliers."""
+
+    names = ("loc", "df")
+
+    def element(self, *, loc: Tensor, scale: Tensor, df: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
+        return dist.StudentT(1 + softplus(df), loc, scale)
+
+
+class MultivariateNormal(Conditional):
+    """N(μ, L Lᵀ): full covariance through its Cholesky factor, diag L = min_scale + exp of a read-out.
+
+    ``event_shape`` is one number d; the network gives d + d(d+1)/2 numbers.
+    """
+
+    def __init__(self, trunk: nn.Module, *, event_shape: Shape, min_scale: float = 1e-3) -> None:
+        d = _vector("MultivariateNormal", event_shape)
+        readouts = {"loc": d, "log_diagonal": d} | ({"lower": d * (d - 1) // 2} if d > 1 else {})
+        super().__init__(trunk, event_shape=event_shape, readouts=readouts)
+        self.min_scale = _floor(min_scale)
+
+    def distribution(self, *, loc: Tensor, log_diagonal: Tensor, lower: Tensor | None = None) -> dist.TorchDistribution:  # type: ignore[override]
+        scale_tril = torch.diag_embed(self.min_scale + log_diagonal.exp())
+        if lower is not None:
+            d = loc.shape[-1]
+            row, column = torch.tril_indices(d, d, offset=-1, device=loc.device)
+            # matrix[row, column] = lower as one scatter along the flattened matrix: out of place, any batch shape
+            flat = scale_tril.flatten(-2)
+            scale_tril = flat.index_add(-1, row * d + column, lower).unflatten(-1, (d, d))
+        return dist.MultivariateNormal(loc, scale_tril=scale_tril)
+
+
+class LowRankMultivariateNormal(Conditional):
+    """N(μ, W Wᵀ + D): factor W of ``rank`` columns, diagonal √D = min_scale + exp of a read-out."""
+
+    def __init__(self, trunk: nn.Module, *, event_shape: Shape, rank: int = 2, min_scale: float = 1e-3) -> None:
+        d = _vector("LowRankMultivariateNormal", event_shape)
+        super().__init__(trunk, event_shape=event_shape, readouts={"loc": d, "factor": (d, rank), "log_diagonal": d})
+        self.min_scale = _floor(min_scale)
+
+    def distribution(self, *, loc: Tensor, factor: Tensor, log_diagonal: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
+        return dist.LowRankMultivariateNormal(loc, factor, (self.min_scale + log_diagonal.exp()) ** 2)
+
+
+class Categorical(Conditional):
+    """y ∈ {0, …, num_classes−1} for each element: grey levels, for example 256 of them.
+
+    The distribution's ``mean`` is Σ k·p(k), which a picture of grey levels wants.
+    """
+
+    def __init__(self, trunk: nn.Module, *, event_shape: Shape, num_classes: int) -> None:
+        if num_classes < 2:
+            raise ValueError(f"Categorical: num_classes must be 2 or more but got {num_classes}")
+        super().__init__(trunk, event_shape=event_shape, readouts={"logits": (num_classes, *as_shape(event_shape))})
+        self.num_classes = num_classes
+
+    def distribution(self, *, logits: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
+        classes = -1 - len(self.event_shape)  # in front of the event, where a convolution puts its channels
+        return _OrderedCategorical(logits=logits.movedim(classes, -1)).to_event(len(self.event_shape))
+
+
+class _OrderedCategorical(dist.Categorical):  # type: ignore[misc]
+    """A categorical whose classes are numbers, so that it has a mean."""
+
+    @property
+    def mean(self) -> Tensor:
+        return (self.probs * torch.arange(self.probs.shape[-1], device=self.probs.device)).sum(-1)
+
+
+def masked(distribution: dist.TorchDistribution, mask: Tensor) -> dist.TorchDistribution:
+    """``distribution`` of an event of which only the entries where ``mask`` is true are observed.
+
+    log p(y_observed) for independent elements: the others leave the sum.
+
+    :param mask: bool, ``(*batch, *event)``.
+    :raises ValueError: where the elements of the event are not independent (a full covariance).
+    """
+    dims = distribution.event_dim
+    if not isinstance(distribution, dist.Independent) or distribution.reinterpreted_batch_ndims != dims:
+        raise ValueError(
+            f"mask: the entries of {type(distribution).__name__} are not independent, so they cannot be masked one by "
+            "one; use an elementwise conditional such as Normal or Bernoulli"
+        )
+    return distribution.base_dist.mask(mask).to_event(dims)
+
+
+def _vector(name: str, event_shape: Shape) -> int:
+    shape = as_shape(event_shape)
+    if len(shape) != 1:
+        raise ValueError(f"{name}: expected an event_shape of one dimension, such as 20, but got {tuple(shape)}")
+    return shape[0]
+
+
+def _floor(min_scale: float) -> float:
+    if not min_scale > 0:
+        raise ValueError(f"min_scale: expected a positive floor under the scale but got {min_scale}")
+    return min_scale

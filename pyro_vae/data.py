@@ -1,0 +1,258 @@
+"""Data sets: the embedded digits, MNIST and Fashion-MNIST, Frey Face, a ring; binarization and splits.
+
+>>> from pyro_vae import load
+>>> train, test = load("digits", binarize="stochastic")
+>>> train
+Data('digits', x: (1497, 8, 8), labels, binarize='stochastic')
+"""
+
+import hashlib
+import math
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+Binarize = Literal["none", "threshold", "stochastic"]
+Name = Literal["digits", "mnist", "fashion-mnist", "frey-faces", "ring"]
+
+# SHA-256 of the decompressed IDX files
+_IDX_SHA256 = {
+    "MNIST": {
+        "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    },
+    "FashionMNIST": {
+        "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    },
+}
+# SHA-256 of the array's bytes, 1965 × 28 × 20
+_FREY_SHA256 = "2438ba4f0d2a6bd8bac43de756141eaa33c8d248dd613d464bdb1210d9b7af78"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Data(Dataset):
+    """Data in memory, as a model takes them: ``model(x)``, or ``model(x, condition)``.
+
+    :param x: ``(n, *event)``; for images, grey values in [0, 1].
+    :param labels: ``(n,)`` whole numbers for pictures; a model never sees them.
+    :param condition: ``(n, *event)``, a second argument of model and guide: see :meth:`given`.
+    :param binarize: with ``"stochastic"`` every epoch sees a fresh draw x ~ Bernoulli(grey) (Salakhutdinov & Murray
+        2008), and so does every ``data[i]``; :meth:`fixed` draws once. ``"threshold"`` is done once, at 1/2.
+    :param num_levels: how many grey levels the images had, 256 for bytes: see :meth:`levels`.
+
+    :raises ValueError: for empty data, non-finite entries, or grey values outside [0, 1] to binarize, with the row.
+    """
+
+    x: Tensor
+    labels: Tensor | None = None
+    condition: Tensor | None = None
+    binarize: Binarize = "none"
+    name: str = "data"
+    num_levels: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.binarize not in get_args(Binarize):
+            raise ValueError(f"binarize: expected one of {get_args(Binarize)} but got {self.binarize!r}")
+        for part in (self.labels, self.condition):
+            if part is not None and len(part) != len(self.x):
+                raise ValueError(f"{self.name}: x has {len(self.x)} rows but labels or condition has {len(part)}")
+        check_rows(self.x, self.name)
+        if self.binarize == "none":
+            return
+        outside = ((self.x < 0) | (self.x > 1)).flatten(1).any(1)
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            low, high = self.x[row].aminmax()
+            raise ValueError(
+                f"{self.name}: row {row} has values in [{low:g}, {high:g}], which cannot be binarized; expected grey "
+                'values in [0, 1]: divide by the largest, or use binarize="none"'
+            )
+        if self.binarize == "threshold":
+            object.__setattr__(self, "x", (self.x > 0.5).to(self.x.dtype))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int | slice | Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The model's arguments at ``index``: x, or (x, condition); freshly binarized where that is stochastic."""
+        arguments = self.arguments(index)
+        return arguments if len(arguments) > 1 else arguments[0]
+
+    def arguments(self, index: int | slice | Tensor) -> tuple[Tensor, ...]:
+        x = self.x[index]
+        if self.binarize == "stochastic":
+            x = torch.bernoulli(x)
+        return (x,) if self.condition is None else (x, self.condition[index])
+
+    def batches(self, batch_size: int = 100, *, shuffle: bool = True) -> Iterator[Tensor | tuple[Tensor, ...]]:
+        """One epoch of minibatches, for plain Pyro: ``for x in data.batches(100): svi.step(x)``."""
+        order = torch.randperm(len(self)) if shuffle else torch.arange(len(self))
+        return (self[rows] for rows in order.split(batch_size))
+
+    def fixed(self, seed: int = 0) -> "Data":
+        """The same data binarized once, for evaluation. The caller's random state is left as it was."""
+        if self.binarize != "stochastic":
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        return replace(self, x=torch.bernoulli(self.x.cpu(), generator=generator).to(self.x), binarize="none")
+
+    def levels(self) -> "Data":
+        """Whole grey levels 0 … num_levels−1, for a Categorical likelihood."""
+        if self.num_levels is None:
+            raise ValueError(f"{self.name}: these data have no grey levels; give num_levels, such as 256")
+        return replace(self, x=(self.x * (self.num_levels - 1)).round().long(), binarize="none")
+
+    def given(self, condition: Tensor) -> "Data":
+        """The same data with a second argument for model and guide, such as ``one_hot(labels)`` for a CVAE."""
+        return replace(self, condition=condition)
+
+    def head(self, n: int) -> "Data":
+        """The first ``n`` data."""
+        parts = {k: v[:n] for k in ("x", "labels", "condition") if (v := getattr(self, k)) is not None}
+        return replace(self, **parts)
+
+    def __repr__(self) -> str:
+        parts = [f"{self.name!r}, x: {tuple(self.x.shape)}"]
+        parts += [key for key in ("labels", "condition") if getattr(self, key) is not None]
+        return f"Data({', '.join(parts)}, binarize={self.binarize!r})"
+
+
+def load(name: Name, *, binarize: Binarize = "none", data_dir: str | os.PathLike | None = None) -> tuple[Data, Data]:
+    """``(train, test)`` of a named data set; images are grey values in [0, 1], ``(n, height, width)``.
+
+    ``"digits"`` (1497 + 300 images of 8×8, shipped with the package) and ``"ring"`` need no files. ``"mnist"`` and
+    ``"fashion-mnist"`` (60,000 + 10,000 of 28×28) are torchvision's, read from ``data_dir`` or downloaded to it.
+    ``"frey-faces"`` (1768 + 197 of 28×20, every tenth frame held out) reads ``data_dir/frey_faces.npz``.
+
+    :param binarize: see :class:`Data`; the test set is binarized once.
+    :param data_dir: by default the environment variable ``PYRO_VAE_DATA``, or ``./data``.
+    :raises ValueError: for a name that is not listed, or a file with other contents than the published ones.
+    :raises FileNotFoundError: where a file is missing and cannot be downloaded.
+    """
+    folder = Path(data_dir or os.environ.get("PYRO_VAE_DATA") or "data")
+    loaders = {
+        "digits": lambda: _digits(),
+        "mnist": lambda: _torchvision(folder, "MNIST"),
+        "fashion-mnist": lambda: _torchvision(folder, "FashionMNIST"),
+        "frey-faces": lambda: _frey_faces(folder),
+        "ring": lambda: (ring(2000, seed=0), ring(500, seed=1)),
+    }
+    if name not in loaders:
+        raise ValueError(f"load: there is no data set {name!r}; expected one of {', '.join(loaders)}")
+    train, test = loaders[name]()
+    return replace(train, binarize=binarize), replace(test, binarize=binarize).fixed()
+
+
+def ring(n: int, *, radius: float = 1.0, noise: float = 0.1, seed: int = 0) -> Data:
+    """Points on a circle with Gaussian noise on the radius: a density that no factorial Gaussian has, but that one pushed
+    through a deep network reaches (Doersch 2016, figure 2). ``x: (n, 2)``; the label is the octant."""
+    generator = torch.Generator().manual_seed(seed)
+    angle = 2 * math.pi * torch.rand(n, generator=generator)
+    r = radius + noise * torch.randn(n, generator=generator)
+    x = torch.stack([r * angle.cos(), r * angle.sin()], -1)
+    return Data(x, labels=(angle / (math.pi / 4)).long().clamp(max=7), name="ring")
+
+
+def check_rows(x: Tensor, name: str) -> None:
+    """Raise ``ValueError`` where ``x`` is empty, has no rows, or has a non-finite entry, naming its row."""
+    if x.dim() == 0 or x.numel() == 0:
+        raise ValueError(f"{name}: there are no data, the shape is {tuple(x.shape)}; expected (n, *event) with n ≥ 1")
+    if x.is_floating_point() or x.is_complex():
+        bad = ~torch.isfinite(x).flatten(1).all(1) if x.dim() > 1 else ~torch.isfinite(x)
+        if bad.any():
+            raise ValueError(
+                f"{name}: row {int(bad.nonzero()[0])} of {len(x)} has NaN or infinite entries ({int(bad.sum())} such rows); "
+                "drop them, or fill them and pass a mask"
+            )
+
+
+def _digits() -> tuple[Data, Data]:
+    # The test set of E. Alpaydin & C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
+    # Repository (1998), doi 10.24432/C50P49, licence CC BY 4.0; 17 grey levels.
+    with resources.files("pyro_vae").joinpath("digits.npz").open("rb") as file:
+        archive = np.load(file, allow_pickle=False)
+        images, labels = archive["images"], archive["labels"]
+    return _split("digits", images, labels, every=6, levels=17)
+
+
+def _frey_faces(folder: Path) -> tuple[Data, Data]:
+    path = folder / "frey_faces.npz"
+    if not path.is_file():
+        raise FileNotFoundError(f"frey-faces: there is no {path}; put the file there, or name its folder by data_dir")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images = archive["images"]
+    except Exception as error:
+        raise ValueError(f"frey-faces: {path} is no .npz file with an array 'images' ({error})") from error
+    digest = hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
+    if digest != _FREY_SHA256:
+        raise ValueError(
+            f"frey-faces: {path} has other contents than the published 1965 frames of 28×20: its images, "
+            f"{images.dtype} {images.shape}, have SHA-256 {digest}, expected {_FREY_SHA256}"
+        )
+    return _split("frey-faces", images, None, every=10, levels=256)
+
+
+def _split(name: str, images: np.ndarray, labels: np.ndarray | None, *, every: int, levels: int) -> tuple[Data, Data]:
+    """Every ``every``-th image is held out."""
+    held_out = np.arange(len(images)) % every == 0
+    return tuple(  # type: ignore[return-value]
+        _images(name, images[rows], None if labels is None else labels[rows], levels) for rows in (~held_out, held_out)
+    )
+
+
+def _images(name: str, images: np.ndarray | Tensor, labels: np.ndarray | Tensor | None, levels: int) -> Data:
+    x = torch.as_tensor(images).to(torch.get_default_dtype()) / (levels - 1)
+    return Data(x, None if labels is None else torch.as_tensor(labels).long(), name=name, num_levels=levels)
+
+
+def _torchvision(folder: Path, kind: Literal["MNIST", "FashionMNIST"]) -> tuple[Data, Data]:
+    from torchvision import datasets  # half a second, only where it is used
+
+    raw = folder / kind / "raw"
+    name = {"MNIST": "mnist", "FashionMNIST": "fashion-mnist"}[kind]
+    if not all((raw / file).is_file() for file in _IDX_SHA256[kind]):
+        try:
+            getattr(datasets, kind)(folder, download=True)
+        except (RuntimeError, OSError) as error:
+            raise FileNotFoundError(
+                f"{name}: {raw} lacks the IDX files and the download failed ({str(error).splitlines()[0]}); put "
+                f"{', '.join(_IDX_SHA256[kind])} there, or name their folder by data_dir or PYRO_VAE_DATA"
+            ) from error
+    for file, digest in _IDX_SHA256[kind].items():
+        _check_idx(raw / file, digest)
+    parts = [getattr(datasets, kind)(folder, train=train) for train in (True, False)]
+    return tuple(_images(name, part.data, part.targets, 256) for part in parts)  # type: ignore[return-value]
+
+
+def _check_idx(path: Path, sha256: str) -> None:
+    content = path.read_bytes()
+    kind, rank = struct.unpack(">xxBB", content[:4].rjust(4, b"\1"))
+    if content[:2] != b"\0\0" or kind != 8 or not 1 <= rank <= 3:
+        raise ValueError(f"{path} is no IDX file: it begins with {content[:4].hex(' ')}, expected 00 00 08 01 … 03")
+    sizes = struct.unpack(f">{rank}I", content[4 : 4 + 4 * rank].rjust(4 * rank, b"\0"))
+    if len(content) != 4 + 4 * rank + math.prod(sizes):
+        raise ValueError(
+            f"{path} is cut short or too long: its header promises {sizes} bytes, it holds {len(content)} bytes in all; "
+            "delete it and download it again"
+        )
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != sha256:
+        raise ValueError(
+            f"{path} has other contents than the published file: SHA-256 {digest}, expected {sha256}; delete it and "
+            "download it again"
+        )

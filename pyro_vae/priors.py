@@ -1,0 +1,111 @@
+"""Priors p(z): modules whose ``forward()`` returns a Pyro distribution. The prior of a VAE is an argument, and nothing
+assumes N(0, I) but the default. A p(z|c) that depends on a condition is a :class:`~pyro_vae.conditionals.Conditional`.
+
+>>> from pyro_vae import priors
+>>> priors.StandardNormal(20)().event_shape
+torch.Size([20])
+"""
+
+from abc import ABC, abstractmethod
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints, transform_to
+
+from pyro_vae.conditionals import Conditional
+from pyro_vae.nets import Shape, as_shape
+
+
+class Prior(nn.Module, ABC):
+    """p(z) over events of ``event_shape``. ``forward()`` → a distribution with ``batch_shape`` ()."""
+
+    def __init__(self, event_shape: Shape) -> None:
+        super().__init__()
+        self.event_shape = as_shape(event_shape)
+
+    @abstractmethod
+    def forward(self) -> dist.TorchDistribution:
+        """The distribution."""
+
+    def extra_repr(self) -> str:
+        return f"event_shape={tuple(self.event_shape)}"
+
+
+class StandardNormal(Prior):
+    """N(0, I), AEVB's prior."""
+
+    zero: Tensor
+
+    def __init__(self, event_shape: Shape) -> None:
+        super().__init__(event_shape)
+        # a buffer, so that the prior follows .to(device) and .double()
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+
+    def forward(self) -> dist.TorchDistribution:
+        return dist.Normal(self.zero, self.zero + 1).expand(self.event_shape).to_event(len(self.event_shape))
+
+
+class Normal(Prior):
+    """N(m, diag s²) with learned m and s = min_scale + exp(log_scale); it starts at m = 0, s ≈ 1."""
+
+    def __init__(self, event_shape: Shape, *, min_scale: float = 1e-3) -> None:
+        super().__init__(event_shape)
+        self.loc = nn.Parameter(torch.zeros(self.event_shape))
+        self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
+        self.min_scale = min_scale
+
+    def forward(self) -> dist.TorchDistribution:
+        return dist.Normal(self.loc, self.min_scale + self.log_scale.exp()).to_event(len(self.event_shape))
+
+
+class GaussianMixture(Prior):
+    """Σₖ πₖ N(mₖ, diag sₖ²), all learned: softmax weights, scales min_scale + exp(log_scale).
+
+    :param num_components: K. The means start as draws from N(0, I), so that the components differ.
+    """
+
+    def __init__(self, event_shape: Shape, num_components: int = 10, *, min_scale: float = 1e-3) -> None:
+        super().__init__(event_shape)
+        components = as_shape(num_components)
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.loc = nn.Parameter(torch.randn(components + self.event_shape))
+        self.log_scale = nn.Parameter(torch.zeros(components + self.event_shape))
+        self.min_scale = min_scale
+
+    def forward(self) -> dist.TorchDistribution:
+        scale = self.min_scale + self.log_scale.exp()
+        components = dist.Normal(self.loc, scale).to_event(len(self.event_shape))
+        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
+
+
+class VampPrior(Prior):
+    """The variational mixture of posteriors 1/K Σₖ q(z|uₖ), with learned pseudo-inputs uₖ (Tomczak & Welling 2018).
+
+    The encoder is the guide's own, shared: the prior moves with the guide.
+
+    :param encoder: the conditional q(z|x) that the guide uses.
+    :param pseudo_inputs: where u₁…u_K start, ``(K, *x_event)``: some training data, or noise.
+    :param constraint: where the pseudo-inputs live, ``constraints.unit_interval`` for images.
+    """
+
+    def __init__(
+        self, encoder: Conditional, pseudo_inputs: Tensor, *, constraint: constraints.Constraint = constraints.real
+    ) -> None:
+        super().__init__(encoder.event_shape)
+        if pseudo_inputs.dim() < 2 or not len(pseudo_inputs):
+            raise ValueError(
+                f"VampPrior: pseudo_inputs has shape {tuple(pseudo_inputs.shape)}; expected (K, *x_event) with K ≥ 1, "
+                "for example train.x[:500]"
+            )
+        self.encoder = encoder
+        self.transform = transform_to(constraint)
+        start = pseudo_inputs.detach().to(torch.get_default_dtype())
+        if constraint is constraints.unit_interval:  # the ends of the interval lie at infinity
+            start = start.clamp(0.05, 0.95)
+        self.pseudo_inputs = nn.Parameter(self.transform.inv(start).clone())
+
+    def forward(self) -> dist.TorchDistribution:
+        components = self.encoder(self.transform(self.pseudo_inputs))
+        weights = dist.Categorical(logits=self.pseudo_inputs.new_zeros(len(self.pseudo_inputs)))
+        return dist.MixtureSameFamily(weights, components)

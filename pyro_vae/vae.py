@@ -1,0 +1,240 @@
+"""The variational auto-encoder as two Pyro programs: a model that samples z from p(z) and observes x under p(x|z), and a
+guide that samples z from q(z|x) (Kingma & Welling 2013); and its conditional relative (Doersch 2016; Sohn et al. 2015).
+
+Both are PyroModules with the same arguments, latent site ``"z"``, observed site ``"x"`` and plate ``"data"`` at dim −1:
+whatever Pyro does with a model/guide pair works on them unchanged.
+"""
+
+from contextlib import suppress
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from pyro.params.param_store import normalize_param_name
+from torch import Tensor, nn
+
+from pyro_vae.conditionals import Conditional, masked
+from pyro_vae.priors import Prior
+
+
+class _Program(PyroModule):  # type: ignore[misc]
+    """A Pyro program whose parameters are its own.
+
+    Pyro's param store goes by name, so a second pair would silently be handed the first one's parameters and train those.
+    Here the module is the truth: entries of the same name that are not its own leave the store before it runs, and
+    nothing is lost with them, for they live in their own module.
+    """
+
+    def __call__(self, *args, **kwargs):
+        store = pyro.get_param_store()
+        if len(store):
+            own = dict(self.named_parameters(remove_duplicate=False))
+            stale = [
+                name
+                for name, value in store.named_parameters()
+                if (mine := own.get(normalize_param_name(name))) is not None and mine is not value
+            ]
+            for name in stale:
+                with suppress(KeyError):  # a parameter shared under two names is known to the store by one
+                    del store[name]
+        return super().__call__(*args, **kwargs)
+
+
+class _Model(_Program):
+    def __init__(self, prior: Prior | Conditional, decoder: Conditional) -> None:
+        super().__init__()
+        self.prior = prior
+        self.decoder = decoder
+
+    def _generate(self, x: Tensor | None, condition: tuple[Tensor, ...], mask: Tensor | None, size: int) -> Tensor:
+        if x is not None:
+            size = _check_event(x, self.decoder.event_shape)
+        with pyro.plate("data", size, dim=-1):
+            prior = self.prior(*condition) if isinstance(self.prior, Conditional) else self.prior()
+            z = pyro.sample("z", prior)
+            likelihood = self.decoder(z, *condition)
+            if x is not None:
+                x = _as_observed(x, likelihood, z.dtype)
+            if mask is not None and x is not None:
+                # a missing entry may hold anything, NaN too: a draw takes its place, and the mask takes it out again
+                x = torch.where(_check_mask(mask, x), x, likelihood.sample())
+                likelihood = masked(likelihood, mask)
+            return pyro.sample("x", likelihood, obs=x)
+
+
+class _Guide(_Program):
+    def __init__(self, encoder: Conditional) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def _infer(self, x: Tensor, condition: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+        with pyro.plate("data", len(x), dim=-1):
+            if mask is not None:
+                x = torch.where(_check_mask(mask, x), x, torch.zeros_like(x))
+            posterior = self.encoder(x, *condition)
+            if posterior.batch_shape != x.shape[:1]:
+                raise ValueError(
+                    f"encoder: it read x of shape {tuple(x.shape)} as a batch of shape {tuple(posterior.batch_shape)}; "
+                    f"expected {tuple(x.shape[:1])}: build its trunk with in_shape={tuple(x.shape[1:])}"
+                )
+            return pyro.sample("z", posterior)
+
+
+class Model(_Model):
+    """p(z) p(x|z): ``z ~ prior()``, ``x ~ decoder(z)``, a Pyro program.
+
+    ``model(x)``: x ``(batch, *event)``. ``mask``: bool like x, true where an entry is observed; log p is then that of the
+    observed entries. ``model()`` draws one datum from the joint. Raises ``ValueError`` for x of another shape, or whole
+    numbers under a continuous likelihood.
+    """
+
+    def forward(self, x: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
+        return self._generate(x, (), mask, size=1)
+
+
+class Guide(_Guide):
+    """q(z|x): ``z ~ encoder(x)``, a Pyro program. Missing entries (``mask`` false) reach the encoder as zeros."""
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return self._infer(x, (), mask)
+
+
+class ConditionalModel(_Model):
+    """p(z) p(x|z, c), or p(z|c) p(x|z, c) where the prior is a conditional: ``x ~ decoder(z, c)``. c: ``(batch, *event)``."""
+
+    def forward(self, x: Tensor | None, c: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return self._generate(x, (c,), mask, size=len(c))
+
+
+class ConditionalGuide(_Guide):
+    """q(z|x, c): ``z ~ encoder(x, c)``."""
+
+    def forward(self, x: Tensor, c: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return self._infer(x, (c,), mask)
+
+
+class VAE(nn.Module):
+    """A variational auto-encoder: the pair ``vae.model``, ``vae.guide`` over shared parts.
+
+    :param prior: p(z), such as ``priors.StandardNormal(20)``.
+    :param decoder: p(x|z), a conditional over events of x.
+    :param encoder: q(z|x), a conditional over events of z.
+    :raises ValueError: where prior and encoder disagree on the shape of z.
+
+    >>> import pyro_vae as pv
+    >>> from pyro_vae import conditionals, nets, priors
+    >>> vae = pv.VAE(
+    ...     prior=priors.StandardNormal(2),
+    ...     decoder=conditionals.Bernoulli(nets.MLP(2, (50,)), event_shape=(8, 8)),
+    ...     encoder=conditionals.Normal(nets.MLP(64, (50,)), event_shape=2),
+    ... )
+    >>> vae.sample(5).shape
+    torch.Size([5, 8, 8])
+    """
+
+    def __init__(self, prior: Prior, decoder: Conditional, encoder: Conditional) -> None:
+        super().__init__()
+        _check_latent(prior, encoder)
+        if isinstance(prior, Conditional):
+            raise ValueError("VAE: the prior is a conditional p(z|c); expected a Prior, or use CVAE")
+        self.model = Model(prior, decoder)
+        self.guide = Guide(encoder)
+
+    def encode(self, x: Tensor) -> dist.TorchDistribution:
+        """q(z|x). x: ``(batch, *event)``."""
+        _check_event(x, self.model.decoder.event_shape)
+        return self.guide.encoder(x)
+
+    def decode(self, z: Tensor) -> dist.TorchDistribution:
+        """p(x|z). z: ``(*batch, *latent)``; its ``mean`` is what a picture wants."""
+        return self.model.decoder(z)
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor:
+        """n draws of x from p(z) p(x|z): ``(n, *event)``."""
+        return self.decode(self.model.prior().sample((n,))).sample()
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """E[x'|z] at z ~ q(z|x): ``(batch, *event)``."""
+        return self.decode(self.encode(x).sample()).mean
+
+
+class CVAE(nn.Module):
+    """The conditional VAE: the pair ``cvae.model(x, c)``, ``cvae.guide(x, c)``.
+
+    :param prior: p(z), independent of the condition (Doersch 2016), or a conditional p(z|c) (Sohn et al. 2015).
+    :param decoder: p(x|z, c), whose trunk takes z and c: ``nets.MLP(((20,), (10,)), (500,))``.
+    :param encoder: q(z|x, c), whose trunk takes x and c: ``nets.MLP(((28, 28), (10,)), (500,))``.
+    :raises ValueError: where prior and encoder disagree on the shape of z.
+    """
+
+    def __init__(self, prior: Prior | Conditional, decoder: Conditional, encoder: Conditional) -> None:
+        super().__init__()
+        _check_latent(prior, encoder)
+        self.model = ConditionalModel(prior, decoder)
+        self.guide = ConditionalGuide(encoder)
+
+    def encode(self, x: Tensor, c: Tensor) -> dist.TorchDistribution:
+        """q(z|x, c)."""
+        _check_event(x, self.model.decoder.event_shape)
+        return self.guide.encoder(x, c)
+
+    def decode(self, z: Tensor, c: Tensor) -> dist.TorchDistribution:
+        """p(x|z, c)."""
+        return self.model.decoder(z, c)
+
+    @torch.no_grad()
+    def sample(self, c: Tensor) -> Tensor:
+        """One draw of x from p(x|c) for each condition: c ``(n, *event)`` → ``(n, *x_event)``."""
+        prior = self.model.prior
+        z = prior(c).sample() if isinstance(prior, Conditional) else prior().sample((len(c),))
+        return self.decode(z, c).sample()
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, c: Tensor) -> Tensor:
+        """E[x'|z, c] at z ~ q(z|x, c)."""
+        return self.decode(self.encode(x, c).sample(), c).mean
+
+
+def _check_latent(prior: Prior | Conditional, encoder: Conditional) -> None:
+    if prior.event_shape != encoder.event_shape:
+        raise ValueError(
+            f"VAE: the prior is over z of shape {tuple(prior.event_shape)} but the encoder gives "
+            f"{tuple(encoder.event_shape)}; pass both the same event_shape"
+        )
+
+
+def _check_event(x: Tensor, event_shape: torch.Size) -> int:
+    """The number of rows of ``x``, whose other dimensions must be the event's."""
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[1:] != event_shape:
+        got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        remedy = f"event_shape={tuple(x.shape[1:])}" if isinstance(x, Tensor) and x.dim() > 1 else "a tensor with a batch"
+        raise ValueError(
+            f"decoder: event_shape {tuple(event_shape)} needs x of shape (batch, {', '.join(map(str, event_shape))}) but "
+            f"x has {got}; reshape x, or pass {remedy}"
+        )
+    if not len(x):
+        raise ValueError(f"model: x has no rows, its shape is {tuple(x.shape)}; expected at least one datum")
+    return len(x)
+
+
+def _as_observed(x: Tensor, likelihood: dist.TorchDistribution, dtype: torch.dtype) -> Tensor:
+    if x.is_floating_point():
+        return x
+    if not likelihood.support.is_discrete:
+        raise ValueError(
+            f"decoder: x holds whole numbers ({x.dtype}) but the likelihood is continuous; pass x.float() / 255 for bytes, "
+            "or use a discrete conditional such as Categorical or Poisson"
+        )
+    return x.to(dtype)
+
+
+def _check_mask(mask: Tensor, x: Tensor) -> Tensor:
+    if mask.dtype != torch.bool or mask.shape != x.shape:
+        raise ValueError(
+            f"mask: expected bool of x's shape {tuple(x.shape)}, true where observed, but got {mask.dtype} of shape "
+            f"{tuple(mask.shape)}"
+        )
+    return mask
