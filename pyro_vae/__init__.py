@@ -7,20 +7,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyro_vae import batches, conditionals, data, nets, pair, priors, vae
+    from pyro_vae import batches, conditionals, data, infer, nets, pair, priors, vae
     from pyro_vae.data import Data, load
+    from pyro_vae.infer import Epoch, History, evaluate, fit, train
     from pyro_vae.vae import CVAE, VAE
 
 __version__ = "0.1.0"
-__all__ = ["CVAE", "VAE", "Data", "batches", "conditionals", "data", "load", "nets", "pair", "priors", "vae"]
 
-_HOME = {"CVAE": "vae", "VAE": "vae", "Data": "data", "load": "data"}
+_HOME = {
+    "CVAE": "vae",
+    "VAE": "vae",
+    "Data": "data",
+    "Epoch": "infer",
+    "History": "infer",
+    "evaluate": "infer",
+    "fit": "infer",
+    "load": "data",
+    "train": "infer",
+}
+_MODULES = ("batches", "conditionals", "data", "infer", "nets", "pair", "priors", "vae")
+__all__ = [*_HOME, *_MODULES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f"pyro_vae.{_HOME[name]}"), name)
-    if name in __all__:
+    if name in _MODULES:
         return importlib.import_module(f"pyro_vae.{name}")
     raise AttributeError(f"module 'pyro_vae' has no attribute {name!r}")
 

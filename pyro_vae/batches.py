@@ -4,6 +4,7 @@ Data in memory stay in memory: an epoch is a permutation of the rows and one ind
 by item; a ``DataLoader`` keeps its own ways.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -66,9 +67,10 @@ class Batches(ABC):
 
 
 class InMemory(Batches):
-    """Tensors in memory, drawn by index."""
+    """Tensors in memory, taken by index; ``take`` gives the rows at an index where they are drawn anew each time."""
 
     def __init__(self, whole: Batch, batch_size: int, take: Callable[[Tensor], Batch] | None = None) -> None:
+        self.drawn = take is not None
         self.whole = whole
         self.num_rows = whole.num_rows
         self.batch_size = min(batch_size, self.num_rows)
@@ -136,7 +138,8 @@ def as_batches(data: Any, batch_size: int | None) -> Batches:
         return Loaded(data, data)
     if isinstance(data, Data):
         whole = Batch(tuple(part for part in (data.x, data.condition) if part is not None), {})
-        return InMemory(whole, batch_size or len(data), lambda rows: Batch(data.arguments(rows), {}))
+        draw = (lambda rows: Batch(data.arguments(rows), {})) if data.binarize == "stochastic" else None
+        return InMemory(whole, batch_size or len(data), draw)
     if isinstance(data, TensorDataset):
         data = data.tensors
     if isinstance(data, Dataset):
@@ -150,6 +153,19 @@ def as_batches(data: Any, batch_size: int | None) -> Batches:
     return InMemory(whole, batch_size or whole.num_rows)
 
 
+def fitting(model: Callable[..., Any], batch: Batch) -> Batch:
+    """The batch cut to the positional arguments that the model takes: labels go where nothing asks for them."""
+    forward = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):
+        return batch
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return batch
+    room = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    return Batch(batch.args[:room], batch.kwargs)
+
+
 def _as_tensor(part: Any) -> Any:
     if isinstance(part, np.ndarray):
         if part.dtype.kind not in "fiub":
@@ -161,7 +177,9 @@ def _as_tensor(part: Any) -> Any:
         return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
     if isinstance(part, Tensor) or not isinstance(part, Sequence | str | type(None)):
         return part
-    raise ValueError(f"data: expected tensors or arrays of shape (n, *event) but got {type(part).__name__}: {part!r:.80}")
+    raise ValueError(
+        f"data: expected tensors or arrays of shape (n, *event) but got {type(part).__name__}: {part!r:.80}"
+    )
 
 
 def _collate(items: list[Any]) -> Any:

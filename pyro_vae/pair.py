@@ -98,7 +98,9 @@ def _sum_sites(trace: Trace, plates: frozenset[str]) -> tuple[Tensor, Tensor, tu
     for site in prune_subsample_sites(trace).nodes.values():
         if site["type"] != "sample" or site["infer"].get("_deterministic"):
             continue
-        log_prob = scale_and_mask(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), mask=site["mask"])
+        log_prob = scale_and_mask(
+            site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), mask=site["mask"]
+        )
         frames = [frame for frame in site["cond_indep_stack"] if frame.name in plates and frame.vectorized]
         which = 0 if site["is_observed"] else 1
         if frames:

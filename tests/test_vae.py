@@ -22,13 +22,6 @@ def make_vae(latent_dim=3, event_shape=(4, 4)):
     )
 
 
-@pytest.fixture(autouse=True)
-def clean():
-    pyro.set_rng_seed(0)
-    with pyro.get_param_store().scope():
-        yield
-
-
 def test_plain_svi_moves_every_parameter():
     vae, x = make_vae(), torch.bernoulli(torch.rand(16, 4, 4))
     before = {name: p.detach().clone() for name, p in vae.named_parameters()}

@@ -1,0 +1,56 @@
+"""The ELBO of a data set under any pair, per datum."""
+
+from typing import Any
+
+import torch
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
+
+from pyro_vae.batches import as_batches
+from pyro_vae.data import Data
+from pyro_vae.pair import ElboTerms, Program, data_plates, elbo_terms, run_pair, untouched
+
+
+def evaluate(
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    loss: ELBO | None = None,
+    num_particles: int = 1,
+    batch_size: int = 500,
+    seed: int = 0,
+) -> ElboTerms:
+    """ELBO(x) = E_q[log p(x, z) − log q(z|x)] for each datum, in nats: a lower bound of log p(x) in expectation.
+
+    Modules run in evaluation mode, and afterwards nothing has moved: no parameter, no buffer, no random state.
+
+    :param data: as for :func:`~pyro_vae.infer.fit`; stochastically binarized data are binarized once.
+    :param loss: only its kind matters: with ``TraceEnum_ELBO`` enumerated sites are summed out. That loss gives one number
+        for a batch, which each of its data then carries.
+    :param num_particles: draws of z for each datum.
+    :param seed: seed of the draws, the same at each call, so that two evaluations differ by the pair alone.
+    :return: :class:`~pyro_vae.pair.ElboTerms`, tensors ``(n,)`` in the order of the data; its ``mean()`` has the standard
+        error over data.
+    :raises ValueError: for empty or non-finite data.
+
+    Plain functions keep their parameters in Pyro's param store: evaluate within ``with history.scope():``.
+    """
+    batches = as_batches(data.fixed() if isinstance(data, Data) else data, batch_size)
+    enumerated = isinstance(loss, TraceEnum_ELBO)
+    parts: list[ElboTerms] = []
+    with untouched(training=False, seed=seed), torch.no_grad():
+        plates: frozenset[str] | None = None
+        for batch in batches.epoch(shuffle=False):
+            if enumerated:
+                mean = -loss.loss(model, guide, *batch.args, **batch.kwargs) / batch.num_rows  # type: ignore[union-attr]
+                unknown = torch.full((batch.num_rows,), torch.nan)
+                parts.append(ElboTerms(torch.full((batch.num_rows,), mean), unknown, unknown))
+                continue
+            if plates is None:
+                plates = data_plates(model, batch)
+            draws = [
+                elbo_terms(*run_pair(model, guide, *batch.args, **batch.kwargs), plates, num_data=batches.num_rows)
+                for _ in range(num_particles)
+            ]
+            parts.append(ElboTerms(*(torch.stack(part).mean(0) for part in zip(*draws, strict=True))))
+    return ElboTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))

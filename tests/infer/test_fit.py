@@ -1,0 +1,207 @@
+"""fit: scaling, annealing, isolation, early stopping, what it refuses; evaluate moves nothing."""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoNormal
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyro_vae as pv
+from pyro_vae import conditionals, nets, priors
+
+
+def small_vae():
+    return pv.VAE(
+        prior=priors.StandardNormal(2),
+        decoder=conditionals.Normal(nets.MLP(2, (8,)), event_shape=3, scale="learned"),
+        encoder=conditionals.Normal(nets.MLP(3, (8,)), event_shape=2),
+    )
+
+
+def mean_model(x):
+    """A global mean: z ~ N(0, 1), xᵢ ~ N(z, 1)."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def subsampling_model(x, size=200):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", size, subsample_size=len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def mean_guide(x):
+    loc = pyro.param("loc", torch.zeros(()))
+    scale = pyro.param("scale", torch.ones(()), constraint=dist.constraints.positive)
+    pyro.sample("z", dist.Normal(loc, scale))
+
+
+@pytest.mark.parametrize("model", [mean_model, subsampling_model])
+def test_minibatches_are_scaled_whether_or_not_the_model_subsamples(model):
+    """The posterior of a global mean has scale (1 + N)^-1/2; a minibatch left unscaled would give (1 + B)^-1/2."""
+    x = 1.5 + torch.randn(200)
+    optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.98})
+    loss = Trace_ELBO(num_particles=30, vectorize_particles=True, max_plate_nesting=1)
+    history = pv.fit(model, mean_guide, x, batch_size=20, epochs=150, optim=optim, loss=loss)
+    assert len(pyro.get_param_store()) == 0
+    with history.scope():
+        scale, loc = pyro.param("scale").item(), pyro.param("loc").item()
+    assert scale == pytest.approx(201**-0.5, rel=0.15)  # (1 + 20)^-1/2 would be three times that
+    assert loc == pytest.approx((x.sum() / 201).item(), abs=0.05)
+
+
+def as_dataset(x):
+    return TensorDataset(x, torch.arange(len(x)))  # labelled
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: x,
+        lambda x: x.numpy().astype(np.float64)[::-1],
+        as_dataset,
+        lambda x: DataLoader(as_dataset(x), batch_size=10, shuffle=True),
+        lambda x: pv.Data(x),
+        lambda x: {"x": x, "mask": torch.ones_like(x, dtype=torch.bool)},
+    ],
+    ids=["tensor", "array", "dataset", "loader", "Data", "dict"],
+)
+def test_every_kind_of_data(wrap):
+    vae = small_vae()
+    history = pv.fit(vae.model, vae.guide, wrap(torch.randn(25, 3)), epochs=2, batch_size=10)
+    assert len(history.epochs) == 2
+    assert math.isfinite(history.epochs[-1].train.elbo)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [TraceMeanField_ELBO(), RenyiELBO(alpha=0.5, num_particles=3, vectorize_particles=True)],
+    ids=["mean", "renyi"],
+)
+def test_other_losses(loss):
+    vae = small_vae()
+    record = pv.fit(vae.model, vae.guide, torch.randn(25, 3), loss=loss, epochs=2, batch_size=10).epochs[-1]
+    assert record.train.elbo == pytest.approx(record.train.reconstruction - record.train.kl)
+
+
+def test_autoguide_and_enumeration():
+    x = torch.randn(40)
+    guide = AutoNormal(mean_model)
+    assert math.isfinite(pv.fit(mean_model, guide, x, epochs=2, batch_size=None).epochs[-1].train.elbo)
+
+    @config_enumerate
+    def mixture(x):
+        loc = pyro.param("loc", torch.tensor([-1.0, 1.0]))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.ones(2)))
+            pyro.sample("x", dist.Normal(loc[k], 1.0), obs=x)
+
+    history = pv.fit(mixture, lambda x: None, x, loss=TraceEnum_ELBO(), validation=x, epochs=2, batch_size=10)
+    with history.scope():
+        loc = pyro.param("loc").detach()
+    exact = torch.logsumexp(dist.Normal(loc, 1.0).log_prob(x[:, None]) - math.log(2), -1).mean().item()
+    assert history.epochs[-1].validation.elbo == pytest.approx(exact, rel=1e-5)
+
+
+def test_annealing_never_touches_the_reported_elbo():
+    """At a vanishing learning rate, two fits that differ in β alone report the same ELBO."""
+    x, records = torch.randn(30, 3), []
+    pyro.set_rng_seed(1)
+    vae = small_vae()
+    for beta in (1.0, 0.1, lambda t: t):
+        pyro.set_rng_seed(2)
+        optim = pyro.optim.SGD({"lr": 0.0})
+        records.append(pv.fit(vae.model, vae.guide, x, epochs=1, batch_size=10, beta=beta, optim=optim).epochs[0].train)
+    assert records[0] == records[1] == records[2]
+
+
+def test_beta_weighs_the_kl():
+    """At β = 0 nothing holds the guide to the prior, so its KL ends up larger."""
+    x, kl = torch.randn(100, 3), []
+    for beta in (1.0, 0.0):
+        pyro.set_rng_seed(3)
+        vae = small_vae()
+        optim = pyro.optim.Adam({"lr": 0.01})
+        kl.append(pv.fit(vae.model, vae.guide, x, epochs=40, beta=beta, optim=optim).epochs[-1].train.kl)
+    assert kl[1] > kl[0] + 1
+
+
+def test_two_fits_in_either_order_are_bitwise_equal():
+    def run():
+        pyro.set_rng_seed(4)
+        return pv.fit(mean_model, mean_guide, torch.randn(50), epochs=3, batch_size=10)
+
+    with run().scope():
+        first = pyro.param("loc").item()
+    pyro.param("loc", torch.tensor(7.0))  # the user's own
+    with run().scope():
+        assert pyro.param("loc").item() == first
+    assert pyro.param("loc").item() == 7.0
+
+
+def test_evaluate_moves_nothing():
+    net = torch.nn.BatchNorm1d(3)  # closed over by a plain function
+
+    def guide(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(net(x)[:, :2], 1.0).to_event(1))
+
+    vae = small_vae()
+    before, state = net.running_mean.clone(), torch.get_rng_state()
+    one, two = (pv.evaluate(vae.model, guide, torch.randn(20, 3, generator=torch.manual_seed(0))) for _ in range(2))
+    torch.set_rng_state(state)
+    assert torch.equal(one.elbo, two.elbo)
+    assert torch.equal(net.running_mean, before)
+    assert net.training
+    assert len(pyro.get_param_store()) == 0
+
+
+def test_early_stopping_returns_to_the_best():
+    x = torch.randn(60, 3)
+    vae = small_vae()
+    optim = pyro.optim.Adam({"lr": 0.3})
+    history = pv.fit(vae.model, vae.guide, x[:10], validation=x[10:], epochs=60, patience=3, optim=optim)
+    assert len(history.epochs) < 60
+    assert pv.evaluate(vae.model, vae.guide, x[10:]).mean().elbo == history.best.validation.elbo
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (torch.zeros(0, 3), "no data"),
+        (torch.zeros(5, 4), "built for events of 3"),
+        (torch.tensor([[0.0, 0, 0], [0, math.nan, 0]]), "row 1"),
+        (torch.ones(5, 3, dtype=torch.uint8), "whole numbers"),
+    ],
+)
+def test_bad_data(data, message):
+    vae = small_vae()
+    with pytest.raises(ValueError, match=message):
+        pv.fit(vae.model, vae.guide, data)
+
+
+def test_grey_pixels_name_the_row_and_the_remedies():
+    vae = pv.VAE(
+        priors.StandardNormal(2),
+        conditionals.Bernoulli(nets.MLP(2, (8,)), event_shape=3),
+        conditionals.Normal(nets.MLP(3, (8,)), event_shape=2),
+    )
+    x = torch.ones(300, 3)
+    x[217, 1] = 0.5
+    with pytest.raises(ValueError, match=r"row 217 .*threshold.*stochastic.*none"):
+        pv.fit(vae.model, vae.guide, x)
+
+
+def test_bad_pairs():
+    x = torch.randn(10)
+    with pytest.raises(ValueError, match="no site 'z'"):
+        pv.fit(mean_model, lambda x: pyro.param("loc", torch.zeros(())), x)
+    with pytest.raises(ValueError, match="nothing to train"):
+        pv.fit(mean_model, lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)), x)
