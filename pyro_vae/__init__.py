@@ -26,7 +26,25 @@ _HOME = {
     "train": "infer",
 }
 _MODULES = ("batches", "conditionals", "data", "infer", "nets", "pair", "priors", "vae")
-__all__ = [*_HOME, *_MODULES]  # noqa: PLE0604
+__all__ = [
+    "CVAE",
+    "VAE",
+    "Data",
+    "Epoch",
+    "History",
+    "batches",
+    "conditionals",
+    "data",
+    "evaluate",
+    "fit",
+    "infer",
+    "load",
+    "nets",
+    "pair",
+    "priors",
+    "train",
+    "vae",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -177,9 +177,7 @@ def _as_tensor(part: Any) -> Any:
         return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
     if isinstance(part, Tensor) or not isinstance(part, Sequence | str | type(None)):
         return part
-    raise ValueError(
-        f"data: expected tensors or arrays of shape (n, *event) but got {type(part).__name__}: {part!r:.80}"
-    )
+    raise ValueError(f"data: expected tensors or arrays of shape (n, *event) but got {type(part).__name__}: {part!r:.80}")
 
 
 def _collate(items: list[Any]) -> Any:

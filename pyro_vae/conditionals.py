@@ -152,9 +152,7 @@ class LocationScale(Elementwise, ABC):
         loc_constraint: constraints.Constraint = constraints.real,
     ) -> None:
         extra = ("log_scale",) if isinstance(scale, str) and scale == "network" else ()
-        Conditional.__init__(
-            self, trunk, event_shape=event_shape, readouts=dict.fromkeys(self.names + extra, event_shape)
-        )
+        Conditional.__init__(self, trunk, event_shape=event_shape, readouts=dict.fromkeys(self.names + extra, event_shape))
         self.min_scale = _floor(min_scale)
         self.loc_transform = transform_to(loc_constraint)
         if not isinstance(scale, str):

@@ -56,7 +56,8 @@ class ElboTerms(NamedTuple):
     def mean(self) -> MeanElbo:
         n = len(self.elbo)
         error = (self.elbo.double().std() / n**0.5).item() if n > 1 else float("nan")
-        return MeanElbo(*(part.double().mean().item() for part in self), standard_error=error)
+        elbo, reconstruction, kl = (part.double().mean().item() for part in self)
+        return MeanElbo(elbo, reconstruction, kl, standard_error=error)
 
     def __str__(self) -> str:
         return f"{self.mean()}, {len(self.elbo)} data"
@@ -98,9 +99,7 @@ def _sum_sites(trace: Trace, plates: frozenset[str]) -> tuple[Tensor, Tensor, tu
     for site in prune_subsample_sites(trace).nodes.values():
         if site["type"] != "sample" or site["infer"].get("_deterministic"):
             continue
-        log_prob = scale_and_mask(
-            site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), mask=site["mask"]
-        )
+        log_prob = scale_and_mask(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), mask=site["mask"])
         frames = [frame for frame in site["cond_indep_stack"] if frame.name in plates and frame.vectorized]
         which = 0 if site["is_observed"] else 1
         if frames:

@@ -210,9 +210,7 @@ def _check_event(x: Tensor, event_shape: torch.Size) -> int:
     """The number of rows of ``x``, whose other dimensions must be the event's."""
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[1:] != event_shape:
         got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        remedy = (
-            f"event_shape={tuple(x.shape[1:])}" if isinstance(x, Tensor) and x.dim() > 1 else "a tensor with a batch"
-        )
+        remedy = f"event_shape={tuple(x.shape[1:])}" if isinstance(x, Tensor) and x.dim() > 1 else "a tensor with a batch"
         raise ValueError(
             f"decoder: event_shape {tuple(event_shape)} needs x of shape (batch, {', '.join(map(str, event_shape))}) but "
             f"x has {got}; reshape x, or pass {remedy}"

@@ -49,9 +49,7 @@ def _site_problems(model_trace: Trace, guide_trace: Trace) -> list[str]:
     problems = []
     for name, site in model.items():
         if name not in guide and not site["infer"].get("enumerate"):
-            problems.append(
-                f"guide: it has no site {name!r}, which the model samples; expected pyro.sample({name!r}, …)"
-            )
+            problems.append(f"guide: it has no site {name!r}, which the model samples; expected pyro.sample({name!r}, …)")
     for name, site in guide.items():
         if name not in model and not site["infer"].get("is_auxiliary"):
             problems.append(
@@ -106,10 +104,10 @@ def _outside(name: str, distribution: dist.TorchDistribution, value: Tensor, row
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     low, high = (float(end) for end in value.aminmax())
-    cause = f"data: row {row} ({count} in all) lies outside the support of {name!r}, {support}: its values are in [{low:g}, {high:g}]"
+    cause = f"data: row {row} ({count} in all) lies outside the support of {name!r}, {support}: it is in [{low:g}, {high:g}]"
     if support is not constraints.boolean:
         return f"{cause}; rescale the data or use another conditional"
-    if 0 <= low and high <= 1:
+    if low >= 0 and high <= 1:
         return (
             f'{cause}, grey; binarize them with load(…, binarize="threshold") or "stochastic", or keep "none" and use a '
             "continuous conditional such as ContinuousBernoulli or Normal"

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO
 
 from pyro_vae.batches import as_batches
 from pyro_vae.data import Data

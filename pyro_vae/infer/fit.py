@@ -121,9 +121,7 @@ def train(
     """
     loss, optim = loss or Trace_ELBO(), optim or Adam({"lr": 1e-3})
     if epochs < 1 or (patience is not None and (patience < 1 or validation is None)):
-        raise ValueError(
-            f"fit: expected epochs ≥ 1, and patience ≥ 1 with validation data, but got {epochs}, {patience}"
-        )
+        raise ValueError(f"fit: expected epochs ≥ 1, and patience ≥ 1 with validation data, but got {epochs}, {patience}")
     batches = as_batches(data, batch_size)
     state = param_store if param_store is not None else {"params": {}, "constraints": {}}
     store = pyro.get_param_store()
@@ -139,9 +137,7 @@ def train(
         validation = validation.fixed()
     step = _Step(model, guide, loss, optim, plates, batches.num_rows)
     best, best_values, since_best = -math.inf, {}, 0
-    with tqdm(
-        total=epochs * batches.num_batches, unit="step", disable=None if progress is None else not progress
-    ) as bar:
+    with tqdm(total=epochs * batches.num_batches, unit="step", disable=None if progress is None else not progress) as bar:
         for epoch in range(1, epochs + 1):
             start, parts, weight = time.perf_counter(), [], 1.0
             with store.scope(state):
