@@ -140,7 +140,9 @@ class LocationScale(Elementwise, ABC):
         AEVB does for Frey Face.
     """
 
-    names = ("loc",)
+    names: ClassVar[tuple[str, ...]] = ("loc",)
+    fixed_scale: Tensor | None
+    log_scale: nn.Parameter
 
     def __init__(
         self,
@@ -154,12 +156,13 @@ class LocationScale(Elementwise, ABC):
         extra = ("log_scale",) if isinstance(scale, str) and scale == "network" else ()
         Conditional.__init__(self, trunk, event_shape=event_shape, readouts=dict.fromkeys(self.names + extra, event_shape))
         self.min_scale = _floor(min_scale)
+        self.register_buffer("fixed_scale", None)
         self.loc_transform = transform_to(loc_constraint)
         if not isinstance(scale, str):
             fixed = torch.as_tensor(scale, dtype=torch.get_default_dtype())
             if not (fixed > 0).all():
                 raise ValueError(f"scale: a fixed scale must be positive but got {scale}")
-            self.register_buffer("scale", fixed.expand(self.event_shape).clone())
+            self.register_buffer("fixed_scale", fixed.expand(self.event_shape).clone())
         elif scale == "learned":
             self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
         elif scale != "network":
@@ -167,10 +170,11 @@ class LocationScale(Elementwise, ABC):
 
     def distribution(self, **parameters: Tensor) -> dist.TorchDistribution:
         loc = self.loc_transform(parameters.pop("loc"))
-        if "scale" in self._buffers:
-            scale = self.scale
+        if isinstance(self.fixed_scale, Tensor):
+            scale = self.fixed_scale
         else:
-            scale = self.min_scale + parameters.pop("log_scale", getattr(self, "log_scale", None)).exp()
+            learned = self.log_scale if "log_scale" not in parameters else parameters.pop("log_scale")
+            scale = self.min_scale + learned.exp()
         return self.element(loc=loc, scale=scale, **parameters).to_event(len(self.event_shape))
 
 
@@ -256,7 +260,7 @@ class Categorical(Conditional):
         return _OrderedCategorical(logits=logits.movedim(classes, -1)).to_event(len(self.event_shape))
 
 
-class _OrderedCategorical(dist.Categorical):  # type: ignore[misc]
+class _OrderedCategorical(dist.Categorical):
     """A categorical whose classes are numbers, so that it has a mean."""
 
     @property

@@ -117,7 +117,7 @@ class MLP(nn.Module):
         flat = [x.reshape(*own, -1).expand(*batch, -1) for x, own in zip(inputs, batches, strict=True)]
         if not self.layers:
             return torch.cat(flat, -1)
-        weight = self.layers[0].weight
+        weight = next(self.layers.parameters())
         h = torch.cat([matching(x, weight) for x in flat], -1)
         for layer in self.layers:
             out = self.activation(layer(h))
@@ -157,7 +157,7 @@ class ConvEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch = split_shape(x, self.in_shape)
-        h = matching(x, self.layers[0].weight).reshape(-1, *_image_shape(self.in_shape))
+        h = matching(x, next(self.layers.parameters())).reshape(-1, *_image_shape(self.in_shape))
         for layer in self.layers:
             h = self.activation(layer(h))
         return h.reshape(*batch, *self.out_shape)

@@ -18,7 +18,7 @@ from pyro_vae.conditionals import Conditional, masked
 from pyro_vae.priors import Prior
 
 
-class _Program(PyroModule):  # type: ignore[misc]
+class _Program(PyroModule):
     """A Pyro program whose parameters are its own.
 
     Pyro's param store goes by name, so a second pair would silently be handed the first one's parameters and train those.

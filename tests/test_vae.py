@@ -65,10 +65,10 @@ def test_the_loss_is_the_hand_written_elbo_at_the_same_noise():
     loss = Trace_ELBO().loss(vae.model, vae.guide, x)
     pyro.set_rng_seed(1)
     encode, decode = vae.guide.encoder.readout["loc"].layer, vae.model.decoder.readout["loc"].layer
-    scale = vae.guide.encoder.scale
+    scale = vae.guide.encoder.fixed_scale
     mean = x @ encode.weight.T + encode.bias
     z = mean + scale * torch.randn(11, k, dtype=torch.double)
-    sigma_stored = vae.model.decoder.scale  # the fixed scale as the module holds it
+    sigma_stored = vae.model.decoder.fixed_scale  # the fixed scale as the module holds it
     r = (x - z @ decode.weight.T - decode.bias) / sigma_stored
     log2pi = math.log(2 * math.pi)
     log_px = -0.5 * (r**2 + log2pi).sum() - 11 * sigma_stored.log().sum()

@@ -1,0 +1,90 @@
+"""Pictures: results in, Axes or Figure out. Nothing is shown, nothing is written."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pyro_vae.infer import Epoch
+from pyro_vae.vae import VAE
+
+
+def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None) -> Axes:
+    """ELBO in nats per datum over epochs, training and held out; the training ELBO is that of the moving parameters."""
+    ax = ax or plt.subplots(figsize=(6, 4), layout="constrained")[1]
+    numbers = [record.epoch for record in epochs]
+    ax.plot(numbers, [record.train.elbo for record in epochs], label="train", color="C0")
+    held_out = [record.validation for record in epochs if record.validation is not None]
+    if held_out:
+        ax.plot(numbers, [mean.elbo for mean in held_out], label="held out", color="C1")
+        ax.annotate(f"{held_out[-1].elbo:.2f}", (numbers[-1], held_out[-1].elbo), xytext=(4, -12), textcoords="offset points")
+        # the first epochs lie far below; show the rest
+        low = np.quantile([mean.elbo for mean in held_out], 0.1)
+        ax.set_ylim(bottom=low - 0.1 * abs(low))
+    ax.set(xlabel="epoch", ylabel="ELBO (nats per datum)", title="Evidence lower bound")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    return ax
+
+
+def plot_images(images: Tensor, *, columns: int = 10, title: str | None = None) -> Figure:
+    """A grid of images ``(n, height, width)`` or ``(n, channels, height, width)``, row by row."""
+    rows = -(-len(images) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(columns * 0.8, rows * 0.8 + 0.4), squeeze=False, layout="constrained")
+    low, high = float(images.min()), float(images.max())
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, image in zip(axes.flat, images, strict=False):
+        picture = image.detach().cpu()
+        if picture.dim() == 3:
+            picture = picture.movedim(0, -1).squeeze(-1)
+        ax.imshow(picture, cmap="gray", vmin=low, vmax=high)
+    if title:
+        fig.suptitle(title)
+    return fig
+
+
+def plot_reconstructions(x: Tensor, reconstructions: Tensor, *, columns: int = 10) -> Figure:
+    """Originals above their reconstructions, ``(n, height, width)`` each, in pairs of rows."""
+    rows = [
+        part
+        for chunk in zip(x.split(columns), reconstructions.split(columns), strict=True)
+        for part in chunk
+        if len(part) == columns or len(x) < columns
+    ]
+    return plot_images(torch.cat(rows), columns=min(columns, len(x)), title="Originals, each row above its reconstruction")
+
+
+@torch.no_grad()
+def plot_manifold(vae: VAE, *, steps: int = 20) -> Figure:
+    """The manifold of a 2-D latent: a grid of quantiles through the inverse Gaussian CDF, decoded (AEVB, figure 4)."""
+    q = (torch.arange(steps) + 0.5) / steps
+    z = torch.distributions.Normal(0.0, 1.0).icdf(q)
+    parameter = next(vae.parameters())
+    grid = torch.stack(torch.meshgrid(-z, z, indexing="ij")[::-1], -1).reshape(-1, 2).to(parameter)
+    images = vae.decode(grid).mean.reshape(steps, steps, *vae.model.decoder.event_shape[-2:]).cpu()
+    sheet = images.movedim(2, 1).reshape(steps * images.shape[2], steps * images.shape[3])
+    fig, ax = plt.subplots(figsize=(7, 7 * sheet.shape[0] / sheet.shape[1]), layout="constrained")
+    ax.imshow(sheet, cmap="gray", extent=(0, 1, 0, 1), aspect="auto")
+    ax.set(xlabel="quantile of $z_1$", ylabel="quantile of $z_2$", title="E[x|z] over the latent plane")
+    return fig
+
+
+@torch.no_grad()
+def plot_latent(vae: VAE, x: Tensor, labels: Tensor | None = None, ax: Axes | None = None) -> Axes:
+    """Means of q(z|x) of a 2-D latent, coloured by label."""
+    ax = ax or plt.subplots(figsize=(6, 5.5), layout="constrained")[1]
+    z = vae.encode(x).mean.cpu()
+    if labels is None:
+        ax.scatter(z[:, 0], z[:, 1], s=6, alpha=0.7)
+    else:
+        for label in labels.unique():
+            rows = labels == label
+            ax.scatter(z[rows, 0], z[rows, 1], s=6, alpha=0.7, label=str(int(label)), color=f"C{int(label) % 10}")
+        ax.legend(title="label", markerscale=2, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
+    ax.set(xlabel="$z_1$", ylabel="$z_2$", title="Mean of q(z|x), held-out data", aspect="equal")
+    return ax
