@@ -4,15 +4,17 @@ The public names. They are imported on first use, so that ``pyro-vae --help`` ne
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyro_vae import batches, conditionals, data, infer, nets, pair, priors, vae
+    from pyro_vae import batches, conditionals, data, infer, nets, pair, plots, priors, vae
     from pyro_vae.data import Data, load
-    from pyro_vae.infer import Epoch, History, evaluate, fit, train
+    from pyro_vae.infer import Epoch, History, PairReport, check_pair, evaluate, fit, train
     from pyro_vae.vae import CVAE, VAE
 
 __version__ = "0.1.0"
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _HOME = {
     "CVAE": "vae",
@@ -20,19 +22,23 @@ _HOME = {
     "Data": "data",
     "Epoch": "infer",
     "History": "infer",
+    "PairReport": "infer",
+    "check_pair": "infer",
     "evaluate": "infer",
     "fit": "infer",
     "load": "data",
     "train": "infer",
 }
-_MODULES = ("batches", "conditionals", "data", "infer", "nets", "pair", "priors", "vae")
+_MODULES = ("batches", "conditionals", "data", "infer", "nets", "pair", "plots", "priors", "vae")
 __all__ = [
     "CVAE",
     "VAE",
     "Data",
     "Epoch",
     "History",
+    "PairReport",
     "batches",
+    "check_pair",
     "conditionals",
     "data",
     "evaluate",
@@ -41,6 +47,7 @@ __all__ = [
     "load",
     "nets",
     "pair",
+    "plots",
     "priors",
     "train",
     "vae",

@@ -43,6 +43,15 @@ _IDX_SHA256 = {
 _FREY_SHA256 = "2438ba4f0d2a6bd8bac43de756141eaa33c8d248dd613d464bdb1210d9b7af78"
 
 
+SOURCES: dict[Name, str] = {
+    "digits": "1497 + 300 images of 8x8; Alpaydin & Kaynak, UCI Machine Learning Repository, CC BY 4.0; in the package",
+    "mnist": "60000 + 10000 images of 28x28; LeCun, Cortes & Burges; torchvision: DIR/MNIST/raw",
+    "fashion-mnist": "60000 + 10000 images of 28x28; Xiao, Rasul & Vollgraf, MIT licence; torchvision: DIR/FashionMNIST/raw",
+    "frey-faces": "1768 + 197 images of 28x20; S. Roweis & B. Frey; DIR/frey_faces.npz",
+    "ring": "2000 + 500 points in the plane; made by pyro_vae.data.ring",
+}
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Data(Dataset):
     """Data in memory, as a model takes them: ``model(x)``, or ``model(x, condition)``.
@@ -120,6 +129,11 @@ class Data(Dataset):
         """The same data with a second argument for model and guide, such as ``one_hot(labels)`` for a CVAE."""
         return replace(self, condition=condition)
 
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Data":
+        """The same data on a device, in a floating dtype; whole numbers (labels, grey levels) keep theirs."""
+        parts = {k: v for k in ("x", "labels", "condition") if (v := getattr(self, k)) is not None}
+        return replace(self, **{k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in parts.items()})
+
     def head(self, n: int) -> "Data":
         """The first ``n`` data."""
         parts = {k: v[:n] for k in ("x", "labels", "condition") if (v := getattr(self, k)) is not None}
@@ -143,7 +157,7 @@ def load(name: Name, *, binarize: Binarize = "none", data_dir: str | os.PathLike
     :raises ValueError: for a name that is not listed, or a file with other contents than the published ones.
     :raises FileNotFoundError: where a file is missing and cannot be downloaded.
     """
-    folder = Path(data_dir or os.environ.get("PYRO_VAE_DATA") or "data")
+    folder = _folder(data_dir)
     loaders = {
         "digits": lambda: _digits(),
         "mnist": lambda: _torchvision(folder, "MNIST"),
@@ -155,6 +169,21 @@ def load(name: Name, *, binarize: Binarize = "none", data_dir: str | os.PathLike
         raise ValueError(f"load: there is no data set {name!r}; expected one of {', '.join(loaders)}")
     train, test = loaders[name]()
     return replace(train, binarize=binarize), replace(test, binarize=binarize).fixed()
+
+
+def is_here(name: Name, data_dir: str | os.PathLike | None = None) -> bool:
+    """Whether the files of a data set lie in ``data_dir``; their contents are checked by :func:`load`."""
+    folder = _folder(data_dir)
+    files = {
+        "mnist": [folder / "MNIST" / "raw" / file for file in _IDX_SHA256["MNIST"]],
+        "fashion-mnist": [folder / "FashionMNIST" / "raw" / file for file in _IDX_SHA256["FashionMNIST"]],
+        "frey-faces": [folder / "frey_faces.npz"],
+    }
+    return all(file.is_file() for file in files.get(name, []))
+
+
+def _folder(data_dir: str | os.PathLike | None) -> Path:
+    return Path(data_dir or os.environ.get("PYRO_VAE_DATA") or "data")
 
 
 def ring(n: int, *, radius: float = 1.0, noise: float = 0.1, seed: int = 0) -> Data:

@@ -1,6 +1,7 @@
 """Pictures: results in, Axes or Figure out. Nothing is shown, nothing is written."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,6 +12,11 @@ from torch import Tensor
 
 from pyro_vae.infer import Epoch
 from pyro_vae.vae import VAE
+
+
+def figure_of(ax: Axes) -> Figure:
+    """The figure that ``ax`` is drawn in, to save it."""
+    return cast(Figure, ax.figure)
 
 
 def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None) -> Axes:
@@ -57,6 +63,24 @@ def plot_reconstructions(x: Tensor, reconstructions: Tensor, *, columns: int = 1
         if len(part) == columns or len(x) < columns
     ]
     return plot_images(torch.cat(rows), columns=min(columns, len(x)), title="Originals, each row above its reconstruction")
+
+
+@torch.no_grad()
+def plot_samples(vae: VAE, n: int = 100) -> Figure:
+    """E[x|z] at n draws of z from the prior: images ``(height, width)`` or ``(channels, height, width)``."""
+    images = vae.decode(vae.model.prior().sample((n,))).mean
+    return plot_images(images, title="E[x|z] at draws of z from the prior")
+
+
+def plot_points(sets: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
+    """Named sets of points in the plane, ``(n, 2)`` each."""
+    ax = ax or plt.subplots(figsize=(5.5, 5), layout="constrained")[1]
+    for name, points in sets.items():
+        first, second = points.detach().cpu().T
+        ax.scatter(first, second, s=6, alpha=0.5, label=name)
+    ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
+    ax.legend(frameon=False)
+    return ax
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Verbs on any pair: train it, evaluate it, check it."""
 
+from pyro_vae.infer.check import PairReport, SiteReport, check_pair
 from pyro_vae.infer.evaluate import evaluate
 from pyro_vae.infer.fit import Epoch, History, fit, train
 
-__all__ = ["Epoch", "History", "evaluate", "fit", "train"]
+__all__ = ["Epoch", "History", "PairReport", "SiteReport", "check_pair", "evaluate", "fit", "train"]
