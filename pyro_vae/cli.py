@@ -72,6 +72,8 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a VAE, or a pair of your own, by SVI; leave a run folder."""
+    import pyro
+
     from pyro_vae import build, runs
 
     chosen = {"likelihood": likelihood, "latent_dim": latent_dim, "hidden": hidden, "num_epochs": num_epochs,
@@ -81,31 +83,30 @@ def train(
     config |= {
         "dataset": dataset, "guide": guide, "prior": prior, "pair": pair, "binarize": binarize or grey_to,
         "batch_size": batch_size, "num_particles": num_particles, "beta": beta, "warm_up": warm_up, "patience": patience,
-        "seed": seed, "device": device, "dtype": dtype, "hidden": _widths(config["hidden"]),
+        "seed": seed, "device": _device(device), "dtype": dtype, "hidden": _widths(config["hidden"]),
     }  # fmt: skip
     train_data, test = build.build_data(config, data_dir)
     config |= {"event_shape": list(train_data.x.shape[1:]), "num_levels": train_data.num_levels}
+    pyro.set_rng_seed(seed)
+    own = build.build_pair(config, train_data)
     run = runs.create(out or runs.fresh(Path("runs") / dataset), config, overwrite=overwrite)
     _say(f"{train_data}, {len(test)} held out -> {run.path}")
-    seconds = _train(run, train_data, test)
+    seconds = _train(run, own, train_data, test)
     last = run.history()[-1]
-    with run.loaded() as pair_again:
-        _draw(run.path / "plots", dict(runs.pictures(run, pair_again, test)))
+    with run.loaded() as trained:
+        _draw(run.path / "plots", dict(runs.pictures(run, trained, test)))
     result = {"run": str(run.path), **last._asdict(), "seconds": seconds}
     _print(result, f"{run.path}: {last.epoch} epochs in {seconds:.0f} s; held out: {last.validation}", as_json)
 
 
-def _train(run: "Run", train_data: "Data", test: "Data") -> float:
+def _train(run: "Run", pair: "Pair", train_data: "Data", test: "Data") -> float:
     """Train the run's pair and keep its weights after each epoch; the seconds it took."""
-    import pyro
     from pyro.infer import Trace_ELBO
     from pyro.optim import Adam
 
-    from pyro_vae import build, infer
+    from pyro_vae import infer
 
     config = run.config
-    pyro.set_rng_seed(config["seed"])
-    pair = build.build_pair(config, train_data)
     many: dict[str, Any] = {"vectorize_particles": True, "max_plate_nesting": 1} if pair.vae else {}
     loss = Trace_ELBO(num_particles=config["num_particles"], **(many if config["num_particles"] > 1 else {}))
     beta, warm_up = config["beta"], config["warm_up"]
@@ -214,6 +215,18 @@ def _widths(hidden: str) -> list[int]:
         return [int(width) for width in hidden.split(",") if width]
     except ValueError:
         raise typer.BadParameter(f"--hidden: expected widths such as 500 or 500,500 but got {hidden!r}") from None
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(
+            f"--device {name}: {str(error).splitlines()[0]}; expected cpu, or a device that is here"
+        ) from None
+    return name
 
 
 def _vae(pair: "Pair", verb: str) -> "VAE":

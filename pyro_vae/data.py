@@ -223,7 +223,7 @@ def _frey_faces(folder: Path) -> tuple[Data, Data]:
     if not path.is_file():
         raise FileNotFoundError(f"frey-faces: there is no {path}; put the file there, or name its folder by data_dir")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             images = archive["images"]
     except Exception as error:
         raise ValueError(f"frey-faces: {path} is no .npz file with an array 'images' ({error})") from error

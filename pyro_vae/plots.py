@@ -45,9 +45,9 @@ def plot_images(images: Tensor, *, columns: int = 10, title: str | None = None) 
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, image in zip(axes.flat, images, strict=False):
-        picture = image.detach().cpu()
-        if picture.dim() == 3:
-            picture = picture.movedim(0, -1).squeeze(-1)
+        picture = image.detach().cpu().numpy()
+        if picture.ndim == 3:
+            picture = np.moveaxis(picture, 0, -1).squeeze()
         ax.imshow(picture, cmap="gray", vmin=low, vmax=high)
     if title:
         fig.suptitle(title)
@@ -76,7 +76,7 @@ def plot_points(sets: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
     """Named sets of points in the plane, ``(n, 2)`` each."""
     ax = ax or plt.subplots(figsize=(5.5, 5), layout="constrained")[1]
     for name, points in sets.items():
-        first, second = points.detach().cpu().T
+        first, second = points.detach().cpu().numpy().T
         ax.scatter(first, second, s=6, alpha=0.5, label=name)
     ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
     ax.legend(frameon=False)
@@ -91,7 +91,7 @@ def plot_manifold(vae: VAE, *, steps: int = 20) -> Figure:
     parameter = next(vae.parameters())
     grid = torch.stack(torch.meshgrid(-z, z, indexing="ij")[::-1], -1).reshape(-1, 2).to(parameter)
     images = vae.decode(grid).mean.reshape(steps, steps, *vae.model.decoder.event_shape[-2:]).cpu()
-    sheet = images.movedim(2, 1).reshape(steps * images.shape[2], steps * images.shape[3])
+    sheet = images.movedim(2, 1).reshape(steps * images.shape[2], steps * images.shape[3]).numpy()
     fig, ax = plt.subplots(figsize=(7, 7 * sheet.shape[0] / sheet.shape[1]), layout="constrained")
     ax.imshow(sheet, cmap="gray", extent=(0, 1, 0, 1), aspect="auto")
     ax.set(xlabel="quantile of $z_1$", ylabel="quantile of $z_2$", title="E[x|z] over the latent plane")
@@ -102,12 +102,12 @@ def plot_manifold(vae: VAE, *, steps: int = 20) -> Figure:
 def plot_latent(vae: VAE, x: Tensor, labels: Tensor | None = None, ax: Axes | None = None) -> Axes:
     """Means of q(z|x) of a 2-D latent, coloured by label."""
     ax = ax or plt.subplots(figsize=(6, 5.5), layout="constrained")[1]
-    z = vae.encode(x).mean.cpu()
+    z = vae.encode(x).mean.cpu().numpy()
     if labels is None:
         ax.scatter(z[:, 0], z[:, 1], s=6, alpha=0.7)
     else:
         for label in labels.unique():
-            rows = labels == label
+            rows = (labels == label).cpu().numpy()
             ax.scatter(z[rows, 0], z[rows, 1], s=6, alpha=0.7, label=str(int(label)), color=f"C{int(label) % 10}")
         ax.legend(title="label", markerscale=2, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
     ax.set(xlabel="$z_1$", ylabel="$z_2$", title="Mean of q(z|x), held-out data", aspect="equal")

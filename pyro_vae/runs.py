@@ -18,8 +18,7 @@ import pyro
 import torch
 from matplotlib.figure import Figure
 
-import pyro_vae
-from pyro_vae import plots
+from pyro_vae import __version__, plots
 from pyro_vae.batches import Batch
 from pyro_vae.build import Pair, build_pair
 from pyro_vae.checkpoint import load_weights, save_weights, write_whole
@@ -117,7 +116,7 @@ def environment() -> dict[str, Any]:
     """What the run ran on: versions, threads, device; nothing that names the machine or its user."""
     packages = ("torch", "pyro-ppl", "numpy", "torchvision", "safetensors")
     return {
-        "pyro_vae": pyro_vae.__version__,
+        "pyro_vae": __version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": {name: metadata.version(name) for name in packages},

@@ -106,3 +106,94 @@ def test_wrong_shapes_name_the_remedy():
         vae.guide(torch.zeros(5, 3, 3))
     with pytest.raises(ValueError, match="prior is over z"):
         pv.VAE(priors.StandardNormal(2), vae.model.decoder, vae.guide.encoder)
+
+
+def test_render_model():
+    pytest.importorskip("graphviz")
+    vae, x = make_vae(), torch.bernoulli(torch.rand(5, 4, 4))
+    source = pyro.render_model(vae.model, model_args=(x,), render_distributions=True).source
+    assert "z" in source
+    assert "Bernoulli" in source
+    assert "z" in pyro.render_model(vae.guide, model_args=(x,)).source
+
+
+def test_the_reparameterized_gradient_is_its_closed_form_in_expectation():
+    """On a linear-Gaussian pair, whose ELBO has a closed form: each element of the mean of 600 gradients within 5 errors."""
+    d, k, n = 4, 2, 6
+    vae = pv.VAE(
+        prior=priors.StandardNormal(k),
+        decoder=conditionals.Normal(nets.MLP(k, ()), event_shape=d, scale="learned"),
+        encoder=conditionals.Normal(nets.MLP(d, ()), event_shape=k, scale="learned"),
+    ).double()
+    x = torch.randn(n, d, dtype=torch.double)
+    parameters = list(vae.parameters())
+    draws = []
+    for _ in range(600):
+        loss = Trace_ELBO().differentiable_loss(vae.model, vae.guide, x)
+        draws.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+    draws = torch.stack(draws)
+
+    encoder, decoder = vae.guide.encoder, vae.model.decoder
+    encode, decode = encoder.readout["loc"].layer, decoder.readout["loc"].layer
+    sigma, s = (c.min_scale + c.log_scale.exp() for c in (decoder, encoder))
+    mean = encode(x)
+    # E_q ||(x − W z − b) / σ||² = ||(x − W m − b) / σ||² + Σ s_k² ||W_k / σ||²
+    spread = (s**2 * (decode.weight / sigma.unsqueeze(1)) ** 2).sum()
+    square = (((x - decode(mean)) / sigma) ** 2).sum(1) + spread
+    reconstruction = -0.5 * square - sigma.log().sum() - 0.5 * d * math.log(2 * math.pi)
+    kl = 0.5 * (s**2 + mean**2 - 1 - (s**2).log()).sum(1)
+    exact = torch.autograd.grad(-(reconstruction - kl).sum(), parameters)
+    exact = torch.cat([g.flatten() for g in exact])
+
+    error = draws.std(0) / len(draws) ** 0.5
+    assert (error > 0).all()
+    assert ((draws.mean(0) - exact).abs() < 5 * error).all()
+
+
+def make_cvae(prior):
+    return pv.CVAE(
+        prior=prior,
+        decoder=conditionals.Bernoulli(nets.MLP(((3,), (2,)), (8,)), event_shape=(4, 4)),
+        encoder=conditionals.Normal(nets.MLP(((4, 4), (2,)), (8,)), event_shape=3),
+    )
+
+
+@pytest.mark.parametrize("conditional_prior", [False, True])
+def test_cvae_under_plain_svi(conditional_prior):
+    prior = conditionals.Normal(nets.MLP(2, (8,)), event_shape=3) if conditional_prior else priors.StandardNormal(3)
+    cvae, x, c = make_cvae(prior), torch.bernoulli(torch.rand(16, 4, 4)), torch.randn(16, 2)
+    before = {name: p.detach().clone() for name, p in cvae.named_parameters()}
+    svi = SVI(cvae.model, cvae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+    for _ in range(2):
+        svi.step(x, c)
+    assert all((p != before[name]).any() for name, p in cvae.named_parameters())
+    assert cvae.sample(c).shape == x.shape
+    assert cvae.reconstruct(x, c).shape == x.shape
+    # z ~ p(z|c) where the prior is a conditional, and p(z) where it is none
+    z = poutine.trace(cvae.model).get_trace(x, c).nodes["z"]["fn"]
+    assert z.has_rsample
+    assert (z.mean.std(0) > 0).all() == conditional_prior
+
+
+def test_a_vae_does_not_take_a_prior_that_needs_a_condition():
+    vae = make_vae()
+    with pytest.raises(ValueError, match="use CVAE"):
+        pv.VAE(conditionals.Normal(nets.MLP(2), event_shape=3), vae.model.decoder, vae.guide.encoder)
+
+
+def test_particles_are_vectorized():
+    vae, x = make_vae().double(), torch.bernoulli(torch.rand(9, 4, 4, dtype=torch.double))
+    loss = Trace_ELBO(num_particles=2000, vectorize_particles=True, max_plate_nesting=1).loss(vae.model, vae.guide, x)
+    pyro.set_rng_seed(5)
+    draws = torch.tensor([Trace_ELBO().loss(vae.model, vae.guide, x) for _ in range(400)])
+    error = draws.std() * (1 / 400 + 1 / 2000) ** 0.5
+    assert abs(loss - draws.mean()) < 4 * error
+
+
+def test_integer_images():
+    vae = make_vae()
+    x = torch.ones(5, 4, 4, dtype=torch.uint8)
+    assert math.isfinite(Trace_ELBO().loss(vae.model, vae.guide, x))  # whole numbers are what a Bernoulli takes
+    vae.model.decoder = conditionals.Normal(nets.MLP(3), event_shape=(4, 4))
+    with pytest.raises(ValueError, match=r"x\.float\(\) / 255"):
+        vae.model(x)

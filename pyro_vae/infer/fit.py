@@ -179,7 +179,12 @@ class _Step:
         self.svi = SVI(*programs, optim, loss=loss.loss, loss_and_grads=self.loss_and_grads)
 
     def loss_and_grads(self, *args: Any, **kwargs: Any) -> Any:
-        value = self.loss.loss_and_grads(*args, **kwargs)
+        try:
+            value = self.loss.loss_and_grads(*args, **kwargs)
+        except ValueError as error:
+            # the first batch went well, so it is a distribution that is handed NaN: Pyro's own validation says which
+            cause = str(error).split(":\n", 1)[0].split("\n", 1)[0]
+            raise FloatingPointError(f"fit: {self.where}: {cause}. Lower the learning rate, or check the data") from error
         if not math.isfinite(sum(value) if isinstance(value, tuple) else value):
             raise FloatingPointError(
                 f"fit: the loss is {value} at {self.where}; no parameter was moved by it. Lower the learning rate, raise "

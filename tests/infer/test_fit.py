@@ -205,3 +205,30 @@ def test_bad_pairs():
         pv.fit(mean_model, lambda x: pyro.param("loc", torch.zeros(())), x)
     with pytest.raises(ValueError, match="nothing to train"):
         pv.fit(mean_model, lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)), x)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro's own, beside the error
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_loss_that_is_not_finite_stops_the_fit_before_the_optimizer_moves(validate):
+    """At a huge learning rate the first step throws the parameters far off; the second finds NaN and moves nothing."""
+    vae = small_vae()
+    optim = pyro.optim.SGD({"lr": 1e30})
+    with (
+        pyro.validation_enabled(validate),
+        pytest.raises(FloatingPointError, match=r"epoch 1, batch [1-9].*learning rate"),
+    ):
+        pv.fit(vae.model, vae.guide, torch.randn(100, 3), batch_size=5, optim=optim)
+    assert all(torch.isfinite(p).all() for p in vae.parameters())
+
+
+def test_a_networks_parameters_that_are_not_registered_are_an_error():
+    net = torch.nn.Linear(1, 1)
+
+    def guide(x):
+        pyro.param("scale", torch.ones(()))
+        pyro.sample("z", dist.Normal(net(x[:1]).squeeze(), 1.0))
+
+    with pytest.raises(ValueError, match="a Linear runs in it but is not registered"):
+        pv.fit(mean_model, guide, torch.randn(10))
+    net.requires_grad_(False)
+    assert pv.fit(mean_model, guide, torch.randn(10), epochs=1).epochs

@@ -1,0 +1,200 @@
+"""Every family serves as p(x|z) and as q(z|x); its distribution is its formula."""
+
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from torch.distributions import constraints
+from torch.nn.functional import softplus
+
+import pyro_vae as pv
+from pyro_vae import conditionals as c
+from pyro_vae import nets, priors
+
+FAMILIES = {
+    "Bernoulli": c.Bernoulli,
+    "ContinuousBernoulli": c.ContinuousBernoulli,
+    "Poisson": c.Poisson,
+    "NegativeBinomial": c.NegativeBinomial,
+    "Beta": c.Beta,
+    "Gamma": c.Gamma,
+    "Normal": c.Normal,
+    "Normal, learned scale": lambda *a, **k: c.Normal(*a, scale="learned", **k),
+    "Normal, fixed scale": lambda *a, **k: c.Normal(*a, scale=0.5, **k),
+    "Normal in (0, 1)": lambda *a, **k: c.Normal(*a, loc_constraint=constraints.unit_interval, **k),
+    "Laplace": c.Laplace,
+    "LogNormal": c.LogNormal,
+    "StudentT": c.StudentT,
+    "MultivariateNormal": c.MultivariateNormal,
+    "LowRankMultivariateNormal": c.LowRankMultivariateNormal,
+    "Categorical": lambda *a, **k: c.Categorical(*a, num_classes=5, **k),
+}
+VECTORS = {"MultivariateNormal", "LowRankMultivariateNormal"}
+every = pytest.mark.parametrize("name", FAMILIES)
+
+
+def make(name, trunk, event_shape):
+    return FAMILIES[name](trunk, event_shape=event_shape).double()
+
+
+@every
+@pytest.mark.parametrize("batch", [(), (6,), (3, 6)], ids=str)
+def test_shapes_and_support(name, batch):
+    event = (4,) if name in VECTORS else (2, 3)
+    conditional = make(name, nets.MLP(5, (8,)), event)
+    distribution = conditional(torch.randn(*batch, 5, dtype=torch.double))
+    assert distribution.batch_shape == batch
+    assert distribution.event_shape == event
+    draw = distribution.sample()
+    assert distribution.support.check(draw).all()
+    log_prob = distribution.log_prob(draw)
+    assert log_prob.shape == batch
+    assert torch.isfinite(log_prob).all()
+
+
+@every
+def test_every_readout_is_used(name):
+    event = (4,) if name in VECTORS else (2, 3)
+    conditional = make(name, nets.MLP(5, (8,)), event)
+    distribution = conditional(torch.randn(20, 5, dtype=torch.double))
+    distribution.log_prob(distribution.sample()).sum().backward()
+    for parameter_name, parameter in conditional.named_parameters():
+        assert (parameter.grad != 0).any(), parameter_name
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - VECTORS))
+@pytest.mark.parametrize("image", [(8, 8), (3, 8, 8)], ids=str)
+def test_convolutional_trunks_work_as_mlps_do(name, image):
+    decoder = make(name, nets.ConvDecoder(5, image, (6, 4)), image)
+    distribution = decoder(torch.randn(2, 7, 5, dtype=torch.double))
+    assert distribution.batch_shape == (2, 7)
+    assert distribution.event_shape == image
+    encoder = make(name, nets.ConvEncoder(image, (4, 6)), 3)
+    assert encoder(torch.randn(2, 7, *image, dtype=torch.double)).shape() == (2, 7, 3)
+
+
+@every
+def test_as_likelihood_under_svi(name):
+    event = (4,) if name in VECTORS else (2, 3)
+    vae = pv.VAE(
+        priors.StandardNormal(2),
+        FAMILIES[name](nets.MLP(2, (8,)), event_shape=event),
+        c.Normal(nets.MLP(event, (8,)), event_shape=2),
+    )
+    x = vae.sample(11)
+    before = {key: p.detach().clone() for key, p in vae.named_parameters()}
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+    for _ in range(3):
+        svi.step(x)
+    assert all((p != before[key]).any() for key, p in vae.named_parameters())
+    assert vae.reconstruct(x).shape == x.shape
+
+
+class OnSupport(priors.Prior):
+    """A prior on the support of a guide's family: one distribution for all data."""
+
+    def __init__(self, conditional):
+        super().__init__(conditional.event_shape)
+        self.conditional = conditional
+
+    def forward(self):
+        return self.conditional(torch.zeros(5))
+
+
+@pytest.mark.parametrize(
+    "name", ["Beta", "Gamma", "Laplace", "LogNormal", "StudentT", "ContinuousBernoulli", "Normal, learned scale", *VECTORS]
+)
+def test_as_guide_with_reparameterized_gradients(name):
+    encoder = FAMILIES[name](nets.MLP(6, (8,)), event_shape=3)
+    prior = OnSupport(FAMILIES[name](nets.MLP(5, (8,)), event_shape=3))
+    vae = pv.VAE(prior, c.Normal(nets.MLP(3, (8,)), event_shape=6), encoder)
+    assert encoder(torch.zeros(2, 6)).has_rsample
+    before = [p.detach().clone() for p in encoder.parameters()]
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+    for _ in range(3):
+        svi.step(torch.randn(11, 6))
+    assert all((p != b).any() for p, b in zip(encoder.parameters(), before, strict=True))
+
+
+def test_normal_is_its_formula():
+    conditional = c.Normal(nets.MLP(5, (8,)), event_shape=(2, 3), min_scale=0.01).double()
+    given, y = torch.randn(7, 5, dtype=torch.double), torch.randn(7, 2, 3, dtype=torch.double)
+    h = conditional.trunk(given)
+    loc, log_scale = (conditional.readout[name].layer(h).reshape(7, 2, 3) for name in ("loc", "log_scale"))
+    scale = 0.01 + log_scale.exp()
+    by_hand = (-0.5 * ((y - loc) / scale) ** 2 - scale.log() - 0.5 * torch.log(torch.tensor(2 * torch.pi))).sum((1, 2))
+    torch.testing.assert_close(conditional(given).log_prob(y), by_hand)
+
+
+def test_multivariate_normal_is_its_cholesky_factor():
+    d = 4
+    conditional = c.MultivariateNormal(nets.MLP(5, (8,)), event_shape=d).double()
+    given = torch.randn(3, 7, 5, dtype=torch.double)
+    h = conditional.trunk(given)
+    parts = {name: readout(h) for name, readout in conditional.readout.items()}
+    factor = torch.zeros(3, 7, d, d, dtype=torch.double)
+    row, column = torch.tril_indices(d, d, offset=-1)
+    factor[..., row, column] = parts["lower"]
+    factor[..., range(d), range(d)] = 1e-3 + parts["log_diagonal"].exp()
+    torch.testing.assert_close(conditional(given).covariance_matrix, factor @ factor.mT)
+    assert c.MultivariateNormal(nets.MLP(5, (8,)), event_shape=1)(torch.zeros(2, 5)).event_shape == (1,)
+
+
+def test_low_rank_is_its_covariance():
+    conditional = c.LowRankMultivariateNormal(nets.MLP(5, (8,)), event_shape=6, rank=2).double()
+    given = torch.randn(7, 5, dtype=torch.double)
+    h = conditional.trunk(given)
+    factor = conditional.readout["factor"](h)
+    diagonal = (1e-3 + conditional.readout["log_diagonal"](h).exp()) ** 2
+    torch.testing.assert_close(conditional(given).covariance_matrix, factor @ factor.mT + torch.diag_embed(diagonal))
+
+
+def test_categorical_has_classes_of_its_own_and_a_mean():
+    conditional = c.Categorical(nets.MLP(5, (8,)), event_shape=(2, 3), num_classes=4).double()
+    given = torch.randn(7, 5, dtype=torch.double)
+    logits = conditional.readout["logits"](conditional.trunk(given))
+    distribution = conditional(given)
+    y = distribution.sample()
+    by_hand = logits.log_softmax(1).gather(1, y.long().unsqueeze(1)).sum((1, 2, 3))
+    torch.testing.assert_close(distribution.log_prob(y), by_hand)
+    torch.testing.assert_close(distribution.mean, (logits.softmax(1) * torch.arange(4).reshape(4, 1, 1)).sum(1))
+
+
+def test_floors_under_scales_and_concentrations():
+    """Read-outs driven to −∞ leave the scale at its floor, so the density of a datum that is met exactly is bounded."""
+    for family in (c.Normal, c.Laplace, c.LogNormal, c.StudentT):
+        conditional = family(nets.MLP(5, ()), event_shape=3, min_scale=0.25)
+        torch.nn.init.constant_(conditional.readout["log_scale"].layer.bias, -1e4)
+        base = conditional(torch.zeros(2, 5)).base_dist
+        assert torch.all((base.base_dist if family is c.LogNormal else base).scale == 0.25)
+    conditional = c.Gamma(nets.MLP(5, ()), event_shape=3)
+    bias = conditional.readout["rate"].layer.bias
+    torch.nn.init.constant_(bias, -1e4)
+    assert torch.all(conditional(torch.zeros(2, 5)).base_dist.rate == 1e-3 + softplus(bias.detach()))
+
+
+def test_masked_sums_the_observed_entries():
+    conditional = c.Bernoulli(nets.MLP(5, (8,)), event_shape=(2, 3)).double()
+    distribution = conditional(torch.randn(7, 5, dtype=torch.double))
+    y, mask = distribution.sample(), torch.rand(7, 2, 3) > 0.4
+    expected = (distribution.base_dist.log_prob(y) * mask).sum((1, 2))
+    torch.testing.assert_close(c.masked(distribution, mask).log_prob(y), expected)
+    with pytest.raises(ValueError, match="not independent"):
+        c.masked(c.MultivariateNormal(nets.MLP(5), event_shape=3)(torch.zeros(2, 5)), torch.ones(2, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda trunk: c.Normal(trunk, event_shape=(0,)), "positive whole numbers"),
+        (lambda trunk: c.Normal(trunk, event_shape=3, scale=-1.0), "must be positive"),
+        (lambda trunk: c.Normal(trunk, event_shape=3, scale="netwrok"), '"network"'),
+        (lambda trunk: c.Normal(trunk, event_shape=3, min_scale=0.0), "positive floor"),
+        (lambda trunk: c.MultivariateNormal(trunk, event_shape=(3, 4)), "one dimension"),
+        (lambda trunk: c.Categorical(trunk, event_shape=3, num_classes=1), "2 or more"),
+        (lambda trunk: c.Normal(torch.nn.ReLU(), event_shape=3), "out_shape"),
+    ],
+)
+def test_bad_input(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(nets.MLP(5))

@@ -1,0 +1,24 @@
+"""Every example runs, and leaves the picture that it promises."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_smoke(path, tmp_path, request):
+    if path.stem in ("mnist", "frey_faces"):
+        folder = request.getfixturevalue("data_dir").resolve()
+        os.environ["PYRO_VAE_DATA"] = str(folder)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(path), "--smoke-test"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nats per datum" in done.stdout
+    pictures = list(tmp_path.glob("*.png"))
+    assert [picture.stem for picture in pictures] == ([path.stem] if "savefig" in path.read_text() else [])

@@ -1,0 +1,60 @@
+"""Priors: every parameter trains, and each is its formula."""
+
+import math
+
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from torch.distributions import constraints
+
+import pyro_vae as pv
+from pyro_vae import conditionals, nets, priors
+
+
+def make_vae(prior_of):
+    encoder = conditionals.Normal(nets.MLP(6, (8,)), event_shape=2)
+    return pv.VAE(prior_of(encoder), conditionals.Normal(nets.MLP(2, (8,)), event_shape=6), encoder)
+
+
+PRIORS = {
+    "standard": lambda encoder: priors.StandardNormal(2),
+    "normal": lambda encoder: priors.Normal(2),
+    "mixture": lambda encoder: priors.GaussianMixture(2, 4),
+    "vamp": lambda encoder: priors.VampPrior(encoder, torch.randn(5, 6)),
+    "vamp on images": lambda encoder: priors.VampPrior(encoder, torch.rand(5, 6), constraint=constraints.unit_interval),
+}
+
+
+@pytest.mark.parametrize("prior_of", PRIORS.values(), ids=PRIORS.keys())
+def test_plain_svi_moves_every_parameter(prior_of):
+    vae = make_vae(prior_of).double()
+    before = {name: p.detach().clone() for name, p in vae.named_parameters()}
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    for _ in range(3):
+        svi.step(torch.rand(16, 6, dtype=torch.double))
+    assert all((p != before[name]).any() for name, p in vae.named_parameters())
+    assert vae.sample(7).shape == (7, 6)
+
+
+def test_vamp_prior_is_the_mixture_of_posteriors():
+    vae = make_vae(PRIORS["vamp"]).double()
+    prior, z = vae.model.prior, torch.randn(9, 2, dtype=torch.double)
+    each = vae.guide.encoder(prior.pseudo_inputs).log_prob(z.unsqueeze(1))
+    torch.testing.assert_close(prior().log_prob(z), torch.logsumexp(each, 1) - math.log(5))
+    assert prior.encoder is vae.guide.encoder
+
+
+def test_mixture_is_its_formula():
+    prior = priors.GaussianMixture((2, 3), 4).double()
+    torch.nn.init.normal_(prior.logits)
+    z = torch.randn(9, 2, 3, dtype=torch.double)
+    scale = 1e-3 + prior.log_scale.exp()
+    each = torch.distributions.Normal(prior.loc, scale).log_prob(z.unsqueeze(1)).sum((2, 3))
+    torch.testing.assert_close(prior().log_prob(z), torch.logsumexp(each + prior.logits.log_softmax(0), 1))
+
+
+@pytest.mark.parametrize("pseudo_inputs", [torch.zeros(0, 6), torch.zeros(6)], ids=["none", "no rows"])
+def test_vamp_prior_needs_pseudo_inputs(pseudo_inputs):
+    with pytest.raises(ValueError, match="K ≥ 1"):
+        make_vae(lambda encoder: priors.VampPrior(encoder, pseudo_inputs))
