@@ -36,18 +36,15 @@ GUIDES: dict[str, Callable[..., conditionals.Conditional]] = {
 }
 PRIORS = ("standard-normal", "normal", "mixture", "vamp")
 # What a data set is trained with where the command line does not say.
+_MNIST = {"likelihood": "bernoulli", "latent_dim": 20, "hidden": "500", "num_epochs": 15, "learning_rate": 1e-3, "warm_up": 0}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {
-        "likelihood": "continuous-bernoulli",
-        "latent_dim": 2,
-        "hidden": "200",
-        "num_epochs": 200,
-        "learning_rate": 3e-3,
-    },
-    "mnist": {"likelihood": "bernoulli", "latent_dim": 20, "hidden": "500", "num_epochs": 15, "learning_rate": 1e-3},
-    "fashion-mnist": {"likelihood": "bernoulli", "latent_dim": 20, "hidden": "500", "num_epochs": 15, "learning_rate": 1e-3},
-    "frey-faces": {"likelihood": "normal", "latent_dim": 2, "hidden": "200", "num_epochs": 200, "learning_rate": 1e-3},
-    "ring": {"likelihood": "normal", "latent_dim": 2, "hidden": "100,100", "num_epochs": 200, "learning_rate": 1e-3},
+    "digits": _MNIST
+    | {"likelihood": "continuous-bernoulli", "latent_dim": 2, "hidden": "200", "num_epochs": 200, "learning_rate": 3e-3},
+    "mnist": _MNIST,
+    "fashion-mnist": _MNIST,
+    "frey-faces": _MNIST | {"likelihood": "normal", "latent_dim": 2, "hidden": "200", "num_epochs": 200},
+    "ring": _MNIST
+    | {"likelihood": "normal", "latent_dim": 2, "hidden": "100,100", "num_epochs": 200, "learning_rate": 3e-3, "warm_up": 50},
 }
 PSEUDO_INPUTS = 100
 

@@ -61,7 +61,7 @@ def train(
     binarize: Annotated[Binarize | None, Option(help="What grey pixels become.  [default: stochastic for bernoulli]")] = None,
     num_particles: Annotated[int, Option(min=1, help="Draws of z for each datum and step.")] = 1,
     beta: Annotated[float, Option(min=0, help="Weight of the KL in what is optimized, never in what is reported.")] = 1.0,
-    warm_up: Annotated[int, Option(min=0, help="Epochs over which the weight of the KL rises from 0.")] = 0,
+    warm_up: Annotated[int | None, Option(min=0, help="Epochs over which the weight of the KL rises from 0.")] = None,
     patience: Annotated[int | None, Option(min=1, help="Stop after so many epochs without a better held-out ELBO.")] = None,
     seed: Seed = 0,
     device: Annotated[str, Option(help="cpu, cuda, cuda:1, …")] = "cpu",
@@ -77,12 +77,12 @@ def train(
     from pyro_vae import build, runs
 
     chosen = {"likelihood": likelihood, "latent_dim": latent_dim, "hidden": hidden, "num_epochs": num_epochs,
-              "learning_rate": learning_rate}  # fmt: skip
+              "learning_rate": learning_rate, "warm_up": warm_up}  # fmt: skip
     config: dict[str, Any] = build.DEFAULTS[dataset] | {key: value for key, value in chosen.items() if value is not None}
     grey_to = "stochastic" if config["likelihood"] == "bernoulli" and pair is None else "none"
     config |= {
         "dataset": dataset, "guide": guide, "prior": prior, "pair": pair, "binarize": binarize or grey_to,
-        "batch_size": batch_size, "num_particles": num_particles, "beta": beta, "warm_up": warm_up, "patience": patience,
+        "batch_size": batch_size, "num_particles": num_particles, "beta": beta, "patience": patience,
         "seed": seed, "device": _device(device), "dtype": dtype, "hidden": _widths(config["hidden"]),
     }  # fmt: skip
     train_data, test = build.build_data(config, data_dir)

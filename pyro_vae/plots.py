@@ -26,43 +26,39 @@ def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None) -> Axes:
     ax.plot(numbers, [record.train.elbo for record in epochs], label="train", color="C0")
     held_out = [record.validation for record in epochs if record.validation is not None]
     if held_out:
-        ax.plot(numbers, [mean.elbo for mean in held_out], label="held out", color="C1")
-        ax.annotate(f"{held_out[-1].elbo:.2f}", (numbers[-1], held_out[-1].elbo), xytext=(4, -12), textcoords="offset points")
+        ax.plot(numbers, [mean.elbo for mean in held_out], label=f"held out, {held_out[-1].elbo:.2f} at the end", color="C1")
         # the first epochs lie far below; show the rest
         low = np.quantile([mean.elbo for mean in held_out], 0.1)
         ax.set_ylim(bottom=low - 0.1 * abs(low))
     ax.set(xlabel="epoch", ylabel="ELBO (nats per datum)", title="Evidence lower bound")
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="lower right")
     return ax
 
 
 def plot_images(images: Tensor, *, columns: int = 10, title: str | None = None) -> Figure:
-    """A grid of images ``(n, height, width)`` or ``(n, channels, height, width)``, row by row."""
+    """A grid of images ``(n, height, width)`` or ``(n, channels, height, width)``, row by row, on one grey scale; an image
+    of NaN leaves its place empty."""
     rows = -(-len(images) // columns)
     fig, axes = plt.subplots(rows, columns, figsize=(columns * 0.8, rows * 0.8 + 0.4), squeeze=False, layout="constrained")
-    low, high = float(images.min()), float(images.max())
+    pictures = images.detach().cpu().double().numpy()
+    low, high = np.nanmin(pictures), np.nanmax(pictures)
     for ax in axes.flat:
         ax.set_axis_off()
-    for ax, image in zip(axes.flat, images, strict=False):
-        picture = image.detach().cpu().numpy()
-        if picture.ndim == 3:
-            picture = np.moveaxis(picture, 0, -1).squeeze()
-        ax.imshow(picture, cmap="gray", vmin=low, vmax=high)
+    for ax, picture in zip(axes.flat, (pictures - low) / max(high - low, 1e-12), strict=False):
+        ax.imshow(np.moveaxis(picture, 0, -1).squeeze() if picture.ndim == 3 else picture, cmap="gray", vmin=0, vmax=1)
     if title:
         fig.suptitle(title)
     return fig
 
 
 def plot_reconstructions(x: Tensor, reconstructions: Tensor, *, columns: int = 10) -> Figure:
-    """Originals above their reconstructions, ``(n, height, width)`` each, in pairs of rows."""
-    rows = [
-        part
-        for chunk in zip(x.split(columns), reconstructions.split(columns), strict=True)
-        for part in chunk
-        if len(part) == columns or len(x) < columns
-    ]
-    return plot_images(torch.cat(rows), columns=min(columns, len(x)), title="Originals, each row above its reconstruction")
+    """Originals ``(n, height, width)`` or ``(n, channels, height, width)``, each row above its reconstructions."""
+    columns = min(columns, len(x))
+    empty = reconstructions.new_full((-len(x) % columns, *x.shape[1:]), torch.nan)
+    originals, others = (torch.cat([part.to(empty), empty]).split(columns) for part in (x, reconstructions))
+    rows = [row for pair in zip(originals, others, strict=True) for row in pair]
+    return plot_images(torch.cat(rows), columns=columns, title="Originals, each row above its reconstructions")
 
 
 @torch.no_grad()
