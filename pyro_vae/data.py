@@ -197,10 +197,12 @@ def ring(n: int, *, radius: float = 1.0, noise: float = 0.1, seed: int = 0) -> D
 
 
 def check_rows(x: Tensor, name: str) -> None:
-    """Raise ``ValueError`` where ``x`` is empty, has no rows, or has a non-finite entry, naming its row."""
+    """Raise ``ValueError`` where ``x`` is empty, complex, or has a non-finite entry, naming its row."""
     if x.dim() == 0 or x.numel() == 0:
         raise ValueError(f"{name}: there are no data, the shape is {tuple(x.shape)}; expected (n, *event) with n ≥ 1")
-    if x.is_floating_point() or x.is_complex():
+    if x.is_complex():
+        raise ValueError(f"{name}: expected real numbers but got {x.dtype}; pass x.real, or both parts as two columns")
+    if x.is_floating_point():
         bad = ~torch.isfinite(x).flatten(1).all(1) if x.dim() > 1 else ~torch.isfinite(x)
         if bad.any():
             raise ValueError(
