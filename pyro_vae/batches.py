@@ -95,7 +95,8 @@ class Loaded(Batches):
     def __init__(self, shuffled: DataLoader, ordered: DataLoader) -> None:
         self.shuffled, self.ordered = shuffled, ordered
         try:
-            self.num_rows, self._num_batches = len(shuffled.dataset), len(shuffled)  # type: ignore[arg-type]
+            len(shuffled.dataset)  # type: ignore[arg-type]
+            self.num_rows, self._num_batches = len(shuffled.sampler), len(shuffled)  # type: ignore[arg-type]
         except TypeError as error:
             raise ValueError(
                 "data: the loader's data set has no length, so a minibatch cannot be scaled to it; expected a data set "
@@ -105,10 +106,18 @@ class Loaded(Batches):
             self.num_rows = max(1, self._num_batches) * (shuffled.batch_size or 1)
 
     def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
-        for i, items in enumerate(self.shuffled if shuffle else self.ordered):
-            batch = as_batch(items)
-            batch.check(f"data, batch {i}")
-            yield batch
+        loader = self.shuffled if shuffle else self.ordered
+        own = [g for part in (loader, loader.sampler) if (g := getattr(part, "generator", None)) is not None]
+        states = [generator.get_state() for generator in own]
+        try:
+            for i, items in enumerate(loader):
+                batch = as_batch(items)
+                batch.check(f"data, batch {i}")
+                yield batch
+        finally:
+            if not shuffle:  # to look at the data is not to move the loader's random state
+                for generator, state in zip(own, states, strict=True):
+                    generator.set_state(state)
 
     @property
     def num_batches(self) -> int:
@@ -148,6 +157,11 @@ def as_batches(data: Any, batch_size: int | None) -> Batches:
         size = batch_size or len(data)  # type: ignore[arg-type]
         ways = (DataLoader(data, size, shuffle=shuffle, collate_fn=_collate) for shuffle in (True, False))
         return Loaded(*ways)
+    if isinstance(data, list):
+        raise ValueError(
+            f"data: expected a tensor or array (n, *event) but got a list of {len(data)}; stack its rows by torch.stack, or "
+            "pass a tuple where its parts are the arguments of the model"
+        )
     whole = as_batch(data)
     whole.check("data")
     return InMemory(whole, batch_size or whole.num_rows)
@@ -170,10 +184,12 @@ def _as_tensor(part: Any) -> Any:
     if isinstance(part, np.ndarray):
         if part.dtype.kind not in "fiub":
             raise ValueError(f"data: expected an array of numbers but got dtype {part.dtype}")
-        wide = part.dtype.itemsize >= 8 if part.dtype.kind == "f" else part.dtype.itemsize > 1
+        # torch knows neither foreign byte orders nor unsigned numbers beyond bytes
+        dtype = np.dtype(np.int64) if part.dtype.kind == "u" and part.dtype.itemsize > 1 else part.dtype.newbyteorder("=")
+        if part.dtype.kind == "f" and part.dtype.itemsize > 8:
+            dtype = np.dtype(np.float64)
+        tensor = torch.from_numpy(np.array(part, dtype=dtype, order="C"))
         # numpy makes float64 of everything; the networks are of the default dtype
-        dtype = {"f": np.float64, "u": np.int64}.get(part.dtype.kind) if wide else part.dtype.newbyteorder("=")
-        tensor = torch.from_numpy(np.array(part, dtype=dtype or part.dtype.newbyteorder("="), order="C"))
         return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
     if isinstance(part, Tensor) or not isinstance(part, Sequence | str | type(None)):
         return part

@@ -3,7 +3,7 @@
 The terms of the ELBO are defined here, once; training reports them, evaluation averages them.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pyro_vae.batches import Batch
 
@@ -43,7 +44,7 @@ class MeanElbo(NamedTuple):
 
 class ElboTerms(NamedTuple):
     """The ELBO of each datum in nats, log p(x|z) + log p(z) − log q(z|x) at the guide's draws: a lower bound of log p(x)
-    in expectation. Never annealed, never scaled to a data set.
+    in expectation. Never annealed, never scaled: not to a data set, not by ``poutine.scale``.
 
     elbo: ``(batch,)``; reconstruction: log p(x|z), ``(batch,)``; kl: log q(z|x) − log p(z), ``(batch,)``. A latent that all
     data share gives each datum its equal share.
@@ -52,6 +53,12 @@ class ElboTerms(NamedTuple):
     elbo: Tensor
     reconstruction: Tensor
     kl: Tensor
+
+    @classmethod
+    def of_batch(cls, elbo: float, num_rows: int) -> "ElboTerms":
+        """Where only the ELBO of a whole batch is known, each of its data carries the mean."""
+        unknown = torch.full((num_rows,), torch.nan)
+        return cls(torch.full((num_rows,), elbo), unknown, unknown)
 
     def mean(self) -> MeanElbo:
         n = len(self.elbo)
@@ -79,63 +86,100 @@ def elbo_terms(
 ) -> ElboTerms:
     """The terms of one run of a pair, one per datum.
 
-    :param plates: names of the data plates, whose rows are data: see :func:`data_plates`.
-    :param num_data: N, over which latents outside the data plates are shared out.
+    :param plates: names of the data plates, whose rows are data: see :func:`data_plates`. Where there are none the run must
+        be over all data at once.
+    :param num_data: N, over which what lies outside the data plates is shared out.
     :param num_particles: particles in the traces, where they are vectorized: terms are averaged over them.
     """
-    observed, latent, model_shared = _sum_sites(model_trace, plates)
-    _, guide_latent, guide_shared = _sum_sites(guide_trace, plates)
-    shared = (model_shared[0] / num_data, (guide_shared[1] - model_shared[1]) / num_data)
-    reconstruction = (observed + shared[0]) / num_particles
-    kl = (guide_latent - latent + shared[1]) / num_particles
+    model, guide = sum_sites(model_trace, plates), sum_sites(guide_trace, plates)
+    log_q = guide.latent + guide.observed  # a factor in a guide is part of log q
+    shared_log_q = guide.shared_latent + guide.shared_observed
+    reconstruction = (model.observed + model.shared_observed / num_data) / num_particles
+    kl = (log_q - model.latent + (shared_log_q - model.shared_latent) / num_data) / num_particles
     reconstruction, kl = torch.broadcast_tensors(torch.atleast_1d(reconstruction), torch.atleast_1d(kl))
+    if not plates:
+        reconstruction, kl = reconstruction.expand(num_data), kl.expand(num_data)
     return ElboTerms(reconstruction - kl, reconstruction, kl)
 
 
-def _sum_sites(trace: Trace, plates: frozenset[str]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Log-probabilities of the observed and of the latent sites: per datum, and of those outside the data plates."""
-    local = [torch.zeros(()), torch.zeros(())]
-    shared = [torch.zeros(()), torch.zeros(())]
+class SiteSums(NamedTuple):
+    """Log-probabilities of a trace in nats, summed over its sites and over particles: of the observed and of the latent
+    sites in data plates, ``(batch,)``, and of those that all data share, ``()``."""
+
+    observed: Tensor
+    latent: Tensor
+    shared_observed: Tensor
+    shared_latent: Tensor
+
+
+def sum_sites(trace: Trace, plates: frozenset[str]) -> SiteSums:
+    """Sums of log-probabilities, one for each datum where sites lie in data plates.
+
+    A plate within a datum that subsamples counts for its full size. Other scales (the data set's N/B, annealing,
+    ``poutine.scale``) are stripped.
+    """
+    sums = dict.fromkeys(SiteSums._fields, torch.zeros(()))
     for site in prune_subsample_sites(trace).nodes.values():
         if site["type"] != "sample" or site["infer"].get("_deterministic"):
             continue
         log_prob = scale_and_mask(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), mask=site["mask"])
-        frames = [frame for frame in site["cond_indep_stack"] if frame.name in plates and frame.vectorized]
-        which = 0 if site["is_observed"] else 1
-        if frames:
-            rows = log_prob.movedim(frames[0].dim, -1)
-            local[which] = local[which].to(rows) + rows.reshape(-1, rows.shape[-1]).sum(0)
+        row_dims = []
+        for frame in site["cond_indep_stack"]:
+            if frame.name not in plates:
+                log_prob = log_prob * (frame.full_size / frame.size)
+            elif frame.vectorized:
+                row_dims.append(frame.dim)
+        kind = "observed" if site["is_observed"] else "latent"
+        if row_dims:
+            rows = log_prob.movedim(row_dims[0], -1)
+            log_prob = rows.reshape(-1, rows.shape[-1]).sum(0)
         else:
-            shared[which] = shared[which].to(log_prob) + log_prob.sum()
-    return local[0], local[1], (shared[0], shared[1])
+            kind, log_prob = f"shared_{kind}", log_prob.sum()
+        sums[kind] = sums[kind].to(log_prob) + log_prob
+    return SiteSums(**sums)
 
 
-def data_plates(model: Program, batch: Batch) -> frozenset[str]:
+def data_plates(model: Program, guide: Program, batch: Batch) -> frozenset[str]:
     """Names of the model's data plates: those with one row for each row of the batch.
 
-    A plate over something else may have that size by accident, but only a data plate shrinks with the data: the model is
-    run on fewer rows too. It is run untouched, in evaluation mode.
+    A plate over something else may have that size by accident, but only a data plate follows the data: the model is run on
+    another number of rows too. It is run untouched, in evaluation mode.
     """
+    first, *rest = range(batch.num_rows)
+    other = batch.map(lambda part: part[rest or [first, first]])
     with untouched(training=False), torch.no_grad():
-        sizes = _plate_sizes(model, batch)
+        sizes = _plate_sizes(model, guide, batch)
         plates = {name for name, size in sizes.items() if batch.num_rows in size}
-        if batch.num_rows > 1 and plates:
+        if plates:
             try:
-                fewer = _plate_sizes(model, batch.first(batch.num_rows - 1))
+                others = _plate_sizes(model, guide, other)
             except Exception:  # a model written for one batch size
                 return frozenset(plates)
-            plates = {name for name in plates if fewer.get(name) != sizes[name]}
+            plates = {name for name in plates if others.get(name) != sizes[name]}
     return frozenset(plates)
 
 
-def _plate_sizes(model: Program, batch: Batch) -> dict[str, tuple[int, int]]:
-    trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
+def _plate_sizes(model: Program, guide: Program, batch: Batch) -> dict[str, tuple[int, int]]:
+    try:
+        trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
+    except NotImplementedError:  # a prior that cannot be sampled: the guide says where its latents are
+        trace, _ = run_pair(model, guide, *batch.args, **batch.kwargs)
     return {
         frame.name: (frame.size, frame.full_size)
         for site in trace.nodes.values()
         if site["type"] == "sample"
         for frame in site["cond_indep_stack"]
+        if frame.vectorized
     }
+
+
+def check_plates(plates: frozenset[str], batch: Batch, num_data: int) -> None:
+    """Raise ``ValueError`` where a minibatch cannot be told from the whole data set."""
+    if not plates and batch.num_rows < num_data:
+        raise ValueError(
+            f"pair: the model has no vectorized plate of the batch's {batch.num_rows} rows, so a minibatch cannot be scaled to "
+            f'the {num_data} data; put what each datum has in `with pyro.plate("data", len(x))`, or pass batch_size=None'
+        )
 
 
 class Reweighted(Messenger):
@@ -166,21 +210,26 @@ class Reweighted(Messenger):
 
 
 @contextmanager
-def untouched(*, training: bool | None = None, seed: int | None = None) -> Iterator[Collection[nn.Module]]:
+def untouched(*, training: bool | None = None, seed: int | None = None) -> Iterator[Mapping[nn.Module, bool]]:
     """Run a pair and leave no mark: random states, Pyro's param store, training flags and buffers of every module
-    that ran (batch normalization's averages) are put back. Yields the modules that ran.
+    that ran (batch normalization's averages) are put back. Yields the modules that ran, and whether gradients were on.
 
     :param training: run the modules in training mode or in evaluation mode; ``None`` leaves them as they are.
     :param seed: seed of the noise inside; ``None`` starts from the caller's random state.
     """
-    seen: dict[nn.Module, tuple[bool, dict[str, Tensor | None]]] = {}
+    ran: dict[nn.Module, bool] = {}
+    flags: dict[nn.Module, bool] = {}
+    buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []
 
     def enter(module: nn.Module, _: Any) -> None:
-        if module not in seen:
-            buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
-            seen[module] = (module.training, buffers)
+        if module not in ran:
+            flags[module] = module.training
+            for name, buffer in module._buffers.items():
+                kept = None if buffer is None or is_lazy(buffer) else buffer.clone()
+                buffers.append((module, name, buffer, kept))
             if training is not None:
                 module.training = training
+        ran[module] = ran.get(module, False) or torch.is_grad_enabled()
 
     store = pyro.get_param_store()
     # a global hook, for this block only: it is what reaches the networks that a plain function closes over
@@ -190,12 +239,14 @@ def untouched(*, training: bool | None = None, seed: int | None = None) -> Itera
         with torch.random.fork_rng(), store.scope(store.get_state()):
             if seed is not None:
                 pyro.set_rng_seed(seed)
-            yield seen.keys()
+            yield ran
     finally:
         hook.remove()
         pyro.util.set_rng_state(state)
-        for module, (was_training, buffers) in seen.items():
+        for module, was_training in flags.items():
             module.training = was_training
-            for name, value in buffers.items():
-                if value is not None:
-                    module._buffers[name].copy_(value)  # type: ignore[union-attr]
+        with torch.no_grad():
+            for module, name, buffer, kept in buffers:
+                module._buffers[name] = buffer  # the module may have put another tensor there
+                if buffer is not None and kept is not None:
+                    buffer.copy_(kept)

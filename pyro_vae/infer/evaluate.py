@@ -5,9 +5,18 @@ from typing import Any
 import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
 
-from pyro_vae.batches import as_batches
+from pyro_vae.batches import Batch, as_batches, fitting
 from pyro_vae.data import Data
-from pyro_vae.pair import ElboTerms, Program, data_plates, elbo_terms, run_pair, untouched
+from pyro_vae.pair import (
+    ElboTerms,
+    Program,
+    Reweighted,
+    check_plates,
+    data_plates,
+    elbo_terms,
+    run_pair,
+    untouched,
+)
 
 
 def evaluate(
@@ -17,7 +26,7 @@ def evaluate(
     *,
     loss: ELBO | None = None,
     num_particles: int = 1,
-    batch_size: int = 500,
+    batch_size: int | None = 500,
     seed: int = 0,
 ) -> ElboTerms:
     """ELBO(x) = E_q[log p(x, z) − log q(z|x)] for each datum, in nats: a lower bound of log p(x) in expectation.
@@ -29,28 +38,36 @@ def evaluate(
         for a batch, which each of its data then carries.
     :param num_particles: draws of z for each datum.
     :param seed: seed of the draws, the same at each call, so that two evaluations differ by the pair alone.
+    :param batch_size: data at a time, ``None`` for all of them (a guide with parameters for each datum needs that).
     :return: :class:`~pyro_vae.pair.ElboTerms`, tensors ``(n,)`` in the order of the data; its ``mean()`` has the standard
-        error over data.
-    :raises ValueError: for empty or non-finite data.
+        error over data. A model that draws a subsample of its own has terms for those rows alone.
+    :raises ValueError: for empty or non-finite data, or where the model has no data plate to tell minibatches by.
 
     Plain functions keep their parameters in Pyro's param store: evaluate within ``with history.scope():``.
     """
     batches = as_batches(data.fixed() if isinstance(data, Data) else data, batch_size)
-    enumerated = isinstance(loss, TraceEnum_ELBO)
     parts: list[ElboTerms] = []
     with untouched(training=False, seed=seed), torch.no_grad():
         plates: frozenset[str] | None = None
-        for batch in batches.epoch(shuffle=False):
-            if enumerated:
-                mean = -loss.loss(model, guide, *batch.args, **batch.kwargs) / batch.num_rows  # type: ignore[union-attr]
-                unknown = torch.full((batch.num_rows,), torch.nan)
-                parts.append(ElboTerms(torch.full((batch.num_rows,), mean), unknown, unknown))
-                continue
+        for batch in (fitting(model, batch) for batch in batches.epoch(shuffle=False)):
             if plates is None:
-                plates = data_plates(model, batch)
+                plates = data_plates(model, guide, batch)
+                check_plates(plates, batch, batches.num_rows)
+            if isinstance(loss, TraceEnum_ELBO):
+                parts.append(_enumerated(model, guide, batch, loss, plates, batches.num_rows))
+                continue
             draws = [
                 elbo_terms(*run_pair(model, guide, *batch.args, **batch.kwargs), plates, num_data=batches.num_rows)
                 for _ in range(num_particles)
             ]
             parts.append(ElboTerms(*(torch.stack(part).mean(0) for part in zip(*draws, strict=True))))
     return ElboTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _enumerated(
+    model: Program, guide: Program, batch: Batch, loss: TraceEnum_ELBO, plates: frozenset[str], num_data: int
+) -> ElboTerms:
+    """The loss alone knows the sites that it sums out: one ELBO for the batch, standing for all data."""
+    programs = (Reweighted(plates, num_rows=batch.num_rows, num_data=num_data)(program) for program in (model, guide))
+    mean = -loss.loss(*programs, *batch.args, **batch.kwargs) / num_data
+    return ElboTerms.of_batch(mean, batch.num_rows)

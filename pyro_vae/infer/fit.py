@@ -2,24 +2,45 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro.infer import ELBO, SVI, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import (
+    ELBO,
+    SVI,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceTailAdaptive_ELBO,
+)
 from pyro.optim import Adam, PyroLRScheduler, PyroOptim
 from tqdm import tqdm
 
-from pyro_vae.batches import Batch, as_batches, fitting
+from pyro_vae.batches import Batch, Batches, InMemory, as_batches, fitting
 from pyro_vae.data import Data
-from pyro_vae.infer.check import check_first_batch
+from pyro_vae.infer.check import check_first_batch, check_observed
 from pyro_vae.infer.evaluate import evaluate
-from pyro_vae.pair import ElboTerms, MeanElbo, Program, Reweighted, data_plates, elbo_terms
+from pyro_vae.pair import (
+    ElboTerms,
+    MeanElbo,
+    Program,
+    Reweighted,
+    check_plates,
+    data_plates,
+    elbo_terms,
+    run_pair,
+    untouched,
+)
 
 Beta = float | Callable[[float], float]
+_TRACED = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
 
 
 class Epoch(NamedTuple):
@@ -74,7 +95,8 @@ def fit(
 ) -> History:
     """Train a pair by SVI.
 
-    :param model: any Pyro program; :param guide: one with the same arguments and latent sites.
+    :param model: any Pyro program.
+    :param guide: one with the same arguments and latent sites.
     :param data: ``Tensor`` or ``ndarray`` ``(n, *event)``, a tuple of them for ``model(x, c)``, a dict for keyword
         arguments, a :class:`~pyro_vae.data.Data`, a torch ``Dataset`` or a ``DataLoader``. A model that takes fewer
         arguments than a batch has is given the first ones, so labelled data sets train unsupervised pairs.
@@ -122,21 +144,24 @@ def train(
     loss, optim = loss or Trace_ELBO(), optim or Adam({"lr": 1e-3})
     if epochs < 1 or (patience is not None and (patience < 1 or validation is None)):
         raise ValueError(f"fit: expected epochs ≥ 1, and patience ≥ 1 with validation data, but got {epochs}, {patience}")
+    if isinstance(loss, _TRACED):
+        raise ValueError(
+            f"fit: {type(loss).__name__} compiles the first minibatch's β and N/B in; expected a loss that is not "
+            f"compiled, such as {type(loss).__name__.removeprefix('Jit')}"
+        )
     batches = as_batches(data, batch_size)
     state = param_store if param_store is not None else {"params": {}, "constraints": {}}
     store = pyro.get_param_store()
     with store.scope(state.copy()):
-        first = check_first_batch(model, guide, batches)
-        plates = data_plates(model, first)
-    if not plates and first.num_rows < batches.num_rows:
-        raise ValueError(
-            f"fit: the model has no plate of the batch's {first.num_rows} rows, so a minibatch cannot be scaled to the "
-            f'{batches.num_rows} data; put what each datum has in `with pyro.plate("data", len(x))`, or pass batch_size=None'
-        )
+        first, modules = check_first_batch(model, guide, batches)
+        plates = data_plates(model, guide, first)
+        check_plates(plates, first, batches.num_rows)
+        if beta != 1.0:
+            _check_annealing(model, guide, first)
     if isinstance(validation, Data):
         validation = validation.fixed()
-    step = _Step(model, guide, loss, optim, plates, batches.num_rows)
-    best, best_values, since_best = -math.inf, {}, 0
+    step = _Step(model, guide, loss, optim, plates, batches)
+    best = _Best(state, modules)
     with tqdm(total=epochs * batches.num_batches, unit="step", disable=None if progress is None else not progress) as bar:
         for epoch in range(1, epochs + 1):
             start, parts, weight = time.perf_counter(), [], 1.0
@@ -145,71 +170,122 @@ def train(
                     weight = beta(epoch - 1 + i / batches.num_batches) if callable(beta) else float(beta)
                     parts.append(step(fitting(model, batch), weight, f"epoch {epoch}, batch {i}"))
                     bar.update()
-                if isinstance(optim, PyroLRScheduler):
-                    optim.step()
                 held_out = None
                 if validation is not None:
-                    held_out = evaluate(model, guide, validation, loss=loss).mean()
+                    size = None if batch_size is None else max(batch_size, 500)
+                    held_out = evaluate(model, guide, validation, loss=loss, batch_size=size).mean()
             terms = ElboTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
             record = Epoch(epoch, weight, terms.mean(), held_out, time.perf_counter() - start)
+            _step_schedule(optim, record)
             bar.set_postfix(epoch=epoch, train=f"{record.train.elbo:.2f}", **_held_out(held_out))
             yield record
-            if patience is None or held_out is None:
-                continue
-            if held_out.elbo > best:
-                best, best_values, since_best = held_out.elbo, _values(model, guide, state), 0
-            else:
-                since_best += 1
-            if since_best >= patience or epoch == epochs:
-                with torch.no_grad():
-                    for tensor, value in best_values.values():
-                        tensor.copy_(value)
-                return
+            if patience is not None and held_out is not None:
+                best.see(held_out.elbo)
+                if best.epochs_since >= patience or epoch == epochs:
+                    best.restore()
+                    return
+
+
+def _check_annealing(model: Program, guide: Program, batch: Batch) -> None:
+    with untouched():
+        model_trace, _ = run_pair(model, guide, *batch.args, **batch.kwargs)
+    for name, site in model_trace.nodes.items():
+        if site["type"] == "sample" and not site["is_observed"] and site["infer"].get("enumerate"):
+            raise ValueError(
+                f"beta: {name!r} is summed out together with what is observed, so its term cannot be weighted alone; expected "
+                "beta=1 with sites that the model enumerates"
+            )
+
+
+def _step_schedule(optim: PyroOptim, record: Epoch) -> None:
+    """One step of a learning-rate schedule; one that watches a plateau is shown the loss."""
+    if isinstance(optim, PyroLRScheduler):
+        watched = record.validation or record.train
+        plateau = optim.pt_scheduler_constructor is torch.optim.lr_scheduler.ReduceLROnPlateau
+        optim.step(-watched.elbo) if plateau else optim.step()
+
+
+class _Best:
+    """The parameters and buffers of a pair as they were at the highest validation ELBO."""
+
+    def __init__(self, state: dict, modules: Collection[torch.nn.Module]) -> None:
+        self.state, self.modules = state, modules
+        self.elbo, self.epochs_since = -math.inf, 0
+        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def see(self, elbo: float) -> None:
+        self.epochs_since += 1
+        if elbo > self.elbo:
+            buffers = [buffer for module in self.modules for buffer in module.buffers(recurse=False)]
+            tensors = [*self.state["params"].values(), *buffers]
+            self.elbo, self.epochs_since = elbo, 0
+            self.kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for tensor, value in self.kept:
+            tensor.copy_(value)
 
 
 class _Step:
     """One SVI step on a minibatch that stands for all data, and the ELBO terms it saw."""
 
     def __init__(
-        self, model: Program, guide: Program, loss: ELBO, optim: PyroOptim, plates: frozenset[str], num_data: int
+        self, model: Program, guide: Program, loss: ELBO, optim: PyroOptim, plates: frozenset[str], batches: Batches
     ) -> None:
-        self.loss, self.plates, self.num_data, self.where = loss, plates, num_data, ""
-        self.handlers = [Reweighted(plates, num_rows=num_data, num_data=num_data) for _ in (model, guide)]
-        programs = [handler(program) for handler, program in zip(self.handlers, (model, guide), strict=True)]
-        self.svi = SVI(*programs, optim, loss=loss.loss, loss_and_grads=self.loss_and_grads)
+        self.loss, self.plates, self.num_data = loss, plates, batches.num_rows
+        self.loaded = not isinstance(batches, InMemory)  # data in memory were checked before the first step
+        self.batch, self.where = Batch((), {}), ""
+        self.handlers = [Reweighted(plates, num_rows=self.num_data, num_data=self.num_data) for _ in (model, guide)]
+        self.programs = [handler(program) for handler, program in zip(self.handlers, (model, guide), strict=True)]
+        self.svi = SVI(*self.programs, optim, loss=loss.loss, loss_and_grads=self.loss_and_grads)
 
     def loss_and_grads(self, *args: Any, **kwargs: Any) -> Any:
+        """Pyro's own, between the checks that must come before the optimizer moves."""
         try:
             value = self.loss.loss_and_grads(*args, **kwargs)
         except ValueError as error:
-            # the first batch went well, so it is a distribution that is handed NaN: Pyro's own validation says which
+            self._check_data()
             cause = str(error).split(":\n", 1)[0].split("\n", 1)[0]
+            if "nan" not in str(error) and "inf" not in str(error):
+                raise ValueError(f"fit: {self.where}: {cause}") from error
+            # the pair went well on the first batch, so it is a distribution that is handed NaN: Pyro's validation says which
             raise FloatingPointError(f"fit: {self.where}: {cause}. Lower the learning rate, or check the data") from error
-        if not math.isfinite(sum(value) if isinstance(value, tuple) else value):
+        if self.loaded:
+            self._check_data()
+        # a tail-adaptive loss has no value, by its own account
+        unbounded = isinstance(self.loss, TraceTailAdaptive_ELBO)
+        if not unbounded and not math.isfinite(sum(value) if isinstance(value, tuple) else value):
             raise FloatingPointError(
                 f"fit: the loss is {value} at {self.where}; no parameter was moved by it. Lower the learning rate, raise "
                 "min_scale, or check the data"
             )
         return value
 
+    def _check_data(self) -> None:
+        for trace in self.handlers[0].traces[-1:]:
+            check_observed(trace, self.batch, f"fit: {self.where}")
+
     def __call__(self, batch: Batch, beta: float, where: str) -> ElboTerms:
-        self.where = where
+        self.batch, self.where = batch, where
         for handler in self.handlers:
             handler.num_rows, handler.beta = batch.num_rows, beta
             handler.traces.clear()
-        value = self.svi.step(*batch.args, **batch.kwargs)
-        return self._terms(batch, beta, value)
+        return self._terms(batch, self.svi.step(*batch.args, **batch.kwargs))
 
     @torch.no_grad()
-    def _terms(self, batch: Batch, beta: float, value: Any) -> ElboTerms:
+    def _terms(self, batch: Batch, value: Any) -> ElboTerms:
         particles = self.loss.num_particles
         runs = 1 if self.loss.vectorize_particles else particles
         models, guides = (handler.traces[-runs:] for handler in self.handlers)
-        if isinstance(self.loss, TraceEnum_ELBO) or len(models) != len(guides) or not models:
-            # the loss alone knows: enumerated sites are summed out in it
-            elbo = -value / self.num_data if beta == 1 and isinstance(value, float) else math.nan
-            unknown = torch.full((batch.num_rows,), torch.nan)
-            return ElboTerms(torch.full((batch.num_rows,), elbo), unknown, unknown)
+        seen = len(models) == len(guides) > 0  # a guide that is a handler of its model runs it unseen
+        if isinstance(self.loss, TraceEnum_ELBO) or not seen:
+            # the loss alone knows, and an annealed one must be asked again
+            if self.handlers[0].beta != 1 or not isinstance(value, float):
+                for handler in self.handlers:
+                    handler.beta = 1.0
+                value = self.loss.loss(*self.programs, *batch.args, **batch.kwargs)
+            return ElboTerms.of_batch(-value / self.num_data, batch.num_rows)
         drawn = [
             elbo_terms(*pair, self.plates, num_data=self.num_data, num_particles=particles // runs)
             for pair in zip(models, guides, strict=True)
@@ -219,12 +295,3 @@ class _Step:
 
 def _held_out(mean: MeanElbo | None) -> dict[str, str]:
     return {} if mean is None else {"held_out": f"{mean.elbo:.2f}"}
-
-
-def _values(model: Program, guide: Program, state: dict) -> dict[Any, tuple[torch.Tensor, torch.Tensor]]:
-    """Every parameter and buffer of the pair, with a copy of its value."""
-    tensors = dict(state["params"])
-    for program in (model, guide):
-        if isinstance(program, torch.nn.Module):
-            tensors |= {(id(program), name): buffer for name, buffer in program.named_buffers()}
-    return {name: (tensor, tensor.detach().clone()) for name, tensor in tensors.items()}
