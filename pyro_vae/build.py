@@ -6,9 +6,11 @@ Only the command line speaks in names; everything below takes the objects themse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from pyro_vae import conditionals, nets, priors
 from pyro_vae.data import Data, load
 from pyro_vae.pair import Program
 from pyro_vae.vae import VAE
+
+T = TypeVar("T")
 
 LIKELIHOODS: dict[str, Callable[..., conditionals.Conditional]] = {
     "bernoulli": conditionals.Bernoulli,
@@ -34,19 +38,71 @@ GUIDES: dict[str, Callable[..., conditionals.Conditional]] = {
     "laplace": conditionals.Laplace,
     "student-t": conditionals.StudentT,
 }
-PRIORS = ("standard-normal", "normal", "mixture", "vamp")
+PRIORS: dict[str, Callable[[conditionals.Conditional, Tensor], priors.Prior]] = {
+    "standard-normal": lambda encoder, _: priors.StandardNormal(encoder.event_shape),
+    "normal": lambda encoder, _: priors.Normal(encoder.event_shape),
+    "mixture": lambda encoder, _: priors.GaussianMixture(encoder.event_shape),
+    "vamp": priors.VampPrior,
+}
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+PSEUDO_INPUTS = 100
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run was told, defaults filled in: the contents of ``config.json``. A pair of one's own has no family names."""
+
+    dataset: str
+    pair: str | None
+    likelihood: str | None
+    guide: str | None
+    prior: str | None
+    latent_dim: int | None
+    hidden: tuple | None
+    binarize: str
+    num_epochs: int
+    batch_size: int
+    learning_rate: float
+    num_particles: int
+    beta: float
+    warm_up: int
+    patience: int | None
+    seed: int
+    dtype: str
+    event_shape: tuple = ()
+    num_levels: int | None = None
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any], source: str) -> "Config":
+        """From JSON. Raises ``ValueError`` for keys that are missing or unknown, and values of another type."""
+        hints = get_type_hints(cls)
+        if unequal := record.keys() ^ hints.keys():
+            raise ValueError(
+                f"{source}: the keys {sorted(unequal)} are missing or unknown; expected those of a run's config.json"
+            )
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+        for field in fields(cls):
+            value = values[field.name]
+            if not isinstance(value, hints[field.name]) or isinstance(value, bool):
+                raise ValueError(f"{source}: {field.name} is {value!r}; expected {hints[field.name]}")
+        return cls(**values)
+
+
 # What a data set is trained with where the command line does not say.
-_MNIST = {"likelihood": "bernoulli", "latent_dim": 20, "hidden": "500", "num_epochs": 15, "learning_rate": 1e-3, "warm_up": 0}
+_MNIST: dict[str, Any] = {
+    "likelihood": "bernoulli", "guide": "normal", "prior": "standard-normal", "latent_dim": 20, "hidden": (500,),
+    "num_epochs": 15, "learning_rate": 1e-3, "warm_up": 0,
+}  # fmt: skip
+_DIGITS = {"likelihood": "continuous-bernoulli", "latent_dim": 2, "hidden": (200,), "num_epochs": 200, "learning_rate": 3e-3}
+_RING = {"likelihood": "normal", "latent_dim": 2, "hidden": (100, 100), "num_epochs": 200, "learning_rate": 3e-3, "warm_up": 50}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": _MNIST
-    | {"likelihood": "continuous-bernoulli", "latent_dim": 2, "hidden": "200", "num_epochs": 200, "learning_rate": 3e-3},
+    "digits": _MNIST | _DIGITS,
     "mnist": _MNIST,
     "fashion-mnist": _MNIST,
-    "frey-faces": _MNIST | {"likelihood": "normal", "latent_dim": 2, "hidden": "200", "num_epochs": 200},
-    "ring": _MNIST
-    | {"likelihood": "normal", "latent_dim": 2, "hidden": "100,100", "num_epochs": 200, "learning_rate": 3e-3, "warm_up": 50},
+    "frey-faces": _MNIST | {"likelihood": "normal", "latent_dim": 2, "hidden": (200,), "num_epochs": 200},
+    "ring": _MNIST | _RING,
 }
-PSEUDO_INPUTS = 100
+FAMILIES = ("likelihood", "guide", "prior", "latent_dim", "hidden")
 
 
 class Pair(NamedTuple):
@@ -57,74 +113,79 @@ class Pair(NamedTuple):
     vae: VAE | None = None
 
 
-def build_data(config: Mapping[str, Any], data_dir: Path | None) -> tuple[Data, Data]:
+def build_data(config: Config, data_dir: Path | None) -> tuple[Data, Data]:
     """``(train, test)`` as the likelihood wants them: stochastically binarized for a Bernoulli, grey levels for a
     Categorical, grey values in [0, 1] for a density. A pair of one's own says by ``binarize`` what it wants."""
-    train, test = load(config["dataset"], binarize=config["binarize"], data_dir=data_dir)
-    if config["pair"] is None and config["likelihood"] == "categorical":
+    train, test = load(config.dataset, binarize=config.binarize, data_dir=data_dir)  # type: ignore[arg-type]
+    if config.likelihood == "categorical":
         train, test = train.levels(), test.levels()
-    where = config["device"], getattr(torch, config["dtype"])
-    return train.to(*where), test.to(*where)
+    dtype = _named("dtype", config.dtype, DTYPES)
+    return train.to(dtype=dtype), test.to(dtype=dtype)
 
 
-def build_pair(config: Mapping[str, Any], train: Data | None = None) -> Pair:
+def build_pair(config: Config, train: Data | None = None) -> Pair:
     """The pair that a run's configuration describes.
 
     :param train: data for the pseudo-inputs of a VampPrior to start from; not needed where weights are loaded after.
     """
-    pair = _import_pair(config["pair"]) if config["pair"] else _vae(config, train)
+    pair = _import_pair(config.pair) if config.pair else _vae(config, train)
     for program in (pair.model, pair.guide):
         if isinstance(program, torch.nn.Module):
-            program.to(device=config["device"], dtype=getattr(torch, config["dtype"]))
+            program.to(dtype=_named("dtype", config.dtype, DTYPES))
     return pair
 
 
-def _vae(config: Mapping[str, Any], train: Data | None) -> Pair:
+def _named(kind: str, name: str | None, table: Mapping[str, T]) -> T:
+    if name is None or name not in table:
+        raise ValueError(f"{kind}: there is no {name!r}; expected one of {', '.join(table)}")
+    return table[name]
+
+
+def _vae(config: Config, train: Data | None) -> Pair:
     """MLP trunks of tanh units on both sides, as in AEVB."""
-    x_shape, levels, likelihood = tuple(config["event_shape"]), config["num_levels"], config["likelihood"]
-    hidden, latent_dim = tuple(config["hidden"]), config["latent_dim"]
+    x_shape, hidden, latent_dim = config.event_shape, config.hidden, config.latent_dim
+    if hidden is None or latent_dim is None:
+        raise ValueError("config: expected hidden and latent_dim for a VAE but got neither")
     options: dict[str, Any] = {}
     reader: torch.nn.Module = nets.MLP(x_shape, hidden)
-    if likelihood == "categorical":
-        if levels is None:
-            raise ValueError(f"--likelihood categorical: {config['dataset']} has no grey levels; expected e.g. normal")
-        options["num_classes"] = levels
-        reader = torch.nn.Sequential(nets.Standardize(0, levels - 1), reader)
-    elif likelihood in ("normal", "laplace", "student-t"):
+    if config.likelihood == "categorical":
+        if config.num_levels is None:
+            raise ValueError(f"--likelihood categorical: {config.dataset} has no grey levels; expected e.g. normal")
+        options["num_classes"] = config.num_levels
+        reader = torch.nn.Sequential(nets.Standardize(0, config.num_levels - 1), reader)
+    elif config.likelihood in ("normal", "laplace", "student-t"):
         options["min_scale"] = 0.02
-        if levels:  # grey values: means through a sigmoid, as AEVB has them for Frey Face
+        if config.num_levels:  # grey values: means through a sigmoid, as AEVB has them for Frey Face
             options["loc_constraint"] = constraints.unit_interval
-    decoder = LIKELIHOODS[likelihood](nets.MLP(latent_dim, hidden[::-1]), event_shape=x_shape, **options)
-    encoder = GUIDES[config["guide"]](reader, event_shape=latent_dim)
-    start = torch.zeros(PSEUDO_INPUTS, *x_shape) if train is None else train.x[:PSEUDO_INPUTS].cpu().float()
-    vae = VAE(_prior(config["prior"], encoder, latent_dim, start), decoder, encoder)
+    likelihood = _named("likelihood", config.likelihood, LIKELIHOODS)
+    decoder = likelihood(nets.MLP(latent_dim, hidden[::-1]), event_shape=x_shape, **options)
+    encoder = _named("guide", config.guide, GUIDES)(reader, event_shape=latent_dim)
+    start = torch.zeros(PSEUDO_INPUTS, *x_shape) if train is None else train.x[:PSEUDO_INPUTS].float()
+    vae = VAE(_named("prior", config.prior, PRIORS)(encoder, start), decoder, encoder)
     return Pair(vae.model, vae.guide, vae)
-
-
-def _prior(name: str, encoder: conditionals.Conditional, latent_dim: int, pseudo_inputs: Tensor) -> priors.Prior:
-    if name == "vamp":
-        return priors.VampPrior(encoder, pseudo_inputs)
-    if name == "mixture":
-        return priors.GaussianMixture(latent_dim)
-    return priors.Normal(latent_dim) if name == "normal" else priors.StandardNormal(latent_dim)
 
 
 def _import_pair(factory: str) -> Pair:
     """What ``module:factory`` makes: ``(model, guide)``, or anything with ``.model`` and ``.guide``."""
     module, _, name = factory.partition(":")
-    if not name:
-        raise ValueError(f"--pair: expected module:factory, such as my_pair:make, but got {factory!r}")
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        make = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--pair: cannot take {name!r} from module {module!r}: {error}") from error
-    finally:
-        sys.path.remove(here)
-    made = make()
+    with _folder_on_path():
+        try:
+            made = getattr(importlib.import_module(module), name)()
+        except Exception as error:  # whatever the user's code does
+            raise ValueError(f"--pair {factory}: {type(error).__name__}: {error}") from error
     if isinstance(made, tuple) and len(made) == 2:
         return Pair(*made)
     if hasattr(made, "model") and hasattr(made, "guide"):
         return Pair(made.model, made.guide, made if isinstance(made, VAE) else None)
-    raise ValueError(f"--pair: {factory} made a {type(made).__name__}; expected (model, guide) or an object with both")
+    raise ValueError(f"--pair {factory}: it made a {type(made).__name__}; expected (model, guide) or an object with both")
+
+
+@contextmanager
+def _folder_on_path() -> Iterator[None]:
+    """The working folder on Python's path, as ``python -m`` has it."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)

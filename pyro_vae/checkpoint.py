@@ -26,22 +26,26 @@ def save_weights(path: Path, model: Program, guide: Program, param_store: dict[s
     write_whole(path, to_bytes(tensors))
 
 
-def load_weights(path: Path, model: Program, guide: Program, batch: Batch) -> dict[str, Any]:
+def load_weights(path: Path, model: Program, guide: Program, batch: Batch | None) -> dict[str, Any]:
     """Copy the weights at ``path`` into the pair, and return the state of its param store.
 
-    :param batch: the arguments of one run, which makes the parameters that exist only once the pair has run.
+    :param batch: the arguments of one run, which makes the parameters that exist only once the pair has run; ``None`` where
+        modules own them all.
     :raises ValueError: where the file is no safetensors file, or its weights are not this pair's.
     :raises FileNotFoundError: where there is none.
     """
     try:
         stored = read_tensors(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {path}; the run is not whole, train again") from None
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or it is cut short ({error}); train again") from error
     store = pyro.get_param_store()
     state: dict[str, Any] = {"params": {}, "constraints": {}}
-    with untouched(training=False), torch.no_grad(), store.scope(state):
-        run_pair(model, guide, *batch.args, **batch.kwargs)
-        state = store.get_state()
+    if batch is not None:
+        with untouched(training=False), torch.no_grad(), store.scope(state):
+            run_pair(model, guide, *batch.args, **batch.kwargs)
+            state = store.get_state()
     own = _tensors(model, guide, state)
     shapes, expected = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (stored, own))
     if shapes != expected:

@@ -3,10 +3,13 @@
 Torch is imported inside the commands, so that ``--help`` answers at once. Progress goes to stderr, results to stdout.
 """
 
+import contextlib
 import json
+import math
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -18,9 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pyro_vae.build import Pair
-    from pyro_vae.data import Data
-    from pyro_vae.infer import Epoch
-    from pyro_vae.runs import Run
     from pyro_vae.vae import VAE
 
 Dataset = Literal["digits", "mnist", "fashion-mnist", "frey-faces", "ring"]
@@ -32,9 +32,9 @@ Binarize = Literal["none", "threshold", "stochastic"]
 RunFolder = Annotated[Path, Argument(metavar="RUN", help="A folder that `pyro-vae train` made.")]
 DataDir = Annotated[Path | None, Option(help="Folder of the data sets.  [default: $PYRO_VAE_DATA, or ./data]")]
 Out = Annotated[Path | None, Option(help="Folder to write.  [default: a new one]")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace what --out holds.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace what pyro-vae wrote to --out.")]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
-Seed = Annotated[int, Option(help="Seed of every random draw.")]
+Seed = Annotated[int, Option(min=0, max=2**32 - 1, help="Seed of every random draw.")]
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
 
@@ -49,15 +49,13 @@ def train(
     dataset: Annotated[Dataset, Argument(help="What to train on; digits come with the package.")] = "digits",
     num_epochs: Annotated[int | None, Option("-n", "--num-epochs", min=1, help="Passes over the data.")] = None,
     batch_size: Annotated[int, Option("-b", "--batch-size", min=1, help="Data in a minibatch.")] = 100,
-    learning_rate: Annotated[float | None, Option(help="Step size of Adam.")] = None,
+    learning_rate: Annotated[float | None, Option(min=0, help="Step size of Adam.")] = None,
     latent_dim: Annotated[int | None, Option(min=1, help="Dimensions of z.")] = None,
-    hidden: Annotated[
-        str | None, Option(help="Widths of the encoder's hidden layers, such as 500,500; the decoder mirrors.")
-    ] = None,
+    hidden: Annotated[str | None, Option(help="Hidden widths of the encoder, such as 500,500; the decoder mirrors.")] = None,
     likelihood: Annotated[Likelihood | None, Option(help="p(x|z).")] = None,
-    guide: Annotated[Guide, Option(help="Family of q(z|x).")] = "normal",
-    prior: Annotated[Prior, Option(help="p(z).")] = "standard-normal",
-    pair: Annotated[str | None, Option(metavar="MODULE:FACTORY", help="Train a pair of your own.")] = None,
+    guide: Annotated[Guide | None, Option(help="Family of q(z|x).  [default: normal]")] = None,
+    prior: Annotated[Prior | None, Option(help="p(z).  [default: standard-normal]")] = None,
+    pair: Annotated[str | None, Option(metavar="MODULE:FACTORY", help="Train a pair of your own, in place of a VAE.")] = None,
     binarize: Annotated[Binarize | None, Option(help="What grey pixels become.  [default: stochastic for bernoulli]")] = None,
     num_particles: Annotated[int, Option(min=1, help="Draws of z for each datum and step.")] = 1,
     beta: Annotated[float, Option(min=0, help="Weight of the KL in what is optimized, never in what is reported.")] = 1.0,
@@ -76,54 +74,34 @@ def train(
 
     from pyro_vae import build, runs
 
-    chosen = {"likelihood": likelihood, "latent_dim": latent_dim, "hidden": hidden, "num_epochs": num_epochs,
-              "learning_rate": learning_rate, "warm_up": warm_up}  # fmt: skip
-    config: dict[str, Any] = build.DEFAULTS[dataset] | {key: value for key, value in chosen.items() if value is not None}
-    grey_to = "stochastic" if config["likelihood"] == "bernoulli" and pair is None else "none"
-    config |= {
-        "dataset": dataset, "guide": guide, "prior": prior, "pair": pair, "binarize": binarize or grey_to,
-        "batch_size": batch_size, "num_particles": num_particles, "beta": beta, "patience": patience,
-        "seed": seed, "device": _device(device), "dtype": dtype, "hidden": _widths(config["hidden"]),
-    }  # fmt: skip
+    families = {"likelihood": likelihood, "guide": guide, "prior": prior, "latent_dim": latent_dim, "hidden": _widths(hidden)}
+    given = {"num_epochs": num_epochs, "learning_rate": learning_rate, "warm_up": warm_up} | families
+    values = build.DEFAULTS[dataset] | {key: value for key, value in given.items() if value is not None}
+    if pair is not None:
+        _check_pair_words(pair, families)
+        values |= dict.fromkeys(build.FAMILIES)
+    grey_to = "stochastic" if values["likelihood"] == "bernoulli" else "none"
+    config = build.Config(
+        **values, dataset=dataset, pair=pair, binarize=binarize or grey_to, batch_size=batch_size, num_particles=num_particles,
+        beta=_finite("--beta", beta), patience=patience, seed=seed, dtype=dtype,
+    )  # fmt: skip
+    _finite("--learning-rate", config.learning_rate)
+    _check_device(device)
+    folder = out or runs.fresh(Path("runs") / dataset)
+    runs.check_free(folder, overwrite=overwrite)
     train_data, test = build.build_data(config, data_dir)
-    config |= {"event_shape": list(train_data.x.shape[1:]), "num_levels": train_data.num_levels}
+    config = replace(config, event_shape=tuple(train_data.x.shape[1:]), num_levels=train_data.num_levels)
     pyro.set_rng_seed(seed)
     own = build.build_pair(config, train_data)
-    run = runs.create(out or runs.fresh(Path("runs") / dataset), config, overwrite=overwrite)
-    _say(f"{train_data}, {len(test)} held out -> {run.path}")
-    seconds = _train(run, own, train_data, test)
-    last = run.history()[-1]
-    with run.loaded() as trained:
+    _say(f"{train_data}, {len(test)} held out -> {folder}")
+    run = runs.train(folder, config, own, train_data, test, device=device, overwrite=overwrite, say=_say)
+    kept, epochs = run.kept(), run.history()
+    with run.loaded(test.x[:2]) as trained:
         _draw(run.path / "plots", dict(runs.pictures(run, trained, test)))
-    result = {"run": str(run.path), **last._asdict(), "seconds": seconds}
-    _print(result, f"{run.path}: {last.epoch} epochs in {seconds:.0f} s; held out: {last.validation}", as_json)
-
-
-def _train(run: "Run", pair: "Pair", train_data: "Data", test: "Data") -> float:
-    """Train the run's pair and keep its weights after each epoch; the seconds it took."""
-    from pyro.infer import Trace_ELBO
-    from pyro.optim import Adam
-
-    from pyro_vae import infer
-
-    config = run.config
-    many: dict[str, Any] = {"vectorize_particles": True, "max_plate_nesting": 1} if pair.vae else {}
-    loss = Trace_ELBO(num_particles=config["num_particles"], **(many if config["num_particles"] > 1 else {}))
-    beta, warm_up = config["beta"], config["warm_up"]
-    store: dict[str, Any] = {"params": {}, "constraints": {}}
-    seconds = 0.0
-    for epoch in infer.train(
-        pair.model, pair.guide, train_data, validation=test, loss=loss, optim=Adam({"lr": config["learning_rate"]}),
-        epochs=config["num_epochs"], batch_size=config["batch_size"], patience=config["patience"], param_store=store,
-        beta=(lambda t: beta * min(1.0, t / warm_up)) if warm_up else beta,
-    ):  # fmt: skip
-        run.record(epoch)
-        run.save(pair, store)
-        seconds += epoch.seconds
-        if epoch.epoch == 1 or epoch.epoch % max(1, config["num_epochs"] // 20) == 0:
-            _say(_line(epoch))
-    run.save(pair, store)  # early stopping went back to the best
-    return seconds
+    seconds = sum(epoch.seconds for epoch in epochs)
+    result = {"run": str(run.path), "num_epochs": len(epochs), **kept._asdict(), "seconds": seconds}
+    which = "" if kept == epochs[-1] else f", epoch {kept.epoch} kept"
+    _print(result, f"{run.path}: {len(epochs)} epochs in {seconds:.0f} s{which}; held out: {kept.validation}", as_json)
 
 
 @app.command()
@@ -135,18 +113,18 @@ def sample(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Draw x from p(z) p(x|z): samples.npy, and a picture of as many E[x|z]."""
+    """Draw x from p(z) p(x|z): samples.npy, and a picture of as many E[x|z]. By default to RUN/samples, samples-2, …"""
     import torch
 
     from pyro_vae import plots, runs
 
-    opened = runs.open_run(run)
-    with opened.loaded() as pair:
+    folder = _free(out or runs.fresh(run / "samples"), overwrite)
+    with runs.open_run(run).loaded() as pair:
         vae = _vae(pair, "sample")
         torch.manual_seed(seed)
-        x = vae.sample(n).cpu()
-        figures = {"samples": plots.plot_samples(vae, min(n, 400))} if x.dim() > 2 else _points(x=x)
-    _leave(out or runs.fresh(run / "samples"), overwrite, {"samples": x}, figures, as_json)
+        x = vae.sample(n)
+        figures = {"samples": plots.plot_samples(vae, min(n, 400))} if x.dim() > 2 else _points(samples=x)
+    _leave(folder, {"samples": x}, figures, as_json)
 
 
 @app.command()
@@ -159,35 +137,37 @@ def reconstruct(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """E[x'|z] at z ~ q(z|x) for held-out x: x.npy, reconstructions.npy, and both in one picture."""
+    """E[x'|z] at z ~ q(z|x) for held-out x: x.npy, reconstructions.npy, and both in one picture. By default to
+    RUN/reconstructions, reconstructions-2, …"""
     import torch
 
     from pyro_vae import build, plots, runs
 
+    folder = _free(out or runs.fresh(run / "reconstructions"), overwrite)
     opened = runs.open_run(run)
     x = build.build_data(opened.config, data_dir)[1].x[:n]
-    with opened.loaded() as pair:
+    with opened.loaded(x) as pair:
         vae = _vae(pair, "reconstruct")
         torch.manual_seed(seed)
         y = vae.reconstruct(x)
-    figures = (
-        {"reconstructions": plots.plot_reconstructions(x[:100], y[:100])} if x.dim() > 2 else _points(x=x, reconstructions=y)
-    )
-    _leave(out or runs.fresh(run / "reconstructions"), overwrite, {"x": x, "reconstructions": y}, figures, as_json)
+    image = x.dim() > 2
+    figures = {"reconstructions": plots.plot_reconstructions(x[:100], y[:100])} if image else _points(x=x, reconstructions=y)
+    _leave(folder, {"x": x, "reconstructions": y}, figures, as_json)
 
 
 @app.command()
 def plot(
     run: RunFolder, data_dir: DataDir = None, out: Out = None, overwrite: Overwrite = False, as_json: Json = False
 ) -> None:
-    """Draw a run's pictures again."""
+    """Draw a run's pictures again, by default to RUN/plots-2, plots-3, …"""
     from pyro_vae import build, runs
 
+    folder = _free(out or runs.fresh(run / "plots"), overwrite)
     opened = runs.open_run(run)
     _, test = build.build_data(opened.config, data_dir)
-    with opened.loaded() as pair:
+    with opened.loaded(test.x[:2]) as pair:
         figures = dict(runs.pictures(opened, pair, test))
-    _leave(out or runs.fresh(run / "plots"), overwrite, {}, figures, as_json)
+    _leave(folder, {}, figures, as_json)
 
 
 @app.command()
@@ -210,23 +190,39 @@ def data(
     return _print(result, text, as_json)
 
 
-def _widths(hidden: str) -> list[int]:
-    try:
-        return [int(width) for width in hidden.split(",") if width]
-    except ValueError:
-        raise typer.BadParameter(f"--hidden: expected widths such as 500 or 500,500 but got {hidden!r}") from None
+def _widths(hidden: str | None) -> tuple[int, ...] | None:
+    if hidden is None:
+        return None
+    words = hidden.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise typer.BadParameter(f"--hidden: expected widths such as 500 or 500,500 but got {hidden!r}")
+    return tuple(map(int, words))
 
 
-def _device(name: str) -> str:
+def _finite(name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{name}: expected a finite number but got {value}")
+    return value
+
+
+def _check_device(name: str) -> None:
     import torch
 
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
+        cause = str(error).splitlines()[0][:200]
+        raise typer.BadParameter(f"--device {name}: {cause}; expected cpu, or a device that is here") from None
+
+
+def _check_pair_words(pair: str, families: dict[str, Any]) -> None:
+    module, _, factory = pair.partition(":")
+    if not factory.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise typer.BadParameter(f"--pair: expected module:factory, such as my_pair:make, but got {pair!r}")
+    if named := [f"--{key.replace('_', '-')}" for key, value in families.items() if value is not None]:
         raise typer.BadParameter(
-            f"--device {name}: {str(error).splitlines()[0]}; expected cpu, or a device that is here"
-        ) from None
-    return name
+            f"--pair brings model and guide whole; {', '.join(named)} would have no effect, leave them out"
+        )
 
 
 def _vae(pair: "Pair", verb: str) -> "VAE":
@@ -242,17 +238,22 @@ def _points(**sets: "Tensor") -> "dict[str, Figure]":
     return {"points": plots.figure_of(plots.plot_points(drawable))} if drawable else {}
 
 
-def _leave(folder: Path, overwrite: bool, arrays: "dict[str, Tensor]", figures: "dict[str, Figure]", as_json: bool) -> None:
+def _free(folder: Path, overwrite: bool) -> Path:
+    """``folder`` itself, once it is sure that nothing is lost by writing to it."""
+    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already; name another folder by --out, or replace it by --overwrite")
+    return folder
+
+
+def _leave(folder: Path, arrays: "dict[str, Tensor]", figures: "dict[str, Figure]", as_json: bool) -> None:
     """Write arrays and pictures into a folder, and say where."""
     import numpy as np
 
-    if folder.exists() and not overwrite:
-        raise FileExistsError(f"{folder} exists already; name another folder by --out, or replace it by --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array.cpu().numpy())
     _draw(folder, figures)
-    files = sorted(str(file) for file in folder.iterdir())
+    files = [str(folder / f"{name}.npy") for name in arrays] + [str(folder / f"{name}.png") for name in figures]
     _print({"files": files}, "\n".join(files), as_json)
 
 
@@ -265,28 +266,26 @@ def _draw(folder: Path, figures: "dict[str, Figure]") -> None:
         plt.close(figure)
 
 
-def _line(epoch: "Epoch") -> str:
-    parts = {"train": epoch.train, "held out": epoch.validation}
-    means = (
-        f"{name} ELBO {m.elbo:8.2f} = {m.reconstruction:8.2f} - KL {m.kl:6.2f}" for name, m in parts.items() if m is not None
-    )
-    return f"epoch {epoch.epoch:4d}   {'   '.join(means)}"
-
-
 def _say(line: str) -> None:
+    """A line of progress; what cannot be said stops nothing."""
     from tqdm import tqdm
 
-    tqdm.write(line, file=sys.stderr)
+    with contextlib.suppress(OSError):
+        tqdm.write(line, file=sys.stderr)
 
 
 def _print(result: Any, text: str, as_json: bool) -> None:
     from pyro_vae.runs import as_json as plain
 
-    typer.echo(json.dumps(plain(result)) if as_json else text)
+    try:
+        print(json.dumps(plain(result)) if as_json else text, file=sys.__stdout__, flush=True)
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _fail(code: int, message: object) -> NoReturn:
-    typer.echo(f"pyro-vae: {message}", err=True)
+    with contextlib.suppress(OSError):
+        print(f"pyro-vae: {str(message).split(chr(10), 1)[0]}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -296,13 +295,16 @@ def main() -> NoReturn:
     os.environ.setdefault("MPLBACKEND", "Agg")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        app()
-    except FileNotFoundError as error:
-        _fail(66, error)
+        # stdout is for results; what a user's own code prints is progress
+        words = sys.argv[1:]
+        asks = not words or "--help" in words
+        with contextlib.nullcontext() if asks else contextlib.redirect_stdout(sys.stderr):
+            app()
     except FileExistsError as error:
         _fail(2, error)
     except OSError as error:
-        _fail(74, f"{error}; what was written before is kept")
+        missing = isinstance(error, FileNotFoundError) and error.errno is None  # ours, with a cause and a remedy
+        _fail(66 if missing else 74, error)
     except (FloatingPointError, MemoryError) as error:
         _fail(70, error)
     except ValueError as error:

@@ -13,8 +13,10 @@ read-out plus a floor, which each class states: without a floor a density may gr
 (torch.Size([64]), torch.Size([20]))
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from numbers import Number
 from typing import ClassVar, Literal
 
 import pyro.distributions as dist
@@ -44,7 +46,9 @@ class Conditional(nn.Module, ABC):
         self.trunk = trunk
         self.event_shape = as_shape(event_shape)
         features = out_shape(trunk)
-        self.readout = nn.ModuleDict({name: Readout(features, shape) for name, shape in readouts.items()})
+        self.readout = nn.ModuleDict(
+            {name: Readout(features, shape, image=len(self.event_shape) > 1) for name, shape in readouts.items()}
+        )
 
     def forward(self, *given: Tensor) -> dist.TorchDistribution:
         features = self.trunk(*given)
@@ -155,13 +159,17 @@ class LocationScale(Elementwise, ABC):
     ) -> None:
         extra = ("log_scale",) if isinstance(scale, str) and scale == "network" else ()
         Conditional.__init__(self, trunk, event_shape=event_shape, readouts=dict.fromkeys(self.names + extra, event_shape))
-        self.min_scale = _floor(min_scale)
+        self.min_scale = positive_floor(min_scale)
         self.register_buffer("fixed_scale", None)
         self.loc_transform = transform_to(loc_constraint)
+        if not isinstance(scale, str | Number | Tensor):
+            raise ValueError(f'scale: expected "network", "learned" or a positive number but got {scale!r}')
         if not isinstance(scale, str):
             fixed = torch.as_tensor(scale, dtype=torch.get_default_dtype())
-            if not (fixed > 0).all():
-                raise ValueError(f"scale: a fixed scale must be positive but got {scale}")
+            if not (fixed > 0).all() or fixed.shape not in (torch.Size(), self.event_shape):
+                raise ValueError(
+                    f"scale: a fixed scale must be positive, one number or of shape {tuple(self.event_shape)}, but got {scale}"
+                )
             self.register_buffer("fixed_scale", fixed.expand(self.event_shape).clone())
         elif scale == "learned":
             self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
@@ -218,7 +226,7 @@ class MultivariateNormal(Conditional):
         d = _vector("MultivariateNormal", event_shape)
         readouts = {"loc": d, "log_diagonal": d} | ({"lower": d * (d - 1) // 2} if d > 1 else {})
         super().__init__(trunk, event_shape=event_shape, readouts=readouts)
-        self.min_scale = _floor(min_scale)
+        self.min_scale = positive_floor(min_scale)
 
     def distribution(self, *, loc: Tensor, log_diagonal: Tensor, lower: Tensor | None = None) -> dist.TorchDistribution:  # type: ignore[override]
         scale_tril = torch.diag_embed(self.min_scale + log_diagonal.exp())
@@ -237,7 +245,7 @@ class LowRankMultivariateNormal(Conditional):
     def __init__(self, trunk: nn.Module, *, event_shape: Shape, rank: int = 2, min_scale: float = 1e-3) -> None:
         d = _vector("LowRankMultivariateNormal", event_shape)
         super().__init__(trunk, event_shape=event_shape, readouts={"loc": d, "factor": (d, rank), "log_diagonal": d})
-        self.min_scale = _floor(min_scale)
+        self.min_scale = positive_floor(min_scale)
 
     def distribution(self, *, loc: Tensor, factor: Tensor, log_diagonal: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
         return dist.LowRankMultivariateNormal(loc, factor, (self.min_scale + log_diagonal.exp()) ** 2)
@@ -292,7 +300,8 @@ def _vector(name: str, event_shape: Shape) -> int:
     return shape[0]
 
 
-def _floor(min_scale: float) -> float:
-    if not min_scale > 0:
+def positive_floor(min_scale: float) -> float:
+    """``min_scale`` itself, the floor under a trained scale. Raises ``ValueError`` where it is none."""
+    if not 0 < min_scale < math.inf:
         raise ValueError(f"min_scale: expected a positive floor under the scale but got {min_scale}")
     return min_scale

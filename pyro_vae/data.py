@@ -92,6 +92,7 @@ class Data(Dataset):
             )
         if self.binarize == "threshold":
             object.__setattr__(self, "x", (self.x > 0.5).to(self.x.dtype))
+            object.__setattr__(self, "num_levels", None)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -117,12 +118,14 @@ class Data(Dataset):
         if self.binarize != "stochastic":
             return self
         generator = torch.Generator().manual_seed(seed)
-        return replace(self, x=torch.bernoulli(self.x.cpu(), generator=generator).to(self.x), binarize="none")
+        return replace(self, x=torch.bernoulli(self.x.cpu(), generator=generator).to(self.x), binarize="none", num_levels=None)
 
     def levels(self) -> "Data":
         """Whole grey levels 0 … num_levels−1, for a Categorical likelihood."""
         if self.num_levels is None:
-            raise ValueError(f"{self.name}: these data have no grey levels; give num_levels, such as 256")
+            raise ValueError(f"{self.name}: these data have no grey levels; give num_levels, such as 256, and do not binarize")
+        if self.binarize != "none":
+            raise ValueError(f'{self.name}: grey levels are of grey values, but these are binarized; load with binarize="none"')
         return replace(self, x=(self.x * (self.num_levels - 1)).round().long(), binarize="none")
 
     def given(self, condition: Tensor) -> "Data":

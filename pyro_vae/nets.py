@@ -5,6 +5,7 @@ names what it returns by ``out_shape``, so that a conditional can size its own r
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -17,8 +18,11 @@ Activation = Callable[[Tensor], Tensor]
 
 def as_shape(shape: Shape) -> torch.Size:
     """``20`` and ``(20,)`` are one event shape."""
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+    try:
+        sizes = tuple(map(operator.index, shape if isinstance(shape, Sequence) else (shape,)))
+    except TypeError:
+        sizes = (0,)
+    if not all(size > 0 for size in sizes):
         raise ValueError(f"shape: expected positive whole numbers, such as 20 or (28, 28), but got {shape!r}")
     return torch.Size(sizes)
 
@@ -62,12 +66,14 @@ def out_shape(trunk: nn.Module) -> torch.Size:
     for layer in layers:
         if isinstance(layer, nn.Sequential):
             return out_shape(layer)
+        if isinstance(layer, nn.Flatten | nn.Unflatten):
+            break  # what it makes of the shape below is not ours to guess
         for attribute in ("out_shape", "out_features"):
             if hasattr(layer, attribute):
                 return as_shape(getattr(layer, attribute))
     raise ValueError(
-        f"trunk: {type(trunk).__name__} has neither out_shape nor out_features, so its read-out cannot be sized; "
-        "expected e.g. nets.MLP(784, (500,)), or set trunk.out_shape = (500,)"
+        f"trunk: {type(trunk).__name__} does not say its out_shape, so its read-out cannot be sized; expected e.g. "
+        "nets.MLP(784, (500,)), or set trunk.out_shape = (500,); a read-out flattens by itself, so drop a last nn.Flatten"
     )
 
 
@@ -146,7 +152,7 @@ class ConvEncoder(nn.Module):
         super().__init__()
         self.in_shape = as_shape(in_shape)
         first, height, width = _image_shape(self.in_shape)
-        maps = [first, *as_shape(tuple(channels))]
+        maps = [first, *_channels(channels)]
         self.layers = nn.ModuleList(
             nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1) for before, after in pairwise(maps)
         )
@@ -186,7 +192,7 @@ class ConvDecoder(nn.Module):
     ) -> None:
         super().__init__()
         _, height, width = _image_shape(as_shape(image_shape))
-        maps = as_shape((channels[0], *channels))
+        maps = (channels[0], *_channels(channels))
         factor = 2 ** len(channels)
         self.coarse_shape = (maps[0], math.ceil(height / factor), math.ceil(width / factor))
         self.project = MLP(in_shape, (math.prod(self.coarse_shape),), activation=activation)
@@ -229,12 +235,14 @@ class Readout(nn.Module):
 
     Where the features are maps of the wanted image's height and width it is a 1×1 convolution, else a full matrix.
     ``forward(h)``: ``(*batch, *in_shape)`` → ``(*batch, *shape)``.
+
+    :param image: the last two dimensions of ``shape`` are an image's.
     """
 
-    def __init__(self, in_shape: Shape, shape: Shape) -> None:
+    def __init__(self, in_shape: Shape, shape: Shape, *, image: bool = True) -> None:
         super().__init__()
         self.in_shape, self.shape = as_shape(in_shape), as_shape(shape)
-        self.convolutional = len(self.in_shape) == 3 and self.in_shape[1:] == self.shape[-2:]
+        self.convolutional = image and len(self.in_shape) == 3 and self.in_shape[1:] == self.shape[-2:]
         self.layer: nn.Conv2d | nn.Linear
         if self.convolutional:
             self.layer = nn.Conv2d(self.in_shape[0], math.prod(self.shape[:-2]), kernel_size=1)
@@ -245,6 +253,12 @@ class Readout(nn.Module):
         batch = split_shape(h, self.in_shape)
         rows = h.reshape(-1, *self.in_shape) if self.convolutional else h.reshape(*batch, -1)
         return self.layer(rows).reshape(*batch, *self.shape)
+
+
+def _channels(channels: Sequence[int]) -> torch.Size:
+    if not channels:
+        raise ValueError("channels: expected one layer or more, such as (32, 64), but got none")
+    return as_shape(tuple(channels))
 
 
 def _image_shape(shape: torch.Size) -> tuple[int, int, int]:

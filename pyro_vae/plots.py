@@ -23,13 +23,16 @@ def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None) -> Axes:
     """ELBO in nats per datum over epochs, training and held out; the training ELBO is that of the moving parameters."""
     ax = ax or plt.subplots(figsize=(6, 4), layout="constrained")[1]
     numbers = [record.epoch for record in epochs]
-    ax.plot(numbers, [record.train.elbo for record in epochs], label="train", color="C0")
-    held_out = [record.validation for record in epochs if record.validation is not None]
-    if held_out:
-        ax.plot(numbers, [mean.elbo for mean in held_out], label=f"held out, {held_out[-1].elbo:.2f} at the end", color="C1")
+    marker = "o" if len(epochs) < 10 else None
+    ax.plot(numbers, [record.train.elbo for record in epochs], label="train", color="C0", marker=marker)
+    held_out = np.array([record.validation.elbo for record in epochs if record.validation is not None])
+    if len(held_out):
+        best = f"held out, best {np.nanmax(held_out):.2f}" if np.isfinite(held_out).any() else "held out"
+        ax.plot(numbers, held_out, label=best, color="C1", marker=marker)
         # the first epochs lie far below; show the rest
-        low = np.quantile([mean.elbo for mean in held_out], 0.1)
-        ax.set_ylim(bottom=low - 0.1 * abs(low))
+        low = np.nanquantile(held_out, 0.1) if np.isfinite(held_out).any() else np.nan
+        if len(epochs) >= 10 and np.isfinite(low):
+            ax.set_ylim(bottom=low - 0.1 * abs(low))
     ax.set(xlabel="epoch", ylabel="ELBO (nats per datum)", title="Evidence lower bound")
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, loc="lower right")
@@ -39,6 +42,11 @@ def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None) -> Axes:
 def plot_images(images: Tensor, *, columns: int = 10, title: str | None = None) -> Figure:
     """A grid of images ``(n, height, width)`` or ``(n, channels, height, width)``, row by row, on one grey scale; an image
     of NaN leaves its place empty."""
+    if images.dim() not in (3, 4) or not len(images) or (images.dim() == 4 and images.shape[1] not in (1, 3, 4)):
+        raise ValueError(
+            f"plot_images: expected (n, height, width), or (n, channels, height, width) with 1, 3 or 4 channels, but got "
+            f"{tuple(images.shape)}"
+        )
     rows = -(-len(images) // columns)
     fig, axes = plt.subplots(rows, columns, figsize=(columns * 0.8, rows * 0.8 + 0.4), squeeze=False, layout="constrained")
     pictures = images.detach().cpu().double().numpy()
@@ -86,8 +94,11 @@ def plot_manifold(vae: VAE, *, steps: int = 20) -> Figure:
     z = torch.distributions.Normal(0.0, 1.0).icdf(q)
     parameter = next(vae.parameters())
     grid = torch.stack(torch.meshgrid(-z, z, indexing="ij")[::-1], -1).reshape(-1, 2).to(parameter)
-    images = vae.decode(grid).mean.reshape(steps, steps, *vae.model.decoder.event_shape[-2:]).cpu()
-    sheet = images.movedim(2, 1).reshape(steps * images.shape[2], steps * images.shape[3]).numpy()
+    images = vae.decode(grid).mean.cpu()
+    images = images.unsqueeze(1) if images.dim() == 3 else images
+    # (row, column, channel, height, width) → (row · height, column · width, channel)
+    tiles = images.unflatten(0, (steps, steps)).permute(0, 3, 1, 4, 2)
+    sheet = tiles.reshape(steps * tiles.shape[1], steps * tiles.shape[3], -1).squeeze(-1).numpy()
     fig, ax = plt.subplots(figsize=(7, 7 * sheet.shape[0] / sheet.shape[1]), layout="constrained")
     ax.imshow(sheet, cmap="gray", extent=(0, 1, 0, 1), aspect="auto")
     ax.set(xlabel="quantile of $z_1$", ylabel="quantile of $z_2$", title="E[x|z] over the latent plane")

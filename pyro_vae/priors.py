@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
-from pyro_vae.conditionals import Conditional
+from pyro_vae.conditionals import Conditional, positive_floor
 from pyro_vae.nets import Shape, as_shape
 
 
@@ -53,7 +53,7 @@ class Normal(Prior):
         super().__init__(event_shape)
         self.loc = nn.Parameter(torch.zeros(self.event_shape))
         self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
-        self.min_scale = min_scale
+        self.min_scale = positive_floor(min_scale)
 
     def forward(self) -> dist.TorchDistribution:
         return dist.Normal(self.loc, self.min_scale + self.log_scale.exp()).to_event(len(self.event_shape))
@@ -71,7 +71,7 @@ class GaussianMixture(Prior):
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.randn(components + self.event_shape))
         self.log_scale = nn.Parameter(torch.zeros(components + self.event_shape))
-        self.min_scale = min_scale
+        self.min_scale = positive_floor(min_scale)
 
     def forward(self) -> dist.TorchDistribution:
         scale = self.min_scale + self.log_scale.exp()

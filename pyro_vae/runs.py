@@ -5,10 +5,12 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import metadata
 from itertools import count
 from pathlib import Path
@@ -17,10 +19,13 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from matplotlib.figure import Figure
+from pyro.infer import Trace_ELBO
+from pyro.optim import Adam
+from torch import Tensor
 
-from pyro_vae import __version__, plots
+from pyro_vae import __version__, infer, plots
 from pyro_vae.batches import Batch
-from pyro_vae.build import Pair, build_pair
+from pyro_vae.build import Config, Pair, build_pair
 from pyro_vae.checkpoint import load_weights, save_weights, write_whole
 from pyro_vae.data import Data
 from pyro_vae.infer import Epoch
@@ -28,7 +33,7 @@ from pyro_vae.pair import MeanElbo
 from pyro_vae.priors import StandardNormal
 
 SCHEMA = 1
-_OURS = ("config.json", "env.json", "metrics.jsonl", "weights.safetensors", "plots")
+_OURS = re.compile(r"(config|env)\.json|metrics\.jsonl|weights\.safetensors|(plots|samples|reconstructions)(-\d+)?")
 
 
 class VersionError(ValueError):
@@ -36,10 +41,10 @@ class VersionError(ValueError):
 
 
 class Run(NamedTuple):
-    """A run folder and its configuration: what ``pyro-vae train`` was told, defaults filled in."""
+    """A run folder and its configuration."""
 
     path: Path
-    config: dict[str, Any]
+    config: Config
 
     def record(self, epoch: Epoch) -> None:
         """Append one epoch to ``metrics.jsonl``."""
@@ -47,19 +52,41 @@ class Run(NamedTuple):
             file.write(json.dumps(as_json(epoch)) + "\n")
 
     def history(self) -> list[Epoch]:
-        """The epochs of ``metrics.jsonl``."""
-        return [_as_epoch(json.loads(line)) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        """The epochs of ``metrics.jsonl``. Raises ``ValueError`` where a line of it is none."""
+        file, epochs = self.path / "metrics.jsonl", []
+        for number, line in enumerate(_text(file).splitlines(), start=1):
+            try:
+                epochs.append(_as_epoch(json.loads(line)))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{file}, line {number} is no epoch of a run ({error}); delete that line") from error
+        if not epochs:
+            raise ValueError(f"{file} holds no epoch; train again")
+        return epochs
+
+    def kept(self) -> Epoch:
+        """The epoch whose weights the run holds: the last, or with early stopping the best."""
+        epochs = self.history()
+        if self.config.patience is None:
+            return epochs[-1]
+        return max(epochs, key=lambda epoch: epoch.validation.elbo if epoch.validation else -math.inf)
 
     def save(self, pair: Pair, param_store: dict[str, Any]) -> None:
         """Write the weights; see :func:`~pyro_vae.checkpoint.save_weights`."""
         save_weights(self.path / "weights.safetensors", pair.model, pair.guide, param_store)
 
     @contextmanager
-    def loaded(self) -> Iterator[Pair]:
-        """The trained pair, its param store in force for the block. Modules are in evaluation mode."""
+    def loaded(self, rows: Tensor | None = None) -> Iterator[Pair]:
+        """The trained pair, its param store in force for the block. Modules are in evaluation mode, on the CPU.
+
+        :param rows: some data, which plain functions and lazy modules need to make their parameters; a VAE does not.
+        """
         pair = build_pair(self.config)
-        blank = torch.zeros(2, *self.config["event_shape"], device=self.config["device"])
-        batch = Batch((blank.to(getattr(torch, self.config["dtype"])),), {})
+        if rows is None and pair.vae is None:
+            raise ValueError(
+                f"{self.path}: its pair is two programs of your own, which do not say how to sample or reconstruct; expected a "
+                "factory that returns a pyro_vae.VAE"
+            )
+        batch = None if rows is None or pair.vae else Batch((rows,), {})
         state = load_weights(self.path / "weights.safetensors", pair.model, pair.guide, batch)
         for program in (pair.model, pair.guide):
             if isinstance(program, torch.nn.Module):
@@ -68,21 +95,71 @@ class Run(NamedTuple):
             yield pair
 
 
-def create(path: Path, config: dict[str, Any], *, overwrite: bool) -> Run:
+def train(
+    path: Path,
+    config: Config,
+    pair: Pair,
+    train_data: Data,
+    test: Data,
+    *,
+    device: str,
+    overwrite: bool,
+    say: Callable[[str], None],
+) -> Run:
+    """Train a pair, and keep its weights after each epoch. The folder is made once the first epoch has gone well, so that a
+    start that fails replaces nothing."""
+    for program in (pair.model, pair.guide):
+        if isinstance(program, torch.nn.Module):
+            program.to(device)
+    many: dict[str, Any] = {"vectorize_particles": True, "max_plate_nesting": 1} if pair.vae else {}
+    loss = Trace_ELBO(num_particles=config.num_particles, **(many if config.num_particles > 1 else {}))
+    store: dict[str, Any] = {"params": {}, "constraints": {}}
+    run = None
+    for epoch in infer.train(
+        pair.model, pair.guide, train_data.to(device), validation=test.to(device), loss=loss,
+        optim=Adam({"lr": config.learning_rate}), epochs=config.num_epochs, batch_size=config.batch_size,
+        patience=config.patience, param_store=store,
+        beta=(lambda t: config.beta * min(1.0, t / config.warm_up)) if config.warm_up else config.beta,
+    ):  # fmt: skip
+        run = run or create(path, config, device, overwrite=overwrite)
+        run.record(epoch)
+        run.save(pair, store)
+        if epoch.epoch == 1 or epoch.epoch % max(1, config.num_epochs // 20) == 0:
+            say(_line(epoch))
+    run = run or create(path, config, device, overwrite=overwrite)
+    run.save(pair, store)  # early stopping went back to the best
+    return run
+
+
+def _line(epoch: Epoch) -> str:
+    parts = {"train": epoch.train, "held out": epoch.validation}
+    means = (
+        f"{name} ELBO {m.elbo:8.2f} = {m.reconstruction:8.2f} - KL {m.kl:6.2f}" for name, m in parts.items() if m is not None
+    )
+    return f"epoch {epoch.epoch:4d}   {'   '.join(means)}"
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Raise ``FileExistsError`` where ``path`` holds something that is not to be replaced."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{path} exists already; name another folder by --out, or replace it by --overwrite")
+    if not path.is_dir() or not any(_OURS.fullmatch(entry.name) for entry in path.iterdir()):
+        raise FileExistsError(f"{path} holds nothing that pyro-vae wrote, so it is not overwritten; name another by --out")
+
+
+def create(path: Path, config: Config, device: str, *, overwrite: bool) -> Run:
     """A new run folder. An earlier run at ``path`` is replaced only where ``overwrite`` is set, and only its own files.
 
     :raises FileExistsError: where ``path`` holds something already.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        if not overwrite:
-            raise FileExistsError(f"{path} exists already; name another folder by --out, or replace it by --overwrite")
-        if not (path / "config.json").is_file():
-            raise FileExistsError(f"{path} is no run folder, so it is not overwritten; name another by --out")
-        for name in _OURS:
-            target = path / name
-            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+    check_free(path, overwrite=overwrite)
     path.mkdir(parents=True, exist_ok=True)
-    for name, content in (("config.json", {"schema": SCHEMA} | config), ("env.json", environment())):
+    for entry in path.iterdir():
+        if _OURS.fullmatch(entry.name):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    for name, content in (("config.json", {"schema": SCHEMA} | asdict(config)), ("env.json", environment(device))):
         write_whole(path / name, (json.dumps(content, indent=2) + "\n").encode())
     return Run(path, config)
 
@@ -97,13 +174,22 @@ def open_run(path: Path) -> Run:
     if not file.is_file():
         raise FileNotFoundError(f"there is no run at {path}: it has no config.json; name a folder that `pyro-vae train` made")
     try:
-        config = json.loads(file.read_text())
-        schema = config.pop("schema")
-    except (ValueError, KeyError, AttributeError) as error:
+        record = json.loads(_text(file))
+        schema = record.pop("schema")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{file} is no configuration of a run ({error!r})") from error
     if schema != SCHEMA:
-        raise VersionError(f"{file} has schema {schema} but this pyro_vae reads {SCHEMA}; install the version that wrote it")
-    return Run(path, config)
+        raise VersionError(f"{file} has schema {schema!r} but this pyro_vae reads {SCHEMA}; install the version that wrote it")
+    return Run(path, Config.read(record, str(file)))
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {file}; the run is not whole, train again") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text ({error})") from error
 
 
 def fresh(path: Path) -> Path:
@@ -112,7 +198,7 @@ def fresh(path: Path) -> Path:
     return next(candidate for candidate in candidates if not candidate.exists())
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
     """What the run ran on: versions, threads, device; nothing that names the machine or its user."""
     packages = ("torch", "pyro-ppl", "numpy", "torchvision", "safetensors")
     return {
@@ -122,7 +208,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: metadata.version(name) for name in packages},
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "command": ["pyro-vae", *sys.argv[1:]],
     }
 
@@ -133,7 +219,7 @@ def pictures(run: Run, pair: Pair, test: Data) -> Iterator[tuple[str, Figure]]:
     vae, image = pair.vae, test.x.dim() > 2
     if vae is None:
         return
-    torch.manual_seed(run.config["seed"])
+    torch.manual_seed(run.config.seed)
     if image:
         yield "reconstructions", plots.plot_reconstructions(test.x[:30], vae.reconstruct(test.x[:30]))
         yield "samples", plots.plot_samples(vae)

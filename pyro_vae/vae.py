@@ -153,6 +153,8 @@ class VAE(nn.Module):
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
         """n draws of x from p(z) p(x|z): ``(n, *event)``."""
+        if n < 1:
+            raise ValueError(f"sample: expected one draw or more but got {n}")
         return self.decode(self.model.prior().sample((n,))).sample()
 
     @torch.no_grad()

@@ -138,6 +138,8 @@ def test_one_hundred_mutated_idx_files(tmp_path):
         (lambda: Data(torch.zeros(3, 2), labels=torch.zeros(4)), "3 rows but labels"),
         (lambda: Data(torch.full((3, 2), 1.7), binarize="stochastic"), "cannot be binarized"),
         (lambda: Data(torch.zeros(3, 2)).levels(), "num_levels"),
+        (lambda: load("digits", binarize="stochastic")[0].levels(), "binarized"),
+        (lambda: load("digits", binarize="stochastic")[1].levels(), "do not binarize"),
     ],
 )
 def test_bad_input(make, message):

@@ -63,9 +63,18 @@ def test_convolutions_use_each_pixel_and_each_feature():
         (lambda: nets.MLP(3, (5,))(torch.zeros(2, 3).double()), "float64"),
         (lambda: nets.MLP(3, (5,))(torch.zeros(2, 3), torch.zeros(2, 3)), "got 2 inputs"),
         (lambda: nets.ConvEncoder((9,)), "height, width"),
+        (lambda: nets.ConvEncoder((8, 8), ()), "one layer or more"),
+        (lambda: nets.ConvDecoder(2, (8, 8), ()), "one layer or more"),
         (lambda: nets.out_shape(nn.ReLU()), "set trunk.out_shape"),
+        (lambda: nets.out_shape(nn.Sequential(nets.ConvEncoder((8, 8)), nn.Flatten(-3))), "drop a last nn.Flatten"),
     ],
 )
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_read_out_is_a_convolution_only_for_images():
+    assert nets.Readout((4, 5, 2), (3, 5, 2)).convolutional
+    assert not nets.Readout((4, 5, 2), (5, 2), image=False).convolutional
+    assert nets.as_shape(torch.arange(5).numpy()[3]) == (3,)

@@ -1,6 +1,7 @@
 """Training any model/guide pair by SVI: the loop, and what it returns."""
 
 import math
+import re
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
@@ -104,6 +105,7 @@ def fit(
     :param optim: one of Pyro's optimizers, by default Adam at 1e-3; a scheduler steps once an epoch.
     :param batch_size: ``None`` takes all data at once. A minibatch of B stands for all N data: sites in the data plate are
         scaled by N/B where the model does not subsample itself, so latents that all data share are weighted right.
+        A guide with parameters for each datum, such as an autoguide of a local latent, needs ``None``.
     :param validation: data whose ELBO is evaluated after each epoch.
     :param beta: weight of the latent terms, log p(z) − log q(z|x), a number or a function of the epochs elapsed (a
         fraction within an epoch). It changes what is optimized, never what is reported.
@@ -247,7 +249,7 @@ class _Step:
         except ValueError as error:
             self._check_data()
             cause = str(error).split(":\n", 1)[0].split("\n", 1)[0]
-            if "nan" not in str(error) and "inf" not in str(error):
+            if not re.search(r"\b(nan|inf)\b", str(error)):
                 raise ValueError(f"fit: {self.where}: {cause}") from error
             # the pair went well on the first batch, so it is a distribution that is handed NaN: Pyro's validation says which
             raise FloatingPointError(f"fit: {self.where}: {cause}. Lower the learning rate, or check the data") from error

@@ -1,0 +1,74 @@
+"""Plots return Axes or Figures, and hold what they were given."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+import pyro_vae as pv
+from pyro_vae import conditionals, infer, nets, plots, priors
+from pyro_vae.pair import MeanElbo
+
+
+@pytest.fixture(autouse=True)
+def _closed():
+    yield
+    plt.close("all")
+
+
+def make_vae(image):
+    return pv.VAE(
+        priors.StandardNormal(2),
+        conditionals.Bernoulli(nets.ConvDecoder(2, image, (4,)), event_shape=image),
+        conditionals.Normal(nets.ConvEncoder(image, (4,)), event_shape=2),
+    )
+
+
+@pytest.mark.parametrize("image", [(9, 11), (1, 9, 11), (3, 9, 11)], ids=str)
+def test_images_of_every_kind(image):
+    vae = make_vae(image)
+    x = vae.sample(13)
+    plots.plot_samples(vae, 7)
+    figure = plots.plot_reconstructions(x, vae.reconstruct(x))
+    shown = [ax.images[0].get_array() for ax in figure.axes if ax.images]
+    expected = x[0].movedim(0, -1).squeeze() if x.dim() == 4 else x[0]
+    np.testing.assert_allclose(np.asarray(shown[0]), expected.double().numpy(), atol=1e-12)
+    sheet = plots.plot_manifold(vae, steps=5).axes[0].images[0].get_array()
+    assert sheet.shape[:2] == (45, 55)
+
+
+def test_the_manifold_is_the_decoded_grid_of_quantiles():
+    """Its first tile is decoded at the lowest quantile of z₁ and the highest of z₂, as figure 4 of AEVB has its axes."""
+    vae = make_vae((9, 11))
+    sheet = np.asarray(plots.plot_manifold(vae, steps=4).axes[0].images[0].get_array())
+    low, high = (torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(q)) for q in (0.125, 0.875))
+    with torch.no_grad():
+        corner = vae.decode(torch.stack([low, high])).mean.numpy()
+        other = vae.decode(torch.stack([high, high])).mean.numpy()
+    np.testing.assert_allclose(sheet[:9, :11], corner, atol=1e-6)
+    np.testing.assert_allclose(sheet[:9, -11:], other, atol=1e-6)
+
+
+def mean(elbo):
+    return MeanElbo(elbo, elbo + 1, 1.0, 0.1)
+
+
+@pytest.mark.parametrize("elbos", [[1.0], [1.0, 3.0, 2.0], [float("nan")], list(range(20))], ids=str)
+def test_history(elbos):
+    ax = plots.plot_history([infer.Epoch(i, 1.0, mean(e), mean(e), 0.1) for i, e in enumerate(elbos, start=1)])
+    np.testing.assert_array_equal(ax.lines[1].get_ydata(), elbos)
+    assert ax.lines[0].get_marker() == ("o" if len(elbos) < 10 else "None")
+
+
+def test_latent_and_points():
+    vae, x = make_vae((9, 11)), torch.rand(20, 9, 11)
+    ax = plots.plot_latent(vae, x, torch.arange(20) % 3)
+    drawn = np.concatenate([np.asarray(c.get_offsets()) for c in ax.collections])
+    np.testing.assert_allclose(np.sort(drawn, 0), np.sort(vae.encode(x).mean.detach().numpy(), 0), rtol=1e-5)
+    assert len(plots.plot_points({"a": torch.zeros(3, 2), "b": torch.ones(4, 2)}).collections) == 2
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 3), (4, 2, 3, 3), (5,)], ids=str)
+def test_what_is_no_image(shape):
+    with pytest.raises(ValueError, match="expected"):
+        plots.plot_images(torch.zeros(shape))
