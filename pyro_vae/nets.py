@@ -192,7 +192,8 @@ class ConvDecoder(nn.Module):
     ) -> None:
         super().__init__()
         _, height, width = _image_shape(as_shape(image_shape))
-        maps = (channels[0], *_channels(channels))
+        coarsest, *finer = _channels(channels)
+        maps = (coarsest, coarsest, *finer)
         factor = 2 ** len(channels)
         self.coarse_shape = (maps[0], math.ceil(height / factor), math.ceil(width / factor))
         self.project = MLP(in_shape, (math.prod(self.coarse_shape),), activation=activation)
