@@ -34,6 +34,7 @@ def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None) -> Axes:
         if len(epochs) >= 10 and np.isfinite(low):
             ax.set_ylim(bottom=low - 0.1 * abs(low))
     ax.set(xlabel="epoch", ylabel="ELBO (nats per datum)", title="Evidence lower bound")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, loc="lower right")
     return ax
