@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pyro_vae.infer import Epoch
@@ -34,7 +35,7 @@ def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None) -> Axes:
         if len(epochs) >= 10 and np.isfinite(low):
             ax.set_ylim(bottom=low - 0.1 * abs(low))
     ax.set(xlabel="epoch", ylabel="ELBO (nats per datum)", title="Evidence lower bound")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, loc="lower right")
     return ax
