@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyro_vae import batches, conditionals, data, infer, nets, pair, plots, priors, vae
+    from pyro_vae import batches, conditionals, data, exact, infer, nets, pair, plots, priors, vae
     from pyro_vae.data import Data, load
     from pyro_vae.infer import Epoch, History, PairReport, check_pair, evaluate, fit, train
     from pyro_vae.vae import CVAE, VAE
@@ -29,7 +29,7 @@ _HOME = {
     "load": "data",
     "train": "infer",
 }
-_MODULES = ("batches", "conditionals", "data", "infer", "nets", "pair", "plots", "priors", "vae")
+_MODULES = ("batches", "conditionals", "data", "exact", "infer", "nets", "pair", "plots", "priors", "vae")
 __all__ = [
     "CVAE",
     "VAE",
@@ -42,6 +42,7 @@ __all__ = [
     "conditionals",
     "data",
     "evaluate",
+    "exact",
     "fit",
     "infer",
     "load",

@@ -103,8 +103,8 @@ def elbo_terms(
 
 
 class SiteSums(NamedTuple):
-    """Log-probabilities of a trace in nats, summed over its sites and over particles: of the observed and of the latent
-    sites in data plates, ``(batch,)``, and of those that all data share, ``()``."""
+    """Log-probabilities of a trace in nats, summed over its sites: of the observed and of the latent sites in data plates,
+    ``(batch,)``, and of those that all data share, ``()``. Particles are summed over, or kept: ``(particles, …)``."""
 
     observed: Tensor
     latent: Tensor
@@ -112,31 +112,41 @@ class SiteSums(NamedTuple):
     shared_latent: Tensor
 
 
-def sum_sites(trace: Trace, plates: frozenset[str]) -> SiteSums:
+def sum_sites(trace: Trace, plates: frozenset[str], *, particle_dim: int | None = None) -> SiteSums:
     """Sums of log-probabilities, one for each datum where sites lie in data plates.
 
     A plate within a datum that subsamples counts for its full size. Other scales (the data set's N/B, annealing,
     ``poutine.scale``) are stripped.
+
+    :param particle_dim: batch dimension along which particles lie that are to be kept apart.
     """
     sums = dict.fromkeys(SiteSums._fields, torch.zeros(()))
     for site in prune_subsample_sites(trace).nodes.values():
         if site["type"] != "sample" or site["infer"].get("_deterministic"):
             continue
         log_prob = scale_and_mask(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), mask=site["mask"])
-        row_dims = []
-        for frame in site["cond_indep_stack"]:
-            if frame.name not in plates:
-                log_prob = log_prob * (frame.full_size / frame.size)
-            elif frame.vectorized:
-                row_dims.append(frame.dim)
+        kept = [] if particle_dim is None else [particle_dim]
         kind = "observed" if site["is_observed"] else "latent"
-        if row_dims:
-            rows = log_prob.movedim(row_dims[0], -1)
-            log_prob = rows.reshape(-1, rows.shape[-1]).sum(0)
+        rows = None
+        for frame in site["cond_indep_stack"]:
+            if frame.name in plates and frame.vectorized:
+                rows = frame.dim
+            elif frame.dim != particle_dim:
+                log_prob = log_prob * (frame.full_size / frame.size)
+        if rows is None:
+            kind = f"shared_{kind}"
         else:
-            kind, log_prob = f"shared_{kind}", log_prob.sum()
+            kept.append(rows)
+        log_prob = _sum_to(log_prob, kept)
         sums[kind] = sums[kind].to(log_prob) + log_prob
     return SiteSums(**sums)
+
+
+def _sum_to(log_prob: Tensor, kept: list[int]) -> Tensor:
+    """Sum over all dimensions but those, which come in that order."""
+    missing = max((-dim - log_prob.dim() for dim in kept), default=0)
+    log_prob = log_prob.reshape((1,) * max(missing, 0) + log_prob.shape).movedim(kept, tuple(range(-len(kept), 0)))
+    return log_prob.reshape(-1, *log_prob.shape[log_prob.dim() - len(kept) :]).sum(0)
 
 
 def data_plates(model: Program, guide: Program, batch: Batch) -> frozenset[str]:

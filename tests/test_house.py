@@ -15,7 +15,7 @@ FLOORS = (
     ("nets", "data"),
     ("batches", "conditionals"),
     ("pair", "priors"),
-    ("vae",),
+    ("vae", "exact"),
     ("infer",),
     ("plots", "checkpoint"),
     ("build",),

@@ -1,0 +1,54 @@
+"""A small sigmoid belief net, by enumeration."""
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_vae.exact.model import ExactModel, as_constant
+
+
+class SigmoidBeliefNet(ExactModel):
+    """zⱼ ~ Bernoulli(sigmoid(aⱼ)), xᵢ ~ Bernoulli(sigmoid((W z + b)ᵢ)): binary units, summed over all 2^k states.
+
+    :param weight: W, ``(D, k)``, k ≤ 12.
+    :param bias: b, a number or ``(D,)``.
+    :param prior_logits: a, a number or ``(k,)``.
+
+    ``posterior(x)`` is a Categorical over the rows of ``states``, ``(2^k, k)``; ``index(z)`` says which row a z is.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    prior_logits: Tensor
+    states: Tensor
+
+    def __init__(self, weight: Tensor, *, bias: float | Tensor = 0.0, prior_logits: float | Tensor = 0.0) -> None:
+        if weight.dim() != 2 or not 1 <= weight.shape[1] <= 12:
+            raise ValueError(f"SigmoidBeliefNet: expected a weight (D, k) with k ≤ 12 but got {tuple(weight.shape)}")
+        d, k = weight.shape
+        super().__init__(k, d)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", as_constant(bias).to(weight).expand(d).clone())
+        self.register_buffer("prior_logits", as_constant(prior_logits).to(weight).expand(k).clone())
+        self.register_buffer("states", torch.cartesian_prod(*[torch.arange(2)] * k).reshape(-1, k).to(weight))
+
+    def prior(self) -> dist.TorchDistribution:
+        return dist.Bernoulli(logits=self.prior_logits).to_event(1)
+
+    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+        return dist.Bernoulli(logits=z @ self.weight.mT + self.bias).to_event(1)
+
+    def index(self, z: Tensor) -> Tensor:
+        """The row of ``states`` that each z is. z: ``(*batch, k)`` → ``(*batch,)``."""
+        powers = 2 ** torch.arange(z.shape[-1] - 1, -1, -1, device=z.device)
+        return (z.long() * powers).sum(-1)
+
+    def _joint(self, x: Tensor) -> Tensor:
+        """log p(x, z) for every state: ``(batch, 2^k)``."""
+        return self.log_joint(self.checked(x).unsqueeze(-2), self.states)
+
+    def posterior(self, x: Tensor) -> dist.TorchDistribution:
+        return dist.Categorical(logits=self._joint(x))
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        return self._joint(x).logsumexp(-1)

@@ -1,0 +1,82 @@
+"""Conjugate pairs of one-dimensional families."""
+
+import math
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_vae.exact.model import ExactModel, positive
+
+
+class BetaBernoulli(ExactModel):
+    """z ~ Beta(a, b), x₁…xₙ ~ Bernoulli(z): p(z|x) = Beta(a + s, b + n − s), s = Σ xᵢ;
+    log p(x) = ln B(a + s, b + n − s) − ln B(a, b). z: ``(1,)``, x: ``(n,)``."""
+
+    concentration1: Tensor
+    concentration0: Tensor
+
+    def __init__(self, num_observations: int = 1, *, concentration1: float = 1.0, concentration0: float = 1.0) -> None:
+        super().__init__(1, num_observations)
+        self.register_buffer("concentration1", positive("concentration1", concentration1).reshape(1))
+        self.register_buffer("concentration0", positive("concentration0", concentration0).reshape(1))
+
+    def prior(self) -> dist.TorchDistribution:
+        return dist.Beta(self.concentration1, self.concentration0).to_event(1)
+
+    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+        return dist.Bernoulli(z.expand(*z.shape[:-1], *self.event_shape)).to_event(1)
+
+    def posterior(self, x: Tensor) -> dist.TorchDistribution:
+        successes = self.checked(x).sum(-1, keepdim=True)
+        failures = x.shape[-1] - successes
+        return dist.Beta(self.concentration1 + successes, self.concentration0 + failures).to_event(1)
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        after, before = (_log_beta(beta.base_dist) for beta in (self.posterior(x), self.prior()))
+        return (after - before).sum(-1)
+
+
+class GammaPoisson(ExactModel):
+    """z ~ Gamma(a, b), x₁…xₙ ~ Poisson(z): p(z|x) = Gamma(A, B), A = a + Σ xᵢ, B = b + n;
+    log p(x) = a ln b − ln Γ(a) + ln Γ(A) − A ln B − Σ ln xᵢ!. z: ``(1,)``, x: ``(n,)``."""
+
+    concentration: Tensor
+    rate: Tensor
+
+    def __init__(self, num_observations: int = 1, *, concentration: float = 1.0, rate: float = 1.0) -> None:
+        super().__init__(1, num_observations)
+        self.register_buffer("concentration", positive("concentration", concentration).reshape(1))
+        self.register_buffer("rate", positive("rate", rate).reshape(1))
+
+    def prior(self) -> dist.TorchDistribution:
+        return dist.Gamma(self.concentration, self.rate).to_event(1)
+
+    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+        return dist.Poisson(z.expand(*z.shape[:-1], *self.event_shape)).to_event(1)
+
+    def posterior(self, x: Tensor) -> dist.TorchDistribution:
+        counts = self.checked(x).sum(-1, keepdim=True)
+        return dist.Gamma(self.concentration + counts, self.rate + x.shape[-1]).to_event(1)
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        after = self.posterior(x).base_dist
+        normalizers = [torch.lgamma(g.concentration) - g.concentration * g.rate.log() for g in (after, self.prior().base_dist)]
+        return (normalizers[0] - normalizers[1]).sum(-1) - torch.lgamma(x + 1).sum(-1)
+
+    def log_normal(self, x: Tensor) -> dist.TorchDistribution:
+        """The best log-normal guide, in closed form: s² = 1/A, m = ln(A/B) − 1/(2A)."""
+        after = self.posterior(x).base_dist
+        a, b = after.concentration, after.rate
+        return dist.LogNormal((a / b).log() - 0.5 / a, a**-0.5).to_event(1)
+
+    def log_normal_gap(self, x: Tensor) -> Tensor:
+        """KL of that guide, ln Γ(A) − [(A − ½) ln A − A + ½ ln 2π] in nats: Stirling's remainder, ``(batch,)``."""
+        a = self.posterior(x).base_dist.concentration
+        return (torch.lgamma(a) - ((a - 0.5) * a.log() - a + 0.5 * math.log(2 * math.pi))).sum(-1)
+
+
+def _log_beta(beta: dist.TorchDistribution) -> Tensor:
+    """ln B(a, b), the normalizer."""
+    a, b = beta.concentration1, beta.concentration0
+    return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)

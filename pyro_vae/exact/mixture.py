@@ -1,0 +1,118 @@
+"""Mixtures: a finite one whose latent is the component, and a Gaussian-mixture prior under a linear-Gaussian likelihood."""
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_vae.exact.model import ExactModel, as_constant, positive
+
+
+class FiniteMixture(ExactModel):
+    """z ~ Categorical(π), x ~ N(μ_z, Σ_z): p(z = k|x) ∝ πₖ N(x; μₖ, Σₖ), log p(x) = logsumexp of these.
+
+    :param weights: π, ``(K,)``, normalized here.
+    :param locs: μ, ``(K, D)``.
+    :param scale_trils: Cholesky factors of Σ, ``(K, D, D)``, or ``(D, D)`` where all components share one.
+    """
+
+    weights: Tensor
+    locs: Tensor
+    scale_trils: Tensor
+
+    def __init__(self, weights: Tensor, locs: Tensor, scale_trils: Tensor) -> None:
+        if locs.dim() != 2 or weights.shape != locs.shape[:1]:
+            raise ValueError(
+                f"FiniteMixture: expected weights (K,) and locs (K, D) but got {tuple(weights.shape)} and {tuple(locs.shape)}"
+            )
+        super().__init__((), locs.shape[1])
+        self.register_buffer("weights", positive("weights", weights) / weights.sum())
+        self.register_buffer("locs", locs)
+        self.register_buffer("scale_trils", scale_trils.expand(*locs.shape, locs.shape[1]).clone())
+
+    def prior(self) -> dist.TorchDistribution:
+        return dist.Categorical(self.weights)
+
+    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+        return dist.MultivariateNormal(self.locs[z.long()], scale_tril=self.scale_trils[z.long()])
+
+    def _joint(self, x: Tensor) -> Tensor:
+        """log πₖ + log N(x; μₖ, Σₖ): ``(batch, K)``."""
+        components = dist.MultivariateNormal(self.locs, scale_tril=self.scale_trils)
+        return self.weights.log() + components.log_prob(self.checked(x).unsqueeze(-2))
+
+    def posterior(self, x: Tensor) -> dist.TorchDistribution:
+        return dist.Categorical(logits=self._joint(x))
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        return self._joint(x).logsumexp(-1)
+
+
+class MixturePrior(ExactModel):
+    """z ~ Σₖ πₖ N(mₖ, Sₖ), x ~ N(W z + b, diag σ²): the posterior is a mixture of Gaussians, with weights
+    ∝ πₖ N(x; W mₖ + b, W Sₖ Wᵀ + diag σ²).
+
+    :param weights: π, ``(K,)``, normalized here.
+    :param locs: m, ``(K, k)``.
+    :param scale_trils: Cholesky factors of S, ``(K, k, k)`` or ``(k, k)``.
+    :param weight: W, ``(D, k)``.
+    :param noise_scale: σ, a number or ``(D,)``.
+    :param bias: b, a number or ``(D,)``.
+    """
+
+    weights: Tensor
+    locs: Tensor
+    scale_trils: Tensor
+    weight: Tensor
+    noise_scale: Tensor
+    bias: Tensor
+
+    def __init__(
+        self,
+        weights: Tensor,
+        locs: Tensor,
+        scale_trils: Tensor,
+        *,
+        weight: Tensor,
+        noise_scale: float | Tensor,
+        bias: float | Tensor = 0.0,
+    ) -> None:
+        if locs.dim() != 2 or weights.shape != locs.shape[:1] or weight.shape[1:] != locs.shape[1:]:
+            raise ValueError(
+                "MixturePrior: expected weights (K,), locs (K, k) and weight (D, k) but got "
+                f"{tuple(weights.shape)}, {tuple(locs.shape)} and {tuple(weight.shape)}"
+            )
+        super().__init__(locs.shape[1], weight.shape[0])
+        self.register_buffer("weights", positive("weights", weights) / weights.sum())
+        self.register_buffer("locs", locs)
+        self.register_buffer("scale_trils", scale_trils.expand(*locs.shape, locs.shape[1]).clone())
+        self.register_buffer("weight", weight)
+        self.register_buffer("noise_scale", positive("noise_scale", noise_scale).to(weight).expand(weight.shape[0]).clone())
+        self.register_buffer("bias", as_constant(bias).to(weight).expand(weight.shape[0]).clone())
+
+    def prior(self) -> dist.TorchDistribution:
+        components = dist.MultivariateNormal(self.locs, scale_tril=self.scale_trils)
+        return dist.MixtureSameFamily(dist.Categorical(self.weights), components)
+
+    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+        return dist.Normal(z @ self.weight.mT + self.bias, self.noise_scale).to_event(1)
+
+    def _joint(self, x: Tensor) -> Tensor:
+        """log πₖ + log N(x; W mₖ + b, W Sₖ Wᵀ + diag σ²): ``(batch, K)``."""
+        spread = self.weight @ self.scale_trils
+        covariance = spread @ spread.mT + torch.diag(self.noise_scale**2)
+        marginals = dist.MultivariateNormal(self.locs @ self.weight.mT + self.bias, covariance)
+        return self.weights.log() + marginals.log_prob(self.checked(x).unsqueeze(-2))
+
+    def posterior(self, x: Tensor) -> dist.TorchDistribution:
+        pulled = self.weight.mT / self.noise_scale**2
+        prior_precision = torch.cholesky_inverse(self.scale_trils)
+        precision = prior_precision + pulled @ self.weight
+        natural = (prior_precision @ self.locs.unsqueeze(-1)).squeeze(-1) + (
+            (self.checked(x) - self.bias) @ pulled.mT
+        ).unsqueeze(-2)
+        mean = torch.linalg.solve(precision, natural.unsqueeze(-1)).squeeze(-1)
+        components = dist.MultivariateNormal(mean, precision_matrix=precision)
+        return dist.MixtureSameFamily(dist.Categorical(logits=self._joint(x)), components)
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        return self._joint(x).logsumexp(-1)

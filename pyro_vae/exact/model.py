@@ -1,0 +1,83 @@
+"""What every exact model is: an ordinary Pyro model that also knows its posterior and its evidence."""
+
+from abc import ABC, abstractmethod
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.data import check_rows
+from pyro_vae.nets import Shape, as_shape
+
+
+class ExactModel(nn.Module, ABC):
+    """p(z) p(x|z) with known p(z|x) and log p(x).
+
+    ``model(x)``: the Pyro program, latent ``"z"``, observed ``"x"``, plate ``"data"``; x ``(batch, *event_shape)``. Everything
+    that works on a model works on it: a guide is trained on it by plain ``SVI``.
+
+    :param latent_shape: shape of one z.
+    :param event_shape: shape of one x.
+    """
+
+    def __init__(self, latent_shape: Shape, event_shape: Shape) -> None:
+        super().__init__()
+        self.latent_shape = as_shape(latent_shape) if latent_shape != () else torch.Size()
+        self.event_shape = as_shape(event_shape) if event_shape != () else torch.Size()
+
+    @abstractmethod
+    def prior(self) -> dist.TorchDistribution:
+        """p(z)."""
+
+    @abstractmethod
+    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+        """p(x|z). z: ``(*batch, *latent_shape)``."""
+
+    @abstractmethod
+    def posterior(self, x: Tensor) -> dist.TorchDistribution:
+        """p(z|x), of ``batch_shape (batch,)``. x: ``(batch, *event_shape)``."""
+
+    @abstractmethod
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """log p(x) in nats, ``(batch,)``."""
+
+    def forward(self, x: Tensor | None = None) -> Tensor:
+        with pyro.plate("data", 1 if x is None else len(self.checked(x)), dim=-1):
+            z = pyro.sample("z", self.prior())
+            return pyro.sample("x", self.likelihood(z), obs=x)
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x, z) in nats. z: ``(*particles, batch, *latent_shape)`` → ``(*particles, batch)``."""
+        return self.prior().log_prob(z) + self.likelihood(z).log_prob(x)
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor:
+        """n draws of x from p(z) p(x|z): ``(n, *event_shape)``."""
+        return self.likelihood(self.prior().sample((n,))).sample()
+
+    def checked(self, x: Tensor) -> Tensor:
+        """``x`` itself. Raises ``ValueError`` for another shape than ``(batch, *event_shape)`` or rows that are not finite."""
+        name = type(self).__name__
+        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[1:] != self.event_shape:
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            expected = ", ".join(["batch", *map(str, self.event_shape)])
+            raise ValueError(f"{name}: expected x of shape ({expected}) but got {got}")
+        check_rows(x, name)
+        return x
+
+    def extra_repr(self) -> str:
+        return f"latent_shape={tuple(self.latent_shape)}, event_shape={tuple(self.event_shape)}"
+
+
+def positive(name: str, value: float | Tensor) -> Tensor:
+    """A constant that must be positive, as a tensor."""
+    tensor = as_constant(value)
+    if not (tensor > 0).all():
+        raise ValueError(f"{name}: expected a positive number but got {value}")
+    return tensor
+
+
+def as_constant(value: float | Tensor) -> Tensor:
+    """A constant of a model: a tensor keeps its dtype, a number is of the default one."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.get_default_dtype())

@@ -1,0 +1,161 @@
+"""Densities that guides find hard, as models without data: the posterior is the prior, and log p(x) = 0.
+
+x has one column that holds nothing but zeros, ``(batch, 1)``: it says how many copies there are.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_vae.exact.model import ExactModel, positive
+
+
+class _Shape(dist.TorchDistribution, ABC):
+    """A distribution on ℝ^d that maps standard normal noise."""
+
+    arg_constraints: ClassVar[dict] = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, dim: int, parameter: Tensor, batch_shape: torch.Size = torch.Size()) -> None:  # noqa: B008
+        self.parameter = parameter
+        super().__init__(batch_shape, torch.Size((dim,)), validate_args=False)
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "_Shape":
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        _Shape.__init__(new, self.event_shape[0], self.parameter, torch.Size(batch_shape))
+        return new
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
+        return self._push(torch.randn(shape, dtype=self.parameter.dtype, device=self.parameter.device))
+
+    @abstractmethod
+    def _push(self, noise: Tensor) -> Tensor:
+        """From standard normal noise to a draw."""
+
+
+class _FunnelDistribution(_Shape):
+    """v ~ N(0, σ²), yᵢ ~ N(0, eᵛ)."""
+
+    def _push(self, noise: Tensor) -> Tensor:
+        v = self.parameter * noise[..., :1]
+        return torch.cat([v, (v / 2).exp() * noise[..., 1:]], -1)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        v, y = z[..., 0], z[..., 1:]
+        return dist.Normal(0.0, self.parameter).log_prob(v) + dist.Normal(0.0, (v / 2).exp().unsqueeze(-1)).log_prob(y).sum(-1)
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.zeros(self.shape(), dtype=self.parameter.dtype, device=self.parameter.device)
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        each = (self.parameter**2 / 2).exp().expand(self.event_shape[0]).clone()  # E eᵛ
+        each[0] = self.parameter**2
+        return torch.diag(each).expand(*self.batch_shape, -1, -1)
+
+
+class _BananaDistribution(_Shape):
+    """z₁ ~ N(0, s²), z₂ ~ N(b (z₁² − s²), 1); parameter: (s, b)."""
+
+    def _push(self, noise: Tensor) -> Tensor:
+        s, b = self.parameter
+        first = s * noise[..., 0]
+        return torch.stack([first, b * (first**2 - s**2) + noise[..., 1]], -1)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        (s, b), (first, second) = self.parameter, z.unbind(-1)
+        return dist.Normal(0.0, s).log_prob(first) + dist.Normal(b * (first**2 - s**2), 1.0).log_prob(second)
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.zeros(self.shape(), dtype=self.parameter.dtype, device=self.parameter.device)
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        s, b = self.parameter
+        return torch.diag(torch.stack([s**2, 1 + 2 * b**2 * s**4])).expand(*self.batch_shape, -1, -1)
+
+
+class _WithoutData(ExactModel):
+    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+        return dist.Delta(torch.zeros_like(z[..., :1])).to_event(1)
+
+    def posterior(self, x: Tensor) -> dist.TorchDistribution:
+        return self.prior().expand([len(self.checked(x))])
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        return self.checked(x).sum(-1) * 0.0
+
+    def checked(self, x: Tensor) -> Tensor:
+        if isinstance(x, Tensor) and (x != 0).any():
+            raise ValueError(f"{type(self).__name__}: it has no data; expected x = torch.zeros(batch, 1)")
+        return super().checked(x)
+
+
+class Funnel(_WithoutData):
+    """Neal's funnel: z = (v, y₁…yₙ), v ~ N(0, σ²), yᵢ ~ N(0, eᵛ) (Neal 2003).
+
+    :param num_dims: n.
+    :param scale: σ.
+    """
+
+    scale: Tensor
+
+    def __init__(self, num_dims: int = 9, *, scale: float = 3.0) -> None:
+        super().__init__(num_dims + 1, 1)
+        self.register_buffer("scale", positive("scale", scale))
+
+    def prior(self) -> dist.TorchDistribution:
+        return _FunnelDistribution(self.latent_shape[0], self.scale)
+
+    def mean_field(self, x: Tensor) -> dist.TorchDistribution:
+        """The best guide of independent Gaussians: m = 0, s_v² = 1/(1/σ² + n/2), log t² = −s_v²/2."""
+        n = self.latent_shape[0] - 1
+        variance_v = 1 / (1 / self.scale**2 + n / 2)
+        variances = torch.cat([variance_v.reshape(1), (-variance_v / 2).exp().expand(n)])
+        return dist.Normal(variances.new_zeros(len(self.checked(x)), n + 1), variances.sqrt()).to_event(1)
+
+    def mean_field_gap(self) -> Tensor:
+        """KL of that guide, ½ log(1 + n σ²/2) in nats: ``()``."""
+        return 0.5 * torch.log1p((self.latent_shape[0] - 1) * self.scale**2 / 2)
+
+
+class Banana(_WithoutData):
+    """z₁ ~ N(0, s²), z₂ ~ N(b (z₁² − s²), 1) (Haario et al. 1999).
+
+    :param scale: s.
+    :param curvature: b.
+    """
+
+    parameter: Tensor
+
+    def __init__(self, *, scale: float = 2.0, curvature: float = 0.5) -> None:
+        super().__init__(2, 1)
+        self.register_buffer("parameter", torch.stack([positive("scale", scale), torch.as_tensor(float(curvature))]))
+
+    def prior(self) -> dist.TorchDistribution:
+        return _BananaDistribution(2, self.parameter)
+
+    def _best_variance(self) -> Tensor:
+        """u = [−s⁻² + √(s⁻⁴ + 16 b²)]/(8 b²), written without the cancellation as b → 0."""
+        s, b = self.parameter
+        return 2 / (s**-2 + torch.sqrt(s**-4 + 16 * b**2))
+
+    def mean_field(self, x: Tensor) -> dist.TorchDistribution:
+        """The best guide of independent Gaussians with its first mean at 0: variances (u, 1), second mean b (u − s²)."""
+        (s, b), u = self.parameter, self._best_variance()
+        loc = torch.stack([torch.zeros_like(u), b * (u - s**2)]).expand(len(self.checked(x)), 2)
+        return dist.Normal(loc, torch.stack([u.sqrt(), torch.ones_like(u)])).to_event(1)
+
+    def mean_field_gap(self) -> Tensor:
+        """KL of that guide, ½[u/s² − log(u/s²) − 1 + 2 b² u²] in nats: ``()``."""
+        (s, b), u = self.parameter, self._best_variance()
+        return 0.5 * (u / s**2 - (u / s**2).log() - 1 + 2 * b**2 * u**2)

@@ -1,0 +1,191 @@
+"""Grid: any model with one or two latent dimensions, against models that know the answer."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_vae as pv
+from pyro_vae import conditionals, exact, nets, priors
+from tests import oracles
+from tests.oracles import seeded
+
+MODELS = oracles.make_models()
+
+
+@pytest.mark.parametrize(
+    "name", ["NormalNormal", "LinearGaussian, own prior", "MixturePrior", "BetaBernoulli", "GammaPoisson", "Banana"]
+)
+def test_models_that_know_the_answer(name):
+    model = MODELS[name]
+    x = model.sample(5)
+    grid = exact.Grid(model)
+    solution = grid.solve(x)
+    torch.testing.assert_close(solution.log_evidence, model.log_evidence(x), rtol=0, atol=1e-7)
+    assert (solution.error < 1e-6).all()
+    q, p = grid.posterior(x), model.posterior(x)
+    torch.testing.assert_close(q.mean, p.mean, rtol=0, atol=1e-6)
+    z = p.sample((6,))
+    torch.testing.assert_close(q.log_prob(z), p.log_prob(z), rtol=0, atol=1e-7)
+    if hasattr(p, "covariance_matrix"):
+        torch.testing.assert_close(q.covariance_matrix, p.covariance_matrix, rtol=0, atol=1e-6)
+
+
+def test_kinks_cost_digits_and_the_error_says_so():
+    model = MODELS["ReluDecoder"]
+    x = model.sample(4)
+    solution = exact.Grid(model).solve(x)
+    off = (solution.log_evidence - model.log_evidence(x)).abs()
+    assert (off < 1e-4).all()
+    assert (off <= 2 * solution.error + 1e-9).all()
+
+
+def test_draws_have_the_posteriors_moments():
+    model = MODELS["MixturePrior"]
+    x = model.sample(3)
+    posterior, n = exact.Grid(model).posterior(x), 40_000
+    draws = posterior.sample((n,))
+    assert draws.shape == (n, 3, 2)
+    assert ((draws.mean(0) - posterior.mean).abs() < 5 * draws.std(0) / n**0.5).all()
+    assert posterior.sample().shape == (3, 2)
+
+
+def two_sites(x):
+    """A function-style model of a user: a location and a scale for each datum, in one plate, with a mask of its own names."""
+    bias = pyro.param("bias", torch.tensor(0.3, dtype=torch.double))
+    with pyro.plate("rows", len(x), dim=-2):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=torch.double), 1.0))
+        tau = pyro.sample("tau", dist.Gamma(torch.tensor(2.0, dtype=torch.double), 1.0))
+        with pyro.plate("columns", x.shape[1], dim=-1):
+            pyro.sample("obs", dist.Normal(mu + bias, tau**-0.5), obs=x)
+
+
+def test_a_function_style_model_with_two_scalar_latents():
+    """Marginalizing μ by hand leaves a one-dimensional integral over τ."""
+    x = 0.5 * seeded(3, 6)
+    grid = exact.Grid(two_sites)
+    n = x.shape[1]
+
+    def over_tau(t):
+        tau = t.exp()[:, None]
+        r = x - 0.3
+        # N(r; 0, I/τ + 11ᵀ): determinant lemma and Woodbury
+        log_det = -n * tau.log() + torch.log1p(n * tau)
+        square = tau * (r**2).sum(1) - tau**2 * r.sum(1) ** 2 / (1 + n * tau)
+        prior = dist.Gamma(2.0, 1.0).log_prob(tau)
+        return prior + t[:, None] - 0.5 * (n * math.log(2 * math.pi) + log_det + square)
+
+    torch.testing.assert_close(grid.log_evidence(x), oracles.line(over_tau, -25, 8), rtol=0, atol=1e-6)
+    posterior = grid.posterior(x)
+    assert posterior.event_shape == (2,)
+    assert (posterior.mean[:, 1] > 0).all()
+    assert len(pyro.get_param_store()) == 0  # a grid leaves no mark
+
+
+def test_narrow_posteriors_are_found():
+    """100 observations at σ = 0.01 pin z a thousand times tighter than its prior."""
+    model = exact.NormalNormal(100, noise_scale=torch.tensor(0.01, dtype=torch.double)).double()
+    x = model.sample(4)
+    torch.testing.assert_close(exact.Grid(model).log_evidence(x), model.log_evidence(x), rtol=0, atol=1e-6)
+
+
+def make_vae():
+    return pv.VAE(
+        priors.StandardNormal(2),
+        conditionals.Bernoulli(nets.MLP(2, (30,)), event_shape=(8, 8)),
+        conditionals.Normal(nets.MLP(64, (30,)), event_shape=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained():
+    pyro.set_rng_seed(0)
+    train, test = pv.load("digits", binarize="stochastic")
+    vae = make_vae()
+    pv.fit(vae.model, vae.guide, train, epochs=15, optim=pyro.optim.Adam({"lr": 3e-3}))
+    return vae, test.x[:20]
+
+
+def test_a_trained_vae_goes_in_as_it_is(trained):
+    """Refining once more changes nothing, and the importance-weighted bound comes up to the evidence from below."""
+    vae, x = trained
+    solution = exact.Grid(vae.model, tolerance=1e-8).solve(x)
+    assert (solution.error < 1e-6).all()
+    coarse = exact.Grid(vae.model, tolerance=1e-3).log_evidence(x)
+    assert (coarse - solution.log_evidence).abs().max() < 1e-6
+    bounds = []
+    for k in (1, 10, 1000):
+        with torch.no_grad():
+            q = vae.encode(x)
+            z = q.sample((200 if k < 1000 else 20, k))
+            log_w = vae.decode(z).log_prob(x) + vae.model.prior().log_prob(z) - q.log_prob(z)
+            draws = torch.logsumexp(log_w.double(), 1) - math.log(k)
+            bounds.append((draws.mean(1).mean(), draws.mean(1).std() / len(draws) ** 0.5))
+    truth = solution.log_evidence.mean()
+    assert bounds[0][0] < bounds[1][0] < bounds[2][0] < truth + 3 * bounds[2][1]
+    assert truth - bounds[2][0] < 0.05
+    assert all(parameter.dtype == torch.float32 for parameter in vae.parameters())
+
+
+def test_chunks_of_data_and_points_change_nothing(trained):
+    vae, x = trained
+    whole, parts = (exact.Grid(vae.model, max_points=m).log_evidence(x) for m in (2**21, 2**17))
+    torch.testing.assert_close(whole, parts, rtol=0, atol=1e-9)
+
+
+def global_latent(x):
+    pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def no_plate(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(z, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+
+def three(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+
+def discrete(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def simplex(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Dirichlet(torch.ones(3)))
+        pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+
+def nothing(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (global_latent, "'w' lies in no data plate"),
+        (no_plate, "'z' lies in no data plate"),
+        (three, "3 latent dimensions"),
+        (discrete, "'z' is discrete"),
+        (simplex, "fewer dimensions than its event"),
+        (nothing, "0 latent dimensions"),
+    ],
+)
+def test_models_that_a_grid_is_not_for(model, message):
+    with pytest.raises(ValueError, match=message):
+        exact.Grid(model).log_evidence(torch.randn(5))
+
+
+def test_bad_data():
+    with pytest.raises(ValueError, match="row 1"):
+        exact.Grid(discrete).log_evidence(torch.tensor([0.0, math.nan]))
