@@ -8,8 +8,9 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyro_vae import batches, conditionals, data, exact, infer, nets, pair, plots, priors, vae
+    from pyro_vae import batches, conditionals, data, diagnostics, exact, infer, nets, pair, plots, priors, vae
     from pyro_vae.data import Data, load
+    from pyro_vae.diagnostics import compare, compare_guides, free_energy, split_gap
     from pyro_vae.infer import Epoch, History, PairReport, check_pair, evaluate, fit, train
     from pyro_vae.vae import CVAE, VAE
 
@@ -24,12 +25,16 @@ _HOME = {
     "History": "infer",
     "PairReport": "infer",
     "check_pair": "infer",
+    "compare": "diagnostics",
+    "compare_guides": "diagnostics",
+    "free_energy": "diagnostics",
+    "split_gap": "diagnostics",
     "evaluate": "infer",
     "fit": "infer",
     "load": "data",
     "train": "infer",
 }
-_MODULES = ("batches", "conditionals", "data", "exact", "infer", "nets", "pair", "plots", "priors", "vae")
+_MODULES = ("batches", "conditionals", "data", "diagnostics", "exact", "infer", "nets", "pair", "plots", "priors", "vae")
 __all__ = [
     "CVAE",
     "VAE",
@@ -39,17 +44,22 @@ __all__ = [
     "PairReport",
     "batches",
     "check_pair",
+    "compare",
+    "compare_guides",
     "conditionals",
     "data",
+    "diagnostics",
     "evaluate",
     "exact",
     "fit",
+    "free_energy",
     "infer",
     "load",
     "nets",
     "pair",
     "plots",
     "priors",
+    "split_gap",
     "train",
     "vae",
 ]

@@ -6,21 +6,18 @@ Weideman 2014), so a grid over the box that holds all the mass, refined until it
 
 import logging
 import math
-from collections.abc import Iterator
-from copy import deepcopy
+from copy import copy, deepcopy
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
-import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_vae.batches import Batch, as_batch
-from pyro_vae.pair import Program, data_plates, sum_sites, untouched
+from pyro_vae.pair import Program, untouched
+from pyro_vae.particles import Latents, Site
 
 logger = logging.getLogger(__name__)
 _NEGLIGIBLE = 45.0  # nats below the highest point: e^-45 is below the rounding of the sum
@@ -51,6 +48,7 @@ class Grid:
 
     Arguments are those of the model. Raises ``ValueError`` for a model that has no such posterior.
 
+    >>> import pyro
     >>> def model(x):
     ...     with pyro.plate("data", len(x)):
     ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -161,15 +159,6 @@ def _as_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
     return batch
 
 
-class _Site(NamedTuple):
-    """A latent: its event shape, the dimension of its data plate, the transform from unconstrained space, its dtype."""
-
-    shape: torch.Size
-    rows: int
-    transform: Any
-    dtype: torch.dtype
-
-
 class _Joint:
     """log p(x, z) of some data as a function of z, the latents end to end in a vector of one or two numbers."""
 
@@ -178,108 +167,62 @@ class _Joint:
             model = deepcopy(model).double()
             batch = batch.map(lambda part: part.double() if part.is_floating_point() else part)
         self.model, self.batch, self.num_rows = model, batch, batch.num_rows
-        with untouched(training=False), torch.no_grad():
-            trace = prune_subsample_sites(poutine.trace(model).get_trace(*batch.args, **batch.kwargs))
-        self.plates = data_plates(model, _no_guide, batch)
-        self.sites: dict[str, _Site] = {}
-        dims = [-frame.dim for site in _random(trace) for frame in site["cond_indep_stack"] if frame.vectorized]
-        self.nesting = max(dims, default=1)
-        for site in _random(trace):
-            self._take(site)
-        self.dim = sum(site.shape.numel() for site in self.sites.values())
+        self.latents = Latents(model, batch)
+        self.dim = self.latents.dim
+        self.transforms = {name: _transform(name, site) for name, site in self.latents.sites.items()}
         if self.dim not in (1, 2):
             raise ValueError(
-                f"Grid: the model has {self.dim} latent dimensions for each datum ({', '.join(self.sites) or 'none'}), and "
+                f"Grid: the model has {self.dim} latent dimensions a datum ({', '.join(self.transforms) or '-'}), and "
                 "a grid is for one or two; expected a smaller latent, or an importance-weighted bound"
             )
 
-    def _take(self, site: dict) -> None:
-        name, frames = site["name"], site["cond_indep_stack"]
-        rows = [frame.dim for frame in frames if frame.name in self.plates and frame.vectorized]
-        if not rows:
-            raise ValueError(
-                f"Grid: {name!r} lies in no data plate, so there is no evidence per datum; expected it within "
-                'pyro.plate("data", len(x)) over the rows of the data'
-            )
-        if site["is_observed"]:
-            return
-        support = site["fn"].support
-        if isinstance(support, constraints.MixtureSameFamilyConstraint):  # a mixture lives where its components do
-            support = support.base_constraint
-        if support.is_discrete:
-            raise ValueError(
-                f"Grid: {name!r} is discrete ({support}); expected continuous latents, or sum it out by TraceEnum_ELBO"
-            )
-        if len(frames) > 1:
-            raise ValueError(f"Grid: {name!r} lies in a plate within the data plate; expected a vector with .to_event(1)")
-        transform = biject_to(support)
-        shape = site["fn"].event_shape
-        if transform.inverse_shape(shape) != shape:
-            raise ValueError(f"Grid: {name!r} has support {support} of fewer dimensions than its event; expected e.g. a logit")
-        self.sites[name] = _Site(shape, rows[0], transform, site["value"].dtype)
-
     def rows(self, start: int, stop: int) -> "_Joint":
         """The same for some of the data."""
-        part = object.__new__(_Joint)
-        part.__dict__.update(self.__dict__)
+        part = copy(self)
         part.batch = self.batch.map(lambda tensor: tensor[start:stop])
         part.num_rows = part.batch.num_rows
         return part
 
-    def split(self, z: Tensor) -> Iterator[tuple[str, "_Site", Tensor]]:
-        """Each site's part of z ``(*batch, dim)``, ``(*batch, *event)``."""
-        parts = z.split([site.shape.numel() for site in self.sites.values()], -1)
-        for (name, site), part in zip(self.sites.items(), parts, strict=True):
-            yield name, site, part.reshape(*z.shape[:-1], *site.shape)
-
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(x, z) in nats. z: ``(G, batch, dim)`` → ``(G, batch)``."""
-        values = {}
-        for name, site, value in self.split(z):
-            dims = [len(z)] + [self.num_rows if dim == site.rows else 1 for dim in range(-self.nesting, 0)]
-            values[name] = value.reshape(*dims, *site.shape).to(site.dtype)
-        trace = self._run(len(z), poutine.condition(self.model, data=values))
-        sums = sum_sites(trace, self.plates, particle_dim=-1 - self.nesting)
-        return sums.observed.double().expand(len(z), self.num_rows)
+        with untouched(training=False, seed=0), torch.no_grad():
+            return self.latents.log_prob(self.model, self.batch, z).double()
 
     def unconstrained(self, u: Tensor) -> Tensor:
         """log of the integrand over unconstrained space. u: ``(batch, G, dim)`` → ``(batch, G)``."""
         u = u.movedim(1, 0)
         log_scale, z = torch.zeros((), dtype=u.dtype, device=u.device), []
-        for _, site, part in self.split(u):
-            value = site.transform(part)
-            jacobian = site.transform.log_abs_det_jacobian(part, value)
+        for name, _, part in self.latents.split(u):
+            value = self.transforms[name](part)
+            jacobian = self.transforms[name].log_abs_det_jacobian(part, value)
             log_scale = log_scale + jacobian.reshape(*u.shape[:-1], -1).sum(-1)
             z.append(value.reshape(*u.shape[:-1], -1))
         return (self.log_prob(torch.cat(z, -1)) + log_scale).nan_to_num(nan=-math.inf).movedim(0, 1)
 
     def prior_draws(self, n: int) -> Tensor:
         """Draws of z from the prior, unconstrained: ``(n, batch, dim)``."""
-        trace, parts = self._run(n, self.model), []
-        for name, site in self.sites.items():
-            value = site.transform.inv(trace.nodes[name]["value"]).double()
-            parts.append(value.reshape(n, -1, site.shape.numel()).expand(n, self.num_rows, -1))
-        return torch.cat(parts, -1)
+        with untouched(training=False, seed=0), torch.no_grad():
+            z = self.latents.flat(self.latents.run(self.model, self.batch, n), n, self.num_rows).double()
+        parts = (self.transforms[name].inv(part).reshape(*z.shape[:-1], -1) for name, _, part in self.latents.split(z))
+        return torch.cat(list(parts), -1)
 
     def constrained(self, u: Tensor) -> Tensor:
         """``(*batch, dim)`` from unconstrained space to that of the latents."""
-        return torch.cat([site.transform(part).reshape(*u.shape[:-1], -1) for _, site, part in self.split(u)], -1)
-
-    def _run(self, n: int, program: Program) -> Any:
-        with untouched(training=False, seed=0), torch.no_grad(), poutine.trace() as tracer:
-            with pyro.plate("_grid", n, dim=-1 - self.nesting):
-                program(*self.batch.args, **self.batch.kwargs)
-            return tracer.trace
+        parts = (self.transforms[name](part).reshape(*u.shape[:-1], -1) for name, _, part in self.latents.split(u))
+        return torch.cat(list(parts), -1)
 
 
-def _random(trace: Any) -> Iterator[dict]:
-    for site in trace.nodes.values():
-        if site["type"] == "sample" and not site["infer"].get("_deterministic"):
-            yield site
-
-
-def _no_guide(*args: Any, **kwargs: Any) -> None:
-    """A guide that draws nothing."""
+def _transform(name: str, site: Site) -> Any:
+    """From unconstrained space to the support of a latent."""
+    support = site.fn.support
+    if isinstance(support, constraints.MixtureSameFamilyConstraint):  # a mixture lives where its components do
+        support = support.base_constraint
+    if support.is_discrete:
+        raise ValueError(f"Grid: {name!r} is discrete ({support}); expected continuous latents: sum it out in the model")
+    transform = biject_to(support)
+    if transform.inverse_shape(site.shape) != site.shape:
+        raise ValueError(f"Grid: {name!r} has support {support} of fewer dimensions than its event; expected e.g. a logit")
+    return transform
 
 
 class GridPosterior(dist.TorchDistribution):
@@ -291,7 +234,7 @@ class GridPosterior(dist.TorchDistribution):
 
     def __init__(self, joint: _Joint, solution: Solution) -> None:
         self.joint, self.solution = joint, solution
-        shapes = [site.shape for site in joint.sites.values()]
+        shapes = [site.shape for site in joint.latents.sites.values()]
         event = shapes[0] if len(shapes) == 1 else torch.Size((joint.dim,))
         super().__init__(torch.Size((joint.num_rows,)), event, validate_args=False)
 

@@ -1,0 +1,228 @@
+"""A guide against an exact posterior, per datum."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.batches import Batch
+from pyro_vae.diagnostics.drawing import draw_posteriors, draw_ranking
+from pyro_vae.diagnostics.families import as_gaussian, wasserstein
+from pyro_vae.diagnostics.gap import GapSplit, split_gap
+from pyro_vae.pair import Program, untouched
+from pyro_vae.particles import Latents
+
+LEVELS = (0.5, 0.9, 0.95)
+_MAX_DRAWS = 2**21
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A guide q beside the exact posterior p, per datum, in nats: tensors ``(batch,)``; ``*_error`` are standard errors, 0
+    where a quantity is in closed form.
+
+    elbo: E_q[log p(x, z) − log q(z|x)], a lower bound of log_evidence = log p(x). gap = KL(q‖p) = log p(x) − ELBO.
+    forward_kl: KL(p‖q), which punishes missed modes; ``nan`` where q cannot tell the density of p's draws. mean_error:
+    ‖E_q z − E_p z‖. covariance_error: Frobenius norm of the difference of covariances. w2: W₂(q, p), ``nan`` but for
+    Gaussians. coverage: ``(batch, 3)``, the exact probability of the guide's central 50, 90 and 95 % intervals, averaged over
+    latent dimensions. split: gap = approximation + amortization, or ``None``.
+    """
+
+    elbo: Tensor
+    elbo_error: Tensor
+    log_evidence: Tensor
+    gap: Tensor
+    gap_error: Tensor
+    forward_kl: Tensor
+    forward_kl_error: Tensor
+    mean_error: Tensor
+    covariance_error: Tensor
+    w2: Tensor
+    coverage: Tensor
+    split: GapSplit | None
+    _pair: tuple[Any, Program, Tensor] = field(repr=False)
+
+    def rows(self) -> dict[str, tuple[float, float]]:
+        """Means over data, each with its standard error: the spread over data and the Monte Carlo error together."""
+        parts = {
+            "ELBO": (self.elbo, self.elbo_error),
+            "log evidence": (self.log_evidence, None),
+            "gap KL(q||p)": (self.gap, self.gap_error),
+            "KL(p||q)": (self.forward_kl, self.forward_kl_error),
+            "error of the mean": (self.mean_error, None),
+            "error of the covariance": (self.covariance_error, None),
+            "W2": (self.w2, None),
+        }
+        parts |= {f"coverage of {level:.0%}": (self.coverage[:, i], None) for i, level in enumerate(LEVELS)}
+        if self.split is not None:
+            parts["gap: approximation"] = (self.split.approximation, self.split.approximation_error)
+            parts["gap: amortization"] = (self.split.amortization, self.split.amortization_error)
+        return {name: _mean(value) for name, (value, _) in parts.items()}
+
+    def __str__(self) -> str:
+        lines = [f"{name:24} {mean:10.4f} ± {error:.4f}" for name, (mean, error) in self.rows().items() if not math.isnan(mean)]
+        return "\n".join([f"{len(self.elbo)} data, means in nats per datum", *lines])
+
+    def plot(self, num_data: int = 4) -> Figure:
+        """The exact posterior under the guide for the first data, side by side; of more than two dimensions the first two."""
+        exact_model, guide, x = self._pair
+        return draw_posteriors(exact_model, {"guide": guide}, x[:num_data])
+
+
+@dataclass(frozen=True)
+class GuideComparison:
+    """Guides of one model on the same data, the best first: the smallest mean gap."""
+
+    comparisons: Mapping[str, Comparison]
+
+    def __str__(self) -> str:
+        rows = {name: comparison.rows() for name, comparison in self.comparisons.items()}
+        quantities = list(dict.fromkeys(key for row in rows.values() for key, (mean, _) in row.items() if not math.isnan(mean)))
+        widths = {name: max(len(name), 10) for name in rows}
+        lines = [f"{'':24}" + "  ".join(f"{name:>{width}}" for name, width in widths.items())]
+        for key in quantities:
+            cells = (f"{rows[name].get(key, (math.nan, 0))[0]:>{width}.4f}" for name, width in widths.items())
+            lines.append(f"{key:24}" + "  ".join(cells))
+        return "\n".join(lines)
+
+    def plot(self, num_data: int = 3) -> Figure:
+        """Every guide over the exact posterior, and their gaps, split where they were."""
+        exact_model, _, x = next(iter(self.comparisons.values()))._pair
+        guides = {name: comparison._pair[1] for name, comparison in self.comparisons.items()}
+        gaps = {name: (comparison.gap, comparison.split) for name, comparison in self.comparisons.items()}
+        return draw_ranking(exact_model, guides, x[:num_data], gaps)
+
+
+def compare(
+    exact_model: Any, guide: Program, x: Tensor, *, num_particles: int = 10_000, split: bool = True, seed: int = 0
+) -> Comparison:
+    """Hold a guide against a model that knows its posterior. Nothing is trained, nothing is moved.
+
+    Between Gaussians the divergences and moments are in closed form; otherwise they are estimated on ``num_particles`` draws
+    of q and of p.
+
+    :param exact_model: a model of :mod:`pyro_vae.exact`, or any Pyro model with ``posterior(x)`` and ``log_evidence(x)``.
+    :param x: ``(batch, *event)``.
+    :param split: split the gap too (see :func:`split_gap`), for families that it knows.
+    :raises ValueError: for a model that knows no posterior, discrete latents, or a guide that misses a site.
+    """
+    if not hasattr(exact_model, "posterior") or not hasattr(exact_model, "log_evidence"):
+        raise ValueError(
+            f"compare: {type(exact_model).__name__} knows no posterior(x) and log_evidence(x); expected a model of "
+            "pyro_vae.exact, or pyro_vae.exact.Grid(model) for one or two latent dimensions"
+        )
+    Batch((x,), {}).check("data")
+    rows = x.split(max(1, _MAX_DRAWS // num_particles))  # data are independent, and the draws of all might not fit in memory
+    parts = [_compare_rows(exact_model, guide, part, num_particles, split, seed) for part in rows]
+    splits = [part.pop("split") for part in parts]
+    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return Comparison(**columns, split=_joined(splits), _pair=(exact_model, guide, x))
+
+
+def _joined(splits: list[GapSplit | None]) -> GapSplit | None:
+    known = [split for split in splits if split is not None]
+    if not known:
+        return None
+    names = GapSplit._fields[:-1]
+    joined = {name: torch.cat([getattr(split, name) for split in known]) for name in names}
+    return GapSplit(**joined, steps=max(split.steps for split in known))
+
+
+def _compare_rows(exact_model: Any, guide: Program, x: Tensor, num_particles: int, split: bool, seed: int) -> dict[str, Any]:
+    """The fields of a :class:`Comparison` for some data."""
+    batch = Batch((x,), {})
+    log_evidence, posterior = exact_model.log_evidence(x), exact_model.posterior(x)
+    if getattr(posterior.support, "is_discrete", False):
+        raise ValueError("compare: the posterior is discrete; expected continuous latents")
+    with untouched(training=False, seed=seed), torch.no_grad():
+        latents = Latents(exact_model, batch)
+        z_q, log_q = latents.draw(guide, batch, num_particles)
+        log_p = latents.log_prob(exact_model, batch, z_q) - log_evidence
+        drawn = posterior.sample((num_particles,))
+        z_p = drawn.reshape(num_particles, len(x), -1)
+        try:
+            forward = posterior.log_prob(drawn) - latents.log_prob(guide, batch, z_p)
+        except (KeyError, NotImplementedError):  # a guide that tells the density of its own draws only, as planar flows do
+            forward = torch.full_like(log_p, math.nan)
+        gaussians = _gaussians(latents, guide, batch, posterior)
+    gap, gap_error = _over_draws(log_q - log_p)
+    forward_kl, forward_kl_error = _over_draws(forward)
+    moments = [(z.mean(0), _covariance(z)) for z in (z_q, z_p)]
+    w2 = torch.full_like(gap, math.nan)
+    if gaussians is not None:
+        q, p = gaussians
+        gap, forward_kl = (torch.distributions.kl_divergence(a, b) for a, b in ((q, p), (p, q)))
+        gap_error = forward_kl_error = torch.zeros_like(gap)
+        moments = [(g.loc, g.covariance_matrix) for g in (q, p)]
+        w2 = wasserstein(q, p)
+    return {
+        "elbo": log_evidence - gap,
+        "elbo_error": gap_error,
+        "log_evidence": log_evidence,
+        "gap": gap,
+        "gap_error": gap_error,
+        "forward_kl": forward_kl,
+        "forward_kl_error": forward_kl_error,
+        "mean_error": (moments[0][0] - moments[1][0]).norm(dim=-1),
+        "covariance_error": (moments[0][1] - moments[1][1]).flatten(1).norm(dim=-1),
+        "w2": w2,
+        "coverage": torch.stack([_coverage(z_q, z_p, level) for level in LEVELS], -1),
+        "split": _split(exact_model, guide, x, log_evidence, num_particles, seed) if split else None,
+    }
+
+
+def compare_guides(exact_model: Any, guides: Mapping[str, Program], x: Tensor, **options: Any) -> GuideComparison:
+    """:func:`compare` of several guides of one model on the same data, ranked by mean gap. Trains nothing.
+
+    :param guides: by name, such as ``{"mean-field": g1, "full covariance": g2}``.
+    """
+    if not guides:
+        raise ValueError("compare_guides: there are no guides; expected a dict of name to guide")
+    each = {name: compare(exact_model, guide, x, **options) for name, guide in guides.items()}
+    return GuideComparison(dict(sorted(each.items(), key=lambda item: item[1].gap.mean().item())))
+
+
+def _mean(value: Tensor) -> tuple[float, float]:
+    error = value.std() / math.sqrt(len(value)) if len(value) > 1 else torch.tensor(math.nan)
+    return value.mean().item(), error.item()
+
+
+def _over_draws(terms: Tensor) -> tuple[Tensor, Tensor]:
+    return terms.mean(0), terms.std(0) / math.sqrt(len(terms))
+
+
+def _covariance(z: Tensor) -> Tensor:
+    centred = z - z.mean(0)
+    return torch.einsum("kbi,kbj->bij", centred, centred) / (len(z) - 1)
+
+
+def _coverage(z_q: Tensor, z_p: Tensor, level: float) -> Tensor:
+    """Share of the draws of p in the central interval of q, averaged over dimensions: ``(batch,)``."""
+    ordered, n = z_q.sort(0).values, len(z_q)
+    low, high = (ordered[round(q * (n - 1))] for q in ((1 - level) / 2, (1 + level) / 2))
+    return ((z_p >= low) & (z_p <= high)).to(z_q.dtype).mean((0, 2))
+
+
+def _gaussians(latents: Latents, guide: Program, batch: Batch, posterior: Any) -> tuple[Any, Any] | None:
+    """Guide and posterior as Gaussians over vectors, if both are."""
+    if len(latents.sites) > 1:
+        return None
+    ((name, _),) = latents.sites.items()
+    fn = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs).nodes[name]["fn"]
+    shape = torch.Size((batch.num_rows,))
+    q, p = as_gaussian(fn, shape), as_gaussian(posterior, shape)
+    return None if q is None or p is None else (q, p)
+
+
+def _split(model: Any, guide: Program, x: Tensor, log_evidence: Tensor, num_particles: int, seed: int) -> GapSplit | None:
+    try:
+        return split_gap(model, guide, x, log_evidence=log_evidence, num_particles=num_particles, seed=seed)
+    except ValueError as error:
+        if "family" in str(error):  # a family that is not known by its parameters cannot be optimized per datum
+            return None
+        raise

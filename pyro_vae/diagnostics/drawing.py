@@ -1,0 +1,112 @@
+"""Pictures of posteriors: the exact one filled, guides as lines over it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pyro_vae.batches import Batch
+from pyro_vae.pair import Program, untouched
+from pyro_vae.particles import Latents
+
+_MASSES = (0.95, 0.5)
+
+
+def draw_posteriors(exact_model: Any, guides: Mapping[str, Program], x: Tensor) -> Figure:
+    """One panel for each datum of x: p(z|x) and every q(z|x)."""
+    fig, axes = plt.subplots(1, len(x), figsize=(3.2 * len(x), 3.4), squeeze=False, layout="constrained")
+    _draw_row(list(axes[0]), exact_model, guides, x)
+    return fig
+
+
+def draw_ranking(exact_model: Any, guides: Mapping[str, Program], x: Tensor, gaps: Mapping[str, Any]) -> Figure:
+    """The posteriors of :func:`draw_posteriors`, and a bar for the mean gap of each guide."""
+    fig, axes = plt.subplots(1, len(x) + 1, figsize=(3.2 * (len(x) + 1), 3.4), squeeze=False, layout="constrained")
+    _draw_row(list(axes[0][:-1]), exact_model, guides, x)
+    ax = axes[0][-1]
+    for i, (gap, split) in enumerate(gaps.values()):
+        if split is None:
+            ax.barh(i, float(gap.mean()), color="0.6", label="gap" if i == 0 else None)
+            continue
+        first = max(float(split.approximation.mean()), 0.0)
+        ax.barh(i, first, color="C7", label="approximation" if i == 0 else None)
+        ax.barh(i, float(split.amortization.mean()), left=first, color="C1", label="amortization" if i == 0 else None)
+    ax.set_yticks(range(len(gaps)), list(gaps))
+    ax.invert_yaxis()
+    ax.set(xlabel="gap (nats per datum)", title="log p(x) − ELBO")
+    ax.legend(frameon=False)
+    return fig
+
+
+@torch.no_grad()
+def _draw_row(axes: list[Axes], exact_model: Any, guides: Mapping[str, Program], x: Tensor) -> None:
+    batch, n = Batch((x,), {}), 4000
+    posterior = exact_model.posterior(x)
+    with untouched(training=False, seed=0):
+        latents = Latents(exact_model, batch)
+        z = posterior.sample((n,)).reshape(n, len(x), -1)
+        draws = {name: latents.draw(guide, batch, n)[0] for name, guide in guides.items()}
+        if latents.dim > 2:
+            return _draw_scatter(axes, z, draws)
+        grid, shape = _grid([z, *draws.values()], 200 if latents.dim == 1 else 70)
+        densities = {"exact": posterior.log_prob(grid.reshape(*grid.shape[:2], *posterior.event_shape))}
+        try:
+            densities |= {name: latents.log_prob(guide, batch, grid) for name, guide in guides.items()}
+        except (KeyError, NotImplementedError):  # a guide that tells the density of its own draws only
+            return _draw_scatter(axes, z, draws)
+    for i, ax in enumerate(axes):
+        at = grid[:, i].double().numpy()
+        for j, (name, log_density) in enumerate(densities.items()):
+            density = log_density[:, i].double().exp().numpy()
+            colour = "0.75" if j == 0 else f"C{j - 1}"
+            if latents.dim == 1:
+                ax.fill_between(at[:, 0], density, color=colour, label=name) if j == 0 else ax.plot(
+                    at[:, 0], density, color=colour, label=name
+                )
+                continue
+            levels = _levels(density)
+            field = density.reshape(shape)
+            first, second = (at[:, k].reshape(shape) for k in (0, 1))
+            if j == 0:
+                ax.contourf(first, second, field, levels=[*levels, np.inf], colors=["0.85", "0.65"])
+            else:
+                ax.contour(first, second, field, levels=levels, colors=colour, linewidths=1.2)
+            ax.plot([], [], color=colour, label=name)
+        ax.set(xlabel="$z_1$" if latents.dim == 2 else "$z$", title=f"datum {i}")
+        if latents.dim == 2:
+            ax.set_ylabel("$z_2$")
+    axes[0].legend(frameon=False, fontsize="small")
+
+
+def _draw_scatter(axes: list[Axes], exact: Tensor, guides: Mapping[str, Tensor]) -> None:
+    """Draws of the first two dimensions, or of one against their order."""
+    for i, ax in enumerate(axes):
+        for j, (name, draws) in enumerate([("exact", exact), *guides.items()]):
+            at = draws[:800, i].double().numpy()
+            first, second = (at[:, 0], at[:, 1]) if at.shape[1] > 1 else (np.sort(at[:, 0]), np.linspace(0, 1, len(at)))
+            ax.scatter(first, second, s=4, alpha=0.4 if j else 1.0, color=f"C{j - 1}" if j else "0.7", label=name)
+        ax.set(xlabel="$z_1$", ylabel="$z_2$", title=f"datum {i}")
+    axes[0].legend(frameon=False, fontsize="small")
+
+
+def _grid(draws: list[Tensor], steps: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Points among the draws of each datum, which all lie in the support: ``(G, batch, d)``."""
+    ends = [[z.double().quantile(q, 0) for z in draws] for q in (0.001, 0.999)]
+    low, high = torch.stack(ends[0]).amin(0), torch.stack(ends[1]).amax(0)
+    dim = low.shape[-1]
+    unit = torch.stack(torch.meshgrid(*[torch.linspace(0, 1, steps, dtype=low.dtype)] * dim, indexing="ij"), -1)
+    points = low + unit.reshape(-1, 1, dim) * (high - low)
+    return points.to(draws[0].dtype), (steps,) * dim
+
+
+def _levels(density: np.ndarray) -> list[float]:
+    """The densities above which the masses lie."""
+    ordered = np.sort(density.ravel())[::-1]
+    cumulative = ordered.cumsum() / ordered.sum()
+    levels = [float(ordered[np.searchsorted(cumulative, mass)]) for mass in _MASSES]
+    return levels if levels[0] < levels[1] else [levels[1] * (1 - 1e-6), levels[1]]

@@ -1,0 +1,330 @@
+"""Guides whose distance from the posterior is known, and what compare, split_gap and free_energy say of them."""
+
+import math
+import sys
+
+import matplotlib.pyplot as plt
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_vae as pv
+from pyro_vae import exact
+from pyro_vae.batches import Batch
+from pyro_vae.diagnostics import gap as gap_module
+from pyro_vae.diagnostics import pointwise_identity
+from pyro_vae.diagnostics.families import as_gaussian, wasserstein
+from tests import oracles
+from tests.oracles import seeded
+
+MODELS = oracles.make_models()
+FA = MODELS["factor analysis"]
+
+
+@pytest.fixture(autouse=True)
+def _closed():
+    yield
+    plt.close("all")
+
+
+def guide_of(q):
+    """A guide that draws from ``q(x)``."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", q(x))
+
+    return guide
+
+
+def diagonal(shift=0.0, factor=1.0):
+    def q(x):
+        best = FA.mean_field(x).base_dist
+        return dist.Normal(best.loc + shift, best.scale * factor).to_event(1)
+
+    return guide_of(q)
+
+
+@pytest.mark.parametrize("name", ["factor analysis", "BayesianLinearRegression", "LinearGaussianStateSpace", "NormalNormal"])
+def test_the_exact_posterior_as_guide(name):
+    model = MODELS[name]
+    x = model.sample(6)
+    report = pv.compare(model, guide_of(model.posterior), x, split=False)
+    for part in (report.gap, report.forward_kl, report.mean_error, report.covariance_error):
+        assert part.abs().max() < 1e-10
+    assert report.w2.max() < 1e-6  # a square root of rounding
+    torch.testing.assert_close(report.elbo, report.log_evidence, rtol=0, atol=1e-10)
+    nominal = torch.tensor([0.5, 0.9, 0.95], dtype=torch.double)
+    error = (nominal * (1 - nominal) / 10_000).sqrt() * 2**0.5  # of draws of p, and of the quantiles of q
+    assert ((report.coverage.mean(0) - nominal).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize("name", ["MixturePrior", "BetaBernoulli", "GammaPoisson", "Funnel", "Banana"])
+def test_the_exact_posterior_as_guide_where_there_is_no_closed_form(name):
+    """Every term of the Monte Carlo sums is 0 itself."""
+    model = MODELS[name]
+    report = pv.compare(model, guide_of(model.posterior), model.sample(6), split=False)
+    assert report.gap.abs().max() < 1e-10
+    assert report.forward_kl.abs().max() < 1e-10
+    assert report.gap_error.max() < 1e-10
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+@pytest.mark.parametrize("factor", [1.0, 0.5, 2.0])
+def test_a_shifted_or_rescaled_guide_costs_what_the_formula_says(shift, factor):
+    """KL(q‖p) = ½[tr ΛS − log |ΛS| − k + δᵀΛδ]."""
+    x = FA.sample(6)
+    report = pv.compare(FA, diagonal(shift, factor), x, split=False)
+    precision, k = FA.precision, 3
+    s = torch.diag(factor**2 / precision.diagonal())
+    delta = torch.full((k,), shift, dtype=torch.double)
+    expected = 0.5 * (torch.trace(precision @ s) - torch.logdet(precision @ s) - k + delta @ precision @ delta)
+    torch.testing.assert_close(report.gap, expected.expand(6), rtol=0, atol=1e-9)
+    if factor == 1 and not shift:
+        torch.testing.assert_close(report.gap, FA.mean_field_gap().expand(6), rtol=0, atol=1e-9)
+
+
+def test_the_monte_carlo_path_agrees_with_the_closed_form(monkeypatch):
+    x = FA.sample(6)
+    exactly = pv.compare(FA, diagonal(0.2, 0.8), x, split=False)
+    monkeypatch.setattr(sys.modules["pyro_vae.diagnostics.compare"], "_gaussians", lambda *_: None)
+    drawn = pv.compare(FA, diagonal(0.2, 0.8), x, split=False)
+    for part in ("elbo", "gap", "forward_kl"):
+        difference = (getattr(drawn, part) - getattr(exactly, part)).abs()
+        assert (difference < 4.5 * getattr(drawn, f"{part}_error")).all()
+    assert (drawn.mean_error - exactly.mean_error).abs().max() < 0.03
+
+
+def test_the_log_normal_guide_of_gamma_poisson():
+    model = MODELS["GammaPoisson"]
+    x = model.sample(6)
+    report = pv.compare(model, guide_of(model.log_normal), x, num_particles=100_000)
+    assert ((report.gap - model.log_normal_gap(x)).abs() < 4.5 * report.gap_error).all()
+    assert (report.gap_error < 1e-3).all()
+    split = report.split
+    error = torch.hypot(split.approximation_error, torch.hypot(split.amortization_error, report.gap_error))
+    assert ((split.approximation + split.amortization - report.gap).abs() < 4.5 * error).all()
+    assert (split.amortization.abs() < 4.5 * split.amortization_error + 1e-3).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["factor analysis", "BayesianLinearRegression", "Funnel", "Banana", "LinearGaussianStateSpace"]
+)
+def test_the_best_of_the_family_reaches_the_closed_form(name):
+    """A diagonal Gaussian far from its best, optimized per datum, ends within 1e-3 nats of the formula."""
+    model = MODELS[name]
+    x = model.sample(3)
+
+    def q(x):
+        return dist.Normal(torch.full((len(x), *model.latent_shape), 0.3, dtype=torch.double), 0.5).to_event(1)
+
+    with pyro.get_param_store().scope():
+        search = gap_module._Search(model, guide_of(q), Batch((x,), {}))
+        search.run(1e-3, 5000)
+    best = search.families["z"].at(search.best["z"])
+    if name in ("Funnel", "Banana"):
+        formula = model.mean_field_gap()
+        z = best.base_dist.loc + best.base_dist.scale * seeded(200_000, 1, *model.latent_shape)
+        # the same noise at the optimum in closed form is a control variate: only the difference is estimated
+        optimum = model.mean_field(x).base_dist
+        z_optimum = optimum.loc + optimum.scale * seeded(200_000, 1, *model.latent_shape)
+        terms = best.log_prob(z) - model.prior().log_prob(z)
+        at_optimum = optimum.log_prob(z_optimum).sum(-1) - model.prior().log_prob(z_optimum)
+        gap = formula + (terms - at_optimum).mean(0)
+    else:
+        gap = torch.distributions.kl_divergence(
+            as_gaussian(best, torch.Size((3,))), as_gaussian(model.posterior(x), torch.Size((3,)))
+        )
+        diagonal = model.precision.diagonal()
+        formula = 0.5 * (diagonal.log().sum() - torch.logdet(model.precision))
+    assert (gap - formula).abs().max() < 1e-3
+
+
+def test_the_split_of_an_amortized_guide():
+    """The family's cost is that of the formula, and the shift is amortization."""
+    x = FA.sample(8)
+    split = pv.split_gap(FA, diagonal(0.3), x, num_particles=20_000)
+    amortization = 0.5 * 0.09 * FA.precision.sum()  # ½ δᵀΛδ
+    assert ((split.approximation - FA.mean_field_gap()).abs() < 4.5 * split.approximation_error + 1e-3).all()
+    assert ((split.amortization - amortization).abs() < 4.5 * split.amortization_error + 1e-3).all()
+
+
+def test_without_a_known_evidence_only_the_amortization_is_told():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", FA.prior())
+            pyro.sample("x", FA.likelihood(z), obs=x)
+
+    split = pv.split_gap(model, diagonal(0.3), FA.sample(4))
+    assert split.approximation.isnan().all()
+    assert (split.amortization > 0).all()
+
+
+@pytest.mark.parametrize(
+    "q",
+    [
+        lambda x: dist.Laplace(x[:, :3] * 0.1, 0.7).to_event(1),
+        lambda x: dist.StudentT(5.0, x[:, :3] * 0.1, 0.7).to_event(1),
+        lambda x: dist.MultivariateNormal(x[:, :3] * 0.1, scale_tril=0.7 * torch.eye(3, dtype=torch.double)),
+        lambda x: dist.LowRankMultivariateNormal(
+            x[:, :3] * 0.1, 0.1 * torch.ones(3, 1, dtype=torch.double), 0.5 * torch.ones(3, dtype=torch.double)
+        ),
+    ],
+    ids=["Laplace", "StudentT", "MultivariateNormal", "LowRank"],
+)
+def test_every_family_that_is_known_by_its_parameters_improves(q):
+    x = FA.sample(4)
+    split = pv.split_gap(FA, guide_of(q), x)
+    assert (split.amortization > 4 * split.amortization_error).all()
+    if "MultivariateNormal" in type(q(x)).__name__ and "Low" not in type(q(x)).__name__:
+        assert (split.approximation.abs() < 4.5 * split.approximation_error + 2e-3).all()
+
+
+def test_a_family_that_is_not_known_is_compared_without_a_split():
+    model = oracles.make_models()["factor analysis"].float()  # Pyro's autoregressive flows invert in the default dtype
+    x = model.sample(4)
+    for transform, knows in ((dist.transforms.affine_autoregressive(3), True), (dist.transforms.planar(3), False)):
+        flow = dist.TransformedDistribution(dist.Normal(torch.zeros(3), 1.0).to_event(1), [transform])
+        guide = guide_of(lambda x, flow=flow: flow.expand([len(x)]))
+        report = pv.compare(model, guide, x, num_particles=500)
+        assert report.split is None
+        assert (report.gap > 0).all()
+        assert report.forward_kl.isfinite().all() == knows
+        assert report.plot(2).axes
+        with pytest.raises(ValueError, match="family of TransformedDistribution"):
+            pv.split_gap(model, guide, x)
+
+
+def test_many_data_go_in_chunks(monkeypatch):
+    x = FA.sample(7)
+    whole = pv.compare(FA, diagonal(0.2), x, num_particles=100)
+    monkeypatch.setattr(sys.modules["pyro_vae.diagnostics.compare"], "_MAX_DRAWS", 300)
+    parts = pv.compare(FA, diagonal(0.2), x, num_particles=100)
+    torch.testing.assert_close(whole.gap, parts.gap)
+    assert parts.split.amortization.shape == (7,)
+
+
+def two_sites(x):
+    with pyro.plate("data", len(x)):
+        mu = pyro.sample("mu", dist.Normal(x.new_zeros(()), 1.0))
+        tau = pyro.sample("tau", dist.Gamma(x.new_tensor(2.0), 1.0))
+        pyro.sample("obs", dist.Normal(mu.unsqueeze(-1), tau.unsqueeze(-1) ** -0.5).expand([*mu.shape, 6]).to_event(1), obs=x)
+
+
+def two_sites_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("mu", dist.Normal(0.8 * x.mean(-1), 0.4))
+        pyro.sample("tau", dist.Gamma(x.new_tensor(4.0), 1.5))
+
+
+def test_a_users_own_function_style_pair_with_grid():
+    x = 0.5 * seeded(4, 6)
+    report = pv.compare(exact.Grid(two_sites), two_sites_guide, x, num_particles=5000)
+    assert (report.gap > 4 * report.gap_error).all()
+    split = report.split
+    assert split.approximation.mean() < report.gap.mean()
+    error = torch.hypot(split.approximation_error, torch.hypot(split.amortization_error, report.gap_error))
+    assert ((split.approximation + split.amortization - report.gap).abs() < 4.5 * error).all()
+    report.plot(2)
+    # the ELBO is that of evaluate, at other draws
+    elbo = pv.evaluate(two_sites, two_sites_guide, x, num_particles=3000).elbo
+    assert (elbo - report.elbo).abs().max() < 0.2
+
+
+def test_guides_are_ranked_and_drawn(tmp_path):
+    x = FA.sample(8)
+    ranking = pv.compare_guides(FA, {"narrow": diagonal(0, 0.3), "exact": guide_of(FA.posterior), "best": diagonal()}, x)
+    assert list(ranking.comparisons) == ["exact", "best", "narrow"]
+    assert "gap: approximation" in str(ranking)
+    figure = ranking.plot()
+    assert len(figure.axes) == 4
+    widths = [bar.get_width() for bar in figure.axes[-1].patches]
+    assert sum(widths[-2:]) == pytest.approx(ranking.comparisons["narrow"].gap.mean().item(), abs=0.2)
+
+
+@pytest.mark.parametrize("name", ["NormalNormal", "MixturePrior", "factor analysis"])
+def test_pictures_in_one_two_and_three_dimensions(name):
+    model = MODELS[name]
+    figure = pv.compare(model, guide_of(model.posterior), model.sample(5), split=False, num_particles=500).plot(3)
+    assert [ax.get_title() for ax in figure.axes] == ["datum 0", "datum 1", "datum 2"]
+    assert all(ax.collections or ax.lines for ax in figure.axes)
+
+
+def test_the_identity_holds_at_any_z_and_the_correction_changes_sign():
+    x, guide = FA.sample(5), diagonal(0.2, 0.8)
+    z = 2 * seeded(50, 5, 3)  # anywhere
+    identity = pointwise_identity(FA, guide, x, z)
+    torch.testing.assert_close(identity.log_evidence, FA.log_evidence(x).expand(50, 5), rtol=0, atol=1e-8)
+    torch.testing.assert_close(identity.log_weight + identity.correction, identity.log_evidence)
+    best = FA.mean_field(x).base_dist
+    draws = best.loc + 0.2 + 0.8 * best.scale * seeded(20_000, 5, 3)
+    correction = pointwise_identity(FA, guide, x, draws).correction
+    assert ((correction > 0).any(0) & (correction < 0).any(0)).all()
+    error = correction.std(0) / 20_000**0.5
+    kl = pv.compare(FA, guide, x, split=False).gap
+    assert ((correction.mean(0) - kl).abs() < 4.5 * error).all()
+
+
+def test_free_energy_is_the_evidence_and_the_divergence():
+    x, guide = FA.sample(5), diagonal(0.2, 0.8)
+    energy = pv.free_energy(FA, guide, x, num_particles=20_000)
+    kl = pv.compare(FA, guide, x, split=False).gap
+    assert ((energy.free_energy - (kl - FA.log_evidence(x))).abs() < 4.5 * energy.error).all()
+    s = 0.8 * FA.mean_field(x).base_dist.scale.expand(5, 3)
+    torch.testing.assert_close(energy.entropy, (s.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1))
+    torch.testing.assert_close(energy.bits_per_dimension, energy.free_energy / (6 * math.log(2)))
+    exactly = pv.free_energy(FA, guide_of(FA.posterior), x)
+    assert ((exactly.free_energy + FA.log_evidence(x)).abs() < 4.5 * exactly.error + 1e-9).all()
+    # without an analytic entropy it is estimated on the same draws
+    mixture = MODELS["MixturePrior"]
+    y = mixture.sample(4)
+    drawn = pv.free_energy(mixture, guide_of(mixture.posterior), y)
+    torch.testing.assert_close(drawn.free_energy, -mixture.log_evidence(y), rtol=0, atol=1e-8)
+
+
+def test_wasserstein():
+    a, b = (torch.distributions.MultivariateNormal(seeded(4, 3, seed=i), oracles.covariance(3, i)) for i in range(2))
+    a_half, b_cov = (torch.linalg.eigh(g.covariance_matrix[0]) for g in (a, b))
+    root = a_half.eigenvectors @ torch.diag(a_half.eigenvalues.sqrt()) @ a_half.eigenvectors.mT
+    cross = torch.linalg.eigvalsh(root @ b.covariance_matrix[0] @ root).sqrt().sum()
+    square = (a.loc - b.loc).square().sum(-1) + a_half.eigenvalues.sum() + b_cov.eigenvalues.sum() - 2 * cross
+    torch.testing.assert_close(wasserstein(a, b) ** 2, square)
+    one = [
+        torch.distributions.MultivariateNormal(torch.tensor([m]), torch.tensor([[s**2]])) for m, s in ((1.0, 2.0), (4.0, 0.5))
+    ]
+    assert wasserstein(*one).item() == pytest.approx(math.sqrt(9 + 2.25), rel=1e-6)
+
+
+def test_nothing_is_moved():
+    state = torch.get_rng_state()
+    pv.compare(FA, diagonal(), FA.sample(3), num_particles=100)
+    torch.set_rng_state(state)
+    x = FA.sample(3)
+    state = torch.get_rng_state()
+    one, two = (pv.compare(FA, diagonal(), x, num_particles=100) for _ in range(2))
+    assert torch.equal(one.coverage, two.coverage)
+    assert torch.equal(one.split.amortization, two.split.amortization)
+    posterior_state = torch.get_rng_state()
+    assert torch.equal(state, posterior_state)
+
+
+def discrete_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Categorical(torch.ones(3)))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: pv.compare(two_sites, two_sites_guide, torch.zeros(3, 6)), "knows no posterior"),
+        (lambda: pv.compare(MODELS["FiniteMixture"], discrete_guide, torch.zeros(3, 2).double()), "discrete"),
+        (lambda: pv.compare(FA, lambda x: None, FA.sample(3)), "no site 'z'"),
+        (lambda: pv.split_gap(FA, lambda x: None, FA.sample(3)), "no site 'z'"),
+        (lambda: pv.compare_guides(FA, {}, FA.sample(3)), "no guides"),
+        (lambda: pv.compare(FA, diagonal(), torch.zeros(3, 5)), r"expected x of shape \(batch, 6\)"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
