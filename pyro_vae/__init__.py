@@ -8,11 +8,11 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyro_vae import batches, conditionals, data, diagnostics, exact, infer, nets, pair, plots, priors, vae
+    from pyro_vae import batches, conditionals, data, diagnostics, exact, flows, infer, nets, pair, plots, priors, vae
     from pyro_vae.data import Data, load
     from pyro_vae.diagnostics import compare, compare_guides, free_energy, split_gap
     from pyro_vae.infer import Epoch, History, PairReport, check_pair, evaluate, fit, train
-    from pyro_vae.vae import CVAE, VAE
+    from pyro_vae.vae import CVAE, VAE, Guide, Model
 
 __version__ = "0.1.0"
 logging.getLogger(__name__).addHandler(logging.NullHandler())
@@ -22,7 +22,9 @@ _HOME = {
     "VAE": "vae",
     "Data": "data",
     "Epoch": "infer",
+    "Guide": "vae",
     "History": "infer",
+    "Model": "vae",
     "PairReport": "infer",
     "check_pair": "infer",
     "compare": "diagnostics",
@@ -34,13 +36,28 @@ _HOME = {
     "load": "data",
     "train": "infer",
 }
-_MODULES = ("batches", "conditionals", "data", "diagnostics", "exact", "infer", "nets", "pair", "plots", "priors", "vae")
+_MODULES = (
+    "batches",
+    "conditionals",
+    "data",
+    "diagnostics",
+    "exact",
+    "flows",
+    "infer",
+    "nets",
+    "pair",
+    "plots",
+    "priors",
+    "vae",
+)
 __all__ = [
     "CVAE",
     "VAE",
     "Data",
     "Epoch",
+    "Guide",
     "History",
+    "Model",
     "PairReport",
     "batches",
     "check_pair",
@@ -52,6 +69,7 @@ __all__ = [
     "evaluate",
     "exact",
     "fit",
+    "flows",
     "free_energy",
     "infer",
     "load",

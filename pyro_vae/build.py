@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_vae import conditionals, nets, priors
+from pyro_vae import conditionals, flows, nets, priors
 from pyro_vae.data import Data, load
 from pyro_vae.pair import Program
 from pyro_vae.vae import VAE
@@ -37,6 +37,9 @@ GUIDES: dict[str, Callable[..., conditionals.Conditional]] = {
     "low-rank": conditionals.LowRankMultivariateNormal,
     "laplace": conditionals.Laplace,
     "student-t": conditionals.StudentT,
+    "flow": flows.AffineAutoregressive,
+    "spline": flows.NeuralSpline,
+    "mixture": flows.NormalMixture,
 }
 PRIORS: dict[str, Callable[[conditionals.Conditional, Tensor], priors.Prior]] = {
     "standard-normal": lambda encoder, _: priors.StandardNormal(encoder.event_shape),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Dataset = Literal["digits", "mnist", "fashion-mnist", "frey-faces", "ring"]
 Likelihood = Literal["bernoulli", "continuous-bernoulli", "normal", "laplace", "student-t", "categorical"]
-Guide = Literal["normal", "full", "low-rank", "laplace", "student-t"]
+Guide = Literal["normal", "full", "low-rank", "laplace", "student-t", "flow", "spline", "mixture"]
 Prior = Literal["standard-normal", "normal", "mixture", "vamp"]
 Binarize = Literal["none", "threshold", "stochastic"]
 

@@ -14,7 +14,7 @@ PACKAGE = Path(pyro_vae.__file__).parent
 FLOORS = (
     ("nets", "data"),
     ("batches", "conditionals"),
-    ("pair", "priors"),
+    ("pair", "priors", "flows"),
     ("vae", "particles"),
     ("exact",),
     ("infer", "diagnostics"),

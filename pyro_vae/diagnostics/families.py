@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributions import transform_to
 
+from pyro_vae.batches import Batch
+from pyro_vae.conditionals import Conditional
+
 # Families that are known by the names of their parameters; those of a guide's distribution are read from its attributes.
 _PARAMETERS: dict[type, tuple[str, ...]] = {
     dist.Normal: ("loc", "scale"),
@@ -20,6 +23,20 @@ _PARAMETERS: dict[type, tuple[str, ...]] = {
     dist.MultivariateNormal: ("loc", "scale_tril"),
     dist.LowRankMultivariateNormal: ("loc", "cov_factor", "cov_diag"),
 }
+
+
+class Readouts:
+    """The family of a conditional with read-outs of its own for each datum: whatever the trunk could have said.
+
+    What all data share, the networks of a flow say, stays as it is. ``start`` are the trunk's own, as new leaves.
+    """
+
+    def __init__(self, conditional: Conditional, given: tuple[Tensor, ...]) -> None:
+        self.at = lambda parameters: conditional.distribution(**parameters)
+        with torch.no_grad():
+            features = conditional.trunk(*given)
+            readouts = {name: readout(features) for name, readout in conditional.readout.items()}
+        self.start = {name: value.clone().requires_grad_() for name, value in readouts.items()}
 
 
 class Family:
@@ -53,6 +70,14 @@ class Family:
         """The member with these unconstrained parameters."""
         member = self.kind(**{name: self.transforms[name](value) for name, value in parameters.items()})
         return member.to_event(len(self.event_shape) - member.event_dim)
+
+
+def family_of(guide: Any, fn: Any, batch: Batch, batch_dims: list[int]) -> Readouts | Family:
+    """The family of a guide's distribution ``fn``: by the read-outs of its encoder where it is ours, else by parameters."""
+    encoder = getattr(guide, "encoder", None)
+    if isinstance(encoder, Conditional) and not batch.kwargs:
+        return Readouts(encoder, batch.args)
+    return Family(fn, batch_dims)
 
 
 def unwrapped(distribution: Any) -> Any:

@@ -8,7 +8,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.batches import Batch, as_batch
-from pyro_vae.diagnostics.families import Family
+from pyro_vae.diagnostics.families import Family, Readouts, family_of
 from pyro_vae.pair import Program, untouched
 from pyro_vae.particles import Latents
 
@@ -45,8 +45,8 @@ def split_gap(
 
     q* is the guide's own family with parameters of its own for each datum, started at the guide and optimized by Adam on
     reparameterized gradients of 32 draws, all data at once. The step size is halved whenever a hundred steps have not gained
-    ``tolerance`` nats per datum; when that has happened eight times, q* is the mean of five hundred steps more. Several
-    latents are taken as independent given x, each in its own family.
+    ``tolerance`` nats per datum; when that has happened eight times, q* is the mean of five hundred steps more, or
+    the guide itself where that is better. Several latents are taken as independent given x, each in its own family.
 
     :param args: the arguments of model and guide, ``(batch, *event)``.
     :param log_evidence: log p(x) per datum; by default ``model.log_evidence`` where the model knows it.
@@ -82,12 +82,12 @@ class _Search:
         self.latents = Latents(model, batch)
         with torch.no_grad():
             trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
-        self.families: dict[str, Family] = {}
+        self.families: dict[str, Family | Readouts] = {}
         for name, site in self.latents.sites.items():
             if name not in trace.nodes:
                 raise ValueError(f"guide: it has no site {name!r}, which the model samples; expected pyro.sample({name!r}, …)")
             dims = [batch.num_rows if dim == site.rows else 1 for dim in range(-self.latents.nesting, 0)]
-            self.families[name] = Family(trace.nodes[name]["fn"], dims)
+            self.families[name] = family_of(guide, trace.nodes[name]["fn"], batch, dims)
         self.start = {name: family.start for name, family in self.families.items()}
         self.best = self.start
 
@@ -118,7 +118,17 @@ class _Search:
         _, means = self._block(parameters, optimizer, 500)
         named = iter(means)
         self.best = {name: {k: next(named) for k in own} for name, own in parameters.items()}
+        self._keep_better()
         return steps + 500
+
+    @torch.no_grad()
+    def _keep_better(self) -> None:
+        """A datum whose search ended below its start, as between the modes of a mixture, goes back to it."""
+        ended, began = (self.elbo(parameters, 1000).mean(0) for parameters in (self.best, self.start))
+        for name, own in self.best.items():
+            for key, value in own.items():
+                worse = (ended < began).reshape(-1, *[1] * (value.dim() - 1))
+                own[key] = torch.where(worse, self.start[name][key], value)
 
     def _block(self, parameters: Parameters, optimizer: torch.optim.Optimizer, steps: int) -> tuple[float, list[Tensor]]:
         """So many steps: the mean ELBO along them, and the mean parameters."""

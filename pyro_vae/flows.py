@@ -1,0 +1,143 @@
+"""Conditionals beyond the simple families: normalizing flows and mixtures, for guides whose posterior is no Gaussian.
+
+They are conditionals like any other: a trunk, an ``event_shape``, and read-outs of their own.
+
+>>> import torch
+>>> from pyro_vae import flows, nets
+>>> encoder = flows.AffineAutoregressive(nets.MLP(784, (200,)), event_shape=5)
+>>> encoder(torch.zeros(64, 28, 28)).rsample().shape
+torch.Size([64, 5])
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import transforms as T
+from torch import Tensor, nn
+
+from pyro_vae.conditionals import Conditional, positive_floor
+from pyro_vae.nets import Shape, as_shape
+
+
+class Flow(Conditional, ABC):
+    """y = μ + σ · f_K ∘ … ∘ f₁(ε), ε ~ N(0, I): invertible transforms fₖ that read a context from the trunk, between standard
+    noise and an affine read-out as that of a Gaussian (Rezende & Mohamed 2015).
+
+    :param trunk: as for every conditional.
+    :param event_shape: one number d.
+    :param num_transforms: K.
+    :param context_dim: how many numbers each transform reads.
+    :param hidden: widths of the transforms' own networks.
+    :param min_scale: the floor under σ.
+
+    Drawing costs one pass; the density of one's own draws comes with them, that of others costs d passes.
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        *,
+        event_shape: Shape,
+        num_transforms: int = 2,
+        context_dim: int = 16,
+        hidden: Sequence[int] = (32, 32),
+        min_scale: float = 1e-3,
+    ) -> None:
+        shape = as_shape(event_shape)
+        if len(shape) != 1:
+            raise ValueError(
+                f"{type(self).__name__}: expected an event_shape of one dimension, such as 5, but got {tuple(shape)}"
+            )
+        readouts = {"loc": shape, "log_scale": shape, "context": as_shape(context_dim)}
+        super().__init__(trunk, event_shape=shape, readouts=readouts)
+        self.min_scale = positive_floor(min_scale)
+        count = range(as_shape(num_transforms)[0])
+        self.transforms = nn.ModuleList(self.transform(shape[0], context_dim, list(hidden)) for _ in count)
+
+    @staticmethod
+    @abstractmethod
+    def transform(dim: int, context_dim: int, hidden: list[int]) -> nn.Module:
+        """One of Pyro's conditional transforms."""
+
+    def distribution(self, *, loc: Tensor, log_scale: Tensor, context: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
+        noise = dist.Normal(torch.zeros_like(loc), 1.0).to_event(1)
+        flow: list[Any] = [transform.condition(context) for transform in self.transforms]  # type: ignore[operator]
+        flow.append(T.AffineTransform(loc, self.min_scale + log_scale.exp(), event_dim=1))
+        return dist.TransformedDistribution(noise, flow)
+
+
+class AffineAutoregressive(Flow):
+    """Inverse autoregressive flow: each fₖ is affine in εⱼ with coefficients from ε_{<j} (Kingma et al. 2016). d ≥ 2."""
+
+    @staticmethod
+    def transform(dim: int, context_dim: int, hidden: list[int]) -> nn.Module:
+        if dim < 2:
+            raise ValueError(
+                "AffineAutoregressive: in one dimension it is a Gaussian; expected event_shape 2 or more, or NeuralSpline"
+            )
+        return T.conditional_affine_autoregressive(dim, context_dim, hidden)
+
+
+class NeuralSpline(Flow):
+    """Neural spline flow: each fₖ is a monotone rational spline on [−5, 5], autoregressive where d ≥ 2 (Durkan et al. 2019)."""
+
+    @staticmethod
+    def transform(dim: int, context_dim: int, hidden: list[int]) -> nn.Module:
+        if dim == 1:
+            return T.conditional_spline(1, context_dim, hidden, bound=5.0)
+        return T.conditional_spline_autoregressive(dim, context_dim, hidden, bound=5.0)
+
+
+class NormalMixture(Conditional):
+    """Σₖ πₖ N(μₖ, diag σₖ²), all read from the trunk: several modes, with pathwise gradients (Jankowiak & Karaletsos 2019).
+
+    :param event_shape: one number d ≥ 2.
+    :param num_components: K.
+    """
+
+    def __init__(self, trunk: nn.Module, *, event_shape: Shape, num_components: int = 4, min_scale: float = 1e-3) -> None:
+        shape = as_shape(event_shape)
+        if len(shape) != 1 or shape[0] < 2:
+            raise ValueError(f"NormalMixture: expected an event_shape of one number, 2 or more, but got {tuple(shape)}")
+        k = as_shape(num_components)
+        super().__init__(trunk, event_shape=shape, readouts={"locs": k + shape, "log_scales": k + shape, "logits": k})
+        self.min_scale = positive_floor(min_scale)
+        with torch.no_grad():  # components that start alike stay alike
+            self.readout["locs"].layer.bias.normal_()  # type: ignore[union-attr, operator]
+
+    def distribution(self, *, locs: Tensor, log_scales: Tensor, logits: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
+        return _Mixture(locs, self.min_scale + log_scales.exp(), logits)
+
+
+class _Mixture(dist.MixtureOfDiagNormals):
+    """Pyro's mixture, whose own draws of a batched one know no ``sample_shape``."""
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        if not sample_shape:
+            return super().rsample()
+        return self.expand(torch.Size(sample_shape) + self.batch_shape).rsample()
+
+
+class Zuko(Conditional):
+    """Any flow of the library zuko, given features of the trunk: ``zuko.flows.NSF(features=2, context=32)``.
+
+    :param flow: a ``zuko.lazy.LazyDistribution`` whose ``context`` is ``context_dim``.
+    :param event_shape: one number, the flow's ``features``.
+
+    For SVI its transform should be fast from noise to draw: for autoregressive flows that is
+    ``zuko.flows.Flow([t.inv for t in flow.transform.transforms], flow.base)``.
+    """
+
+    def __init__(self, trunk: nn.Module, *, event_shape: Shape, flow: nn.Module, context_dim: int) -> None:
+        super().__init__(trunk, event_shape=event_shape, readouts={"context": as_shape(context_dim)})
+        try:
+            from pyro.contrib.zuko import ZukoToPyro
+        except ImportError as error:
+            raise ImportError("Zuko: the library zuko is not installed; pip install 'pyro-vae[zuko]'") from error
+        self.flow, self._to_pyro = flow, ZukoToPyro
+
+    def distribution(self, *, context: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
+        return self._to_pyro(self.flow(context))
