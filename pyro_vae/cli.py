@@ -1,4 +1,4 @@
-"""``pyro-vae train | sample | reconstruct | plot | data``.
+"""``pyro-vae train | sample | reconstruct | plot | compare | data``.
 
 Torch is imported inside the commands, so that ``--help`` answers at once. Progress goes to stderr, results to stdout.
 """
@@ -11,7 +11,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
 
 import typer
 from typer import Argument, Option
@@ -168,6 +168,36 @@ def plot(
     with opened.loaded(test.x[:2]) as pair:
         figures = dict(runs.pictures(opened, pair, test))
     _leave(folder, {}, figures, as_json)
+
+
+@app.command()
+def compare(
+    model: Annotated[str | None, Argument(help="One of --list.")] = None,
+    guide: Annotated[str, Option(help="Families of q(z|x), such as normal,full,flow.")] = "normal,full,flow",
+    num_epochs: Annotated[int, Option("-n", "--num-epochs", min=1, help="Passes over 2000 draws of the model.")] = 100,
+    num_data: Annotated[int, Option(min=2, help="Draws of the model to compare on.")] = 50,
+    list_models: Annotated[bool, Option("--list", help="List the models.")] = False,
+    seed: Seed = 0,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Train guides on a model that knows its posterior; leave a table and a figure of how far they are from it."""
+    from pyro_vae import runs, zoo
+
+    if list_models or model is None:
+        about = {name: text for name, (_, text) in zoo.MODELS.items()}
+        return _print(about, "\n".join(f"{name:16} {text}" for name, text in about.items()), as_json)
+    families = guide.split(",")
+    if model not in zoo.MODELS or not set(families) <= set(get_args(Guide)):
+        raise typer.BadParameter(f"compare {model} --guide {guide}: expected one of --list, and guides of {get_args(Guide)}")
+    folder = _free(out or runs.fresh(Path("runs") / f"compare-{model}"), overwrite)
+    report = zoo.train_guides(zoo.MODELS[model][0](), families, num_epochs=num_epochs, num_data=num_data, seed=seed)
+    _draw(folder, {"guides": report.plot()})
+    (folder / "comparison.txt").write_text(f"{report}\n")
+    result = {name: dict(one.rows()) for name, one in report.comparisons.items()}
+    (folder / "comparison.json").write_text(json.dumps(runs.as_json(result), indent=2) + "\n")
+    return _print(result, f"{report}\n{folder}", as_json)
 
 
 @app.command()

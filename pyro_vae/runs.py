@@ -237,6 +237,8 @@ def as_json(result: Any) -> Any:
         return {key: as_json(value) for key, value in result._asdict().items()}
     if isinstance(result, Mapping):
         return {key: as_json(value) for key, value in result.items()}
+    if isinstance(result, tuple):
+        return [as_json(value) for value in result]
     return None if isinstance(result, float) and not math.isfinite(result) else result
 
 

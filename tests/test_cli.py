@@ -123,6 +123,28 @@ def test_the_ring_and_the_other_data_sets(run, data_dir):
     assert {line.split()[0] for line in run("data")[1].splitlines()} == set(data.SOURCES)
 
 
+def test_compare(run, tmp_path):
+    code, out, err = run("compare", "factor-analysis", "--guide", "normal,full", "-n", 15, "--num-data", 5, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert list(result) == ["full", "normal"]  # ranked
+    gap, _ = result["normal"]["gap KL(q||p)"]
+    elbo, evidence = (result["normal"][key][0] for key in ("ELBO", "log evidence"))
+    assert gap == pytest.approx(evidence - elbo, abs=1e-4)
+    folder = tmp_path / "runs" / "compare-factor-analysis"
+    assert {file.name for file in folder.iterdir()} == {"comparison.json", "comparison.txt", "guides.png"}
+    assert imread(folder / "guides.png")[..., :3].std() > 0.02
+    assert "factor-analysis" in run("compare", "--list")[1]
+    assert run("compare", "nothing")[0] == 2
+    assert run("compare", "banana", "--guide", "nothing")[0] == 2
+
+
+@pytest.mark.parametrize("name", ["normal-normal", "regression", "two-modes", "relu", "funnel", "banana", "state-space"])
+def test_every_model_of_the_list_is_compared(run, name):
+    code, _, err = run("compare", name, "--guide", "normal", "-n", 1, "--num-data", 3)
+    assert code == 0, err
+
+
 PAIR = """
 import pyro, pyro.distributions as dist, torch
 import pyro_vae as pv

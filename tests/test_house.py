@@ -20,7 +20,7 @@ FLOORS = (
     ("infer", "diagnostics"),
     ("plots", "checkpoint"),
     ("build",),
-    ("runs",),
+    ("runs", "zoo"),
     ("cli",),
     ("__main__",),
 )

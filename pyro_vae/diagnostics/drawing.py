@@ -80,7 +80,7 @@ def _draw_row(axes: list[Axes], exact_model: Any, guides: Mapping[str, Program],
         ax.set(xlabel="$z_1$" if latents.dim == 2 else "$z$", title=f"datum {i}")
         if latents.dim == 2:
             ax.set_ylabel("$z_2$")
-    axes[0].legend(frameon=False, fontsize="small")
+    _legend(axes)
 
 
 def _draw_scatter(axes: list[Axes], exact: Tensor, guides: Mapping[str, Tensor]) -> None:
@@ -91,7 +91,13 @@ def _draw_scatter(axes: list[Axes], exact: Tensor, guides: Mapping[str, Tensor])
             first, second = (at[:, 0], at[:, 1]) if at.shape[1] > 1 else (np.sort(at[:, 0]), np.linspace(0, 1, len(at)))
             ax.scatter(first, second, s=4, alpha=0.4 if j else 1.0, color=f"C{j - 1}" if j else "0.7", label=name)
         ax.set(xlabel="$z_1$", ylabel="$z_2$", title=f"datum {i}")
-    axes[0].legend(frameon=False, fontsize="small")
+    _legend(axes)
+
+
+def _legend(axes: list[Axes]) -> None:
+    """One legend for the row, under it."""
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[0].get_figure().legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)  # type: ignore[union-attr]
 
 
 def _grid(draws: list[Tensor], steps: int) -> tuple[Tensor, tuple[int, ...]]:
