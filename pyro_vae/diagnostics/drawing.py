@@ -39,7 +39,7 @@ def draw_ranking(exact_model: Any, guides: Mapping[str, Program], x: Tensor, gap
     ax.set_yticks(range(len(gaps)), list(gaps))
     ax.invert_yaxis()
     ax.set(xlabel="gap (nats per datum)", title="log p(x) − ELBO")
-    ax.legend(frameon=False)
+    ax.legend(loc="lower right", framealpha=0.9)
     return fig
 
 
