@@ -105,6 +105,12 @@ class Latents:
         return self._local(self.run(program, batch, len(z), self.values(z))).observed.expand(len(z), z.shape[1])
 
     def _local(self, trace: Trace) -> SiteSums:
+        for name, site in prune_subsample_sites(trace).nodes.items():
+            drawn = site["type"] == "sample" and not site["is_observed"] and not site["infer"].get("_deterministic")
+            if drawn and name not in self.sites:
+                raise ValueError(
+                    f"guide: its site {name!r} is not in the model, so log q(z|x) is not known; expected no such site"
+                )
         sums = sum_sites(trace, self.plates, particle_dim=-1 - self.nesting)
         if sums.shared_observed.any() or sums.shared_latent.any():
             raise ValueError(

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.batches import Batch
+from pyro_vae.batches import Batch, as_batch
 from pyro_vae.diagnostics.drawing import draw_posteriors, draw_ranking
 from pyro_vae.diagnostics.families import as_gaussian, wasserstein
 from pyro_vae.diagnostics.gap import GapSplit, split_gap
@@ -116,6 +116,9 @@ def compare(
             f"compare: {type(exact_model).__name__} knows no posterior(x) and log_evidence(x); expected a model of "
             "pyro_vae.exact, or pyro_vae.exact.Grid(model) for one or two latent dimensions"
         )
+    if num_particles < 2:
+        raise ValueError(f"compare: expected num_particles ≥ 2, for standard errors, but got {num_particles}")
+    (x,) = as_batch(x).args
     Batch((x,), {}).check("data")
     rows = x.split(max(1, _MAX_DRAWS // num_particles))  # data are independent, and the draws of all might not fit in memory
     parts = [_compare_rows(exact_model, guide, part, num_particles, split, seed) for part in rows]

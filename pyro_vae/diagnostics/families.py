@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.distributions import transform_to
 
-from pyro_vae.batches import Batch
 from pyro_vae.conditionals import Conditional
 
 # Families that are known by the names of their parameters; those of a guide's distribution are read from its attributes.
@@ -72,17 +71,9 @@ class Family:
         return member.to_event(len(self.event_shape) - member.event_dim)
 
 
-def family_of(guide: Any, fn: Any, batch: Batch, batch_dims: list[int]) -> Readouts | Family:
-    """The family of a guide's distribution ``fn``: by the read-outs of its encoder where it is ours, else by parameters."""
-    encoder = getattr(guide, "encoder", None)
-    if isinstance(encoder, Conditional) and not batch.kwargs:
-        return Readouts(encoder, batch.args)
-    return Family(fn, batch_dims)
-
-
 def unwrapped(distribution: Any) -> Any:
-    """What lies under ``to_event``, ``expand`` and masks."""
-    while isinstance(distribution, torch.distributions.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+    """What lies under ``to_event`` and ``expand``."""
+    while isinstance(distribution, torch.distributions.Independent | dist.ExpandedDistribution):
         distribution = distribution.base_dist
     return distribution
 

@@ -1,14 +1,17 @@
 """The gap between evidence and ELBO, split: how much the family costs, and how much sharing one encoder."""
 
 import math
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.batches import Batch, as_batch
-from pyro_vae.diagnostics.families import Family, Readouts, family_of
+from pyro_vae.conditionals import Conditional
+from pyro_vae.diagnostics.families import Family, Readouts
 from pyro_vae.pair import Program, untouched
 from pyro_vae.particles import Latents
 
@@ -82,14 +85,40 @@ class _Search:
         self.latents = Latents(model, batch)
         with torch.no_grad():
             trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
-        self.families: dict[str, Family | Readouts] = {}
-        for name, site in self.latents.sites.items():
-            if name not in trace.nodes:
-                raise ValueError(f"guide: it has no site {name!r}, which the model samples; expected pyro.sample({name!r}, …)")
-            dims = [batch.num_rows if dim == site.rows else 1 for dim in range(-self.latents.nesting, 0)]
-            self.families[name] = family_of(guide, trace.nodes[name]["fn"], batch, dims)
+        with torch.no_grad():
+            z, log_q = self.latents.draw(guide, batch, 8)
+        self.families = self._families(guide, trace, z, log_q)
         self.start = {name: family.start for name, family in self.families.items()}
         self.best = self.start
+
+    def _families(self, guide: Program, trace: Trace, z: Tensor, log_q: Tensor) -> dict[str, Family | Readouts]:
+        """By the read-outs of the guide's encoder where it is ours, else by the parameters of its distributions; whatever
+        gives the guide's own log q at its own draws."""
+        encoder = getattr(guide, "encoder", None)
+        if isinstance(encoder, Conditional) and len(self.latents.sites) == 1 and not self.batch.kwargs:
+            with suppress(Exception):  # an attribute of that name need not be what the guide draws from
+                by_readouts: dict[str, Family | Readouts] = dict.fromkeys(
+                    self.latents.sites, Readouts(encoder, self.batch.args)
+                )
+                if self._agrees(by_readouts, z, log_q):
+                    return by_readouts
+        by_parameters: dict[str, Family | Readouts] = {}
+        for name, site in self.latents.sites.items():
+            dims = [self.batch.num_rows if dim == site.rows else 1 for dim in range(-self.latents.nesting, 0)]
+            by_parameters[name] = Family(trace.nodes[name]["fn"], dims)
+        if not self._agrees(by_parameters, z, log_q):
+            raise ValueError(
+                "guide: its family is not that of its sites one by one: they depend on each other, or are masked; expected "
+                "sites that are independent given x"
+            )
+        return by_parameters
+
+    @torch.no_grad()
+    def _agrees(self, families: dict[str, Family | Readouts], z: Tensor, log_q: Tensor) -> bool:
+        total = torch.zeros(())
+        for name, _, part in self.latents.split(z):
+            total = total + families[name].at(families[name].start).log_prob(part)
+        return torch.allclose(total, log_q.to(total), rtol=1e-3, atol=1e-3)
 
     def elbo(self, parameters: Parameters, num_particles: int) -> Tensor:
         """log p(x, z) − log q(z) at draws of the families: ``(particles, batch)``."""

@@ -79,11 +79,12 @@ class LinearGaussian(ExactModel):
         return 0.5 * (self.precision.diagonal().log().sum() - torch.logdet(self.precision))
 
     def log_evidence(self, x: Tensor) -> Tensor:
-        # log N(r; 0, diag σ² + W diag s₀² Wᵀ) by the matrix determinant lemma and Woodbury: a k × k problem, not D × D
-        r = (self.checked(x) - self.weight @ self.prior_loc - self.bias) / self.noise_scale
+        # log N(r; 0, diag σ² + W diag s₀² Wᵀ) by the matrix determinant lemma, and its square as that of the best z: a k × k
+        # problem, not D × D, without the difference of large numbers that Woodbury's formula is
         shift = self._mean(x) - self.prior_loc
+        residual = (x - self.weight @ self.prior_loc - self.bias - shift @ self.weight.mT) / self.noise_scale
         log_det = 2 * self.noise_scale.log().sum() + 2 * self.prior_scale.log().sum() + torch.logdet(self.precision)
-        square = (r**2).sum(-1) - ((shift @ self.precision) * shift).sum(-1)
+        square = (residual**2).sum(-1) + ((shift / self.prior_scale) ** 2).sum(-1)
         return -0.5 * (len(self.bias) * math.log(2 * math.pi) + log_det + square)
 
     def _mean(self, x: Tensor) -> Tensor:

@@ -25,8 +25,9 @@ _LEVELS = {1: (513, 2**17 + 1), 2: (65, 2**11 + 1)}  # points along an axis at f
 
 
 class Solution(NamedTuple):
-    """The quadrature of some data, per datum. ``error``: a bound of the error of ``log_evidence`` in nats, the change at the
-    last halving of the spacing plus the mass in the box's outermost cells.
+    """The quadrature of some data, per datum. ``error``: an estimate of the error of ``log_evidence`` in nats, the change at
+    the last halving of the spacing plus the mass in the box's outermost cells. It knows nothing of a mode so narrow that no
+    point of the first grid was near it.
 
     points: ``(batch, G, d)`` in unconstrained space; weights: ``(batch, G)``, summing to 1.
     """
@@ -46,7 +47,8 @@ class Grid:
     :param tolerance: nats; the spacing is halved until log p(x) of every datum changes by less, twice in a row.
     :param max_points: model evaluations at a time, which bounds the memory.
 
-    Arguments are those of the model. Raises ``ValueError`` for a model that has no such posterior.
+    A module is evaluated in double precision; a plain function in that of its own tensors, so give it double ones where the
+    digits matter. Arguments are those of the model. Raises ``ValueError`` for a model that has no such posterior.
 
     >>> import pyro
     >>> def model(x):
@@ -89,12 +91,19 @@ class Grid:
         return Solution(*(torch.cat(column) for column in zip(*padded, strict=True)))
 
     def _solve_rows(self, joint: "_Joint") -> Solution:
-        n, most = _LEVELS[joint.dim]
+        first, most = _LEVELS[joint.dim]
+        n, widenings = first, 0
         low, high = self._box(joint, n)
         levels = [self._level(joint, low, high, n)]
         while True:
             changes = [(a.log_evidence - b.log_evidence).abs() for a, b in pairwise(levels)]
             agree = len(changes) == 2 and all((change < self.tolerance).all() for change in changes)
+            if agree and (levels[-1].error > self.tolerance).any() and widenings < 6:
+                # the box cut mass off: widen it, and begin again
+                middle, half = (low + high) / 2, high - low
+                low, high, widenings = middle - half, middle + half, widenings + 1
+                n, levels = first, [self._level(joint, low, high, first)]
+                continue
             if agree or 2 * n - 1 > most:
                 if not agree:
                     logger.warning("Grid: at %d points an axis log p(x) still changes by %.1e nats", n, changes[-1].max())
@@ -114,13 +123,20 @@ class Grid:
 
     def _box(self, joint: "_Joint", n: int) -> tuple[Tensor, Tensor]:
         """The box that holds all but a negligible part of each datum's mass: ``(batch, d)`` corners."""
-        draws = joint.prior_draws(1000)
+        draws = joint.prior_draws(1000).clamp(-700.0, 700.0)  # a draw that underflowed lies at infinity
         centre, scale = draws.mean(0), draws.std(0).clamp_min(1e-6)
         for reach in (10.0, 20.0, 40.0, 80.0, 160.0):
             low, high = centre - reach * scale, centre + reach * scale
             outer_low, outer_high = low, high
-            for _ in range(40):
-                points, log_f, spacing = self._evaluate(joint, low, high, n)
+            # before anything is cut off, the grid must see every mode: neighbours of the highest point within some nats of it
+            fine = n
+            points, log_f, spacing = self._evaluate(joint, low, high, fine)
+            while 2 * fine - 1 <= _LEVELS[joint.dim][1] // joint.dim and not _resolved(log_f, fine, joint.dim):
+                fine = 2 * fine - 1
+                points, log_f, spacing = self._evaluate(joint, low, high, fine)
+            for step in range(40):
+                if step:
+                    points, log_f, spacing = self._evaluate(joint, low, high, n)
                 kept = log_f > log_f.max(-1, keepdim=True).values - _NEGLIGIBLE
                 inside = torch.where(kept.unsqueeze(-1), points, math.nan)
                 new_low = torch.maximum(inside.nan_to_num(math.inf).amin(1) - spacing, outer_low)
@@ -144,6 +160,17 @@ class Grid:
         size = max(1, self.max_points // joint.num_rows)
         log_f = torch.cat([joint.unconstrained(part) for part in points.split(size, 1)], 1)
         return points, log_f, (high - low) / (n - 1)
+
+
+def _resolved(log_f: Tensor, n: int, dim: int) -> bool:
+    """Whether the highest point of every datum has a neighbour along each axis less than 5 nats below it."""
+    field = log_f.reshape(len(log_f), *[n] * dim)
+    top = log_f.max(-1)
+    for axis in range(1, dim + 1):
+        beside = torch.maximum(field.roll(1, axis), field.roll(-1, axis)).reshape(len(log_f), -1)
+        if (top.values - beside.gather(1, top.indices.unsqueeze(1)).squeeze(1) > 5).any():
+            return False
+    return True
 
 
 def _padded(part: Solution, size: int) -> Solution:
@@ -240,12 +267,11 @@ class GridPosterior(dist.TorchDistribution):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """z: ``(*sample, batch, *event)`` → ``(*sample, batch)``."""
-        flat = z.expand(*z.shape[: z.dim() - len(self.event_shape) - 1], *self.shape()).reshape(
-            -1, *self.batch_shape, self.joint.dim
-        )
+        shape = torch.broadcast_shapes(z.shape, self.shape())
+        flat = z.expand(shape).reshape(-1, *self.batch_shape, self.joint.dim)
         with torch.no_grad():
             log_joint = self.joint.log_prob(flat)
-        return (log_joint - self.solution.log_evidence).reshape(z.shape[: z.dim() - len(self.event_shape)])
+        return (log_joint - self.solution.log_evidence).reshape(shape[: len(shape) - len(self.event_shape)])
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         n = torch.Size(sample_shape).numel()

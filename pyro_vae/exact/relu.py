@@ -54,7 +54,7 @@ class ReluDecoder(ExactModel):
         self.register_buffer("bias", as_constant(bias).to(weight).expand(weight.shape[0]).clone())
         self.register_buffer("noise_scale", positive("noise_scale", noise_scale).to(weight).reshape(()))
         bends = hidden_weight != 0
-        points = (-hidden_bias[bends] / hidden_weight[bends]).sort().values
+        points = torch.unique(-hidden_bias[bends] / hidden_weight[bends])  # sorted; units may bend at one point
         self.register_buffer("edges", torch.cat([points.new_tensor([-math.inf]), points, points.new_tensor([math.inf])]))
 
     def prior(self) -> dist.TorchDistribution:

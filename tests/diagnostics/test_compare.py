@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae import exact
+from pyro_vae import conditionals, exact, nets
 from pyro_vae.batches import Batch
 from pyro_vae.diagnostics import gap as gap_module
 from pyro_vae.diagnostics import pointwise_identity
@@ -309,6 +309,65 @@ def test_nothing_is_moved():
     assert torch.equal(state, posterior_state)
 
 
+class Wider(torch.nn.Module):
+    """A guide with an encoder of ours, read another way: it draws from shifted data."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = conditionals.Normal(nets.MLP(6, (8,)), event_shape=3).double()
+
+    def forward(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.encoder(0.2 * x - 1))
+
+
+def test_the_split_is_of_what_the_guide_draws_from():
+    report = pv.compare(FA, Wider(), FA.sample(5), num_particles=4000)
+    split = report.split
+    error = torch.hypot(split.approximation_error, torch.hypot(split.amortization_error, report.gap_error))
+    assert ((split.approximation + split.amortization - report.gap).abs() < 4.5 * error).all()
+
+
+def auxiliary(x):
+    with pyro.plate("data", len(x)):
+        u = pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Normal(u.unsqueeze(-1).double().expand(*u.shape, 3), 0.5).to_event(1))
+
+
+def chain(x):
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.Normal(x.new_zeros(()), 1.0))
+        b = pyro.sample("b", dist.Normal(a, 0.3))
+        pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+
+def chain_posterior(x):
+    with pyro.plate("data", len(x)):
+        b = pyro.sample("b", dist.Normal(x * 1.09 / 2.09, (1.09 / 2.09) ** 0.5))
+        pyro.sample("a", dist.Normal(b / 1.09, (0.09 / 1.09) ** 0.5))
+
+
+def test_sites_that_depend_on_each_other_are_compared_without_a_split():
+    x = seeded(3)
+    report = pv.compare(exact.Grid(chain), chain_posterior, x, num_particles=500)
+    assert report.gap.abs().max() < 1e-5
+    assert report.split is None
+    with pytest.raises(ValueError, match="depend on each other"):
+        pv.split_gap(chain, chain_posterior, x)
+
+
+def test_arrays_are_data_too():
+    x = FA.sample(3)
+    torch.set_default_dtype(torch.double)
+    try:
+        assert torch.equal(
+            pv.compare(FA, diagonal(), x.numpy(), split=False).gap, pv.compare(FA, diagonal(), x, split=False).gap
+        )
+    finally:
+        torch.set_default_dtype(torch.float)
+
+
 def discrete_guide(x):
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Categorical(torch.ones(3)))
@@ -322,6 +381,9 @@ def discrete_guide(x):
         (lambda: pv.compare(FA, lambda x: None, FA.sample(3)), "no site 'z'"),
         (lambda: pv.split_gap(FA, lambda x: None, FA.sample(3)), "no site 'z'"),
         (lambda: pv.compare_guides(FA, {}, FA.sample(3)), "no guides"),
+        (lambda: pv.compare(FA, auxiliary, FA.sample(3)), "'u' is not in the model"),
+        (lambda: pv.free_energy(FA, auxiliary, FA.sample(3)), "'u' is not in the model"),
+        (lambda: pv.compare(FA, diagonal(), FA.sample(3), num_particles=1), "≥ 2"),
         (lambda: pv.compare(FA, diagonal(), torch.zeros(3, 5)), r"expected x of shape \(batch, 6\)"),
     ],
 )

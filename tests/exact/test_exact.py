@@ -241,6 +241,24 @@ def test_the_relu_posterior_in_the_far_tail():
     assert abs(posterior.mean[0].item() + math.sqrt(2 / math.pi)) < 0.01
 
 
+def test_units_that_bend_at_one_point():
+    one = torch.ones(2, dtype=torch.double)
+    model = exact.ReluDecoder(one, 0 * one, seeded(2, 2), noise_scale=0.5)
+    x = model.sample(3)
+    posterior = model.posterior(x)
+    assert posterior.mean.isfinite().all()
+    assert posterior.sample((100,)).isfinite().all()
+    torch.testing.assert_close(model.log_evidence(x), oracles.log_evidence("ReluDecoder", model, x), rtol=0, atol=1e-8)
+
+
+def test_single_precision_keeps_its_digits():
+    """A small noise and a large mean: Woodbury's difference of large numbers would lose them all."""
+    model = exact.LinearGaussian(seeded(50, 2).float(), noise_scale=0.01)
+    x = model.sample(3)
+    exactly = exact.LinearGaussian(model.weight.double(), noise_scale=model.noise_scale.double()).log_evidence(x.double())
+    torch.testing.assert_close(model.log_evidence(x).double(), exactly, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -91,6 +91,44 @@ def test_narrow_posteriors_are_found():
     torch.testing.assert_close(exact.Grid(model).log_evidence(x), model.log_evidence(x), rtol=0, atol=1e-6)
 
 
+def test_no_mode_is_lost_before_the_grid_sees_it():
+    """x ~ N(z², σ²) with a small σ: two needles at ±√x."""
+
+    def needles(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z**2, 1e-3), obs=x)
+
+    x = torch.tensor([0.7, 1.3, 2.0], dtype=torch.double)
+
+    def fine(t):
+        return dist.Normal(0.0, 1.0).log_prob(t)[:, None] + dist.Normal(t[:, None] ** 2, 1e-3).log_prob(x)
+
+    grid = exact.Grid(needles)
+    torch.testing.assert_close(grid.log_evidence(x), oracles.line(fine, -4, 4, 2_000_001), rtol=0, atol=1e-7)
+    assert grid.posterior(x).mean.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.003])
+def test_a_ridge_too_narrow_says_so(noise):
+    def ridge(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), noise), obs=x)
+
+    x = torch.tensor([1.0, 2.3], dtype=torch.double)
+    solution = exact.Grid(ridge).solve(x)
+    off = (solution.log_evidence - dist.Normal(0.0, math.sqrt(2 + noise**2)).log_prob(x)).abs()
+    assert (off <= solution.error + 1e-7).all()
+
+
+def test_the_density_broadcasts():
+    model = MODELS["NormalNormal"]
+    posterior = exact.Grid(model).posterior(model.sample(3))
+    assert posterior.log_prob(torch.zeros(1).double()).shape == (3,)
+    assert posterior.log_prob(torch.zeros(5, 1, 1).double()).shape == (5, 3)
+
+
 def make_vae():
     return pv.VAE(
         priors.StandardNormal(2),
