@@ -48,7 +48,8 @@ class Grid:
     :param max_points: model evaluations at a time, which bounds the memory.
 
     A module is evaluated in double precision; a plain function in that of its own tensors, so give it double ones where the
-    digits matter. Arguments are those of the model. Raises ``ValueError`` for a model that has no such posterior.
+    digits matter. Mass that lies closer to the upper end of an interval than its numbers can tell, as that of a Beta(0.1, 0.1)
+    next to 1, is lost. Arguments are those of the model. Raises ``ValueError`` for a model that has no such posterior.
 
     >>> import pyro
     >>> def model(x):
