@@ -133,6 +133,13 @@ def as_batch(items: Any) -> Batch:
     return Batch((_as_tensor(items),), {})
 
 
+def as_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
+    """The arguments that a verb was called with, for model and guide. Raises ``ValueError`` as :meth:`Batch.check` does."""
+    batch = Batch(as_batch(args).args if args else (), as_batch(kwargs).kwargs)
+    batch.check("data")
+    return batch
+
+
 def as_batches(data: Any, batch_size: int | None) -> Batches:
     """The minibatches of ``data``.
 

@@ -223,7 +223,7 @@ class MultivariateNormal(Conditional):
     """
 
     def __init__(self, trunk: nn.Module, *, event_shape: Shape, min_scale: float = 1e-3) -> None:
-        d = _vector("MultivariateNormal", event_shape)
+        d = vector_size("MultivariateNormal", event_shape)
         readouts = {"loc": d, "log_diagonal": d} | ({"lower": d * (d - 1) // 2} if d > 1 else {})
         super().__init__(trunk, event_shape=event_shape, readouts=readouts)
         self.min_scale = positive_floor(min_scale)
@@ -243,7 +243,7 @@ class LowRankMultivariateNormal(Conditional):
     """N(μ, W Wᵀ + D): factor W of ``rank`` columns, diagonal √D = min_scale + exp of a read-out."""
 
     def __init__(self, trunk: nn.Module, *, event_shape: Shape, rank: int = 2, min_scale: float = 1e-3) -> None:
-        d = _vector("LowRankMultivariateNormal", event_shape)
+        d = vector_size("LowRankMultivariateNormal", event_shape)
         super().__init__(trunk, event_shape=event_shape, readouts={"loc": d, "factor": (d, rank), "log_diagonal": d})
         self.min_scale = positive_floor(min_scale)
 
@@ -293,7 +293,8 @@ def masked(distribution: dist.TorchDistribution, mask: Tensor) -> dist.TorchDist
     return distribution.base_dist.mask(mask).to_event(dims)
 
 
-def _vector(name: str, event_shape: Shape) -> int:
+def vector_size(name: str, event_shape: Shape) -> int:
+    """d of an ``event_shape`` of one dimension. Raises ``ValueError`` for another; ``name`` says who asks."""
     shape = as_shape(event_shape)
     if len(shape) != 1:
         raise ValueError(f"{name}: expected an event_shape of one dimension, such as 20, but got {tuple(shape)}")

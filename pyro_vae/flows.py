@@ -18,7 +18,7 @@ import torch
 from pyro.distributions import transforms as T
 from torch import Tensor, nn
 
-from pyro_vae.conditionals import Conditional, positive_floor
+from pyro_vae.conditionals import Conditional, positive_floor, vector_size
 from pyro_vae.nets import Shape, as_shape
 
 
@@ -46,16 +46,11 @@ class Flow(Conditional, ABC):
         hidden: Sequence[int] = (32, 32),
         min_scale: float = 1e-3,
     ) -> None:
-        shape = as_shape(event_shape)
-        if len(shape) != 1:
-            raise ValueError(
-                f"{type(self).__name__}: expected an event_shape of one dimension, such as 5, but got {tuple(shape)}"
-            )
-        readouts = {"loc": shape, "log_scale": shape, "context": as_shape(context_dim)}
-        super().__init__(trunk, event_shape=shape, readouts=readouts)
+        d = vector_size(type(self).__name__, event_shape)
+        super().__init__(trunk, event_shape=d, readouts={"loc": d, "log_scale": d, "context": context_dim})
         self.min_scale = positive_floor(min_scale)
         count = range(as_shape(num_transforms)[0])
-        self.transforms = nn.ModuleList(self.transform(shape[0], context_dim, list(hidden)) for _ in count)
+        self.transforms = nn.ModuleList(self.transform(d, context_dim, list(hidden)) for _ in count)
 
     @staticmethod
     @abstractmethod

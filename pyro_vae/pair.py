@@ -81,6 +81,13 @@ def run_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> tuple
     return model_trace, guide_trace
 
 
+def sampled(trace: Trace) -> Iterator[tuple[str, dict]]:
+    """The random variables of a trace, observed and latent, by name; not subsamples of plates, nor deterministic sites."""
+    for name, site in prune_subsample_sites(trace).nodes.items():
+        if site["type"] == "sample" and not site["infer"].get("_deterministic"):
+            yield name, site
+
+
 def elbo_terms(
     model_trace: Trace, guide_trace: Trace, plates: frozenset[str], *, num_data: int, num_particles: int = 1
 ) -> ElboTerms:
@@ -121,9 +128,7 @@ def sum_sites(trace: Trace, plates: frozenset[str], *, particle_dim: int | None 
     :param particle_dim: batch dimension along which particles lie that are to be kept apart.
     """
     sums = dict.fromkeys(SiteSums._fields, torch.zeros(()))
-    for site in prune_subsample_sites(trace).nodes.values():
-        if site["type"] != "sample" or site["infer"].get("_deterministic"):
-            continue
+    for _, site in sampled(trace):
         log_prob = scale_and_mask(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), mask=site["mask"])
         kept = [] if particle_dim is None else [particle_dim]
         kind = "observed" if site["is_observed"] else "latent"

@@ -7,11 +7,10 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_vae.batches import Batch
-from pyro_vae.pair import Program, SiteSums, data_plates, sum_sites, untouched
+from pyro_vae.pair import Program, SiteSums, data_plates, sampled, sum_sites, untouched
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -35,10 +34,8 @@ class Latents:
 
     def __init__(self, model: Program, batch: Batch) -> None:
         self.plates = data_plates(model, _nothing, batch)
-        self.num_rows = batch.num_rows
         with untouched(training=False), torch.no_grad():
-            trace = prune_subsample_sites(poutine.trace(model).get_trace(*batch.args, **batch.kwargs))
-        sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not s["infer"].get("_deterministic")]
+            sites = [site for _, site in sampled(poutine.trace(model).get_trace(*batch.args, **batch.kwargs))]
         self.nesting = max((-f.dim for site in sites for f in site["cond_indep_stack"] if f.vectorized), default=1)
         self.sites: dict[str, Site] = {}
         for site in sites:
@@ -99,15 +96,21 @@ class Latents:
         z = self.flat(trace, num_particles, batch.num_rows)
         return z, (sums.latent + sums.observed).expand(num_particles, batch.num_rows)
 
+    def distribution(self, guide: Program, batch: Batch) -> Any:
+        """q(z|x) itself, of a guide of one site; ``None`` of several, which may depend on each other."""
+        if len(self.sites) > 1:
+            return None
+        (name,) = self.sites
+        return poutine.trace(guide).get_trace(*batch.args, **batch.kwargs).nodes[name]["fn"]
+
     def log_prob(self, program: Program, batch: Batch, z: Tensor) -> Tensor:
         """log-probability of a program at z: log p(x, z) of a model, log q(z|x) of a guide. ``(particles, batch, dim)`` →
         ``(particles, batch)``."""
         return self._local(self.run(program, batch, len(z), self.values(z))).observed.expand(len(z), z.shape[1])
 
     def _local(self, trace: Trace) -> SiteSums:
-        for name, site in prune_subsample_sites(trace).nodes.items():
-            drawn = site["type"] == "sample" and not site["is_observed"] and not site["infer"].get("_deterministic")
-            if drawn and name not in self.sites:
+        for name, site in sampled(trace):
+            if not site["is_observed"] and name not in self.sites:
                 raise ValueError(
                     f"guide: its site {name!r} is not in the model, so log q(z|x) is not known; expected no such site"
                 )

@@ -4,10 +4,9 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.batches import Batch, as_batch
+from pyro_vae.batches import as_arguments
 from pyro_vae.pair import Program, untouched
 from pyro_vae.particles import Latents
 
@@ -31,13 +30,12 @@ def free_energy(
     model: Program, guide: Program, *args: Any, num_particles: int = 1000, seed: int = 0, **kwargs: Any
 ) -> FreeEnergy:
     """The free energy of a pair per datum. args: those of model and guide, ``(batch, *event)``."""
-    batch = Batch(as_batch(args).args, as_batch(kwargs).kwargs if kwargs else {})
-    batch.check("data")
+    batch = as_arguments(args, kwargs)
     with untouched(training=False, seed=seed), torch.no_grad():
         latents = Latents(model, batch)
         z, log_q = latents.draw(guide, batch, num_particles)
         energies = -latents.log_prob(model, batch, z)
-        entropy = _entropy(latents, guide, batch)
+        entropy = _entropy(latents.distribution(guide, batch), batch.num_rows)
     if entropy is None:
         entropy, terms = -log_q.mean(0), energies + log_q
     else:
@@ -53,17 +51,12 @@ def free_energy(
     )
 
 
-def _entropy(latents: Latents, guide: Program, batch: Batch) -> Tensor | None:
-    """Sum of the entropies of the guide's sites, if it is one site and has one in closed form: ``(batch,)``."""
-    if len(latents.sites) > 1:  # one site may depend on another
-        return None
-    ((name, _),) = latents.sites.items()
-    trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
+def _entropy(distribution: Any, num_rows: int) -> Tensor | None:
+    """The entropy of the guide's one distribution, if it has one in closed form: ``(batch,)``."""
     try:
-        entropy = trace.nodes[name]["fn"].entropy()
+        return None if distribution is None else distribution.entropy().reshape(-1).expand(num_rows)
     except NotImplementedError:
         return None
-    return entropy.reshape(-1).expand(batch.num_rows)
 
 
 class PointwiseIdentity(NamedTuple):
@@ -81,7 +74,8 @@ class PointwiseIdentity(NamedTuple):
 
 def pointwise_identity(exact_model: Any, guide: Program, x: Tensor, z: Tensor) -> PointwiseIdentity:
     """The identity at any z: ``(particles, batch, *latent)``. ``log_evidence`` is the same number in every row."""
-    batch = Batch((x,), {})
+    batch = as_arguments((x,), {})
+    (x,) = batch.args
     with untouched(training=False), torch.no_grad():
         latents = Latents(exact_model, batch)
         flat = z.reshape(*z.shape[:2], -1)

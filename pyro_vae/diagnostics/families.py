@@ -24,6 +24,10 @@ _PARAMETERS: dict[type, tuple[str, ...]] = {
 }
 
 
+class UnknownFamily(ValueError):
+    """A guide whose distributions cannot be given parameters of their own for each datum."""
+
+
 class Readouts:
     """The family of a conditional with read-outs of its own for each datum: whatever the trunk could have said.
 
@@ -45,13 +49,13 @@ class Family:
 
     ``start`` are the distribution's own parameters, unconstrained, ``(batch, …)``, as new leaves with gradients.
 
-    :raises ValueError: for a distribution whose family is not known.
+    :raises UnknownFamily: for a distribution whose family is not known.
     """
 
     def __init__(self, distribution: Any, batch_dims: list[int]) -> None:
         base = unwrapped(distribution)
         if type(base) not in _PARAMETERS:
-            raise ValueError(
+            raise UnknownFamily(
                 f"guide: the family of {type(base).__name__} is not known by its parameters; expected one of "
                 f"{', '.join(kind.__name__ for kind in _PARAMETERS)}"
             )

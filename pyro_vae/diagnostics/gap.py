@@ -9,9 +9,9 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.batches import Batch, as_batch
+from pyro_vae.batches import Batch, as_arguments
 from pyro_vae.conditionals import Conditional
-from pyro_vae.diagnostics.families import Family, Readouts
+from pyro_vae.diagnostics.families import Family, Readouts, UnknownFamily
 from pyro_vae.pair import Program, untouched
 from pyro_vae.particles import Latents
 
@@ -56,8 +56,7 @@ def split_gap(
     :param num_particles: draws for each of the two ELBOs.
     :raises ValueError: for a guide whose family is not known by its parameters.
     """
-    batch = Batch(as_batch(args).args, as_batch(kwargs).kwargs if kwargs else {})
-    batch.check("data")
+    batch = as_arguments(args, kwargs)
     if log_evidence is None and hasattr(model, "log_evidence"):
         log_evidence = model.log_evidence(*args, **kwargs)
     with untouched(training=False, seed=seed):
@@ -85,7 +84,6 @@ class _Search:
         self.latents = Latents(model, batch)
         with torch.no_grad():
             trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
-        with torch.no_grad():
             z, log_q = self.latents.draw(guide, batch, 8)
         self.families = self._families(guide, trace, z, log_q)
         self.start = {name: family.start for name, family in self.families.items()}
@@ -107,7 +105,7 @@ class _Search:
             dims = [self.batch.num_rows if dim == site.rows else 1 for dim in range(-self.latents.nesting, 0)]
             by_parameters[name] = Family(trace.nodes[name]["fn"], dims)
         if not self._agrees(by_parameters, z, log_q):
-            raise ValueError(
+            raise UnknownFamily(
                 "guide: its family is not that of its sites one by one: they depend on each other, or are masked; expected "
                 "sites that are independent given x"
             )

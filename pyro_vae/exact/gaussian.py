@@ -6,7 +6,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vae.exact.model import ExactModel, as_constant, positive
+from pyro_vae.exact.model import ExactModel, as_constant, as_vector, positive
 
 
 class LinearGaussian(ExactModel):
@@ -46,14 +46,14 @@ class LinearGaussian(ExactModel):
         d, k = weight.shape
         super().__init__(k, d)
         constants = {
-            "bias": (as_constant(bias), d),
+            "bias": (bias, d),
             "noise_scale": (positive("noise_scale", noise_scale), d),
-            "prior_loc": (as_constant(prior_loc), k),
+            "prior_loc": (prior_loc, k),
             "prior_scale": (positive("prior_scale", prior_scale), k),
         }
         self.register_buffer("weight", weight)
         for name, (value, size) in constants.items():
-            self.register_buffer(name, value.to(weight).expand(size).clone())
+            self.register_buffer(name, as_vector(value, size, weight))
 
     def prior(self) -> dist.TorchDistribution:
         return dist.Normal(self.prior_loc, self.prior_scale).to_event(1)

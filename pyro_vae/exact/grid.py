@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from pyro_vae.batches import Batch, as_batch
+from pyro_vae.batches import Batch, as_arguments
 from pyro_vae.pair import Program, untouched
 from pyro_vae.particles import Latents, Site
 
@@ -76,12 +76,12 @@ class Grid:
 
     def posterior(self, *args: Any, **kwargs: Any) -> "GridPosterior":
         """p(z|x), of ``batch_shape (batch,)``; two numbers z₁, z₂ come as one vector, in the order the model draws them."""
-        joint = _Joint(self.model, _as_arguments(args, kwargs))
+        joint = _Joint(self.model, as_arguments(args, kwargs))
         return GridPosterior(joint, self._solve(joint))
 
     def solve(self, *args: Any, **kwargs: Any) -> Solution:
-        """The evidence with its error bound, and the grid that it came from."""
-        return self._solve(_Joint(self.model, _as_arguments(args, kwargs)))
+        """The evidence with an estimate of its error, and the grid that it came from."""
+        return self._solve(_Joint(self.model, as_arguments(args, kwargs)))
 
     @torch.no_grad()
     def _solve(self, joint: "_Joint") -> Solution:
@@ -179,12 +179,6 @@ def _padded(part: Solution, size: int) -> Solution:
     batch, have, dim = part.points.shape
     points = torch.cat([part.points, part.points[:, :1].expand(batch, size - have, dim)], 1)
     return part._replace(points=points, weights=torch.nn.functional.pad(part.weights, (0, size - have)))
-
-
-def _as_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
-    batch = Batch(as_batch(args).args if args else (), as_batch(kwargs).kwargs)
-    batch.check("data")
-    return batch
 
 
 class _Joint:

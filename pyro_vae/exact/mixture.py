@@ -4,7 +4,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vae.exact.model import ExactModel, as_constant, positive
+from pyro_vae.exact.model import ExactModel, as_vector, positive
 
 
 class FiniteMixture(ExactModel):
@@ -86,8 +86,8 @@ class MixturePrior(ExactModel):
         self.register_buffer("locs", locs)
         self.register_buffer("scale_trils", scale_trils.expand(*locs.shape, locs.shape[1]).clone())
         self.register_buffer("weight", weight)
-        self.register_buffer("noise_scale", positive("noise_scale", noise_scale).to(weight).expand(weight.shape[0]).clone())
-        self.register_buffer("bias", as_constant(bias).to(weight).expand(weight.shape[0]).clone())
+        self.register_buffer("noise_scale", as_vector(positive("noise_scale", noise_scale), weight.shape[0], weight))
+        self.register_buffer("bias", as_vector(bias, weight.shape[0], weight))
 
     def prior(self) -> dist.TorchDistribution:
         components = dist.MultivariateNormal(self.locs, scale_tril=self.scale_trils)

@@ -81,3 +81,8 @@ def positive(name: str, value: float | Tensor) -> Tensor:
 def as_constant(value: float | Tensor) -> Tensor:
     """A constant of a model: a tensor keeps its dtype, a number is of the default one."""
     return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.get_default_dtype())
+
+
+def as_vector(value: float | Tensor, size: int, like: Tensor) -> Tensor:
+    """A constant of a model as a vector, a number standing for all its entries, in the dtype and on the device of ``like``."""
+    return as_constant(value).to(like).expand(size).clone()

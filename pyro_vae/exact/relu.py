@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.special import log_ndtr, ndtri
 
-from pyro_vae.exact.model import ExactModel, as_constant, positive
+from pyro_vae.exact.model import ExactModel, as_vector, positive
 
 
 class ReluDecoder(ExactModel):
@@ -51,7 +51,7 @@ class ReluDecoder(ExactModel):
         self.register_buffer("hidden_weight", hidden_weight)
         self.register_buffer("hidden_bias", hidden_bias)
         self.register_buffer("weight", weight)
-        self.register_buffer("bias", as_constant(bias).to(weight).expand(weight.shape[0]).clone())
+        self.register_buffer("bias", as_vector(bias, weight.shape[0], weight))
         self.register_buffer("noise_scale", positive("noise_scale", noise_scale).to(weight).reshape(()))
         bends = hidden_weight != 0
         points = torch.unique(-hidden_bias[bends] / hidden_weight[bends])  # sorted; units may bend at one point

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from pyro.poutine.trace_struct import Trace
 from torch import nn
 
-from pyro_vae.batches import Batch, Batches, InMemory, as_batch, fitting
+from pyro_vae.batches import Batch, Batches, InMemory, as_arguments, fitting
 from pyro_vae.infer.problems import (
     coupling_problems,
     data_problems,
@@ -16,9 +16,8 @@ from pyro_vae.infer.problems import (
     log_prob_problems,
     plates_of,
     reach_problems,
-    sampled,
 )
-from pyro_vae.pair import Program, data_plates, run_pair, untouched
+from pyro_vae.pair import Program, data_plates, run_pair, sampled, untouched
 
 
 class SiteReport(NamedTuple):
@@ -80,8 +79,7 @@ def check_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Pai
     - guide: 'z' is in plates () but in the model in ('data',); expected the same plates on both sides
     """
     try:
-        batch = fitting(model, Batch(as_batch(args).args if args else (), as_batch(kwargs).kwargs))
-        batch.check("data")
+        batch = fitting(model, as_arguments(args, kwargs))
         with untouched() as ran:
             traces = _run(model, guide, batch)
             problems = [*first_problems(traces, batch, ran), *reach_problems(*traces)]

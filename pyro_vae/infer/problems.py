@@ -7,12 +7,11 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_vae.batches import Batch
-from pyro_vae.pair import Program, SiteSums, elbo_terms, run_pair, sum_sites, untouched
+from pyro_vae.pair import Program, SiteSums, elbo_terms, run_pair, sampled, sum_sites, untouched
 
 
 def first_problems(
@@ -24,12 +23,6 @@ def first_problems(
     yield from _support_problems(*traces)
     yield from data_problems(traces[0], batch, whole)
     yield from _training_problems(ran, *traces)
-
-
-def sampled(trace: Trace) -> Iterator[tuple[str, dict]]:
-    for name, site in prune_subsample_sites(trace).nodes.items():
-        if site["type"] == "sample" and not site["infer"].get("_deterministic"):
-            yield name, site
 
 
 def _latents(trace: Trace) -> dict[str, Any]:
