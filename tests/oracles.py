@@ -2,6 +2,7 @@
 
 import math
 
+import pyro
 import pyro.distributions as dist
 import torch
 
@@ -45,6 +46,26 @@ def make_models():
         "SigmoidBeliefNet": exact.SigmoidBeliefNet(seeded(5, 4), bias=0.2, prior_logits=seeded(4, seed=1)),
     }  # fmt: skip
     return {name: model.double() for name, model in models.items()}
+
+
+def guide_of(q):
+    """A guide that draws from ``q(x)``."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", q(x))
+
+    return guide
+
+
+def diagonal(model, shift=0.0, factor=1.0):
+    """The best diagonal Gaussian of a model, its means shifted and its scales multiplied."""
+
+    def q(x):
+        best = model.mean_field(x).base_dist
+        return dist.Normal(best.loc + shift, best.scale * factor).to_event(1)
+
+    return guide_of(q)
 
 
 def line(f, low, high, n=40_001):

@@ -74,9 +74,10 @@ class LinearGaussian(ExactModel):
         """The best guide of independent Gaussians, in closed form: N(μ, diag 1/Λⱼⱼ)."""
         return dist.Normal(self._mean(x), self.precision.diagonal() ** -0.5).to_event(1)
 
-    def mean_field_gap(self) -> Tensor:
-        """KL of that guide, ½[Σ log Λⱼⱼ − log |Λ|] in nats, the same for every datum: ``()``."""
-        return 0.5 * (self.precision.diagonal().log().sum() - torch.logdet(self.precision))
+    def mean_field_gap(self, x: Tensor) -> Tensor:
+        """KL of that guide, ½[Σ log Λⱼⱼ − log |Λ|] in nats, the same for every datum: ``(batch,)``."""
+        gap = 0.5 * (self.precision.diagonal().log().sum() - torch.logdet(self.precision))
+        return gap.expand(len(self.checked(x)))
 
     def log_evidence(self, x: Tensor) -> Tensor:
         # log N(r; 0, diag σ² + W diag s₀² Wᵀ) by the matrix determinant lemma, and its square as that of the best z: a k × k

@@ -123,9 +123,10 @@ class Funnel(_WithoutData):
         variances = torch.cat([variance_v.reshape(1), (-variance_v / 2).exp().expand(n)])
         return dist.Normal(variances.new_zeros(len(self.checked(x)), n + 1), variances.sqrt()).to_event(1)
 
-    def mean_field_gap(self) -> Tensor:
-        """KL of that guide, ½ log(1 + n σ²/2) in nats: ``()``."""
-        return 0.5 * torch.log1p((self.latent_shape[0] - 1) * self.scale**2 / 2)
+    def mean_field_gap(self, x: Tensor) -> Tensor:
+        """KL of that guide, ½ log(1 + n σ²/2) in nats: ``(batch,)``."""
+        gap = 0.5 * torch.log1p((self.latent_shape[0] - 1) * self.scale**2 / 2)
+        return gap.expand(len(self.checked(x)))
 
 
 class Banana(_WithoutData):
@@ -150,12 +151,13 @@ class Banana(_WithoutData):
         return 2 / (s**-2 + torch.sqrt(s**-4 + 16 * b**2))
 
     def mean_field(self, x: Tensor) -> dist.TorchDistribution:
-        """The best guide of independent Gaussians with its first mean at 0: variances (u, 1), second mean b (u − s²)."""
+        """The best guide of independent Gaussians: variances (u, 1), means 0 and b (u − s²)."""
         (s, b), u = self.parameter, self._best_variance()
         loc = torch.stack([torch.zeros_like(u), b * (u - s**2)]).expand(len(self.checked(x)), 2)
         return dist.Normal(loc, torch.stack([u.sqrt(), torch.ones_like(u)])).to_event(1)
 
-    def mean_field_gap(self) -> Tensor:
-        """KL of that guide, ½[u/s² − log(u/s²) − 1 + 2 b² u²] in nats: ``()``."""
+    def mean_field_gap(self, x: Tensor) -> Tensor:
+        """KL of that guide, ½[u/s² − log(u/s²) − 1 + 2 b² u²] in nats: ``(batch,)``."""
         (s, b), u = self.parameter, self._best_variance()
-        return 0.5 * (u / s**2 - (u / s**2).log() - 1 + 2 * b**2 * u**2)
+        gap = 0.5 * (u / s**2 - (u / s**2).log() - 1 + 2 * b**2 * u**2)
+        return gap.expand(len(self.checked(x)))

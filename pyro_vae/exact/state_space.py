@@ -96,9 +96,10 @@ class LinearGaussianStateSpace(ExactModel):
         """The best guide that is independent over time, N(μₜ, Jₜₜ⁻¹), in closed form; as one Gaussian over all states."""
         return dist.MultivariateNormal(self._mean(x), precision_matrix=torch.block_diag(*self._blocks()))
 
-    def mean_field_gap(self) -> Tensor:
-        """KL of that guide, ½[Σ log |Jₜₜ| − log |J|] in nats: ``()``."""
-        return 0.5 * (torch.logdet(self._blocks()).sum() - torch.logdet(self.precision))
+    def mean_field_gap(self, x: Tensor) -> Tensor:
+        """KL of that guide, ½[Σ log |Jₜₜ| − log |J|] in nats: ``(batch,)``."""
+        gap = 0.5 * (torch.logdet(self._blocks()).sum() - torch.logdet(self.precision))
+        return gap.expand(len(self.checked(x)))
 
     def log_evidence(self, x: Tensor) -> Tensor:
         x = self.checked(x)

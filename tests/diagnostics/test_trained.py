@@ -43,7 +43,7 @@ def test_the_measured_gap_is_the_formulas(name):
     q = trained(model, x, dist.LogNormal if name == "GammaPoisson" else dist.Normal)
     if name in ("Funnel", "Banana", "GammaPoisson"):
         best = model.log_normal(x) if name == "GammaPoisson" else model.mean_field(x)
-        formula = model.log_normal_gap(x) if name == "GammaPoisson" else model.mean_field_gap()
+        formula = model.log_normal_gap(x) if name == "GammaPoisson" else model.mean_field_gap(x)
         noise, posterior = seeded(200_000, 1, *model.latent_shape), model.posterior(x)
 
         def terms(q):
