@@ -27,7 +27,7 @@ from torch.nn.functional import softplus
 
 from pyro_vae.nets import Readout, Shape, as_shape, out_shape
 
-Scale = Literal["network", "learned"] | float | Tensor
+Scale = Literal["network", "learned", "isotropic"] | float | Tensor
 
 
 class Conditional(nn.Module, ABC):
@@ -134,10 +134,11 @@ class Gamma(Elementwise):
 
 
 class LocationScale(Elementwise, ABC):
-    """Location from the network, scale from one of three places: Normal, Laplace, LogNormal and StudentT.
+    """Location from the network, scale from one of four places: Normal, Laplace, LogNormal and StudentT.
 
     :param scale: ``"network"``: σ = min_scale + exp(s), s linear in the features as log σ² is in AEVB; ``"learned"``: the
-        same with one learned vector s, the same for every datum; a number or tensor: σ itself, fixed.
+        same with one learned vector s, the same for every datum; ``"isotropic"``: with one learned number, as in
+        probabilistic PCA; a number or tensor: σ itself, fixed.
     :param min_scale: the floor under a trained scale. A datum that the mean meets exactly has unbounded density as
         σ → 0 (a pixel that is always black is enough); with it log p(y) ≤ −log min_scale + const per element.
     :param loc_constraint: where the location lives: ``constraints.unit_interval`` puts the means through a sigmoid, as
@@ -162,8 +163,9 @@ class LocationScale(Elementwise, ABC):
         self.min_scale = positive_floor(min_scale)
         self.register_buffer("fixed_scale", None)
         self.loc_transform = transform_to(loc_constraint)
+        unknown = f'scale: expected "network", "learned", "isotropic" or a positive number but got {scale!r}'
         if not isinstance(scale, str | Number | Tensor):
-            raise ValueError(f'scale: expected "network", "learned" or a positive number but got {scale!r}')
+            raise ValueError(unknown)
         if not isinstance(scale, str):
             fixed = torch.as_tensor(scale, dtype=torch.get_default_dtype())
             if not (fixed > 0).all() or fixed.shape not in (torch.Size(), self.event_shape):
@@ -171,10 +173,10 @@ class LocationScale(Elementwise, ABC):
                     f"scale: a fixed scale must be positive, one number or of shape {tuple(self.event_shape)}, but got {scale}"
                 )
             self.register_buffer("fixed_scale", fixed.expand(self.event_shape).clone())
-        elif scale == "learned":
-            self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
         elif scale != "network":
-            raise ValueError(f'scale: expected "network", "learned" or a positive number but got {scale!r}')
+            if scale not in ("learned", "isotropic"):
+                raise ValueError(unknown)
+            self.log_scale = nn.Parameter(torch.zeros(self.event_shape if scale == "learned" else ()))
 
     def distribution(self, **parameters: Tensor) -> dist.TorchDistribution:
         loc = self.loc_transform(parameters.pop("loc"))

@@ -20,6 +20,7 @@ FAMILIES = {
     "Gamma": c.Gamma,
     "Normal": c.Normal,
     "Normal, learned scale": lambda *a, **k: c.Normal(*a, scale="learned", **k),
+    "Normal, isotropic scale": lambda *a, **k: c.Normal(*a, scale="isotropic", **k),
     "Normal, fixed scale": lambda *a, **k: c.Normal(*a, scale=0.5, **k),
     "Normal in (0, 1)": lambda *a, **k: c.Normal(*a, loc_constraint=constraints.unit_interval, **k),
     "Laplace": c.Laplace,

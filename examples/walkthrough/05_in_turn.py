@@ -1,0 +1,105 @@
+"""5. Learning Q, then P, in turn; or both at once.
+
+The bound log p_θ(x) − KL(q‖p_θ(z|x)) may be raised in either argument: with the model frozen a guide comes closer to the
+posterior, with the guide frozen the model moves under it. With exact steps that is the EM algorithm (Neal & Hinton 1998). SVI
+takes both steps at once. The model is a linear VAE of the digits, whose evidence is known at every moment and whose best is
+that of probabilistic PCA.
+
+    python examples/walkthrough/05_in_turn.py      # writes 05_in_turn.png
+"""
+
+import argparse
+from itertools import pairwise
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pyro
+import torch
+from pyro.infer import TraceMeanField_ELBO
+from pyro.optim import Adam
+
+import pyro_vae as pv
+from pyro_vae import conditionals, exact, nets, priors
+
+UNITS = 5
+
+
+def digits():
+    x = torch.cat([part.x for part in pv.load("digits")]).flatten(1).double()
+    return x - x.mean(0)
+
+
+def make_vae():
+    return pv.VAE(
+        priors.StandardNormal(UNITS),
+        conditionals.Normal(nets.MLP(UNITS, ()), event_shape=64, scale="isotropic"),
+        conditionals.Normal(nets.MLP(64, ()), event_shape=UNITS, scale="learned"),
+    ).double()
+
+
+def as_exact(vae):
+    """The same model as one that knows its evidence."""
+    decoder = vae.model.decoder
+    loc = decoder.readout["loc"].layer
+    scale = decoder.min_scale + decoder.log_scale.exp()
+    return exact.LinearGaussian(loc.weight.detach(), noise_scale=scale.detach(), bias=loc.bias.detach())
+
+
+def bounds(vae, x):
+    """Mean ELBO and log evidence in nats per datum, both in closed form."""
+    report = pv.compare(as_exact(vae), vae.guide, x, num_particles=2, split=False)
+    return report.elbo.mean().item(), report.log_evidence.mean().item()
+
+
+def climb(vae, x, turns, epochs_each, every=10):
+    """Train the parts in their turns; (epoch, ELBO, log evidence, part) along the way.
+
+    :param turns: of each, which parts are trained: "guide", "model" or "both".
+    """
+    optims = {part: Adam({"lr": 0.01}) for part in turns}
+    records = [(0, *bounds(vae, x), "both")]
+    for part in turns:
+        for other, frozen in ((vae.model, part == "guide"), (vae.guide, part == "model")):
+            other.requires_grad_(not frozen).train(not frozen)
+        for _ in range(epochs_each // every):
+            pv.fit(vae.model, vae.guide, x, loss=TraceMeanField_ELBO(), optim=optims[part], epochs=every, batch_size=None)
+            records.append((records[-1][0] + every, *bounds(vae, x), part))
+    vae.requires_grad_(True).train()
+    return records
+
+
+def draw(in_turn, at_once, best):
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    colours = {"guide": "C0", "model": "C1", "both": "C2"}
+    for ax, records, title in zip(axes, (in_turn, at_once), ("Q, then P, in turn", "Both at once"), strict=True):
+        epochs, _, evidence, _ = zip(*records, strict=True)
+        ax.semilogy(epochs, [best - value for value in evidence], "k-", lw=1, label="log p(x) of the model so far")
+        for before, after in pairwise(records):
+            ax.plot([before[0], after[0]], [best - before[1], best - after[1]], color=colours[after[3]], lw=2)
+        for part in dict.fromkeys(record[3] for record in records[1:]):
+            what = {"guide": "learning Q", "model": "learning P", "both": "learning both"}[part]
+            ax.plot([], [], color=colours[part], lw=2, label=f"ELBO, {what}")
+        ax.set(xlabel="epochs", title=title)
+        ax.legend(frameon=False, loc="lower right")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("below the maximum likelihood, nats per datum")
+    axes[0].invert_yaxis()
+    return fig
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="05_in_turn.png")
+    parser.add_argument("--smoke-test", action="store_true", help="few turns")
+    args = parser.parse_args()
+    mpl.use("Agg")
+
+    rounds = 1 if args.smoke_test else 8
+    x, runs = digits(), {}
+    best = exact.LinearGaussian.ppca(x, UNITS).log_evidence(x).mean().item()
+    for name, turns in {"in turn": ["guide", "model"] * rounds, "at once": ["both"] * (2 * rounds)}.items():
+        pyro.set_rng_seed(0)
+        runs[name] = climb(make_vae(), x, turns, epochs_each=100)
+        epochs, elbo, evidence, _ = runs[name][-1]
+        print(f"{name}: after {epochs} epochs ELBO {elbo:.3f}, log p(x) {evidence:.3f}; at best {best:.3f} nats per datum")
+    draw(*runs.values(), best).savefig(args.out, dpi=150)

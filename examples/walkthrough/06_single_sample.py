@@ -1,0 +1,118 @@
+"""6. One draw of z per datum is enough: unbiased, and its variance.
+
+    ELBO ≈ log p(x, z) − log q(z|x),    z ~ q(z|x): one draw
+
+has the ELBO as its mean, whatever q. For N(m, S) against a Gaussian posterior N(μ, Λ⁻¹) its variance is ½‖LᵀΛL − I‖² + ‖LᵀΛδ‖²
+(S = LLᵀ, δ = m − μ): it vanishes at the exact posterior. In a minibatch of M data with K draws each the variance is
+
+    Var_x(ELBO)/M + E_x Var_q/(M K)
+
+so more draws soon stop helping, and more data never do: AEVB takes K = 1.
+
+    python examples/walkthrough/06_single_sample.py      # writes 06_single_sample.png
+"""
+
+import argparse
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pyro
+import pyro.distributions as dist
+import torch
+
+import pyro_vae as pv
+from pyro_vae import exact
+
+WEIGHT = torch.tensor([[1.0, 0.8], [0.8, 1.0], [0.3, 0.9]], dtype=torch.double)
+BATCHES, DRAWS = (1, 10, 100), (1, 2, 5, 10, 20, 50, 100)
+
+
+def make_model():
+    return exact.LinearGaussian(WEIGHT, noise_scale=0.5)
+
+
+def make_guide(model, shift=0.0):
+    """The best independent Gaussians, their means shifted."""
+
+    def guide(x):
+        q = model.mean_field(x).base_dist
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(q.loc + shift, q.scale).to_event(1))
+
+    return guide
+
+
+def single_draws(model, guide, x, num_draws):
+    """One estimate from each of so many copies of one datum ``(1, D)``."""
+    return pv.evaluate(model, guide, x.expand(num_draws, -1)).elbo
+
+
+def variance(model, shift):
+    """Of one draw, in closed form."""
+    scale = model.precision.diagonal() ** -0.5
+    stretched = scale.unsqueeze(-1) * model.precision * scale - torch.eye(len(scale))
+    delta = torch.full_like(scale, shift)
+    return (0.5 * (stretched**2).sum() + ((scale * (model.precision @ delta)) ** 2).sum()).item()
+
+
+def minibatch_errors(model, guide, x, batch, num_draws, repeats):
+    """Standard deviation of the mean ELBO over minibatches, data and draws new in each."""
+    rows = torch.randint(len(x), (repeats, batch, 1)).expand(-1, -1, num_draws).reshape(-1)
+    each = pv.evaluate(model, guide, x[rows], batch_size=100_000).elbo
+    return each.reshape(repeats, -1).mean(1).std().item()
+
+
+def draw(singles, elbo, evidence, errors, between, within):
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for i, (name, values) in enumerate(singles.items()):
+        if values.std() < 1e-6:
+            left.axvline(values[0], color=f"C{i}", lw=3, alpha=0.5, label=f"{name}: always the same")
+        else:
+            left.hist(values, bins=100, density=True, color=f"C{i}", alpha=0.5, label=f"{name}, one draw each")
+    left.axvline(elbo, color="C0", ls="--", label="its ELBO")
+    left.axvline(evidence, color="k", ls=":", label="log p(x)")
+    left.set(xlabel="nats", yticks=[], title="Estimates of one datum's ELBO")
+    for i, batch in enumerate(BATCHES):
+        right.loglog(DRAWS, [errors[batch, k] for k in DRAWS], "o", color=f"C{i}", label=f"minibatches of {batch}")
+        right.loglog(DRAWS, [((between + within / k) / batch) ** 0.5 for k in DRAWS], "-", color=f"C{i}")
+    right.set(
+        xlabel="draws for each datum",
+        ylabel="standard deviation (nats)",
+        title="Minibatch estimates: more data, not more draws",
+    )
+    right.grid(alpha=0.3, which="both")
+    for ax in (left, right):
+        ax.legend(frameon=False)
+    return fig
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="06_single_sample.png")
+    parser.add_argument("--smoke-test", action="store_true", help="fewer draws")
+    args = parser.parse_args()
+    mpl.use("Agg")
+
+    pyro.set_rng_seed(0)
+    model, shift, n = make_model(), 0.2, 1000 if args.smoke_test else 100_000
+    x, guide = model.sample(1000), make_guide(model, shift)
+
+    def posterior(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", model.posterior(x))
+
+    datum = x[:1]
+    singles = {"guide": single_draws(model, guide, datum, n), "exact posterior": single_draws(model, posterior, datum, n)}
+    report = pv.compare(model, guide, x, num_particles=2, split=False)
+    elbo, evidence = report.elbo[0].item(), report.log_evidence[0].item()
+    print(f"log p(x) = {evidence:.4f}, ELBO = {elbo:.4f} nats per datum")
+    for name, values in singles.items():
+        error = values.std() / n**0.5
+        print(f"{name:16} mean of {n} single draws {values.mean():.4f} ± {error:.4f}, standard deviation {values.std():.4f}")
+    print(f"standard deviation in closed form {variance(model, shift) ** 0.5:.4f}")
+
+    between, within = report.elbo.var(correction=0).item(), variance(model, shift)
+    repeats = 50 if args.smoke_test else 1000
+    errors = {(b, k): minibatch_errors(model, guide, x, b, k, repeats) for b in BATCHES for k in DRAWS}
+    print(f"minibatches of 100: 1 draw each ± {errors[100, 1]:.3f}, 100 draws each ± {errors[100, 100]:.3f}")
+    draw(singles, elbo, evidence, errors, between, within).savefig(args.out, dpi=150)

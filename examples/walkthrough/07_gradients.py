@@ -1,0 +1,105 @@
+"""7. The reparameterized gradient against the score-function gradient.
+
+    ∇ E_q[f(z)] = E[∇ f(μ + σε)],  ε ~ N(0, I)          reparameterized
+                = E_q[∇ f(z) + f(z) ∇ log q(z)]           score function
+
+Both are unbiased estimates of the gradient of the ELBO from one draw; the variance of the second grows with the dimension of
+z, that of the first hardly does. Pyro takes the first where a distribution has `rsample`, the second where it says that it
+has none. Exact gradients are those of −KL(q‖p(z|x)), in closed form.
+
+    python examples/walkthrough/07_gradients.py      # writes 07_gradients.png
+"""
+
+import argparse
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import Trace_ELBO
+from torch.distributions import kl_divergence
+
+from pyro_vae import exact
+
+DIMENSIONS = (1, 2, 5, 10, 20, 50)
+
+
+def make_model(k):
+    """2k observations of k factors, and one datum."""
+    generator = torch.Generator().manual_seed(k)
+    weight = torch.randn(2 * k, k, dtype=torch.double, generator=generator) / k**0.5
+    model = exact.LinearGaussian(weight, noise_scale=1.0)
+    return model, torch.randn(1, 2 * k, dtype=torch.double, generator=generator)
+
+
+def start(model, x):
+    """A guide on its way: half a standard deviation off, and too narrow."""
+    best = model.mean_field(x).base_dist
+    return best.loc + 0.5 * best.scale, (0.7 * best.scale).log().expand_as(best.loc)
+
+
+class ScoreFunctionNormal(dist.Normal):
+    """A normal distribution that Pyro may not reparameterize."""
+
+    has_rsample = False
+
+
+def single_gradients(model, x, num_draws, family):
+    """Gradients of the ELBO for location and log-scale from one draw each: ``(num_draws, 2k)``."""
+    loc, log_scale = (part.expand(num_draws, -1).clone().requires_grad_() for part in start(model, x))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", family(loc, log_scale.exp()).to_event(1))
+
+    # parameters of its own for each copy of the datum: the gradient of the sum is a gradient for each copy
+    loss = Trace_ELBO().differentiable_loss(model, guide, x.expand(num_draws, -1))
+    return torch.cat([-gradient for gradient in torch.autograd.grad(loss, (loc, log_scale))], -1)
+
+
+def exact_gradient(model, x):
+    loc, log_scale = (part.clone().requires_grad_() for part in start(model, x))
+    q = torch.distributions.MultivariateNormal(loc, scale_tril=torch.diag_embed(log_scale.exp()))
+    elbo = -kl_divergence(q, model.posterior(x)).sum()
+    return torch.cat(torch.autograd.grad(elbo, (loc, log_scale)), -1).squeeze(0)
+
+
+def draw(gradients, truth, spread):
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for i, (name, values) in enumerate(gradients.items()):
+        low, high = gradients["score function"][:, 0].quantile(torch.tensor([0.01, 0.99], dtype=torch.double)).tolist()
+        shown = values[:, 0].clamp(low, high)
+        left.hist(shown, bins=100, range=(low, high), density=True, alpha=0.5, color=f"C{i}", label=f"{name}, one draw each")
+        right.loglog(DIMENSIONS, [spread[k][name] for k in DIMENSIONS], "o-", color=f"C{i}", label=name)
+    left.axvline(truth[0], color="k", ls="--", label="exact")
+    left.set(xlabel="∂ELBO/∂μ₁", yticks=[], title=f"Estimates of a gradient, {len(truth) // 2} dimensions")
+    right.set(xlabel="dimensions of z", ylabel="standard deviation", title="Of one gradient, root mean square over parameters")
+    right.set_xticks(DIMENSIONS, DIMENSIONS)
+    right.grid(alpha=0.3, which="both")
+    for ax in (left, right):
+        ax.legend(frameon=False, loc="upper left")
+    return fig
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="07_gradients.png")
+    parser.add_argument("--smoke-test", action="store_true", help="fewer draws")
+    args = parser.parse_args()
+    mpl.use("Agg")
+
+    pyro.set_rng_seed(0)
+    n, spread = 1000 if args.smoke_test else 20_000, {}
+    kinds = {"reparameterized": dist.Normal, "score function": ScoreFunctionNormal}
+    print("single gradients, in nats: standard deviation (and largest error of their mean, in standard errors)")
+    for k in DIMENSIONS:
+        model, x = make_model(k)
+        truth = exact_gradient(model, x)
+        gradients = {name: single_gradients(model, x, n, family) for name, family in kinds.items()}
+        spread[k] = {name: values.var(0).mean().sqrt().item() for name, values in gradients.items()}
+        off = {name: ((g.mean(0) - truth) / (g.std(0) / n**0.5)).abs().max().item() for name, g in gradients.items()}
+        print(f"{k:3} dimensions  " + "   ".join(f"{name} {spread[k][name]:9.3f} ({off[name]:.1f})" for name in kinds))
+        if k == 5:
+            shown = gradients, truth
+    draw(*shown, spread).savefig(args.out, dpi=150)

@@ -1,0 +1,84 @@
+"""9. Amortization: one encoder against one q for each datum.
+
+    log p(x) − ELBO = approximation + amortization
+                    = [log p(x) − L(q*)] + [L(q*) − L(q)]
+
+with q* the best Gaussian for that datum. An encoder answers for a new datum at once, and pays for it: what it pays on data it
+has seen is the network's limit, what it pays more on others is overfitting. The model, a VAE of binarized digits with a 2-D
+latent, is trained once and frozen; encoders of several widths are trained on it; log p(x) is by quadrature.
+
+    python examples/walkthrough/09_amortization.py      # writes 09_amortization.png; 2 minutes
+"""
+
+import argparse
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pyro
+from pyro.optim import Adam
+
+import pyro_vae as pv
+from pyro_vae import conditionals, exact, nets, priors
+
+WIDTHS = (2, 10, 50, 500)
+
+
+def make_encoder(width):
+    return conditionals.Normal(nets.MLP(64, (width,)), event_shape=2)
+
+
+def train_model(data, epochs):
+    """p(z) p(x|z), trained with an encoder of its own and frozen."""
+    decoder = conditionals.Bernoulli(nets.MLP(2, (100,)), event_shape=(8, 8))
+    vae = pv.VAE(priors.StandardNormal(2), decoder, make_encoder(100))
+    pv.fit(vae.model, vae.guide, data, epochs=epochs, optim=Adam({"lr": 2e-3}))
+    return vae.model.requires_grad_(False).eval()
+
+
+def train_guide(model, data, width, epochs):
+    guide = pv.Guide(make_encoder(width))
+    pv.fit(model, guide, data, epochs=epochs, optim=Adam({"lr": 2e-3}))
+    return guide
+
+
+def draw(splits, widths):
+    fig, ax = plt.subplots(figsize=(9, 4), layout="constrained")
+    for i, split in enumerate(splits.values()):
+        at = i + 0.6 * (i // len(widths))
+        approximation, amortization = split.approximation.mean().item(), split.amortization.mean().item()
+        ax.bar(at, approximation, color="C7", label="approximation: the Gaussian family" if i == 0 else None)
+        ax.bar(
+            at, amortization, bottom=approximation, color="C1", label="amortization: one encoder for all" if i == 0 else None
+        )
+        ax.text(at, approximation + amortization, f"{approximation + amortization:.2f}", ha="center", va="bottom")
+    places = [i + 0.6 * (i // len(widths)) for i in range(len(splits))]
+    ax.set_xticks(places, [f"{width} units\n{name if width == widths[0] else ''}" for name, width in splits])
+    ax.set(ylabel="log p(x) − ELBO, nats per datum", title="The gap of encoders of several widths")
+    ax.margins(y=0.1)
+    ax.legend(frameon=False, loc="upper right")
+    return fig
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="09_amortization.png")
+    parser.add_argument("--smoke-test", action="store_true", help="few epochs, few data")
+    args = parser.parse_args()
+    mpl.use("Agg")
+
+    pyro.set_rng_seed(0)
+    epochs, rows, widths = (2, 3, WIDTHS[:2]) if args.smoke_test else (200, 50, WIDTHS)
+    train, test = pv.load("digits", binarize="threshold")
+    model = train_model(train, epochs)
+    sets = {"data it was trained on": train.fixed().x[:rows], "new data": test.fixed().x[:rows]}
+    evidence = {name: exact.Grid(model, tolerance=1e-4).log_evidence(x).to(x) for name, x in sets.items()}
+    guides = {width: train_guide(model, train, width, epochs) for width in widths}
+    splits = {}
+    for name, x in sets.items():
+        print(f"{name}: log p(x) = {evidence[name].mean():.2f} nats per datum")
+        for width, guide in guides.items():
+            split = pv.split_gap(model, guide, x, log_evidence=evidence[name])
+            splits[name, width] = split
+            parts = (f"{part} {getattr(split, part).mean():.3f}" for part in ("approximation", "amortization"))
+            print(f"  {width:4} units: {', '.join(parts)}")
+    draw(splits, widths).savefig(args.out, dpi=150)
