@@ -30,9 +30,9 @@ def make_vae(num_pixels, num_units):
 
 def as_exact(vae):
     """The same model as one that knows its posterior and evidence."""
-    decoder = vae.model.decoder
-    loc, scale = decoder.readout["loc"].layer, decoder.min_scale + decoder.log_scale.exp()
-    return exact.LinearGaussian(loc.weight.detach(), noise_scale=scale.detach(), bias=loc.bias.detach())
+    loc = vae.model.decoder.readout["loc"].layer
+    noise = vae.decode(torch.zeros(loc.in_features, dtype=torch.double)).base_dist.scale
+    return exact.LinearGaussian(loc.weight.detach(), noise_scale=noise.detach(), bias=loc.bias.detach())
 
 
 def train(vae, x, epochs, loss=None):
@@ -59,9 +59,9 @@ def draw(history, best, eigenvalues, vae):
     )
     left.axhline(best, color="k", ls="--", label="maximum log-likelihood of PPCA")
     left.set(xlabel="epochs", ylabel="nats per datum", ylim=(best - 30, best + 3), title="SVI of a linear VAE", xscale="log")
-    weight = vae.model.decoder.readout["loc"].layer.weight.detach()
-    noise = (vae.model.decoder.min_scale + vae.model.decoder.log_scale.exp().detach()) ** 2
-    learned = torch.linalg.svdvals(weight) ** 2 + noise
+    toy = as_exact(vae)
+    noise = toy.noise_scale[0] ** 2
+    learned = torch.linalg.svdvals(toy.weight) ** 2 + noise
     right.semilogy(range(1, len(eigenvalues) + 1), eigenvalues.clamp_min(1e-4), "k.", label="of the data's covariance")
     right.plot(range(1, len(learned) + 1), learned, "o", mfc="none", ms=10, label="of W Wᵀ + σ² I")
     right.axhline(noise, color="C0", ls="--", label="σ²")

@@ -60,7 +60,8 @@ class Flow(Conditional, ABC):
     def distribution(self, *, loc: Tensor, log_scale: Tensor, context: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
         noise = dist.Normal(torch.zeros_like(loc), 1.0).to_event(1)
         flow: list[Any] = [transform.condition(context) for transform in self.transforms]  # type: ignore[operator]
-        flow.append(T.AffineTransform(loc, self.min_scale + log_scale.exp(), event_dim=1))
+        # without its cache, every density of a draw would invert the whole flow
+        flow.append(T.AffineTransform(loc, self.min_scale + log_scale.exp(), event_dim=1, cache_size=1))
         return dist.TransformedDistribution(noise, flow)
 
 

@@ -263,5 +263,6 @@ def untouched(*, training: bool | None = None, seed: int | None = None) -> Itera
         with torch.no_grad():
             for module, name, buffer, kept in buffers:
                 module._buffers[name] = buffer  # the module may have put another tensor there
-                if buffer is not None and kept is not None:
+                # a buffer that was not written may not bear it: one that is an expanded number
+                if buffer is not None and kept is not None and not torch.equal(buffer, kept):
                     buffer.copy_(kept)

@@ -381,10 +381,13 @@ def test_module_and_script_are_the_same():
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_runs_keep_their_last_epoch(tmp_path, number, code):
+def test_interrupted_runs_keep_their_last_epoch(tmp_path, request, number, code):
     process = subprocess.Popen(
-        [sys.executable, "-m", "pyro_vae", "train", "-n", "100000", "--out", "a"], stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "pyro_vae", "train", "-n", "100000", "--out", "a"],
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits a deaf ear
     )
+    request.addfinalizer(process.kill)
     weights = tmp_path / "a" / "weights.safetensors"
     for _ in range(600):
         if weights.exists():

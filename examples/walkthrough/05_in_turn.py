@@ -39,10 +39,9 @@ def make_vae():
 
 def as_exact(vae):
     """The same model as one that knows its evidence."""
-    decoder = vae.model.decoder
-    loc = decoder.readout["loc"].layer
-    scale = decoder.min_scale + decoder.log_scale.exp()
-    return exact.LinearGaussian(loc.weight.detach(), noise_scale=scale.detach(), bias=loc.bias.detach())
+    loc = vae.model.decoder.readout["loc"].layer
+    noise = vae.decode(torch.zeros(UNITS, dtype=torch.double)).base_dist.scale
+    return exact.LinearGaussian(loc.weight.detach(), noise_scale=noise.detach(), bias=loc.bias.detach())
 
 
 def bounds(vae, x):

@@ -7,7 +7,7 @@ has the ELBO as its mean, whatever q. For N(m, S) against a Gaussian posterior N
 
     Var_x(ELBO)/M + E_x Var_q/(M K)
 
-so more draws soon stop helping, and more data never do: AEVB takes K = 1.
+so more draws soon stop helping, and more data never stop: AEVB takes K = 1.
 
     python examples/walkthrough/06_single_sample.py      # writes 06_single_sample.png
 """

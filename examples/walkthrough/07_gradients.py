@@ -1,11 +1,13 @@
 """7. The reparameterized gradient against the score-function gradient.
 
     ∇ E_q[f(z)] = E[∇ f(μ + σε)],  ε ~ N(0, I)          reparameterized
-                = E_q[∇ f(z) + f(z) ∇ log q(z)]           score function
+                = E_q[f(z) ∇ log q(z)]                    score function
+                = E_q[(f(z) − b) ∇ log q(z)]              with a baseline b
 
-Both are unbiased estimates of the gradient of the ELBO from one draw; the variance of the second grows with the dimension of
-z, that of the first hardly does. Pyro takes the first where a distribution has `rsample`, the second where it says that it
-has none. Exact gradients are those of −KL(q‖p(z|x)), in closed form.
+with f(z) = log p(x, z) − log q(z|x). All are unbiased estimates of the gradient of the ELBO from one draw. The variance of the
+first hardly grows with the dimension of z, that of the second does, and mostly because f itself is far from 0: a baseline, here
+the ELBO, takes that away and not the rest. Pyro takes the first where a distribution has `rsample`, the second where it says
+that it has none. Exact gradients are those of −KL(q‖p(z|x)), in closed form.
 
     python examples/walkthrough/07_gradients.py      # writes 07_gradients.png
 """
@@ -45,7 +47,19 @@ class ScoreFunctionNormal(dist.Normal):
     has_rsample = False
 
 
-def single_gradients(model, x, num_draws, family):
+def with_baseline(model, baseline):
+    """The model with a constant taken from its log-probability of each datum."""
+
+    def program(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", model.prior())
+            pyro.sample("x", model.likelihood(z), obs=x)
+            pyro.factor("baseline", x.new_full((len(x),), -baseline))
+
+    return program
+
+
+def single_gradients(model, x, num_draws, family, baseline=0.0):
     """Gradients of the ELBO for location and log-scale from one draw each: ``(num_draws, 2k)``."""
     loc, log_scale = (part.expand(num_draws, -1).clone().requires_grad_() for part in start(model, x))
 
@@ -54,26 +68,27 @@ def single_gradients(model, x, num_draws, family):
             pyro.sample("z", family(loc, log_scale.exp()).to_event(1))
 
     # parameters of its own for each copy of the datum: the gradient of the sum is a gradient for each copy
-    loss = Trace_ELBO().differentiable_loss(model, guide, x.expand(num_draws, -1))
+    loss = Trace_ELBO().differentiable_loss(with_baseline(model, baseline), guide, x.expand(num_draws, -1))
     return torch.cat([-gradient for gradient in torch.autograd.grad(loss, (loc, log_scale))], -1)
 
 
-def exact_gradient(model, x):
+def exact_elbo(model, x):
+    """The ELBO of that guide and its gradient, in closed form."""
     loc, log_scale = (part.clone().requires_grad_() for part in start(model, x))
     q = torch.distributions.MultivariateNormal(loc, scale_tril=torch.diag_embed(log_scale.exp()))
-    elbo = -kl_divergence(q, model.posterior(x)).sum()
-    return torch.cat(torch.autograd.grad(elbo, (loc, log_scale)), -1).squeeze(0)
+    elbo = (model.log_evidence(x) - kl_divergence(q, model.posterior(x))).sum()
+    return elbo.item(), torch.cat(torch.autograd.grad(elbo, (loc, log_scale)), -1).squeeze(0)
 
 
 def draw(gradients, truth, spread):
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for i, (name, values) in enumerate(gradients.items()):
-        low, high = gradients["score function"][:, 0].quantile(torch.tensor([0.01, 0.99], dtype=torch.double)).tolist()
-        shown = values[:, 0].clamp(low, high)
-        left.hist(shown, bins=100, range=(low, high), density=True, alpha=0.5, color=f"C{i}", label=f"{name}, one draw each")
+        spread_of = 3 * gradients["score function, baseline"][:, 0].std().item()
+        limits = (truth[0].item() - spread_of, truth[0].item() + spread_of)
+        left.hist(values[:, 0], bins=100, range=limits, density=True, histtype="step", color=f"C{i}", label=name)
         right.loglog(DIMENSIONS, [spread[k][name] for k in DIMENSIONS], "o-", color=f"C{i}", label=name)
     left.axvline(truth[0], color="k", ls="--", label="exact")
-    left.set(xlabel="∂ELBO/∂μ₁", yticks=[], title=f"Estimates of a gradient, {len(truth) // 2} dimensions")
+    left.set(xlabel="∂ELBO/∂μ₁", yticks=[], title=f"Gradients from one draw each, {len(truth) // 2} dimensions")
     right.set(xlabel="dimensions of z", ylabel="standard deviation", title="Of one gradient, root mean square over parameters")
     right.set_xticks(DIMENSIONS, DIMENSIONS)
     right.grid(alpha=0.3, which="both")
@@ -91,15 +106,18 @@ if __name__ == "__main__":
 
     pyro.set_rng_seed(0)
     n, spread = 1000 if args.smoke_test else 20_000, {}
-    kinds = {"reparameterized": dist.Normal, "score function": ScoreFunctionNormal}
     print("single gradients, in nats: standard deviation (and largest error of their mean, in standard errors)")
     for k in DIMENSIONS:
         model, x = make_model(k)
-        truth = exact_gradient(model, x)
-        gradients = {name: single_gradients(model, x, n, family) for name, family in kinds.items()}
+        elbo, truth = exact_elbo(model, x)
+        gradients = {
+            "reparameterized": single_gradients(model, x, n, dist.Normal),
+            "score function": single_gradients(model, x, n, ScoreFunctionNormal),
+            "score function, baseline": single_gradients(model, x, n, ScoreFunctionNormal, baseline=elbo),
+        }
         spread[k] = {name: values.var(0).mean().sqrt().item() for name, values in gradients.items()}
         off = {name: ((g.mean(0) - truth) / (g.std(0) / n**0.5)).abs().max().item() for name, g in gradients.items()}
-        print(f"{k:3} dimensions  " + "   ".join(f"{name} {spread[k][name]:9.3f} ({off[name]:.1f})" for name in kinds))
+        print(f"{k:3} dimensions  " + "   ".join(f"{name} {spread[k][name]:9.3f} ({off[name]:.1f})" for name in gradients))
         if k == 5:
             shown = gradients, truth
     draw(*shown, spread).savefig(args.out, dpi=150)

@@ -5,8 +5,9 @@
     analytic KL        log p(x|z) − KL(q‖p(z))                   AEVB's estimator B; Pyro's TraceMeanField_ELBO
 
 from one draw z ~ q(z|x) have the same mean, the ELBO, and different variances. None is always the best: at the exact posterior
-the plain one has no variance at all, and the others have. Their gradients for the location differ too: where the prior pulls
-against the likelihood, the analytic KL takes its noise away.
+the plain one has no variance at all, and the others have. Of their gradients for a location, with h the curvature of
+−log p(x|z), the plain one has a standard deviation of |h + 1| σ and that of the analytic KL |h| σ: it is quieter where prior
+and likelihood pull the same way, as here, and noisier where the likelihood pushes away (h < −½).
 
     python examples/walkthrough/08_analytic_terms.py      # writes 08_analytic_terms.png
 """

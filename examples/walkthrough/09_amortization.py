@@ -3,9 +3,9 @@
     log p(x) − ELBO = approximation + amortization
                     = [log p(x) − L(q*)] + [L(q*) − L(q)]
 
-with q* the best Gaussian for that datum. An encoder answers for a new datum at once, and pays for it: what it pays on data it
-has seen is the network's limit, what it pays more on others is overfitting. The model, a VAE of binarized digits with a 2-D
-latent, is trained once and frozen; encoders of several widths are trained on it; log p(x) is by quadrature.
+with q* the best diagonal Gaussian for that datum. An encoder answers for a new datum at once, and pays for it: on data it has
+seen for the limits of its network and its training, on others for overfitting too. The model, a VAE of binarized digits with a
+2-D latent, is trained once and frozen; encoders of several widths are trained on it; log p(x) is by quadrature.
 
     python examples/walkthrough/09_amortization.py      # writes 09_amortization.png; 2 minutes
 """
@@ -41,12 +41,17 @@ def train_guide(model, data, width, epochs):
     return guide
 
 
+def mean_of(values):
+    """The mean over data with its standard error."""
+    return f"{values.mean():.3f} ± {values.std() / len(values) ** 0.5:.3f}"
+
+
 def draw(splits, widths):
     fig, ax = plt.subplots(figsize=(9, 4), layout="constrained")
     for i, split in enumerate(splits.values()):
         at = i + 0.6 * (i // len(widths))
         approximation, amortization = split.approximation.mean().item(), split.amortization.mean().item()
-        ax.bar(at, approximation, color="C7", label="approximation: the Gaussian family" if i == 0 else None)
+        ax.bar(at, approximation, color="C7", label="approximation: diagonal Gaussians" if i == 0 else None)
         ax.bar(
             at, amortization, bottom=approximation, color="C1", label="amortization: one encoder for all" if i == 0 else None
         )
@@ -79,6 +84,6 @@ if __name__ == "__main__":
         for width, guide in guides.items():
             split = pv.split_gap(model, guide, x, log_evidence=evidence[name])
             splits[name, width] = split
-            parts = (f"{part} {getattr(split, part).mean():.3f}" for part in ("approximation", "amortization"))
+            parts = (f"{part} {mean_of(getattr(split, part))}" for part in ("approximation", "amortization"))
             print(f"  {width:4} units: {', '.join(parts)}")
     draw(splits, widths).savefig(args.out, dpi=150)

@@ -150,17 +150,18 @@ def _compare_rows(exact_model: Any, guide: Program, x: Tensor, num_particles: in
             forward = posterior.log_prob(drawn) - latents.log_prob(guide, batch, z_p)
         except (KeyError, NotImplementedError):  # a guide that tells the density of its own draws only, as planar flows do
             forward = torch.full_like(log_p, math.nan)
-        gaussians = _gaussians(latents.distribution(guide, batch), posterior, len(x))
+        gaussians = _gaussians(latents.distribution(guide, batch), posterior, z_q[:2], log_q[:2])
     gap, gap_error = _over_draws(log_q - log_p)
     forward_kl, forward_kl_error = _over_draws(forward)
     moments = [(z.mean(0), _covariance(z)) for z in (z_q, z_p)]
-    w2 = torch.full_like(gap, math.nan)
+    w2 = torch.full_like(log_evidence, math.nan)
     if gaussians is not None:
         q, p = gaussians
         gap, forward_kl = (torch.distributions.kl_divergence(a, b) for a, b in ((q, p), (p, q)))
         gap_error = forward_kl_error = torch.zeros_like(gap)
         moments = [(g.loc, g.covariance_matrix) for g in (q, p)]
         w2 = wasserstein(q, p)
+    gap, forward_kl, w2 = (part.to(log_evidence) for part in (gap, forward_kl, w2))
     return {
         "elbo": log_evidence - gap,
         "elbo_error": gap_error,
@@ -209,12 +210,14 @@ def _coverage(z_q: Tensor, z_p: Tensor, level: float) -> Tensor:
     return ((z_p >= low) & (z_p <= high)).to(z_q.dtype).mean((0, 2))
 
 
-def _gaussians(distribution: Any, posterior: Any, num_rows: int) -> tuple[Any, Any] | None:
-    """Guide and posterior as Gaussians over vectors, if both are."""
-    shape = torch.Size((num_rows,))
-    q = None if distribution is None else as_gaussian(distribution, shape)
-    p = as_gaussian(posterior, shape)
-    return None if q is None or p is None else (q, p)
+def _gaussians(distribution: Any, posterior: Any, z: Tensor, log_q: Tensor) -> tuple[Any, Any] | None:
+    """Guide and posterior as Gaussians over vectors, if both are: a guide with a mask or a factor is none, see log q."""
+    n = z.shape[1]
+    q = None if distribution is None else as_gaussian(distribution, n)
+    p = as_gaussian(posterior, n)
+    if q is None or p is None or not torch.allclose(q.log_prob(z.double()), log_q.double(), rtol=1e-4, atol=1e-4):
+        return None
+    return q, p
 
 
 def _split(model: Any, guide: Program, x: Tensor, log_evidence: Tensor, num_particles: int, seed: int) -> GapSplit | None:

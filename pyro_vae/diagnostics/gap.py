@@ -1,28 +1,25 @@
 """The gap between evidence and ELBO, split: how much the family costs, and how much sharing one encoder."""
 
+import logging
 import math
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from pyro_vae.batches import Batch, as_arguments
 from pyro_vae.conditionals import Conditional
-from pyro_vae.diagnostics.families import Family, Readouts, as_gaussian
+from pyro_vae.diagnostics.families import Family, Freed, as_gaussian, is_same
 from pyro_vae.exact import ExactModel
 from pyro_vae.pair import Program, untouched
 from pyro_vae.particles import Latents
 
-Parameters = Mapping[str, dict[str, Tensor]]
-
-# What models say of the best of a family that is no Gaussian's: the names of their methods.
-_KNOWN = {dist.Normal: "mean_field", dist.LogNormal: "log_normal"}
+logger = logging.getLogger(__name__)
+Shifts = Mapping[str, dict[str, Tensor]]
 
 
 class GapSplit(NamedTuple):
@@ -54,23 +51,35 @@ def split_gap(
 ) -> GapSplit:
     """Split the gap of a guide per datum (Cremer et al. 2018).
 
-    q* is the guide's own family with parameters of its own for each datum: any Gaussian, diagonal or full, where a guide draws
-    from one. Where several latents depend on each other, each goes on depending on the others as the guide says, and its
-    parameters are shifted for each datum. What all data share in a flow stays as it is.
+    q* is the guide with parameters of its own for each datum: what the encoder's network says for a datum is shifted freely, so
+    that it may be any diagonal Gaussian where the encoder gives location and scale. What all data share stays as it is and
+    counts as the family: a fixed, learned or isotropic scale, the floor under it, the networks of a flow, and how one latent
+    depends on another. Where the guide does not call one conditional of ours for each of its latents, the parameters of their
+    distributions are shifted, all of them.
 
-    q* is in closed form where the model knows it: a Gaussian posterior, and the models that say ``mean_field(x)`` or
-    ``log_normal(x)``. Otherwise it is searched, from the guide, by Adam on reparameterized gradients of 32 draws, all data at
-    once. The step size is halved whenever a hundred steps have not gained ``tolerance`` nats per datum; when that has happened
-    eight times, q* is the mean of five hundred steps more, or the guide itself where that is better.
+    q* is in closed form where an exact model knows it (``ExactModel.best``): Gaussians for a Gaussian posterior, diagonal
+    ones for the funnel and the banana, a log-normal for Gamma–Poisson. Otherwise it is searched, from the guide, by Adam on
+    reparameterized gradients of 32 draws, all data at once. The step size is halved whenever a hundred steps have not gained
+    ``tolerance`` nats per datum; when that has happened eight times, q* is the mean of five hundred steps more, or the guide
+    itself where that is better.
 
     :param args: the arguments of model and guide, ``(batch, *event)``.
     :param log_evidence: log p(x) per datum; by default ``model.log_evidence`` where the model knows it.
-    :param num_particles: draws for each ELBO that has no closed form.
-    :raises ValueError: for a guide whose family is not known by its parameters.
+    :param num_particles: draws for each ELBO that has no closed form, 2 or more.
+    :param tolerance: nats per datum that a hundred steps must gain.
+    :param max_steps: of the search, before the last five hundred; a warning is logged where they did not suffice.
+    :param seed: of the draws.
+    :raises ValueError: for a guide whose family is not known by its parameters, or ``log_evidence`` of another length.
     """
     batch = as_arguments(args, kwargs)
+    if num_particles < 2:
+        raise ValueError(f"split_gap: expected num_particles ≥ 2, for standard errors, but got {num_particles}")
     if log_evidence is None and hasattr(model, "log_evidence"):
-        log_evidence = model.log_evidence(*args, **kwargs)
+        log_evidence = model.log_evidence(*batch.args, **batch.kwargs)
+    if log_evidence is not None and log_evidence.shape != (batch.num_rows,):
+        raise ValueError(
+            f"split_gap: log_evidence has shape {tuple(log_evidence.shape)}; expected ({batch.num_rows},), one number a datum"
+        )
     with untouched(training=False, seed=seed):
         pair = _Pair(model, guide, batch)
         if log_evidence is not None and (known := _closed_form(pair, log_evidence, num_particles)):
@@ -90,91 +99,93 @@ def split_gap(
     )
 
 
-class _Freed(Messenger):
-    """A handler that gives a guide's sites members of their families."""
-
-    def __init__(self, families: Mapping[str, Family | Readouts], parameters: Parameters) -> None:
-        super().__init__()
-        self.families, self.parameters = families, parameters
-
-    def _pyro_sample(self, msg: dict) -> None:
-        name = msg["name"]
-        if name in self.families and not msg["is_observed"]:
-            msg["fn"] = self.families[name].member(msg["fn"], self.parameters[name])
-
-
 class _Pair:
-    """A pair whose guide's families are free: its ELBO at any parameters of theirs. ``start`` are those of the guide."""
+    """A pair whose guide's families are free: its ELBO at any shifts of their parameters. ``start`` is the guide itself."""
 
     def __init__(self, model: Program, guide: Program, batch: Batch) -> None:
         self.model, self.guide, self.batch = model, guide, batch
         self.latents = Latents(model, batch)
         with torch.no_grad():
-            z, _ = self.latents.draw(guide, batch, 2)  # a guide that has no log q(z|x) says so
-            trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
-            fns = {name: trace.nodes[name]["fn"] for name in self.latents.sites}
-            readouts = self._readouts(fns, z[0])
-        self.families = readouts or {name: Family(fns[name], site.rows) for name, site in self.latents.sites.items()}
+            self.latents.draw(guide, batch, 2)  # a guide that has no log q(z|x) says so
+            calls: list[tuple[Conditional, Any]] = []
+            note = nn.modules.module.register_module_forward_hook(
+                lambda module, _, q: calls.append((module, q)) if isinstance(module, Conditional) else None
+            )
+            try:
+                trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
+            finally:
+                note.remove()
+        self.fns = {name: trace.nodes[name]["fn"] for name in self.latents.sites}
+        self.families = self._by_readouts(calls) or {
+            name: Family(name, self.fns[name], site.rows) for name, site in self.latents.sites.items()
+        }
+        self.said = calls[0][1] if calls else None
         self.start = {name: family.start for name, family in self.families.items()}
 
-    def _readouts(self, fns: dict[str, Any], z: Tensor) -> dict[str, Family | Readouts]:
-        """The family of the guide's encoder, where it has one of ours and draws from it what the encoder says of its data."""
-        encoder = getattr(self.guide, "encoder", None)
-        if not isinstance(encoder, Conditional) or len(fns) > 1 or self.batch.kwargs:
+    def _by_readouts(self, calls: list[tuple[Conditional, Any]]) -> dict[str, Family | Freed]:
+        """The families of the conditionals that the guide calls, where it calls one for each of its sites."""
+        (rows, *others), n = {site.rows for site in self.latents.sites.values()}, self.batch.num_rows
+        aligned = all(len(q.batch_shape) == -rows and q.batch_shape[rows] == n for _, q in calls)
+        if others or not aligned or not len({c for c, _ in calls}) == len(calls) == len(self.fns):
             return {}
-        ((name, fn),) = fns.items()
-        with suppress(Exception):  # an attribute of that name need not be what the guide draws from
-            family = Readouts(encoder, self.batch.args)
-            own, read = (q.log_prob(z.reshape(q.shape())) for q in (fn, family.member(fn, family.start)))
-            if torch.allclose(own, read, rtol=1e-3, atol=1e-3):
-                return {name: family}
-        return {}
+        return {f"conditional {i}": Freed(conditional, rows, n) for i, (conditional, _) in enumerate(calls)}
 
-    def elbo(self, parameters: Parameters, num_particles: int) -> Tensor:
+    def freed(self, shifts: Shifts) -> Program:
+        """The guide with its families at these shifts."""
+
+        def guide(*args: Any, **kwargs: Any) -> Any:
+            with ExitStack() as stack:
+                for name, family in self.families.items():
+                    stack.enter_context(family.moved(shifts[name]))
+                return self.guide(*args, **kwargs)
+
+        return guide
+
+    def elbo(self, shifts: Shifts, num_particles: int) -> Tensor:
         """log p(x, z) − log q(z) at draws of the families: ``(particles, batch)``."""
-        z, log_q = self.latents.draw(_Freed(self.families, parameters)(self.guide), self.batch, num_particles)
+        z, log_q = self.latents.draw(self.freed(shifts), self.batch, num_particles)
         return self.latents.log_prob(self.model, self.batch, z) - log_q
+
+    @torch.no_grad()
+    def kind(self) -> type | None:
+        """The family of distributions that the guide draws from, if it has one site, nothing else in log q, and all of the
+        family to choose from."""
+        family, *others = self.families.values()
+        if others:
+            return None
+        ((_, fn),) = self.fns.items()
+        if isinstance(family, Freed) and (family.kind is None or not is_same(fn, self.said)):
+            return None
+        z, log_q = self.latents.draw(self.guide, self.batch, 2)  # a mask or a factor would show
+        alone = fn.log_prob(z.reshape(2, *fn.shape()))
+        return family.kind if torch.allclose(alone.reshape(log_q.shape), log_q, rtol=1e-4, atol=1e-4) else None
 
 
 @torch.no_grad()
 def _closed_form(pair: _Pair, log_evidence: Tensor, num_particles: int) -> GapSplit | None:
     """The split where the best of the family is known in closed form; between Gaussians all of it is."""
-    known = _best(pair)
+    kind, n = pair.kind(), pair.batch.num_rows
+    if kind is None or not isinstance(pair.model, ExactModel):
+        return None
+    known = pair.model.best(kind, *pair.batch.args, **pair.batch.kwargs)
     if known is None:
         return None
-    gap_of_best, posterior = known
-    q = as_gaussian(pair.latents.distribution(pair.guide, pair.batch), posterior.batch_shape)
-    p = as_gaussian(posterior, posterior.batch_shape)
+    best, gap_of_best = known
+    (family,) = pair.families.values()
+    if not family.holds(best):
+        return None
     zero = torch.zeros_like(gap_of_best)
+    (fn,) = pair.fns.values()
+    q = as_gaussian(fn, n)
+    p = as_gaussian(pair.model.posterior(*pair.batch.args, **pair.batch.kwargs), n)
     if q is not None and p is not None:
-        return GapSplit(gap_of_best, zero, kl_divergence(q, p) - gap_of_best, zero, steps=0)
+        return GapSplit(gap_of_best, zero, kl_divergence(q, p).to(zero) - gap_of_best, zero, steps=0)
     own = pair.elbo(pair.start, num_particles)
     amortization = log_evidence - gap_of_best - own.mean(0)
     return GapSplit(gap_of_best, zero, amortization, own.std(0) / math.sqrt(num_particles), steps=0)
 
 
-def _best(pair: _Pair) -> tuple[Tensor, Any] | None:
-    """KL(q*‖p) per datum of the best of the guide's family, and p, where a model knows them."""
-    family, *others = pair.families.values()
-    if others or family.kind is None or not isinstance(pair.model, ExactModel):
-        return None
-    (x,) = pair.batch.args
-    posterior = pair.model.posterior(x)
-    p, name = as_gaussian(posterior, posterior.batch_shape), _KNOWN.get(family.kind, "")
-    if p is not None and family.kind is dist.MultivariateNormal:
-        q, gap = p, torch.zeros_like(p.loc[:, 0])
-    elif p is not None and family.kind is dist.Normal:
-        precision = p.precision_matrix.diagonal(dim1=-2, dim2=-1)
-        q = dist.Normal(p.loc, precision**-0.5).to_event(1)
-        gap = 0.5 * (precision.log().sum(-1) + p.covariance_matrix.logdet())
-    elif hasattr(pair.model, name):
-        q, gap = getattr(pair.model, name)(x), getattr(pair.model, f"{name}_gap")(x)
-    else:
-        return None
-    return (gap, posterior) if family.holds(q) else None
-
-
-def _search(pair: _Pair, tolerance: float, max_steps: int) -> tuple[Parameters, int]:
+def _search(pair: _Pair, tolerance: float, max_steps: int) -> tuple[Shifts, int]:
     """The best parameters of the families for each datum, and the steps it took."""
     parameters = {name: {k: v.clone().requires_grad_() for k, v in own.items()} for name, own in pair.start.items()}
     optimizer = torch.optim.Adam([leaf for own in parameters.values() for leaf in own.values()], lr=0.05)
@@ -186,6 +197,8 @@ def _search(pair: _Pair, tolerance: float, max_steps: int) -> tuple[Parameters, 
             halvings += 1
             optimizer.param_groups[0]["lr"] /= 2
         reached = max(reached, value)
+    if halvings < 8:
+        logger.warning("split_gap: the search still gains after %d steps; expected a larger max_steps or tolerance", steps)
     _, means = _block(pair, parameters, optimizer, 500)
     named = iter(means)
     best = {name: {k: next(named) for k in own} for name, own in parameters.items()}
@@ -194,7 +207,7 @@ def _search(pair: _Pair, tolerance: float, max_steps: int) -> tuple[Parameters, 
 
 
 @torch.no_grad()
-def _keep_better(pair: _Pair, best: Parameters) -> None:
+def _keep_better(pair: _Pair, best: Shifts) -> None:
     """A datum whose search ended below its start, as between the modes of a mixture, goes back to it."""
     ended, began = (pair.elbo(parameters, 1000).mean(0) for parameters in (best, pair.start))
     for name, own in best.items():
@@ -203,7 +216,7 @@ def _keep_better(pair: _Pair, best: Parameters) -> None:
             own[key] = torch.where(worse, pair.start[name][key], value)
 
 
-def _block(pair: _Pair, parameters: Parameters, optimizer: torch.optim.Optimizer, steps: int) -> tuple[float, list[Tensor]]:
+def _block(pair: _Pair, parameters: Shifts, optimizer: torch.optim.Optimizer, steps: int) -> tuple[float, list[Tensor]]:
     """So many steps: the mean ELBO along them, and the mean parameters."""
     leaves = [leaf for own in parameters.values() for leaf in own.values()]
     means, value = [torch.zeros_like(leaf) for leaf in leaves], 0.0

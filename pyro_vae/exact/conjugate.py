@@ -75,6 +75,9 @@ class GammaPoisson(ExactModel):
         a = self.posterior(x).base_dist.concentration
         return (torch.lgamma(a) - ((a - 0.5) * a.log() - a + 0.5 * math.log(2 * math.pi))).sum(-1)
 
+    def best(self, family: type, x: Tensor) -> tuple[dist.TorchDistribution, Tensor] | None:
+        return (self.log_normal(x), self.log_normal_gap(x)) if family is dist.LogNormal else super().best(family, x)
+
 
 def _log_beta(beta: dist.TorchDistribution) -> Tensor:
     """ln B(a, b), the normalizer."""

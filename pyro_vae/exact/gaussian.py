@@ -79,6 +79,9 @@ class LinearGaussian(ExactModel):
         gap = 0.5 * (self.precision.diagonal().log().sum() - torch.logdet(self.precision))
         return gap.expand(len(self.checked(x)))
 
+    def best(self, family: type, x: Tensor) -> tuple[dist.TorchDistribution, Tensor] | None:
+        return (self.mean_field(x), self.mean_field_gap(x)) if family is dist.Normal else super().best(family, x)
+
     def log_evidence(self, x: Tensor) -> Tensor:
         # log N(r; 0, diag σ² + W diag s₀² Wᵀ) by the matrix determinant lemma, and its square as that of the best z: a k × k
         # problem, not D × D, without the difference of large numbers that Woodbury's formula is

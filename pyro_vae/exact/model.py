@@ -1,6 +1,7 @@
 """What every exact model is: an ordinary Pyro model that also knows its posterior and its evidence."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -41,6 +42,16 @@ class ExactModel(nn.Module, ABC):
     @abstractmethod
     def log_evidence(self, x: Tensor) -> Tensor:
         """log p(x) in nats, ``(batch,)``."""
+
+    def best(self, family: type, *args: Any, **kwargs: Any) -> tuple[dist.TorchDistribution, Tensor] | None:
+        """q*, the member of a family of distributions with the smallest KL(q‖p(z|x)), and that KL in nats ``(batch,)``, where
+        they are known in closed form; ``None`` elsewhere. Here: the posterior itself, where it is of the family.
+
+        :param family: a class of Pyro's, such as ``dist.Normal`` (of independent elements) or ``dist.MultivariateNormal``.
+        """
+        posterior = self.posterior(*args, **kwargs)
+        base = posterior.base_dist if isinstance(posterior, torch.distributions.Independent) else posterior
+        return (posterior, self.log_evidence(*args, **kwargs) * 0.0) if type(base) is family else None
 
     def forward(self, x: Tensor | None = None) -> Tensor:
         with pyro.plate("data", 1 if x is None else len(self.checked(x)), dim=-1):

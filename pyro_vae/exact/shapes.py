@@ -128,6 +128,9 @@ class Funnel(_WithoutData):
         gap = 0.5 * torch.log1p((self.latent_shape[0] - 1) * self.scale**2 / 2)
         return gap.expand(len(self.checked(x)))
 
+    def best(self, family: type, x: Tensor) -> tuple[dist.TorchDistribution, Tensor] | None:
+        return (self.mean_field(x), self.mean_field_gap(x)) if family is dist.Normal else super().best(family, x)
+
 
 class Banana(_WithoutData):
     """z₁ ~ N(0, s²), z₂ ~ N(b (z₁² − s²), 1) (Haario et al. 1999).
@@ -161,3 +164,6 @@ class Banana(_WithoutData):
         (s, b), u = self.parameter, self._best_variance()
         gap = 0.5 * (u / s**2 - (u / s**2).log() - 1 + 2 * b**2 * u**2)
         return gap.expand(len(self.checked(x)))
+
+    def best(self, family: type, x: Tensor) -> tuple[dist.TorchDistribution, Tensor] | None:
+        return (self.mean_field(x), self.mean_field_gap(x)) if family is dist.Normal else super().best(family, x)

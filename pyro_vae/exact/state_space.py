@@ -101,6 +101,13 @@ class LinearGaussianStateSpace(ExactModel):
         gap = 0.5 * (torch.logdet(self._blocks()).sum() - torch.logdet(self.precision))
         return gap.expand(len(self.checked(x)))
 
+    def best(self, family: type, x: Tensor) -> tuple[dist.TorchDistribution, Tensor] | None:
+        if family is not dist.Normal:
+            return super().best(family, x)
+        diagonal = self.precision.diagonal()
+        gap = 0.5 * (diagonal.log().sum() - torch.logdet(self.precision))
+        return dist.Normal(self._mean(x), diagonal**-0.5).to_event(1), gap.expand(len(x))
+
     def log_evidence(self, x: Tensor) -> Tensor:
         x = self.checked(x)
         mean = x.new_zeros(len(x), len(self.transition))
