@@ -1,0 +1,162 @@
+"""Pyro's SVI, its step compiled where it can be."""
+
+import logging
+import shutil
+from collections.abc import Hashable
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro.infer import ELBO
+from pyro.optim import PyroOptim
+from pyro.util import warn_if_nan
+from torch import Tensor
+
+from pyro_vae.batches import Batch
+from pyro_vae.infer.adam import FusedAdam
+from pyro_vae.infer.traced import CannotTrace, Step
+from pyro_vae.pair import Program
+
+logger = logging.getLogger(__name__)
+Compile = Literal["auto", "trace"] | bool
+
+_INDUCTOR_AFTER = 2000  # steps of one signature, before the seconds that Inductor takes are worth it
+_CHECK_EVERY = 500  # steps between two looks at eager Pyro
+_MAX_BUILDS = 16  # graphs built for one pair, before it is left to eager Pyro
+
+
+class SVI(pyro.infer.SVI):
+    """``pyro.infer.SVI``, as fast as the hardware: the same constructor, ``step`` and ``evaluate_loss``.
+
+    The first step of each signature (shapes, dtypes and devices of the tensors, values of other arguments) is eager Pyro.
+    Then loss and gradients are traced through Pyro's handlers into a graph of tensor operations, which is held against eager
+    Pyro at the same noise, and run in the place of it; Adam and AdamW go over all parameters in one call. What cannot be traced
+    runs as eager Pyro, with one logged line that says why. A graph is built anew when anything changes that Python could have
+    read: training flags, plain attributes, parameters that are frozen or replaced, what functions close over.
+
+    :param optim: one of Pyro's optimizers, or a ``torch.optim.Optimizer`` over the pair's parameters.
+    :param loss: one of Pyro's ELBO objects; ``Trace_ELBO`` and ``TraceMeanField_ELBO`` are traced.
+    :param compile: ``"trace"``: the graph as it is, ready in a second; ``True``: compiled by Inductor at once, some seconds or
+        a minute; ``"auto"``: the graph, and Inductor after 2000 steps where there is a C++ compiler; ``False``: eager Pyro.
+    :raises ValueError: for another ``compile``, or a torch optimizer that lacks one of the pair's parameters.
+    """
+
+    def __init__(
+        self, model: Program, guide: Program, optim: Any, loss: Any, *args: Any, compile: Compile = "auto", **kwargs: Any
+    ) -> None:
+        if compile not in ("auto", "trace", True, False):
+            raise ValueError(f'compile: expected "auto", "trace", True or False but got {compile!r}')
+        if isinstance(optim, torch.optim.Optimizer):
+            optim = _OneOptimizer(optim)
+        super().__init__(model, guide, optim, loss, *args, **kwargs)
+        self.elbo, self.compile = loss, compile
+        self._update = FusedAdam(self.optim)
+        self._signatures: dict[Hashable, _Signature] = {}
+        self._builds = 0
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """One step of the optimizer on the loss; the loss, an estimate of −ELBO in nats."""
+        if self.compile is False or not isinstance(self.elbo, ELBO):
+            return super().step(*args, **kwargs)
+        batch = Batch(args, kwargs)
+        signature = self._signature(batch)
+        if signature is None or not self._ready(signature, batch):
+            return super().step(*args, **kwargs)
+        loss, gradients = signature.step(batch)
+        self._update(signature.step.params, gradients)
+        value = loss.item()
+        warn_if_nan(value, "loss")
+        return value
+
+    def explain(self) -> str:
+        """What runs how, and why: a line for each signature."""
+        if self.compile is False:
+            return "eager Pyro: compile=False"
+        if not self._signatures:
+            return "nothing has run yet"
+        return "\n".join(
+            f"{signature.name}: {signature.how}, {signature.count} steps" for signature in self._signatures.values()
+        )
+
+    def _signature(self, batch: Batch) -> "_Signature | None":
+        parts = [*enumerate(batch.args), *batch.kwargs.items()]
+        key = tuple((name, _key(part)) for name, part in parts)
+        try:
+            return self._signatures.setdefault(key, _Signature(", ".join(_name(part) for _, part in parts)))
+        except TypeError:  # an argument that cannot be compared with the next one
+            return None
+
+    def _ready(self, signature: "_Signature", batch: Batch) -> bool:
+        """Whether a graph serves for this step."""
+        signature.count += 1
+        if signature.count == 1 or signature.refused:
+            return False
+        try:
+            if signature.step is None or not signature.step.guards.hold():
+                self._build(signature, batch)
+            elif signature.count % _CHECK_EVERY == 0:
+                signature.step.check(batch)
+        except CannotTrace as reason:
+            signature.refuse(str(reason))
+            return False
+        if self.compile == "auto" and signature.count == _INDUCTOR_AFTER and shutil.which("g++"):
+            self._compile(signature, batch)
+        return True
+
+    def _build(self, signature: "_Signature", batch: Batch) -> None:
+        self._builds += 1
+        if self._builds > _MAX_BUILDS:
+            raise CannotTrace(f"{_MAX_BUILDS} graphs were built, and what they depend on changed again")
+        signature.step = Step(self.elbo, self.model, self.guide, batch)
+        signature.how = "traced"
+        if self.compile is True:
+            self._compile(signature, batch)
+
+    def _compile(self, signature: "_Signature", batch: Batch) -> None:
+        try:
+            signature.step.compile(batch)
+            signature.how = "compiled by Inductor"
+        except CannotTrace as reason:
+            signature.how = f"traced ({reason})"
+            logger.warning("SVI: %s: not compiled: %s", signature.name, reason)
+
+
+class _Signature:
+    """What runs for arguments of one kind."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.count = name, 0
+        self.step: Any = None
+        self.how, self.refused = "eager Pyro: the first step", False
+
+    def refuse(self, reason: str) -> None:
+        self.step, self.refused, self.how = None, True, f"eager Pyro: {reason}"
+        logger.warning("SVI: %s runs as eager Pyro: %s", self.name, reason)
+
+
+def _key(part: Any) -> Hashable:
+    if isinstance(part, Tensor):
+        return part.shape, part.stride(), part.dtype, part.device, part.requires_grad
+    return type(part), part
+
+
+def _name(part: Any) -> str:
+    return f"{str(part.dtype).removeprefix('torch.')}{list(part.shape)}" if isinstance(part, Tensor) else repr(part)
+
+
+class _OneOptimizer(PyroOptim):
+    """A torch optimizer over a pair's parameters, where Pyro expects one of its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(type(optimizer), {})
+        self.optimizer = optimizer
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        own = {p for group in self.optimizer.param_groups for p in group["params"]}
+        for p in params:
+            if p not in own:
+                raise ValueError(
+                    f"optim: the pair trains a parameter of shape {tuple(p.shape)} that {type(self.optimizer).__name__} does "
+                    "not have; expected all of them: build the pair first, or pass one of Pyro's optimizers"
+                )
+        self.optimizer.step(*args, **kwargs)

@@ -1,0 +1,500 @@
+"""SVI with a traced step: the same numbers as Pyro's, for every kind of pair; and eager Pyro where a graph would be wrong."""
+
+import shutil
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoIAFNormal, AutoNormal
+from pyro.nn import PyroModule, PyroParam, PyroSample
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import conditionals, flows, nets, priors
+
+D, K = 6, 2
+
+
+@pytest.fixture(autouse=True)
+def _in_double():
+    """So that only rounding tells the two apart."""
+    torch.set_default_dtype(torch.double)
+    yield
+    torch.set_default_dtype(torch.float)
+
+
+def vae(encoder=conditionals.Normal, **options):
+    trunk = options.pop("trunk", nets.MLP(D, (8,)))
+    made = pv.VAE(
+        priors.StandardNormal(K),
+        conditionals.Normal(nets.MLP(K, (8,)), event_shape=D, scale="learned"),
+        encoder(trunk, event_shape=K, **options),
+    )
+    return made.model, made.guide
+
+
+def functions():
+    """Plain functions: networks by pyro.module, parameters by pyro.param, one of them constrained."""
+    decoder, encoder = nn.Linear(K, D), nn.Linear(D, 2 * K)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        scale = pyro.param("scale", torch.ones(D), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(K), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), scale).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            loc, log_scale = encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    return model, guide
+
+
+class Regression(PyroModule):
+    """A PyroModule with a constrained PyroParam and a global latent."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = PyroSample(dist.Normal(torch.zeros(D), 1.0).to_event(1))
+        self.scale = PyroParam(torch.tensor(1.0), constraint=dist.constraints.positive)
+
+    def forward(self, x):
+        weight = self.weight
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Normal(x @ weight, self.scale), obs=x.sum(-1))
+
+
+def regression(autoguide):
+    def make():
+        model = Regression()
+        return model, autoguide(model)
+
+    return make
+
+
+def subsampled():
+    """A plate that subsamples, and a score-function site."""
+
+    def model(x):
+        with pyro.plate("data", len(x), subsample_size=5) as rows:
+            k = pyro.sample("k", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(k.unsqueeze(-1).expand(len(rows), D), 1.0).to_event(1), obs=x[rows])
+
+    def guide(x):
+        logits = pyro.param("logits", torch.zeros(len(x)))
+        with pyro.plate("data", len(x), subsample_size=5) as rows:
+            pyro.sample("k", dist.Bernoulli(logits=logits[rows]))
+
+    return model, guide
+
+
+def with_layer(layer):
+    def make():
+        trunk = nn.Sequential(nn.Linear(D, 8, bias=False), layer(), nn.Linear(8, 8))
+        return vae(trunk=trunk)
+
+    return make
+
+
+PAIRS = {
+    "VAE": vae,
+    "full covariance": lambda: vae(conditionals.MultivariateNormal),
+    "flow": lambda: vae(flows.AffineAutoregressive),
+    "dropout": with_layer(lambda: nn.Dropout(0.3)),
+    "BatchNorm": with_layer(lambda: nn.BatchNorm1d(8)),
+    "plain functions": functions,
+    "PyroModule, AutoNormal": regression(AutoNormal),
+    "PyroModule, AutoDiagonalNormal": regression(AutoDiagonalNormal),
+    "PyroModule, AutoIAFNormal": regression(lambda model: AutoIAFNormal(model, hidden_dim=[8])),
+    "subsampling, score function": subsampled,
+}
+
+
+def data(n=12, seed=0):
+    return torch.randn(n, D, generator=torch.Generator().manual_seed(seed))
+
+
+def adam(*_):
+    return pyro.optim.Adam({"lr": 0.01})
+
+
+def trained(make, svi_class, steps=30, loss=Trace_ELBO, optim=adam, **options):
+    """Losses and parameters of so many steps from one seed, and how it ran."""
+    pyro.set_rng_seed(0)
+    with pyro.get_param_store().scope():
+        model, guide = make()
+        svi = svi_class(model, guide, optim(model, guide), loss(), **options)
+        losses = [svi.step(data(seed=i)) for i in range(steps)]
+        modules = [part for part in (model, guide) if isinstance(part, nn.Module)]
+        buffers = {f"{i}.{k}": v.clone() for i, m in enumerate(modules) for k, v in m.named_buffers()}
+        named = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+        return losses, named | buffers, svi
+
+
+def assert_equal_runs(ours, pyros, tolerance=1e-9):
+    np.testing.assert_allclose(ours[0], pyros[0], rtol=tolerance, atol=tolerance)
+    assert ours[1].keys() == pyros[1].keys()
+    for name, value in pyros[1].items():
+        torch.testing.assert_close(ours[1][name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_pair_trains_as_by_pyro(name):
+    ours, pyros = trained(PAIRS[name], pv.SVI, compile="trace"), trained(PAIRS[name], SVI)
+    assert_equal_runs(ours, pyros)
+    assert ": traced, 30 steps" in ours[2].explain()
+
+
+@pytest.mark.parametrize("loss", [TraceMeanField_ELBO, lambda: Trace_ELBO(num_particles=3)], ids=["mean field", "particles"])
+def test_other_losses(loss):
+    ours, pyros = trained(vae, pv.SVI, loss=loss, compile="trace"), trained(vae, SVI, loss=loss)
+    assert_equal_runs(ours, pyros)
+    assert "traced" in ours[2].explain()
+
+
+def test_vectorized_particles():
+    def loss():
+        return Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
+
+    ours, pyros = trained(vae, pv.SVI, loss=loss, compile="trace"), trained(vae, SVI, loss=loss)
+    assert_equal_runs(ours, pyros)
+    assert "traced" in ours[2].explain()
+
+
+def test_two_hundred_steps_in_single_precision():
+    torch.set_default_dtype(torch.float)
+    ours, pyros = trained(vae, pv.SVI, steps=200, compile="trace"), trained(vae, SVI, steps=200)
+    assert_equal_runs(ours, pyros, tolerance=1e-5)
+
+
+OPTIMIZERS = {
+    "AdamW": lambda *_: pyro.optim.AdamW({"lr": 0.01, "weight_decay": 0.1}),
+    "each parameter its own": lambda *_: pyro.optim.Adam(lambda name: {"lr": 0.001 if "log_scale" in name else 0.01}),
+    "clipped": lambda *_: pyro.optim.Adam({"lr": 0.01}, {"clip_norm": 0.1}),
+    "ClippedAdam": lambda *_: pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.99}),
+    "amsgrad": lambda *_: pyro.optim.Adam({"lr": 0.01, "amsgrad": True}),
+    "SGD": lambda *_: pyro.optim.SGD({"lr": 0.001, "momentum": 0.9}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_moves_as_by_pyro(name):
+    ours, pyros = trained(vae, pv.SVI, optim=OPTIMIZERS[name], compile="trace"), trained(vae, SVI, optim=OPTIMIZERS[name])
+    assert_equal_runs(ours, pyros)
+    assert "traced" in ours[2].explain()
+
+
+def test_a_schedule_is_followed():
+    def run(svi_class, **options):
+        pyro.set_rng_seed(0)
+        with pyro.get_param_store().scope():
+            schedule = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.8})
+            svi = svi_class(*vae(), schedule, Trace_ELBO(), **options)
+            losses = []
+            for i in range(12):
+                losses.append(svi.step(data(seed=i)))
+                schedule.step()
+            return losses, schedule.get_state()
+
+    (ours, state), (pyros, expected) = run(pv.SVI, compile="trace"), run(SVI)
+    np.testing.assert_allclose(ours, pyros, rtol=1e-9)
+    assert state.keys() == expected.keys()  # the optimizer's state is where Pyro keeps it
+    for name, part in expected.items():
+        for key, value in part["optimizer"]["state"][0].items():
+            torch.testing.assert_close(state[name]["optimizer"]["state"][0][key], value, rtol=1e-9, atol=1e-9)
+
+
+def test_a_torch_optimizer_over_the_pair():
+    def own(model, guide):
+        return torch.optim.Adam([*model.parameters(), *guide.parameters()], lr=0.01)
+
+    assert_equal_runs(trained(vae, pv.SVI, optim=own, compile="trace"), trained(vae, SVI))
+    with pytest.raises(ValueError, match="does not have"):
+        trained(vae, pv.SVI, optim=lambda model, _: torch.optim.Adam(model.parameters(), lr=0.01))
+
+
+def eager(make, caplog, reason, loss=Trace_ELBO, steps=8):
+    """What cannot be a graph trains as by Pyro, and one logged line says why."""
+    np.random.seed(0)  # noqa: NPY002
+    ours = trained(make, pv.SVI, steps, loss=loss, compile="trace")
+    np.random.seed(0)  # noqa: NPY002
+    pyros = trained(make, SVI, steps, loss=loss)
+    assert_equal_runs(ours, pyros)
+    lines = [record.message for record in caplog.records if record.name == "pyro_vae.infer.svi"]
+    assert len(lines) == 1
+    assert reason in lines[0]
+    assert reason in ours[2].explain()
+
+
+def numpy_noise():
+    """A guide whose noise is numpy's, and drawn anew each time."""
+    model, _ = vae()
+    net = nn.Linear(D, K)
+
+    def guide(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            noise = torch.from_numpy(np.random.randn(len(x), K))  # noqa: NPY002
+            pyro.sample("z", dist.Delta(net(x) + noise, event_dim=1))
+
+    return model, guide
+
+
+def numpy_number():
+    model, guide = functions()
+
+    def scaled(x):
+        with poutine.scale(scale=1 + np.random.rand()):  # noqa: NPY002
+            return model(x)
+
+    return scaled, guide
+
+
+def splines():
+    return vae(flows.NeuralSpline)
+
+
+def enumerated():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            loc = pyro.param("loc", torch.arange(2.0))
+            pyro.sample("x", dist.Normal(loc[k.long()].unsqueeze(-1).expand(*k.shape, D), 1.0).to_event(1), obs=x)
+
+    return model, lambda x: None
+
+
+def branching():
+    model, guide = functions()
+    return model, lambda x: guide(x) if x.mean() > -10 else guide(-x)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason", "loss"),
+    [
+        (numpy_noise, "by Python", Trace_ELBO),
+        (numpy_number, "not that of eager Pyro", Trace_ELBO),
+        (splines, "depends on values", Trace_ELBO),
+        (branching, "value out of a tracing tensor", Trace_ELBO),
+        (enumerated, "TraceEnum_ELBO", lambda: TraceEnum_ELBO(max_plate_nesting=1)),
+        (subsampled, "TraceGraph_ELBO", TraceGraph_ELBO),
+    ],
+    ids=["numpy noise", "a number of numpy", "boolean masks", "a branch on data", "TraceEnum", "TraceGraph"],
+)
+def test_what_would_be_wrong_runs_as_eager_pyro(make, reason, loss, caplog):
+    eager(make, caplog, reason, loss)
+
+
+class Annealed(nn.Module):
+    """A guide with a temperature that its owner changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.temperature = nn.Linear(D, K), 1.0
+
+    def forward(self, x):
+        pyro.module("net", self.net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.net(x), self.temperature).to_event(1))
+
+
+BETA = 1.0
+
+
+def annealed_by_a_global():
+    model, guide = functions()
+
+    def annealed(x):
+        with poutine.scale(scale=BETA):
+            model(x)
+
+    return annealed, guide
+
+
+def changes(make, change):
+    """Losses of steps between which something in Python changes."""
+
+    def run(svi_class, **options):
+        pyro.set_rng_seed(0)
+        with pyro.get_param_store().scope():
+            model, guide = make()
+            svi = svi_class(model, guide, adam(), Trace_ELBO(), **options)
+            losses = []
+            for i in range(16):
+                if i in (6, 11):
+                    change(model, guide, i)
+                losses.append(svi.step(data(seed=i)))
+            return losses, svi
+
+    (ours, svi), (pyros, _) = run(pv.SVI, compile="trace"), run(SVI)
+    np.testing.assert_allclose(ours, pyros, rtol=1e-9)
+    assert "traced, 16 steps" in svi.explain()
+
+
+def test_an_attribute_that_changes_is_seen():
+    changes(lambda: (vae()[0], Annealed()), lambda _, guide, i: setattr(guide, "temperature", 1 / i))
+
+
+def test_a_global_that_changes_is_seen(monkeypatch):
+    module = __import__(__name__, fromlist=["BETA"])
+    monkeypatch.setattr(module, "BETA", 1.0)
+    values = {6: 0.5, 11: 1.0}  # and back, so that both runs begin alike
+    changes(annealed_by_a_global, lambda _, __, i: setattr(module, "BETA", values[i]))
+
+
+def test_train_and_eval_are_told_apart():
+    changes(PAIRS["dropout"], lambda _, guide, i: guide.train(i != 6))
+
+
+def test_frozen_parameters_stay():
+    def freeze(model, guide, i):
+        model.requires_grad_(i != 6).train(i != 6)
+
+    changes(vae, freeze)
+
+
+def test_replaced_parameters_are_the_ones_that_train():
+    def replace(model, guide, i):
+        layer = model.decoder.trunk.layers[0]
+        layer.weight = nn.Parameter(layer.weight.detach() * 0.5)
+
+    changes(vae, replace)
+
+
+def test_parameters_whose_memory_moves():
+    def move(model, guide, i):
+        for p in model.parameters():
+            p.data = p.data.clone() * 0.9
+
+    changes(vae, move)
+
+
+def test_a_change_that_no_guard_sees_is_found_by_looking_again(caplog, monkeypatch):
+    hidden = {"scale": [1.0]}
+    monkeypatch.setattr("pyro_vae.infer.svi._CHECK_EVERY", 10)
+
+    def make():
+        model, guide = functions()
+
+        def scaled(x):
+            with poutine.scale(scale=hidden["scale"][0]):
+                model(x)
+
+        return scaled, guide
+
+    model, guide = make()
+    svi = pv.SVI(model, guide, adam(), Trace_ELBO(), compile="trace")
+    for _ in range(5):
+        svi.step(data())
+    hidden["scale"][0] = 3.0
+    for _ in range(10):
+        svi.step(data())
+    assert "not that of eager Pyro" in caplog.text
+
+
+def test_shapes_dtypes_and_arguments_have_graphs_of_their_own():
+    model, guide = vae()
+    svi = pv.SVI(model, guide, adam(), Trace_ELBO(), compile="trace")
+    for n in (12, 12, 5, 5, 12, 12):
+        svi.step(data(n))
+    assert svi.explain().count("traced") == 2
+    assert "[12, 6]: traced, 4 steps" in svi.explain()
+
+
+def test_a_storm_of_changes_ends_in_eager_pyro(caplog):
+    guide = Annealed()
+    svi = pv.SVI(vae()[0], guide, adam(), Trace_ELBO(), compile="trace")
+    for i in range(40):
+        guide.temperature = 1 / (i + 1)
+        svi.step(data())
+    assert "graphs were built" in svi.explain()
+    assert len([record for record in caplog.records if "runs as eager Pyro" in record.message]) == 1
+
+
+def test_noise_is_fresh_reproducible_and_independent():
+    def pair():
+        def model(x):
+            with pyro.plate("data", len(x)):
+                a, b = (pyro.sample(name, dist.Normal(0.0, 1.0)) for name in "ab")
+                # the gradients for the two locations are the draws themselves
+                pyro.sample("x", dist.Delta(x, log_density=-(a**2 + b**2) / 2), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                for name in "ab":
+                    pyro.sample(name, dist.Normal(pyro.param(name + "_loc", torch.zeros(len(x))), 1.0))
+
+        return model, guide
+
+    draws = []
+    model, guide = pair()
+    sgd = pyro.optim.SGD({"lr": 1.0})
+    x = torch.zeros(5000)
+    svi = pv.SVI(model, guide, sgd, Trace_ELBO(), compile="trace")
+
+    def gradients():
+        for name in "ab":
+            pyro.param(name + "_loc").data.zero_()
+        svi.step(x)
+        return [-pyro.param(name + "_loc").detach().clone() for name in "ab"]
+
+    svi.step(x)
+    draws = [gradients() for _ in range(2)]
+    assert "traced" in svi.explain()
+    flat = [part for pair_of in draws for part in pair_of]
+    correlations = torch.corrcoef(torch.stack(flat)) - torch.eye(4)
+    assert correlations.abs().max() < 4.5 / 5000**0.5  # fresh at each call, independent across sites
+    pyro.set_rng_seed(3)
+    first = gradients()
+    pyro.set_rng_seed(3)
+    assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_inductor_follows_pyro():
+    ours, pyros = trained(PAIRS["dropout"], pv.SVI, steps=40, compile=True), trained(PAIRS["dropout"], SVI, steps=40)
+    assert_equal_runs(ours, pyros)
+    assert "compiled by Inductor" in ours[2].explain()
+
+
+def test_without_a_compiler_the_graph_serves(monkeypatch, caplog):
+    def broken(*_, **__):
+        def fail(*_, **__):
+            raise RuntimeError("no compiler here")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    ours, pyros = trained(vae, pv.SVI, compile=True), trained(vae, SVI)
+    assert_equal_runs(ours, pyros)
+    assert "traced (Inductor: RuntimeError" in ours[2].explain()
+    assert "no compiler here" in caplog.text
+
+
+def test_a_custom_loss_and_no_compiling():
+    def loss(model, guide, *args):
+        return Trace_ELBO().differentiable_loss(model, guide, *args)
+
+    assert_equal_runs(trained(vae, pv.SVI, loss=lambda: loss), trained(vae, SVI, loss=lambda: loss))
+    ours = trained(vae, pv.SVI, compile=False)
+    assert_equal_runs(ours, trained(vae, SVI))
+    assert "compile=False" in ours[2].explain()
+    with pytest.raises(ValueError, match="compile: expected"):
+        pv.SVI(*vae(), adam(), Trace_ELBO(), compile="fast")
+
+
+def test_nothing_is_left_behind_by_tracing():
+    """Random state, buffers and gradients are as a plain step leaves them."""
+    ours, pyros = trained(PAIRS["BatchNorm"], pv.SVI, steps=2, compile="trace"), trained(PAIRS["BatchNorm"], SVI, steps=2)
+    assert_equal_runs(ours, pyros, tolerance=1e-12)
+    trained(vae, pv.SVI, steps=3, compile="trace")
+    state = torch.get_rng_state()
+    trained(vae, SVI, steps=3)
+    assert torch.equal(state, torch.get_rng_state())
