@@ -60,6 +60,9 @@ class FusedAdam:
             return None
         state = optimizer.state.get(p)
         group = next(group for group in optimizer.param_groups if any(p is q for q in group["params"]))
+        watched = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        if watched or group.get("differentiable") or group.get("capturable"):
+            return None
         if not state or group["amsgrad"] or isinstance(group["lr"], Tensor) or not isinstance(state["step"], Tensor):
             return None
         return optimizer, group, state

@@ -9,12 +9,14 @@ import pyro
 import torch
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
+from pyro.poutine.runtime import _PYRO_STACK
 from pyro.util import warn_if_nan
 from torch import Tensor
 
 from pyro_vae.batches import Batch
 from pyro_vae.infer.adam import FusedAdam
-from pyro_vae.infer.traced import CannotTrace, Step
+from pyro_vae.infer.guards import CannotTrace
+from pyro_vae.infer.traced import Step
 from pyro_vae.pair import Program
 
 logger = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ class SVI(pyro.infer.SVI):
         if self.compile is False or not isinstance(self.elbo, ELBO):
             return super().step(*args, **kwargs)
         batch = Batch(args, kwargs)
-        signature = self._signature(batch)
+        signature = None if _PYRO_STACK else self._signature(batch)  # a handler around the step is not in the graph
         if signature is None or not self._ready(signature, batch):
             return super().step(*args, **kwargs)
         loss, gradients = signature.step(batch)
@@ -80,7 +82,8 @@ class SVI(pyro.infer.SVI):
 
     def _signature(self, batch: Batch) -> "_Signature | None":
         parts = [*enumerate(batch.args), *batch.kwargs.items()]
-        key = tuple((name, _key(part)) for name, part in parts)
+        modes = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_default_dtype()
+        key = (modes, *((name, _key(part)) for name, part in parts))
         try:
             return self._signatures.setdefault(key, _Signature(", ".join(_name(part) for _, part in parts)))
         except TypeError:  # an argument that cannot be compared with the next one
@@ -91,8 +94,11 @@ class SVI(pyro.infer.SVI):
         signature.count += 1
         if signature.count == 1 or signature.refused:
             return False
+        if signature.step is not None and not signature.step.guards.hold():
+            signature.step, signature.how = None, "eager Pyro: something changed, a graph is built at the next step"
+            return False  # Pyro's own step registers parameters that are new
         try:
-            if signature.step is None or not signature.step.guards.hold():
+            if signature.step is None:
                 self._build(signature, batch)
             elif signature.count % _CHECK_EVERY == 0:
                 signature.step.check(batch)

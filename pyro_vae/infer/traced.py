@@ -5,11 +5,9 @@ Python decided while it was traced stays decided, so a graph comes with guards (
 held against eager Pyro at the same noise before it is used, and from time to time again.
 """
 
-import inspect
 import math
 import os
 import traceback
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,20 +19,16 @@ from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.trace_elbo import _compute_log_r
 from pyro.poutine.trace_struct import Trace
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_vae.batches import Batch
+from pyro_vae.infer.guards import CannotTrace, Guards
 from pyro_vae.pair import Program, untouched
 
 # Operations whose result depends on the values of tensors in its shape, or leaves the tensors.
 _DYNAMIC = ("nonzero", "masked_select", "_local_scalar_dense", "unique", "repeat_interleave.Tensor", "equal.default")
-_SIMPLE = (bool, int, float, complex, str, type(None))
-
-
-class CannotTrace(Exception):
-    """What keeps a step from being a graph, in words."""
 
 
 def surrogate(elbo: ELBO, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
@@ -92,6 +86,7 @@ class Step:
             self.params = self._parameters(batch)
         self.guards = Guards(ran, (model, guide), self.params)
         self.graph = self._trace(batch)
+        self.guards.keep_read_by(self.graph)
         self.run: Callable[..., Any] = self.graph
         self.check(batch, moved=True)
         self.check(batch)
@@ -220,7 +215,8 @@ class Step:
                     p.data.copy_(value)
                     p.grad = grad
                 for _, value, was in buffers:
-                    value.copy_(was)
+                    if not torch.equal(value, was):  # what was not written may not bear it, as an expanded number
+                        value.copy_(was)
 
 
 def _said(error: Exception) -> str:
@@ -241,91 +237,3 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 def _parts(batch: Batch) -> Iterator[tuple[int | str, Any]]:
     yield from enumerate(batch.args)
     yield from batch.kwargs.items()
-
-
-class Guards:
-    """What Python could have read while a pair was traced: the parameters and buffers of every module that ran, its training
-    flag and its plain attributes; Pyro's param store; and what plain functions close over."""
-
-    def __init__(self, ran: Any, programs: tuple[Program, ...], params: list[Tensor]) -> None:
-        self.plain: list[tuple[Any, Any, Any]] = []
-        self.tensors: list[tuple[Any, Any, Tensor]] = []
-        for module in ran:
-            self._take(vars(module))
-            for own in (module._parameters, module._buffers):
-                self._take(own)
-        for program in programs:
-            self._take_function(program, set())
-        store = pyro.get_param_store()
-        self.named = [(name, value) for name, value in store._params.items() if any(value is p for p in params)]
-        self.addresses = [(p, p.data_ptr(), p.device, p.requires_grad) for p in params]
-
-    def _take(self, where: Any) -> None:
-        for key, value in where.items():
-            if isinstance(value, Tensor):
-                self.tensors.append((where, key, value))
-            elif isinstance(value, _SIMPLE):
-                self.plain.append((where, key, value))
-
-    def _take_function(self, program: Any, seen: set[int]) -> None:
-        """Globals and closures that a function reads, and the functions among them."""
-        if isinstance(program, types.MethodType):
-            self._take(vars(program.__self__) if hasattr(program.__self__, "__dict__") else {})
-            program = program.__func__
-        program = inspect.unwrap(program) if callable(program) else program
-        if not isinstance(program, types.FunctionType) or id(program) in seen:
-            return
-        seen.add(id(program))
-        for name, cell in zip(program.__code__.co_freevars, program.__closure__ or (), strict=True):
-            self._take_value(_Cell(cell), name, cell.cell_contents, seen)
-        for name in program.__code__.co_names:
-            if name in program.__globals__:
-                self._take_value(program.__globals__, name, program.__globals__[name], seen)
-
-    def _take_value(self, where: Any, name: str, value: Any, seen: set[int]) -> None:
-        if isinstance(value, Tensor):
-            self.tensors.append((where, name, value))
-        elif isinstance(value, _SIMPLE):
-            self.plain.append((where, name, value))
-        elif isinstance(value, types.FunctionType | types.MethodType):
-            self._take_function(value, seen)
-
-    def buffers(self) -> Iterator[tuple[Any, Tensor]]:
-        """Tensors that are no parameters, as they are now."""
-        for where, key, value in self.tensors:
-            if not isinstance(value, nn.Parameter):
-                yield (where, key), where.get(key)
-
-    def hold(self) -> bool:
-        """Whether everything is as it was."""
-        for where, key, value in self.plain:
-            now = where.get(key, _MISSING)
-            if now is not value and (now != value or type(now) is not type(value)):
-                return False
-        for where, key, value in self.tensors:
-            if where.get(key) is not value:
-                return False
-        store = pyro.get_param_store()._params
-        for name, value in self.named:
-            if store.get(name) is not value:
-                return False
-        for p, address, device, trained in self.addresses:
-            if p.data_ptr() != address or p.device != device or p.requires_grad != trained:
-                return False
-        return True
-
-
-_MISSING = object()
-
-
-class _Cell:
-    """A closure's cell, read like a dictionary of one name."""
-
-    def __init__(self, cell: types.CellType) -> None:
-        self.cell = cell
-
-    def get(self, _: str, default: Any = None) -> Any:
-        try:
-            return self.cell.cell_contents
-        except ValueError:
-            return default

@@ -1,6 +1,7 @@
 """SVI with a traced step: the same numbers as Pyro's, for every kind of pair; and eager Pyro where a graph would be wrong."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -377,14 +378,20 @@ def test_parameters_whose_memory_moves():
 
 
 def test_a_change_that_no_guard_sees_is_found_by_looking_again(caplog, monkeypatch):
-    hidden = {"scale": [1.0]}
+    class Late:
+        """Its value is out of sight."""
+
+        __slots__ = ("value",)
+
+    late = Late()
+    late.value = 1.0
     monkeypatch.setattr("pyro_vae.infer.svi._CHECK_EVERY", 10)
 
     def make():
         model, guide = functions()
 
         def scaled(x):
-            with poutine.scale(scale=hidden["scale"][0]):
+            with poutine.scale(scale=late.value):
                 model(x)
 
         return scaled, guide
@@ -393,10 +400,66 @@ def test_a_change_that_no_guard_sees_is_found_by_looking_again(caplog, monkeypat
     svi = pv.SVI(model, guide, adam(), Trace_ELBO(), compile="trace")
     for _ in range(5):
         svi.step(data())
-    hidden["scale"][0] = 3.0
+    late.value = 3.0
     for _ in range(10):
         svi.step(data())
     assert "not that of eager Pyro" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["list", "dict of an object", "object"])
+def test_what_hangs_on_a_closure_is_seen(kind):
+    def make():
+        box = [1.0] if kind == "list" else SimpleNamespace(scale=1.0, scales={"x": 1.0})
+        read = {"list": lambda: box[0], "dict of an object": lambda: box.scales["x"], "object": lambda: box.scale}[kind]
+        model, guide = functions()
+
+        def scaled(x):
+            with poutine.scale(scale=read()):
+                model(x)
+
+        scaled.box = box
+        return scaled, guide
+
+    def change(model, _, i):
+        if kind == "list":
+            model.box[0] = 1 / i
+        elif kind == "object":
+            model.box.scale = 1 / i
+        else:
+            model.box.scales["x"] = 1 / i
+
+    changes(make, change)
+
+
+def test_a_cleared_param_store():
+    """Plain functions begin anew, and train what is in the store."""
+    changes(functions, lambda *_: pyro.clear_param_store())
+    model, guide = functions()
+    svi = pv.SVI(model, guide, adam(), Trace_ELBO(), compile="trace")
+    for i in range(8):
+        if i == 4:
+            pyro.clear_param_store()
+        svi.step(data())
+    before = pyro.param("scale").detach().clone()
+    svi.step(data())
+    assert not torch.equal(pyro.param("scale"), before)
+
+
+def test_handlers_around_a_step_are_obeyed():
+    def run(svi_class, **options):
+        pyro.set_rng_seed(0)
+        with pyro.get_param_store().scope():
+            svi = svi_class(*vae(), adam(), Trace_ELBO(), **options)
+            losses = [svi.step(data()) for _ in range(5)]
+            with poutine.scale(scale=0.1):
+                losses.append(svi.step(data()))
+            return [*losses, svi.step(data())]
+
+    np.testing.assert_allclose(run(pv.SVI, compile="trace"), run(SVI), rtol=1e-9)
+
+
+def test_hooks_of_modules_are_seen():
+    changes(vae, lambda model, _, i: model.decoder.register_forward_pre_hook(lambda _, given: (given[0] / i,)))
 
 
 def test_shapes_dtypes_and_arguments_have_graphs_of_their_own():
