@@ -30,6 +30,7 @@ class Guards:
     def __init__(self, ran: Iterable[nn.Module], programs: tuple[Program, ...], params: list[Tensor]) -> None:
         self.plain: list[tuple[Any, Any, Any]] = []
         self.tensors: list[tuple[Any, Any, Tensor]] = []
+        self.bound: list[tuple[Any, Any, Any]] = []
         self._seen: set[int] = set()
         self._own: set[int] = set()  # the dictionaries that hold parameters and buffers
         for module in ran:
@@ -77,9 +78,13 @@ class Guards:
             elif _is_plain(value):
                 self.plain.append((where, key, copy.deepcopy(value)))
             elif isinstance(value, list | tuple | dict) and len(value) <= _SMALL:
-                for part in value.values() if isinstance(value, dict) else value:
-                    self._take(part, depth - 1)
+                self.bound.append((where, key, value))
+                if isinstance(value, dict):
+                    self._take_names(value, value, depth - 1)
+                else:
+                    self._take_names(_Items(value), dict(enumerate(value)), depth - 1)
             else:
+                self.bound.append((where, key, value))
                 self._take(value, depth - 1)
 
     def keep_read_by(self, graph: torch.fx.GraphModule) -> None:
@@ -100,7 +105,7 @@ class Guards:
             now = where.get(key, _MISSING)
             if now is not value and (type(now) is not type(value) or now != value):
                 return False
-        for where, key, value in self.tensors:
+        for where, key, value in (*self.tensors, *self.bound):
             if where.get(key) is not value:
                 return False
         store = pyro.get_param_store()._params
@@ -123,6 +128,16 @@ def _is_plain(value: Any) -> bool:
         parts = [*value.values()] if isinstance(value, dict) else value
         return len(value) <= _SMALL and all(map(_is_plain, parts))
     return isinstance(value, _SIMPLE)
+
+
+class _Items:
+    """A list, read like a dictionary."""
+
+    def __init__(self, items: Any) -> None:
+        self.items = items
+
+    def get(self, index: int, default: Any = None) -> Any:
+        return self.items[index] if index < len(self.items) else default
 
 
 class _Length:

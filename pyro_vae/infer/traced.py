@@ -7,11 +7,13 @@ held against eager Pyro at the same noise before it is used, and from time to ti
 
 import math
 import os
+import random
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -81,15 +83,24 @@ class Step:
         if type(elbo) not in (Trace_ELBO, TraceMeanField_ELBO):
             raise CannotTrace(f"the loss is {type(elbo).__name__}; Trace_ELBO and TraceMeanField_ELBO are traced")
         self.elbo, self.model, self.guide = elbo, model, guide
+        self.pair = (model, guide, elbo)
         self.names = [key for key, part in _parts(batch) if isinstance(part, Tensor)]
         with untouched() as ran:
+            others = random.getstate(), str(np.random.get_state())  # noqa: NPY002
             self.params = self._parameters(batch)
-        self.guards = Guards(ran, (model, guide), self.params)
+            if (random.getstate(), str(np.random.get_state())) != others:  # noqa: NPY002
+                raise CannotTrace("the pair draws from Python's or numpy's generator, which is not in the graph")
+        self.guards = Guards(ran, (model, guide, elbo), self.params)
         self.graph = self._trace(batch)
         self.guards.keep_read_by(self.graph)
         self.run: Callable[..., Any] = self.graph
-        self.check(batch, moved=True)
-        self.check(batch)
+        for moved in (True, False):
+            try:
+                self.check(batch, moved=moved)
+            except CannotTrace:
+                raise
+            except Exception as error:  # parameters or rows that this pair cannot have
+                raise CannotTrace(f"it could not be held against eager Pyro: {_said(error)}") from error
 
     def __call__(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """The loss ``()`` and the gradient of each of ``params``, in their order."""
@@ -105,7 +116,7 @@ class Step:
         with poutine.trace(param_only=True) as capture:
             self.elbo.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs)
         found = {site["value"].unconstrained(): None for site in capture.trace.nodes.values()}
-        used = [p for p in found if p.grad is not None]  # Pyro moves no other
+        used = [p for p in found if p.grad is not None and p.requires_grad]  # Pyro moves no other
         pyro.infer.util.zero_grads(used)
         return used
 
@@ -171,7 +182,7 @@ class Step:
         :param moved: with the parameters a little off, and the rows in another order.
         :raises CannotTrace: where loss or gradients differ.
         """
-        order = torch.randperm(batch.num_rows, generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(batch.num_rows if batch.tensors else 0, generator=torch.Generator().manual_seed(0))
         with self._restored():
             pyro.set_rng_seed(2 + moved)  # another than the traces had: noise that they kept must not agree by chance
             if moved:
