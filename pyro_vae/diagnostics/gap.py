@@ -106,7 +106,7 @@ class _Pair:
         self.model, self.guide, self.batch = model, guide, batch
         self.latents = Latents(model, batch)
         with torch.no_grad():
-            self.latents.draw(guide, batch, 2)  # a guide that has no log q(z|x) says so
+            self.drawn = self.latents.draw(guide, batch, 2)  # a guide that has no log q(z|x) says so
             calls: list[tuple[Conditional, Any]] = []
             note = nn.modules.module.register_module_forward_hook(
                 lambda module, _, q: calls.append((module, q)) if isinstance(module, Conditional) else None
@@ -156,7 +156,7 @@ class _Pair:
         ((_, fn),) = self.fns.items()
         if isinstance(family, Freed) and (family.kind is None or not is_same(fn, self.said)):
             return None
-        z, log_q = self.latents.draw(self.guide, self.batch, 2)  # a mask or a factor would show
+        z, log_q = self.drawn  # a mask or a factor would show
         alone = fn.log_prob(z.reshape(2, *fn.shape()))
         return family.kind if torch.allclose(alone.reshape(log_q.shape), log_q, rtol=1e-4, atol=1e-4) else None
 

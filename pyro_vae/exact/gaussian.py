@@ -6,7 +6,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vae.exact.model import ExactModel, as_constant, as_vector, positive
+from pyro_vae.exact.model import ExactModel, as_constant, as_vector, diagonal_gap, positive
 
 
 class LinearGaussian(ExactModel):
@@ -76,8 +76,7 @@ class LinearGaussian(ExactModel):
 
     def mean_field_gap(self, x: Tensor) -> Tensor:
         """KL of that guide, ½[Σ log Λⱼⱼ − log |Λ|] in nats, the same for every datum: ``(batch,)``."""
-        gap = 0.5 * (self.precision.diagonal().log().sum() - torch.logdet(self.precision))
-        return gap.expand(len(self.checked(x)))
+        return diagonal_gap(self.precision).expand(len(self.checked(x)))
 
     def best(self, family: type, x: Tensor) -> tuple[dist.TorchDistribution, Tensor] | None:
         return (self.mean_field(x), self.mean_field_gap(x)) if family is dist.Normal else super().best(family, x)

@@ -81,6 +81,11 @@ class ExactModel(nn.Module, ABC):
         return f"latent_shape={tuple(self.latent_shape)}, event_shape={tuple(self.event_shape)}"
 
 
+def diagonal_gap(precision: Tensor) -> Tensor:
+    """½[Σ log Λⱼⱼ − log |Λ|] in nats, the KL of the best independent Gaussians from N(μ, Λ⁻¹): ``()``."""
+    return 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision))
+
+
 def positive(name: str, value: float | Tensor) -> Tensor:
     """A constant that must be positive, as a tensor."""
     tensor = as_constant(value)

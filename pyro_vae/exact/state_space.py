@@ -4,7 +4,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vae.exact.model import ExactModel
+from pyro_vae.exact.model import ExactModel, diagonal_gap
 
 
 class LinearGaussianStateSpace(ExactModel):
@@ -104,9 +104,9 @@ class LinearGaussianStateSpace(ExactModel):
     def best(self, family: type, x: Tensor) -> tuple[dist.TorchDistribution, Tensor] | None:
         if family is not dist.Normal:
             return super().best(family, x)
-        diagonal = self.precision.diagonal()
-        gap = 0.5 * (diagonal.log().sum() - torch.logdet(self.precision))
-        return dist.Normal(self._mean(x), diagonal**-0.5).to_event(1), gap.expand(len(x))
+        precision = self.precision
+        q = dist.Normal(self._mean(x), precision.diagonal() ** -0.5).to_event(1)
+        return q, diagonal_gap(precision).expand(len(x))
 
     def log_evidence(self, x: Tensor) -> Tensor:
         x = self.checked(x)

@@ -77,15 +77,14 @@ class Guards:
                 self.tensors.append((where, key, value))
             elif _is_plain(value):
                 self.plain.append((where, key, copy.deepcopy(value)))
-            elif isinstance(value, list | tuple | dict) and len(value) <= _SMALL:
-                self.bound.append((where, key, value))
-                if isinstance(value, dict):
-                    self._take_names(value, value, depth - 1)
-                else:
-                    self._take_names(_Items(value), dict(enumerate(value)), depth - 1)
             else:
                 self.bound.append((where, key, value))
-                self._take(value, depth - 1)
+                if isinstance(value, dict) and len(value) <= _SMALL:
+                    self._take_names(value, value, depth - 1)
+                elif isinstance(value, list | tuple) and len(value) <= _SMALL:
+                    self._take_names(_Items(value), dict(enumerate(value)), depth - 1)
+                else:
+                    self._take(value, depth - 1)
 
     def keep_read_by(self, graph: torch.fx.GraphModule) -> None:
         """Forget the tensors that are nobody's parameter or buffer and that the graph does not read: what Python keeps for
@@ -93,11 +92,11 @@ class Guards:
         read = {id(getattr(graph, str(node.target))) for node in graph.graph.nodes if node.op == "get_attr"}
         self.tensors = [entry for entry in self.tensors if id(entry[0]) in self._own or id(entry[2]) in read]
 
-    def buffers(self) -> Iterator[tuple[Any, Tensor]]:
+    def buffers(self) -> Iterator[Tensor]:
         """Tensors that are no parameters, as they are now."""
         for where, key, value in self.tensors:
             if not isinstance(value, nn.Parameter):
-                yield (where, key), where.get(key)
+                yield where.get(key)
 
     def hold(self) -> bool:
         """Whether everything is as it was."""

@@ -96,7 +96,9 @@ class SVI(pyro.infer.SVI):
         if signature.count == 1 or signature.refused:
             return False
         kept = signature.step
-        if kept is not None and (kept.pair != (self.model, self.guide, self.elbo) or not kept.guards.hold()):
+        if kept is not None and (
+            (kept.model, kept.guide, kept.elbo) != (self.model, self.guide, self.elbo) or not kept.guards.hold()
+        ):
             signature.step, signature.how = None, "eager Pyro: something changed, a graph is built at the next step"
             return False  # Pyro's own step registers parameters that are new
         try:

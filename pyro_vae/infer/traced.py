@@ -83,7 +83,6 @@ class Step:
         if type(elbo) not in (Trace_ELBO, TraceMeanField_ELBO):
             raise CannotTrace(f"the loss is {type(elbo).__name__}; Trace_ELBO and TraceMeanField_ELBO are traced")
         self.elbo, self.model, self.guide = elbo, model, guide
-        self.pair = (model, guide, elbo)
         self.names = [key for key, part in _parts(batch) if isinstance(part, Tensor)]
         with untouched() as ran:
             others = random.getstate(), str(np.random.get_state())  # noqa: NPY002
@@ -194,12 +193,12 @@ class Step:
             state = pyro.util.get_rng_state()
             with self._restored():
                 loss, gradients = self(batch)
-                ours = [loss, *gradients, *(value.clone() for _, value in self.guards.buffers())]
+                ours = [loss, *gradients, *(value.clone() for value in self.guards.buffers())]
             pyro.util.set_rng_state(state)
             with self._restored(), untouched():
                 expected = self.elbo.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs)
                 eager = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.params]
-                pyros = [torch.as_tensor(expected).to(loss), *eager, *(value.clone() for _, value in self.guards.buffers())]
+                pyros = [torch.as_tensor(expected).to(loss), *eager, *(value.clone() for value in self.guards.buffers())]
         for i, (a, b) in enumerate(zip(ours, pyros, strict=True)):
             if not _agree(a, b):
                 what = "the loss" if not i else f"the gradient of a parameter of shape {tuple(b.shape)}"
@@ -214,7 +213,7 @@ class Step:
         """Run and leave no mark: on parameters, their gradients, buffers and random states."""
         state = pyro.util.get_rng_state()
         kept = [(p, p.detach().clone(), p.grad) for p in self.params]
-        buffers = [(where, value, value.clone()) for where, value in self.guards.buffers()]
+        buffers = [(value, value.clone()) for value in self.guards.buffers()]
         for p in self.params:
             p.grad = None
         try:
@@ -225,7 +224,7 @@ class Step:
                 for p, value, grad in kept:
                     p.data.copy_(value)
                     p.grad = grad
-                for _, value, was in buffers:
+                for value, was in buffers:
                     if not torch.equal(value, was):  # what was not written may not bear it, as an expanded number
                         value.copy_(was)
 
