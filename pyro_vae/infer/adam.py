@@ -18,11 +18,12 @@ class FusedAdam:
     def __call__(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         groups = self._groups(params, gradients)
         if groups is None:
+            before = [p.grad for p in params]
             for p, gradient in zip(params, gradients, strict=True):
                 p.grad = gradient
             self.optim(params)
-            for p in params:
-                p.grad = None
+            for p, zeros in zip(params, before, strict=True):
+                p.grad = zeros  # as Pyro leaves them
             return
         with torch.no_grad():
             for (fused, settings), (own, grads, means, squares, steps) in groups.items():

@@ -1,96 +1,167 @@
 """What a graph takes for granted: everything that Python could have read while it was traced."""
 
 import copy
-import inspect
+import functools
+import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.infer.graphs import CannotTrace
 from pyro_vae.pair import Program
 
-_SMALL = 100
-_SIMPLE = (bool, int, float, complex, str, type(None))
+_DEPTH = 4  # how far attributes of attributes are followed
+_SMALL = 100  # items of a list or dictionary, above which only its identity is looked at
+_SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+_LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"torch", "pyro", "pyro_vae", "numpy"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_MISSING = object()
 
 
-class CannotTrace(Exception):
-    """What keeps a step from being a graph, in words."""
+@contextmanager
+def names_read() -> Iterator[dict[int, tuple[dict[str, Any], set[str]]]]:
+    """What the functions that run in the block may read by name, outside of libraries: their module's variables, by the
+    module, and the names that their code mentions."""
+    read: dict[int, tuple[dict[str, Any], set[str]]] = {}
+
+    def enter(frame: types.FrameType, event: str, _: Any) -> None:
+        if event == "call":
+            known = frame.f_globals
+            if not _in_library(known.get("__name__", "")):
+                read.setdefault(id(known), (known, set()))[1].update(frame.f_code.co_names)
+
+    before = sys.getprofile()
+    sys.setprofile(enter)
+    try:
+        yield read
+    finally:
+        sys.setprofile(before)
 
 
 class Guards:
     """What Python could have read while a pair was traced: the parameters and buffers of every module that ran, its training
-    flag, hooks and plain attributes; Pyro's param store; what plain functions close over, and what hangs on that.
+    flag, hooks and attributes; Pyro's param store; variables of the modules that functions are defined in; what functions
+    close over, classes hold, and what hangs on that.
 
-    :raises CannotTrace: for parameters that are neither a module's nor the store's.
+    :param ran: the ``nn.Module`` that ran.
+    :param read: what :func:`names_read` says of a run.
+    :raises CannotTrace: for parameters that are neither a module's nor the store's, and for hooks on gradients.
     """
 
-    def __init__(self, ran: Iterable[nn.Module], programs: tuple[Program, ...], params: list[Tensor]) -> None:
-        self.plain: list[tuple[Any, Any, Any]] = []
-        self.tensors: list[tuple[Any, Any, Tensor]] = []
-        self.bound: list[tuple[Any, Any, Any]] = []
+    def __init__(
+        self,
+        ran: Iterable[nn.Module],
+        programs: tuple[Program, ...],
+        params: list[Tensor],
+        read: Mapping[int, tuple[dict[str, Any], set[str]]],
+    ) -> None:
+        self.plain: list[tuple[Any, Any, Any]] = []  # where, key, value: compared by value
+        self.bound: list[tuple[Any, Any, Any]] = []  # compared by identity
+        self.tensors: list[tuple[Any, Any, Tensor]] = []  # those of them that are tensors
         self._seen: set[int] = set()
-        self._own: set[int] = set()  # the dictionaries that hold parameters and buffers
+        self._names = frozenset().union(*(names for _, names in read.values()))
         for module in ran:
-            self._take(module)
+            self._take(module, _DEPTH)
         for program in programs:
-            self._take(program)
-        store = pyro.get_param_store()
-        self.named = [(name, value) for name, value in store._params.items() if any(value is p for p in params)]
-        self.addresses = [(p, p.data_ptr(), p.device, p.requires_grad) for p in params]
-        owned = {id(value) for *_, value in self.tensors} | {id(value) for _, value in self.named}
+            self._take(program, _DEPTH)
+        for known, names in read.values():
+            self._take_names(known, {name: known[name] for name in names if name in known}, _DEPTH)
+        for name in _HOOKS:
+            self._take_keys(getattr(nn.modules.module, f"_global{name}"))
+        in_store = pyro.get_param_store()._params.items()
+        self.bound += [(_Store(), name, value) for name, value in in_store if any(value is p for p in params)]
+        self.addresses = [(p, p.data_ptr(), p.device) for p in params]
+        # which of them are trained may change for others too: one that is thawed
+        self.trained = {p: p.requires_grad for p in (*params, *(value for *_, value in self.tensors if value.is_leaf))}
+        owned = {id(value) for *_, value in (*self.tensors, *self.bound)}
         for p in params:
             if id(p) not in owned:
                 raise CannotTrace(f"a parameter of shape {tuple(p.shape)} is made anew as the pair runs")
+        self._hooked()
 
-    def _take(self, value: Any, depth: int = 4) -> None:
+    def _hooked(self) -> None:
+        for p in self.trained:
+            if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+                raise CannotTrace(f"a parameter of shape {tuple(p.shape)} has a hook on its gradient")
+
+    def _take(self, value: Any, depth: int) -> None:
         """What hangs on a value: a module, a function, an object."""
         if id(value) in self._seen or not depth:
             return
         self._seen.add(id(value))
         if isinstance(value, nn.Module):
-            for hooks in (value._forward_hooks, value._forward_pre_hooks):
-                self.plain.append((_Length(hooks), None, len(hooks)))
+            for name in _HOOKS:
+                self._take_keys(getattr(value, name))
+            if "forward" not in vars(value):
+                self.plain.append((vars(value), "forward", _MISSING))
             for own in (value._parameters, value._buffers):
-                self._own.add(id(own))
                 self._take_names(own, own, depth)
-        if isinstance(value, types.MethodType):
+        if isinstance(value, functools.partial):  # such as what one of Pyro's handlers wraps
+            self._take_names(_Attributes(value), {"func": value.func}, depth)
+            self._take_names(_Items(value.args), dict(enumerate(value.args)), depth)
+            self._take_names(value.keywords, value.keywords, depth)
+        elif isinstance(value, types.MethodType):
             self._take(value.__self__, depth)
-            value = value.__func__
-        if isinstance(value, types.FunctionType):
-            function = inspect.unwrap(value)
-            for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            self._take(value.__func__, depth)
+        elif isinstance(value, types.FunctionType):
+            for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
                 self._take_names(_Cell(cell), {name: _Cell(cell).get(name)}, depth)
-            known = function.__globals__
-            self._take_names(known, {name: known[name] for name in function.__code__.co_names if name in known}, depth)
-        elif hasattr(value, "__dict__") and not isinstance(value, type | types.ModuleType):
-            names = vars(value)
-            if isinstance(value, nn.Module):
-                names = {key: part for key, part in names.items() if key not in _EVERY_MODULES}
-            self._take_names(vars(value), names, depth)
+            held = ("__code__", "__defaults__", "__kwdefaults__")
+            self._take_names(_Attributes(value), {name: getattr(value, name) for name in held}, depth)
+        elif isinstance(value, type | types.ModuleType):
+            if not _in_library(value.__name__ if isinstance(value, types.ModuleType) else value.__module__):
+                names = {name: part for name, part in vars(value).items() if name in self._names}
+                self._take_names(vars(value), names, depth)
+            return
+        if not hasattr(value, "__dict__"):
+            return
+        names = vars(value)
+        if isinstance(value, nn.Module):
+            names = {key: part for key, part in names.items() if key not in _EVERY_MODULES}
+        self._take_names(vars(value), names, depth)
+        for kind in type(value).__mro__:
+            if not _in_library(kind.__module__):
+                self._take(kind, depth)
+                for name in self._names & vars(kind).keys() - vars(value).keys():
+                    self.plain.append((vars(value), name, _MISSING))  # an attribute of its own would hide that of its class
 
     def _take_names(self, where: Any, names: Mapping[Any, Any], depth: int) -> None:
         for key, value in list(names.items()):
             if isinstance(value, Tensor):
                 self.tensors.append((where, key, value))
+            elif isinstance(value, np.ndarray) and value.nbytes <= _SMALL * 100:
+                self.plain.append((_Bytes(value), None, value.tobytes()))
+                self.bound.append((where, key, value))
             elif _is_plain(value):
                 self.plain.append((where, key, copy.deepcopy(value)))
             else:
                 self.bound.append((where, key, value))
                 if isinstance(value, dict) and len(value) <= _SMALL:
+                    self._take_keys(value)
                     self._take_names(value, value, depth - 1)
                 elif isinstance(value, list | tuple) and len(value) <= _SMALL:
-                    self._take_names(_Items(value), dict(enumerate(value)), depth - 1)
+                    items = _Items(value)
+                    self.plain.append((items, "length", len(value)))
+                    self._take_names(items, dict(enumerate(value)), depth - 1)
                 else:
                     self._take(value, depth - 1)
 
-    def keep_read_by(self, graph: torch.fx.GraphModule) -> None:
-        """Forget the tensors that are nobody's parameter or buffer and that the graph does not read: what Python keeps for
-        later, such as a flow's cache."""
-        read = {id(getattr(graph, str(node.target))) for node in graph.graph.nodes if node.op == "get_attr"}
-        self.tensors = [entry for entry in self.tensors if id(entry[0]) in self._own or id(entry[2]) in read]
+    def _take_keys(self, collection: Any) -> None:
+        self.plain.append((_Keys(collection), None, tuple(collection)))
+
+    def forget_written(self) -> None:
+        """Forget what a run of the pair has changed by itself, such as the last draw that it keeps for later."""
+        self.plain = [entry for entry in self.plain if _same(entry[0].get(entry[1], _MISSING), entry[2])]
+        self.tensors, self.bound = (
+            [(where, key, value) for where, key, value in entries if where.get(key) is value]
+            for entries in (self.tensors, self.bound)
+        )
 
     def buffers(self) -> Iterator[Tensor]:
         """Tensors that are no parameters, as they are now."""
@@ -100,25 +171,24 @@ class Guards:
 
     def hold(self) -> bool:
         """Whether everything is as it was."""
-        for where, key, value in self.plain:
-            now = where.get(key, _MISSING)
-            if now is not value and (type(now) is not type(value) or now != value):
-                return False
-        for where, key, value in (*self.tensors, *self.bound):
-            if where.get(key) is not value:
-                return False
-        store = pyro.get_param_store()._params
-        for name, value in self.named:
-            if store.get(name) is not value:
-                return False
-        for p, address, device, trained in self.addresses:
-            if p.data_ptr() != address or p.device != device or p.requires_grad != trained:
-                return False
-        return True
+        return (
+            all(_same(where.get(key, _MISSING), value) for where, key, value in self.plain)
+            and all(where.get(key) is value for where, key, value in self.tensors)
+            and all(where.get(key) is value for where, key, value in self.bound)
+            and all(p.data_ptr() == address and p.device == device for p, address, device in self.addresses)
+            and all(p.requires_grad is trained and not p._backward_hooks for p, trained in self.trained.items())
+        )
 
 
-_MISSING = object()
 _EVERY_MODULES = vars(nn.Module()).keys() - {"training", "_modules"}
+
+
+def _same(now: Any, value: Any) -> bool:
+    return now is value or (type(now) is type(value) and now == value)
+
+
+def _in_library(name: str) -> bool:
+    return name.partition(".")[0] in _LIBRARIES
 
 
 def _is_plain(value: Any) -> bool:
@@ -129,24 +199,53 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _SIMPLE)
 
 
+class _Store:
+    """Pyro's param store, whichever is in force, its unconstrained values read like a dictionary."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return pyro.get_param_store()._params.get(name, default)
+
+
 class _Items:
     """A list, read like a dictionary."""
 
     def __init__(self, items: Any) -> None:
         self.items = items
 
-    def get(self, index: int, default: Any = None) -> Any:
+    def get(self, index: Any, default: Any = None) -> Any:
+        if index == "length":
+            return len(self.items)
         return self.items[index] if index < len(self.items) else default
 
 
-class _Length:
-    """The length of a collection, read like a dictionary."""
+class _Keys:
+    """The keys of a dictionary, read like one of its values."""
 
     def __init__(self, collection: Any) -> None:
         self.collection = collection
 
-    def get(self, *_: Any) -> int:
-        return len(self.collection)
+    def get(self, *_: Any) -> Any:
+        return tuple(self.collection)
+
+
+class _Bytes:
+    """The content of an array, read like a dictionary's value."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def get(self, *_: Any) -> bytes:
+        return self.array.tobytes()
+
+
+class _Attributes:
+    """The attributes of an object that keeps none in a dictionary, read like one."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return getattr(self.value, name, default)
 
 
 class _Cell:

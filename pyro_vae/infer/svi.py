@@ -1,5 +1,4 @@
-"""Pyro's SVI, its step compiled where it can be. Not public yet: a graph goes stale in ways that the guards do not see, such as
-inputs that are read through numpy, or buffers through ``.item()``."""
+"""Pyro's SVI, its step a graph where it can be one."""
 
 import logging
 import math
@@ -13,34 +12,41 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
+from torch.distributions import Distribution
+from torch.utils import _pytree as pytree
 
 from pyro_vae.batches import Batch
 from pyro_vae.infer.adam import FusedAdam
-from pyro_vae.infer.guards import CannotTrace
+from pyro_vae.infer.graphs import CannotTrace, NotYet
 from pyro_vae.infer.traced import Step
 from pyro_vae.pair import Program
 
 logger = logging.getLogger(__name__)
 Compile = Literal["auto", "trace"] | bool
 
-_INDUCTOR_AFTER = 2000  # steps of one signature, before the seconds that Inductor takes are worth it
+_TRACE_AFTER = 20  # steps of one signature, before the second that a graph takes is worth it
+_INDUCTOR_AFTER = 5000  # likewise, before the seconds that Inductor takes
 _CHECK_EVERY = 500  # steps between two looks at eager Pyro
 _MAX_BUILDS = 16  # graphs built for one pair, before it is left to eager Pyro
+_MAX_SIGNATURES = 64  # likewise, of arguments that are new each time
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
 
 class SVI(pyro.infer.SVI):
     """``pyro.infer.SVI``, as fast as the hardware: the same constructor, ``step`` and ``evaluate_loss``.
 
-    The first step of each signature (shapes, dtypes and devices of the tensors, values of other arguments) is eager Pyro.
-    Then loss and gradients are traced through Pyro's handlers into a graph of tensor operations, which is held against eager
-    Pyro at the same noise, and run in the place of it; Adam and AdamW go over all parameters in one call. What cannot be traced
-    runs as eager Pyro, with one logged line that says why. A graph is built anew when anything changes that Python could have
-    read: training flags, plain attributes, parameters that are frozen or replaced, what functions close over.
+    Loss and gradients are traced through Pyro's handlers into a graph of tensor operations, one for each signature (shapes,
+    dtypes and devices of the tensors, values of other arguments), which is held against eager Pyro at the same noise, and run
+    in the place of it; Adam and AdamW go over all parameters in one call. What cannot be traced runs as eager Pyro, with one
+    logged line that says why. A graph is built anew when anything changes that Python could have read: training flags,
+    attributes, globals, what functions close over, parameters that are frozen or replaced. What a pair does in Python beside
+    its loss, such as to print or to count, is done only while it is traced.
 
     :param optim: one of Pyro's optimizers, or a ``torch.optim.Optimizer`` over the pair's parameters.
     :param loss: one of Pyro's ELBO objects; ``Trace_ELBO`` and ``TraceMeanField_ELBO`` are traced.
     :param compile: ``"trace"``: the graph as it is, ready in a second; ``True``: compiled by Inductor at once, some seconds or
-        a minute; ``"auto"``: the graph, and Inductor after 2000 steps where there is a C++ compiler; ``False``: eager Pyro.
+        a minute; ``"auto"``: the graph after 20 steps of one signature, and Inductor after 5000 where there is a C++ compiler;
+        ``False``: eager Pyro.
     :raises ValueError: for another ``compile``, or a torch optimizer that lacks one of the pair's parameters.
     """
 
@@ -55,6 +61,7 @@ class SVI(pyro.infer.SVI):
         self.elbo, self.compile = loss, compile
         self._signatures: dict[Hashable, _Signature] = {}
         self._builds = 0
+        self._begun = False  # the very first step is Pyro's own: parameters and autoguides are made by it
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the optimizer on the loss; the loss, an estimate of −ELBO in nats."""
@@ -64,10 +71,12 @@ class SVI(pyro.infer.SVI):
         signature = None if _PYRO_STACK else self._signature(batch)  # a handler around the step is not in the graph
         if signature is None or not self._ready(signature, batch):
             return super().step(*args, **kwargs)
-        loss, gradients = signature.step(batch)
+        state = torch.get_rng_state()
+        loss, gradients, _ = signature.step(batch)
         value = loss.item()
-        if not math.isfinite(value):
-            return super().step(*args, **kwargs)  # Pyro's own checks say what is wrong, before anything is moved
+        if not math.isfinite(value):  # Pyro's own checks say what is wrong, before anything is moved
+            torch.set_rng_state(state)
+            return super().step(*args, **kwargs)
         FusedAdam(self.optim)(signature.step.params, gradients)
         return value
 
@@ -82,18 +91,27 @@ class SVI(pyro.infer.SVI):
         )
 
     def _signature(self, batch: Batch) -> "_Signature | None":
-        parts = [*enumerate(batch.args), *batch.kwargs.items()]
-        modes = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_default_dtype()
-        key = (modes, *((name, _key(part)) for name, part in parts))
-        try:
-            return self._signatures.setdefault(key, _Signature(", ".join(_name(part) for _, part in parts)))
-        except TypeError:  # an argument that cannot be compared with the next one
-            return None
+        leaves, structure = pytree.tree_flatten(tuple(batch))
+        modes = (
+            torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_default_dtype(),
+            torch.is_grad_enabled(), Distribution._validate_args,
+        )  # fmt: skip
+        key = (modes, structure, *map(_key, leaves))
+        found = self._signatures.get(key)
+        if found is None and len(self._signatures) < _MAX_SIGNATURES:
+            found = self._signatures[key] = _Signature(", ".join(map(_name, leaves)))
+            for leaf in leaves:
+                if not isinstance(leaf, (Tensor, *_PLAIN)):
+                    found.refuse(f"an argument is of type {type(leaf).__name__}, which may change unseen; pass tensors")
+            if len(self._signatures) == _MAX_SIGNATURES:
+                logger.warning("SVI: %d kinds of arguments: others run as eager Pyro; pass numbers as tensors", _MAX_SIGNATURES)
+        return found
 
     def _ready(self, signature: "_Signature", batch: Batch) -> bool:
         """Whether a graph serves for this step."""
         signature.count += 1
-        if signature.count == 1 or signature.refused:
+        begun, self._begun = self._begun, True
+        if not begun or signature.refused or (self.compile == "auto" and signature.count <= _TRACE_AFTER):
             return False
         kept = signature.step
         if kept is not None and (
@@ -106,6 +124,8 @@ class SVI(pyro.infer.SVI):
                 self._build(signature, batch)
             elif signature.count % _CHECK_EVERY == 0:
                 signature.step.check(batch)
+        except NotYet:
+            return False
         except CannotTrace as reason:
             signature.refuse(str(reason))
             return False
@@ -137,21 +157,21 @@ class _Signature:
     def __init__(self, name: str) -> None:
         self.name, self.count = name, 0
         self.step: Any = None
-        self.how, self.refused = "eager Pyro: the first step", False
+        self.how, self.refused = "eager Pyro: the first steps", False
 
     def refuse(self, reason: str) -> None:
         self.step, self.refused, self.how = None, True, f"eager Pyro: {reason}"
         logger.warning("SVI: %s runs as eager Pyro: %s", self.name, reason)
 
 
-def _key(part: Any) -> Hashable:
-    if isinstance(part, Tensor):
-        return part.shape, part.stride(), part.dtype, part.device, part.requires_grad
-    return type(part), part
+def _key(leaf: Any) -> Hashable:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+    return type(leaf), leaf if isinstance(leaf, _PLAIN) else None
 
 
-def _name(part: Any) -> str:
-    return f"{str(part.dtype).removeprefix('torch.')}{list(part.shape)}" if isinstance(part, Tensor) else repr(part)
+def _name(leaf: Any) -> str:
+    return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
 
 
 class _OneOptimizer(PyroOptim):

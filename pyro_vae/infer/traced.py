@@ -6,9 +6,7 @@ held against eager Pyro at the same noise before it is used, and from time to ti
 """
 
 import math
-import os
 import random
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,16 +19,16 @@ from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.trace_elbo import _compute_log_r
 from pyro.poutine.trace_struct import Trace
-from torch import Tensor
-from torch.distributions import kl_divergence
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor, fx
+from torch.distributions import Distribution, kl_divergence
+from torch.utils import _pytree as pytree
 
 from pyro_vae.batches import Batch
-from pyro_vae.infer.guards import CannotTrace, Guards
+from pyro_vae.infer.graphs import CannotTrace, NotYet, said, trace_graph
+from pyro_vae.infer.guards import Guards, names_read
 from pyro_vae.pair import Program, untouched
 
-# Operations whose result depends on the values of tensors in its shape, or leaves the tensors.
-_DYNAMIC = ("nonzero", "masked_select", "_local_scalar_dense", "unique", "repeat_interleave.Tensor", "equal.default")
+Traces = list[tuple[Trace, Trace]]
 
 
 def surrogate(elbo: ELBO, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
@@ -73,25 +71,45 @@ def _mean_field(model_trace: Trace, guide_trace: Trace) -> Tensor:
     return total
 
 
+def _in_support(traces: Traces) -> Tensor | None:
+    """Whether what is observed lies in the supports of its distributions, where Pyro would ask."""
+    found = []
+    for site in (site for model_trace, _ in traces for site in model_trace.nodes.values()):
+        if site["type"] == "sample" and site["is_observed"] and vars(site["fn"]).get("_validate_args", True):
+            try:
+                found.append(site["fn"].support.check(site["value"]).all())
+            except (NotImplementedError, AttributeError):  # a distribution without a support
+                continue
+    return torch.stack(found).all() if found else None
+
+
 class Step:
     """Loss and gradients of a pair for arguments like these, as a graph.
 
+    :param report: from the loss and the traces of a run, what else a step is to yield.
     :raises CannotTrace: where it cannot be one, or does not agree with eager Pyro.
     """
 
-    def __init__(self, elbo: ELBO, model: Program, guide: Program, batch: Batch) -> None:
+    def __init__(
+        self,
+        elbo: ELBO,
+        model: Program,
+        guide: Program,
+        batch: Batch,
+        report: Callable[[Any, Traces], tuple[Tensor, ...]] = lambda *_: (),
+    ) -> None:
         if type(elbo) not in (Trace_ELBO, TraceMeanField_ELBO):
             raise CannotTrace(f"the loss is {type(elbo).__name__}; Trace_ELBO and TraceMeanField_ELBO are traced")
-        self.elbo, self.model, self.guide = elbo, model, guide
-        self.names = [key for key, part in _parts(batch) if isinstance(part, Tensor)]
-        with untouched() as ran:
+        self.elbo, self.model, self.guide, self.report = elbo, model, guide, report
+        self.validate = Distribution._validate_args
+        with untouched() as ran, names_read() as read:
             others = random.getstate(), str(np.random.get_state())  # noqa: NPY002
             self.params = self._parameters(batch)
             if (random.getstate(), str(np.random.get_state())) != others:  # noqa: NPY002
                 raise CannotTrace("the pair draws from Python's or numpy's generator, which is not in the graph")
-        self.guards = Guards(ran, (model, guide, elbo), self.params)
+        self.guards = Guards(ran, (model, guide, elbo), self.params, read)
         self.graph = self._trace(batch)
-        self.guards.keep_read_by(self.graph)
+        self.guards.forget_written()
         self.run: Callable[..., Any] = self.graph
         for moved in (True, False):
             try:
@@ -99,71 +117,51 @@ class Step:
             except CannotTrace:
                 raise
             except Exception as error:  # parameters or rows that this pair cannot have
-                raise CannotTrace(f"it could not be held against eager Pyro: {_said(error)}") from error
+                raise CannotTrace(f"it could not be held against eager Pyro: {said(error)}") from error
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """The loss ``()`` and the gradient of each of ``params``, in their order."""
+    def __call__(self, batch: Batch) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The loss ``()``, NaN where the data are not in their support; the gradient of each of ``params``; what ``report``
+        yields."""
         with torch.no_grad():
-            loss, *gradients = self.run(*self._tensors(batch))
-        return loss, gradients
-
-    def _tensors(self, batch: Batch) -> list[Tensor]:
-        return [part for _, part in _parts(batch) if isinstance(part, Tensor)]
+            loss, *others = self.run(*_tensors(batch))
+        return loss, others[: len(self.params)], others[len(self.params) :]
 
     def _parameters(self, batch: Batch) -> list[Tensor]:
-        """What Pyro trains, unconstrained: the parameters that have a gradient."""
+        """What Pyro trains, unconstrained: the parameters that have a gradient, were it one of an earlier step."""
+        known = set(pyro.get_param_store().keys())
         with poutine.trace(param_only=True) as capture:
             self.elbo.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs)
         found = {site["value"].unconstrained(): None for site in capture.trace.nodes.values()}
-        used = [p for p in found if p.grad is not None and p.requires_grad]  # Pyro moves no other
-        pyro.infer.util.zero_grads(used)
-        return used
+        pyro.infer.util.zero_grads(found)
+        if capture.trace.nodes.keys() - known:
+            raise NotYet("eager Pyro registers parameters first")
+        return [p for p in found if p.grad is not None and p.requires_grad]
 
-    def _trace(self, batch: Batch) -> torch.fx.GraphModule:
-        fixed = dict(_parts(batch))
+    def _trace(self, batch: Batch) -> fx.GraphModule:
+        leaves, structure = pytree.tree_flatten(tuple(batch))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
         def loss_and_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
-            parts = fixed | dict(zip(self.names, tensors, strict=True))
-            args = [parts[key] for key in parts if isinstance(key, int)]
-            kwargs = {key: part for key, part in parts.items() if isinstance(key, str)}
+            for i, tensor in zip(places, tensors, strict=True):
+                leaves[i] = tensor
+            args, kwargs = pytree.tree_unflatten(leaves, structure)
             total: Any = 0.0
             followed: Any = 0.0
-            for traces in self.elbo._get_traces(self.model, self.guide, args, kwargs):
-                loss, surrogate_loss = surrogate(self.elbo, *traces)
+            traces = []
+            for pair in self.elbo._get_traces(self.model, self.guide, args, kwargs):
+                loss, surrogate_loss = surrogate(self.elbo, *pair)
                 total, followed = total + loss / self.elbo.num_particles, followed + surrogate_loss / self.elbo.num_particles
-            return total, *torch.autograd.grad(followed, self.params)
+                traces.append(pair)
+            found = torch.autograd.grad(followed, self.params, allow_unused=True)
+            gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self.params, strict=True)]
+            with torch.no_grad():
+                reported = self.report(total, traces)
+                valid = _in_support(traces) if self.validate else None
+                if valid is not None:  # eager Pyro will say what is wrong
+                    total = torch.where(valid, total, math.nan)
+            return total, *gradients, *reported
 
-        graph, again = (self._traced(loss_and_gradients, batch, seed) for seed in (0, 1))
-        for node in graph.graph.nodes:
-            self._check_node(graph, again, node)
-        return graph
-
-    def _traced(self, f: Callable[..., Any], batch: Batch, seed: int) -> torch.fx.GraphModule:
-        try:
-            with untouched(seed=seed), pyro.validation_enabled(False):
-                return make_fx(f)(*self._tensors(batch))
-        except Exception as error:
-            raise CannotTrace(_said(error)) from error
-
-    def _check_node(self, graph: torch.fx.GraphModule, again: torch.fx.GraphModule, node: torch.fx.Node) -> None:
-        target = str(node.target)
-        by_mask = target == "aten.index.Tensor" and any(
-            isinstance(index, torch.fx.Node) and index.meta["val"].dtype in (torch.bool, torch.uint8)
-            for index in node.args[1]  # type: ignore[union-attr]
-        )
-        if by_mask or any(name in target for name in _DYNAMIC):
-            raise CannotTrace(f"the result of {target} has a shape that depends on values")
-        if node.op == "get_attr":
-            value, other = getattr(graph, target), getattr(again, target, None)
-            if (
-                isinstance(value, Tensor)
-                and value is not other
-                and not (isinstance(other, Tensor) and torch.equal(value, other))
-            ):
-                raise CannotTrace(
-                    f"a tensor of shape {tuple(value.shape)} is made by Python as the pair runs, another each time, as by "
-                    "numpy; a graph would keep it: draw it by torch"
-                )
+        return trace_graph(loss_and_gradients, _tensors(batch))
 
     def compile(self, batch: Batch) -> None:
         """Compile the graph by Inductor, its noise that of eager torch. Raises ``CannotTrace`` where that fails; the graph
@@ -173,7 +171,9 @@ class Step:
             self.check(batch)  # Inductor compiles at the first call
         except Exception as error:
             self.run = self.graph
-            raise CannotTrace(f"Inductor: {_said(error)}") from error
+            raise CannotTrace(f"Inductor: {said(error)}") from error
+        finally:  # Dynamo turns the checks of distributions off for the whole process
+            Distribution.set_default_validate_args(self.validate)
 
     def check(self, batch: Batch, *, moved: bool = False) -> None:
         """Hold the graph against eager Pyro at the same noise.
@@ -192,7 +192,7 @@ class Step:
                 batch = batch.map(lambda part: part[order.to(part.device)] if len(part) == len(order) else part)
             state = pyro.util.get_rng_state()
             with self._restored():
-                loss, gradients = self(batch)
+                loss, gradients, _ = self(batch)
                 ours = [loss, *gradients, *(value.clone() for value in self.guards.buffers())]
             pyro.util.set_rng_state(state)
             with self._restored(), untouched():
@@ -229,13 +229,6 @@ class Step:
                         value.copy_(was)
 
 
-def _said(error: Exception) -> str:
-    """The first sentence of an error, and the line outside of torch that it came from."""
-    lines = [line for line in traceback.extract_tb(error.__traceback__) if f"{os.sep}torch{os.sep}" not in line.filename]
-    at = f" at {os.path.basename(lines[-1].filename)}:{lines[-1].lineno}, {lines[-1].line}" if lines else ""
-    return f"{type(error).__name__}{at}: {str(error).strip().splitlines()[0].split('. ')[0]}"
-
-
 def _agree(a: Tensor, b: Tensor) -> bool:
     tolerance = 1e-8 if a.dtype == torch.double else 2e-4
     scale = b.abs().max().item() if b.numel() else 0.0
@@ -244,6 +237,5 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     return bool(((a - b).abs() <= tolerance * scale + 1e-12).all())
 
 
-def _parts(batch: Batch) -> Iterator[tuple[int | str, Any]]:
-    yield from enumerate(batch.args)
-    yield from batch.kwargs.items()
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tuple(batch)) if isinstance(leaf, Tensor)]

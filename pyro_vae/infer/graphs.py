@@ -1,0 +1,155 @@
+"""A function of tensors as a graph of operations: how it is traced, what is refused, which matrix products it uses."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions.util import is_identically_zero
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+
+from pyro_vae.pair import untouched
+
+# Operations whose result depends on the values of tensors in its shape, or leaves the tensors.
+_DYNAMIC = ("nonzero", "masked_select", "_local_scalar_dense", "unique", "repeat_interleave.Tensor", "equal.default")
+# Ways for the values of a tensor to become Python's.
+_READS = frozenset(
+    [
+        "item",
+        "tolist",
+        "numpy",
+        "equal",
+        "allclose",
+        "is_nonzero",
+        "__array__",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__complex__",
+        "__index__",
+        "__contains__",
+        "__format__",
+        "__repr__",
+        "__dlpack__",
+    ]
+)
+_LARGE = 2_000_000  # multiplications of a matrix product, above which oneDNN pays for its longer call
+
+
+class CannotTrace(Exception):
+    """What keeps a step from being a graph, in words."""
+
+
+class NotYet(CannotTrace):
+    """What keeps a step from being a graph this time only."""
+
+
+def trace_graph(f: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> fx.GraphModule:
+    """The operations of ``f(*tensors)``, which is called twice at the same tensors with other noise. Tensors that it closes
+    over are the graph's own, live: what is written to them is seen.
+
+    :raises CannotTrace: where Python reads the value of a tensor, or the two calls are not the same operations.
+    """
+    graph, again = (_traced(f, tensors, seed) for seed in (0, 1))
+    if graph.code != again.code:
+        raise CannotTrace("it does other things each time it runs (a counter, the time): numbers that Python keeps")
+    for node in graph.graph.nodes:
+        _check_node(graph, again, node)
+    for node in list(graph.graph.nodes):
+        _by_onednn(graph.graph, node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _traced(f: Callable[..., Any], tensors: list[Tensor], seed: int) -> fx.GraphModule:
+    try:
+        with untouched(seed=seed), pyro.validation_enabled(False), _NoReads():
+            return make_fx(f)(*tensors)
+    except CannotTrace:
+        raise
+    except Exception as error:
+        raise CannotTrace(said(error)) from error
+
+
+class _NoReads(TorchFunctionMode):
+    """Nothing reads a tensor's value: a graph would keep the number that it had."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _READS and sys._getframe(1).f_code is not is_identically_zero.__code__:  # of Pyro, for integers
+            raise CannotTrace(f"Tensor.{name}() takes the value out of a tensor{_where()}")
+        return func(*args, **(kwargs or {}))
+
+
+def _check_node(graph: fx.GraphModule, again: fx.GraphModule, node: fx.Node) -> None:
+    target = str(node.target)
+    by_mask = target == "aten.index.Tensor" and any(
+        isinstance(index, fx.Node) and index.meta["val"].dtype in (torch.bool, torch.uint8)
+        for index in node.args[1]  # type: ignore[union-attr]
+    )
+    if by_mask or any(name in target for name in _DYNAMIC):
+        raise CannotTrace(f"the result of {target} has a shape that depends on values")
+    if any(isinstance(part, torch.Generator) for part in (*node.args, *node.kwargs.values())):
+        raise CannotTrace(f"{target} draws from a generator of its own")
+    if node.op == "get_attr":
+        value, other = getattr(graph, target), getattr(again, target, None)
+        same = value is other or (isinstance(value, Tensor) and isinstance(other, Tensor) and torch.equal(value, other))
+        if isinstance(value, Tensor) and not same:
+            raise CannotTrace(
+                f"a tensor of shape {tuple(value.shape)} is made by Python as the pair runs, another each time, as by numpy; a "
+                "graph would keep it: draw it by torch"
+            )
+
+
+def said(error: Exception) -> str:
+    """The first sentence of an error, and the line outside of torch that it came from."""
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}{_where(traceback.extract_tb(error.__traceback__))}: {text[0].split('. ')[0]}"
+
+
+def _where(stack: traceback.StackSummary | None = None) -> str:
+    """The innermost line that is neither torch's nor this file's."""
+    for line in reversed(stack or traceback.extract_stack()):
+        if f"{os.sep}torch{os.sep}" not in line.filename and line.filename != __file__:
+            return f" at {os.path.basename(line.filename)}:{line.lineno}, {line.line}"
+    return ""
+
+
+# torch multiplies single-precision matrices by MKL, which on CPUs that are not Intel's runs at half the speed of oneDNN. The
+# operation is one of our own, since Inductor takes torch's only for weights that are constant.
+_library = torch.library.Library("pyro_vae", "DEF")
+_library.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(a, b.t(), bias, "none", [], "")
+
+
+def _product_shape(a: Tensor, b: Tensor, _: Tensor | None) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+_library.impl("product", _product, "CPU")
+torch.library.register_fake("pyro_vae::product", _product_shape, lib=_library)
+
+
+def _by_onednn(graph: fx.Graph, node: fx.Node) -> None:
+    """Put oneDNN's product in the place of a large one by MKL."""
+    if node.target not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) or node.kwargs:
+        return
+    if not (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")):
+        return
+    *bias, a, b = node.args
+    left, right, *added = (part.meta["val"] for part in (a, b, *bias))  # type: ignore[union-attr]
+    plain = left.dtype == torch.float and left.device.type == "cpu" and all(part.dim() == 1 for part in added)
+    if plain and left.numel() * right.shape[1] >= _LARGE:
+        with graph.inserting_before(node):
+            product = graph.call_function(torch.ops.pyro_vae.product.default, (a, b, bias[0] if bias else None))
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
