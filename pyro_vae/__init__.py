@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pyro_vae import batches, conditionals, data, diagnostics, exact, flows, infer, nets, pair, plots, priors, vae
     from pyro_vae.data import Data, load
     from pyro_vae.diagnostics import compare, compare_guides, free_energy, split_gap
-    from pyro_vae.infer import Epoch, History, PairReport, check_pair, evaluate, fit, train
+    from pyro_vae.infer import SVI, Epoch, History, PairReport, check_pair, evaluate, fit, train
     from pyro_vae.vae import CVAE, VAE, Guide, Model
 
 __version__ = "0.1.0"
@@ -26,6 +26,7 @@ _HOME = {
     "History": "infer",
     "Model": "vae",
     "PairReport": "infer",
+    "SVI": "infer",
     "check_pair": "infer",
     "compare": "diagnostics",
     "compare_guides": "diagnostics",
@@ -52,6 +53,7 @@ _MODULES = (
 )
 __all__ = [
     "CVAE",
+    "SVI",
     "VAE",
     "Data",
     "Epoch",

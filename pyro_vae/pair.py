@@ -3,6 +3,7 @@
 The terms of the ELBO are defined here, once; training reports them, evaluation averages them.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -129,7 +130,10 @@ def sum_sites(trace: Trace, plates: frozenset[str], *, particle_dim: int | None 
     """
     sums = dict.fromkeys(SiteSums._fields, torch.zeros(()))
     for _, site in sampled(trace):
-        log_prob = scale_and_mask(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), mask=site["mask"])
+        log_prob = site.get("unscaled_log_prob")  # a loss may have asked for it before
+        if log_prob is None:
+            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        log_prob = scale_and_mask(log_prob, mask=site["mask"])
         kept = [] if particle_dim is None else [particle_dim]
         kind = "observed" if site["is_observed"] else "latent"
         rows = None
@@ -204,10 +208,10 @@ class Reweighted(Messenger):
     A plate that subsamples from a larger size scales its sites itself and is left alone.
     """
 
-    def __init__(self, plates: frozenset[str], *, num_rows: int, num_data: int, beta: float = 1.0) -> None:
+    def __init__(self, plates: frozenset[str], *, num_rows: int, num_data: int, beta: float | Tensor = 1.0) -> None:
         super().__init__()
         self.plates, self.num_rows, self.num_data, self.beta = plates, num_rows, num_data, beta
-        self.traces: list[Trace] = []
+        self.traces: deque[Trace] = deque()
 
     def __enter__(self) -> "Reweighted":
         self.traces.append(Trace())

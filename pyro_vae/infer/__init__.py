@@ -3,5 +3,6 @@
 from pyro_vae.infer.check import PairReport, SiteReport, check_pair
 from pyro_vae.infer.evaluate import evaluate
 from pyro_vae.infer.fit import Epoch, History, fit, train
+from pyro_vae.infer.svi import SVI
 
-__all__ = ["Epoch", "History", "PairReport", "SiteReport", "check_pair", "evaluate", "fit", "train"]
+__all__ = ["SVI", "Epoch", "History", "PairReport", "SiteReport", "check_pair", "evaluate", "fit", "train"]

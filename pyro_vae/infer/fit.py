@@ -12,7 +12,6 @@ import pyro
 import torch
 from pyro.infer import (
     ELBO,
-    SVI,
     JitTrace_ELBO,
     JitTraceEnum_ELBO,
     JitTraceGraph_ELBO,
@@ -28,6 +27,8 @@ from pyro_vae.batches import Batch, Batches, InMemory, as_batches, fitting
 from pyro_vae.data import Data
 from pyro_vae.infer.check import check_first_batch, check_observed
 from pyro_vae.infer.evaluate import evaluate
+from pyro_vae.infer.svi import SVI, Compile, has_compiler
+from pyro_vae.infer.traced import Traces
 from pyro_vae.pair import (
     ElboTerms,
     MeanElbo,
@@ -41,6 +42,7 @@ from pyro_vae.pair import (
 )
 
 Beta = float | Callable[[float], float]
+_TRACE_FROM, _INDUCTOR_FROM = 300, 5000  # steps of a fit, where a graph and where Inductor are worth their seconds
 _TRACED = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
 
 
@@ -92,6 +94,7 @@ def fit(
     validation: Any = None,
     beta: Beta = 1.0,
     patience: int | None = None,
+    compile: Compile = "auto",
     progress: bool | None = None,
 ) -> History:
     """Train a pair by SVI.
@@ -110,6 +113,8 @@ def fit(
     :param beta: weight of the latent terms, log p(z) − log q(z|x), a number or a function of the epochs elapsed (a
         fraction within an epoch). It changes what is optimized, never what is reported.
     :param patience: stop after so many epochs without a better validation ELBO, and return to the best parameters.
+    :param compile: how the steps run, see :class:`~pyro_vae.SVI`; ``"auto"`` goes by their number: eager Pyro below 300, a
+        graph below 5000, then Inductor where there is a C++ compiler.
     :param progress: a bar on stderr; by default only where that is a terminal.
     :raises ValueError: before the first step, for bad data or a pair that cannot be trained (see ``check_pair``).
     :raises FloatingPointError: for a loss that is not finite, before the optimizer moves.
@@ -118,7 +123,7 @@ def fit(
     state: dict = {"params": {}, "constraints": {}}
     for record in train(
         model, guide, data, loss=loss, optim=optim, epochs=epochs, batch_size=batch_size, validation=validation,
-        beta=beta, patience=patience, progress=progress, param_store=state,
+        beta=beta, patience=patience, compile=compile, progress=progress, param_store=state,
     ):  # fmt: skip
         records.append(record)
     return History(tuple(records), state)
@@ -136,6 +141,7 @@ def train(
     validation: Any = None,
     beta: Beta = 1.0,
     patience: int | None = None,
+    compile: Compile = "auto",
     progress: bool | None = None,
     param_store: dict | None = None,
 ) -> Iterator[Epoch]:
@@ -162,7 +168,7 @@ def train(
             _check_annealing(model, guide, first)
     if isinstance(validation, Data):
         validation = validation.fixed()
-    step = _Step(model, guide, loss, optim, plates, batches)
+    step = _Step(model, guide, loss, optim, plates, batches, annealed=beta != 1.0)
     best = _Best(state, modules)
     with tqdm(total=epochs * batches.num_batches, unit="step", disable=None if progress is None else not progress) as bar:
         for epoch in range(1, epochs + 1):
@@ -170,7 +176,9 @@ def train(
             with store.scope(state):
                 for i, batch in enumerate(batches.epoch(shuffle=True)):
                     weight = beta(epoch - 1 + i / batches.num_batches) if callable(beta) else float(beta)
-                    parts.append(step(fitting(model, batch), weight, f"epoch {epoch}, batch {i}"))
+                    batch = fitting(model, batch)
+                    step.compile = _pays(compile, epochs * (batches.num_batches if batch.num_rows == first.num_rows else 1))
+                    parts.append(step.on(batch, weight, f"epoch {epoch}, batch {i}"))
                     bar.update()
                 held_out = None
                 if validation is not None:
@@ -186,6 +194,15 @@ def train(
                 if best.epochs_since >= patience or epoch == epochs:
                     best.restore()
                     return
+
+
+def _pays(compile: Compile, num_steps: int) -> Compile:
+    """How so many steps on batches of one size are to run."""
+    if compile != "auto":
+        return compile
+    if num_steps < _TRACE_FROM:
+        return False
+    return True if num_steps >= _INDUCTOR_FROM and has_compiler() else "trace"
 
 
 def _check_annealing(model: Program, guide: Program, batch: Batch) -> None:
@@ -229,23 +246,33 @@ class _Best:
             tensor.copy_(value)
 
 
-class _Step:
+class _Step(SVI):
     """One SVI step on a minibatch that stands for all data, and the ELBO terms it saw."""
 
     def __init__(
-        self, model: Program, guide: Program, loss: ELBO, optim: PyroOptim, plates: frozenset[str], batches: Batches
+        self,
+        model: Program,
+        guide: Program,
+        loss: ELBO,
+        optim: PyroOptim,
+        plates: frozenset[str],
+        batches: Batches,
+        annealed: bool,
     ) -> None:
-        self.loss, self.plates, self.num_data = loss, plates, batches.num_rows
+        self.plates, self.num_data = plates, batches.num_rows
         self.loaded = not isinstance(batches, InMemory)  # data in memory were checked before the first step
         self.batch, self.where = Batch((), {}), ""
-        self.handlers = [Reweighted(plates, num_rows=self.num_data, num_data=self.num_data) for _ in (model, guide)]
+        self.beta = torch.ones(()) if annealed else None  # a tensor, whose value a graph reads anew at each step
+        beta = 1.0 if self.beta is None else self.beta
+        self.handlers = [Reweighted(plates, num_rows=0, num_data=self.num_data, beta=beta) for _ in (model, guide)]
         self.programs = [handler(program) for handler, program in zip(self.handlers, (model, guide), strict=True)]
-        self.svi = SVI(*self.programs, optim, loss=loss.loss, loss_and_grads=self.loss_and_grads)
+        super().__init__(*self.programs, optim, loss)
+        self.loss_and_grads = self._checked
 
-    def loss_and_grads(self, *args: Any, **kwargs: Any) -> Any:
+    def _checked(self, *args: Any, **kwargs: Any) -> Any:
         """Pyro's own, between the checks that must come before the optimizer moves."""
         try:
-            value = self.loss.loss_and_grads(*args, **kwargs)
+            value = self.elbo.loss_and_grads(*args, **kwargs)
         except ValueError as error:
             self._check_data()
             cause = str(error).split(":\n", 1)[0].split("\n", 1)[0]
@@ -256,7 +283,7 @@ class _Step:
         if self.loaded:
             self._check_data()
         # a tail-adaptive loss has no value, by its own account
-        unbounded = isinstance(self.loss, TraceTailAdaptive_ELBO)
+        unbounded = isinstance(self.elbo, TraceTailAdaptive_ELBO)
         if not unbounded and not math.isfinite(sum(value) if isinstance(value, tuple) else value):
             raise FloatingPointError(
                 f"fit: the loss is {value} at {self.where}; no parameter was moved by it. Lower the learning rate, raise "
@@ -265,34 +292,39 @@ class _Step:
         return value
 
     def _check_data(self) -> None:
-        for trace in self.handlers[0].traces[-1:]:
-            check_observed(trace, self.batch, f"fit: {self.where}")
+        if self.handlers[0].traces:
+            check_observed(self.handlers[0].traces[-1], self.batch, f"fit: {self.where}")
 
-    def __call__(self, batch: Batch, beta: float, where: str) -> ElboTerms:
+    def on(self, batch: Batch, beta: float, where: str) -> ElboTerms:
+        """The step, its loss annealed by β; the terms are not."""
         self.batch, self.where = batch, where
+        if self.beta is not None:
+            self.beta.fill_(beta)
         for handler in self.handlers:
-            handler.num_rows, handler.beta = batch.num_rows, beta
+            handler.num_rows = batch.num_rows
             handler.traces.clear()
-        return self._terms(batch, self.svi.step(*batch.args, **batch.kwargs))
+        value = self.step(*batch.args, **batch.kwargs)
+        return self._terms(value) if self.reported is None else ElboTerms(*self.reported)
+
+    def report(self, traces: Traces) -> ElboTerms:
+        particles = self.elbo.num_particles // len(traces)
+        drawn = [elbo_terms(*pair, self.plates, num_data=self.num_data, num_particles=particles) for pair in traces]
+        return ElboTerms(*(torch.stack(part).mean(0) for part in zip(*drawn, strict=True)))
 
     @torch.no_grad()
-    def _terms(self, batch: Batch, value: Any) -> ElboTerms:
-        particles = self.loss.num_particles
-        runs = 1 if self.loss.vectorize_particles else particles
-        models, guides = (handler.traces[-runs:] for handler in self.handlers)
+    def _terms(self, value: Any) -> ElboTerms:
+        """Those of a step of eager Pyro, whose loss was that value."""
+        runs = 1 if self.elbo.vectorize_particles else self.elbo.num_particles
+        models, guides = (list(handler.traces)[-runs:] for handler in self.handlers)
         seen = len(models) == len(guides) > 0  # a guide that is a handler of its model runs it unseen
-        if isinstance(self.loss, TraceEnum_ELBO) or not seen:
+        if isinstance(self.elbo, TraceEnum_ELBO) or not seen:
             # the loss alone knows, and an annealed one must be asked again
-            if self.handlers[0].beta != 1 or not isinstance(value, float):
-                for handler in self.handlers:
-                    handler.beta = 1.0
-                value = self.loss.loss(*self.programs, *batch.args, **batch.kwargs)
-            return ElboTerms.of_batch(-value / self.num_data, batch.num_rows)
-        drawn = [
-            elbo_terms(*pair, self.plates, num_data=self.num_data, num_particles=particles // runs)
-            for pair in zip(models, guides, strict=True)
-        ]
-        return ElboTerms(*(torch.stack(part).mean(0) for part in zip(*drawn, strict=True)))
+            if self.beta is not None or not isinstance(value, float):
+                if self.beta is not None:
+                    self.beta.fill_(1.0)
+                value = self.elbo.loss(*self.programs, *self.batch.args, **self.batch.kwargs)
+            return ElboTerms.of_batch(-value / self.num_data, self.batch.num_rows)
+        return self.report(list(zip(models, guides, strict=True)))
 
 
 def _held_out(mean: MeanElbo | None) -> dict[str, str]:

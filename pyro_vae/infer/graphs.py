@@ -128,7 +128,12 @@ _library.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(a, b.t(), bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(_dense(a), _dense(b).t(), bias, "none", [], "")
+
+
+def _dense(a: Tensor) -> Tensor:
+    """oneDNN has no fast product for columns cut out of a matrix."""
+    return a if a.is_contiguous() or a.t().is_contiguous() else a.contiguous()
 
 
 def _product_shape(a: Tensor, b: Tensor, _: Tensor | None) -> Tensor:
@@ -151,5 +156,6 @@ def _by_onednn(graph: fx.Graph, node: fx.Node) -> None:
     if plain and left.numel() * right.shape[1] >= _LARGE:
         with graph.inserting_before(node):
             product = graph.call_function(torch.ops.pyro_vae.product.default, (a, b, bias[0] if bias else None))
+        product.meta = node.meta
         node.replace_all_uses_with(product)
         graph.erase_node(node)

@@ -17,14 +17,14 @@ from torch.utils import _pytree as pytree
 
 from pyro_vae.batches import Batch
 from pyro_vae.infer.adam import FusedAdam
-from pyro_vae.infer.graphs import CannotTrace, NotYet
-from pyro_vae.infer.traced import Step
+from pyro_vae.infer.graphs import CannotTrace, NotYet, said
+from pyro_vae.infer.traced import Step, Traces
 from pyro_vae.pair import Program
 
 logger = logging.getLogger(__name__)
 Compile = Literal["auto", "trace"] | bool
 
-_TRACE_AFTER = 20  # steps of one signature, before the second that a graph takes is worth it
+_TRACE_AFTER = 100  # steps of one signature, before the second that a graph takes is worth it
 _INDUCTOR_AFTER = 5000  # likewise, before the seconds that Inductor takes
 _CHECK_EVERY = 500  # steps between two looks at eager Pyro
 _MAX_BUILDS = 16  # graphs built for one pair, before it is left to eager Pyro
@@ -45,7 +45,7 @@ class SVI(pyro.infer.SVI):
     :param optim: one of Pyro's optimizers, or a ``torch.optim.Optimizer`` over the pair's parameters.
     :param loss: one of Pyro's ELBO objects; ``Trace_ELBO`` and ``TraceMeanField_ELBO`` are traced.
     :param compile: ``"trace"``: the graph as it is, ready in a second; ``True``: compiled by Inductor at once, some seconds or
-        a minute; ``"auto"``: the graph after 20 steps of one signature, and Inductor after 5000 where there is a C++ compiler;
+        a minute; ``"auto"``: the graph after 100 steps of one signature, and Inductor after 5000 where there is a C++ compiler;
         ``False``: eager Pyro.
     :raises ValueError: for another ``compile``, or a torch optimizer that lacks one of the pair's parameters.
     """
@@ -65,27 +65,33 @@ class SVI(pyro.infer.SVI):
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the optimizer on the loss; the loss, an estimate of −ELBO in nats."""
+        self.reported: tuple[Tensor, ...] | None = None
         if self.compile is False or not isinstance(self.elbo, ELBO):
+            self._begun = True
             return super().step(*args, **kwargs)
         batch = Batch(args, kwargs)
         signature = None if _PYRO_STACK else self._signature(batch)  # a handler around the step is not in the graph
         if signature is None or not self._ready(signature, batch):
             return super().step(*args, **kwargs)
         state = torch.get_rng_state()
-        loss, gradients, _ = signature.step(batch)
+        loss, gradients, reported = signature.step(batch)
         value = loss.item()
         if not math.isfinite(value):  # Pyro's own checks say what is wrong, before anything is moved
             torch.set_rng_state(state)
             return super().step(*args, **kwargs)
         FusedAdam(self.optim)(signature.step.params, gradients)
+        self.reported = reported
         return value
+
+    def report(self, traces: Traces) -> tuple[Tensor, ...]:  # noqa: ARG002
+        """What else a graph is to yield, from the traces of model and guide: a subclass finds it in ``reported`` after a
+        step, which is ``None`` where eager Pyro ran."""
+        return ()
 
     def explain(self) -> str:
         """What runs how, and why: a line for each signature."""
-        if self.compile is False:
-            return "eager Pyro: compile=False"
         if not self._signatures:
-            return "nothing has run yet"
+            return "eager Pyro: compile=False" if self.compile is False else "nothing has run yet"
         return "\n".join(
             f"{signature.name}: {signature.how}, {signature.count} steps" for signature in self._signatures.values()
         )
@@ -129,7 +135,10 @@ class SVI(pyro.infer.SVI):
         except CannotTrace as reason:
             signature.refuse(str(reason))
             return False
-        if self.compile == "auto" and signature.count == _INDUCTOR_AFTER and shutil.which("g++"):
+        except Exception as error:  # the pair itself fails on these data, as eager Pyro is about to say
+            signature.step, signature.how = None, f"eager Pyro: {said(error)}"
+            return False
+        if self.compile == "auto" and signature.count == _INDUCTOR_AFTER and has_compiler():
             self._compile(signature, batch)
         return True
 
@@ -137,7 +146,7 @@ class SVI(pyro.infer.SVI):
         self._builds += 1
         if self._builds > _MAX_BUILDS:
             raise CannotTrace(f"{_MAX_BUILDS} graphs were built, and what they depend on changed again")
-        signature.step = Step(self.elbo, self.model, self.guide, batch)
+        signature.step = Step(self.elbo, self.model, self.guide, batch, self.report)
         signature.how = "traced"
         if self.compile is True:
             self._compile(signature, batch)
@@ -162,6 +171,11 @@ class _Signature:
     def refuse(self, reason: str) -> None:
         self.step, self.refused, self.how = None, True, f"eager Pyro: {reason}"
         logger.warning("SVI: %s runs as eager Pyro: %s", self.name, reason)
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which Inductor needs."""
+    return shutil.which("g++") is not None
 
 
 def _key(leaf: Any) -> Hashable:

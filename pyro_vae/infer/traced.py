@@ -86,7 +86,7 @@ def _in_support(traces: Traces) -> Tensor | None:
 class Step:
     """Loss and gradients of a pair for arguments like these, as a graph.
 
-    :param report: from the loss and the traces of a run, what else a step is to yield.
+    :param report: from the traces of a run, what else a step is to yield.
     :raises CannotTrace: where it cannot be one, or does not agree with eager Pyro.
     """
 
@@ -96,7 +96,7 @@ class Step:
         model: Program,
         guide: Program,
         batch: Batch,
-        report: Callable[[Any, Traces], tuple[Tensor, ...]] = lambda *_: (),
+        report: Callable[[Traces], tuple[Tensor, ...]],
     ) -> None:
         if type(elbo) not in (Trace_ELBO, TraceMeanField_ELBO):
             raise CannotTrace(f"the loss is {type(elbo).__name__}; Trace_ELBO and TraceMeanField_ELBO are traced")
@@ -155,7 +155,7 @@ class Step:
             found = torch.autograd.grad(followed, self.params, allow_unused=True)
             gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self.params, strict=True)]
             with torch.no_grad():
-                reported = self.report(total, traces)
+                reported = self.report(traces)
                 valid = _in_support(traces) if self.validate else None
                 if valid is not None:  # eager Pyro will say what is wrong
                     total = torch.where(valid, total, math.nan)

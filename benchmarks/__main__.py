@@ -1,0 +1,41 @@
+"""Times as ratios, each table measured in one process with its ways in turns.
+
+    python -m benchmarks
+
+Takes 15 minutes on 2 cores. MNIST is read as ``pyro-vae train mnist`` reads it.
+"""
+
+import argparse
+import platform
+
+import pyro
+import torch
+
+import pyro_vae as pv
+from benchmarks import epoch, posterior, step
+from benchmarks.timing import print_table
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", help="step, epoch, posterior; by default all")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=5, help="rounds of the epochs")
+    parser.add_argument("--num-data", type=int, default=60_000, help="images of MNIST in an epoch")
+    parser.add_argument("--data-dir")
+    args = parser.parse_args()
+    tables = args.tables or ["step", "epoch", "posterior"]
+
+    pyro.set_rng_seed(0)
+    cores = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    print(f"{platform.system()} {platform.machine()}, {cores}, Python {platform.python_version()}, torch {torch.__version__}")
+    if "step" in tables:
+        print_table("One step of SVI", step.steps((20, 100, 256, 1024), args.rounds), step.BASE)
+    if "epoch" in tables:
+        train, _ = pv.load("mnist", binarize="threshold", data_dir=args.data_dir)
+        x = train.x[: args.num_data].reshape(-1, 784)
+        print_table(f"An epoch of {len(x)} images", epoch.epochs(x, (128, 256), args.epochs), epoch.BASE)
+    if "posterior" in tables:
+        columns = {"100 data, 50 draws": posterior.importance(100, 50, args.rounds)}
+        print_table("Log-weights", columns, posterior.IMPORTANCE)
+        columns = {f"{n} data, 16 chains": posterior.hmc(n, 16, args.rounds) for n in (1, 100)}
+        print_table("Gradient of log p(x, z), a leapfrog step of HMC", columns, posterior.HMC)

@@ -1,0 +1,69 @@
+"""What comes after training: importance sampling, and the gradients of an HMC step, on AEVB's network."""
+
+import pyro
+import torch
+from pyro.infer.importance import vectorized_importance_weights
+
+from benchmarks.aevb import LATENT, PIXELS, make_vae
+from benchmarks.timing import measure
+from pyro_vae.batches import Batch
+from pyro_vae.infer.graphs import trace_graph
+from pyro_vae.particles import Latents
+
+IMPORTANCE, HMC = "Pyro's `vectorized_importance_weights`", "eager torch"
+
+
+def importance(num_rows, num_particles, rounds):
+    """Log-weights of so many draws for each datum: Pyro's are of all data together."""
+    x = torch.bernoulli(torch.rand(num_rows, PIXELS))
+    vae = make_vae()
+    batch, latents = Batch((x,), {}), Latents(vae.model, Batch((x,), {}))
+
+    @torch.no_grad()
+    def by_pyro():
+        return vectorized_importance_weights(
+            vae.model, vae.guide, x, num_samples=num_particles, max_plate_nesting=1, normalized=False
+        )
+
+    @torch.no_grad()
+    def per_datum():
+        z, log_q = latents.draw(vae.guide, batch, num_particles)
+        return latents.log_prob(vae.model, batch, z) - log_q
+
+    @torch.no_grad()
+    def by_hand():
+        q, total = vae.encode(x), []
+        for z in q.sample((num_particles,)):
+            prior = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
+            total.append(vae.decoder(z).log_prob(x) + prior - q.log_prob(z))
+        return torch.stack(total)
+
+    ways = {IMPORTANCE: by_pyro, "all draws at once, a weight for each datum": per_datum, "by hand, a draw at a time": by_hand}
+    return measure({name: lambda way=way: way for name, way in ways.items()}, rounds=rounds, num_calls=3)
+
+
+def hmc(num_rows, num_chains, rounds):
+    """The gradient of log p(x, z) for z, of every chain and datum: what each leapfrog step of HMC asks for."""
+    x = torch.bernoulli(torch.rand(num_rows, PIXELS))
+    vae = make_vae().requires_grad_(False).eval()
+    batch, latents = Batch((x,), {}), Latents(vae.model, Batch((x,), {}))
+    z = torch.randn(num_chains, num_rows, LATENT)
+
+    def gradient(z):
+        z = z.detach().requires_grad_()
+        log_prob = latents.log_prob(vae.model, batch, z)
+        return log_prob.detach(), torch.autograd.grad(log_prob.sum(), z)[0]
+
+    with pyro.validation_enabled(False):
+        graph = trace_graph(gradient, [z])
+    compiled = torch.compile(trace_graph(gradient, [z]), fullgraph=True)
+
+    def run(f):
+        def call():
+            with torch.no_grad():
+                return f(z)
+
+        return call
+
+    ways = {HMC: lambda: gradient(z), "graph": run(graph), "graph, Inductor": run(compiled)}
+    return measure({name: lambda way=way: way for name, way in ways.items()}, rounds=rounds, num_calls=20)
