@@ -74,7 +74,7 @@ class InMemory(Batches):
         self.whole = whole
         self.num_rows = whole.num_rows
         self.batch_size = min(batch_size, self.num_rows)
-        self._take = take or (lambda rows: whole.map(lambda part: part[rows]))
+        self._take = take or (lambda rows: whole.map(lambda part: part.index_select(0, rows.to(part.device))))
 
     def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
         if self.batch_size == self.num_rows:

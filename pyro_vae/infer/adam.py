@@ -12,58 +12,70 @@ class FusedAdam:
     """The update of one of Pyro's optimizers: fused where it is plain Adam or AdamW, whose state stays where the optimizer
     keeps it; any other optimizer is called as it is."""
 
-    def __init__(self, optim: PyroOptim) -> None:
-        self.optim = optim
+    def __init__(self, optim: PyroOptim, params: Sequence[Tensor]) -> None:
+        self.optim, self.params = optim, params
+        self.groups: dict[tuple, tuple[list, ...]] | None = None
+        self.quiet: object | None = None
 
-    def __call__(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        groups = self._groups(params, gradients)
-        if groups is None:
-            before = [p.grad for p in params]
-            for p, gradient in zip(params, gradients, strict=True):
+    def __call__(self, gradients: Sequence[Tensor], *, quiet: object | None) -> None:
+        """Move the parameters.
+
+        :param quiet: while it is the same object, nothing touches the optimizer's settings between two calls.
+        """
+        if quiet is None or quiet is not self.quiet or self.groups is None:
+            self.groups, self.quiet = self._groups(), quiet
+        if self.groups is None:
+            before = [p.grad for p in self.params]
+            for p, gradient in zip(self.params, gradients, strict=True):
                 p.grad = gradient
-            self.optim(params)
-            for p, zeros in zip(params, before, strict=True):
+            self.optim(self.params)
+            for p, zeros in zip(self.params, before, strict=True):
                 p.grad = zeros  # as Pyro leaves them
             return
         with torch.no_grad():
-            for (fused, settings), (own, grads, means, squares, steps) in groups.items():
+            for (fused, lr, (beta1, beta2), weight_decay, eps, maximize), columns in self.groups.items():
+                places, own, means, squares, steps = columns
                 torch._foreach_add_(steps, 1)
-                fused(own, grads, means, squares, [], steps, **dict(settings))
+                fused(
+                    own, [gradients[i] for i in places], means, squares, [], steps, lr=lr, beta1=beta1, beta2=beta2,
+                    weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=maximize,
+                )  # fmt: skip
 
-    def _groups(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[Any, tuple[list, ...]] | None:
-        """Parameters with their state, by their settings; ``None`` where one is not plain Adam's, or has no state yet."""
-        groups: dict[Any, tuple[list, ...]] = {}
-        for p, gradient in zip(params, gradients, strict=True):
+    def _groups(self) -> dict[tuple, tuple[list, ...]] | None:
+        """Places of the parameters, and their state, by their settings; ``None`` where one is not plain Adam's, or has no
+        state yet."""
+        groups: dict[tuple, tuple[list, ...]] = {}
+        for i, p in enumerate(self.params):
             found = self._state(p)
             if found is None:
                 return None
-            optimizer, group, state = found
-            fused = (
-                torch._fused_adamw_
-                if group.get("decoupled_weight_decay") or type(optimizer) is torch.optim.AdamW
-                else torch._fused_adam_
-            )
-            settings = (
-                ("lr", group["lr"]), ("beta1", group["betas"][0]), ("beta2", group["betas"][1]),
-                ("weight_decay", group["weight_decay"]), ("eps", group["eps"]), ("amsgrad", False),
-                ("maximize", group["maximize"]),
-            )  # fmt: skip
-            columns = groups.setdefault((fused, settings), ([], [], [], [], []))
-            values = (p, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"])
-            for column, value in zip(columns, values, strict=True):
-                column.append(value)
+            fused, group, state = found
+            key = (fused, group["lr"], group["betas"], group["weight_decay"], group["eps"], group["maximize"])
+            places, own, means, squares, steps = groups.setdefault(key, ([], [], [], [], []))
+            places.append(i)
+            own.append(p)
+            means.append(state["exp_avg"])
+            squares.append(state["exp_avg_sq"])
+            steps.append(state["step"])
         return groups
 
     def _state(self, p: Tensor) -> tuple[Any, dict, dict] | None:
+        """The fused update, the settings and the state of a parameter."""
         optimizer = getattr(self.optim, "optimizer", None) or self.optim.optim_objs.get(p)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # under a learning-rate schedule
-        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or self.optim.grad_clip.get(p) is not None:
+        kind = type(optimizer)
+        if (kind is not torch.optim.Adam and kind is not torch.optim.AdamW) or self.optim.grad_clip.get(p) is not None:
             return None
+        group, *others = optimizer.param_groups
+        if others:
+            group = next(group for group in optimizer.param_groups if any(p is q for q in group["params"]))
         state = optimizer.state.get(p)
-        group = next(group for group in optimizer.param_groups if any(p is q for q in group["params"]))
         watched = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-        if watched or group.get("differentiable") or group.get("capturable"):
+        if not state or watched or group.get("differentiable") or group.get("capturable"):
             return None
-        if not state or group["amsgrad"] or isinstance(group["lr"], Tensor) or not isinstance(state["step"], Tensor):
+        if group["amsgrad"] or isinstance(group["lr"], Tensor) or not isinstance(state["step"], Tensor):
             return None
-        return optimizer, group, state
+        if state["step"].device != p.device:  # fused kernels count where the parameter is
+            state["step"] = state["step"].to(p.device)
+        decoupled = group.get("decoupled_weight_decay") or kind is torch.optim.AdamW
+        return torch._fused_adamw_ if decoupled else torch._fused_adam_, group, state

@@ -23,7 +23,7 @@ from pyro.infer import (
 from pyro.optim import Adam, PyroLRScheduler, PyroOptim
 from tqdm import tqdm
 
-from pyro_vae.batches import Batch, Batches, InMemory, as_batches, fitting
+from pyro_vae.batches import Batch, Batches, InMemory, as_batches
 from pyro_vae.data import Data
 from pyro_vae.infer.check import check_first_batch, check_observed
 from pyro_vae.infer.evaluate import evaluate
@@ -173,10 +173,11 @@ def train(
     with tqdm(total=epochs * batches.num_batches, unit="step", disable=None if progress is None else not progress) as bar:
         for epoch in range(1, epochs + 1):
             start, parts, weight = time.perf_counter(), [], 1.0
+            step.begin_epoch(quiet=isinstance(batches, InMemory) and not callable(beta))
             with store.scope(state):
                 for i, batch in enumerate(batches.epoch(shuffle=True)):
                     weight = beta(epoch - 1 + i / batches.num_batches) if callable(beta) else float(beta)
-                    batch = fitting(model, batch)
+                    batch = Batch(batch.args[: len(first.args)], batch.kwargs)
                     step.compile = _pays(compile, epochs * (batches.num_batches if batch.num_rows == first.num_rows else 1))
                     parts.append(step.on(batch, weight, f"epoch {epoch}, batch {i}"))
                     bar.update()
@@ -268,6 +269,10 @@ class _Step(SVI):
         self.programs = [handler(program) for handler, program in zip(self.handlers, (model, guide), strict=True)]
         super().__init__(*self.programs, optim, loss)
         self.loss_and_grads = self._checked
+
+    def begin_epoch(self, *, quiet: bool) -> None:
+        """:param quiet: whether no code of the user's runs between steps, so that one look at the guards does for the epoch."""
+        self._quiet = object() if quiet else None
 
     def _checked(self, *args: Any, **kwargs: Any) -> Any:
         """Pyro's own, between the checks that must come before the optimizer moves."""

@@ -128,7 +128,7 @@ _library.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(_dense(a), _dense(b).t(), bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(a, _dense(b).t(), bias, "none", [], "")
 
 
 def _dense(a: Tensor) -> Tensor:
@@ -153,8 +153,11 @@ def _by_onednn(graph: fx.Graph, node: fx.Node) -> None:
     *bias, a, b = node.args
     left, right, *added = (part.meta["val"] for part in (a, b, *bias))  # type: ignore[union-attr]
     plain = left.dtype == torch.float and left.device.type == "cpu" and all(part.dim() == 1 for part in added)
-    if plain and left.numel() * right.shape[1] >= _LARGE:
+    if plain and right.shape[1] >= 64 and left.numel() * right.shape[1] >= _LARGE:
         with graph.inserting_before(node):
+            if not left.is_contiguous():  # the product would copy it by itself, but slower than as part of what made it
+                a = graph.call_function(torch.ops.aten.clone.default, (a,), {"memory_format": torch.contiguous_format})
+                a.meta["val"] = left.contiguous()
             product = graph.call_function(torch.ops.pyro_vae.product.default, (a, b, bias[0] if bias else None))
         product.meta = node.meta
         node.replace_all_uses_with(product)

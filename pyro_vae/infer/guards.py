@@ -1,10 +1,9 @@
 """What a graph takes for granted: everything that Python could have read while it was traced."""
 
-import copy
 import functools
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +19,6 @@ _DEPTH = 4  # how far attributes of attributes are followed
 _SMALL = 100  # items of a list or dictionary, above which only its identity is looked at
 _SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 _LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"torch", "pyro", "pyro_vae", "numpy"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MISSING = object()
 
 
@@ -61,9 +59,11 @@ class Guards:
         params: list[Tensor],
         read: Mapping[int, tuple[dict[str, Any], set[str]]],
     ) -> None:
-        self.plain: list[tuple[Any, Any, Any]] = []  # where, key, value: compared by value
-        self.bound: list[tuple[Any, Any, Any]] = []  # compared by identity
-        self.tensors: list[tuple[Any, Any, Tensor]] = []  # those of them that are tensors
+        self.whole: list[tuple[dict, dict]] = []  # dictionaries of objects, and what they held
+        self.empty: list[dict] = []  # those that held nothing
+        self.plain: list[tuple[Any, Any, Any]] = []  # where, key, value: numbers and words, compared by value
+        self.bound: list[tuple[Any, Any, Any]] = []  # objects, compared by identity
+        self.tensors: list[tuple[Any, Any, Tensor]] = []  # likewise
         self._seen: set[int] = set()
         self._names = frozenset().union(*(names for _, names in read.values()))
         for module in ran:
@@ -72,8 +72,8 @@ class Guards:
             self._take(program, _DEPTH)
         for known, names in read.values():
             self._take_names(known, {name: known[name] for name in names if name in known}, _DEPTH)
-        for name in _HOOKS:
-            self._take_keys(getattr(nn.modules.module, f"_global{name}"))
+        for name in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"):
+            self._take_dict(getattr(nn.modules.module, f"_global_{name}"), _DEPTH)
         in_store = pyro.get_param_store()._params.items()
         self.bound += [(_Store(), name, value) for name, value in in_store if any(value is p for p in params)]
         self.addresses = [(p, p.data_ptr(), p.device) for p in params]
@@ -83,9 +83,6 @@ class Guards:
         for p in params:
             if id(p) not in owned:
                 raise CannotTrace(f"a parameter of shape {tuple(p.shape)} is made anew as the pair runs")
-        self._hooked()
-
-    def _hooked(self) -> None:
         for p in self.trained:
             if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
                 raise CannotTrace(f"a parameter of shape {tuple(p.shape)} has a hook on its gradient")
@@ -95,17 +92,9 @@ class Guards:
         if id(value) in self._seen or not depth:
             return
         self._seen.add(id(value))
-        if isinstance(value, nn.Module):
-            for name in _HOOKS:
-                self._take_keys(getattr(value, name))
-            if "forward" not in vars(value):
-                self.plain.append((vars(value), "forward", _MISSING))
-            for own in (value._parameters, value._buffers):
-                self._take_names(own, own, depth)
         if isinstance(value, functools.partial):  # such as what one of Pyro's handlers wraps
-            self._take_names(_Attributes(value), {"func": value.func}, depth)
-            self._take_names(_Items(value.args), dict(enumerate(value.args)), depth)
-            self._take_names(value.keywords, value.keywords, depth)
+            self._take_names(_Attributes(value), {"func": value.func, "args": value.args}, depth)
+            self._take_dict(value.keywords, depth)
         elif isinstance(value, types.MethodType):
             self._take(value.__self__, depth)
             self._take(value.__func__, depth)
@@ -116,50 +105,55 @@ class Guards:
             self._take_names(_Attributes(value), {name: getattr(value, name) for name in held}, depth)
         elif isinstance(value, type | types.ModuleType):
             if not _in_library(value.__name__ if isinstance(value, types.ModuleType) else value.__module__):
-                names = {name: part for name, part in vars(value).items() if name in self._names}
-                self._take_names(vars(value), names, depth)
+                self._take_names(vars(value), {name: part for name, part in vars(value).items() if name in self._names}, depth)
             return
-        if not hasattr(value, "__dict__"):
-            return
-        names = vars(value)
-        if isinstance(value, nn.Module):
-            names = {key: part for key, part in names.items() if key not in _EVERY_MODULES}
-        self._take_names(vars(value), names, depth)
-        for kind in type(value).__mro__:
-            if not _in_library(kind.__module__):
+        if hasattr(value, "__dict__"):
+            self._take_dict(vars(value), depth)
+            for kind in type(value).__mro__:
                 self._take(kind, depth)
-                for name in self._names & vars(kind).keys() - vars(value).keys():
-                    self.plain.append((vars(value), name, _MISSING))  # an attribute of its own would hide that of its class
+
+    def _take_dict(self, held: dict, depth: int) -> None:
+        """All of a dictionary, such as the attributes of an object: what is added to it later would be seen too."""
+        if held:
+            self.whole.append((held, dict(held)))
+        else:
+            self.empty.append(held)
+        for key, value in list(held.items()):
+            self._follow(held, key, value, depth)
 
     def _take_names(self, where: Any, names: Mapping[Any, Any], depth: int) -> None:
-        for key, value in list(names.items()):
-            if isinstance(value, Tensor):
-                self.tensors.append((where, key, value))
-            elif isinstance(value, np.ndarray) and value.nbytes <= _SMALL * 100:
-                self.plain.append((_Bytes(value), None, value.tobytes()))
-                self.bound.append((where, key, value))
-            elif _is_plain(value):
-                self.plain.append((where, key, copy.deepcopy(value)))
-            else:
-                self.bound.append((where, key, value))
-                if isinstance(value, dict) and len(value) <= _SMALL:
-                    self._take_keys(value)
-                    self._take_names(value, value, depth - 1)
-                elif isinstance(value, list | tuple) and len(value) <= _SMALL:
-                    items = _Items(value)
-                    self.plain.append((items, "length", len(value)))
-                    self._take_names(items, dict(enumerate(value)), depth - 1)
-                else:
-                    self._take(value, depth - 1)
+        """Some names of what is read like a dictionary."""
+        for key, value in names.items():
+            if not isinstance(value, Tensor):
+                (self.plain if isinstance(value, _SIMPLE) else self.bound).append((where, key, value))
+            self._follow(where, key, value, depth)
 
-    def _take_keys(self, collection: Any) -> None:
-        self.plain.append((_Keys(collection), None, tuple(collection)))
+    def _follow(self, where: Any, key: Any, value: Any, depth: int) -> None:
+        if isinstance(value, Tensor):
+            self.tensors.append((where, key, value))
+        elif isinstance(value, np.ndarray) and value.nbytes <= _SMALL * 100:
+            self.plain.append((_Content(value.tobytes), None, value.tobytes()))
+        elif isinstance(value, dict) and len(value) <= _SMALL:
+            self._take_dict(value, depth - 1) if depth else None
+        elif isinstance(value, list | tuple | set | frozenset) and len(value) <= _SMALL:
+            self.plain.append((_Content(value.__len__), None, len(value)))
+            if isinstance(value, set):
+                self.plain.append((_Content(value.copy), None, value.copy()))
+            elif isinstance(value, list | tuple) and depth:
+                self._take_names(_Items(value), dict(enumerate(value)), depth - 1)
+        elif not isinstance(value, _SIMPLE):
+            self._take(value, depth - 1)
 
     def forget_written(self) -> None:
         """Forget what a run of the pair has changed by itself, such as the last draw that it keeps for later."""
+        for held, before in self.whole:
+            if not _equal(held, before):
+                self.bound += [(held, key, value) for key, value in before.items() if not isinstance(value, Tensor)]
+        self.whole = [entry for entry in self.whole if _equal(*entry)]
+        self.empty = [held for held in self.empty if not held]
         self.plain = [entry for entry in self.plain if _same(entry[0].get(entry[1], _MISSING), entry[2])]
         self.tensors, self.bound = (
-            [(where, key, value) for where, key, value in entries if where.get(key) is value]
+            [(where, key, value) for where, key, value in entries if where.get(key, _MISSING) is value]
             for entries in (self.tensors, self.bound)
         )
 
@@ -172,15 +166,21 @@ class Guards:
     def hold(self) -> bool:
         """Whether everything is as it was."""
         return (
-            all(_same(where.get(key, _MISSING), value) for where, key, value in self.plain)
+            not any(self.empty)
             and all(where.get(key) is value for where, key, value in self.tensors)
             and all(where.get(key) is value for where, key, value in self.bound)
+            and all(_equal(held, before) for held, before in self.whole)
+            and all(_same(where.get(key, _MISSING), value) for where, key, value in self.plain)
             and all(p.data_ptr() == address and p.device == device for p, address, device in self.addresses)
             and all(p.requires_grad is trained and not p._backward_hooks for p, trained in self.trained.items())
         )
 
 
-_EVERY_MODULES = vars(nn.Module()).keys() - {"training", "_modules"}
+def _equal(held: dict, before: dict) -> bool:
+    try:
+        return held == before
+    except (RuntimeError, ValueError):  # another tensor or array in the place of one
+        return False
 
 
 def _same(now: Any, value: Any) -> bool:
@@ -189,14 +189,6 @@ def _same(now: Any, value: Any) -> bool:
 
 def _in_library(name: str) -> bool:
     return name.partition(".")[0] in _LIBRARIES
-
-
-def _is_plain(value: Any) -> bool:
-    """Numbers, words, and small collections of them."""
-    if isinstance(value, list | tuple | set | frozenset | dict):
-        parts = [*value.values()] if isinstance(value, dict) else value
-        return len(value) <= _SMALL and all(map(_is_plain, parts))
-    return isinstance(value, _SIMPLE)
 
 
 class _Store:
@@ -212,30 +204,18 @@ class _Items:
     def __init__(self, items: Any) -> None:
         self.items = items
 
-    def get(self, index: Any, default: Any = None) -> Any:
-        if index == "length":
-            return len(self.items)
+    def get(self, index: int, default: Any = None) -> Any:
         return self.items[index] if index < len(self.items) else default
 
 
-class _Keys:
-    """The keys of a dictionary, read like one of its values."""
+class _Content:
+    """What a call says of a collection now, read like the one value of a dictionary."""
 
-    def __init__(self, collection: Any) -> None:
-        self.collection = collection
+    def __init__(self, ask: Callable[[], Any]) -> None:
+        self.ask = ask
 
     def get(self, *_: Any) -> Any:
-        return tuple(self.collection)
-
-
-class _Bytes:
-    """The content of an array, read like a dictionary's value."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-    def get(self, *_: Any) -> bytes:
-        return self.array.tobytes()
+        return self.ask()
 
 
 class _Attributes:

@@ -1,5 +1,6 @@
 """Pyro's SVI, its step a graph where it can be one."""
 
+import functools
 import logging
 import math
 import shutil
@@ -61,6 +62,7 @@ class SVI(pyro.infer.SVI):
         self.elbo, self.compile = loss, compile
         self._signatures: dict[Hashable, _Signature] = {}
         self._builds = 0
+        self._quiet: object | None = None  # while it is the same object, nothing changes between two steps
         self._begun = False  # the very first step is Pyro's own: parameters and autoguides are made by it
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +81,7 @@ class SVI(pyro.infer.SVI):
         if not math.isfinite(value):  # Pyro's own checks say what is wrong, before anything is moved
             torch.set_rng_state(state)
             return super().step(*args, **kwargs)
-        FusedAdam(self.optim)(signature.step.params, gradients)
+        signature.move(gradients, quiet=self._quiet)
         self.reported = reported
         return value
 
@@ -97,10 +99,14 @@ class SVI(pyro.infer.SVI):
         )
 
     def _signature(self, batch: Batch) -> "_Signature | None":
-        leaves, structure = pytree.tree_flatten(tuple(batch))
+        leaves: Any
+        structure: Any
+        leaves, structure = batch.args, len(batch.args)
+        if batch.kwargs or not all(type(leaf) is Tensor for leaf in leaves):
+            leaves, structure = pytree.tree_flatten(tuple(batch))
         modes = (
             torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_default_dtype(),
-            torch.is_grad_enabled(), Distribution._validate_args,
+            torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), Distribution._validate_args,
         )  # fmt: skip
         key = (modes, structure, *map(_key, leaves))
         found = self._signatures.get(key)
@@ -119,10 +125,7 @@ class SVI(pyro.infer.SVI):
         begun, self._begun = self._begun, True
         if not begun or signature.refused or (self.compile == "auto" and signature.count <= _TRACE_AFTER):
             return False
-        kept = signature.step
-        if kept is not None and (
-            (kept.model, kept.guide, kept.elbo) != (self.model, self.guide, self.elbo) or not kept.guards.hold()
-        ):
+        if signature.step is not None and not self._holds(signature):
             signature.step, signature.how = None, "eager Pyro: something changed, a graph is built at the next step"
             return False  # Pyro's own step registers parameters that are new
         try:
@@ -142,12 +145,21 @@ class SVI(pyro.infer.SVI):
             self._compile(signature, batch)
         return True
 
+    def _holds(self, signature: "_Signature") -> bool:
+        """Whether all is as it was when the graph was traced."""
+        if self._quiet is not None and signature.quiet is self._quiet:
+            return True
+        kept, signature.quiet = signature.step, self._quiet
+        now = self.model, self.guide, self.elbo, self.optim
+        return now == (kept.model, kept.guide, kept.elbo, signature.move.optim) and kept.guards.hold()
+
     def _build(self, signature: "_Signature", batch: Batch) -> None:
         self._builds += 1
         if self._builds > _MAX_BUILDS:
             raise CannotTrace(f"{_MAX_BUILDS} graphs were built, and what they depend on changed again")
         signature.step = Step(self.elbo, self.model, self.guide, batch, self.report)
-        signature.how = "traced"
+        signature.move = FusedAdam(self.optim, signature.step.params)
+        signature.how, signature.quiet = "traced", None
         if self.compile is True:
             self._compile(signature, batch)
 
@@ -166,6 +178,8 @@ class _Signature:
     def __init__(self, name: str) -> None:
         self.name, self.count = name, 0
         self.step: Any = None
+        self.move: Any = None
+        self.quiet: object | None = None  # where the guards were found to hold
         self.how, self.refused = "eager Pyro: the first steps", False
 
     def refuse(self, reason: str) -> None:
@@ -173,6 +187,7 @@ class _Signature:
         logger.warning("SVI: %s runs as eager Pyro: %s", self.name, reason)
 
 
+@functools.cache
 def has_compiler() -> bool:
     """Whether there is a C++ compiler, which Inductor needs."""
     return shutil.which("g++") is not None

@@ -29,6 +29,8 @@ from pyro_vae.infer.guards import Guards, names_read
 from pyro_vae.pair import Program, untouched
 
 Traces = list[tuple[Trace, Trace]]
+# noise as eager torch draws it; no guards of Dynamo's, since a step has its own
+_INDUCTOR: dict[str, Any] = {"fallback_random": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
 
 
 def surrogate(elbo: ELBO, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
@@ -166,7 +168,7 @@ class Step:
     def compile(self, batch: Batch) -> None:
         """Compile the graph by Inductor, its noise that of eager torch. Raises ``CannotTrace`` where that fails; the graph
         itself serves on."""
-        self.run = torch.compile(self.graph, fullgraph=True, options={"fallback_random": True})
+        self.run = torch.compile(self.graph, fullgraph=True, options=_INDUCTOR)
         try:
             self.check(batch)  # Inductor compiles at the first call
         except Exception as error:
