@@ -1,5 +1,6 @@
 """Training any model/guide pair by SVI: the loop, and what it returns."""
 
+import logging
 import math
 import re
 import time
@@ -41,6 +42,7 @@ from pyro_vae.pair import (
     untouched,
 )
 
+logger = logging.getLogger(__name__)
 Beta = float | Callable[[float], float]
 _TRACE_FROM, _INDUCTOR_FROM = 300, 5000  # steps of a fit, where a graph and where Inductor are worth their seconds
 _TRACED = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
@@ -189,6 +191,8 @@ def train(
             record = Epoch(epoch, weight, terms.mean(), held_out, time.perf_counter() - start)
             _step_schedule(optim, record)
             bar.set_postfix(epoch=epoch, train=f"{record.train.elbo:.2f}", **_held_out(held_out))
+            if epoch == epochs:
+                logger.info("fit ran as\n%s", step.explain())
             yield record
             if patience is not None and held_out is not None:
                 best.see(held_out.elbo)

@@ -39,6 +39,12 @@ _READS = frozenset(
     ]
 )
 _LARGE = 2_000_000  # multiplications of a matrix product, above which oneDNN pays for its longer call
+_LARGE_ACTIVATED = 500_000  # likewise, where it does the activation as well
+_ACTIVATIONS = {
+    torch.ops.aten.tanh.default: "tanh",
+    torch.ops.aten.relu.default: "relu",
+    torch.ops.aten.sigmoid.default: "sigmoid",
+}
 
 
 class CannotTrace(Exception):
@@ -60,8 +66,9 @@ def trace_graph(f: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> 
         raise CannotTrace("it does other things each time it runs (a counter, the time): numbers that Python keeps")
     for node in graph.graph.nodes:
         _check_node(graph, again, node)
-    for node in list(graph.graph.nodes):
-        _by_onednn(graph.graph, node)
+    for product in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        for node in graph.graph.find_nodes(op="call_function", target=product):
+            _by_onednn(graph.graph, node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
@@ -124,11 +131,11 @@ def _where(stack: traceback.StackSummary | None = None) -> str:
 # torch multiplies single-precision matrices by MKL, which on CPUs that are not Intel's runs at half the speed of oneDNN. The
 # operation is one of our own, since Inductor takes torch's only for weights that are constant.
 _library = torch.library.Library("pyro_vae", "DEF")
-_library.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+_library.define("product(Tensor a, Tensor b, Tensor? bias, str activation) -> Tensor")
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(a, _dense(b).t(), bias, "none", [], "")
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(a, _dense(b).t(), bias, activation, [], "")
 
 
 def _dense(a: Tensor) -> Tensor:
@@ -136,7 +143,7 @@ def _dense(a: Tensor) -> Tensor:
     return a if a.is_contiguous() or a.t().is_contiguous() else a.contiguous()
 
 
-def _product_shape(a: Tensor, b: Tensor, _: Tensor | None) -> Tensor:
+def _product_shape(a: Tensor, b: Tensor, _: Tensor | None, __: str) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
 
@@ -146,19 +153,26 @@ torch.library.register_fake("pyro_vae::product", _product_shape, lib=_library)
 
 def _by_onednn(graph: fx.Graph, node: fx.Node) -> None:
     """Put oneDNN's product in the place of a large one by MKL."""
-    if node.target not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) or node.kwargs:
-        return
     if not (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")):
         return
     *bias, a, b = node.args
     left, right, *added = (part.meta["val"] for part in (a, b, *bias))  # type: ignore[union-attr]
-    plain = left.dtype == torch.float and left.device.type == "cpu" and all(part.dim() == 1 for part in added)
-    if plain and right.shape[1] >= 64 and left.numel() * right.shape[1] >= _LARGE:
-        with graph.inserting_before(node):
-            if not left.is_contiguous():  # the product would copy it by itself, but slower than as part of what made it
-                a = graph.call_function(torch.ops.aten.clone.default, (a,), {"memory_format": torch.contiguous_format})
-                a.meta["val"] = left.contiguous()
-            product = graph.call_function(torch.ops.pyro_vae.product.default, (a, b, bias[0] if bias else None))
-        product.meta = node.meta
-        node.replace_all_uses_with(product)
-        graph.erase_node(node)
+    user = next(iter(node.users), node)
+    activation = _ACTIVATIONS.get(user.target, "none") if len(node.users) == 1 else "none"  # type: ignore[call-overload]
+    plain = (
+        not node.kwargs and left.dtype == torch.float and left.device.type == "cpu" and all(part.dim() == 1 for part in added)
+    )
+    large = _LARGE if activation == "none" else _LARGE_ACTIVATED
+    if not plain or right.shape[1] < 64 or left.numel() * right.shape[1] < large:
+        return
+    with graph.inserting_before(node):
+        if not left.is_contiguous():  # the product would copy it by itself, but slower than as part of what made it
+            a = graph.call_function(torch.ops.aten.clone.default, (a,), {"memory_format": torch.contiguous_format})
+            a.meta["val"] = left.contiguous()
+        args = a, b, bias[0] if bias else None, activation
+        product = graph.call_function(torch.ops.pyro_vae.product.default, args)
+    replaced = node if activation == "none" else user
+    product.meta = replaced.meta
+    replaced.replace_all_uses_with(product)
+    for each in dict.fromkeys((replaced, node)):
+        graph.erase_node(each)

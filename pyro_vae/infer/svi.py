@@ -27,7 +27,7 @@ Compile = Literal["auto", "trace"] | bool
 
 _TRACE_AFTER = 100  # steps of one signature, before the second that a graph takes is worth it
 _INDUCTOR_AFTER = 5000  # likewise, before the seconds that Inductor takes
-_CHECK_EVERY = 500  # steps between two looks at eager Pyro
+_CHECK_EVERY = 1000  # steps between two looks at eager Pyro
 _MAX_BUILDS = 16  # graphs built for one pair, before it is left to eager Pyro
 _MAX_SIGNATURES = 64  # likewise, of arguments that are new each time
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)

@@ -232,3 +232,66 @@ def test_a_networks_parameters_that_are_not_registered_are_an_error():
         pv.fit(mean_model, guide, torch.randn(10))
     net.requires_grad_(False)
     assert pv.fit(mean_model, guide, torch.randn(10), epochs=1).epochs
+
+
+def ramp(epoch):
+    return min(1.0, 0.2 + epoch / 2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "beta"),
+    [
+        (Trace_ELBO, 1.0),
+        (Trace_ELBO, 0.5),
+        (Trace_ELBO, ramp),
+        (TraceMeanField_ELBO, ramp),
+        (lambda: Trace_ELBO(num_particles=3), ramp),
+        (lambda: Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1), ramp),
+    ],
+    ids=["ELBO", "beta", "annealed", "mean field", "particles", "vectorized particles"],
+)
+def test_graphs_fit_as_eager_pyro_does(loss, beta, caplog):
+    """The same parameters, and the same terms of the ELBO at every epoch, a last minibatch of fewer rows included."""
+    x = torch.randn(64, 3, dtype=torch.double)
+
+    def run(compile):
+        pyro.set_rng_seed(0)
+        vae = small_vae().double()
+        optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.7})
+        history = pv.fit(
+            vae.model, vae.guide, x, validation=x[:20], loss=loss(), beta=beta, optim=optim, epochs=4, batch_size=20,
+            compile=compile, patience=2,
+        )  # fmt: skip
+        return vae, history
+
+    (eager, expected), (graph, history) = run(False), run("trace")
+    for ours, pyros in zip(graph.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours, pyros, rtol=1e-9, atol=1e-9)
+    for ours, pyros in zip(history.epochs, expected.epochs, strict=True):
+        np.testing.assert_allclose([*ours.train, *ours.validation], [*pyros.train, *pyros.validation], rtol=1e-9)
+        assert ours.beta == pyros.beta
+
+
+def test_a_fit_takes_the_way_that_pays(caplog):
+    caplog.set_level("INFO", "pyro_vae")
+    vae = small_vae()
+    pv.fit(vae.model, vae.guide, torch.randn(30, 3), epochs=2, batch_size=10)
+    assert caplog.records[-1].message == "fit ran as\neager Pyro: compile=False"
+    pv.fit(vae.model, vae.guide, torch.randn(65, 3), epochs=50, batch_size=10)  # the last five rows alone do not pay
+    assert caplog.records[-1].message == "fit ran as\nfloat32[10, 3]: traced, 300 steps"
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_bad_batches_of_a_loader_are_named_by_graphs_too():
+    """Grey pixels under a Bernoulli and NaN, which come when the graph runs already."""
+    for bad, error, message in ((0.5, ValueError, "support"), (math.nan, ValueError, "row 3")):
+        x = (torch.randn(80, 3) > 0).float()
+        x[73] = bad
+        vae = pv.VAE(
+            prior=priors.StandardNormal(2),
+            decoder=conditionals.Bernoulli(nets.MLP(2, (8,)), event_shape=3),
+            encoder=conditionals.Normal(nets.MLP(3, (8,)), event_shape=2),
+        )
+        loader = DataLoader(TensorDataset(x), batch_size=10)
+        with pytest.raises(error, match=message):
+            pv.fit(vae.model, vae.guide, loader, compile="trace")

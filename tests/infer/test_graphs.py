@@ -26,6 +26,23 @@ def test_large_products_are_products(left, right):
         assert graph.code.count("pyro_vae.product") == 2
 
 
+@pytest.mark.parametrize("name", ["tanh", "relu", "sigmoid"])
+def test_activations_of_large_products(name):
+    torch.manual_seed(0)
+    f = getattr(torch, name)
+    a, b, bias = torch.randn(30, 400), 0.1 * torch.randn(400, 300), torch.randn(300)
+
+    def both(a, b, bias):
+        b = b.requires_grad_()
+        y = f(torch.addmm(bias, a, b))
+        return y, *torch.autograd.grad(y.sum(), b)
+
+    graph = trace_graph(both, [a, b, bias])
+    expected = both(a.double(), b.detach().double(), bias.double())
+    for ours, exact in zip(graph(a, b.detach(), bias), expected, strict=True):
+        assert (ours - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
 @pytest.mark.parametrize("kind", ["double", "small"])
 def test_other_products_stay(kind):
     size = 300 if kind == "double" else 10
