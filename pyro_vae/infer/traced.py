@@ -126,7 +126,10 @@ class Step:
         yields."""
         with torch.no_grad():
             loss, *others = self.run(*_tensors(batch))
-        return loss, others[: len(self.params)], others[len(self.params) :]
+            gradients, reported = others[: len(self.params)], others[len(self.params) :]
+            if self.run is not self.graph and loss.is_cuda:  # the next replay writes over them
+                reported = [value.clone() for value in reported]
+        return loss, gradients, reported
 
     def _parameters(self, batch: Batch) -> list[Tensor]:
         """What Pyro trains, unconstrained: the parameters that have a gradient, were it one of an earlier step."""
@@ -166,9 +169,10 @@ class Step:
         return trace_graph(loss_and_gradients, _tensors(batch))
 
     def compile(self, batch: Batch) -> None:
-        """Compile the graph by Inductor, its noise that of eager torch. Raises ``CannotTrace`` where that fails; the graph
-        itself serves on."""
-        self.run = torch.compile(self.graph, fullgraph=True, options=_INDUCTOR)
+        """Compile the graph by Inductor, its noise that of eager torch; on a GPU it is replayed as a CUDA graph. Raises
+        ``CannotTrace`` where that fails; the graph itself serves on."""
+        options = _INDUCTOR | {"triton.cudagraphs": any(p.is_cuda for p in self.params)}
+        self.run = torch.compile(self.graph, fullgraph=True, options=options)
         try:
             self.check(batch)  # Inductor compiles at the first call
         except Exception as error:

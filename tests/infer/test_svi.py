@@ -237,6 +237,21 @@ def test_inductor_follows_pyro():
     assert torch.distributions.Distribution._validate_args  # which Dynamo turns off
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("compile", ["trace", True])
+def test_on_a_gpu(compile):
+    def run(svi_class, **options):
+        pyro.set_rng_seed(0)
+        with pyro.get_param_store().scope():
+            model, guide = (part.cuda() for part in vae())
+            svi = svi_class(model, guide, adam(), Trace_ELBO(), **options)
+            return [svi.step(data(seed=i).cuda()) for i in range(30)], svi
+
+    (ours, svi), (pyros, _) = run(CompiledSVI, compile=compile), run(SVI)
+    np.testing.assert_allclose(ours, pyros, rtol=1e-8)
+    assert ("traced" if compile == "trace" else "compiled by Inductor") in svi.explain()
+
+
 def test_without_a_compiler_the_graph_serves(monkeypatch, caplog):
     def broken(*_, **__):
         def fail(*_, **__):
