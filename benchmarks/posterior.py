@@ -8,6 +8,7 @@ from benchmarks.aevb import LATENT, PIXELS, make_vae
 from benchmarks.timing import measure
 from pyro_vae.batches import Batch
 from pyro_vae.infer.graphs import trace_graph
+from pyro_vae.pair import sum_sites
 from pyro_vae.particles import Latents
 
 IMPORTANCE, HMC = "Pyro's `vectorized_importance_weights`", "eager torch"
@@ -35,7 +36,7 @@ def importance(num_rows, num_particles, rounds):
         q, total = vae.encode(x), []
         for z in q.sample((num_particles,)):
             prior = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
-            total.append(vae.decoder(z).log_prob(x) + prior - q.log_prob(z))
+            total.append(vae.decode(z).log_prob(x) + prior - q.log_prob(z))
         return torch.stack(total)
 
     ways = {IMPORTANCE: by_pyro, "all draws at once, a weight for each datum": per_datum, "by hand, a draw at a time": by_hand}
@@ -51,7 +52,8 @@ def hmc(num_rows, num_chains, rounds):
 
     def gradient(z):
         z = z.detach().requires_grad_()
-        log_prob = latents.log_prob(vae.model, batch, z)
+        trace = latents.run(vae.model, batch, len(z), latents.values(z))
+        log_prob = sum_sites(trace, latents.plates, particle_dim=-1 - latents.nesting).observed
         return log_prob.detach(), torch.autograd.grad(log_prob.sum(), z)[0]
 
     with pyro.validation_enabled(False):
