@@ -4,8 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pyro.optim import PyroOptim
+from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+_CALLS = (PyroOptim.__call__, PyroLRScheduler.__call__)  # a subclass may do something else
+_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 
 
 class FusedAdam:
@@ -61,7 +65,9 @@ class FusedAdam:
 
     def _state(self, p: Tensor) -> tuple[Any, dict, dict] | None:
         """The fused update, the settings and the state of a parameter."""
-        optimizer = getattr(self.optim, "optimizer", None) or self.optim.optim_objs.get(p)
+        optimizer: Any = getattr(self.optim, "optimizer", None)
+        if optimizer is None and type(self.optim).__call__ in _CALLS:
+            optimizer = self.optim.optim_objs.get(p)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # under a learning-rate schedule
         kind = type(optimizer)
         if (kind is not torch.optim.Adam and kind is not torch.optim.AdamW) or self.optim.grad_clip.get(p) is not None:
@@ -70,10 +76,12 @@ class FusedAdam:
         if others:
             group = next(group for group in optimizer.param_groups if any(p is q for q in group["params"]))
         state = optimizer.state.get(p)
-        watched = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        watched = any((*_HOOKS, optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks))
+        own = vars(optimizer).get("step")
+        watched = watched or (own is not None and not hasattr(own, "_wrapped_by_lr_sched"))
         if not state or watched or group.get("differentiable") or group.get("capturable"):
             return None
-        if group["amsgrad"] or isinstance(group["lr"], Tensor) or not isinstance(state["step"], Tensor):
+        if group["amsgrad"] or p.is_complex() or isinstance(group["lr"], Tensor) or not isinstance(state["step"], Tensor):
             return None
         if state["step"].device != p.device:  # fused kernels count where the parameter is
             state["step"] = state["step"].to(p.device)

@@ -298,6 +298,7 @@ class _Step(SVI):
                 f"fit: the loss is {value} at {self.where}; no parameter was moved by it. Lower the learning rate, raise "
                 "min_scale, or check the data"
             )
+        self.terms = self._terms(value)  # now, since a guide's distributions hold parameters that are about to move
         return value
 
     def _check_data(self) -> None:
@@ -312,8 +313,8 @@ class _Step(SVI):
         for handler in self.handlers:
             handler.num_rows = batch.num_rows
             handler.traces.clear()
-        value = self.step(*batch.args, **batch.kwargs)
-        return self._terms(value) if self.reported is None else ElboTerms(*self.reported)
+        self.step(*batch.args, **batch.kwargs)
+        return self.terms if self.reported is None else ElboTerms(*self.reported)
 
     def report(self, traces: Traces) -> ElboTerms:
         particles = self.elbo.num_particles // len(traces)

@@ -12,6 +12,7 @@ from pyro.distributions.util import is_identically_zero
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae.pair import untouched
 
@@ -51,10 +52,6 @@ class CannotTrace(Exception):
     """What keeps a step from being a graph, in words."""
 
 
-class NotYet(CannotTrace):
-    """What keeps a step from being a graph this time only."""
-
-
 def trace_graph(f: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> fx.GraphModule:
     """The operations of ``f(*tensors)``, which is called twice at the same tensors with other noise. Tensors that it closes
     over are the graph's own, live: what is written to them is seen.
@@ -76,8 +73,8 @@ def trace_graph(f: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> 
 
 def _traced(f: Callable[..., Any], tensors: list[Tensor], seed: int) -> fx.GraphModule:
     try:
-        with untouched(seed=seed), pyro.validation_enabled(False), _NoReads():
-            return make_fx(f)(*tensors)
+        with untouched(seed=seed), pyro.validation_enabled(False), _NoReads() as reads, _NoHiddenReads(reads):
+            return make_fx(f)(*(tensor.detach() for tensor in tensors))  # two arguments may be the same tensor
     except CannotTrace:
         raise
     except Exception as error:
@@ -87,10 +84,26 @@ def _traced(f: Callable[..., Any], tensors: list[Tensor], seed: int) -> fx.Graph
 class _NoReads(TorchFunctionMode):
     """Nothing reads a tensor's value: a graph would keep the number that it had."""
 
+    pyros = False  # whether Pyro itself asks if an integer is zero
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _READS and sys._getframe(1).f_code is not is_identically_zero.__code__:  # of Pyro, for integers
+        self.pyros = sys._getframe(1).f_code is is_identically_zero.__code__
+        if name in _READS and not self.pyros:
             raise CannotTrace(f"Tensor.{name}() takes the value out of a tensor{_where()}")
+        return func(*args, **(kwargs or {}))
+
+
+class _NoHiddenReads(TorchDispatchMode):
+    """Nor does torch in the place of Python, where a tensor is given for a number: an index, a size, a scale."""
+
+    def __init__(self, reads: _NoReads) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and not self.reads.pyros:
+            raise CannotTrace(f"torch takes the value out of a tensor{_where()}")
         return func(*args, **(kwargs or {}))
 
 

@@ -1,45 +1,72 @@
 """What a graph takes for granted: everything that Python could have read while it was traced."""
 
 import functools
+import random
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae.infer.graphs import CannotTrace
 from pyro_vae.pair import Program
 
 _DEPTH = 4  # how far attributes of attributes are followed
-_SMALL = 100  # items of a list or dictionary, above which only its identity is looked at
+_SMALL = 1000  # items of a list or dictionary, above which only its identity is looked at
 _SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 _LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"torch", "pyro", "pyro_vae", "numpy"}
 _MISSING = object()
 
 
+class Watch:
+    """What a run of a pair showed: the modules that ran, the parameters that Pyro found by their names in its store, and what
+    functions outside of libraries may have read by name: their module's variables, and the names that their code mentions."""
+
+    def __init__(self) -> None:
+        self.ran: dict[nn.Module, None] = {}
+        self.params: dict[str, Tensor] = {}
+        self.read: dict[int, tuple[dict[str, Any], set[str]]] = {}
+        self.drew = False  # whether Python's or numpy's generator was drawn from
+
+
 @contextmanager
-def names_read() -> Iterator[dict[int, tuple[dict[str, Any], set[str]]]]:
-    """What the functions that run in the block may read by name, outside of libraries: their module's variables, by the
-    module, and the names that their code mentions."""
-    read: dict[int, tuple[dict[str, Any], set[str]]] = {}
+def watching() -> Iterator[Watch]:
+    """Watch what runs in the block.
+
+    :raises CannotTrace: where a profiler and a debugger both are at work.
+    """
+    seen = Watch()
 
     def enter(frame: types.FrameType, event: str, _: Any) -> None:
-        if event == "call":
-            known = frame.f_globals
-            if not _in_library(known.get("__name__", "")):
-                read.setdefault(id(known), (known, set()))[1].update(frame.f_code.co_names)
+        known = frame.f_globals
+        if event == "call" and not _in_library(known.get("__name__", "")):
+            seen.read.setdefault(id(known), (known, set()))[1].update(frame.f_code.co_names)
 
-    before = sys.getprofile()
-    sys.setprofile(enter)
+    free = sys.setprofile if sys.getprofile() is None else sys.settrace if sys.gettrace() is None else None
+    if free is None:
+        raise CannotTrace("a profiler and a debugger are at work")
+    hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: seen.ran.update({module: None}))
+    before = _other_noise()
+    free(enter)
     try:
-        yield read
+        with poutine.trace(param_only=True) as capture:
+            yield seen
     finally:
-        sys.setprofile(before)
+        free(None)
+        hook.remove()
+    seen.drew = _other_noise() != before
+    seen.params = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
+
+
+def _other_noise() -> tuple[Any, str]:
+    return random.getstate(), str(np.random.get_state())  # noqa: NPY002
 
 
 class Guards:
@@ -47,33 +74,26 @@ class Guards:
     flag, hooks and attributes; Pyro's param store; variables of the modules that functions are defined in; what functions
     close over, classes hold, and what hangs on that.
 
-    :param ran: the ``nn.Module`` that ran.
-    :param read: what :func:`names_read` says of a run.
+    :param seen: what a run of the pair showed.
     :raises CannotTrace: for parameters that are neither a module's nor the store's, and for hooks on gradients.
     """
 
-    def __init__(
-        self,
-        ran: Iterable[nn.Module],
-        programs: tuple[Program, ...],
-        params: list[Tensor],
-        read: Mapping[int, tuple[dict[str, Any], set[str]]],
-    ) -> None:
-        self.whole: list[tuple[dict, dict]] = []  # dictionaries of objects, and what they held
-        self.empty: list[dict] = []  # those that held nothing
+    def __init__(self, seen: Watch, programs: tuple[Program, ...], params: list[Tensor]) -> None:
+        self.whole: list[tuple[Any, Any]] = []  # dictionaries of objects, lists and sets, and what they held
+        self.empty: list[Any] = []  # those that held nothing
         self.plain: list[tuple[Any, Any, Any]] = []  # where, key, value: numbers and words, compared by value
         self.bound: list[tuple[Any, Any, Any]] = []  # objects, compared by identity
         self.tensors: list[tuple[Any, Any, Tensor]] = []  # likewise
         self._seen: set[int] = set()
-        self._names = frozenset().union(*(names for _, names in read.values()))
-        for module in ran:
+        self._names = frozenset().union(*(names for _, names in seen.read.values()))
+        for module in seen.ran:
             self._take(module, _DEPTH)
         for program in programs:
             self._take(program, _DEPTH)
-        for known, names in read.values():
+        for known, names in seen.read.values():
             self._take_names(known, {name: known[name] for name in names if name in known}, _DEPTH)
         for name in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"):
-            self._take_dict(getattr(nn.modules.module, f"_global_{name}"), _DEPTH)
+            self._take_all(getattr(nn.modules.module, f"_global_{name}"), _DEPTH)
         in_store = pyro.get_param_store()._params.items()
         self.bound += [(_Store(), name, value) for name, value in in_store if any(value is p for p in params)]
         self.addresses = [(p, p.data_ptr(), p.device) for p in params]
@@ -89,12 +109,12 @@ class Guards:
 
     def _take(self, value: Any, depth: int) -> None:
         """What hangs on a value: a module, a function, an object."""
-        if id(value) in self._seen or not depth:
+        if id(value) in self._seen or depth <= 0:
             return
         self._seen.add(id(value))
         if isinstance(value, functools.partial):  # such as what one of Pyro's handlers wraps
             self._take_names(_Attributes(value), {"func": value.func, "args": value.args}, depth)
-            self._take_dict(value.keywords, depth)
+            self._take_all(value.keywords, depth)
         elif isinstance(value, types.MethodType):
             self._take(value.__self__, depth)
             self._take(value.__func__, depth)
@@ -107,19 +127,23 @@ class Guards:
             if not _in_library(value.__name__ if isinstance(value, types.ModuleType) else value.__module__):
                 self._take_names(vars(value), {name: part for name, part in vars(value).items() if name in self._names}, depth)
             return
+        own = [kind for kind in type(value).__mro__ if not _in_library(kind.__module__)]
+        slots = [name for kind in own for name in getattr(kind, "__slots__", ())]
+        self._take_names(_Attributes(value), {name: getattr(value, name) for name in slots if hasattr(value, name)}, depth)
         if hasattr(value, "__dict__"):
-            self._take_dict(vars(value), depth)
-            for kind in type(value).__mro__:
+            self._take_all(vars(value), depth)
+            for kind in own:
                 self._take(kind, depth)
 
-    def _take_dict(self, held: dict, depth: int) -> None:
-        """All of a dictionary, such as the attributes of an object: what is added to it later would be seen too."""
+    def _take_all(self, held: Any, depth: int) -> None:
+        """All of a dictionary, such as the attributes of an object, a list or a set: what is added later would be seen too."""
         if held:
-            self.whole.append((held, dict(held)))
+            self.whole.append((held, held.copy()))
         else:
             self.empty.append(held)
-        for key, value in list(held.items()):
-            self._follow(held, key, value, depth)
+        where = held if isinstance(held, dict) else _Items(held)
+        for key, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
+            self._follow(where, key, value, depth)
 
     def _take_names(self, where: Any, names: Mapping[Any, Any], depth: int) -> None:
         """Some names of what is read like a dictionary."""
@@ -131,31 +155,46 @@ class Guards:
     def _follow(self, where: Any, key: Any, value: Any, depth: int) -> None:
         if isinstance(value, Tensor):
             self.tensors.append((where, key, value))
-        elif isinstance(value, np.ndarray) and value.nbytes <= _SMALL * 100:
+        elif isinstance(value, np.ndarray) and value.nbytes <= 10_000:
             self.plain.append((_Content(value.tobytes), None, value.tobytes()))
-        elif isinstance(value, dict) and len(value) <= _SMALL:
-            self._take_dict(value, depth - 1) if depth else None
-        elif isinstance(value, list | tuple | set | frozenset) and len(value) <= _SMALL:
-            self.plain.append((_Content(value.__len__), None, len(value)))
-            if isinstance(value, set):
-                self.plain.append((_Content(value.copy), None, value.copy()))
-            elif isinstance(value, list | tuple) and depth:
-                self._take_names(_Items(value), dict(enumerate(value)), depth - 1)
+        elif isinstance(value, dict | list | deque | set) and len(value) <= _SMALL:
+            if id(value) not in self._seen:
+                self._seen.add(id(value))
+                self._take_all(value, depth - 1)
+        elif isinstance(value, tuple) and len(value) <= _SMALL:
+            for i, part in enumerate(value):
+                self._follow(_Items(value), i, part, depth - 1)
         elif not isinstance(value, _SIMPLE):
             self._take(value, depth - 1)
 
-    def forget_written(self) -> None:
-        """Forget what a run of the pair has changed by itself, such as the last draw that it keeps for later."""
-        for held, before in self.whole:
-            if not _equal(held, before):
-                self.bound += [(held, key, value) for key, value in before.items() if not isinstance(value, Tensor)]
-        self.whole = [entry for entry in self.whole if _equal(*entry)]
-        self.empty = [held for held in self.empty if not held]
-        self.plain = [entry for entry in self.plain if _same(entry[0].get(entry[1], _MISSING), entry[2])]
-        self.tensors, self.bound = (
-            [(where, key, value) for where, key, value in entries if where.get(key, _MISSING) is value]
-            for entries in (self.tensors, self.bound)
+    def undo(self, read: Collection[int]) -> None:
+        """Put back what runs of the pair have changed by themselves, and guard it no more.
+
+        :param read: the ``id`` of tensors that a graph holds.
+        :raises CannotTrace: for what a graph cannot follow: a number that changes, a tensor that is kept for the next run.
+        """
+        named = [entry for entry in (*self.plain, *self.bound, *self.tensors) if not _holds(*entry)]
+        self.plain, self.bound, self.tensors = (
+            [entry for entry in entries if _holds(*entry)] for entries in (self.plain, self.bound, self.tensors)
         )
+        written = [(key, value) for _, key, value in named]
+        for held, before in [*self.whole, *((held, type(held)()) for held in self.empty)]:
+            if _equal(held, before):
+                continue
+            if isinstance(held, dict):
+                changed = {key for key in (*held, *before) if not _same(held.get(key, _MISSING), before.get(key, _MISSING))}
+                written += [(key, before[key]) for key in changed & before.keys()]
+                rest = _Rest(held, changed)
+                self.plain.append((rest, None, {key: value for key, value in before.items() if key not in changed}))
+            held.clear()
+            held.extend(before) if isinstance(held, list | deque) else held.update(before)
+            self.whole = [entry for entry in self.whole if entry[0] is not held]
+            self.empty = [other for other in self.empty if other is not held]
+        for where, key, value in named:
+            _put(where, key, value)
+        for name, value in written:
+            if isinstance(value, bool | int | float | complex | str) or id(value) in read:
+                raise CannotTrace(f"{name!r} is another after each run: the pair writes what it may read at the next")
 
     def buffers(self) -> Iterator[Tensor]:
         """Tensors that are no parameters, as they are now."""
@@ -170,13 +209,13 @@ class Guards:
             and all(where.get(key) is value for where, key, value in self.tensors)
             and all(where.get(key) is value for where, key, value in self.bound)
             and all(_equal(held, before) for held, before in self.whole)
-            and all(_same(where.get(key, _MISSING), value) for where, key, value in self.plain)
+            and all(_holds(*entry) for entry in self.plain)
             and all(p.data_ptr() == address and p.device == device for p, address, device in self.addresses)
             and all(p.requires_grad is trained and not p._backward_hooks for p, trained in self.trained.items())
         )
 
 
-def _equal(held: dict, before: dict) -> bool:
+def _equal(held: Any, before: Any) -> bool:
     try:
         return held == before
     except (RuntimeError, ValueError):  # another tensor or array in the place of one
@@ -184,7 +223,21 @@ def _equal(held: dict, before: dict) -> bool:
 
 
 def _same(now: Any, value: Any) -> bool:
-    return now is value or (type(now) is type(value) and now == value)
+    return now is value or (type(now) is type(value) and isinstance(value, (*_SIMPLE, dict, bytes)) and _equal(now, value))
+
+
+def _holds(where: Any, key: Any, value: Any) -> bool:
+    return _same(where.get(key, _MISSING), value)
+
+
+def _put(where: Any, key: Any, value: Any) -> None:
+    """Write back what a name was."""
+    if isinstance(where, dict):
+        where[key] = value
+    elif isinstance(where, _Cell):
+        where.cell.cell_contents = value
+    elif isinstance(where, _Attributes):
+        setattr(where.value, key, value)
 
 
 def _in_library(name: str) -> bool:
@@ -206,6 +259,16 @@ class _Items:
 
     def get(self, index: int, default: Any = None) -> Any:
         return self.items[index] if index < len(self.items) else default
+
+
+class _Rest:
+    """A dictionary without some of its keys, read like the one value of another."""
+
+    def __init__(self, held: dict, without: set) -> None:
+        self.held, self.without = held, without
+
+    def get(self, *_: Any) -> dict:
+        return {key: value for key, value in self.held.items() if key not in self.without}
 
 
 class _Content:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import pyro
 import torch
-from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
@@ -18,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from pyro_vae.batches import Batch
 from pyro_vae.infer.adam import FusedAdam
-from pyro_vae.infer.graphs import CannotTrace, NotYet, said
+from pyro_vae.infer.graphs import CannotTrace, said
+from pyro_vae.infer.guards import watching
 from pyro_vae.infer.traced import Step, Traces
 from pyro_vae.pair import Program
 
@@ -63,27 +63,43 @@ class SVI(pyro.infer.SVI):
         self._signatures: dict[Hashable, _Signature] = {}
         self._builds = 0
         self._quiet: object | None = None  # while it is the same object, nothing changes between two steps
-        self._begun = False  # the very first step is Pyro's own: parameters and autoguides are made by it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_signatures": {}}  # a copy makes graphs of its own
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the optimizer on the loss; the loss, an estimate of −ELBO in nats."""
         self.reported: tuple[Tensor, ...] | None = None
-        if self.compile is False or not isinstance(self.elbo, ELBO):
-            self._begun = True
+        replaced = getattr(self.loss_and_grads, "__self__", None) not in (self.elbo, self)
+        if self.compile is False or replaced or _PYRO_STACK:  # a handler around the step is not in the graph
             return super().step(*args, **kwargs)
         batch = Batch(args, kwargs)
-        signature = None if _PYRO_STACK else self._signature(batch)  # a handler around the step is not in the graph
-        if signature is None or not self._ready(signature, batch):
+        signature = self._signature(batch)
+        if signature is None:
             return super().step(*args, **kwargs)
+        if not self._ready(signature, batch):
+            return self._watched(signature, batch)
         state = torch.get_rng_state()
+        buffers = [(buffer, buffer.clone()) for buffer in signature.step.written]
         loss, gradients, reported = signature.step(batch)
         value = loss.item()
         if not math.isfinite(value):  # Pyro's own checks say what is wrong, before anything is moved
             torch.set_rng_state(state)
+            for buffer, before in buffers:
+                buffer.copy_(before)
             return super().step(*args, **kwargs)
         signature.move(gradients, quiet=self._quiet)
         self.reported = reported
         return value
+
+    def _watched(self, signature: "_Signature", batch: Batch) -> Any:
+        """A step of eager Pyro, which registers parameters and shows what a graph is to be made of."""
+        if signature.refused or (self.compile == "auto" and signature.count < _TRACE_AFTER):
+            return super().step(*batch.args, **batch.kwargs)
+        with watching() as seen:
+            loss = super().step(*batch.args, **batch.kwargs)
+        signature.seen = seen
+        return loss
 
     def report(self, traces: Traces) -> tuple[Tensor, ...]:  # noqa: ARG002
         """What else a graph is to yield, from the traces of model and guide: a subclass finds it in ``reported`` after a
@@ -105,7 +121,8 @@ class SVI(pyro.infer.SVI):
         if batch.kwargs or not all(type(leaf) is Tensor for leaf in leaves):
             leaves, structure = pytree.tree_flatten(tuple(batch))
         modes = (
-            torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_default_dtype(),
+            *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
+            torch.get_default_dtype(),
             torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), Distribution._validate_args,
         )  # fmt: skip
         key = (modes, structure, *map(_key, leaves))
@@ -115,6 +132,8 @@ class SVI(pyro.infer.SVI):
             for leaf in leaves:
                 if not isinstance(leaf, (Tensor, *_PLAIN)):
                     found.refuse(f"an argument is of type {type(leaf).__name__}, which may change unseen; pass tensors")
+                elif isinstance(leaf, Tensor) and (leaf.requires_grad or leaf.layout is not torch.strided):
+                    found.refuse("an argument is sparse, or asks for its gradient, which a graph does not leave in it")
             if len(self._signatures) == _MAX_SIGNATURES:
                 logger.warning("SVI: %d kinds of arguments: others run as eager Pyro; pass numbers as tensors", _MAX_SIGNATURES)
         return found
@@ -122,28 +141,26 @@ class SVI(pyro.infer.SVI):
     def _ready(self, signature: "_Signature", batch: Batch) -> bool:
         """Whether a graph serves for this step."""
         signature.count += 1
-        begun, self._begun = self._begun, True
-        if not begun or signature.refused or (self.compile == "auto" and signature.count <= _TRACE_AFTER):
+        if signature.refused or signature.seen is None:
             return False
         if signature.step is not None and not self._holds(signature):
-            signature.step, signature.how = None, "eager Pyro: something changed, a graph is built at the next step"
-            return False  # Pyro's own step registers parameters that are new
+            signature.step = signature.seen = None
+            signature.how = "eager Pyro: something changed, a graph is built at the next step"
+            return False
         try:
             if signature.step is None:
                 self._build(signature, batch)
             elif signature.count % _CHECK_EVERY == 0:
                 signature.step.check(batch)
-        except NotYet:
-            return False
         except CannotTrace as reason:
             signature.refuse(str(reason))
             return False
         except Exception as error:  # the pair itself fails on these data, as eager Pyro is about to say
-            signature.step, signature.how = None, f"eager Pyro: {said(error)}"
+            signature.step, signature.seen, signature.how = None, None, f"eager Pyro: {said(error)}"
             return False
         if self.compile == "auto" and signature.count == _INDUCTOR_AFTER and has_compiler():
             self._compile(signature, batch)
-        return True
+        return signature.step.alone()
 
     def _holds(self, signature: "_Signature") -> bool:
         """Whether all is as it was when the graph was traced."""
@@ -151,14 +168,14 @@ class SVI(pyro.infer.SVI):
             return True
         kept, signature.quiet = signature.step, self._quiet
         now = self.model, self.guide, self.elbo, self.optim
-        return now == (kept.model, kept.guide, kept.elbo, signature.move.optim) and kept.guards.hold()
+        return now == (kept.model, kept.guide, kept.elbo, signature.move.optim) and kept.holds()
 
     def _build(self, signature: "_Signature", batch: Batch) -> None:
         self._builds += 1
         if self._builds > _MAX_BUILDS:
             raise CannotTrace(f"{_MAX_BUILDS} graphs were built, and what they depend on changed again")
-        signature.step = Step(self.elbo, self.model, self.guide, batch, self.report)
-        signature.move = FusedAdam(self.optim, signature.step.params)
+        step = Step(self.elbo, self.model, self.guide, batch, signature.seen, self.report)
+        signature.step, signature.move = step, FusedAdam(self.optim, step.params)
         signature.how, signature.quiet = "traced", None
         if self.compile is True:
             self._compile(signature, batch)
@@ -177,6 +194,7 @@ class _Signature:
 
     def __init__(self, name: str) -> None:
         self.name, self.count = name, 0
+        self.seen: Any = None  # what its last step of eager Pyro showed
         self.step: Any = None
         self.move: Any = None
         self.quiet: object | None = None  # where the guards were found to hold
@@ -195,7 +213,14 @@ def has_compiler() -> bool:
 
 def _key(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+        return (
+            leaf.shape,
+            leaf.layout,
+            leaf.layout is torch.strided and leaf.stride(),
+            leaf.dtype,
+            leaf.device,
+            leaf.requires_grad,
+        )
     return type(leaf), leaf if isinstance(leaf, _PLAIN) else None
 
 

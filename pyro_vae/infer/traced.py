@@ -6,26 +6,23 @@ held against eager Pyro at the same noise before it is used, and from time to ti
 """
 
 import math
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
-from pyro import poutine
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.trace_elbo import _compute_log_r
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, fx
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution, constraints, kl_divergence
 from torch.utils import _pytree as pytree
 
 from pyro_vae.batches import Batch
-from pyro_vae.infer.graphs import CannotTrace, NotYet, said, trace_graph
-from pyro_vae.infer.guards import Guards, names_read
+from pyro_vae.infer.graphs import CannotTrace, said, trace_graph
+from pyro_vae.infer.guards import Guards, Watch
 from pyro_vae.pair import Program, untouched
 
 Traces = list[tuple[Trace, Trace]]
@@ -73,21 +70,42 @@ def _mean_field(model_trace: Trace, guide_trace: Trace) -> Tensor:
     return total
 
 
-def _in_support(traces: Traces) -> Tensor | None:
-    """Whether what is observed lies in the supports of its distributions, where Pyro would ask."""
-    found = []
-    for site in (site for model_trace, _ in traces for site in model_trace.nodes.values()):
-        if site["type"] == "sample" and site["is_observed"] and vars(site["fn"]).get("_validate_args", True):
-            try:
-                found.append(site["fn"].support.check(site["value"]).all())
-            except (NotImplementedError, AttributeError):  # a distribution without a support
-                continue
-    return torch.stack(found).all() if found else None
+def _conditions(traces: Traces) -> Iterator[Tensor]:
+    """What Pyro's validation would ask of the parameters and values of a run, but for what makes the loss NaN anyhow."""
+    for model_trace, guide_trace in traces:
+        for trace in (model_trace, guide_trace):
+            for site in trace.nodes.values():
+                if site["type"] != "sample" or not vars(site["fn"]).get("_validate_args", True):
+                    continue
+                yield from _of_parameters(site["fn"])
+                if trace is model_trace:  # a guide draws from its own support
+                    try:
+                        support = site["fn"].support
+                    except (NotImplementedError, AttributeError):
+                        continue
+                    if not _is_real(support):
+                        yield support.check(site["value"]).all()
+
+
+def _of_parameters(fn: Any) -> Iterator[Tensor]:
+    for name, constraint in getattr(fn, "arg_constraints", {}).items():
+        value = vars(fn).get(name)
+        if isinstance(value, Tensor) and not constraints.is_dependent(constraint) and not _is_real(constraint):
+            yield constraint.check(value).all()
+    if "base_dist" in vars(fn):
+        yield from _of_parameters(fn.base_dist)
+
+
+def _is_real(constraint: Any) -> bool:
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return isinstance(constraint, type(constraints.real))
 
 
 class Step:
     """Loss and gradients of a pair for arguments like these, as a graph.
 
+    :param seen: what a step of eager Pyro on such arguments showed.
     :param report: from the traces of a run, what else a step is to yield.
     :raises CannotTrace: where it cannot be one, or does not agree with eager Pyro.
     """
@@ -98,31 +116,39 @@ class Step:
         model: Program,
         guide: Program,
         batch: Batch,
+        seen: Watch,
         report: Callable[[Traces], tuple[Tensor, ...]],
     ) -> None:
         if type(elbo) not in (Trace_ELBO, TraceMeanField_ELBO):
             raise CannotTrace(f"the loss is {type(elbo).__name__}; Trace_ELBO and TraceMeanField_ELBO are traced")
+        if seen.drew:
+            raise CannotTrace("the pair draws from Python's or numpy's generator, which is not in the graph")
         self.elbo, self.model, self.guide, self.report = elbo, model, guide, report
         self.validate = Distribution._validate_args
-        with untouched() as ran, names_read() as read:
-            others = random.getstate(), str(np.random.get_state())  # noqa: NPY002
-            self.params = self._parameters(batch)
-            if (random.getstate(), str(np.random.get_state())) != others:  # noqa: NPY002
-                raise CannotTrace("the pair draws from Python's or numpy's generator, which is not in the graph")
-        self.guards = Guards(ran, (model, guide, elbo), self.params, read)
-        self.graph = self._trace(batch)
-        self.guards.forget_written()
-        self.run: Callable[..., Any] = self.graph
-        for moved in (True, False):
-            try:
-                self.check(batch, moved=moved)
-            except CannotTrace:
-                raise
-            except Exception as error:  # parameters or rows that this pair cannot have
-                raise CannotTrace(f"it could not be held against eager Pyro: {said(error)}") from error
+        found = [p for p in dict.fromkeys(seen.params.values()) if p.requires_grad]  # one may have two names
+        self.params = [p for p in found if p.grad is not None]  # Pyro moves them, were it by the momentum of an earlier step
+        self.idle = [p for p in found if p.grad is None]
+        self.guards = Guards(seen, (model, guide, elbo), self.params)
+        self.run: Callable[..., Any] = _not_yet
+        read: set[int] = set()
+        try:
+            with self._restored():
+                self.run = self.graph = self._trace(_copied(batch))
+                read = {id(getattr(self.graph, str(node.target))) for node in self.graph.graph.find_nodes(op="get_attr")}
+                self._check_read(read)
+                for moved in (True, False):
+                    self.check(batch, moved=moved)
+        except CannotTrace:
+            raise
+        except Exception as error:  # parameters or rows that this pair cannot have
+            raise CannotTrace(f"it could not be held against eager Pyro: {said(error)}") from error
+        finally:
+            self.guards.undo(read)
+        self.written = self._written(batch)
+        self.grads: list[tuple[Tensor, Tensor | None, int | None]] = [(p, None, None) for p in self.params]
 
     def __call__(self, batch: Batch) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The loss ``()``, NaN where the data are not in their support; the gradient of each of ``params``; what ``report``
+        """The loss ``()``, NaN where Pyro's validation would object; the gradient of each of ``params``; what ``report``
         yields."""
         with torch.no_grad():
             loss, *others = self.run(*_tensors(batch))
@@ -131,16 +157,23 @@ class Step:
                 reported = [value.clone() for value in reported]
         return loss, gradients, reported
 
-    def _parameters(self, batch: Batch) -> list[Tensor]:
-        """What Pyro trains, unconstrained: the parameters that have a gradient, were it one of an earlier step."""
-        known = set(pyro.get_param_store().keys())
-        with poutine.trace(param_only=True) as capture:
-            self.elbo.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs)
-        found = {site["value"].unconstrained(): None for site in capture.trace.nodes.values()}
-        pyro.infer.util.zero_grads(found)
-        if capture.trace.nodes.keys() - known:
-            raise NotYet("eager Pyro registers parameters first")
-        return [p for p in found if p.grad is not None and p.requires_grad]
+    def holds(self) -> bool:
+        """Whether all that Python decided while the graph was traced would be decided so again."""
+        return (
+            self.guards.hold()
+            and all(p.grad is None for p in self.idle)
+            and all(p.grad is not None for p in self.drifting)
+        )  # fmt: skip
+
+    def alone(self) -> bool:
+        """Whether no gradients are there yet, to which Pyro would add those of the step."""
+        for i, (p, grad, version) in enumerate(self.grads):
+            now = p.grad
+            if now is not grad or (now is not None and now._version != version):
+                if now is not None and now.any():
+                    return False
+                self.grads[i] = p, now, None if now is None else now._version
+        return True
 
     def _trace(self, batch: Batch) -> fx.GraphModule:
         leaves, structure = pytree.tree_flatten(tuple(batch))
@@ -158,15 +191,36 @@ class Step:
                 total, followed = total + loss / self.elbo.num_particles, followed + surrogate_loss / self.elbo.num_particles
                 traces.append(pair)
             found = torch.autograd.grad(followed, self.params, allow_unused=True)
-            gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self.params, strict=True)]
+            self.drifting = [p for p, g in zip(self.params, found, strict=True) if g is None]
             with torch.no_grad():
+                taken = {tensor.data_ptr() for tensor in tensors}
+                gradients = [_laid_out(p, g, taken) for p, g in zip(self.params, found, strict=True)]
                 reported = self.report(traces)
-                valid = _in_support(traces) if self.validate else None
-                if valid is not None:  # eager Pyro will say what is wrong
-                    total = torch.where(valid, total, math.nan)
+                conditions = list(_conditions(traces)) if self.validate else []
+                if conditions:  # eager Pyro will say what is wrong
+                    total = torch.where(torch.stack(conditions).all(), total, math.nan)
             return total, *gradients, *reported
 
         return trace_graph(loss_and_gradients, _tensors(batch))
+
+    def _check_read(self, read: set[int]) -> None:
+        known = {id(p) for p in self.params}
+        for *_, value in self.guards.tensors:
+            if value.is_leaf and value.requires_grad and id(value) in read and id(value) not in known:
+                raise CannotTrace(
+                    f"a parameter of shape {tuple(value.shape)} takes part that Pyro does not train; pyro.module "
+                    "registers it. Its gradient would not be there for others"
+                )
+
+    def _written(self, batch: Batch) -> list[Tensor]:
+        """The buffers that a step writes, such as running averages."""
+        buffers = list(self.guards.buffers())
+        if not buffers:
+            return []
+        with self._restored():
+            before = [value._version for value in buffers]
+            self(_copied(batch))
+            return [value for value, version in zip(buffers, before, strict=True) if value._version != version]
 
     def compile(self, batch: Batch) -> None:
         """Compile the graph by Inductor, its noise that of eager torch; on a GPU it is replayed as a CUDA graph. Raises
@@ -198,11 +252,12 @@ class Step:
                 batch = batch.map(lambda part: part[order.to(part.device)] if len(part) == len(order) else part)
             state = pyro.util.get_rng_state()
             with self._restored():
-                loss, gradients, _ = self(batch)
+                loss, gradients, _ = self(_copied(batch))
                 ours = [loss, *gradients, *(value.clone() for value in self.guards.buffers())]
             pyro.util.set_rng_state(state)
             with self._restored(), untouched():
-                expected = self.elbo.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs)
+                copied = _copied(batch)
+                expected = self.elbo.loss_and_grads(self.model, self.guide, *copied.args, **copied.kwargs)
                 eager = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.params]
                 pyros = [torch.as_tensor(expected).to(loss), *eager, *(value.clone() for value in self.guards.buffers())]
         for i, (a, b) in enumerate(zip(ours, pyros, strict=True)):
@@ -241,6 +296,25 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     if not math.isfinite(scale):
         return not bool(a.isfinite().all())
     return bool(((a - b).abs() <= tolerance * scale + 1e-12).all())
+
+
+def _laid_out(p: Tensor, gradient: Tensor | None, taken: set[int]) -> Tensor:
+    """A gradient in the layout of its parameter, and in memory that no other has ``taken``, as ``backward`` leaves it."""
+    if gradient is None:
+        return torch.zeros_like(p)
+    if gradient.stride() != p.stride() or gradient.data_ptr() in taken:
+        return torch.empty_like(p).copy_(gradient)
+    taken.add(gradient.data_ptr())
+    return gradient
+
+
+def _not_yet(*_: Tensor) -> Any:
+    raise CannotTrace("there is no graph yet")
+
+
+def _copied(batch: Batch) -> Batch:
+    """The same numbers in other memory: what a pair does to its arguments stays without consequence."""
+    return Batch(*pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tuple(batch)))
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
