@@ -10,6 +10,7 @@ import pyro
 import torch
 from pyro.distributions.util import is_identically_zero
 from torch import Tensor, fx
+from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -74,6 +75,7 @@ def trace_graph(f: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> 
 def _traced(f: Callable[..., Any], tensors: list[Tensor], seed: int) -> fx.GraphModule:
     try:
         with untouched(seed=seed), pyro.validation_enabled(False), _NoReads() as reads, _NoHiddenReads(reads):
+            Distribution._validate_args = None  # type: ignore[assignment] # off, but not as of one that was told to be off
             return make_fx(f)(*(tensor.detach() for tensor in tensors))  # two arguments may be the same tensor
     except CannotTrace:
         raise

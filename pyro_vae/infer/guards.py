@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyro_vae.infer.graphs import CannotTrace
 from pyro_vae.pair import Program
 
-_DEPTH = 4  # how far attributes of attributes are followed
+_DEPTH = 6  # how far attributes of attributes are followed
 _SMALL = 1000  # items of a list or dictionary, above which only its identity is looked at
 _SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 _LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"torch", "pyro", "pyro_vae", "numpy"}
@@ -155,7 +155,7 @@ class Guards:
     def _follow(self, where: Any, key: Any, value: Any, depth: int) -> None:
         if isinstance(value, Tensor):
             self.tensors.append((where, key, value))
-        elif isinstance(value, np.ndarray) and value.nbytes <= 10_000:
+        elif isinstance(value, np.ndarray) and value.nbytes <= 100_000:
             self.plain.append((_Content(value.tobytes), None, value.tobytes()))
         elif isinstance(value, dict | list | deque | set) and len(value) <= _SMALL:
             if id(value) not in self._seen:
@@ -197,10 +197,10 @@ class Guards:
                 raise CannotTrace(f"{name!r} is another after each run: the pair writes what it may read at the next")
 
     def buffers(self) -> Iterator[Tensor]:
-        """Tensors that are no parameters, as they are now."""
+        """Tensors that are no parameters, where they still are."""
         for where, key, value in self.tensors:
-            if not isinstance(value, nn.Parameter):
-                yield where.get(key)
+            if not isinstance(value, nn.Parameter) and where.get(key) is value:
+                yield value
 
     def hold(self) -> bool:
         """Whether everything is as it was."""

@@ -75,7 +75,7 @@ def _conditions(traces: Traces) -> Iterator[Tensor]:
     for model_trace, guide_trace in traces:
         for trace in (model_trace, guide_trace):
             for site in trace.nodes.values():
-                if site["type"] != "sample" or not vars(site["fn"]).get("_validate_args", True):
+                if site["type"] != "sample" or site["fn"]._validate_args is False:
                     continue
                 yield from _of_parameters(site["fn"])
                 if trace is model_trace:  # a guide draws from its own support
@@ -145,7 +145,7 @@ class Step:
         finally:
             self.guards.undo(read)
         self.written = self._written(batch)
-        self.grads: list[tuple[Tensor, Tensor | None, int | None]] = [(p, None, None) for p in self.params]
+        self.grads: list[tuple[Tensor, Tensor | None, int]] = [(p, None, 0) for p in self.params]
 
     def __call__(self, batch: Batch) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The loss ``()``, NaN where Pyro's validation would object; the gradient of each of ``params``; what ``report``
@@ -166,13 +166,15 @@ class Step:
         )  # fmt: skip
 
     def alone(self) -> bool:
-        """Whether no gradients are there yet, to which Pyro would add those of the step."""
+        """Whether no gradients are there yet, to which Pyro would add those of the step. It leaves zeros, as Pyro does."""
         for i, (p, grad, version) in enumerate(self.grads):
             now = p.grad
-            if now is not grad or (now is not None and now._version != version):
-                if now is not None and now.any():
+            if now is None:
+                now = p.grad = torch.zeros_like(p)
+            if now is not grad or now._version != version:
+                if now.any():
                     return False
-                self.grads[i] = p, now, None if now is None else now._version
+                self.grads[i] = p, now, now._version
         return True
 
     def _trace(self, batch: Batch) -> fx.GraphModule:
@@ -218,9 +220,9 @@ class Step:
         if not buffers:
             return []
         with self._restored():
-            before = [value._version for value in buffers]
+            before = [value.clone() for value in buffers]
             self(_copied(batch))
-            return [value for value, version in zip(buffers, before, strict=True) if value._version != version]
+            return [value for value, was in zip(buffers, before, strict=True) if not torch.equal(value, was)]
 
     def compile(self, batch: Batch) -> None:
         """Compile the graph by Inductor, its noise that of eager torch; on a GPU it is replayed as a CUDA graph. Raises

@@ -1,8 +1,13 @@
 """What Python changes after a step was traced is seen: the pair trains on as by Pyro."""
 
+import copy
+import cProfile
 import functools
 import itertools
+import math
+import os
 import random
+import sys
 import time
 from types import SimpleNamespace
 
@@ -81,29 +86,18 @@ def test_parameters_whose_memory_moves():
 
 
 def test_a_change_that_no_guard_sees_is_found_by_looking_again(caplog, monkeypatch):
-    class Late:
-        """Its value is out of sight."""
-
-        __slots__ = ("value",)
-
-    late = Late()
-    late.value = 1.0
     monkeypatch.setattr("pyro_vae.infer.svi._CHECK_EVERY", 10)
+    monkeypatch.setenv("SCALE", "1.0")  # out of sight
+    model, guide = functions()
 
-    def make():
-        model, guide = functions()
+    def scaled(x):
+        with poutine.scale(scale=float(os.environ["SCALE"])):
+            model(x)
 
-        def scaled(x):
-            with poutine.scale(scale=late.value):
-                model(x)
-
-        return scaled, guide
-
-    model, guide = make()
-    svi = CompiledSVI(model, guide, adam(), Trace_ELBO(), compile="trace")
+    svi = CompiledSVI(scaled, guide, adam(), Trace_ELBO(), compile="trace")
     for _ in range(5):
         svi.step(data())
-    late.value = 3.0
+    monkeypatch.setenv("SCALE", "3.0")
     for _ in range(10):
         svi.step(data())
     assert "not that of eager Pyro" in caplog.text
@@ -203,6 +197,17 @@ def by_class(self):
     return self.factor
 
 
+class Slots:
+    __slots__ = ("scale",)
+
+
+SLOTS = Slots()
+
+
+def by_slots(_):
+    return SLOTS.scale
+
+
 def by_object(_):
     return SETTINGS.scale
 
@@ -225,6 +230,7 @@ WAYS = {
     "a class attribute": (by_class, lambda model, value: setattr(ByMethod, "factor", value)),
     "a class attribute that an instance hides": (by_class, lambda model, value: setattr(model, "factor", value)),
     "an object's attribute": (by_object, lambda model, value: setattr(SETTINGS, "scale", value)),
+    "an object's slot": (by_slots, lambda model, value: setattr(SLOTS, "scale", value)),
     "a default argument": (by_default, set_default),
     "a method that is replaced": (by_class, lambda model, value: setattr(model, "scale", lambda: value)),
 }
@@ -237,7 +243,7 @@ def test_every_way_to_read_a_number(way):
     def reset():
         set_global(None, 1.0)
         set_default(None, 1.0)
-        ByMethod.factor = SETTINGS.scale = 1.0
+        ByMethod.factor = SETTINGS.scale = SLOTS.scale = 1.0
 
     def make():
         reset()
@@ -435,3 +441,189 @@ def test_hooks_on_gradients_run(kind):
             return losses + [svi.step(data(seed=i)) for i in range(4)]
 
     np.testing.assert_allclose(run(CompiledSVI, compile="trace"), run(SVI), rtol=1e-9)
+
+
+def same(make, step, num_steps=12, optim=adam, loss=Trace_ELBO):
+    """Steps of our own and of Pyro's SVI end at the same losses, parameters and random state; how ours ran."""
+
+    def run(svi_class, **options):
+        pyro.set_rng_seed(0)
+        with pyro.get_param_store().scope():
+            model, guide = make()
+            svi = svi_class(model, guide, optim(), loss(), **options)
+            losses = [step(svi, i) for i in range(num_steps)]
+            return losses, {name: value.detach().clone() for name, value in pyro.get_param_store().items()}, svi
+
+    ours, pyros = run(CompiledSVI, compile="trace"), run(SVI)
+    np.testing.assert_allclose(ours[0], pyros[0], rtol=1e-9)
+    for name, value in pyros[1].items():
+        torch.testing.assert_close(ours[1][name], value, rtol=1e-9, atol=1e-9, msg=name)
+    return ours[2].explain()
+
+
+def plainly(svi, i):
+    return svi.step(data(seed=i))
+
+
+def with_counter():
+    model, guide = functions()
+    counter = {"n": 0}
+
+    def annealed(x):
+        counter["n"] += 1
+        with poutine.scale(scale=min(1.0, counter["n"] / 10)):
+            model(x)
+
+    return annealed, guide
+
+
+def with_memory():
+    """A guide that reads the mean of its last batch."""
+    model, _ = functions()
+    net, memory = nn.Linear(D, K), {"mean": torch.zeros(D)}
+
+    def guide(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(net(x + memory["mean"]), 1.0).to_event(1))
+        memory["mean"] = x.mean(0)
+
+    return model, guide
+
+
+def with_average():
+    """A guide that keeps a running mean, in place, in a tensor that is no module's."""
+    model, _ = functions()
+    net, mean = nn.Linear(D, K), torch.zeros(D)
+
+    def guide(x):
+        mean.mul_(0.9).add_(0.1 * x.mean(0))
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(net(x - mean), 1.0).to_event(1))
+
+    return model, guide
+
+
+def with_index():
+    """A model that reads a row of a table by a tensor's value."""
+    model, guide = functions()
+    table, at = torch.rand(20), torch.tensor(0)
+
+    def indexed(x):
+        with poutine.scale(scale=table[at]):
+            model(x)
+        at.add_(1)
+
+    return indexed, guide
+
+
+@pytest.mark.parametrize("make", [with_counter, with_memory, with_average, with_index])
+def test_what_a_pair_writes_for_its_next_run(make):
+    same(make, plainly)
+
+
+def test_the_same_tensor_twice():
+    """At one step two arguments are one tensor, later they are two."""
+
+    def make():
+        model, guide = functions()
+        return (lambda noisy, x: model(x)), (lambda noisy, x: guide(noisy))
+
+    def step(svi, i):
+        x = data(seed=i)
+        return svi.step(x, x) if i < 5 else svi.step(x + 1, x)
+
+    assert "traced, 12" in same(make, step)
+
+
+@pytest.mark.parametrize("optim", [adam, lambda: pyro.optim.Adam({"lr": 0.01}, {"clip_norm": 0.1})], ids=["Adam", "clipped"])
+def test_gradients_of_any_layout(optim):
+    """One number for all elements, and one tensor for two parameters."""
+
+    def make():
+        model, guide = functions()
+
+        def summed(x):
+            p, a, b = (pyro.param(name, torch.arange(50.0)) for name in ("p", "a", "b"))
+            pyro.factor("f", -1e-3 * p.sum() - 1e-3 * ((a + b) ** 2).sum())
+            model(x)
+
+        return summed, guide
+
+    assert "traced, 12" in same(make, plainly, optim=optim)
+
+
+def test_gradients_that_are_there_already():
+    """Pyro adds to them; so do we."""
+
+    def step(svi, i):
+        if i % 4 == 3:
+            (pyro.param("scale").sum() ** 2).backward()
+        return svi.step(data(seed=i))
+
+    assert "traced, 12" in same(functions, step)
+
+
+def test_validation_goes_on():
+    """A latent outside of the prior's support."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Exponential(1.0)), 1.0), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.tensor(5.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    def fails_at(svi_class, **options):
+        pyro.set_rng_seed(0)
+        with pyro.get_param_store().scope():
+            svi = svi_class(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO(), **options)
+            for i in range(100):
+                try:
+                    svi.step(torch.zeros(4))
+                except ValueError as error:
+                    return i, str(error)
+        return None
+
+    ours = fails_at(CompiledSVI, compile="trace")
+    assert ours is not None
+    assert ours == fails_at(SVI)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered")
+def test_a_loss_that_is_not_finite_moves_buffers_once():
+    def make():
+        model, guide = PAIRS["BatchNorm"]()
+        return (lambda x, weight: [pyro.factor("f", weight), model(x)][1]), (lambda x, weight: guide(x))
+
+    def step(svi, i):
+        svi.step(data(seed=i), torch.tensor(-math.inf if i == 6 else 0.0))
+        return sum(b.sum().item() for b in svi.guide.__closure__[0].cell_contents.buffers())
+
+    same(make, step, num_steps=7)
+
+
+def test_copies_make_graphs_of_their_own():
+    model, guide = functions()
+    svi = CompiledSVI(model, guide, adam(), Trace_ELBO(), compile="trace")
+    for _ in range(3):
+        svi.step(data())
+    twin = copy.deepcopy(svi)
+    assert "nothing has run" in twin.explain()
+    assert "traced, 3" in svi.explain()
+
+
+def test_a_profiler_goes_on():
+    profile = cProfile.Profile()
+    model, guide = functions()
+    svi = CompiledSVI(model, guide, adam(), Trace_ELBO(), compile="trace")
+    profile.enable()
+    for _ in range(3):
+        svi.step(data())
+    running = sys.getprofile() is not None
+    profile.disable()
+    assert running
+    assert "traced, 3" in svi.explain()
