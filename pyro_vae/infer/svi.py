@@ -39,9 +39,10 @@ class SVI(pyro.infer.SVI):
     Loss and gradients are traced through Pyro's handlers into a graph of tensor operations, one for each signature (shapes,
     dtypes and devices of the tensors, values of other arguments), which is held against eager Pyro at the same noise, and run
     in the place of it; Adam and AdamW go over all parameters in one call. What cannot be traced runs as eager Pyro, with one
-    logged line that says why. A graph is built anew when anything changes that Python could have read: training flags,
-    attributes, globals, what functions close over, parameters that are frozen or replaced. What a pair does in Python beside
-    its loss, such as to print or to count, is done only while it is traced.
+    logged line that says why. A graph is built anew when something changes that Python could have read: training flags,
+    attributes, globals, what functions close over, parameters that are frozen or replaced; what is out of sight is found when
+    the graph is held against eager Pyro again, every 1000 steps. What a pair does beside its loss, such as to print, is done
+    only while it is traced.
 
     :param optim: one of Pyro's optimizers, or a ``torch.optim.Optimizer`` over the pair's parameters.
     :param loss: one of Pyro's ELBO objects; ``Trace_ELBO`` and ``TraceMeanField_ELBO`` are traced.
