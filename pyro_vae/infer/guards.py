@@ -33,15 +33,12 @@ class Watch:
         self.ran: dict[nn.Module, None] = {}
         self.params: dict[str, Tensor] = {}
         self.read: dict[int, tuple[dict[str, Any], set[str]]] = {}
-        self.drew = False  # whether Python's or numpy's generator was drawn from
+        self.reason: str | None = None  # why there can be no graph of it
 
 
 @contextmanager
 def watching() -> Iterator[Watch]:
-    """Watch what runs in the block.
-
-    :raises CannotTrace: where a profiler and a debugger both are at work.
-    """
+    """Watch what runs in the block."""
     seen = Watch()
 
     def enter(frame: types.FrameType, event: str, _: Any) -> None:
@@ -51,7 +48,9 @@ def watching() -> Iterator[Watch]:
 
     free = sys.setprofile if sys.getprofile() is None else sys.settrace if sys.gettrace() is None else None
     if free is None:
-        raise CannotTrace("a profiler and a debugger are at work")
+        seen.reason = "a profiler and a debugger are at work, so that what it reads is not seen"
+        yield seen
+        return
     hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: seen.ran.update({module: None}))
     before = _other_noise()
     free(enter)
@@ -61,7 +60,8 @@ def watching() -> Iterator[Watch]:
     finally:
         free(None)
         hook.remove()
-    seen.drew = _other_noise() != before
+    if _other_noise() != before:
+        seen.reason = "the pair draws from Python's or numpy's generator, which is not in the graph"
     seen.params = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
 
 

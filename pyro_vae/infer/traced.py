@@ -121,27 +121,23 @@ class Step:
     ) -> None:
         if type(elbo) not in (Trace_ELBO, TraceMeanField_ELBO):
             raise CannotTrace(f"the loss is {type(elbo).__name__}; Trace_ELBO and TraceMeanField_ELBO are traced")
-        if seen.drew:
-            raise CannotTrace("the pair draws from Python's or numpy's generator, which is not in the graph")
+        if seen.reason:
+            raise CannotTrace(seen.reason)
         self.elbo, self.model, self.guide, self.report = elbo, model, guide, report
         self.validate = Distribution._validate_args
         found = [p for p in dict.fromkeys(seen.params.values()) if p.requires_grad]  # one may have two names
         self.params = [p for p in found if p.grad is not None]  # Pyro moves them, were it by the momentum of an earlier step
         self.idle = [p for p in found if p.grad is None]
         self.guards = Guards(seen, (model, guide, elbo), self.params)
-        self.run: Callable[..., Any] = _not_yet
         read: set[int] = set()
         try:
             with self._restored():
-                self.run = self.graph = self._trace(_copied(batch))
+                self.graph = self._trace(_copied(batch))
+                self.run: Callable[..., Any] = self.graph
                 read = {id(getattr(self.graph, str(node.target))) for node in self.graph.graph.find_nodes(op="get_attr")}
                 self._check_read(read)
-                for moved in (True, False):
-                    self.check(batch, moved=moved)
-        except CannotTrace:
-            raise
-        except Exception as error:  # parameters or rows that this pair cannot have
-            raise CannotTrace(f"it could not be held against eager Pyro: {said(error)}") from error
+                self.check(batch)
+                self._check_moved(batch)
         finally:
             self.guards.undo(read)
         self.written = self._written(batch)
@@ -213,6 +209,14 @@ class Step:
                     f"a parameter of shape {tuple(value.shape)} takes part that Pyro does not train; pyro.module "
                     "registers it. Its gradient would not be there for others"
                 )
+
+    def _check_moved(self, batch: Batch) -> None:
+        try:
+            self.check(batch, moved=True)
+        except CannotTrace:
+            raise
+        except Exception as error:  # parameters or rows that this pair cannot have
+            raise CannotTrace(f"it could not be held against eager Pyro: {said(error)}") from error
 
     def _written(self, batch: Batch) -> list[Tensor]:
         """The buffers that a step writes, such as running averages."""
@@ -308,10 +312,6 @@ def _laid_out(p: Tensor, gradient: Tensor | None, taken: set[int]) -> Tensor:
         return torch.empty_like(p).copy_(gradient)
     taken.add(gradient.data_ptr())
     return gradient
-
-
-def _not_yet(*_: Tensor) -> Any:
-    raise CannotTrace("there is no graph yet")
 
 
 def _copied(batch: Batch) -> Batch:

@@ -606,6 +606,18 @@ def test_a_loss_that_is_not_finite_moves_buffers_once():
     same(make, step, num_steps=7)
 
 
+def test_bad_data_at_the_wrong_moment():
+    """Those that a graph was to be built on; the next are good."""
+    model, guide = functions()
+    svi = CompiledSVI(model, guide, adam(), Trace_ELBO(), compile="trace")
+    svi.step(data())
+    with pytest.raises(ValueError, match="constraint Real"):
+        svi.step(data() * math.nan)
+    for _ in range(3):
+        svi.step(data())
+    assert "traced, 5" in svi.explain()
+
+
 def test_copies_make_graphs_of_their_own():
     model, guide = functions()
     svi = CompiledSVI(model, guide, adam(), Trace_ELBO(), compile="trace")
@@ -614,6 +626,20 @@ def test_copies_make_graphs_of_their_own():
     twin = copy.deepcopy(svi)
     assert "nothing has run" in twin.explain()
     assert "traced, 3" in svi.explain()
+
+
+def test_a_profiler_and_a_debugger_go_on():
+    svi = CompiledSVI(*functions(), adam(), Trace_ELBO(), compile="trace")
+    before = sys.getprofile(), sys.gettrace()
+    sys.setprofile(lambda *_: None)
+    sys.settrace(lambda *_: None)
+    try:
+        for _ in range(3):
+            svi.step(data())
+    finally:
+        sys.setprofile(before[0])
+        sys.settrace(before[1])
+    assert "a profiler and a debugger" in svi.explain()
 
 
 def test_a_profiler_goes_on():
