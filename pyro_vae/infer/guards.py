@@ -1,5 +1,6 @@
 """What a graph takes for granted: everything that Python could have read while it was traced."""
 
+import dis
 import functools
 import random
 import sys
@@ -27,12 +28,13 @@ _MISSING = object()
 
 class Watch:
     """What a run of a pair showed: the modules that ran, the parameters that Pyro found by their names in its store, and what
-    functions outside of libraries may have read by name: their module's variables, and the names that their code mentions."""
+    functions outside of libraries may have read by name: their module's variables, and all the names that they mention."""
 
     def __init__(self) -> None:
         self.ran: dict[nn.Module, None] = {}
         self.params: dict[str, Tensor] = {}
         self.read: dict[int, tuple[dict[str, Any], set[str]]] = {}
+        self.names: set[str] = set()
         self.reason: str | None = None  # why there can be no graph of it
 
 
@@ -44,7 +46,8 @@ def watching() -> Iterator[Watch]:
     def enter(frame: types.FrameType, event: str, _: Any) -> None:
         known = frame.f_globals
         if event == "call" and not _in_library(known.get("__name__", "")):
-            seen.read.setdefault(id(known), (known, set()))[1].update(frame.f_code.co_names)
+            seen.read.setdefault(id(known), (known, set()))[1].update(_globals_of(frame.f_code))
+            seen.names.update(frame.f_code.co_names)
 
     free = sys.setprofile if sys.getprofile() is None else sys.settrace if sys.gettrace() is None else None
     if free is None:
@@ -63,6 +66,12 @@ def watching() -> Iterator[Watch]:
     if _other_noise() != before:
         seen.reason = "the pair draws from Python's or numpy's generator, which is not in the graph"
     seen.params = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
+
+
+@functools.cache
+def _globals_of(code: types.CodeType) -> frozenset[str]:
+    """The names of a function that are variables of its module, not attributes."""
+    return frozenset(step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
 
 
 def _other_noise() -> tuple[Any, str]:
@@ -85,7 +94,7 @@ class Guards:
         self.bound: list[tuple[Any, Any, Any]] = []  # objects, compared by identity
         self.tensors: list[tuple[Any, Any, Tensor]] = []  # likewise
         self._seen: set[int] = set()
-        self._names = frozenset().union(*(names for _, names in seen.read.values()))
+        self._names = frozenset(seen.names)
         for module in seen.ran:
             self._take(module, _DEPTH)
         for program in programs:

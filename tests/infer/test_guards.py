@@ -618,6 +618,19 @@ def test_bad_data_at_the_wrong_moment():
     assert "traced, 5" in svi.explain()
 
 
+def test_a_variable_that_has_the_name_of_an_attribute_is_no_matter():
+    """``self.factor`` is not the module's ``factor``."""
+    _, guide = functions()
+    svi = CompiledSVI(ByMethod(by_class), guide, adam(), Trace_ELBO(), compile="trace")
+    try:
+        for i in range(6):
+            globals()["factor"] = i
+            svi.step(data())
+    finally:
+        del globals()["factor"]
+    assert svi._builds == 1
+
+
 def test_copies_make_graphs_of_their_own():
     model, guide = functions()
     svi = CompiledSVI(model, guide, adam(), Trace_ELBO(), compile="trace")
