@@ -8,14 +8,13 @@ from pyro.infer import JitTrace_ELBO, Trace_ELBO
 import pyro_vae as pv
 from benchmarks.aevb import HIDDEN, LATENT, PIXELS, by_hand, by_svi, products
 from benchmarks.timing import measure
+from pyro_vae.infer.graphs import trace_graph
 
 BASE = "`pyro.infer.SVI`"
 
 
 def products_in_graph():
     """The products as the graph does them."""
-    from pyro_vae.infer.graphs import trace_graph
-
     tensors = [torch.randn(shape) for shape in ((HIDDEN, PIXELS), (2 * LATENT, HIDDEN), (HIDDEN, LATENT), (PIXELS, HIDDEN))]
     graphs = {}
 

@@ -21,7 +21,7 @@ from pyro_vae.pair import Program
 
 _DEPTH = 6  # how far attributes of attributes are followed
 _SMALL = 1000  # items of a list or dictionary, above which only its identity is looked at
-_SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)  # what can only be replaced, never changed
 _LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"torch", "pyro", "pyro_vae", "numpy"}
 _MISSING = object()
 
@@ -158,7 +158,7 @@ class Guards:
         """Some names of what is read like a dictionary."""
         for key, value in names.items():
             if not isinstance(value, Tensor):
-                (self.plain if isinstance(value, _SIMPLE) else self.bound).append((where, key, value))
+                (self.plain if isinstance(value, SIMPLE) else self.bound).append((where, key, value))
             self._follow(where, key, value, depth)
 
     def _follow(self, where: Any, key: Any, value: Any, depth: int) -> None:
@@ -173,7 +173,7 @@ class Guards:
         elif isinstance(value, tuple) and len(value) <= _SMALL:
             for i, part in enumerate(value):
                 self._follow(_Items(value), i, part, depth - 1)
-        elif not isinstance(value, _SIMPLE):
+        elif not isinstance(value, SIMPLE):
             self._take(value, depth - 1)
 
     def undo(self, read: Collection[int]) -> None:
@@ -232,7 +232,7 @@ def _equal(held: Any, before: Any) -> bool:
 
 
 def _same(now: Any, value: Any) -> bool:
-    return now is value or (type(now) is type(value) and isinstance(value, (*_SIMPLE, dict, bytes)) and _equal(now, value))
+    return now is value or (type(now) is type(value) and isinstance(value, (*SIMPLE, dict, bytes)) and _equal(now, value))
 
 
 def _holds(where: Any, key: Any, value: Any) -> bool:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from pyro_vae.batches import Batch
 from pyro_vae.infer.adam import FusedAdam
 from pyro_vae.infer.graphs import CannotTrace, said
-from pyro_vae.infer.guards import watching
+from pyro_vae.infer.guards import SIMPLE, watching
 from pyro_vae.infer.traced import Step, Traces
 from pyro_vae.pair import Program
 
@@ -30,7 +30,6 @@ _INDUCTOR_AFTER = 5000  # likewise, before the seconds that Inductor takes
 _CHECK_EVERY = 1000  # steps between two looks at eager Pyro
 _MAX_BUILDS = 16  # graphs built for one pair, before it is left to eager Pyro
 _MAX_SIGNATURES = 64  # likewise, of arguments that are new each time
-_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
 
 class SVI(pyro.infer.SVI):
@@ -131,7 +130,7 @@ class SVI(pyro.infer.SVI):
         if found is None and len(self._signatures) < _MAX_SIGNATURES:
             found = self._signatures[key] = _Signature(", ".join(map(_name, leaves)))
             for leaf in leaves:
-                if not isinstance(leaf, (Tensor, *_PLAIN)):
+                if not isinstance(leaf, (Tensor, *SIMPLE)):
                     found.refuse(f"an argument is of type {type(leaf).__name__}, which may change unseen; pass tensors")
                 elif isinstance(leaf, Tensor) and (leaf.requires_grad or leaf.layout is not torch.strided):
                     found.refuse("an argument is sparse, or asks for its gradient, which a graph does not leave in it")
@@ -214,15 +213,9 @@ def has_compiler() -> bool:
 
 def _key(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
-        return (
-            leaf.shape,
-            leaf.layout,
-            leaf.layout is torch.strided and leaf.stride(),
-            leaf.dtype,
-            leaf.device,
-            leaf.requires_grad,
-        )
-    return type(leaf), leaf if isinstance(leaf, _PLAIN) else None
+        strides = leaf.stride() if leaf.layout is torch.strided else leaf.layout
+        return leaf.shape, strides, leaf.dtype, leaf.device, leaf.requires_grad
+    return type(leaf), leaf if isinstance(leaf, SIMPLE) else None
 
 
 def _name(leaf: Any) -> str:

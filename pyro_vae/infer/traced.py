@@ -265,7 +265,8 @@ class Step:
                 copied = _copied(batch)
                 expected = self.elbo.loss_and_grads(self.model, self.guide, *copied.args, **copied.kwargs)
                 eager = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.params]
-                pyros = [torch.as_tensor(expected).to(loss), *eager, *(value.clone() for value in self.guards.buffers())]
+                value = torch.as_tensor(expected, dtype=loss.dtype, device=loss.device)
+                pyros = [value, *eager, *(buffer.clone() for buffer in self.guards.buffers())]
         for i, (a, b) in enumerate(zip(ours, pyros, strict=True)):
             if not _agree(a, b):
                 what = "the loss" if not i else f"the gradient of a parameter of shape {tuple(b.shape)}"

@@ -264,7 +264,9 @@ def test_graphs_fit_as_eager_pyro_does(loss, beta, caplog):
         )  # fmt: skip
         return vae, history
 
+    caplog.set_level("INFO", "pyro_vae")
     (eager, expected), (graph, history) = run(False), run("trace")
+    assert caplog.messages[-1].count("traced") == 2  # of whole minibatches, and of the last
     for ours, pyros in zip(graph.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(ours, pyros, rtol=1e-9, atol=1e-9)
     for ours, pyros in zip(history.epochs, expected.epochs, strict=True):
