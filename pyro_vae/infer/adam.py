@@ -12,13 +12,39 @@ _CALLS = (PyroOptim.__call__, PyroLRScheduler.__call__)  # a subclass may do som
 _HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 
 
+class _Group:
+    """The parameters of one setting, and their state."""
+
+    def __init__(self) -> None:
+        self.places: list[int] = []
+        self.params: list[Tensor] = []
+        self.states: list[dict[str, Tensor]] = []
+
+    def count(self) -> None:
+        """Keep the number of steps of all of them in one tensor, which one operation counts up."""
+        self.steps = [state["step"] for state in self.states]
+        counts = self.steps[0]._base
+        if counts is None or len(counts) != len(self.steps) or any(step._base is not counts for step in self.steps):
+            counts = torch.stack(self.steps)
+            self.steps = [counts[i] for i in range(len(counts))]
+            for state, step in zip(self.states, self.steps, strict=True):
+                state["step"] = step
+        self.counts = counts
+        self.means = [state["exp_avg"] for state in self.states]
+        self.squares = [state["exp_avg_sq"] for state in self.states]
+
+    def counts_still(self) -> bool:
+        """Whether no other group has taken a parameter over."""
+        return all(state["step"] is step for state, step in zip(self.states, self.steps, strict=True))
+
+
 class FusedAdam:
     """The update of one of Pyro's optimizers: fused where it is plain Adam or AdamW, whose state stays where the optimizer
     keeps it; any other optimizer is called as it is."""
 
     def __init__(self, optim: PyroOptim, params: Sequence[Tensor]) -> None:
         self.optim, self.params = optim, params
-        self.groups: dict[tuple, tuple[list, ...]] | None = None
+        self.groups: dict[tuple, _Group] | None = None
         self.quiet: object | None = None
 
     def __call__(self, gradients: Sequence[Tensor], *, quiet: object | None) -> None:
@@ -26,7 +52,8 @@ class FusedAdam:
 
         :param quiet: while it is the same object, nothing touches the optimizer's settings between two calls.
         """
-        if quiet is None or quiet is not self.quiet or self.groups is None:
+        unchanged = quiet is not None and quiet is self.quiet and self.groups is not None
+        if not (unchanged and all(group.counts_still() for group in self.groups.values())):  # type: ignore[union-attr]
             self.groups, self.quiet = self._groups(), quiet
         if self.groups is None:
             before = [p.grad for p in self.params]
@@ -37,30 +64,28 @@ class FusedAdam:
                 p.grad = zeros  # as Pyro leaves them
             return
         with torch.no_grad():
-            for (fused, lr, (beta1, beta2), weight_decay, eps, maximize), columns in self.groups.items():
-                places, own, means, squares, steps = columns
-                torch._foreach_add_(steps, 1)
+            for (fused, lr, (beta1, beta2), weight_decay, eps, maximize, *_), group in self.groups.items():
+                group.counts += 1
                 fused(
-                    own, [gradients[i] for i in places], means, squares, [], steps, lr=lr, beta1=beta1, beta2=beta2,
-                    weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=maximize,
+                    group.params, [gradients[i] for i in group.places], group.means, group.squares, [], group.steps, lr=lr,
+                    beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=maximize,
                 )  # fmt: skip
 
-    def _groups(self) -> dict[tuple, tuple[list, ...]] | None:
-        """Places of the parameters, and their state, by their settings; ``None`` where one is not plain Adam's, or has no
-        state yet."""
-        groups: dict[tuple, tuple[list, ...]] = {}
+    def _groups(self) -> dict[tuple, _Group] | None:
+        """The parameters by their settings; ``None`` where one is not plain Adam's, or has no state yet."""
+        groups: dict[tuple, _Group] = {}
         for i, p in enumerate(self.params):
             found = self._state(p)
             if found is None:
                 return None
-            fused, group, state = found
-            key = (fused, group["lr"], group["betas"], group["weight_decay"], group["eps"], group["maximize"])
-            places, own, means, squares, steps = groups.setdefault(key, ([], [], [], [], []))
-            places.append(i)
-            own.append(p)
-            means.append(state["exp_avg"])
-            squares.append(state["exp_avg_sq"])
-            steps.append(state["step"])
+            fused, settings, state = found
+            kind = settings["lr"], settings["betas"], settings["weight_decay"], settings["eps"], settings["maximize"]
+            group = groups.setdefault((fused, *kind, p.device, state["step"].dtype), _Group())
+            group.places.append(i)
+            group.params.append(p)
+            group.states.append(state)
+        for group in groups.values():
+            group.count()
         return groups
 
     def _state(self, p: Tensor) -> tuple[Any, dict, dict] | None:

@@ -5,6 +5,7 @@ Python decided while it was traced stays decided, so a graph comes with guards (
 held against eager Pyro at the same noise before it is used, and from time to time again.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +27,7 @@ from pyro_vae.infer.guards import Guards, Watch
 from pyro_vae.pair import Program, untouched
 
 Traces = list[tuple[Trace, Trace]]
-# noise as eager torch draws it; no guards of Dynamo's, since a step has its own
-_INDUCTOR: dict[str, Any] = {"fallback_random": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+_INDUCTOR = {"fallback_random": True}  # noise as eager torch draws it
 
 
 def surrogate(elbo: ELBO, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
@@ -232,14 +232,14 @@ class Step:
         """Compile the graph by Inductor, its noise that of eager torch; on a GPU it is replayed as a CUDA graph. Raises
         ``CannotTrace`` where that fails; the graph itself serves on."""
         options = _INDUCTOR | {"triton.cudagraphs": any(p.is_cuda for p in self.params)}
-        self.run = torch.compile(self.graph, fullgraph=True, options=options)
+        graph = fx.GraphModule(self.graph, copy.deepcopy(self.graph.graph))  # Inductor may change it, and then fail
         try:
-            self.check(batch)  # Inductor compiles at the first call
+            with torch.no_grad():  # straight from the graph: Dynamo would look at it, and guard it, once more
+                self.run = torch._inductor.compile(graph, _tensors(_copied(batch)), options=options)
+            self.check(batch)
         except Exception as error:
             self.run = self.graph
             raise CannotTrace(f"Inductor: {said(error)}") from error
-        finally:  # Dynamo turns the checks of distributions off for the whole process
-            Distribution.set_default_validate_args(self.validate)
 
     def check(self, batch: Batch, *, moved: bool = False) -> None:
         """Hold the graph against eager Pyro at the same noise.
