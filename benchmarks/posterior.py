@@ -7,7 +7,7 @@ from pyro.infer.importance import vectorized_importance_weights
 from benchmarks.aevb import LATENT, PIXELS, make_vae
 from benchmarks.timing import measure
 from pyro_vae.batches import Batch
-from pyro_vae.infer.graphs import trace_graph
+from pyro_vae.graphs import trace_graph
 from pyro_vae.pair import sum_sites
 from pyro_vae.particles import Latents
 

@@ -8,7 +8,7 @@ from pyro.infer import JitTrace_ELBO, Trace_ELBO
 import pyro_vae as pv
 from benchmarks.aevb import HIDDEN, LATENT, PIXELS, by_hand, by_svi, products
 from benchmarks.timing import measure
-from pyro_vae.infer.graphs import trace_graph
+from pyro_vae.graphs import trace_graph
 
 BASE = "`pyro.infer.SVI`"
 

@@ -146,12 +146,12 @@ def sum_sites(trace: Trace, plates: frozenset[str], *, particle_dim: int | None 
             kind = f"shared_{kind}"
         else:
             kept.append(rows)
-        log_prob = _sum_to(log_prob, kept)
+        log_prob = sum_to(log_prob, kept)
         sums[kind] = sums[kind].to(log_prob) + log_prob
     return SiteSums(**sums)
 
 
-def _sum_to(log_prob: Tensor, kept: list[int]) -> Tensor:
+def sum_to(log_prob: Tensor, kept: list[int]) -> Tensor:
     """Sum over all dimensions but those, which come in that order."""
     missing = max((-dim - log_prob.dim() for dim in kept), default=0)
     log_prob = log_prob.reshape((1,) * max(missing, 0) + log_prob.shape).movedim(kept, tuple(range(-len(kept), 0)))

@@ -12,12 +12,13 @@ import pyro_vae
 PACKAGE = Path(pyro_vae.__file__).parent
 # From the ground up; a module imports from lower floors only, and neighbours do not import each other.
 FLOORS = (
-    ("nets", "data"),
+    ("nets", "data", "numerics"),
     ("batches", "conditionals"),
     ("pair", "priors", "flows"),
-    ("vae", "particles"),
-    ("exact",),
-    ("infer", "diagnostics"),
+    ("vae", "particles", "graphs"),
+    ("exact", "weights"),
+    ("infer", "evidence"),
+    ("diagnostics",),
     ("plots", "checkpoint"),
     ("build",),
     ("runs", "zoo"),

@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from pyro_vae.batches import Batch, Batches, InMemory, as_batches
 from pyro_vae.data import Data
+from pyro_vae.graphs import has_compiler
 from pyro_vae.infer.check import check_first_batch, check_observed
 from pyro_vae.infer.evaluate import evaluate
-from pyro_vae.infer.svi import SVI, Compile, has_compiler
+from pyro_vae.infer.svi import SVI, Compile
 from pyro_vae.infer.traced import Traces
 from pyro_vae.pair import (
     ElboTerms,

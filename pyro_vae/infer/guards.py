@@ -16,7 +16,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_vae.infer.graphs import CannotTrace
+from pyro_vae.graphs import CannotTrace
 from pyro_vae.pair import Program
 
 _DEPTH = 6  # how far attributes of attributes are followed

@@ -1,9 +1,7 @@
 """Pyro's SVI, its step a graph where it can be one."""
 
-import functools
 import logging
 import math
-import shutil
 from collections.abc import Hashable
 from typing import Any, Literal
 
@@ -17,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from pyro_vae.batches import Batch
 from pyro_vae.infer.adam import FusedAdam
-from pyro_vae.infer.graphs import CannotTrace, said
+from pyro_vae.graphs import CannotTrace, has_compiler, said
 from pyro_vae.infer.guards import SIMPLE, watching
 from pyro_vae.infer.traced import Step, Traces
 from pyro_vae.pair import Program
@@ -203,12 +201,6 @@ class _Signature:
     def refuse(self, reason: str) -> None:
         self.step, self.refused, self.how = None, True, f"eager Pyro: {reason}"
         logger.warning("SVI: %s runs as eager Pyro: %s", self.name, reason)
-
-
-@functools.cache
-def has_compiler() -> bool:
-    """Whether there is a C++ compiler, which Inductor needs."""
-    return shutil.which("g++") is not None
 
 
 def _key(leaf: Any) -> Hashable:

@@ -5,7 +5,6 @@ Python decided while it was traced stays decided, so a graph comes with guards (
 held against eager Pyro at the same noise before it is used, and from time to time again.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,12 +21,11 @@ from torch.distributions import Distribution, constraints, kl_divergence
 from torch.utils import _pytree as pytree
 
 from pyro_vae.batches import Batch
-from pyro_vae.infer.graphs import CannotTrace, said, trace_graph
+from pyro_vae.graphs import CannotTrace, compiled, said, trace_graph
 from pyro_vae.infer.guards import Guards, Watch
 from pyro_vae.pair import Program, untouched
 
 Traces = list[tuple[Trace, Trace]]
-_INDUCTOR = {"fallback_random": True}  # noise as eager torch draws it
 
 
 def surrogate(elbo: ELBO, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
@@ -231,11 +229,8 @@ class Step:
     def compile(self, batch: Batch) -> None:
         """Compile the graph by Inductor, its noise that of eager torch; on a GPU it is replayed as a CUDA graph. Raises
         ``CannotTrace`` where that fails; the graph itself serves on."""
-        options = _INDUCTOR | {"triton.cudagraphs": any(p.is_cuda for p in self.params)}
-        graph = fx.GraphModule(self.graph, copy.deepcopy(self.graph.graph))  # Inductor may change it, and then fail
         try:
-            with torch.no_grad():  # straight from the graph: Dynamo would look at it, and guard it, once more
-                self.run = torch._inductor.compile(graph, _tensors(_copied(batch)), options=options)
+            self.run = compiled(self.graph, _tensors(_copied(batch)), cuda_graphs=any(p.is_cuda for p in self.params))
             self.check(batch)
         except Exception as error:
             self.run = self.graph

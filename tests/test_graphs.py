@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_vae.infer.graphs import CannotTrace, trace_graph
+from pyro_vae.graphs import CannotTrace, trace_graph
 
 
 def matrix(rows, columns, kind):

@@ -1,6 +1,9 @@
 """A function of tensors as a graph of operations: how it is traced, what is refused, which matrix products it uses."""
 
+import copy
+import functools
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -71,6 +74,20 @@ def trace_graph(f: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> 
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def compiled(graph: fx.GraphModule, tensors: list[Tensor], *, cuda_graphs: bool = False) -> Callable[..., list[Tensor]]:
+    """A graph compiled by Inductor for tensors like these, its noise that of eager torch, straight from the graph: Dynamo would
+    look at it, and guard it, once more. Raises what Inductor raises; the graph itself serves on."""
+    own = fx.GraphModule(graph, copy.deepcopy(graph.graph))  # Inductor may change it, and then fail
+    with torch.no_grad():
+        return torch._inductor.compile(own, tensors, options={"fallback_random": True, "triton.cudagraphs": cuda_graphs})
+
+
+@functools.cache
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which Inductor needs."""
+    return shutil.which("g++") is not None
 
 
 def _traced(f: Callable[..., Any], tensors: list[Tensor], seed: int) -> fx.GraphModule:

@@ -1,0 +1,289 @@
+"""Log-weights log p(x, z) − log q(z|x) of any pair: what ELBO, importance-weighted bounds, effective sample size and Pareto k̂
+stand on. They are made in chunks, so that memory is bounded whatever the number of particles."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_vae.batches import Batch, as_arguments
+from pyro_vae.graphs import CannotTrace, trace_graph
+from pyro_vae.pair import Program, data_plates, run_pair, sampled, sum_sites, untouched
+from pyro_vae.particles import PARTICLES, check_in_data_plate, is_enumerated, max_nesting, sum_out
+
+logger = logging.getLogger(__name__)
+MAX_BYTES = 2**27  # of the tensors that one run of a pair makes; more is not faster
+_PARTICLES_AT_ONCE = 64  # enough that an encoder, which runs once for all of them, costs little
+_GRAPH_AFTER = 10  # chunks of one shape, before a graph of them is worth its second
+
+
+def log_weights(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_particles: int = 1,
+    max_bytes: int = MAX_BYTES,
+    seed: int = 0,
+    **kwargs: Any,
+) -> Tensor:
+    """log p(x, z) − log q(z|x) per datum at z ~ q(z|x), in nats: ``(num_particles, batch)``.
+
+    The mean of exp over particles is an unbiased estimate of p(x), whatever the guide; the mean itself is one of the ELBO.
+
+    Any pair with a data plate: several latents, plates within a datum, masks (what is masked has no part in p), autoguides.
+    Sites with ``infer={"enumerate": "parallel"}`` are summed out: those of the model exactly, log Σ_y p(x, y, z), those of the
+    guide by a draw for each value, log Σ_y p(x, y, z_y) / q(z_y|x, y). Scales are stripped: of subsampling, of annealing.
+
+    :param args: the arguments of model and guide, ``(batch, *event)``.
+    :param max_bytes: of the tensors that one run makes; particles and data are taken in chunks of that size.
+    :param seed: of the draws.
+    :raises ValueError: for a latent outside the data plate, whose weight is no datum's (see :func:`joint_log_weights`); a
+        latent on one side only; a model that draws a subsample of its own.
+    """
+    _check_particles("log_weights", num_particles)
+    batch = as_arguments(args, kwargs)
+    with untouched(training=False, seed=seed), torch.no_grad():
+        weigher = Weigher(model, guide, batch, max_bytes=max_bytes)
+        return torch.cat([part for _, part in weigher.chunks(num_particles)], 1)
+
+
+def joint_log_weights(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_particles: int = 1,
+    max_bytes: int = MAX_BYTES,
+    seed: int = 0,
+    **kwargs: Any,
+) -> Tensor:
+    """log p(x₁…x_N, z) − log q(z|x) of all data together, in nats: ``(num_particles,)``.
+
+    For pairs with latents that all data share, such as the weights of a regression; log-mean-exp of it estimates the evidence
+    of the whole data set. Arguments as for :func:`log_weights`.
+    """
+    _check_particles("joint_log_weights", num_particles)
+    batch = as_arguments(args, kwargs)
+    with untouched(training=False, seed=seed), torch.no_grad():
+        ((_, weights),) = Weigher(model, guide, batch, max_bytes=max_bytes, joint=True).chunks(num_particles)
+        return weights
+
+
+class Weigher:
+    """The log-weights of a pair, chunk by chunk. Modules are expected in evaluation mode, gradients off.
+
+    :param joint: one weight for all data together, in place of one for each datum.
+    """
+
+    def __init__(
+        self, model: Program, guide: Program, batch: Batch, *, max_bytes: int = MAX_BYTES, joint: bool = False
+    ) -> None:
+        self.model, self.guide, self.batch, self.max_bytes, self.joint = model, guide, batch, max_bytes, joint
+        self.plates = frozenset() if joint else data_plates(model, guide, batch)
+        with untouched():
+            traces = run_pair(model, guide, *batch.args, **batch.kwargs)
+        self._check(*traces)
+        sites = [site for trace in traces for _, site in sampled(trace)]
+        self.nesting, self.enumerates = max_nesting(sites), any(map(is_enumerated, sites))
+        # a guide that is a handler of its model runs as it is: one draw at a time, all data at once
+        self.handler = isinstance(poutine.unwrap(guide), GuideMessenger)
+        self.vectorized = not self.handler and self._vectorizes(batch.first(2) if self._divides(2) else batch)
+
+    def _check(self, model_trace: Trace, guide_trace: Trace) -> None:
+        latents = {name: site for name, site in sampled(model_trace) if not site["is_observed"]}
+        for name, site in sampled(guide_trace):
+            if not site["is_observed"] and name not in latents and not site["infer"].get("is_auxiliary"):
+                raise ValueError(
+                    f"guide: its site {name!r} is not in the model, so log q(z|x) is not known; expected no such site"
+                )
+        for name, site in latents.items():
+            if name not in guide_trace.nodes and not is_enumerated(site):
+                raise ValueError(f"guide: it has no site {name!r}, which the model samples; expected pyro.sample({name!r}, …)")
+        for side, trace in (("model", model_trace), ("guide", guide_trace)):
+            for _, site in sampled(trace):
+                if not self.joint:
+                    check_in_data_plate(side, site, self.plates)
+                for frame in site["cond_indep_stack"]:
+                    if frame.name in self.plates and frame.size != self.batch.num_rows:
+                        raise ValueError(
+                            f"{side}: plate {frame.name!r} draws {frame.size} of the {self.batch.num_rows} rows by itself, "
+                            "others at each run, so no datum has a weight; expected a plate over the rows that are given"
+                        )
+
+    def chunks(self, num_particles: int) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of the data, and all their log-weights: ``(num_particles, rows)``, the joint ones ``(num_particles,)``."""
+        rows, particles = self._sizes(num_particles)
+        graphs = _Graphs(self)
+        for start in range(0, self.batch.num_rows, rows):
+            part = self._rows(start, start + rows)
+            # Pyro's own validation sees each datum once
+            drawn = [self.weigh(part, num_particles % particles or particles)]
+            for _ in range((num_particles - 1) // particles):
+                drawn.append(graphs.weigh(part, particles))
+            yield slice(start, start + part.num_rows), torch.cat(drawn)
+
+    def weigh(self, batch: Batch, num_particles: int) -> Tensor:
+        """Log-weights of some data, by eager Pyro: ``(num_particles, rows)``, the joint ones ``(num_particles,)``."""
+        if self.vectorized:
+            return self._once(batch, num_particles)
+        return torch.cat([self._once(batch) for _ in range(num_particles)])
+
+    def _once(self, batch: Batch, num_particles: int | None = None, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """One run of the pair, in a plate of particles if they are given, its latents held at ``values`` if they are."""
+        model, guide = self.model, self.guide
+        if values is not None:
+            model, guide = (poutine.condition(program, data=dict(values)) for program in (model, guide))
+        if self.enumerates:  # the model's dimensions lie to the left of the guide's
+            guide = EnumMessenger(first_available_dim=-2 - self.nesting)(guide)
+            model = EnumMessenger()(model)
+        if num_particles is not None:
+            particles = pyro.plate(PARTICLES, num_particles, dim=-1 - self.nesting)
+            model, guide = particles(model), particles(guide)
+        p, q = run_pair(model, guide, *batch.args, **batch.kwargs)
+        shape = (num_particles or 1,) if self.joint else (num_particles or 1, batch.num_rows)
+        if self.enumerates:
+            return sum_out([(q, -1), (p, 1)], self.plates | {PARTICLES}).expand(shape)
+        dim = None if num_particles is None else -1 - self.nesting
+        log_p, log_q = (sum_sites(trace, self.plates, particle_dim=dim) for trace in (p, q))
+        if self.joint:
+            total = log_p.shared_observed + log_p.shared_latent - log_q.shared_observed - log_q.shared_latent
+        else:
+            total = log_p.observed + log_p.latent - log_q.observed - log_q.latent
+        return total.expand(shape)
+
+    def _rows(self, start: int, stop: int) -> Batch:
+        return self.batch.map(lambda part: part[start:stop])
+
+    def _sizes(self, num_particles: int) -> tuple[int, int]:
+        """Rows and particles of a chunk."""
+        n = self.batch.num_rows
+        probe = self.batch.first(8) if self._divides(8) else self.batch
+        at_once = max(1, self.max_bytes // self._bytes(probe))  # rows × particles
+        few = min(num_particles, _PARTICLES_AT_ONCE) if self.vectorized else 1
+        rows = n
+        if at_once < n * few and self._divides(max(1, at_once // few)):
+            rows = max(1, at_once // few)
+        return rows, min(num_particles, max(1, at_once // rows)) if self.vectorized else 1
+
+    def _bytes(self, batch: Batch) -> int:
+        """Of the tensors that a run makes for one particle of one datum."""
+        made = []
+        for num_particles in (2, 4) if self.vectorized else (0, 1):
+            with untouched(), _Counted() as counted:
+                self.weigh(batch, num_particles) if num_particles else None
+            made.append(counted.bytes)
+        return max(1, (made[1] - made[0]) // ((2 if self.vectorized else 1) * batch.num_rows))
+
+    def _latents(self, batch: Batch) -> dict[str, dict]:
+        """The latent sites of a run, those that would be summed out too."""
+        traces = run_pair(self.model, self.guide, *batch.args, **batch.kwargs)
+        return {name: site for trace in traces for name, site in sampled(trace) if not site["is_observed"]}
+
+    def _padded(self, site: dict) -> Tensor:
+        """A value with a dimension for each plate, so that those of particles lie to the left."""
+        missing = self.nesting + site["fn"].event_dim - site["value"].dim()
+        return site["value"].reshape((1,) * missing + site["value"].shape)
+
+    def _divides(self, n: int) -> bool:
+        """Whether the pair says the same of n data alone as among others. A guide with parameters for each datum does not."""
+        if self.joint or self.handler or 2 * n > self.batch.num_rows:
+            return False
+        try:
+            with untouched(seed=0), pyro.validation_enabled(False):
+                sites = self._latents(self._rows(0, 2 * n))
+                values = {name: site["value"] for name, site in sites.items()}
+                rows = {name: check_in_data_plate("pair", site, self.plates) for name, site in sites.items()}
+                own = {name: value.narrow(rows[name] - sites[name]["fn"].event_dim, n, n) for name, value in values.items()}
+                among, alone = self._once(self._rows(0, 2 * n), None, values), self._once(self._rows(n, 2 * n), None, own)
+        except Exception:  # a pair for so many rows and no others
+            return False
+        return _agree(among[:, n:], alone)
+
+    def _vectorizes(self, batch: Batch) -> bool:
+        """Whether the pair runs in a plate of particles, and says the same there as in runs of its own."""
+        try:
+            with untouched(seed=0), pyro.validation_enabled(False):
+                draws = [self._latents(batch) for _ in range(2)]
+                apart = [self._once(batch, None, {name: site["value"] for name, site in draw.items()}) for draw in draws]
+                values = {name: torch.stack([self._padded(draw[name]) for draw in draws]) for name in draws[0]}
+                together = self._once(batch, 2, values)
+        except Exception:  # a network that knows no dimension to the left of the data's
+            return False
+        return _agree(together, torch.cat(apart))
+
+
+class _Graphs:
+    """Log-weights by graphs of tensor operations, in chunks of one shape that come again and again: a graph is held against eager
+    Pyro at the same noise, and what cannot be one goes on as eager Pyro."""
+
+    def __init__(self, weigher: Weigher) -> None:
+        self.weigher = weigher
+        self.calls: Counter = Counter()
+        self.graphs: dict[Any, Callable[..., tuple[Tensor]] | None] = {}
+
+    def weigh(self, batch: Batch, num_particles: int) -> Tensor:
+        leaves, structure = pytree.tree_flatten(tuple(batch))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        key = num_particles, *(tensor.shape for tensor in tensors)
+        self.calls[key] += 1
+        if self.calls[key] == _GRAPH_AFTER:
+            self.graphs[key] = self._build(leaves, structure, tensors, num_particles)
+        graph = self.graphs.get(key)
+        return self.weigher.weigh(batch, num_particles) if graph is None else graph(*tensors)[0]
+
+    def _build(
+        self, leaves: list[Any], structure: Any, tensors: list[Tensor], num_particles: int
+    ) -> Callable[..., tuple[Tensor]] | None:
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+        def weights(*given: Tensor) -> tuple[Tensor]:
+            for i, tensor in zip(places, given, strict=True):
+                leaves[i] = tensor
+            return (self.weigher.weigh(Batch(*pytree.tree_unflatten(leaves, structure)), num_particles),)
+
+        try:
+            graph = trace_graph(weights, tensors)
+            found = []
+            for way in (graph, weights):
+                with untouched(seed=1):
+                    found.append(way(*tensors)[0])
+        except CannotTrace as reason:
+            logger.info("log-weights run as eager Pyro: %s", reason)
+            return None
+        if not _agree(*found):
+            logger.info("log-weights run as eager Pyro: a graph of them differs, as with noise that is not torch's")
+            return None
+        return graph
+
+
+class _Counted(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        before = {leaf.untyped_storage().data_ptr() for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)}
+        for leaf in pytree.tree_leaves(made):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in before:
+                self.bytes += leaf.untyped_storage().nbytes()
+        return made
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    tolerance = 1e-9 if a.dtype == torch.double else 1e-4
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def _check_particles(verb: str, num_particles: int) -> None:
+    if num_particles < 1:
+        raise ValueError(f"{verb}: expected num_particles ≥ 1 but got {num_particles}")
