@@ -1,7 +1,5 @@
 """The trained parameters and buffers of any pair in one safetensors file; nothing is pickled."""
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from pyro_vae.batches import Batch
+from pyro_vae.files import write_whole
 from pyro_vae.pair import Program, run_pair, untouched
 
 
@@ -70,18 +69,3 @@ def _tensors(model: Program, guide: Program, param_store: dict[str, Any]) -> dic
             tensors |= {f"{side}.{name}": tensor for name, tensor in program.state_dict(keep_vars=True).items()}
     own = {id(tensor) for tensor in tensors.values()}
     return tensors | {f"store.{name}": t for name, t in param_store["params"].items() if id(t) not in own}
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside ``path`` and move it there, so that a crash leaves the old file or the new one."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

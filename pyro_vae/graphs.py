@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -76,12 +76,12 @@ def trace_graph(f: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> 
     return graph
 
 
-def compiled(graph: fx.GraphModule, tensors: list[Tensor], *, cuda_graphs: bool = False) -> Callable[..., list[Tensor]]:
+def compiled(graph: fx.GraphModule, tensors: Sequence[Tensor], *, cuda_graphs: bool = False) -> Callable[..., list[Tensor]]:
     """A graph compiled by Inductor for tensors like these, its noise that of eager torch, straight from the graph: Dynamo would
     look at it, and guard it, once more. Raises what Inductor raises; the graph itself serves on."""
     own = fx.GraphModule(graph, copy.deepcopy(graph.graph))  # Inductor may change it, and then fail
     with torch.no_grad():
-        return torch._inductor.compile(own, tensors, options={"fallback_random": True, "triton.cudagraphs": cuda_graphs})
+        return torch._inductor.compile(own, list(tensors), options={"fallback_random": True, "triton.cudagraphs": cuda_graphs})
 
 
 @functools.cache
@@ -163,8 +163,8 @@ def _where(stack: traceback.StackSummary | None = None) -> str:
 
 
 def _log1p(e: Tensor) -> Tensor:
-    """log(1 + e) to two units in the last place, from one logarithm (1 + e rounds to u; the fraction is what that lost): torch's
-    own takes ten times as long in single precision on a CPU."""
+    """log(1 + e) to two units in the last place, from one logarithm (1 + e rounds to u; the fraction is what that lost).
+    torch's own takes ten times as long in single precision on a CPU."""
     u = 1 + e
     return u.log() - torch.nan_to_num(((u - 1) - e) / u)
 
@@ -180,7 +180,7 @@ def _in_single(f: Callable[..., Any]) -> Callable[..., Any]:
 
 _aten = torch.ops.aten
 _MADE_OF_IT = (_aten.binary_cross_entropy_with_logits, _aten.log_sigmoid_forward, _aten.softplus, _aten.logaddexp)
-_LOGARITHMS = {op: _in_single(f) for op, f in get_decompositions(_MADE_OF_IT).items()}
+_LOGARITHMS: dict[Any, Callable[..., Any]] = {op: _in_single(f) for op, f in get_decompositions(_MADE_OF_IT).items()}
 _LOGARITHMS[_aten.log1p.default] = _in_single(_log1p)
 
 

@@ -10,6 +10,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
+from pyro.ops.rings import LogRing
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from pyro_vae.batches import Batch
 from pyro_vae.pair import Program, data_plates, sampled, sum_sites, sum_to, untouched
-
 
 PARTICLES = "_particles"  # the name of their plate
 
@@ -91,13 +91,13 @@ class Latents:
             values[name] = rows.movedim(1, 1 + self.nesting + site.rows).to(site.dtype)
         return values
 
-    def flat(self, trace: Trace, num_particles: int, num_rows: int) -> Tensor:
-        """The vector of each datum in a trace of particles: ``(particles, batch, dim)``."""
+    def flat(self, values: Mapping[str, Tensor], num_particles: int, num_rows: int) -> Tensor:
+        """The vector of each datum, from values as sites have them, with particles or without: ``(particles, batch, dim)``."""
         parts = []
         for name, site in self.sites.items():
-            if name not in trace.nodes:
+            if name not in values:
                 raise ValueError(f"guide: it has no site {name!r}, which the model samples; expected pyro.sample({name!r}, …)")
-            value = trace.nodes[name]["value"]
+            value = values[name]
             value = value.reshape((1,) * (1 + self.nesting + len(site.event) - value.dim()) + value.shape)
             rows = value.movedim(1 + self.nesting + site.rows, 1)
             rows = rows.expand(num_particles, num_rows, *site.inner, *site.event)
@@ -117,7 +117,7 @@ class Latents:
         """Draws z of a guide ``(particles, batch, dim)``, and log q(z|x) of them ``(particles, batch)``."""
         trace = self.run(guide, batch, num_particles)
         log_q = self._local(trace)
-        return self.flat(trace, num_particles, batch.num_rows), log_q.expand(num_particles, batch.num_rows)
+        return self.flat(values_of(trace), num_particles, batch.num_rows), log_q.expand(num_particles, batch.num_rows)
 
     def distribution(self, guide: Program, batch: Batch) -> Any:
         """q(z|x) itself, of a guide of one site; ``None`` of several, which may depend on each other."""
@@ -170,6 +170,11 @@ class Held(Messenger):
     def _pyro_sample(self, msg: dict) -> None:
         if msg["name"] in self.values:
             msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+def values_of(trace: Trace) -> dict[str, Tensor]:
+    """The values of a trace's latent sites."""
+    return {name: site["value"] for name, site in sampled(trace) if not site["is_observed"]}
 
 
 def max_nesting(sites: Sequence[dict]) -> int:
@@ -229,6 +234,7 @@ def sum_out(traces: Sequence[tuple[Trace, int]], plates: frozenset[str]) -> Tens
     of_plates = set(symbols.values())
     summed = {dim for terms in factors.values() for term in terms for dim in term._pyro_dims} - of_plates  # type: ignore[attr-defined]
     dims = {symbols[name]: frame.dim for name, frame in kept.items()}
-    total = contract_to_tensor(factors, summed, target_ordinal=frozenset(dims))
+    sizes = {symbols[name]: frame.size for name, frame in kept.items()}
+    total = contract_to_tensor(factors, summed, target_ordinal=frozenset(dims), ring=LogRing(dim_to_size=sizes))
     order = sorted(kept.values(), key=lambda frame: frame.name != PARTICLES)
     return sum_to(packed.unpack(total, dims), [frame.dim for frame in order])

@@ -26,8 +26,9 @@ from torch import Tensor
 from pyro_vae import __version__, infer, plots
 from pyro_vae.batches import Batch
 from pyro_vae.build import Config, Pair, build_pair
-from pyro_vae.checkpoint import load_weights, save_weights, write_whole
+from pyro_vae.checkpoint import load_weights, save_weights
 from pyro_vae.data import Data
+from pyro_vae.files import write_whole
 from pyro_vae.infer import Epoch
 from pyro_vae.pair import MeanElbo
 from pyro_vae.priors import StandardNormal

@@ -3,7 +3,8 @@ stand on. They are made in chunks, so that memory is bounded whatever the number
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pyro
@@ -17,14 +18,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae.batches import Batch, as_arguments
-from pyro_vae.graphs import CannotTrace, trace_graph
+from pyro_vae.graphs import CannotTrace, compiled, has_compiler, trace_graph
 from pyro_vae.pair import Program, data_plates, run_pair, sampled, sum_sites, untouched
 from pyro_vae.particles import PARTICLES, check_in_data_plate, is_enumerated, max_nesting, sum_out
 
 logger = logging.getLogger(__name__)
-MAX_BYTES = 2**27  # of the tensors that one run of a pair makes; more is not faster
+MAX_BYTES = 2**24  # of the tensors that one run of a pair makes: what stays in a processor's cache is fastest
 _PARTICLES_AT_ONCE = 64  # enough that an encoder, which runs once for all of them, costs little
-_GRAPH_AFTER = 10  # chunks of one shape, before a graph of them is worth its second
+_GRAPH_AFTER = 200  # chunks of one shape, before a graph of them is worth its seconds
 
 
 def log_weights(
@@ -50,11 +51,11 @@ def log_weights(
     :raises ValueError: for a latent outside the data plate, whose weight is no datum's (see :func:`joint_log_weights`); a
         latent on one side only; a model that draws a subsample of its own.
     """
-    _check_particles("log_weights", num_particles)
+    check_particles("log_weights", num_particles)
     batch = as_arguments(args, kwargs)
     with untouched(training=False, seed=seed), torch.no_grad():
         weigher = Weigher(model, guide, batch, max_bytes=max_bytes)
-        return torch.cat([part for _, part in weigher.chunks(num_particles)], 1)
+        return torch.cat([weigher.of(rows, num_particles) for rows in weigher.chunks(num_particles)], 1)
 
 
 def joint_log_weights(
@@ -71,11 +72,12 @@ def joint_log_weights(
     For pairs with latents that all data share, such as the weights of a regression; log-mean-exp of it estimates the evidence
     of the whole data set. Arguments as for :func:`log_weights`.
     """
-    _check_particles("joint_log_weights", num_particles)
+    check_particles("joint_log_weights", num_particles)
     batch = as_arguments(args, kwargs)
     with untouched(training=False, seed=seed), torch.no_grad():
-        ((_, weights),) = Weigher(model, guide, batch, max_bytes=max_bytes, joint=True).chunks(num_particles)
-        return weights
+        weigher = Weigher(model, guide, batch, max_bytes=max_bytes, joint=True)
+        (rows,) = weigher.chunks(num_particles)
+        return weigher.of(rows, num_particles)
 
 
 class Weigher:
@@ -96,7 +98,8 @@ class Weigher:
         self.nesting, self.enumerates = max_nesting(sites), any(map(is_enumerated, sites))
         # a guide that is a handler of its model runs as it is: one draw at a time, all data at once
         self.handler = isinstance(poutine.unwrap(guide), GuideMessenger)
-        self.vectorized = not self.handler and self._vectorizes(batch.first(2) if self._divides(2) else batch)
+        self.vectorized = not self.handler and self._vectorizes(batch.first(2) if self.divides(2) else batch)
+        self.graphs = _Graphs(self)
 
     def _check(self, model_trace: Trace, guide_trace: Trace) -> None:
         latents = {name: site for name, site in sampled(model_trace) if not site["is_observed"]}
@@ -119,23 +122,29 @@ class Weigher:
                             "others at each run, so no datum has a weight; expected a plate over the rows that are given"
                         )
 
-    def chunks(self, num_particles: int) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of the data, and all their log-weights: ``(num_particles, rows)``, the joint ones ``(num_particles,)``."""
-        rows, particles = self._sizes(num_particles)
-        graphs = _Graphs(self)
-        for start in range(0, self.batch.num_rows, rows):
-            part = self._rows(start, start + rows)
-            # Pyro's own validation sees each datum once
-            drawn = [self.weigh(part, num_particles % particles or particles)]
-            for _ in range((num_particles - 1) // particles):
-                drawn.append(graphs.weigh(part, particles))
-            yield slice(start, start + part.num_rows), torch.cat(drawn)
+    def chunks(self, num_particles: int) -> list[slice]:
+        """The rows of the data that are to be taken at a time."""
+        n, (rows, self.at_once) = self.batch.num_rows, self._sizes(num_particles)
+        return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+    def of(self, rows: slice, num_particles: int) -> Tensor:
+        """All log-weights of one chunk of the data: ``(num_particles, rows)``, the joint ones ``(num_particles,)``."""
+        part = self._rows(rows.start, rows.stop)
+        # Pyro's own validation sees each datum once
+        drawn = [self.weigh(part, num_particles % self.at_once or self.at_once)]
+        for _ in range((num_particles - 1) // self.at_once):
+            drawn.append(self.graphs.weigh(part, self.at_once))
+        return torch.cat(drawn)
 
     def weigh(self, batch: Batch, num_particles: int) -> Tensor:
         """Log-weights of some data, by eager Pyro: ``(num_particles, rows)``, the joint ones ``(num_particles,)``."""
         if self.vectorized:
             return self._once(batch, num_particles)
         return torch.cat([self._once(batch) for _ in range(num_particles)])
+
+    def at(self, batch: Batch, values: Mapping[str, Tensor]) -> Tensor:
+        """Log-weights at given latents, that come as the sites take them: ``(rows,)``."""
+        return self._once(batch, None, values)[0]
 
     def _once(self, batch: Batch, num_particles: int | None = None, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """One run of the pair, in a plate of particles if they are given, its latents held at ``values`` if they are."""
@@ -166,22 +175,20 @@ class Weigher:
     def _sizes(self, num_particles: int) -> tuple[int, int]:
         """Rows and particles of a chunk."""
         n = self.batch.num_rows
-        probe = self.batch.first(8) if self._divides(8) else self.batch
+        probe = self.batch.first(8) if self.divides(8) else self.batch
         at_once = max(1, self.max_bytes // self._bytes(probe))  # rows × particles
         few = min(num_particles, _PARTICLES_AT_ONCE) if self.vectorized else 1
         rows = n
-        if at_once < n * few and self._divides(max(1, at_once // few)):
+        if at_once < n * few and self.divides(max(1, at_once // few)):
             rows = max(1, at_once // few)
         return rows, min(num_particles, max(1, at_once // rows)) if self.vectorized else 1
 
     def _bytes(self, batch: Batch) -> int:
         """Of the tensors that a run makes for one particle of one datum."""
-        made = []
-        for num_particles in (2, 4) if self.vectorized else (0, 1):
-            with untouched(), _Counted() as counted:
-                self.weigh(batch, num_particles) if num_particles else None
-            made.append(counted.bytes)
-        return max(1, (made[1] - made[0]) // ((2 if self.vectorized else 1) * batch.num_rows))
+        if not self.vectorized:
+            return max(1, counted_bytes(lambda: self.weigh(batch, 1)) // batch.num_rows)
+        few, many = (counted_bytes(partial(self.weigh, batch, num_particles)) for num_particles in (2, 4))
+        return max(1, (many - few) // (2 * batch.num_rows))
 
     def _latents(self, batch: Batch) -> dict[str, dict]:
         """The latent sites of a run, those that would be summed out too."""
@@ -193,7 +200,7 @@ class Weigher:
         missing = self.nesting + site["fn"].event_dim - site["value"].dim()
         return site["value"].reshape((1,) * missing + site["value"].shape)
 
-    def _divides(self, n: int) -> bool:
+    def divides(self, n: int) -> bool:
         """Whether the pair says the same of n data alone as among others. A guide with parameters for each datum does not."""
         if self.joint or self.handler or 2 * n > self.batch.num_rows:
             return False
@@ -222,47 +229,43 @@ class Weigher:
 
 
 class _Graphs:
-    """Log-weights by graphs of tensor operations, in chunks of one shape that come again and again: a graph is held against eager
-    Pyro at the same noise, and what cannot be one goes on as eager Pyro."""
+    """Log-weights by graphs of tensor operations, for chunks of one shape that come again and again: a graph is held against
+    eager Pyro at the same noise, and what cannot be one goes on as eager Pyro."""
 
     def __init__(self, weigher: Weigher) -> None:
         self.weigher = weigher
         self.calls: Counter = Counter()
-        self.graphs: dict[Any, Callable[..., tuple[Tensor]] | None] = {}
+        self.ways: dict[Any, Callable[..., Any]] = {}
 
     def weigh(self, batch: Batch, num_particles: int) -> Tensor:
         leaves, structure = pytree.tree_flatten(tuple(batch))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        key = num_particles, *(tensor.shape for tensor in tensors)
-        self.calls[key] += 1
-        if self.calls[key] == _GRAPH_AFTER:
-            self.graphs[key] = self._build(leaves, structure, tensors, num_particles)
-        graph = self.graphs.get(key)
-        return self.weigher.weigh(batch, num_particles) if graph is None else graph(*tensors)[0]
-
-    def _build(
-        self, leaves: list[Any], structure: Any, tensors: list[Tensor], num_particles: int
-    ) -> Callable[..., tuple[Tensor]] | None:
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        tensors = [leaves[i] for i in places]
 
-        def weights(*given: Tensor) -> tuple[Tensor]:
+        def eager(*given: Tensor) -> tuple[Tensor]:
             for i, tensor in zip(places, given, strict=True):
                 leaves[i] = tensor
             return (self.weigher.weigh(Batch(*pytree.tree_unflatten(leaves, structure)), num_particles),)
 
+        key = num_particles, *(tensor.shape for tensor in tensors)
+        self.calls[key] += 1
         try:
-            graph = trace_graph(weights, tensors)
-            found = []
-            for way in (graph, weights):
-                with untouched(seed=1):
-                    found.append(way(*tensors)[0])
-        except CannotTrace as reason:
+            if self.calls[key] == _GRAPH_AFTER:
+                graph = trace_graph(eager, tensors)
+                self.ways[key] = self._held(compiled(graph, tensors) if has_compiler() else graph, eager, tensors)
+        except Exception as reason:  # what serves goes on to serve
             logger.info("log-weights run as eager Pyro: %s", reason)
-            return None
+        return self.ways.get(key, eager)(*tensors)[0]
+
+    def _held(self, way: Callable[..., Any], eager: Callable[..., Any], tensors: list[Tensor]) -> Callable[..., Any]:
+        """``way``, where it says what eager Pyro says at the same noise."""
+        found = []
+        for each in (way, eager):
+            with untouched(seed=1):
+                found.append(each(*tensors)[0])
         if not _agree(*found):
-            logger.info("log-weights run as eager Pyro: a graph of them differs, as with noise that is not torch's")
-            return None
-        return graph
+            raise CannotTrace("a graph of the log-weights differs from eager Pyro, as with noise that is not torch's")
+        return way
 
 
 class _Counted(TorchDispatchMode):
@@ -279,11 +282,18 @@ class _Counted(TorchDispatchMode):
         return made
 
 
+def counted_bytes(run: Callable[[], Any]) -> int:
+    """Bytes of the tensors that a run makes, which leaves no mark."""
+    with untouched(), _Counted() as counted:
+        run()
+    return counted.bytes
+
+
 def _agree(a: Tensor, b: Tensor) -> bool:
     tolerance = 1e-9 if a.dtype == torch.double else 1e-4
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def _check_particles(verb: str, num_particles: int) -> None:
+def check_particles(verb: str, num_particles: int) -> None:
     if num_particles < 1:
         raise ValueError(f"{verb}: expected num_particles ≥ 1 but got {num_particles}")

@@ -17,7 +17,7 @@ from torch.distributions import biject_to, constraints
 
 from pyro_vae.batches import Batch, as_arguments
 from pyro_vae.pair import Program, untouched
-from pyro_vae.particles import Latents, Site
+from pyro_vae.particles import Latents, Site, values_of
 
 logger = logging.getLogger(__name__)
 _NEGLIGIBLE = 45.0  # nats below the highest point: e^-45 is below the rounding of the sum
@@ -224,7 +224,7 @@ class _Joint:
     def prior_draws(self, n: int) -> Tensor:
         """Draws of z from the prior, unconstrained: ``(n, batch, dim)``."""
         with untouched(training=False, seed=0), torch.no_grad():
-            z = self.latents.flat(self.latents.run(self.model, self.batch, n), n, self.num_rows).double()
+            z = self.latents.flat(values_of(self.latents.run(self.model, self.batch, n)), n, self.num_rows).double()
         parts = (self.transforms[name].inv(part).reshape(*z.shape[:-1], -1) for name, _, part in self.latents.split(z))
         return torch.cat(list(parts), -1)
 

@@ -14,8 +14,8 @@ from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 
 from pyro_vae.batches import Batch
-from pyro_vae.infer.adam import FusedAdam
 from pyro_vae.graphs import CannotTrace, has_compiler, said
+from pyro_vae.infer.adam import FusedAdam
 from pyro_vae.infer.guards import SIMPLE, watching
 from pyro_vae.infer.traced import Step, Traces
 from pyro_vae.pair import Program

@@ -1,0 +1,103 @@
+"""The ladder of bounds on an MNIST VAE that is trained first, and the gap of bidirectional Monte Carlo; or the memory and time
+of importance sampling.
+
+    python -m benchmarks.evidence ladder      # 25 minutes on 2 cores
+    python -m benchmarks.evidence memory      # 10 minutes
+"""
+
+import argparse
+import resource
+import time
+
+import pyro
+import torch
+from pyro.infer.importance import vectorized_importance_weights
+
+import pyro_vae as pv
+from benchmarks.aevb import make_vae
+from benchmarks.timing import measure, print_table
+from pyro_vae import evidence
+from pyro_vae.numerics import log_mean_exp
+
+
+def trained(data_dir, epochs):
+    pyro.set_rng_seed(0)
+    train, test = pv.load("mnist", binarize="stochastic", data_dir=data_dir)
+    train, test = (pv.Data(part.x.flatten(1), binarize="stochastic", name="mnist") for part in (train, test))
+    vae = make_vae()
+    optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 2e-3}, "gamma": 0.9})
+    print(pv.fit(vae.model, vae.guide, train, optim=optim, epochs=epochs))
+    return vae.requires_grad_(False).eval(), test.fixed().x
+
+
+def ladder(args):
+    vae, test = trained(args.data_dir, args.epochs)
+    x = test[: args.num_data]
+    rungs = {
+        "prior Monte Carlo, 5000": lambda: evidence.prior_monte_carlo(vae.model, x, num_particles=5000),
+        "ELBO": lambda: evidence.importance(vae.model, vae.guide, x, num_particles=1),
+        "IWAE-100": lambda: evidence.importance(vae.model, vae.guide, x, num_particles=100),
+        "IWAE-5000": lambda: evidence.importance(vae.model, vae.guide, x, num_particles=5000),
+        "AIS, 1000 temperatures": lambda: evidence.ais(vae.model, x, num_temperatures=1000),
+        "AIS from the guide, 1000": lambda: evidence.ais(vae.model, x, start=vae.guide, num_temperatures=1000),
+        "AIS, 10000 temperatures": lambda: evidence.ais(vae.model, x[:20], num_temperatures=10_000),
+        "AIS, 1000, first 20 data": lambda: evidence.ais(vae.model, x[:20], num_temperatures=1000),
+    }
+    for name, rung in rungs.items():
+        start = time.perf_counter()
+        found = rung()
+        print(f"\n{name}, {time.perf_counter() - start:.0f} s\n{found}", flush=True)
+    for temperatures in (1000, 10_000):
+        start = time.perf_counter()
+        found = evidence.bdmc(vae.model, x[:20], num_temperatures=temperatures)
+        print(f"\nBDMC, {temperatures} temperatures, {time.perf_counter() - start:.0f} s\n{found}", flush=True)
+
+
+def memory(args):
+    vae, test = trained(args.data_dir, 1)
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # noqa: E731
+    print(f"before: {peak():.2f} GB")
+    for num_particles in (50, 500, 5000):
+        start = time.perf_counter()
+        evidence.importance(vae.model, vae.guide, test, num_particles=num_particles)
+        seconds = time.perf_counter() - start
+        print(f"{num_particles} particles x {len(test)} images: {seconds:.1f} s, peak {peak():.2f} GB", flush=True)
+
+    x, k = test[:100], 5000
+
+    @torch.no_grad()
+    def by_hand():
+        """A plain loop: a hundred images and ten draws at a time."""
+        parts = []
+        q = vae.encode(x)
+        for _ in range(k // 10):
+            z = q.sample((10,))
+            prior = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
+            parts.append(vae.decode(z).log_prob(x) + prior - q.log_prob(z))
+        return log_mean_exp(torch.cat(parts))
+
+    @torch.no_grad()
+    def by_pyro():
+        return [
+            vectorized_importance_weights(vae.model, vae.guide, x, num_samples=10, max_plate_nesting=1, normalized=False)
+            for _ in range(k // 10)
+        ]
+
+    ways = {
+        "a plain loop by hand": by_hand,
+        "Pyro's `vectorized_importance_weights`": by_pyro,
+        "`pv.evidence.importance`": lambda: evidence.importance(vae.model, vae.guide, x, num_particles=k),
+    }
+    times = measure({name: lambda way=way: way for name, way in ways.items()}, rounds=5, num_calls=1, warm_up=1, warm=0)
+    print_table("Importance sampling", {f"{len(x)} images, {k} draws": times}, "a plain loop by hand")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["ladder", "memory"])
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--num-data", type=int, default=100)
+    parser.add_argument("--data-dir")
+    args = parser.parse_args()
+    print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
+    {"ladder": ladder, "memory": memory}[args.what](args)

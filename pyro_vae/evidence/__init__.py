@@ -1,0 +1,30 @@
+"""How good is the model? Bounds of log p(x) in nats per datum, for any pair."""
+
+from pyro_vae.evidence.annealing import ais, bdmc, reverse_ais, temperatures
+from pyro_vae.evidence.hmc import HMC, Transition
+from pyro_vae.evidence.importance import importance, importance_upper, prior_monte_carlo
+from pyro_vae.evidence.path import Path, Point
+from pyro_vae.evidence.reciprocal import reciprocal_importance
+from pyro_vae.evidence.result import Evidence, Sandwich
+from pyro_vae.evidence.simulate import Simulated, simulate
+from pyro_vae.evidence.smc import smc
+
+__all__ = [
+    "HMC",
+    "Evidence",
+    "Path",
+    "Point",
+    "Sandwich",
+    "Simulated",
+    "Transition",
+    "ais",
+    "bdmc",
+    "importance",
+    "importance_upper",
+    "prior_monte_carlo",
+    "reciprocal_importance",
+    "reverse_ais",
+    "simulate",
+    "smc",
+    "temperatures",
+]

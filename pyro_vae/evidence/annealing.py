@@ -1,0 +1,256 @@
+"""Annealed importance sampling, forward and backward: bounds of log p(x) by chains that walk from a base to the posterior."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_vae.batches import Batch, as_arguments
+from pyro_vae.evidence.chunks import fingerprint, in_chunks, progress_bar, rows
+from pyro_vae.evidence.hmc import HMC, Transition
+from pyro_vae.evidence.importance import summary
+from pyro_vae.evidence.path import Path
+from pyro_vae.evidence.result import Bound, Evidence, Sandwich
+from pyro_vae.evidence.simulate import Simulated, simulate
+from pyro_vae.numerics import log_mean_exp
+from pyro_vae.pair import Program, untouched
+from pyro_vae.weights import Weigher, counted_bytes
+
+Schedule = Literal["uniform", "sigmoid", "fitted"] | Tensor
+Walk = Callable[[Path, Tensor, Transition, tqdm], dict[str, Tensor]]
+MAX_BYTES = 2**28  # of the tensors that one evaluation makes
+
+
+def ais(
+    model: Program,
+    *args: Any,
+    start: Program | None = None,
+    num_temperatures: int = 1000,
+    num_chains: int = 16,
+    schedule: Schedule = "fitted",
+    transition: Transition | None = None,
+    max_bytes: int = MAX_BYTES,
+    seed: int = 0,
+    progress: bool | None = None,
+    resume: FilePath | str | None = None,
+    **kwargs: Any,
+) -> Evidence:
+    """Annealed importance sampling (Neal 2001): a lower bound of log p(x) per datum, for any model.
+
+    Chains start at the prior, or at a guide, and walk along f_β = base^{1−β} p(x, z)^β; each of K temperatures adds
+    (β_k − β_{k−1}) log [p(x, z) / base(z)] to a chain's log-weight, then moves the chain. E ŵ = p(x) holds since schedule
+    and step sizes are fixed before the weighted run, which has fresh random numbers, and moves are Metropolis-corrected.
+
+    :param args: the arguments of the model, ``(batch, *event)``.
+    :param start: a guide to start from; ``None`` for the prior.
+    :param num_temperatures: K; the bound tightens with it.
+    :param num_chains: for each datum, averaged over.
+    :param schedule: ``"fitted"`` (a pilot run makes neighbours equally far from each other), ``"sigmoid"`` (finer at both ends,
+        as is common), ``"uniform"``, or β₀ = 0 < … < β_K = 1.
+    :param transition: a Markov move, :class:`HMC` by default.
+    :param max_bytes: of the tensors that one evaluation makes; data are taken in chunks of that size.
+    :param progress: a bar on stderr; by default only where that is a terminal.
+    :param resume: a file that keeps finished chunks of the data, from which an interrupted run goes on.
+    :raises ValueError: for a model without a data plate, discrete latents that cannot be summed out, a schedule that is none.
+    """
+    batch = as_arguments(args, kwargs)
+
+    def forward(path: Path, betas: Tensor, move: Transition, bar: tqdm) -> dict[str, Tensor]:
+        return _forward(path, betas, move, num_chains, bar)
+
+    found = run_chains(
+        model, batch, start, forward, num_temperatures=num_temperatures, num_chains=num_chains, schedule=schedule,
+        transition=transition, max_bytes=max_bytes, seed=seed, progress=progress, resume=resume, name="AIS",
+    )  # fmt: skip
+    return _evidence("AIS", "lower", found, num_temperatures, num_chains, start)
+
+
+def reverse_ais(
+    model: Program,
+    simulated: Simulated,
+    *,
+    start: Program | None = None,
+    num_temperatures: int = 1000,
+    num_chains: int = 16,
+    schedule: Schedule = "fitted",
+    transition: Transition | None = None,
+    max_bytes: int = MAX_BYTES,
+    seed: int = 0,
+    progress: bool | None = None,
+    resume: FilePath | str | None = None,
+) -> Evidence:
+    """:func:`ais` backwards from the latents that made the data: an upper bound of log p(x), on simulated data alone.
+
+    E 1/ŵ = 1/p(x), log ŵ = −log mean exp(−log ŵ_chain) (Grosse et al. 2015). Arguments as for :func:`ais`.
+
+    :param simulated: from :func:`~pyro_vae.evidence.simulate`.
+    """
+
+    def backward(path: Path, betas: Tensor, move: Transition, bar: tqdm) -> dict[str, Tensor]:
+        return _backward(path, exact[path.rows], betas, move, num_chains, bar)
+
+    batch = simulated.batch
+    with untouched(training=False), torch.no_grad():
+        whole = Path(model, start, batch)
+        exact = whole.unconstrained(whole.latents.flat(simulated.latents, 1, batch.num_rows))[0]
+    found = run_chains(
+        model, batch, start, backward, num_temperatures=num_temperatures, num_chains=num_chains, schedule=schedule,
+        transition=transition, max_bytes=max_bytes, seed=seed, progress=progress, resume=resume, name="reverse AIS",
+    )  # fmt: skip
+    return _evidence("reverse AIS", "upper", found, num_temperatures, num_chains, start)
+
+
+def bdmc(model: Program, *args: Any, seed: int = 0, progress: bool | None = None, **options: Any) -> Sandwich:
+    """Bidirectional Monte Carlo (Grosse et al. 2015): log p(x) of data simulated from the model between AIS below and reverse
+    AIS above. The gap is an upper bound, in expectation, of the error of either.
+
+    :param args: data of the shape and number to simulate (see :func:`~pyro_vae.evidence.simulate`).
+    :param options: those of :func:`ais`, but for ``resume``.
+    """
+    ours = ("start", "num_temperatures", "num_chains", "schedule", "transition", "max_bytes")
+    settings = {name: options.pop(name) for name in ours if name in options}
+    data = simulate(model, *args, seed=seed, **options)
+    lower = ais(model, *data.args, **data.kwargs, **settings, seed=seed + 1, progress=progress)
+    upper = reverse_ais(model, data, **settings, seed=seed + 2, progress=progress)
+    return Sandwich(lower, upper)
+
+
+def temperatures(schedule: Schedule, num_temperatures: int) -> Tensor:
+    """β₀ = 0 < … < β_K = 1, ``(K + 1,)`` in double precision. "fitted" starts from the sigmoid of radius 4."""
+    if isinstance(schedule, Tensor):
+        betas = schedule.double()
+        if betas.dim() != 1 or len(betas) < 2 or betas[0] != 0 or betas[-1] != 1 or (betas.diff() < 0).any():
+            raise ValueError(f"schedule: expected β from 0 to 1, rising, but got a tensor of shape {tuple(schedule.shape)}")
+        return betas
+    if schedule not in ("uniform", "sigmoid", "fitted") or num_temperatures < 1:
+        raise ValueError(
+            f'schedule: expected "uniform", "sigmoid", "fitted" or a tensor, of 1 temperature or more, but got {schedule!r}, '
+            f"{num_temperatures}"
+        )
+    t = torch.linspace(0, 1, num_temperatures + 1, dtype=torch.double)
+    if schedule == "uniform":
+        return t
+    s = torch.sigmoid(4 * (2 * t - 1))
+    betas = (s - s[0]) / (s[-1] - s[0])
+    betas[0], betas[-1] = 0.0, 1.0
+    return betas
+
+
+def _fitted(path: Path, move: Transition, num_temperatures: int, num_chains: int) -> Tensor:
+    """β whose neighbours are equally far: the KL between them is ½ dβ² Var_β[log joint − log base], whose mean over data is
+    taken from a pilot run."""
+    coarse = temperatures("sigmoid", min(num_temperatures, 100))
+    point, spread = path.draw(num_chains), []
+    for beta in coarse:
+        point, _ = move.move(path, point, beta.to(point.u))
+        spread.append(point.log_ratio.var(0).mean())
+    speed = torch.stack(spread).double().cpu().sqrt().nan_to_num(nan=0.0, posinf=0.0)
+    speed = torch.stack([speed[max(0, i - 2) : i + 3].mean() for i in range(len(speed))]) + 1e-3 * speed.max() + 1e-12
+    length = torch.cat([torch.zeros(1).double(), (0.5 * (speed[1:] + speed[:-1]) * coarse.diff()).cumsum(0)])
+    wanted = torch.linspace(0, 1, num_temperatures + 1, dtype=torch.double) * length[-1]
+    right = torch.searchsorted(length, wanted).clamp(1, len(length) - 1)
+    share = (wanted - length[right - 1]) / (length[right] - length[right - 1])
+    betas = coarse[right - 1] + share * (coarse[right] - coarse[right - 1])
+    betas[0], betas[-1] = 0.0, 1.0
+    return betas
+
+
+def _forward(path: Path, betas: Tensor, transition: Transition, num_chains: int, bar: tqdm) -> dict[str, Tensor]:
+    point = path.draw(num_chains)
+    weights, rates = torch.zeros_like(point.log_base, dtype=torch.double), []
+    for k in range(1, len(betas)):
+        weights += (betas[k] - betas[k - 1]) * point.log_ratio.double()
+        if k < len(betas) - 1:
+            point, rate = transition.move(path, point, betas[k].to(point.u))
+            rates.append(rate.mean(0))
+        bar.update()
+    return _kept(weights, rates)
+
+
+def _backward(
+    path: Path, exact: Tensor, betas: Tensor, transition: Transition, num_chains: int, bar: tqdm
+) -> dict[str, Tensor]:
+    point = path.at(exact.expand(num_chains, *exact.shape).clone())
+    weights, rates = torch.zeros_like(point.log_base, dtype=torch.double), []
+    for k in range(len(betas) - 1, 0, -1):
+        weights += (betas[k] - betas[k - 1]) * point.log_ratio.double()
+        if k > 1:
+            point, rate = transition.move(path, point, betas[k - 1].to(point.u))
+            rates.append(rate.mean(0))
+        bar.update()
+    found = _kept(-weights, rates)
+    return found | {"log_evidence": -log_mean_exp(-weights)}
+
+
+def _kept(weights: Tensor, rates: list[Tensor]) -> dict[str, Tensor]:
+    """What is kept of the log-weights of chains, ``(chains, batch)``."""
+    rate = torch.stack(rates).mean(0).double() if rates else torch.ones_like(weights[0])
+    return summary(weights) | {"acceptance": rate}
+
+
+def run_chains(
+    model: Program,
+    batch: Batch,
+    start: Program | None,
+    walk: Walk,
+    *,
+    num_temperatures: int,
+    num_chains: int,
+    schedule: Schedule,
+    transition: Transition | None,
+    max_bytes: int,
+    seed: int,
+    progress: bool | None,
+    resume: FilePath | str | None,
+    name: str,
+) -> dict[str, Tensor]:
+    """Chains over all data, chunk by chunk: a pilot run finds schedule and settings, then a weighted run."""
+    if num_chains < 1:
+        raise ValueError(f"{name}: expected num_chains ≥ 1 but got {num_chains}")
+    transition, coarse = transition or HMC(), temperatures(schedule, num_temperatures)
+    with untouched(training=False, seed=seed), torch.no_grad():
+        whole = Path(model, start, batch)
+        chunks = _chunks(whole, num_chains, max_bytes)
+        mark = ""
+        if resume is not None:
+            probe = whole.on(chunks[0]).draw(1)
+            settings = {"name": name, "k": num_temperatures, "chains": num_chains, "schedule": str(schedule), "seed": seed}
+            mark = fingerprint(batch, [probe.log_base, probe.log_joint], **settings, move=repr(transition), n=len(chunks))
+        with progress_bar(len(chunks) * (len(coarse) - 1), progress, name) as bar:
+
+            def of(chunk: slice) -> dict[str, Tensor]:
+                path = whole.on(chunk)
+                move, betas = transition.tuned(path, coarse), coarse
+                if isinstance(schedule, str) and schedule == "fitted":
+                    betas = _fitted(path, move, num_temperatures, 8)
+                return walk(path, betas, move, bar)
+
+            return in_chunks(of, chunks, seed=seed, bar=bar, resume=resume, fingerprint=mark)
+
+
+def _chunks(path: Path, num_chains: int, max_bytes: int) -> list[slice]:
+    n, prior = (
+        path.batch.num_rows,
+        poutine.block(path.model, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"]),
+    )
+    weigher = Weigher(path.model, path.start or prior, path.batch)
+    probe = path.on(slice(0, 8)) if weigher.divides(8) else path
+    made = [counted_bytes(partial(probe.draw, k)) for k in (2, 4)]
+    at_once = max(1, max_bytes * 2 * probe.batch.num_rows // max(1, made[1] - made[0]) // num_chains)
+    return rows(n, at_once if at_once < n and weigher.divides(at_once) else n)
+
+
+def _evidence(
+    name: str, bound: Bound, found: dict[str, Tensor], num_temperatures: int, num_chains: int, start: Program | None
+) -> Evidence:
+    origin = "the prior" if start is None else "the guide"
+    found = {key: value for key, value in found.items() if key != "pareto_k"}
+    return Evidence(
+        f"{name}, {num_temperatures} temperatures, {num_chains} chains from {origin}", bound, **found,
+        num_particles=num_chains, cost=num_temperatures * num_chains,
+    )  # fmt: skip

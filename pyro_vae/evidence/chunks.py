@@ -1,0 +1,87 @@
+"""Long runs in chunks of data: a progress bar, and a file from which an interrupted run goes on."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_vae.batches import Batch
+from pyro_vae.files import write_whole
+
+
+def in_chunks(
+    compute: Callable[[slice], dict[str, Tensor]],
+    chunks: Sequence[slice],
+    *,
+    seed: int,
+    bar: tqdm,
+    resume: Path | str | None,
+    fingerprint: str,
+) -> dict[str, Tensor]:
+    """What ``compute`` says of each chunk of the data, end to end: tensors whose last dimension is that of the data.
+
+    Each chunk has random numbers of its own, so that a run that goes on says what one that was never interrupted says.
+
+    :param resume: a file that keeps the chunks that are done; where it is there, the run goes on from it.
+    :param fingerprint: of all that the result depends on.
+    :raises ValueError: where the file at ``resume`` is of another run.
+    """
+    path = None if resume is None else Path(resume)
+    done = _read(path, fingerprint) if path is not None and path.exists() else []
+    bar.update(int(bar.total * len(done) / len(chunks)))
+    for index in range(len(done), len(chunks)):
+        pyro.set_rng_seed((seed + 1_000_003 * index) % 2**32)
+        done.append(compute(chunks[index]))
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {f"{i}.{name}": value.contiguous() for i, part in enumerate(done) for name, value in part.items()}
+            write_whole(path, to_bytes(tensors, {"fingerprint": fingerprint, "chunks": str(len(done))}))
+    return {name: torch.cat([part[name] for part in done], -1) for name in done[0]}
+
+
+@contextmanager
+def progress_bar(total: int, progress: bool | None, name: str) -> Iterator[tqdm]:
+    with tqdm(total=total, desc=name, disable=None if progress is None else not progress) as bar:
+        yield bar
+
+
+def fingerprint(batch: Batch, probe: Iterable[Tensor], **settings: Any) -> str:
+    """SHA-256 of the data, of what the pair says of a first datum, and of the settings."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for tensor in (*batch.tensors.values(), *probe):
+        digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def rows(num_rows: int, at_once: int) -> list[slice]:
+    """The chunks of so many data."""
+    return [slice(start, min(start + at_once, num_rows)) for start in range(0, num_rows, at_once)]
+
+
+def _read(path: Path, fingerprint: str) -> list[dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"resume: {path} is no file of an evidence run, or it is cut short ({error}); delete it") from error
+    if metadata.get("fingerprint") != fingerprint:
+        raise ValueError(
+            f"resume: {path} is of another run: its pair, data, seed or settings differ from these; name another file, or "
+            "delete it"
+        )
+    done: list[dict[str, Tensor]] = [{} for _ in range(int(metadata["chunks"]))]
+    for name, value in tensors.items():
+        index, _, field = name.partition(".")
+        done[int(index)][field] = value
+    return done

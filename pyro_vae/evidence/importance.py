@@ -1,0 +1,120 @@
+"""Importance sampling: p̂(x) is the mean of p(x, z) / q(z|x) over draws from a proposal."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.batches import as_arguments
+from pyro_vae.evidence.chunks import fingerprint, in_chunks, progress_bar
+from pyro_vae.evidence.result import Evidence
+from pyro_vae.evidence.simulate import Simulated
+from pyro_vae.numerics import effective_sample_size, log_mean_error, log_mean_exp, pareto_k
+from pyro_vae.pair import Program, untouched
+from pyro_vae.weights import MAX_BYTES, Weigher, check_particles
+
+
+def importance(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_particles: int = 1000,
+    max_bytes: int = MAX_BYTES,
+    seed: int = 0,
+    progress: bool | None = None,
+    resume: Path | str | None = None,
+    **kwargs: Any,
+) -> Evidence:
+    """log (1/K) Σ p(x, z_k) / q(z_k|x), z_k ~ q(z|x): the importance-weighted bound IWAE_K (Burda et al. 2016), per datum.
+
+    A lower bound for any pair and any K, the tighter the larger K: its bias tends to −χ²(p‖q)/(2K) where that is finite, which
+    Pareto k̂ below .5 says. K = 1 is the ELBO. Takes the pairs that :func:`~pyro_vae.log_weights` takes.
+
+    :param args: the arguments of model and guide, ``(batch, *event)``.
+    :param num_particles: K.
+    :param max_bytes: of the tensors that one run makes; memory does not grow with K.
+    :param seed: of the draws.
+    :param progress: a bar on stderr; by default only where that is a terminal.
+    :param resume: a file that keeps finished chunks of the data, from which an interrupted run goes on.
+    :raises ValueError: as ``log_weights``; for a file of another run.
+    """
+    check_particles("importance", num_particles)
+    batch = as_arguments(args, kwargs)
+    with untouched(training=False, seed=seed), torch.no_grad():
+        weigher = Weigher(model, guide, batch, max_bytes=max_bytes)
+        chunks = weigher.chunks(num_particles)
+        mark = (
+            "" if resume is None else fingerprint(batch, _probe(weigher, chunks[0]), k=num_particles, seed=seed, n=len(chunks))
+        )
+        with progress_bar(batch.num_rows, progress, f"importance, {num_particles} particles") as bar:
+
+            def of(rows: slice) -> dict[str, Tensor]:
+                weights = weigher.of(rows, num_particles)
+                bar.update(rows.stop - rows.start)
+                return summary(weights)
+
+            found = in_chunks(of, chunks, seed=seed, bar=bar, resume=resume, fingerprint=mark)
+    plural = "" if num_particles == 1 else "s"
+    return Evidence(
+        f"importance sampling, {num_particles} draw{plural} from the guide", "lower", **found,
+        num_particles=num_particles, cost=num_particles,
+    )  # fmt: skip
+
+
+def prior_monte_carlo(model: Program, *args: Any, num_particles: int = 1000, **options: Any) -> Evidence:
+    """log (1/K) Σ p(x|z_k), z_k ~ p(z): importance sampling from the prior, a lower bound.
+
+    Hopeless once KL(p(z|x)‖p(z)) exceeds log K: the effective sample size, then near 1, says so. Arguments as for
+    :func:`importance`.
+    """
+    guide = poutine.block(model, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
+    found = importance(model, guide, *args, num_particles=num_particles, **options)
+    return Evidence(**vars(found) | {"method": f"prior Monte Carlo, {num_particles} draws"})
+
+
+def importance_upper(
+    model: Program,
+    guide: Program,
+    simulated: Simulated,
+    *,
+    num_particles: int = 1000,
+    max_bytes: int = MAX_BYTES,
+    seed: int = 0,
+) -> Evidence:
+    """log (1/K) [w(z*) + Σ_{k<K} w(z_k)], z* the latents that made x, z_k ~ q(z|x): an upper bound of log p(x) in expectation,
+    E 1/ŵ = 1/p(x), on simulated data alone.
+
+    :param simulated: from :func:`~pyro_vae.evidence.simulate`.
+    """
+    check_particles("importance_upper", num_particles)
+    batch = simulated.batch
+    with untouched(training=False, seed=seed), torch.no_grad():
+        weigher = Weigher(model, guide, batch, max_bytes=max_bytes)
+        exact = weigher.at(batch, simulated.latents).unsqueeze(0)
+        parts = []
+        for rows in weigher.chunks(max(1, num_particles - 1)):
+            drawn = [weigher.of(rows, num_particles - 1)] if num_particles > 1 else []
+            parts.append(summary(torch.cat([exact[:, rows], *drawn])))
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return Evidence(
+        f"importance sampling, {num_particles} draws, the first from the posterior", "upper", **found,
+        num_particles=num_particles, cost=num_particles,
+    )  # fmt: skip
+
+
+def summary(weights: Tensor) -> dict[str, Tensor]:
+    """What is kept of log-weights ``(K, rows)``."""
+    weights = weights.double()
+    return {
+        "log_evidence": log_mean_exp(weights),
+        "standard_error": log_mean_error(weights),
+        "ess": effective_sample_size(weights),
+        "pareto_k": pareto_k(weights),
+    }
+
+
+def _probe(weigher: Weigher, rows: slice) -> list[Tensor]:
+    with untouched(seed=0):
+        return [weigher.of(rows, 1)]

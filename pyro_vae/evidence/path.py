@@ -1,0 +1,178 @@
+"""The path from a base to the posterior, for Markov chains: densities and their gradients in unconstrained space."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from copy import copy
+from typing import Any, NamedTuple
+
+import torch
+from pyro.infer import config_enumerate
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+from torch.utils import _pytree as pytree
+
+from pyro_vae.batches import Batch
+from pyro_vae.graphs import CannotTrace, compiled, has_compiler, trace_graph
+from pyro_vae.pair import Program, untouched
+from pyro_vae.particles import Latents, Site, values_of
+
+logger = logging.getLogger(__name__)
+_GRAPH_AFTER = 20  # evaluations, before a graph is worth its second
+_INDUCTOR_AFTER = 5000  # likewise, before Inductor is worth its seconds
+
+
+class Point(NamedTuple):
+    """Where chains are: u ``(chains, batch, dim)``, unconstrained; log-densities there of base and joint, ``(chains, batch)``;
+    their gradients, of the shape of u."""
+
+    u: Tensor
+    log_base: Tensor
+    log_joint: Tensor
+    base_gradient: Tensor
+    joint_gradient: Tensor
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log joint − log base; −∞ where chains cannot be."""
+        return (self.log_joint - self.log_base).nan_to_num(nan=-torch.inf)
+
+    def log_density(self, beta: Tensor) -> Tensor:
+        """log f_β = (1 − β) log base + β log joint."""
+        return (self.log_base + beta * (self.log_joint - self.log_base)).nan_to_num(nan=-torch.inf)
+
+    def gradient(self, beta: Tensor) -> Tensor:
+        return self.base_gradient + beta * (self.joint_gradient - self.base_gradient)
+
+
+class Path:
+    """f_β(u) = base(u)^{1−β} p(x, u)^β: from p(z), or from a guide q(z|x), at β = 0 to the posterior at 1.
+
+    u is z in unconstrained space, end to end, its densities with the Jacobian of ``biject_to`` of each site's support. Sites
+    with a finite support are summed out.
+
+    :param start: ``None`` for the prior, or a guide.
+    :raises ValueError: for latents that have no unconstrained space, or no data plate.
+    """
+
+    def __init__(self, model: Program, start: Program | None, batch: Batch) -> None:
+        self.model, self.start, self.batch = config_enumerate(model, default="parallel"), start, batch
+        self.latents = Latents(self.model, batch)
+        if not self.latents.sites:
+            raise ValueError("model: it has no continuous latent in the data plate; expected one to run chains in")
+        self.transforms = {name: _transform(name, site) for name, site in self.latents.sites.items()}
+        self.shapes = {
+            name: torch.Size(site.shape[: len(site.shape) - len(site.event)]) + self.transforms[name].inverse_shape(site.event)
+            for name, site in self.latents.sites.items()
+        }
+        self.dim = sum(shape.numel() for shape in self.shapes.values())
+        self.rows = slice(0, batch.num_rows)
+        # how it is evaluated, by the shapes of u and the data: shared by the chunks of the data
+        self.calls: Counter = Counter()
+        self.graphs: dict[Any, Any] = {}
+        self.ways: dict[Any, Callable[..., Any]] = {}
+
+    def on(self, rows: slice) -> "Path":
+        """The same for some of the data, whose ``rows`` it keeps."""
+        part = copy(self)
+        part.rows, part.batch = rows, self.batch.map(lambda tensor: tensor[rows])
+        return part
+
+    def draw(self, num_chains: int) -> Point:
+        """Chains at draws from the base."""
+        if self.start is None:
+            drawn = values_of(self.latents.run(self.model, self.batch, num_chains))
+            z = self.latents.flat(drawn, num_chains, self.batch.num_rows)
+        else:
+            z, _ = self.latents.draw(self.start, self.batch, num_chains)
+        return self.at(self.unconstrained(z))
+
+    def at(self, u: Tensor) -> Point:
+        """Densities and gradients at u. By a graph once that pays; it is held against eager Pyro."""
+        tensors = [u, *self._tensors()]
+        key = tuple(tensor.shape for tensor in tensors)
+        self.calls[key] += 1
+        if self.calls[key] == _GRAPH_AFTER:
+            self._trace(key, tensors)
+        if self.calls[key] == _INDUCTOR_AFTER and key in self.graphs and has_compiler():
+            self._compile(key, tensors)
+        if key not in self.ways:
+            return Point(u, *self._evaluate(u, self.batch))
+        return Point(u, *self.ways[key](*tensors))
+
+    def constrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """z, ``(chains, batch, dim)``, and log |dz/du|, ``(chains, batch)``."""
+        z, log_scale = [], torch.zeros(u.shape[:-1], dtype=u.dtype, device=u.device)
+        parts = u.split([shape.numel() for shape in self.shapes.values()], -1)
+        for (name, shape), part in zip(self.shapes.items(), parts, strict=True):
+            own = part.reshape(*u.shape[:-1], *shape)
+            value = self.transforms[name](own)
+            jacobian = self.transforms[name].log_abs_det_jacobian(own, value)
+            log_scale = log_scale + jacobian.reshape(*u.shape[:-1], -1).sum(-1)
+            z.append(value.reshape(*u.shape[:-1], -1))
+        return torch.cat(z, -1), log_scale
+
+    def unconstrained(self, z: Tensor) -> Tensor:
+        """u of z, ``(chains, batch, dim)``."""
+        parts = (self.transforms[name].inv(part).reshape(*z.shape[:-1], -1) for name, _, part in self.latents.split(z))
+        return torch.cat(list(parts), -1)
+
+    def _evaluate(self, u: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            z, log_scale = self.constrained(u)
+            log_prior, log_joint = self.latents.log_prior_and_joint(self.model, batch, z)
+            log_base = log_prior if self.start is None else self.latents.log_prob(self.start, batch, z)
+            densities = log_base + log_scale, log_joint + log_scale
+            gradients = [torch.autograd.grad(density.sum(), u, retain_graph=True)[0] for density in densities]
+        return *(density.detach() for density in densities), *gradients
+
+    def _tensors(self) -> list[Tensor]:
+        return [leaf for leaf in pytree.tree_leaves(tuple(self.batch)) if isinstance(leaf, Tensor)]
+
+    def _trace(self, key: Any, tensors: list[Tensor]) -> None:
+        leaves, structure = pytree.tree_flatten(tuple(self.batch))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+        def evaluate(u: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+            for i, part in zip(places, parts, strict=True):
+                leaves[i] = part
+            return self._evaluate(u, Batch(*pytree.tree_unflatten(leaves, structure)))
+
+        try:
+            graph = trace_graph(evaluate, tensors)
+            self._hold(key, graph, tensors)
+            self.graphs[key] = graph
+        except CannotTrace as reason:
+            logger.info("chains run as eager Pyro: %s", reason)
+
+    def _compile(self, key: Any, tensors: list[Tensor]) -> None:
+        try:
+            self._hold(key, compiled(self.graphs[key], tensors), tensors)
+        except Exception as reason:
+            logger.info("chains run by the graph as it is: %s", reason)
+
+    def _hold(self, key: Any, way: Callable[..., Any], tensors: list[Tensor]) -> None:
+        """Hold another way of evaluating against eager Pyro, and take it where they agree."""
+        with untouched(seed=0):
+            found = way(*tensors)
+        with untouched(seed=1):
+            expected = self._evaluate(tensors[0], self.batch)
+        tolerance = 1e-9 if tensors[0].dtype == torch.double else 1e-3
+        for a, b in zip(found, expected, strict=True):
+            scale = b[b.isfinite()].abs().max() if b.isfinite().any() else 0.0
+            if not torch.allclose(a, b, rtol=tolerance, atol=float(tolerance * scale), equal_nan=True):
+                raise CannotTrace("a graph of the densities differs from eager Pyro")
+        self.ways[key] = way
+
+
+def _transform(name: str, site: Site) -> Any:
+    support = site.fn.support
+    if isinstance(support, constraints.MixtureSameFamilyConstraint):  # a mixture lives where its components do
+        support = support.base_constraint
+    if support.is_discrete:
+        raise ValueError(f"model: {name!r} is discrete and cannot be summed out ({support}); expected a finite support")
+    try:
+        return biject_to(support)
+    except NotImplementedError:
+        raise ValueError(f"model: {name!r} has the support {support}, which has no unconstrained space") from None

@@ -1,0 +1,102 @@
+"""What an estimate of the evidence is: log p̂(x) per datum, what it bounds, and with what right."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Bound = Literal["lower", "upper", "none"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """An estimate of log p(x) in nats, per datum: tensors ``(batch,)``.
+
+    log_evidence: log ŵ, where ŵ is an average of weights. standard_error: its Monte Carlo error by the delta method, which
+    trusts the weights that it saw. bound: ``"lower"`` where E ŵ = p(x), so that E log ŵ ≤ log p(x); ``"upper"`` where
+    E 1/ŵ = 1/p(x); ``"none"`` where neither is certain. ess: effective number of the ``num_particles`` weights. pareto_k: k̂
+    of their tail, where there are enough of them. acceptance: mean rate of the accepted moves, where there were moves.
+    cost: evaluations of the model for one datum.
+    """
+
+    method: str
+    bound: Bound
+    log_evidence: Tensor
+    standard_error: Tensor
+    ess: Tensor
+    num_particles: int
+    cost: int
+    pareto_k: Tensor | None = None
+    acceptance: Tensor | None = None
+
+    @property
+    def mean(self) -> float:
+        """Mean over data, in nats per datum."""
+        return self.log_evidence.double().mean().item()
+
+    @property
+    def mean_error(self) -> float:
+        """Standard error of the mean: the spread over data, Monte Carlo error in it; ``nan`` for one datum."""
+        n = len(self.log_evidence)
+        return (self.log_evidence.double().std() / math.sqrt(n)).item() if n > 1 else math.nan
+
+    @property
+    def noise(self) -> float:
+        """Monte Carlo error of the mean, as it would vary over seeds on the same data."""
+        return (self.standard_error.double().square().sum().sqrt() / len(self.standard_error)).item()
+
+    def margin(self, probability: float = 1e-6) -> float:
+        """b, in nats per datum: a lower bound's mean exceeds the truth by more than b with at most this ``probability``, an
+        upper bound's falls short of it. By Markov's inequality for N independent data, e^{−bN}; infinite for no bound."""
+        if not 0 < probability < 1:
+            raise ValueError(f"margin: expected a probability between 0 and 1 but got {probability}")
+        return math.inf if self.bound == "none" else -math.log(probability) / len(self.log_evidence)
+
+    def __str__(self) -> str:
+        n = len(self.log_evidence)
+        lines = [
+            f"log p(x) {_sign(self.bound)} {self.mean:.3f} ± {self.mean_error:.3f} nats per datum, {n} data; {self.method}"
+        ]
+        if self.bound != "none":
+            side = "above" if self.bound == "lower" else "below"
+            lines.append(
+                f"{self.bound} bound: {side} the mean truth by more than {self.margin():.2g} nats with probability at most 1e-6"
+            )
+        ess = self.ess.double()
+        lines.append(
+            f"Monte Carlo error {self.noise:.2g}; effective sample size {ess.median():.1f} of {self.num_particles} "
+            f"(median; least {ess.min():.1f})"
+        )
+        if self.pareto_k is not None and not self.pareto_k.isnan().all():
+            k = self.pareto_k
+            lines.append(f"Pareto k {k.median():.2f} (median), above 0.7 for {(k > 0.7).double().mean():.0%} of the data")
+        if self.acceptance is not None:
+            lines.append(f"accepted {self.acceptance.double().mean():.0%} of the moves")
+        return "\n".join(lines)
+
+
+def _sign(bound: Bound) -> str:
+    return {"lower": "≥", "upper": "≤", "none": "≈"}[bound]
+
+
+@dataclass(frozen=True)
+class Sandwich:
+    """log p(x) of data simulated from the model, between two bounds.
+
+    The gap bounds the error of either on these data, and estimates how far ``lower`` is from the truth on others like them.
+    """
+
+    lower: Evidence
+    upper: Evidence
+
+    @property
+    def gap(self) -> Tensor:
+        """upper − lower in nats, ``(batch,)``: positive in expectation, with noise."""
+        return self.upper.log_evidence - self.lower.log_evidence
+
+    def __str__(self) -> str:
+        gap = self.gap.double()
+        error = (gap.std() / math.sqrt(len(gap))).item() if len(gap) > 1 else math.nan
+        lines = f"gap {gap.mean():.3f} ± {error:.3f} nats per datum, on {len(gap)} data simulated from the model"
+        return f"{lines}\n{self.lower}\n{self.upper}"

@@ -1,0 +1,47 @@
+"""Numbers from log-weights against other ways to have them."""
+
+import math
+
+import pytest
+import torch
+from arviz_stats.base import array_stats
+
+from pyro_vae.numerics import effective_sample_size, log_mean_error, log_mean_exp, pareto_k
+
+
+def weights(n, scale, seed=0):
+    return scale * torch.randn(n, 3, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("n", [25, 100, 225, 226, 1000, 20_000])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
+def test_pareto_k_is_that_of_arviz(n, scale):
+    ours = pareto_k(weights(n, scale))
+    theirs = [float(array_stats.psislw(-column.numpy())[1]) for column in weights(n, scale).unbind(1)]
+    torch.testing.assert_close(ours, torch.tensor(theirs, dtype=torch.double), rtol=0, atol=1e-9)
+
+
+def test_pareto_k_of_weights_without_a_tail():
+    assert pareto_k(torch.full((100, 2), -700.0)).tolist() == [-math.inf] * 2
+    assert pareto_k(torch.zeros(24, 2)).isnan().all()
+    assert pareto_k(weights(50, 1.0).mT, dim=1).equal(pareto_k(weights(50, 1.0)))
+
+
+def test_pareto_k_does_not_see_a_constant():
+    torch.testing.assert_close(pareto_k(weights(500, 2.0)), pareto_k(weights(500, 2.0) - 1e4), rtol=0, atol=1e-6)
+
+
+def test_effective_sample_size():
+    w = weights(50, 1.0).exp()
+    torch.testing.assert_close(effective_sample_size(w.log()), w.sum(0) ** 2 / (w**2).sum(0))
+    assert effective_sample_size(torch.zeros(7, 1)).item() == pytest.approx(7)
+    assert effective_sample_size(torch.tensor([0.0, -1e4])).item() == pytest.approx(1)
+    assert effective_sample_size(torch.full((3,), -math.inf)).item() == 0
+
+
+def test_the_error_of_a_log_mean_is_that_of_many():
+    """The delta method against the spread over replicates."""
+    w = 0.7 * torch.randn(400, 20_000, dtype=torch.double)
+    found, stated = log_mean_exp(w), log_mean_error(w)
+    assert found.std().item() == pytest.approx(stated.square().mean().sqrt().item(), rel=0.03)  # 3 SE of the spread: 1.5 %
+    assert found.mean().item() == pytest.approx(0.7**2 / 2, abs=2e-3)
