@@ -105,9 +105,10 @@ class Latents:
         return torch.cat([part.to(parts[0].dtype) for part in parts], -1)
 
     def run(self, program: Program, batch: Batch, num_particles: int, values: Mapping[str, Tensor] | None = None) -> Trace:
-        """A trace of ``num_particles`` runs at once, the named sites held at ``values``."""
-        held = Held(values)(program) if values else program
-        if self.enumerates:
+        """A trace of ``num_particles`` runs at once: of draws, or with the named sites held at ``values``, and what is
+        enumerated at each of its own."""
+        held = program if values is None else Held(values)(program)
+        if self.enumerates and values is not None:
             held = EnumMessenger(first_available_dim=-2 - self.nesting)(held)
         with poutine.trace() as tracer, pyro.plate(PARTICLES, num_particles, dim=-1 - self.nesting):
             held(*batch.args, **batch.kwargs)
@@ -116,8 +117,9 @@ class Latents:
     def draw(self, guide: Program, batch: Batch, num_particles: int) -> tuple[Tensor, Tensor]:
         """Draws z of a guide ``(particles, batch, dim)``, and log q(z|x) of them ``(particles, batch)``."""
         trace = self.run(guide, batch, num_particles)
-        log_q = self._local(trace)
-        return self.flat(values_of(trace), num_particles, batch.num_rows), log_q.expand(num_particles, batch.num_rows)
+        z = self.flat(values_of(trace), num_particles, batch.num_rows)
+        log_q = self.log_prob(guide, batch, z) if self.enumerates else self._local(trace)
+        return z, log_q.expand(num_particles, batch.num_rows)
 
     def distribution(self, guide: Program, batch: Batch) -> Any:
         """q(z|x) itself, of a guide of one site; ``None`` of several, which may depend on each other."""
@@ -169,7 +171,7 @@ class Held(Messenger):
 
     def _pyro_sample(self, msg: dict) -> None:
         if msg["name"] in self.values:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
+            msg["value"] = self.values[msg["name"]]
 
 
 def values_of(trace: Trace) -> dict[str, Tensor]:

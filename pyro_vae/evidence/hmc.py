@@ -73,8 +73,8 @@ class HMC(Transition):
         )
 
     def leap(self, path: Path, point: Point, beta: Tensor, step: Tensor) -> tuple[Point, Tensor]:
-        """One trajectory. step: ``(batch,)``."""
-        step = step.unsqueeze(-1)
+        """One trajectory. step: ``(batch,)``, jittered by up to a fifth, so that no trajectory is a period for long."""
+        step = (step * (0.8 + 0.4 * torch.rand_like(step))).unsqueeze(-1)
         momentum = torch.randn_like(point.u)
         energy = point.log_density(beta) - 0.5 * momentum.square().sum(-1)
         end = point

@@ -35,8 +35,8 @@ def smc(
 
     As :func:`~pyro_vae.evidence.ais`, but whenever the effective sample size of a datum's particles falls below ``threshold``
     of their number they are resampled (systematically), and their mean weight is multiplied into ŵ. E ŵ = p(x), since
-    schedule, rule and step sizes are fixed before the weighted run. The standard error follows the particles' ancestors (Lee
-    and Whiteley 2018); where all have one ancestor, it is no more than a sign that there are too few.
+    schedule, rule and step sizes are fixed before the weighted run. The standard error is the spread over the
+    particles' ancestors (Chan and Lai 2013); where all have one ancestor, it is no more than a sign that there are too few.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"smc: expected a threshold between 0 and 1 but got {threshold}")
@@ -61,7 +61,7 @@ def _walk(
 ) -> dict[str, Tensor]:
     point = path.draw(num_particles)
     weights = torch.zeros_like(point.log_base, dtype=torch.double)
-    total, rates, times = torch.zeros_like(weights[0]), [], torch.ones_like(weights[0])
+    total, rates = torch.zeros_like(weights[0]), []
     ancestor = torch.arange(num_particles, device=weights.device).unsqueeze(1).expand_as(weights)
     for k in range(1, len(betas)):
         weights = weights + (betas[k] - betas[k - 1]) * point.log_ratio.double()
@@ -72,7 +72,7 @@ def _walk(
         if few.any():
             chosen = torch.where(few, _systematic(weights), torch.arange(num_particles, device=few.device).unsqueeze(1))
             total = torch.where(few, total + log_mean_exp(weights), total)
-            weights, times = torch.where(few, 0.0, weights), times + few
+            weights = torch.where(few, 0.0, weights)
             ancestor = ancestor.gather(0, chosen)
             point = Point(*(_taken(part, chosen) for part in point))
         point, rate = transition.move(path, point, betas[k].to(point.u))
@@ -80,9 +80,8 @@ def _walk(
         bar.update()
     normalized = (weights - weights.logsumexp(0)).exp()
     by_ancestor = torch.zeros_like(normalized).scatter_add(0, ancestor, normalized)
-    spread = (
-        1 - (num_particles / (num_particles - 1)) ** times * (1 - by_ancestor.square().sum(0)) if num_particles > 1 else times
-    )
+    n = num_particles
+    spread = (by_ancestor.square().sum(0) - 1 / n) * (n / (n - 1)) if n > 1 else torch.ones_like(total)
     return {
         "log_evidence": total + log_mean_exp(weights),
         "standard_error": spread.clamp_min(0).sqrt(),

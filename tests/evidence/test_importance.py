@@ -1,0 +1,152 @@
+"""Importance sampling: bounds on the right side of the truth, and as far from it as the theory says."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_vae import evidence, exact
+from pyro_vae.numerics import log_mean_exp
+from pyro_vae.weights import log_weights
+from tests.oracles import seeded
+
+TOY = exact.LinearGaussian(seeded(6, 2), noise_scale=0.8)
+
+
+class Gaussian(torch.nn.Module):
+    """The right mean, a covariance of one's own."""
+
+    def __init__(self, toy, precision):
+        super().__init__()
+        self.toy, self.precision = toy, precision
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.MultivariateNormal(self.toy.posterior(x).mean, precision_matrix=self.precision))
+
+
+def chi_square(toy, precision):
+    """χ²(p‖q) of Gaussians of one mean."""
+    ours = toy.precision
+    return math.exp(
+        torch.logdet(ours) - 0.5 * torch.logdet(precision) - 0.5 * torch.logdet(2 * ours - precision)
+    ) - 1  # fmt: skip
+
+
+@pytest.mark.parametrize("k", [2, 10, 50])
+def test_every_lower_bound_is_below_the_truth_or_within_its_error(k):
+    toy = exact.LinearGaussian(0.3 * seeded(100, k), noise_scale=1.0)
+    x = toy.sample(50)
+    truth, guide = toy.log_evidence(x), Gaussian(toy, 0.8 * toy.precision)
+    for found in (
+        evidence.prior_monte_carlo(toy, x, num_particles=500),
+        evidence.importance(toy, guide, x, num_particles=500),
+        evidence.importance(toy, guide, x, num_particles=1),
+    ):
+        excess = found.log_evidence - truth
+        spread = excess.std() / 50**0.5
+        assert found.bound == "lower"
+        assert excess.mean() < 3 * spread
+        assert found.mean - truth.mean().item() < found.margin()
+
+
+@pytest.mark.parametrize("num_particles", [16, 64])
+def test_the_bias_tends_to_half_of_chi_square(num_particles):
+    guide = Gaussian(TOY, TOY.precision * torch.tensor([[1.3, 1.0], [1.0, 1.2]]).double())
+    x = TOY.sample(1).expand(40_000, -1)
+    w = log_weights(TOY, guide, x, num_particles=num_particles, max_bytes=2**27) - TOY.log_evidence(x[:1])
+    controlled = log_mean_exp(w) - (w.exp().mean(0) - 1)  # whose mean is 0
+    chi2 = chi_square(TOY, guide.precision)
+    error = controlled.std().item() / 200
+    # the next term of the expansion is of order 1/K²
+    assert abs(controlled.mean().item() + chi2 / (2 * num_particles)) < 4 * error + 5 * chi2 / num_particles**2
+
+
+def test_no_bound_exceeds_the_truth_oftener_than_markov_allows():
+    guide = Gaussian(TOY, 1.5 * TOY.precision)
+    x = TOY.sample(1).expand(10_000, -1)
+    found = evidence.importance(TOY, guide, x, num_particles=3).log_evidence - TOY.log_evidence(x[:1])
+    for b in (0.1, 0.5, 1.0, 2.0):
+        share, most = (found > b).double().mean().item(), math.exp(-b)
+        assert share <= most + 4 * (most / 10_000) ** 0.5
+    assert (found > 0.1).any()
+
+
+def test_the_upper_bound_is_one():
+    guide = Gaussian(TOY, 0.7 * TOY.precision)
+    data = evidence.simulate(TOY, TOY.sample(5000))
+    upper = evidence.importance_upper(TOY, guide, data, num_particles=5)
+    lower = evidence.importance(TOY, guide, *data.args, num_particles=5)
+    truth = TOY.log_evidence(*data.args)
+    inverse = (truth - upper.log_evidence).exp()  # E 1/ŵ = 1/p
+    assert abs(inverse.mean() - 1) < 4 * inverse.std() / 5000**0.5
+    for gap in (upper.log_evidence - truth, truth - lower.log_evidence):
+        assert gap.mean() > -4 * gap.std() / 5000**0.5
+    assert upper.bound == "upper"
+    assert upper.mean > lower.mean
+
+
+def test_prior_monte_carlo_is_importance_sampling_from_the_prior():
+    def prior(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", TOY.prior())
+
+    x = TOY.sample(8)
+    ours, same = evidence.prior_monte_carlo(TOY, x), evidence.importance(TOY, prior, x)
+    torch.testing.assert_close(ours.log_evidence, same.log_evidence)
+    assert ours.ess.median() < 200
+
+
+def test_simulated_data_are_the_models():
+    data = evidence.simulate(TOY, TOY.sample(20_000), seed=4)
+    (x,), z = data.args, data.latents["z"]
+    residual = x - z @ TOY.weight.mT
+    torch.testing.assert_close(residual.std(0), torch.full((6,), 0.8).double(), rtol=0.02, atol=0)
+    assert (torch.cov(z.mT) - torch.eye(2)).abs().max() < 5 * (2 / 20_000) ** 0.5
+    with pytest.raises(ValueError, match=r"simulate: what the model observes at 'x'.*is none of its arguments"):
+        evidence.simulate(lambda x: TOY(x + 1), x)
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch):
+    guide, x, file = Gaussian(TOY, 0.7 * TOY.precision), TOY.sample(40), tmp_path / "a" / "run.safetensors"
+    options = {"num_particles": 50, "max_bytes": 50_000}
+    whole = evidence.importance(TOY, guide, x, **options)
+    from pyro_vae.weights import Weigher
+
+    calls, of = [], Weigher.of
+
+    def interrupted(self, rows, num_particles):
+        calls.append(rows)
+        if num_particles == 50 and len(calls) == 4:
+            raise KeyboardInterrupt
+        return of(self, rows, num_particles)
+
+    monkeypatch.setattr(Weigher, "of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evidence.importance(TOY, guide, x, resume=file, **options)
+    first = len(calls)
+    found = evidence.importance(TOY, guide, x, resume=file, **options)
+    assert torch.equal(found.log_evidence, whole.log_evidence)
+    assert torch.equal(found.pareto_k, whole.pareto_k)
+    again = {rows.start for rows in calls[first:]} - {0}  # the first is looked at once more, to know the run again
+    assert again.isdisjoint(rows.start for rows in calls[1 : first - 1])
+    with pytest.raises(ValueError, match="is of another run"):
+        evidence.importance(TOY, Gaussian(TOY, TOY.precision), x, resume=file, **options)
+    with pytest.raises(ValueError, match="is of another run"):
+        evidence.importance(TOY, guide, x + 1, resume=file, **options)
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ValueError, match="cut short"):
+        evidence.importance(TOY, guide, x, resume=file, **options)
+
+
+def test_a_result_says_what_it_bounds():
+    x = TOY.sample(50)
+    found = evidence.importance(TOY, Gaussian(TOY, TOY.precision), x, num_particles=100)
+    assert found.margin(1e-6) == pytest.approx(math.log(1e6) / 50)
+    assert found.noise == pytest.approx(0, abs=1e-6)
+    for words in ("log p(x) ≥", "50 data", "lower bound: above the mean truth by more than 0.28 nats", "100.0 of 100"):
+        assert words in str(found)
+    with pytest.raises(ValueError, match="probability between 0 and 1"):
+        found.margin(0.0)
