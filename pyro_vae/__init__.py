@@ -8,11 +8,12 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyro_vae import batches, conditionals, data, diagnostics, exact, flows, infer, nets, pair, plots, priors, vae
+    from pyro_vae import batches, conditionals, data, diagnostics, evidence, exact, flows, infer, nets, pair, plots, priors, vae
     from pyro_vae.data import Data, load
     from pyro_vae.diagnostics import compare, compare_guides, free_energy, split_gap
     from pyro_vae.infer import SVI, Epoch, History, PairReport, check_pair, evaluate, fit, train
     from pyro_vae.vae import CVAE, VAE, Guide, Model
+    from pyro_vae.weights import joint_log_weights, log_weights
 
 __version__ = "0.1.0"
 logging.getLogger(__name__).addHandler(logging.NullHandler())
@@ -34,7 +35,9 @@ _HOME = {
     "split_gap": "diagnostics",
     "evaluate": "infer",
     "fit": "infer",
+    "joint_log_weights": "weights",
     "load": "data",
+    "log_weights": "weights",
     "train": "infer",
 }
 _MODULES = (
@@ -42,6 +45,7 @@ _MODULES = (
     "conditionals",
     "data",
     "diagnostics",
+    "evidence",
     "exact",
     "flows",
     "infer",
@@ -69,12 +73,15 @@ __all__ = [
     "data",
     "diagnostics",
     "evaluate",
+    "evidence",
     "exact",
     "fit",
     "flows",
     "free_energy",
     "infer",
+    "joint_log_weights",
     "load",
+    "log_weights",
     "nets",
     "pair",
     "plots",

@@ -5,10 +5,11 @@ Only the command line speaks in names; everything below takes the objects themse
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
@@ -124,6 +125,22 @@ def build_data(config: Config, data_dir: Path | None) -> tuple[Data, Data]:
         train, test = train.levels(), test.levels()
     dtype = _named("dtype", config.dtype, DTYPES)
     return train.to(dtype=dtype), test.to(dtype=dtype)
+
+
+def part_of(words: str, train: Data, test: Data) -> Data:
+    """``test``, ``train`` or some of their rows, such as ``test[:1000]``; stochastic binarization is done once.
+
+    :raises ValueError: for other words, or no rows.
+    """
+    found = re.fullmatch(r"(train|test)(?:\[(\d*):(\d*)\])?", words.strip())
+    if not found:
+        raise ValueError(f"--data: expected test, train or some of their rows, such as test[:1000], but got {words!r}")
+    whole, (start, stop) = {"train": train, "test": test}[found[1]].fixed(), (found[2], found[3])
+    rows = slice(int(start) if start else None, int(stop) if stop else None)
+    if not len(whole.x[rows]):
+        raise ValueError(f"--data: {words} has no rows; {found[1]} has {len(whole)}")
+    parts = {name: part[rows] for name in ("x", "labels", "condition") if (part := getattr(whole, name)) is not None}
+    return replace(whole, **parts)
 
 
 def build_pair(config: Config, train: Data | None = None) -> Pair:

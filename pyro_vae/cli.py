@@ -1,4 +1,4 @@
-"""``pyro-vae train | sample | reconstruct | plot | compare | data``.
+"""``pyro-vae train | evaluate | sample | reconstruct | plot | compare | data``.
 
 Torch is imported inside the commands, so that ``--help`` answers at once. Progress goes to stderr, results to stdout.
 """
@@ -168,6 +168,46 @@ def plot(
     with opened.loaded(test.x[:2]) as pair:
         figures = dict(runs.pictures(opened, pair, test))
     _leave(folder, {}, figures, as_json)
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    estimator: Annotated[str, Option(help="Of elbo, importance, prior, ais, smc, bdmc.")] = "elbo,importance",
+    num_particles: Annotated[int, Option(min=1, help="Draws of z for each datum, at most.")] = 1000,
+    num_temperatures: Annotated[int, Option(min=1, help="Temperatures of ais and bdmc, at most.")] = 1000,
+    num_chains: Annotated[int, Option(min=1, help="Chains of ais and bdmc for each datum.")] = 16,
+    data: Annotated[str, Option(help="Which data, such as test, train, test[:1000].")] = "test",
+    seed: Seed = 0,
+    data_dir: DataDir = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Bound log p(x) of a run's model, in nats per datum: the ladder of estimators as one table and a picture. By default to
+    RUN/evaluation, evaluation-2, … An interrupted call goes on where it was when it is given again."""
+    from pyro_vae import build, ladder, plots, runs
+
+    names = estimator.split(",")
+    if not set(names) <= set(ladder.ESTIMATORS):
+        raise typer.BadParameter(f"--estimator {estimator}: expected some of {','.join(ladder.ESTIMATORS)}")
+    folder = _free(out or runs.fresh(run / "evaluation"), overwrite)
+    opened = runs.open_run(run)
+    part = build.part_of(data, *build.build_data(opened.config, data_dir))
+    rungs = []
+    with opened.loaded(part.x[:2]) as pair:
+        for rung in ladder.climb(
+            pair, part.arguments(slice(None)), names, num_particles=num_particles, num_temperatures=num_temperatures,
+            num_chains=num_chains, seed=seed, kept=run / ".evidence",
+        ):  # fmt: skip
+            rungs.append(rung)
+            _say(f"{rung.found.method}: {rung.found.mean:.3f}, {rung.seconds:.1f} s")
+    lower = {name: [r.found for r in rungs if r.estimator == name] for name in dict.fromkeys(r.estimator for r in rungs)}
+    text, rows = ladder.table(rungs), {f"{i}": rung.row() for i, rung in enumerate(rungs)}
+    _draw(folder, {"ladder": plots.figure_of(plots.plot_ladder(lower))})
+    (folder / "evaluation.txt").write_text(f"{text}\n")
+    (folder / "evaluation.json").write_text(json.dumps(runs.as_json(rows), indent=2) + "\n")
+    _print(rows, f"{text}\n{folder}", as_json)
 
 
 @app.command()

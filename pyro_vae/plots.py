@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from pyro_vae.evidence import Evidence
 from pyro_vae.infer import Epoch
 from pyro_vae.vae import VAE
 
@@ -36,6 +37,29 @@ def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None) -> Axes:
             ax.set_ylim(bottom=low - 0.1 * abs(low))
     ax.set(xlabel="epoch", ylabel="ELBO (nats per datum)", title="Evidence lower bound")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, loc="lower right")
+    return ax
+
+
+def plot_ladder(rungs: Mapping[str, Sequence[Evidence]], ax: Axes | None = None) -> Axes:
+    """Estimates of log p(x) over their cost, evaluations of the model for one datum: of each estimator the rungs by rising
+    cost, with their Monte Carlo errors. Means over the same data differ by bias and noise alone."""
+    ax = ax or plt.subplots(figsize=(6.4, 4.4), layout="constrained")[1]
+    for name, found in rungs.items():
+        noise = [one.noise if np.isfinite(one.noise) else 0.0 for one in found]
+        ax.errorbar([one.cost for one in found], [one.mean for one in found], noise, marker="o", capsize=3, label=name)
+    means = [one.mean for found in rungs.values() for one in found if np.isfinite(one.mean)]
+    best = max(means, default=0.0)
+    shown = sorted(means)[len(means) // 4 :]  # the lowest may lie far below; show the rest
+    if shown and best > shown[0]:
+        ax.set_ylim(shown[0] - 0.3 * (best - shown[0]), best + 0.15 * (best - shown[0]))
+    ax.set_xscale("log")
+    ax.set(
+        xlabel="evaluations of the model for one datum",
+        ylabel="log p(x) (nats per datum)",
+        title="Lower bounds of the evidence",
+    )
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, loc="lower right")
     return ax

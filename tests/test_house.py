@@ -21,7 +21,7 @@ FLOORS = (
     ("diagnostics",),
     ("plots", "checkpoint"),
     ("build",),
-    ("runs", "zoo"),
+    ("runs", "zoo", "ladder"),
     ("cli",),
     ("__main__",),
 )

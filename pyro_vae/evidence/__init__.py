@@ -2,7 +2,7 @@
 
 from pyro_vae.evidence.annealing import ais, bdmc, reverse_ais, temperatures
 from pyro_vae.evidence.hmc import HMC, Transition
-from pyro_vae.evidence.importance import importance, importance_upper, prior_monte_carlo
+from pyro_vae.evidence.importance import elbo, importance, importance_upper, prior_monte_carlo
 from pyro_vae.evidence.path import Path, Point
 from pyro_vae.evidence.reciprocal import reciprocal_importance
 from pyro_vae.evidence.result import Evidence, Sandwich
@@ -19,6 +19,7 @@ __all__ = [
     "Transition",
     "ais",
     "bdmc",
+    "elbo",
     "importance",
     "importance_upper",
     "prior_monte_carlo",

@@ -144,7 +144,7 @@ def temperatures(schedule: Schedule, num_temperatures: int) -> Tensor:
 def _fitted(path: Path, move: Transition, num_temperatures: int, num_chains: int) -> Tensor:
     """β whose neighbours are equally far: the KL between them is ½ dβ² Var_β[log joint − log base], whose mean over data is
     taken from a pilot run."""
-    coarse = temperatures("sigmoid", min(num_temperatures, 100))
+    coarse = temperatures("sigmoid", min(num_temperatures, 50))
     point, spread = path.draw(num_chains), []
     for beta in coarse:
         point, _ = move.move(path, point, beta.to(point.u))

@@ -35,8 +35,8 @@ class HMC(Transition):
     num_leapfrog: int = 10
     target_acceptance: float = 0.65
     num_pilot: int = 8
-    pilot_moves: int = 5
-    pilot_temperatures: int = 100
+    pilot_moves: int = 4
+    pilot_temperatures: int = 25
     grid: Tensor | None = None  # the pilot's β, (T,)
     log_steps: Tensor | None = None  # log ε there, (T, batch)
 

@@ -1,5 +1,7 @@
 """Importance sampling: p̂(x) is the mean of p(x, z) / q(z|x) over draws from a proposal."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,27 +42,18 @@ def importance(
     :param resume: a file that keeps finished chunks of the data, from which an interrupted run goes on.
     :raises ValueError: as ``log_weights``; for a file of another run.
     """
-    check_particles("importance", num_particles)
-    batch = as_arguments(args, kwargs)
-    with untouched(training=False, seed=seed), torch.no_grad():
-        weigher = Weigher(model, guide, batch, max_bytes=max_bytes)
-        chunks = weigher.chunks(num_particles)
-        mark = (
-            "" if resume is None else fingerprint(batch, _probe(weigher, chunks[0]), k=num_particles, seed=seed, n=len(chunks))
-        )
-        with progress_bar(batch.num_rows, progress, f"importance, {num_particles} particles") as bar:
-
-            def of(rows: slice) -> dict[str, Tensor]:
-                weights = weigher.of(rows, num_particles)
-                bar.update(rows.stop - rows.start)
-                return summary(weights)
-
-            found = in_chunks(of, chunks, seed=seed, bar=bar, resume=resume, fingerprint=mark)
-    plural = "" if num_particles == 1 else "s"
-    return Evidence(
-        f"importance sampling, {num_particles} draw{plural} from the guide", "lower", **found,
-        num_particles=num_particles, cost=num_particles,
+    return _weighed(
+        "importance", summary, model, guide, *args, num_particles=num_particles, max_bytes=max_bytes, seed=seed,
+        progress=progress, resume=resume, **kwargs,
     )  # fmt: skip
+
+
+def elbo(model: Program, guide: Program, *args: Any, num_particles: int = 100, **options: Any) -> Evidence:
+    """The mean of log p(x, z) − log q(z|x) over draws z ~ q(z|x): a lower bound, E_q[log ŵ₁]. Arguments as for
+    :func:`importance`; more draws make it less noisy, not tighter."""
+    found = _weighed("elbo", _mean_log, model, guide, *args, num_particles=num_particles, **options)
+    plural = "" if num_particles == 1 else "s"
+    return Evidence(**vars(found) | {"method": f"ELBO, {num_particles} draw{plural} from the guide", "pareto_k": None})
 
 
 def prior_monte_carlo(model: Program, *args: Any, num_particles: int = 1000, **options: Any) -> Evidence:
@@ -102,6 +95,48 @@ def importance_upper(
         f"importance sampling, {num_particles} draws, the first from the posterior", "upper", **found,
         num_particles=num_particles, cost=num_particles,
     )  # fmt: skip
+
+
+def _weighed(
+    name: str,
+    summarize: Callable[[Tensor], dict[str, Tensor]],
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_particles: int,
+    max_bytes: int = MAX_BYTES,
+    seed: int = 0,
+    progress: bool | None = None,
+    resume: Path | str | None = None,
+    **kwargs: Any,
+) -> Evidence:
+    """What the log-weights of each datum, ``(K, rows)``, say in sum."""
+    check_particles(name, num_particles)
+    batch = as_arguments(args, kwargs)
+    with untouched(training=False, seed=seed), torch.no_grad():
+        weigher = Weigher(model, guide, batch, max_bytes=max_bytes)
+        chunks = weigher.chunks(num_particles)
+        settings = {"name": name, "particles": num_particles, "seed": seed, "chunks": len(chunks)}
+        mark = "" if resume is None else fingerprint(batch, _probe(weigher, chunks[0]), **settings)
+        with progress_bar(batch.num_rows, progress, f"{name}, {num_particles}") as bar:
+
+            def of(rows: slice) -> dict[str, Tensor]:
+                found = summarize(weigher.of(rows, num_particles))
+                bar.update(rows.stop - rows.start)
+                return found
+
+            found = in_chunks(of, chunks, seed=seed, bar=bar, resume=resume, fingerprint=mark)
+    plural = "" if num_particles == 1 else "s"
+    return Evidence(
+        f"importance sampling, {num_particles} draw{plural} from the guide", "lower", **found,
+        num_particles=num_particles, cost=num_particles,
+    )  # fmt: skip
+
+
+def _mean_log(weights: Tensor) -> dict[str, Tensor]:
+    weights = weights.double()
+    error = weights.std(0) / len(weights) ** 0.5 if len(weights) > 1 else torch.full_like(weights[0], math.nan)
+    return summary(weights) | {"log_evidence": weights.mean(0), "standard_error": error}
 
 
 def summary(weights: Tensor) -> dict[str, Tensor]:

@@ -17,10 +17,12 @@ from pyro_vae.batches import Batch
 from pyro_vae.graphs import CannotTrace, compiled, has_compiler, trace_graph
 from pyro_vae.pair import Program, untouched
 from pyro_vae.particles import Latents, Site, values_of
+from pyro_vae.weights import counted_bytes
 
 logger = logging.getLogger(__name__)
 _GRAPH_AFTER = 20  # evaluations, before a graph is worth its second
-_INDUCTOR_AFTER = 5000  # likewise, before Inductor is worth its seconds
+_INDUCTOR_AFTER = 5000  # likewise, before Inductor is worth its seconds: sooner, where much memory is moved
+_INDUCTOR_BYTES = 2 * 10**10
 
 
 class Point(NamedTuple):
@@ -73,6 +75,7 @@ class Path:
         # how it is evaluated, by the shapes of u and the data: shared by the chunks of the data
         self.calls: Counter = Counter()
         self.graphs: dict[Any, Any] = {}
+        self.compile_at: dict[Any, int] = {}
         self.ways: dict[Any, Callable[..., Any]] = {}
 
     def on(self, rows: slice) -> "Path":
@@ -97,7 +100,7 @@ class Path:
         self.calls[key] += 1
         if self.calls[key] == _GRAPH_AFTER:
             self._trace(key, tensors)
-        if self.calls[key] == _INDUCTOR_AFTER and key in self.graphs and has_compiler():
+        if key in self.graphs and self.calls[key] == self.compile_at[key] and has_compiler():
             self._compile(key, tensors)
         if key not in self.ways:
             with pyro.validation_enabled(False):  # a trajectory may leave all bounds; it is rejected then
@@ -147,6 +150,8 @@ class Path:
             graph = trace_graph(evaluate, tensors)
             self._hold(key, graph, tensors)
             self.graphs[key] = graph
+            moved = counted_bytes(lambda: self._evaluate(tensors[0], self.batch))
+            self.compile_at[key] = max(2 * _GRAPH_AFTER, min(_INDUCTOR_AFTER, _INDUCTOR_BYTES // max(1, moved)))
         except CannotTrace as reason:
             logger.info("chains run as eager Pyro: %s", reason)
 
