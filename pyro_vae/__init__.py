@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyro_vae import batches, conditionals, data, diagnostics, evidence, exact, flows, infer, nets, pair, plots, priors, vae
     from pyro_vae.data import Data, load
-    from pyro_vae.diagnostics import compare, compare_guides, free_energy, split_gap
+    from pyro_vae.diagnostics import compare, compare_guides, diagnose, free_energy, split_gap
     from pyro_vae.infer import SVI, Epoch, History, PairReport, check_pair, evaluate, fit, train
     from pyro_vae.vae import CVAE, VAE, Guide, Model
     from pyro_vae.weights import joint_log_weights, log_weights
@@ -31,6 +31,7 @@ _HOME = {
     "check_pair": "infer",
     "compare": "diagnostics",
     "compare_guides": "diagnostics",
+    "diagnose": "diagnostics",
     "free_energy": "diagnostics",
     "split_gap": "diagnostics",
     "evaluate": "infer",
@@ -71,6 +72,7 @@ __all__ = [
     "compare_guides",
     "conditionals",
     "data",
+    "diagnose",
     "diagnostics",
     "evaluate",
     "evidence",

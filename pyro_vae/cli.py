@@ -1,4 +1,4 @@
-"""``pyro-vae train | evaluate | sample | reconstruct | plot | compare | data``.
+"""``pyro-vae train | evaluate | diagnose | sample | reconstruct | plot | compare | data``.
 
 Torch is imported inside the commands, so that ``--help`` answers at once. Progress goes to stderr, results to stdout.
 """
@@ -208,6 +208,35 @@ def evaluate(
     (folder / "evaluation.txt").write_text(f"{text}\n")
     (folder / "evaluation.json").write_text(json.dumps(runs.as_json(rows), indent=2) + "\n")
     _print(rows, f"{text}\n{folder}", as_json)
+
+
+@app.command()
+def diagnose(
+    run: RunFolder,
+    num_particles: Annotated[int, Option(min=1, help="Draws of z for each datum.")] = 1000,
+    num_simulations: Annotated[int, Option(min=0, help="Data to simulate for the calibration; 0 leaves it out.")] = 1000,
+    data: Annotated[str, Option(help="Which data, such as test, train, test[:1000].")] = "test[:1000]",
+    seed: Seed = 0,
+    data_dir: DataDir = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Ask whether a run's guide is good: one page, and pictures of Pareto k, the worst data and the calibration. By default to
+    RUN/diagnosis, diagnosis-2, …"""
+    from pyro_vae import build, diagnostics, plots, runs
+
+    folder = _free(out or runs.fresh(run / "diagnosis"), overwrite)
+    opened = runs.open_run(run)
+    part = build.part_of(data, *build.build_data(opened.config, data_dir))
+    with opened.loaded(part.x[:2]) as pair:
+        found = diagnostics.diagnose(
+            pair.model, pair.guide, *part.arguments(slice(None)), num_particles=num_particles,
+            num_simulations=num_simulations, seed=seed,
+        )  # fmt: skip
+    _draw(folder, dict(plots.plot_diagnosis(found, part.x)))
+    (folder / "diagnosis.txt").write_text(f"{found}\n")
+    _print({"pareto_k": found.pareto_k.tolist(), "worst": found.worst().tolist()}, f"{found}\n{folder}", as_json)
 
 
 @app.command()

@@ -60,7 +60,7 @@ def climb(
         "ais": [
             (f"ais-{t}", lambda t=t, **o: evidence.ais(model, *arguments, num_temperatures=t, **chains, **o)) for t in steps
         ],
-        "smc": [("smc", lambda **o: evidence.smc(model, *arguments, **o))],
+        "smc": [("smc", lambda **o: evidence.smc(model, *arguments, num_temperatures=min(100, num_temperatures), **o))],
     }
     for name in names:
         if name == "bdmc":

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+_ROUNDING = 1e-9  # of weights whose largest is 1, below which a tail is no tail
 _MIN_TAIL = 5  # draws in a tail that a Pareto distribution is fitted to
 
 
@@ -41,7 +42,7 @@ def pareto_k(log_weights: Tensor, dim: int = 0) -> Tensor:
     largest = ratios.topk(num_tail + 1, -1).values
     weights = (largest - largest[..., :1]).exp().flip(-1)  # ascending, the first at the cutoff
     tail = weights[..., 1:] - weights[..., :1]
-    constant = tail[..., -1] - tail[..., 0] < torch.finfo(torch.double).tiny
+    constant = tail[..., -1] < _ROUNDING
     tail = torch.where(constant.unsqueeze(-1), torch.linspace(0.1, 1, num_tail, dtype=tail.dtype, device=tail.device), tail)
     return torch.where(constant, -math.inf, _fit_pareto(tail))
 

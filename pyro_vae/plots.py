@@ -1,6 +1,6 @@
 """Pictures: results in, Axes or Figure out. Nothing is shown, nothing is written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import matplotlib.pyplot as plt
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from pyro_vae.diagnostics import Diagnosis
 from pyro_vae.evidence import Evidence
 from pyro_vae.infer import Epoch
 from pyro_vae.vae import VAE
@@ -63,6 +64,29 @@ def plot_ladder(rungs: Mapping[str, Sequence[Evidence]], ax: Axes | None = None)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, loc="lower right")
     return ax
+
+
+def plot_pareto_k(k: Tensor, ax: Axes | None = None) -> Axes:
+    """Pareto k̂ of each datum, over the thresholds .5 and .7."""
+    ax = ax or plt.subplots(figsize=(6, 3.6), layout="constrained")[1]
+    finite = k[k.isfinite()].numpy()
+    ax.hist(finite, bins=40, color="C0")
+    for threshold, colour in ((0.5, "C2"), (0.7, "C3")):
+        ax.axvline(threshold, color=colour, linestyle="--", label=f"{threshold}")
+    ax.set(xlabel="Pareto k of a datum's weights", ylabel="data", title="The guide as a proposal: good below .5, bad above .7")
+    ax.legend(frameon=False)
+    return ax
+
+
+def plot_diagnosis(found: Diagnosis, x: Tensor) -> Iterator[tuple[str, Figure]]:
+    """Every picture of a diagnosis, by name: Pareto k̂, the worst data where they are images ``x``, the calibration."""
+    if found.pareto_k.isfinite().any():
+        yield "pareto-k", figure_of(plot_pareto_k(found.pareto_k))
+        if x.dim() in (3, 4):
+            worst = found.worst(20)
+            yield "worst", plot_images(x[worst], title="The data whose posterior the guide misses most, the worst first")
+    if found.calibration is not None:
+        yield "calibration", found.calibration.plot()
 
 
 def plot_images(images: Tensor, *, columns: int = 10, title: str | None = None) -> Figure:

@@ -34,7 +34,9 @@ from pyro_vae.pair import MeanElbo
 from pyro_vae.priors import StandardNormal
 
 SCHEMA = 1
-_OURS = re.compile(r"(config|env)\.json|metrics\.jsonl|weights\.safetensors|(plots|samples|reconstructions|evaluation)(-\d+)?")
+_OURS = re.compile(
+    r"(config|env)\.json|metrics\.jsonl|weights\.safetensors|(plots|samples|reconstructions|evaluation|diagnosis)(-\d+)?"
+)
 
 
 class VersionError(ValueError):

@@ -1,0 +1,84 @@
+"""Draws of a guide, for other tools: by site, as ArviZ has them, and held against draws of the posterior by a classifier."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae.batches import as_arguments
+from pyro_vae.numerics import pareto_k
+from pyro_vae.pair import Program, untouched
+from pyro_vae.particles import Latents
+
+
+def posterior_draws(
+    model: Program, guide: Program, *args: Any, num_draws: int = 1000, seed: int = 0, **kwargs: Any
+) -> dict[str, Tensor]:
+    """Draws z ~ q(z|x) of each latent site, ``(num_draws, batch, *shape)``."""
+    batch = as_arguments(args, kwargs)
+    with untouched(training=False, seed=seed), torch.no_grad():
+        latents = Latents(model, batch)
+        z, _ = latents.draw(guide, batch, num_draws)
+        return {name: part for name, _, part in latents.split(z)}
+
+
+def to_arviz(model: Program, guide: Program, *args: Any, num_draws: int = 1000, seed: int = 0, **kwargs: Any) -> Any:
+    """A guide's draws as ArviZ has them (a ``DataTree``): group ``posterior``, one chain, with the dimension ``data``; group
+    ``sample_stats`` with the log-weight log p(x, z) − log q(z|x) of each draw, and k̂ of each datum.
+
+    :raises ImportError: where ``arviz-base`` is not installed.
+    """
+    try:
+        from arviz_base import from_dict
+    except ImportError as error:
+        raise ImportError("to_arviz: arviz-base is not installed; pip install arviz-base") from error
+    batch = as_arguments(args, kwargs)
+    with untouched(training=False, seed=seed), torch.no_grad():
+        latents = Latents(model, batch)
+        z, log_q = latents.draw(guide, batch, num_draws)
+        log_weight = latents.log_prob(model, batch, z) - log_q
+    sites = {name: part.cpu().numpy()[np.newaxis] for name, _, part in latents.split(z)}
+    stats = {"log_weight": log_weight.cpu().numpy()[np.newaxis]}
+    dims = {name: ["data", *(f"{name}_{i}" for i in range(part.ndim - 3))] for name, part in sites.items()}
+    tree = from_dict({"posterior": sites, "sample_stats": stats}, dims=dims | {"log_weight": ["data"]})
+    tree["posterior"].attrs["pareto_k"] = pareto_k(log_weight).tolist()
+    return tree
+
+
+class TwoSample(NamedTuple):
+    """Accuracy of a classifier that tells two sets of draws apart, over held-out folds: ½ where it cannot. ``error`` is the
+    binomial standard error of an accuracy of ½."""
+
+    accuracy: float
+    error: float
+
+
+def two_sample_test(a: Tensor, b: Tensor, *, num_folds: int = 5, seed: int = 0) -> TwoSample:
+    """Classifier two-sample test (Lopez-Paz & Oquab 2017): a network of two layers, z-scored features, cross-validated.
+
+    For draws of one datum's guide against those of its posterior, exact or by NUTS. Between N(0, I) and N(δ, I) the best
+    accuracy is Φ(‖δ‖/2).
+
+    :param a, b: ``(n, dim)``, as many of either.
+    :raises ImportError: where ``scikit-learn`` is not installed.
+    """
+    if a.dim() != 2 or a.shape != b.shape or len(a) < 10 * num_folds:
+        raise ValueError(
+            f"two_sample_test: expected two sets of as many draws (n, dim), {10 * num_folds} or more each, but got "
+            f"{tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    try:
+        from sklearn.model_selection import StratifiedKFold, cross_val_score
+        from sklearn.neural_network import MLPClassifier
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise ImportError("two_sample_test: scikit-learn is not installed; pip install scikit-learn") from error
+    x = torch.cat([a, b]).detach().cpu().double().numpy()
+    y = np.repeat([0, 1], len(a))
+    width = 10 * a.shape[1]
+    network = MLPClassifier((width, width), early_stopping=True, max_iter=500, random_state=seed)
+    folds = StratifiedKFold(num_folds, shuffle=True, random_state=seed)
+    accuracy = cross_val_score(make_pipeline(StandardScaler(), network), x, y, cv=folds).mean()
+    return TwoSample(float(accuracy), 0.5 / len(y) ** 0.5)

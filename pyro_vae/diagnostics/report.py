@@ -1,0 +1,88 @@
+"""The cheap diagnostics of a pair on one page."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae.batches import as_arguments
+from pyro_vae.diagnostics.calibration import Calibration, calibration
+from pyro_vae.diagnostics.usage import LatentUsage, latent_usage
+from pyro_vae.evidence import Evidence, elbo, importance
+from pyro_vae.pair import Program
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What :func:`diagnose` finds. ``usage`` and ``calibration`` are ``None`` where a pair has none; ``notes`` says why."""
+
+    elbo: Evidence
+    importance: Evidence
+    usage: LatentUsage | None
+    calibration: Calibration | None
+    notes: tuple[str, ...]
+
+    @property
+    def pareto_k(self) -> Tensor:
+        """k̂ of each datum's weights, ``(batch,)``: below .5 the guide is a good proposal, above .7 none to be trusted."""
+        k = self.importance.pareto_k
+        return torch.full_like(self.importance.log_evidence, torch.nan) if k is None else k
+
+    def worst(self, n: int = 10) -> Tensor:
+        """The data of the largest k̂, the worst first: their places."""
+        return self.pareto_k.nan_to_num(nan=-torch.inf).argsort(descending=True)[:n]
+
+    def __str__(self) -> str:
+        k, gap = self.pareto_k, self.importance.log_evidence - self.elbo.log_evidence
+        edges = (-torch.inf, 0.5, 0.7, torch.inf)
+        good, usable, bad = (((k >= a) & (k < b)).double().mean().item() for a, b in itertools.pairwise(edges))
+        lines = [
+            "EVIDENCE",
+            f"ELBO {self.elbo.mean:.2f}, IWAE-{self.importance.num_particles} {self.importance.mean:.2f} nats per datum, "
+            f"{len(k)} data: KL(q||p) is {gap.double().mean():.2f} or more",
+            "GUIDE AS A PROPOSAL",
+            f"Pareto k: good (below 0.5) {good:.0%}, usable (below 0.7) {usable:.0%}, bad {bad:.0%}; median {k.median():.2f}",
+            "worst data: " + ", ".join(f"{i} ({k[i]:.2f})" for i in self.worst(8).tolist()),
+        ]
+        if self.usage is not None:
+            lines += ["LATENT DIMENSIONS", str(self.usage)]
+        if self.calibration is not None:
+            lines += ["CALIBRATION ON SIMULATED DATA", str(self.calibration)]
+        return "\n".join([*lines, *self.notes])
+
+
+def diagnose(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_particles: int = 1000,
+    num_simulations: int = 1000,
+    seed: int = 0,
+    **kwargs: Any,
+) -> Diagnosis:
+    """The cheap diagnostics of a pair: ELBO and importance-weighted bound, Pareto k̂ per datum, the use of the latent
+    dimensions, calibration on data simulated from the model. ``print`` gives one page.
+
+    :param args: the arguments of model and guide, ``(batch, *event)``.
+    :param num_particles: draws for each datum.
+    :param num_simulations: of the calibration; 0 leaves it out.
+    """
+    batch = as_arguments(args, kwargs)
+    notes: list[str] = []
+    options: dict[str, Any] = {"seed": seed, **batch.kwargs}
+    lower = elbo(model, guide, *batch.args, num_particles=num_particles, **options)
+    weighted = importance(model, guide, *batch.args, num_particles=num_particles, **options)
+    usage: LatentUsage | None = None
+    calibrated: Calibration | None = None
+    try:
+        usage = latent_usage(model, guide, *batch.args, **options)
+    except (ValueError, NotImplementedError) as reason:
+        notes.append(f"latent dimensions: {reason}")
+    if num_simulations:
+        try:
+            calibrated = calibration(model, guide, *batch.args, num_simulations=num_simulations, **options)
+        except (ValueError, NotImplementedError) as reason:
+            notes.append(f"calibration: {reason}")
+    return Diagnosis(lower, weighted, usage, calibrated, tuple(notes))
