@@ -179,8 +179,9 @@ class Weigher:
         at_once = max(1, self.max_bytes // self._bytes(probe))  # rows × particles
         few = min(num_particles, _PARTICLES_AT_ONCE) if self.vectorized else 1
         rows = n
-        if at_once < n * few and self.divides(max(1, at_once // few)):
-            rows = max(1, at_once // few)
+        if at_once < n * few:
+            wanted = max(1, min(at_once // few, n // 2))
+            rows = wanted if self.divides(wanted) else n
         return rows, min(num_particles, max(1, at_once // rows)) if self.vectorized else 1
 
     def _bytes(self, batch: Batch) -> int:

@@ -4,8 +4,11 @@ from pathlib import Path
 import matplotlib as mpl
 import pyro
 import pytest
+import torch
 
 mpl.use("Agg")
+# as many threads in all as there are processors
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
 @pytest.fixture(autouse=True)
