@@ -22,8 +22,10 @@ def effective_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
 
 def log_mean_error(log_weights: Tensor, dim: int = 0) -> Tensor:
     """Standard error of log ŵ, ŵ the mean of the weights, by the delta method: √(1/ESS − 1/K) in nats, ``(K, *batch)`` →
-    ``(*batch)``. Where one weight outweighs the rest it says little more than that; see ``pareto_k``."""
+    ``(*batch)``; ``nan`` of one weight. Where one weight outweighs the rest it says little more than that; see ``pareto_k``."""
     ess = effective_sample_size(log_weights, dim)
+    if log_weights.shape[dim] == 1:
+        return torch.full_like(ess, math.nan)
     return (1 / ess - 1 / log_weights.shape[dim]).clamp_min(0).sqrt()
 
 

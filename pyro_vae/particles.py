@@ -1,10 +1,12 @@
 """Many draws of a pair at once: an outermost plate of particles, and the latents of each datum end to end in one vector."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
@@ -68,6 +70,7 @@ class Latents:
     def _take(self, site: dict) -> None:
         name, frames = site["name"], [frame for frame in site["cond_indep_stack"] if frame.vectorized]
         rows = check_in_data_plate("model", site, self.plates)
+        check_whole("model", site, self.plates)
         if site["is_observed"] or is_enumerated(site):
             return
         if len(frames) < len(site["cond_indep_stack"]):
@@ -174,6 +177,13 @@ class Held(Messenger):
             msg["value"] = self.values[msg["name"]]
 
 
+def unwrapped(distribution: Any) -> Any:
+    """What lies under ``to_event`` and ``expand``."""
+    while isinstance(distribution, torch.distributions.Independent | dist.ExpandedDistribution):
+        distribution = distribution.base_dist
+    return distribution
+
+
 def values_of(trace: Trace) -> dict[str, Tensor]:
     """The values of a trace's latent sites."""
     return {name: site["value"] for name, site in sampled(trace) if not site["is_observed"]}
@@ -202,11 +212,21 @@ def check_in_data_plate(side: str, site: dict, plates: frozenset[str]) -> int:
     )
 
 
+def check_whole(side: str, site: dict, plates: frozenset[str]) -> None:
+    """Raise ``ValueError`` for a plate within a datum that subsamples."""
+    for frame in site["cond_indep_stack"]:
+        if frame.name not in plates and frame.full_size != frame.size:
+            raise ValueError(
+                f"{side}: {site['name']!r} lies in plate {frame.name!r} that draws {frame.size} of its {frame.full_size} rows, "
+                "and no weight of them estimates the evidence of all; expected all of its rows"
+            )
+
+
 def sum_out(traces: Sequence[tuple[Trace, int]], plates: frozenset[str]) -> Tensor:
     """log Σ over the enumerated sites of Π f, by variable elimination: f are the probabilities of the sites of each trace, to
     the power of its sign. Of a trace of sign −1 what is enumerated counts as 1: a mean of p/q over q is a sum of p.
 
-    Scales are stripped, masks kept. Raises ``ValueError`` for a plate within a datum that subsamples.
+    Scales are stripped, masks kept.
 
     :param traces: the first is that of the guide, run under ``EnumMessenger(first_available_dim)``, the next under
         ``EnumMessenger()``, so that they do not share dimensions.
@@ -217,20 +237,19 @@ def sum_out(traces: Sequence[tuple[Trace, int]], plates: frozenset[str]) -> Tens
     kept: dict[str, Any] = {}
     for trace, sign in traces:
         trace.symbolize_dims(symbols)
-        for name, site in sampled(trace):
+        for _, site in sampled(trace):
             if sign < 0 and is_enumerated(site):
                 continue
             frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
             for frame in frames:
                 if frame.name in plates:
                     kept[frame.name] = frame
-                elif frame.full_size != frame.size:
-                    raise ValueError(
-                        f"model: {name!r} lies in a plate that subsamples within the datum, whose evidence no weight "
-                        "estimates; expected all of its rows"
-                    )
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
             masked = scale_and_mask(log_prob, mask=site["mask"])
+            dim = site["infer"].get("_enumerate_dim")
+            if dim is not None and site["mask"] is not None:  # what is masked sums to 1, as it would integrate
+                size = site["value"].shape[dim - site["fn"].event_dim]
+                masked = torch.where(torch.as_tensor(site["mask"], device=masked.device), log_prob, -math.log(size))
             term = packed.pack(sign * masked, site["infer"]["_dim_to_symbol"])
             factors.setdefault(frozenset(symbols[frame.name] for frame in frames), []).append(term)
     of_plates = set(symbols.values())

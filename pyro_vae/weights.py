@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.enum_messenger import EnumMessenger
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyro_vae.batches import Batch, as_arguments
 from pyro_vae.graphs import CannotTrace, compiled, has_compiler, trace_graph
 from pyro_vae.pair import Program, data_plates, run_pair, sampled, sum_sites, untouched
-from pyro_vae.particles import PARTICLES, check_in_data_plate, is_enumerated, max_nesting, sum_out
+from pyro_vae.particles import PARTICLES, check_in_data_plate, check_whole, is_enumerated, max_nesting, sum_out, unwrapped
 
 logger = logging.getLogger(__name__)
 MAX_BYTES = 2**24  # of the tensors that one run of a pair makes: what stays in a processor's cache is fastest
@@ -90,7 +91,8 @@ class Weigher:
         self, model: Program, guide: Program, batch: Batch, *, max_bytes: int = MAX_BYTES, joint: bool = False
     ) -> None:
         self.model, self.guide, self.batch, self.max_bytes, self.joint = model, guide, batch, max_bytes, joint
-        self.plates = frozenset() if joint else data_plates(model, guide, batch)
+        self.plates: frozenset[str] = frozenset() if joint else data_plates(model, guide, batch)
+        self.has_density = True  # of the guide: none is a point
         with untouched():
             traces = run_pair(model, guide, *batch.args, **batch.kwargs)
         self._check(*traces)
@@ -111,8 +113,19 @@ class Weigher:
         for name, site in latents.items():
             if name not in guide_trace.nodes and not is_enumerated(site):
                 raise ValueError(f"guide: it has no site {name!r}, which the model samples; expected pyro.sample({name!r}, …)")
+        self.auxiliary = auxiliary = any(site["infer"].get("is_auxiliary") for _, site in sampled(guide_trace))
+        for name, site in sampled(guide_trace):
+            if name in latents:
+                self._check_site(site, latents[name])
+                is_point = isinstance(unwrapped(site["fn"]), dist.Delta) and not isinstance(
+                    unwrapped(latents[name]["fn"]), dist.Delta
+                )
+                self.has_density &= auxiliary or not is_point
         for side, trace in (("model", model_trace), ("guide", guide_trace)):
             for _, site in sampled(trace):
+                check_whole(
+                    side, site, self.plates | ({frame.name for frame in site["cond_indep_stack"]} if self.joint else set())
+                )
                 if not self.joint:
                     check_in_data_plate(side, site, self.plates)
                 for frame in site["cond_indep_stack"]:
@@ -121,6 +134,16 @@ class Weigher:
                             f"{side}: plate {frame.name!r} draws {frame.size} of the {self.batch.num_rows} rows by itself, "
                             "others at each run, so no datum has a weight; expected a plate over the rows that are given"
                         )
+
+    def _check_site(self, q: dict, p: dict) -> None:
+        """Raise ``ValueError`` where guide and model put a latent in different places."""
+        shapes = [tuple(site["fn"].event_shape) for site in (q, p)]
+        dims = [[frame.dim for frame in site["cond_indep_stack"] if frame.vectorized] for site in (q, p)]
+        if shapes[0] != shapes[1] or sorted(dims[0]) != sorted(dims[1]):
+            raise ValueError(
+                f"guide: {q['name']!r} has event shape {shapes[0]} in plates at {dims[0]}, but {shapes[1]} at {dims[1]} in the "
+                "model; expected the same on both sides (pyro.plate(…, dim=…), .to_event)"
+            )
 
     def chunks(self, num_particles: int) -> list[slice]:
         """The rows of the data that are to be taken at a time."""
@@ -143,7 +166,15 @@ class Weigher:
         return torch.cat([self._once(batch) for _ in range(num_particles)])
 
     def at(self, batch: Batch, values: Mapping[str, Tensor]) -> Tensor:
-        """Log-weights at given latents, that come as the sites take them: ``(rows,)``."""
+        """Log-weights at given latents, that come as the sites take them: ``(rows,)``.
+
+        :raises ValueError: where sites are summed out, or the guide does not tell its density at other values than its draws.
+        """
+        if self.enumerates or not self.has_density or self.auxiliary:
+            raise ValueError(
+                "guide: its density at given latents is not known, since it (or the model) has sites that are summed out, "
+                "points, or auxiliary variables, as autoguides have; expected pyro.sample of a distribution for each latent"
+            )
         return self._once(batch, None, values)[0]
 
     def _once(self, batch: Batch, num_particles: int | None = None, values: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -179,8 +210,9 @@ class Weigher:
         at_once = max(1, self.max_bytes // self._bytes(probe))  # rows × particles
         few = min(num_particles, _PARTICLES_AT_ONCE) if self.vectorized else 1
         rows = n
-        if at_once < n * few:
-            wanted = max(1, min(at_once // few, n // 2))
+        kept = 4 * self.max_bytes // (32 * num_particles)  # rows whose weights, and copies of them, are few bytes
+        if min(at_once // few, kept) < n:
+            wanted = max(1, min(at_once // few, kept, n // 2))
             rows = wanted if self.divides(wanted) else n
         return rows, min(num_particles, max(1, at_once // rows)) if self.vectorized else 1
 
@@ -220,10 +252,10 @@ class Weigher:
         """Whether the pair runs in a plate of particles, and says the same there as in runs of its own."""
         try:
             with untouched(seed=0), pyro.validation_enabled(False):
-                draws = [self._latents(batch) for _ in range(2)]
+                draws = [self._latents(batch) for _ in range(3)]  # not as many as there are data
                 apart = [self._once(batch, None, {name: site["value"] for name, site in draw.items()}) for draw in draws]
                 values = {name: torch.stack([self._padded(draw[name]) for draw in draws]) for name in draws[0]}
-                together = self._once(batch, 2, values)
+                together = self._once(batch, 3, values)
         except Exception:  # a network that knows no dimension to the left of the data's
             return False
         return _agree(together, torch.cat(apart))

@@ -255,6 +255,66 @@ def test_what_has_no_weight_says_so(model, guide, message):
         log_weights(model, guide, X)
 
 
+def summed(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x[:, 0])
+
+
+def elsewhere(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(3).double(), 1.0).to_event(1))
+
+
+def words(x):
+    with pyro.plate("data", len(x), dim=-2):
+        z = pyro.sample("z", dist.Normal(torch.zeros(1, 1).double(), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, :1])
+
+
+def flat_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+
+
+def some_words(x):
+    with pyro.plate("data", len(x), dim=-2):
+        z = pyro.sample("z", dist.Normal(torch.zeros(1, 1).double(), 1.0))
+        with pyro.plate("words", 5, subsample_size=2, dim=-1) as words:
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, words])
+
+
+def word_guide(x):
+    with pyro.plate("data", len(x), dim=-2):
+        pyro.sample("z", dist.Normal(torch.zeros(1, 1).double(), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "message"),
+    [
+        (summed, elsewhere, r"'z' has event shape \(3,\).*but \(2,\)"),
+        (words, flat_guide, "'z' has event shape"),
+        (some_words, word_guide, "draws 2 of its 5 rows"),
+    ],
+    ids=["another shape", "another plate", "some of the words"],
+)
+def test_what_would_be_weighed_wrong_says_so(model, guide, message):
+    with pytest.raises(ValueError, match=message):
+        log_weights(model, guide, X)
+
+
+def test_what_is_masked_sums_to_one():
+    def model(x, mask):
+        with pyro.plate("data", len(x)), poutine.mask(mask=mask):
+            y = pyro.sample("y", dist.Categorical(LABELS), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(y.double(), 1.0), obs=x)
+
+    mask = torch.tensor([True, False])
+    w = log_weights(model, lambda x, mask: None, torch.zeros(2).double(), mask, num_particles=3)
+    seen = torch.logsumexp(LABELS.log() + dist.Normal(torch.arange(3.0).double(), 1.0).log_prob(torch.zeros(()).double()), 0)
+    torch.testing.assert_close(w, torch.stack([seen, torch.zeros_like(seen)]).expand(3, 2))
+
+
 def test_bad_numbers_say_so():
     with pytest.raises(ValueError, match="expected num_particles ≥ 1 but got 0"):
         log_weights(TOY, exact_guide, X, num_particles=0)

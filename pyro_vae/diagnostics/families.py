@@ -14,6 +14,7 @@ from torch.distributions.transforms import identity_transform
 
 from pyro_vae.conditionals import Conditional, LogNormal, MultivariateNormal, Normal
 from pyro_vae.nets import as_shape
+from pyro_vae.particles import unwrapped
 
 # Families that are known by the names of their parameters; those of a guide's distribution are read from its attributes.
 _PARAMETERS: dict[type, tuple[str, ...]] = {
@@ -147,13 +148,6 @@ def _reached(conditional: Conditional) -> type | None:
         free = "log_scale" in conditional.readout and conditional.loc_transform == identity_transform
         return getattr(dist, type(conditional).__name__) if free else None
     return None
-
-
-def unwrapped(distribution: Any) -> Any:
-    """What lies under ``to_event`` and ``expand``."""
-    while isinstance(distribution, torch.distributions.Independent | dist.ExpandedDistribution):
-        distribution = distribution.base_dist
-    return distribution
 
 
 def is_same(a: Any, b: Any) -> bool:

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vae.batches import as_arguments
-from pyro_vae.diagnostics.families import unwrapped
 from pyro_vae.pair import Program, untouched
-from pyro_vae.particles import Latents
+from pyro_vae.particles import Latents, unwrapped
 
 _DRAWS = 100
 

@@ -67,7 +67,7 @@ def ais(
         model, batch, start, forward, num_temperatures=num_temperatures, num_chains=num_chains, schedule=schedule,
         transition=transition, max_bytes=max_bytes, seed=seed, progress=progress, resume=resume, name="AIS",
     )  # fmt: skip
-    return _evidence("AIS", "lower", found, num_temperatures, num_chains, start)
+    return _evidence("AIS", "lower", found, schedule, num_temperatures, num_chains, start, transition)
 
 
 def reverse_ais(
@@ -102,7 +102,7 @@ def reverse_ais(
         model, batch, start, backward, num_temperatures=num_temperatures, num_chains=num_chains, schedule=schedule,
         transition=transition, max_bytes=max_bytes, seed=seed, progress=progress, resume=resume, name="reverse AIS",
     )  # fmt: skip
-    return _evidence("reverse AIS", "upper", found, num_temperatures, num_chains, start)
+    return _evidence("reverse AIS", "upper", found, schedule, num_temperatures, num_chains, start, transition)
 
 
 def bdmc(model: Program, *args: Any, seed: int = 0, progress: bool | None = None, **options: Any) -> Sandwich:
@@ -124,7 +124,7 @@ def temperatures(schedule: Schedule, num_temperatures: int) -> Tensor:
     """β₀ = 0 < … < β_K = 1, ``(K + 1,)`` in double precision. "fitted" starts from the sigmoid of radius 4."""
     if isinstance(schedule, Tensor):
         betas = schedule.double()
-        if betas.dim() != 1 or len(betas) < 2 or betas[0] != 0 or betas[-1] != 1 or (betas.diff() < 0).any():
+        if betas.dim() != 1 or len(betas) < 2 or betas[0] != 0 or betas[-1] != 1 or not (betas.diff() >= 0).all():
             raise ValueError(f"schedule: expected β from 0 to 1, rising, but got a tensor of shape {tuple(schedule.shape)}")
         return betas
     if schedule not in ("uniform", "sigmoid", "fitted") or num_temperatures < 1:
@@ -220,7 +220,9 @@ def run_chains(
         if resume is not None:
             probe = whole.on(chunks[0]).draw(1)
             settings = {"name": name, "k": num_temperatures, "chains": num_chains, "schedule": str(schedule), "seed": seed}
-            mark = fingerprint(batch, [probe.log_base, probe.log_joint], **settings, move=repr(transition), n=len(chunks))
+            mark = fingerprint(
+                batch, [probe.log_base, probe.log_joint, coarse], **settings, move=repr(transition), n=len(chunks)
+            )
         with progress_bar(len(chunks) * (len(coarse) - 1), progress, name) as bar:
 
             def of(chunk: slice) -> dict[str, Tensor]:
@@ -240,17 +242,29 @@ def _chunks(path: Path, num_chains: int, max_bytes: int) -> list[slice]:
     )
     weigher = Weigher(path.model, path.start or prior, path.batch)
     probe = path.on(slice(0, 8)) if weigher.divides(8) else path
+    if not weigher.vectorized:
+        raise ValueError(
+            "model: it says other things in a plate of particles than alone, so chains cannot run side by side; expected code "
+            "that counts dimensions from the right: z[..., 0], dim=-1, reshape(*z.shape[:-1], …)"
+        )
     made = [counted_bytes(partial(probe.draw, k)) for k in (2, 4)]
     at_once = max(1, max_bytes * 2 * probe.batch.num_rows // max(1, made[1] - made[0]) // num_chains)
     return rows(n, at_once if at_once < n and weigher.divides(at_once) else n)
 
 
 def _evidence(
-    name: str, bound: Bound, found: dict[str, Tensor], num_temperatures: int, num_chains: int, start: Program | None
+    name: str,
+    bound: Bound,
+    found: dict[str, Tensor],
+    schedule: Schedule,
+    num_temperatures: int,
+    num_chains: int,
+    start: Program | None,
+    transition: Transition | None,
 ) -> Evidence:
-    origin = "the prior" if start is None else "the guide"
+    origin, steps = "the prior" if start is None else "the guide", len(temperatures(schedule, num_temperatures)) - 1
     found = {key: value for key, value in found.items() if key != "pareto_k"}
     return Evidence(
-        f"{name}, {num_temperatures} temperatures, {num_chains} chains from {origin}", bound, **found,
-        num_particles=num_chains, cost=num_temperatures * num_chains,
+        f"{name}, {steps} temperatures, {num_chains} chains from {origin}", bound, **found,
+        num_particles=num_chains, cost=steps * num_chains * (transition or HMC()).cost,
     )  # fmt: skip

@@ -12,6 +12,11 @@ from pyro_vae.evidence.path import Path, Point
 class Transition(ABC):
     """A Markov move that leaves f_β as it is."""
 
+    @property
+    def cost(self) -> int:
+        """Evaluations of the model in a move."""
+        return 1
+
     def tuned(self, path: Path, betas: Tensor) -> "Transition":  # noqa: ARG002
         """The same, its settings found by a pilot run on these data and then frozen: what adapts inside a weighted run makes
         its weights biased."""
@@ -43,6 +48,10 @@ class HMC(Transition):
     def __post_init__(self) -> None:
         if self.num_leapfrog < 1 or not 0 < self.target_acceptance < 1 or min(self.num_pilot, self.pilot_moves) < 1:
             raise ValueError(f"HMC: expected num_leapfrog ≥ 1, 0 < target_acceptance < 1 and a pilot, but got {self}")
+
+    @property
+    def cost(self) -> int:
+        return self.num_leapfrog
 
     def tuned(self, path: Path, betas: Tensor) -> "HMC":
         index = torch.linspace(0, len(betas) - 1, min(self.pilot_temperatures, len(betas))).round().long().unique()

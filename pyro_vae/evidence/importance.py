@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae.batches import as_arguments
 from pyro_vae.evidence.chunks import fingerprint, in_chunks, progress_bar
-from pyro_vae.evidence.result import Evidence
+from pyro_vae.evidence.result import Bound, Evidence
 from pyro_vae.evidence.simulate import Simulated
 from pyro_vae.numerics import effective_sample_size, log_mean_error, log_mean_exp, pareto_k
 from pyro_vae.pair import Program, untouched
@@ -127,8 +127,9 @@ def _weighed(
 
             found = in_chunks(of, chunks, seed=seed, bar=bar, resume=resume, fingerprint=mark)
     plural = "" if num_particles == 1 else "s"
+    bound: Bound = "lower" if weigher.has_density else "none"  # a point has no density beside the model's
     return Evidence(
-        f"importance sampling, {num_particles} draw{plural} from the guide", "lower", **found,
+        f"importance sampling, {num_particles} draw{plural} from the guide", bound, **found,
         num_particles=num_particles, cost=num_particles,
     )  # fmt: skip
 

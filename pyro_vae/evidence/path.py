@@ -25,6 +25,19 @@ _INDUCTOR_AFTER = 5000  # likewise, before Inductor is worth its seconds: sooner
 _INDUCTOR_BYTES = 2 * 10**10
 
 
+_BOUNDED: dict[type, Callable[[Any], Any]] = {  # with numbers for bounds, which go with any number of data
+    type(constraints.interval(0.0, 1.0)): lambda c: constraints.interval(
+        float(_one(c.lower_bound)), float(_one(c.upper_bound))
+    ),
+    type(constraints.greater_than(0.0)): lambda c: constraints.greater_than(float(_one(c.lower_bound))),
+    type(constraints.greater_than_eq(0.0)): lambda c: constraints.greater_than_eq(float(_one(c.lower_bound))),
+}
+
+
+def _one(bound: Any) -> Tensor:
+    return torch.as_tensor(bound).reshape(-1)[0]
+
+
 class Point(NamedTuple):
     """Where chains are: u ``(chains, batch, dim)``, unconstrained; log-densities there of base and joint, ``(chains, batch)``;
     their gradients, of the shape of u."""
@@ -65,7 +78,8 @@ class Path:
         self.latents = Latents(self.model, batch)
         if not self.latents.sites:
             raise ValueError("model: it has no continuous latent in the data plate; expected one to run chains in")
-        self.transforms = {name: _transform(name, site) for name, site in self.latents.sites.items()}
+        again = Latents(self.model, batch)
+        self.transforms = {name: _transform(name, site, again.sites[name]) for name, site in self.latents.sites.items()}
         self.shapes = {
             name: torch.Size(site.shape[: len(site.shape) - len(site.event)]) + self.transforms[name].inverse_shape(site.event)
             for name, site in self.latents.sites.items()
@@ -103,8 +117,7 @@ class Path:
         if key in self.graphs and self.calls[key] == self.compile_at[key] and has_compiler():
             self._compile(key, tensors)
         if key not in self.ways:
-            with pyro.validation_enabled(False):  # a trajectory may leave all bounds; it is rejected then
-                return Point(u, *self._evaluate(u, self.batch))
+            return Point(u, *self._evaluate(u, self.batch))
         return Point(u, *self.ways[key](*tensors))
 
     def constrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,12 +138,13 @@ class Path:
         return torch.cat(list(parts), -1)
 
     def _evaluate(self, u: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        with torch.enable_grad():
+        with torch.enable_grad(), pyro.validation_enabled(False):  # a trajectory may leave all bounds; it is rejected then
             u = u.detach().requires_grad_()
             z, log_scale = self.constrained(u)
             log_prior, log_joint = self.latents.log_prior_and_joint(self.model, batch, z)
             log_base = log_prior if self.start is None else self.latents.log_prob(self.start, batch, z)
-            densities = log_base + log_scale, log_joint + log_scale
+            flat = log_scale + 0.0 * u.sum(-1)  # a density may be constant
+            densities = log_base + flat, log_joint + flat
             gradients = [torch.autograd.grad(density.sum(), u, retain_graph=True)[0] for density in densities]
         return *(density.detach() for density in densities), *gradients
 
@@ -165,7 +179,7 @@ class Path:
         """Hold another way of evaluating against eager Pyro, and take it where they agree."""
         with untouched(seed=0):
             found = way(*tensors)
-        with untouched(seed=1), pyro.validation_enabled(False):
+        with untouched(seed=1):
             expected = self._evaluate(tensors[0], self.batch)
         tolerance = 1e-9 if tensors[0].dtype == torch.double else 1e-3
         for a, b in zip(found, expected, strict=True):
@@ -175,8 +189,17 @@ class Path:
         self.ways[key] = way
 
 
-def _transform(name: str, site: Site) -> Any:
+def _transform(name: str, site: Site, again: Site) -> Any:
     support = site.fn.support
+    for end in ("lower_bound", "upper_bound"):
+        bound, other = (torch.as_tensor(getattr(each.fn.support, end, 0.0)) for each in (site, again))
+        if not (bound == bound.reshape(-1)[0]).all() or not torch.equal(bound, other):
+            raise ValueError(
+                f"model: the support of {name!r} is another for each datum or value of other latents; expected a fixed one: "
+                "sample it on (0, 1) and scale it"
+            )
+        if isinstance(getattr(support, end, None), Tensor) and type(support) in _BOUNDED:
+            support = _BOUNDED[type(support)](support)
     if isinstance(support, constraints.MixtureSameFamilyConstraint):  # a mixture lives where its components do
         support = support.base_constraint
     if support.is_discrete:

@@ -70,7 +70,7 @@ class Evidence:
         )
         if self.pareto_k is not None and not self.pareto_k.isnan().all():
             k = self.pareto_k
-            lines.append(f"Pareto k {k.median():.2f} (median), above 0.7 for {(k > 0.7).double().mean():.0%} of the data")
+            lines.append(f"Pareto k {k.median():.2f} (median), above 0.7 for {1 - (k <= 0.7).double().mean():.0%} of the data")
         if self.acceptance is not None:
             lines.append(f"accepted {self.acceptance.double().mean():.0%} of the moves")
         return "\n".join(lines)

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.batches import Batch, as_arguments
 from pyro_vae.pair import Program, sampled, untouched
+from pyro_vae.particles import Held
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ def simulate(model: Program, *args: Any, seed: int = 0, **kwargs: Any) -> Simula
     :raises ValueError: where what the model observes is none of its arguments.
     """
     batch = as_arguments(args, kwargs)
-    with untouched(training=False, seed=seed), torch.no_grad():
+    # another stream than that of the estimators, whose draws must be fresh
+    with untouched(training=False, seed=(seed ^ 0x9E3779B9) % 2**32), torch.no_grad():
         observed = {
             name: site["value"]
             for name, site in sampled(poutine.trace(model).get_trace(*batch.args, **batch.kwargs))
@@ -43,22 +46,44 @@ def simulate(model: Program, *args: Any, seed: int = 0, **kwargs: Any) -> Simula
         }
         trace = poutine.trace(poutine.uncondition(model)).get_trace(*batch.args, **batch.kwargs)
     drawn = {name: site["value"] for name, site in sampled(trace)}
-    arguments: dict[Any, Any] = dict(enumerate(batch.args)) | batch.kwargs
+    given: dict[Any, Any] = dict(enumerate(batch.args)) | batch.kwargs
+    arguments = dict(given)
     for name, value in observed.items():
-        places = [key for key, part in arguments.items() if _is_same(part, value)]
-        if not places:
-            raise ValueError(
-                f"simulate: what the model observes at {name!r}, of shape {tuple(value.shape)}, is none of its arguments; "
-                "expected one of them as it is, obs=x, or reshaped"
-            )
-        for key in places:
-            arguments[key] = drawn[name].reshape(arguments[key].shape).to(arguments[key].dtype)
+        key = _place(name, value, given)
+        arguments[key] = drawn[name].reshape(given[key].shape).to(given[key].dtype)
     new = tuple(arguments[i] for i in range(len(batch.args)))
     latents = {name: value for name, value in drawn.items() if name not in observed}
-    return Simulated(new, {key: arguments[key] for key in batch.kwargs}, latents)
+    simulated = Simulated(new, {key: arguments[key] for key in batch.kwargs}, latents)
+    _check(model, simulated, trace, set(observed))
+    return simulated
 
 
-def _is_same(part: Any, value: Tensor) -> bool:
-    if not isinstance(part, Tensor) or part.numel() != value.numel():
-        return False
-    return part.data_ptr() == value.data_ptr() or bool((part.reshape(value.shape) == value).all())
+def _place(name: str, value: Tensor, given: dict[Any, Any]) -> Any:
+    """The argument that is observed at a site: the same memory, else the same numbers."""
+    parts = {key: part for key, part in given.items() if isinstance(part, Tensor) and part.numel() == value.numel()}
+    same = [key for key, part in parts.items() if part.data_ptr() == value.data_ptr()]
+    same = same or [key for key, part in parts.items() if bool((part.reshape(value.shape) == value).all())]
+    if len(same) != 1:
+        found = "is none of its arguments" if not same else f"may be any of its arguments {same}"
+        raise ValueError(
+            f"simulate: what the model observes at {name!r}, of shape {tuple(value.shape)}, {found}; expected one of them as "
+            "it is, obs=x, or reshaped"
+        )
+    return same[0]
+
+
+def _check(model: Program, simulated: Simulated, drawn: Trace, observed: set[str]) -> None:
+    """Raise ``ValueError`` where the model, given what was simulated, says something else of it: where it was drawn given the
+    data that it replaces."""
+    batch = simulated.batch
+    with untouched(training=False, seed=0), torch.no_grad():
+        again = poutine.trace(Held(simulated.latents)(model)).get_trace(*batch.args, **batch.kwargs)
+    for trace in (drawn, again):
+        trace.compute_log_prob()
+    for name in observed:
+        before, after = (trace.nodes[name]["unscaled_log_prob"] for trace in (drawn, again))
+        if before.shape != after.shape or not torch.allclose(before, after, rtol=1e-4, atol=1e-4, equal_nan=True):
+            raise ValueError(
+                f"simulate: the distribution of {name!r} depends on data that were simulated too, so it was drawn given the "
+                "old ones; expected p(x|z) to depend on latents and conditions alone"
+            )

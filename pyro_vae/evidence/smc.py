@@ -8,8 +8,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.batches import as_arguments
-from pyro_vae.evidence.annealing import MAX_BYTES, Schedule, run_chains
-from pyro_vae.evidence.hmc import Transition
+from pyro_vae.evidence.annealing import MAX_BYTES, Schedule, run_chains, temperatures
+from pyro_vae.evidence.hmc import HMC, Transition
 from pyro_vae.evidence.path import Path, Point
 from pyro_vae.evidence.result import Evidence
 from pyro_vae.numerics import effective_sample_size, log_mean_exp
@@ -49,10 +49,11 @@ def smc(
         schedule=schedule, transition=transition, max_bytes=max_bytes, seed=seed, progress=progress, resume=resume,
         name=f"SMC, threshold {threshold:g}",
     )  # fmt: skip
+    steps = len(temperatures(schedule, num_temperatures)) - 1
     origin = "the prior" if start is None else "the guide"
     return Evidence(
-        f"SMC, {num_temperatures} temperatures, {num_particles} particles from {origin}", "lower", **found,
-        num_particles=num_particles, cost=num_temperatures * num_particles,
+        f"SMC, {steps} temperatures, {num_particles} particles from {origin}", "lower", **found,
+        num_particles=num_particles, cost=steps * num_particles * (transition or HMC()).cost,
     )  # fmt: skip
 
 

@@ -215,11 +215,57 @@ def test_schedules_rise_from_0_to_1(schedule):
     assert (betas.diff() > 0).all()
 
 
+def test_models_that_count_from_the_left_say_so():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(torch.softmax(z, 1)[..., 0], 0.1), obs=x)
+
+    with pytest.raises(ValueError, match="counts dimensions from the right"):
+        evidence.ais(model, torch.linspace(0, 1, 4).double())
+
+
+def test_supports():
+    """Bounded latents by prior Monte Carlo; bounds that move are refused."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(torch.tensor(-1.0).double(), 2.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    x = torch.linspace(-1, 2, 30).double()
+    normal = torch.distributions.Normal(0.0, 1.0)
+    truth = ((normal.cdf((2 - x) / 0.5) - normal.cdf((-1 - x) / 0.5)) / 3).log()
+    found = evidence.ais(model, x, num_temperatures=40)
+    assert abs((found.log_evidence - truth).mean()) < 0.05
+
+    def moving(x, top):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(torch.zeros_like(top), top))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    with pytest.raises(ValueError, match="the support of 'z' is another for each datum"):
+        evidence.ais(moving, x, x + 2)
+
+
+def test_chains_out_of_bounds_are_rejected():
+    """A Dirichlet of small concentration: single precision rounds to its corners."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Dirichlet(torch.full((5,), 0.1)))
+            pyro.sample("x", dist.Categorical(z), obs=x)
+
+    found = evidence.ais(model, torch.tensor([0, 1, 2, 4]), num_temperatures=60, num_chains=64)
+    assert ((found.log_evidence - math.log(1 / 5)).abs() < 5 * found.standard_error + 0.05).all()
+
+
 def test_bad_words_say_so():
     x = TOY.sample(3)
     for options, message in (
         ({"schedule": "cosine"}, "schedule: expected"),
         ({"schedule": torch.tensor([0.1, 1.0])}, "schedule: expected β from 0 to 1"),
+        ({"schedule": torch.tensor([0.0, math.nan, 1.0])}, "schedule: expected β from 0 to 1"),
         ({"num_temperatures": 0}, "schedule: expected"),
         ({"num_chains": 0}, "AIS: expected num_chains ≥ 1 but got 0"),
     ):

@@ -88,6 +88,26 @@ def test_the_upper_bound_is_one():
     assert upper.mean > lower.mean
 
 
+def test_simulated_data_share_no_noise_with_the_estimators():
+    """At one seed for all, z* must not be among the draws."""
+    data = evidence.simulate(TOY, TOY.sample(6000))
+    found = evidence.prior_monte_carlo(TOY, *data.args, num_particles=3, max_bytes=2**40)
+    weight = (found.log_evidence - TOY.log_evidence(*data.args)).exp()
+    assert abs(weight.mean() - 1) < 5 * weight.std() / 6000**0.5
+
+
+def test_a_point_is_no_bound():
+    def point(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x[:, :2], event_dim=1))
+
+    found = evidence.importance(TOY, point, TOY.sample(5), num_particles=4)
+    assert found.bound == "none"
+    assert found.margin() == math.inf
+    with pytest.raises(ValueError, match="its density at given latents is not known"):
+        evidence.importance_upper(TOY, point, evidence.simulate(TOY, TOY.sample(5)))
+
+
 def test_prior_monte_carlo_is_importance_sampling_from_the_prior():
     def prior(x):
         with pyro.plate("data", len(x)):
@@ -107,6 +127,18 @@ def test_simulated_data_are_the_models():
     assert (torch.cov(z.mT) - torch.eye(2)).abs().max() < 5 * (2 / 20_000) ** 0.5
     with pytest.raises(ValueError, match=r"simulate: what the model observes at 'x'.*is none of its arguments"):
         evidence.simulate(lambda x: TOY(x + 1), x)
+
+    def chain(a, b):
+        with pyro.plate("data", len(a)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("a", dist.Normal(z, 1.0), obs=a)
+            pyro.sample("b", dist.Normal(5 * a, 0.1), obs=b)
+
+    with pytest.raises(ValueError, match="the distribution of 'b' depends on data that were simulated too"):
+        evidence.simulate(chain, seeded(9), seeded(9, seed=1))
+    twins = torch.zeros(5).double()
+    with pytest.raises(ValueError, match=r"may be any of its arguments \[0, 1\]"):
+        evidence.simulate(lambda a, b: chain(a + 0, b), twins, twins.clone())
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch):
