@@ -60,7 +60,8 @@ def test_fit_trains_or_says_why_not(x, likelihood, as_tensor):
         except (ValueError, FloatingPointError) as error:
             # a loss beyond float32's range, from data within it, is numerical failure and no bad input
             huge = np.abs(np.asarray(x)).max(initial=0) > 1e15
-            if isinstance(error, FloatingPointError) and not huge:
+            at_zero = likelihood == "gamma" and (np.asarray(x) == 0).any()  # where its density is 0 or infinite
+            if isinstance(error, FloatingPointError) and not huge and not at_zero:
                 pytest.fail(f"{error!r} on {x!r}")
             if not str(error).strip():
                 pytest.fail("the error says nothing")

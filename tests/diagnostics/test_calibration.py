@@ -14,7 +14,9 @@ from pyro_vae.weights import log_weights
 from tests.oracles import seeded
 
 TOY = exact.LinearGaussian(torch.tensor([[1.0, 0.8], [0.5, 1.0], [0.2, 0.9]]).double(), noise_scale=0.5)
-X = TOY.sample(40)
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    X = TOY.sample(40)
 
 
 def guide_of(distribution):
