@@ -6,12 +6,13 @@ by item; a ``DataLoader`` keeps its own ways.
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from pyro_vae.data import Data, check_rows
@@ -38,8 +39,21 @@ class Batch(NamedTuple):
 
         return Batch(tuple(map(each, self.args)), {key: each(part) for key, part in self.kwargs.items()})
 
+    def leaves(self) -> list[Tensor]:
+        """Every tensor among the arguments, however nested."""
+        return [leaf for leaf in pytree.tree_leaves(tuple(self)) if isinstance(leaf, Tensor)]
+
+    def with_leaves(self, tensors: Iterable[Tensor]) -> "Batch":
+        """The same arguments with other tensors, in the order of :meth:`leaves`."""
+        given = iter(tensors)
+        return Batch(*pytree.tree_map(lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, tuple(self)))
+
+    def rows(self, rows: slice) -> "Batch":
+        """Some of the data."""
+        return self.map(lambda part: part[rows])
+
     def first(self, n: int) -> "Batch":
-        return self.map(lambda part: part[:n])
+        return self.rows(slice(n))
 
     def check(self, name: str) -> None:
         """Raise ``ValueError`` for no rows, unequal rows, or non-finite ones."""
@@ -122,6 +136,11 @@ class Loaded(Batches):
     @property
     def num_batches(self) -> int:
         return self._num_batches
+
+
+def slices(num_rows: int, at_once: int) -> list[slice]:
+    """So many rows, some at a time."""
+    return [slice(start, min(start + at_once, num_rows)) for start in range(0, num_rows, at_once)]
 
 
 def as_batch(items: Any) -> Batch:

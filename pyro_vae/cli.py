@@ -202,9 +202,9 @@ def evaluate(
         ):  # fmt: skip
             rungs.append(rung)
             _say(f"{rung.found.method}: {rung.found.mean:.3f}, {rung.seconds:.1f} s")
-    lower = {name: [r.found for r in rungs if r.estimator == name] for name in dict.fromkeys(r.estimator for r in rungs)}
+    by_name = {name: [r.found for r in rungs if r.estimator == name] for name in dict.fromkeys(r.estimator for r in rungs)}
     text, rows = ladder.table(rungs), {f"{i}": rung.row() for i, rung in enumerate(rungs)}
-    _draw(folder, {"ladder": plots.figure_of(plots.plot_ladder(lower))})
+    _draw(folder, {"ladder": plots.figure_of(plots.plot_ladder(by_name))})
     (folder / "evaluation.txt").write_text(f"{text}\n")
     (folder / "evaluation.json").write_text(json.dumps(runs.as_json(rows), indent=2) + "\n")
     _print(rows, f"{text}\n{folder}", as_json)

@@ -1,4 +1,4 @@
-"""Numbers from log-weights: their mean, its error, the effective sample size, the shape of their tail."""
+"""Numbers from draws and log-weights: mean, error, effective sample size, shape of the tail, covariance."""
 
 import math
 
@@ -27,6 +27,12 @@ def log_mean_error(log_weights: Tensor, dim: int = 0) -> Tensor:
     if log_weights.shape[dim] == 1:
         return torch.full_like(ess, math.nan)
     return (1 / ess - 1 / log_weights.shape[dim]).clamp_min(0).sqrt()
+
+
+def covariance(draws: Tensor) -> Tensor:
+    """Of draws ``(K, batch, dim)``, for each datum: ``(batch, dim, dim)``."""
+    centred = draws - draws.mean(0)
+    return torch.einsum("kbi,kbj->bij", centred, centred) / (len(draws) - 1)
 
 
 def pareto_k(log_weights: Tensor, dim: int = 0) -> Tensor:

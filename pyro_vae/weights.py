@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_vae.batches import Batch, as_arguments
+from pyro_vae.batches import Batch, as_arguments, slices
 from pyro_vae.graphs import CannotTrace, compiled, has_compiler, trace_graph
 from pyro_vae.pair import Program, data_plates, run_pair, sampled, sum_sites, untouched
 from pyro_vae.particles import PARTICLES, check_in_data_plate, check_whole, is_enumerated, max_nesting, sum_out, unwrapped
@@ -57,6 +57,11 @@ def log_weights(
     with untouched(training=False, seed=seed), torch.no_grad():
         weigher = Weigher(model, guide, batch, max_bytes=max_bytes)
         return torch.cat([weigher.of(rows, num_particles) for rows in weigher.chunks(num_particles)], 1)
+
+
+def prior_of(model: Program) -> Program:
+    """A guide that draws the latents as the model does."""
+    return poutine.block(model, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
 
 
 def joint_log_weights(
@@ -123,10 +128,8 @@ class Weigher:
                 self.has_density &= auxiliary or not is_point
         for side, trace in (("model", model_trace), ("guide", guide_trace)):
             for _, site in sampled(trace):
-                check_whole(
-                    side, site, self.plates | ({frame.name for frame in site["cond_indep_stack"]} if self.joint else set())
-                )
                 if not self.joint:
+                    check_whole(side, site, self.plates)
                     check_in_data_plate(side, site, self.plates)
                 for frame in site["cond_indep_stack"]:
                     if frame.name in self.plates and frame.size != self.batch.num_rows:
@@ -147,12 +150,12 @@ class Weigher:
 
     def chunks(self, num_particles: int) -> list[slice]:
         """The rows of the data that are to be taken at a time."""
-        n, (rows, self.at_once) = self.batch.num_rows, self._sizes(num_particles)
-        return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+        rows, self.at_once = self._sizes(num_particles)
+        return slices(self.batch.num_rows, rows)
 
     def of(self, rows: slice, num_particles: int) -> Tensor:
         """All log-weights of one chunk of the data: ``(num_particles, rows)``, the joint ones ``(num_particles,)``."""
-        part = self._rows(rows.start, rows.stop)
+        part = self.batch.rows(rows)
         # Pyro's own validation sees each datum once
         drawn = [self.weigh(part, num_particles % self.at_once or self.at_once)]
         for _ in range((num_particles - 1) // self.at_once):
@@ -200,9 +203,6 @@ class Weigher:
             total = log_p.observed + log_p.latent - log_q.observed - log_q.latent
         return total.expand(shape)
 
-    def _rows(self, start: int, stop: int) -> Batch:
-        return self.batch.map(lambda part: part[start:stop])
-
     def _sizes(self, num_particles: int) -> tuple[int, int]:
         """Rows and particles of a chunk."""
         n = self.batch.num_rows
@@ -239,11 +239,12 @@ class Weigher:
             return False
         try:
             with untouched(seed=0), pyro.validation_enabled(False):
-                sites = self._latents(self._rows(0, 2 * n))
+                both, second = self.batch.first(2 * n), self.batch.rows(slice(n, 2 * n))
+                sites = self._latents(both)
                 values = {name: site["value"] for name, site in sites.items()}
                 rows = {name: check_in_data_plate("pair", site, self.plates) for name, site in sites.items()}
                 own = {name: value.narrow(rows[name] - sites[name]["fn"].event_dim, n, n) for name, value in values.items()}
-                among, alone = self._once(self._rows(0, 2 * n), None, values), self._once(self._rows(n, 2 * n), None, own)
+                among, alone = self._once(both, None, values), self._once(second, None, own)
         except Exception:  # a pair for so many rows and no others
             return False
         return _agree(among[:, n:], alone)
@@ -271,14 +272,10 @@ class _Graphs:
         self.ways: dict[Any, Callable[..., Any]] = {}
 
     def weigh(self, batch: Batch, num_particles: int) -> Tensor:
-        leaves, structure = pytree.tree_flatten(tuple(batch))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        tensors = [leaves[i] for i in places]
+        tensors = batch.leaves()
 
         def eager(*given: Tensor) -> tuple[Tensor]:
-            for i, tensor in zip(places, given, strict=True):
-                leaves[i] = tensor
-            return (self.weigher.weigh(Batch(*pytree.tree_unflatten(leaves, structure)), num_particles),)
+            return (self.weigher.weigh(batch.with_leaves(given), num_particles),)
 
         key = num_particles, *(tensor.shape for tensor in tensors)
         self.calls[key] += 1

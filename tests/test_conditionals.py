@@ -30,7 +30,7 @@ FAMILIES = {
     "LowRankMultivariateNormal": c.LowRankMultivariateNormal,
     "Categorical": lambda *a, **k: c.Categorical(*a, num_classes=5, **k),
 }
-VECTORS = {"MultivariateNormal", "LowRankMultivariateNormal"}
+VECTORS = ("MultivariateNormal", "LowRankMultivariateNormal")
 every = pytest.mark.parametrize("name", FAMILIES)
 
 

@@ -10,12 +10,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae.batches import Batch
+from pyro_vae.batches import Batch, slices
+from pyro_vae.diagnostics.compare import LEVELS
 from pyro_vae.evidence import simulate
 from pyro_vae.pair import Program, untouched
 from pyro_vae.particles import Latents
 
-LEVELS = (0.5, 0.9, 0.95)
 _BINS = 20
 _ROWS = 50  # data at a time
 
@@ -126,9 +126,8 @@ def calibration(
             names += [name] if size == 1 else [f"{name}[{i}]" for i in range(size)]
         reference = _reference(data.batch, true)
         ranks = []
-        for start in range(0, num_simulations, _ROWS):
-            rows = slice(start, start + _ROWS)
-            batch, z_true = _some(data.batch, rows), true[rows]
+        for rows in slices(num_simulations, _ROWS):
+            batch, z_true = data.batch.rows(rows), true[rows]
             z, _ = latents.draw(guide, batch, num_draws)
             both = torch.cat([z_true.unsqueeze(0), z])
             log_prior, log_joint = latents.log_prior_and_joint(model, batch, both)
@@ -137,10 +136,6 @@ def calibration(
             ranks.append(_ranks(statistics))
     found = torch.cat(ranks)
     return Calibration(found, (*names, "log p(x|z)", "distance"), num_draws, _coverage(found[:, : len(names)], num_draws))
-
-
-def _some(batch: Batch, rows: slice) -> Batch:
-    return batch.map(lambda part: part[rows])
 
 
 def _coverage(ranks: Tensor, num_draws: int) -> Tensor:

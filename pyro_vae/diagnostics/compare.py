@@ -13,6 +13,7 @@ from pyro_vae.batches import Batch, as_arguments
 from pyro_vae.diagnostics.drawing import draw_posteriors, draw_ranking
 from pyro_vae.diagnostics.families import UnknownFamily, as_gaussian, wasserstein
 from pyro_vae.diagnostics.gap import GapSplit, split_gap
+from pyro_vae.numerics import covariance
 from pyro_vae.pair import Program, untouched
 from pyro_vae.particles import Latents
 
@@ -153,7 +154,7 @@ def _compare_rows(exact_model: Any, guide: Program, x: Tensor, num_particles: in
         gaussians = _gaussians(latents.distribution(guide, batch), posterior, z_q[:2], log_q[:2])
     gap, gap_error = _over_draws(log_q - log_p)
     forward_kl, forward_kl_error = _over_draws(forward)
-    moments = [(z.mean(0), _covariance(z)) for z in (z_q, z_p)]
+    moments = [(z.mean(0), covariance(z)) for z in (z_q, z_p)]
     w2 = torch.full_like(log_evidence, math.nan)
     if gaussians is not None:
         q, p = gaussians
@@ -196,11 +197,6 @@ def _mean(value: Tensor) -> tuple[float, float]:
 
 def _over_draws(terms: Tensor) -> tuple[Tensor, Tensor]:
     return terms.mean(0), terms.std(0) / math.sqrt(len(terms))
-
-
-def _covariance(z: Tensor) -> Tensor:
-    centred = z - z.mean(0)
-    return torch.einsum("kbi,kbj->bij", centred, centred) / (len(z) - 1)
 
 
 def _coverage(z_q: Tensor, z_p: Tensor, level: float) -> Tensor:

@@ -6,12 +6,11 @@ from pathlib import Path as FilePath
 from typing import Any, Literal
 
 import torch
-from pyro import poutine
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae.batches import Batch, as_arguments
-from pyro_vae.evidence.chunks import fingerprint, in_chunks, progress_bar, rows
+from pyro_vae.batches import Batch, as_arguments, slices
+from pyro_vae.evidence.chunks import fingerprint, in_chunks, progress_bar
 from pyro_vae.evidence.hmc import HMC, Transition
 from pyro_vae.evidence.importance import summary
 from pyro_vae.evidence.path import Path
@@ -19,7 +18,7 @@ from pyro_vae.evidence.result import Bound, Evidence, Sandwich
 from pyro_vae.evidence.simulate import Simulated, simulate
 from pyro_vae.numerics import log_mean_exp
 from pyro_vae.pair import Program, untouched
-from pyro_vae.weights import Weigher, counted_bytes
+from pyro_vae.weights import Weigher, counted_bytes, prior_of
 
 Schedule = Literal["uniform", "sigmoid", "fitted"] | Tensor
 Walk = Callable[[Path, Tensor, Transition, tqdm], dict[str, Tensor]]
@@ -236,20 +235,16 @@ def run_chains(
 
 
 def _chunks(path: Path, num_chains: int, max_bytes: int) -> list[slice]:
-    n, prior = (
-        path.batch.num_rows,
-        poutine.block(path.model, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"]),
-    )
-    weigher = Weigher(path.model, path.start or prior, path.batch)
-    probe = path.on(slice(0, 8)) if weigher.divides(8) else path
+    n, weigher = path.batch.num_rows, Weigher(path.model, path.start or prior_of(path.model), path.batch)
     if not weigher.vectorized:
         raise ValueError(
             "model: it says other things in a plate of particles than alone, so chains cannot run side by side; expected code "
             "that counts dimensions from the right: z[..., 0], dim=-1, reshape(*z.shape[:-1], …)"
         )
+    probe = path.on(slice(0, 8)) if weigher.divides(8) else path
     made = [counted_bytes(partial(probe.draw, k)) for k in (2, 4)]
     at_once = max(1, max_bytes * 2 * probe.batch.num_rows // max(1, made[1] - made[0]) // num_chains)
-    return rows(n, at_once if at_once < n and weigher.divides(at_once) else n)
+    return slices(n, at_once if at_once < n and weigher.divides(at_once) else n)
 
 
 def _evidence(

@@ -63,11 +63,6 @@ def fingerprint(batch: Batch, probe: Iterable[Tensor], **settings: Any) -> str:
     return digest.hexdigest()
 
 
-def rows(num_rows: int, at_once: int) -> list[slice]:
-    """The chunks of so many data."""
-    return [slice(start, min(start + at_once, num_rows)) for start in range(0, num_rows, at_once)]
-
-
 def _read(path: Path, fingerprint: str) -> list[dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.batches import as_arguments
@@ -15,7 +14,7 @@ from pyro_vae.evidence.result import Bound, Evidence
 from pyro_vae.evidence.simulate import Simulated
 from pyro_vae.numerics import effective_sample_size, log_mean_error, log_mean_exp, pareto_k
 from pyro_vae.pair import Program, untouched
-from pyro_vae.weights import MAX_BYTES, Weigher, check_particles
+from pyro_vae.weights import MAX_BYTES, Weigher, check_particles, prior_of
 
 
 def importance(
@@ -62,8 +61,7 @@ def prior_monte_carlo(model: Program, *args: Any, num_particles: int = 1000, **o
     Hopeless once KL(p(z|x)‖p(z)) exceeds log K: the effective sample size, then near 1, says so. Arguments as for
     :func:`importance`.
     """
-    guide = poutine.block(model, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
-    found = importance(model, guide, *args, num_particles=num_particles, **options)
+    found = importance(model, prior_of(model), *args, num_particles=num_particles, **options)
     return Evidence(**vars(found) | {"method": f"prior Monte Carlo, {num_particles} draws"})
 
 

@@ -11,7 +11,6 @@ import torch
 from pyro.infer import config_enumerate
 from torch import Tensor
 from torch.distributions import biject_to, constraints
-from torch.utils import _pytree as pytree
 
 from pyro_vae.batches import Batch
 from pyro_vae.graphs import CannotTrace, compiled, has_compiler, trace_graph
@@ -95,7 +94,7 @@ class Path:
     def on(self, rows: slice) -> "Path":
         """The same for some of the data, whose ``rows`` it keeps."""
         part = copy(self)
-        part.rows, part.batch = rows, self.batch.map(lambda tensor: tensor[rows])
+        part.rows, part.batch = rows, self.batch.rows(rows)
         return part
 
     def draw(self, num_chains: int) -> Point:
@@ -109,7 +108,7 @@ class Path:
 
     def at(self, u: Tensor) -> Point:
         """Densities and gradients at u. By a graph once that pays; it is held against eager Pyro."""
-        tensors = [u, *self._tensors()]
+        tensors = [u, *self.batch.leaves()]
         key = tuple(tensor.shape for tensor in tensors)
         self.calls[key] += 1
         if self.calls[key] == _GRAPH_AFTER:
@@ -148,17 +147,9 @@ class Path:
             gradients = [torch.autograd.grad(density.sum(), u, retain_graph=True)[0] for density in densities]
         return *(density.detach() for density in densities), *gradients
 
-    def _tensors(self) -> list[Tensor]:
-        return [leaf for leaf in pytree.tree_leaves(tuple(self.batch)) if isinstance(leaf, Tensor)]
-
     def _trace(self, key: Any, tensors: list[Tensor]) -> None:
-        leaves, structure = pytree.tree_flatten(tuple(self.batch))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-
         def evaluate(u: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
-            for i, part in zip(places, parts, strict=True):
-                leaves[i] = part
-            return self._evaluate(u, Batch(*pytree.tree_unflatten(leaves, structure)))
+            return self._evaluate(u, self.batch.with_leaves(parts))
 
         try:
             graph = trace_graph(evaluate, tensors)

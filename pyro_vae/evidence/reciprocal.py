@@ -11,7 +11,7 @@ from pyro_vae.evidence.annealing import MAX_BYTES, run_chains
 from pyro_vae.evidence.hmc import Transition
 from pyro_vae.evidence.path import Path, Point
 from pyro_vae.evidence.result import Evidence
-from pyro_vae.numerics import effective_sample_size, log_mean_error, log_mean_exp
+from pyro_vae.numerics import covariance, effective_sample_size, log_mean_error, log_mean_exp
 from pyro_vae.pair import Program
 
 
@@ -108,10 +108,8 @@ def _draws(
 
 def _fitted(u: Tensor) -> Any:
     """A Gaussian of the draws' mean and covariance, for each datum."""
-    mean = u.mean(0)
-    centred = u - mean
-    covariance = torch.einsum("kbi,kbj->bij", centred, centred) / (len(u) - 1)
+    spread = covariance(u)
     jitter = 1e-10 * torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
     return torch.distributions.MultivariateNormal(
-        mean, covariance + jitter * covariance.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
+        u.mean(0), spread + jitter * spread.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
     )

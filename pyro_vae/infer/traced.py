@@ -18,7 +18,6 @@ from pyro.infer.trace_elbo import _compute_log_r
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, fx
 from torch.distributions import Distribution, constraints, kl_divergence
-from torch.utils import _pytree as pytree
 
 from pyro_vae.batches import Batch
 from pyro_vae.graphs import CannotTrace, compiled, said, trace_graph
@@ -145,7 +144,7 @@ class Step:
         """The loss ``()``, NaN where Pyro's validation would object; the gradient of each of ``params``; what ``report``
         yields."""
         with torch.no_grad():
-            loss, *others = self.run(*_tensors(batch))
+            loss, *others = self.run(*batch.leaves())
             gradients, reported = others[: len(self.params)], others[len(self.params) :]
             if self.run is not self.graph and loss.is_cuda:  # the next replay writes over them
                 reported = [value.clone() for value in reported]
@@ -172,13 +171,8 @@ class Step:
         return True
 
     def _trace(self, batch: Batch) -> fx.GraphModule:
-        leaves, structure = pytree.tree_flatten(tuple(batch))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-
         def loss_and_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
-            for i, tensor in zip(places, tensors, strict=True):
-                leaves[i] = tensor
-            args, kwargs = pytree.tree_unflatten(leaves, structure)
+            args, kwargs = batch.with_leaves(tensors)
             total: Any = 0.0
             followed: Any = 0.0
             traces = []
@@ -197,7 +191,7 @@ class Step:
                     total = torch.where(torch.stack(conditions).all(), total, math.nan)
             return total, *gradients, *reported
 
-        return trace_graph(loss_and_gradients, _tensors(batch))
+        return trace_graph(loss_and_gradients, batch.leaves())
 
     def _check_read(self, read: set[int]) -> None:
         known = {id(p) for p in self.params}
@@ -230,7 +224,7 @@ class Step:
         """Compile the graph by Inductor, its noise that of eager torch; on a GPU it is replayed as a CUDA graph. Raises
         ``CannotTrace`` where that fails; the graph itself serves on."""
         try:
-            self.run = compiled(self.graph, _tensors(_copied(batch)), cuda_graphs=any(p.is_cuda for p in self.params))
+            self.run = compiled(self.graph, _copied(batch).leaves(), cuda_graphs=any(p.is_cuda for p in self.params))
             self.check(batch)
         except Exception as error:
             self.run = self.graph
@@ -312,8 +306,4 @@ def _laid_out(p: Tensor, gradient: Tensor | None, taken: set[int]) -> Tensor:
 
 def _copied(batch: Batch) -> Batch:
     """The same numbers in other memory: what a pair does to its arguments stays without consequence."""
-    return Batch(*pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tuple(batch)))
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tuple(batch)) if isinstance(leaf, Tensor)]
+    return batch.with_leaves(leaf.detach().clone() for leaf in batch.leaves())
