@@ -8,7 +8,22 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyro_vae import batches, conditionals, data, diagnostics, evidence, exact, flows, infer, nets, pair, plots, priors, vae
+    from pyro_vae import (
+        batches,
+        checkpoint,
+        conditionals,
+        data,
+        diagnostics,
+        evidence,
+        exact,
+        flows,
+        infer,
+        nets,
+        pair,
+        plots,
+        priors,
+        vae,
+    )
     from pyro_vae.data import Data, load
     from pyro_vae.diagnostics import compare, compare_guides, diagnose, free_energy, split_gap
     from pyro_vae.infer import SVI, Epoch, History, PairReport, check_pair, evaluate, fit, train
@@ -43,6 +58,7 @@ _HOME = {
 }
 _MODULES = (
     "batches",
+    "checkpoint",
     "conditionals",
     "data",
     "diagnostics",
@@ -68,6 +84,7 @@ __all__ = [
     "PairReport",
     "batches",
     "check_pair",
+    "checkpoint",
     "compare",
     "compare_guides",
     "conditionals",

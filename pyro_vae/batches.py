@@ -79,6 +79,10 @@ class Batches(ABC):
     def num_batches(self) -> int:
         """Minibatches in one epoch."""
 
+    def generators(self) -> list[torch.Generator]:
+        """The generators that they draw from besides torch's own."""
+        return []
+
 
 class InMemory(Batches):
     """Tensors in memory, taken by index; ``take`` gives the rows at an index where they are drawn anew each time."""
@@ -121,7 +125,7 @@ class Loaded(Batches):
 
     def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
         loader = self.shuffled if shuffle else self.ordered
-        own = [g for part in (loader, loader.sampler) if (g := getattr(part, "generator", None)) is not None]
+        own = self.generators()
         states = [generator.get_state() for generator in own]
         try:
             for i, items in enumerate(loader):
@@ -136,6 +140,10 @@ class Loaded(Batches):
     @property
     def num_batches(self) -> int:
         return self._num_batches
+
+    def generators(self) -> list[torch.Generator]:
+        parts = (part for loader in (self.shuffled, self.ordered) for part in (loader, loader.sampler))
+        return list(dict.fromkeys(g for part in parts if (g := getattr(part, "generator", None)) is not None))
 
 
 def slices(num_rows: int, at_once: int) -> list[slice]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from pyro_vae.build import Pair
+    from pyro_vae.build import Config, Pair
     from pyro_vae.vae import VAE
 
 Dataset = Literal["digits", "mnist", "fashion-mnist", "frey-faces", "ring"]
@@ -46,6 +46,7 @@ def _root() -> None:
 
 @app.command()
 def train(
+    context: typer.Context,
     dataset: Annotated[Dataset, Argument(help="What to train on; digits come with the package.")] = "digits",
     num_epochs: Annotated[int | None, Option("-n", "--num-epochs", min=1, help="Passes over the data.")] = None,
     batch_size: Annotated[int, Option("-b", "--batch-size", min=1, help="Data in a minibatch.")] = 100,
@@ -61,6 +62,9 @@ def train(
     beta: Annotated[float, Option(min=0, help="Weight of the KL in what is optimized, never in what is reported.")] = 1.0,
     warm_up: Annotated[int | None, Option(min=0, help="Epochs over which the weight of the KL rises from 0.")] = None,
     patience: Annotated[int | None, Option(min=1, help="Stop after so many epochs without a better held-out ELBO.")] = None,
+    clip_norm: Annotated[float | None, Option(min=0, help="The longest that the gradient may be.")] = None,
+    every: Annotated[int | None, Option(min=1, help="Steps between checkpoints, besides that at each epoch's end.")] = None,
+    resume: Annotated[str | None, Option(metavar="last|best|PATH", help="Go on with the run at --out from there.")] = None,
     seed: Seed = 0,
     device: Annotated[str, Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     dtype: Annotated[Literal["float32", "float64"], Option(help="Of data and networks.")] = "float32",
@@ -69,7 +73,8 @@ def train(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Train a VAE, or a pair of your own, by SVI; leave a run folder."""
+    """Train a VAE, or a pair of your own, by SVI; leave a run folder. An interrupted run goes on by --out RUN --resume last, to
+    the same end as if it had not been: all other options are the run's, and with more --num-epochs it trains on."""
     import pyro
 
     from pyro_vae import build, runs
@@ -88,13 +93,28 @@ def train(
     _finite("--learning-rate", config.learning_rate)
     _check_device(device)
     folder = out or runs.fresh(Path("runs") / dataset)
-    runs.check_free(folder, overwrite=overwrite)
+    if resume is not None:
+        config = _to_go_on(context, out, overwrite, config)
+    else:
+        runs.check_free(folder, overwrite=overwrite)
     train_data, test = build.build_data(config, data_dir)
     config = replace(config, event_shape=tuple(train_data.x.shape[1:]), num_levels=train_data.num_levels)
-    pyro.set_rng_seed(seed)
+    pyro.set_rng_seed(config.seed)
     own = build.build_pair(config, train_data)
     _say(f"{train_data}, {len(test)} held out -> {folder}")
-    run = runs.train(folder, config, own, train_data, test, device=device, overwrite=overwrite, say=_say)
+    run = runs.train(
+        folder,
+        config,
+        own,
+        train_data,
+        test,
+        device=device,
+        overwrite=overwrite,
+        clip_norm=clip_norm,
+        every=every,
+        resume=resume,
+        say=_say,
+    )
     kept, epochs = run.kept(), run.history()
     with run.loaded(test.x[:2]) as trained:
         _draw(run.path / "plots", dict(runs.pictures(run, trained, test)))
@@ -324,6 +344,19 @@ def _check_pair_words(pair: str, families: dict[str, Any]) -> None:
         )
 
 
+def _to_go_on(context: typer.Context, out: Path | None, overwrite: bool, config: "Config") -> "Config":
+    """The configuration of the run that is to go on; ``config`` itself where it is to begin."""
+    from pyro_vae import runs
+
+    if out is None or overwrite:
+        raise typer.BadParameter("--resume goes on with the run at --out RUN, and replaces nothing; expected --out alone")
+    if not out.exists():
+        return config
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    return runs.continued(out, config, given & vars(config).keys())
+
+
 def _vae(pair: "Pair", verb: str) -> "VAE":
     if pair.vae is None:
         raise ValueError(f"{verb}: the run's pair is two programs of your own; expected a factory that returns a pyro_vae.VAE")
@@ -407,9 +440,9 @@ def main() -> NoReturn:
     except (FloatingPointError, MemoryError) as error:
         _fail(70, error)
     except ValueError as error:
-        from pyro_vae.runs import VersionError
+        from pyro_vae.checkpoint import MismatchError
 
-        _fail(78 if isinstance(error, VersionError) else 65, error)
+        _fail(78 if isinstance(error, MismatchError) else 65, error)
     except RuntimeError as error:
         if "out of memory" in str(error) or "can't allocate memory" in str(error):
             _fail(70, f"out of memory; lower --batch-size or --num-particles ({str(error).splitlines()[0]})")

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 from torch.nn.functional import softplus
 
-from pyro_vae.nets import Readout, Shape, as_shape, out_shape
+from pyro_vae.nets import Part, Readout, Shape, as_shape, out_shape
 
 Scale = Literal["network", "learned", "isotropic"] | float | Tensor
 
 
-class Conditional(nn.Module, ABC):
+class Conditional(Part, ABC):
     """p(y | given): reads the named parameters of a distribution from a trunk's features.
 
     :param trunk: any module that says its ``out_shape`` (ours do; ``nn.Linear`` and ``nn.Sequential`` are understood).

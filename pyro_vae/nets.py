@@ -8,6 +8,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,18 @@ def out_shape(trunk: nn.Module) -> torch.Size:
     )
 
 
-class MLP(nn.Module):
+class Part(nn.Module):
+    """A module that remembers the arguments it was built from, so that a stored pair can be built again."""
+
+    given: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        part = super().__new__(cls)
+        vars(part)["given"] = args, kwargs
+        return part
+
+
+class MLP(Part):
     """Multi-layer perceptron, h ← f(W h + b) for each hidden layer; AEVB's network with ``hidden=(500,)``.
 
     :param in_shape: a number of elements (``784`` takes ``(*batch, 28, 28)`` too), an event shape, or one shape per input
@@ -134,7 +146,7 @@ class MLP(nn.Module):
         return f"activation={getattr(self.activation, '__name__', self.activation)}, residual={self.residual}"
 
 
-class ConvEncoder(nn.Module):
+class ConvEncoder(Part):
     """Convolutional trunk for images: each layer a stride-2 convolution, which halves height and width.
 
     :param in_shape: ``(channels, height, width)``, or ``(height, width)`` for images without a channel dimension.
@@ -169,7 +181,7 @@ class ConvEncoder(nn.Module):
         return h.reshape(*batch, *self.out_shape)
 
 
-class ConvDecoder(nn.Module):
+class ConvDecoder(Part):
     """Convolutional trunk from a latent to feature maps of an image's size, by stride-2 transposed convolutions.
 
     :param in_shape: shape of the latent, as for :class:`MLP`.
@@ -213,7 +225,7 @@ class ConvDecoder(nn.Module):
         return h[..., :height, :width].reshape(*batch, *self.out_shape)
 
 
-class Standardize(nn.Module):
+class Standardize(Part):
     """(x − mean) / scale, for trunks whose data are far from unit size: ``nn.Sequential(Standardize(0, 255), MLP(784))``.
 
     ``forward(x)`` keeps the shape and takes integers too.

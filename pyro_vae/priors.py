@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
 from pyro_vae.conditionals import Conditional, positive_floor
-from pyro_vae.nets import Shape, as_shape
+from pyro_vae.nets import Part, Shape, as_shape
 
 
-class Prior(nn.Module, ABC):
+class Prior(Part, ABC):
     """p(z) over events of ``event_shape``. ``forward()`` → a distribution with ``batch_shape`` ()."""
 
     def __init__(self, event_shape: Shape) -> None:

@@ -1,4 +1,4 @@
-"""The folder that a training run leaves: ``config.json``, ``env.json``, ``metrics.jsonl``, ``weights.safetensors`` and
+"""The folder that a training run leaves: ``config.json``, ``env.json``, ``metrics.jsonl``, ``weights/``, ``checkpoints/`` and
 ``plots/``. Everything is plain text, safetensors or PNG; a run is rebuilt from it alone."""
 
 import json
@@ -8,9 +8,9 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from itertools import count
 from pathlib import Path
@@ -23,24 +23,18 @@ from pyro.infer import Trace_ELBO
 from pyro.optim import Adam
 from torch import Tensor
 
-from pyro_vae import __version__, infer, plots
-from pyro_vae.batches import Batch
+from pyro_vae import __version__, checkpoint, infer, plots
 from pyro_vae.build import Config, Pair, build_pair
-from pyro_vae.checkpoint import load_weights, save_weights
 from pyro_vae.data import Data
 from pyro_vae.files import write_whole
 from pyro_vae.infer import Epoch
 from pyro_vae.pair import MeanElbo
 from pyro_vae.priors import StandardNormal
 
-SCHEMA = 1
+SCHEMA = 2
 _OURS = re.compile(
-    r"(config|env)\.json|metrics\.jsonl|weights\.safetensors|(plots|samples|reconstructions|evaluation|diagnosis)(-\d+)?"
+    r"(config|env)\.json|metrics\.jsonl|weights|checkpoints|(plots|samples|reconstructions|evaluation|diagnosis)(-\d+)?"
 )
-
-
-class VersionError(ValueError):
-    """A run folder written by a version of pyro_vae that this one does not read."""
 
 
 class Run(NamedTuple):
@@ -49,10 +43,10 @@ class Run(NamedTuple):
     path: Path
     config: Config
 
-    def record(self, epoch: Epoch) -> None:
-        """Append one epoch to ``metrics.jsonl``."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(as_json(epoch)) + "\n")
+    def record(self, epochs: list[Epoch], *, anew: bool) -> None:
+        """Write all epochs to ``metrics.jsonl``, or append the last."""
+        with (self.path / "metrics.jsonl").open("w" if anew else "a") as file:
+            file.writelines(json.dumps(as_json(epoch)) + "\n" for epoch in (epochs if anew else epochs[-1:]))
 
     def history(self) -> list[Epoch]:
         """The epochs of ``metrics.jsonl``. Raises ``ValueError`` where a line of it is none."""
@@ -73,9 +67,9 @@ class Run(NamedTuple):
             return epochs[-1]
         return max(epochs, key=lambda epoch: epoch.validation.elbo if epoch.validation else -math.inf)
 
-    def save(self, pair: Pair, param_store: dict[str, Any]) -> None:
-        """Write the weights; see :func:`~pyro_vae.checkpoint.save_weights`."""
-        save_weights(self.path / "weights.safetensors", pair.model, pair.guide, param_store)
+    def save(self, pair: Pair) -> None:
+        """Write the weights, those in Pyro's param store too; see :func:`~pyro_vae.checkpoint.save`."""
+        checkpoint.save(self.path / "weights", pair.vae or (pair.model, pair.guide))
 
     @contextmanager
     def loaded(self, rows: Tensor | None = None) -> Iterator[Pair]:
@@ -89,13 +83,33 @@ class Run(NamedTuple):
                 f"{self.path}: its pair is two programs of your own, which do not say how to sample or reconstruct; expected a "
                 "factory that returns a pyro_vae.VAE"
             )
-        batch = None if rows is None or pair.vae else Batch((rows,), {})
-        state = load_weights(self.path / "weights.safetensors", pair.model, pair.guide, batch)
         for program in (pair.model, pair.guide):
             if isinstance(program, torch.nn.Module):
                 program.eval()
-        with pyro.get_param_store().scope(state):
+        with pyro.get_param_store().scope():
+            checkpoint.load(self.path / "weights", lambda: pair, *([] if rows is None or pair.vae else [rows]))
             yield pair
+
+
+class _Kept(checkpoint.Checkpoints):
+    """The checkpoints of a run, which is made with the first of them: a start that fails replaces nothing. With that of an
+    epoch's end go the epoch's record and the weights."""
+
+    def __init__(self, path: Path, pair: Pair, make: Callable[[], Run]) -> None:
+        super().__init__(path / "checkpoints")
+        self.pair, self.make = pair, make
+        self.run: Run | None = None
+
+    def check_free(self) -> None:
+        """What is at the run's path has been looked at: see :func:`check_free`."""
+
+    def save(self, steps: int, content: Any, *, score: float) -> None:
+        first, self.run = self.run is None, self.run or self.make()
+        super().save(steps, content, score=score)
+        if not content["batch"]:
+            epochs = [Epoch.of(record) for record in content["history"]]
+            self.run.record(epochs, anew=first)
+            self.run.save(self.pair)
 
 
 def train(
@@ -107,31 +121,52 @@ def train(
     *,
     device: str,
     overwrite: bool,
+    clip_norm: float | None,
+    every: int | None,
+    resume: str | None,
     say: Callable[[str], None],
 ) -> Run:
-    """Train a pair, and keep its weights after each epoch. The folder is made once the first epoch has gone well, so that a
-    start that fails replaces nothing."""
+    """Train a pair, with a checkpoint, its record and its weights after each epoch.
+
+    :param resume: go on with the run that is at ``path``, if any: see :func:`~pyro_vae.infer.fit`.
+    """
     for program in (pair.model, pair.guide):
         if isinstance(program, torch.nn.Module):
             program.to(device)
     many: dict[str, Any] = {"vectorize_particles": True, "max_plate_nesting": 1} if pair.vae else {}
     loss = Trace_ELBO(num_particles=config.num_particles, **(many if config.num_particles > 1 else {}))
     store: dict[str, Any] = {"params": {}, "constraints": {}}
-    run = None
+    goes_on = resume is not None and path.exists()
+    kept = _Kept(path, pair, lambda: create(path, config, device, overwrite=overwrite, goes_on=goes_on))
     for epoch in infer.train(
         pair.model, pair.guide, train_data.to(device), validation=test.to(device), loss=loss,
         optim=Adam({"lr": config.learning_rate}), epochs=config.num_epochs, batch_size=config.batch_size,
-        patience=config.patience, param_store=store,
+        patience=config.patience, param_store=store, clip_norm=clip_norm, checkpoint=kept, every=every, resume=resume,
         beta=(lambda t: config.beta * min(1.0, t / config.warm_up)) if config.warm_up else config.beta,
     ):  # fmt: skip
-        run = run or create(path, config, device, overwrite=overwrite)
-        run.record(epoch)
-        run.save(pair, store)
         if epoch.epoch == 1 or epoch.epoch % max(1, config.num_epochs // 20) == 0:
             say(_line(epoch))
-    run = run or create(path, config, device, overwrite=overwrite)
-    run.save(pair, store)  # early stopping went back to the best
+    run = kept.run or kept.make()
+    with pyro.get_param_store().scope(store):
+        run.save(pair)  # early stopping went back to the best
     return run
+
+
+def continued(path: Path, config: Config, given: Collection[str]) -> Config:
+    """The configuration of the run at ``path``, to be gone on with.
+
+    :param given: the fields of ``config`` that the user gave; those that nobody gave are the run's.
+    :raises MismatchError: for a field that is not the run's; only ``num_epochs`` may change.
+    """
+    was = open_run(path).config
+    for name in given:
+        got, expected = getattr(config, name), getattr(was, name)
+        if got != expected and name != "num_epochs":
+            raise checkpoint.MismatchError(
+                f"--{name.replace('_', '-')} is {got} but the run at {path} was begun with {expected}; leave it out, or train "
+                "in another folder"
+            )
+    return replace(was, num_epochs=config.num_epochs if "num_epochs" in given else was.num_epochs)
 
 
 def _line(epoch: Epoch) -> str:
@@ -152,16 +187,18 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         raise FileExistsError(f"{path} holds nothing that pyro-vae wrote, so it is not overwritten; name another by --out")
 
 
-def create(path: Path, config: Config, device: str, *, overwrite: bool) -> Run:
+def create(path: Path, config: Config, device: str, *, overwrite: bool, goes_on: bool) -> Run:
     """A new run folder. An earlier run at ``path`` is replaced only where ``overwrite`` is set, and only its own files.
 
+    :param goes_on: keep what the run at ``path`` left.
     :raises FileExistsError: where ``path`` holds something already.
     """
-    check_free(path, overwrite=overwrite)
     path.mkdir(parents=True, exist_ok=True)
-    for entry in path.iterdir():
-        if _OURS.fullmatch(entry.name):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    if not goes_on:
+        check_free(path, overwrite=overwrite)
+        for entry in path.iterdir():
+            if _OURS.fullmatch(entry.name):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     for name, content in (("config.json", {"schema": SCHEMA} | asdict(config)), ("env.json", environment(device))):
         write_whole(path / name, (json.dumps(content, indent=2) + "\n").encode())
     return Run(path, config)
@@ -171,7 +208,7 @@ def open_run(path: Path) -> Run:
     """A run folder that is there.
 
     :raises FileNotFoundError: where there is no run at ``path``.
-    :raises ValueError: where its ``config.json`` is none; ``VersionError`` where it is of a newer pyro_vae.
+    :raises ValueError: where its ``config.json`` is none; ``MismatchError`` where it is of another version of pyro_vae.
     """
     file = path / "config.json"
     if not file.is_file():
@@ -182,7 +219,9 @@ def open_run(path: Path) -> Run:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{file} is no configuration of a run ({error!r})") from error
     if schema != SCHEMA:
-        raise VersionError(f"{file} has schema {schema!r} but this pyro_vae reads {SCHEMA}; install the version that wrote it")
+        raise checkpoint.MismatchError(
+            f"{file} has schema {schema!r} but this pyro_vae reads {SCHEMA}; install the version that wrote it"
+        )
     return Run(path, Config.read(record, str(file)))
 
 

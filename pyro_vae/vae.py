@@ -12,9 +12,10 @@ import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
 from pyro.params.param_store import normalize_param_name
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae.conditionals import Conditional, masked
+from pyro_vae.nets import Part
 from pyro_vae.priors import Prior
 
 
@@ -114,7 +115,7 @@ class ConditionalGuide(_Guide):
         return self._infer(x, (c,), mask)
 
 
-class VAE(nn.Module):
+class VAE(Part):
     """A variational auto-encoder: the pair ``vae.model``, ``vae.guide`` over shared parts.
 
     :param prior: p(z), such as ``priors.StandardNormal(20)``.
@@ -163,7 +164,7 @@ class VAE(nn.Module):
         return self.decode(self.encode(x).sample()).mean
 
 
-class CVAE(nn.Module):
+class CVAE(Part):
     """The conditional VAE: the pair ``cvae.model(x, c)``, ``cvae.guide(x, c)``.
 
     :param prior: p(z), independent of the condition (Doersch 2016), or a conditional p(z|c) (Sohn et al. 2015).

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -41,6 +43,15 @@ def run(monkeypatch, capfd):
     return call
 
 
+def weights_file(run):
+    (file,) = Path(run, "weights").glob("*.safetensors")
+    return file
+
+
+def weights_of(run):
+    return {name.removeprefix("weights."): tensor for name, tensor in load_file(weights_file(run)).items()}
+
+
 def test_train_leaves_a_whole_run_folder(run, tmp_path):
     code, out, err = run("train", "-n", 2, "--json")
     assert code == 0, err
@@ -50,7 +61,8 @@ def test_train_leaves_a_whole_run_folder(run, tmp_path):
         "config.json",
         "env.json",
         "metrics.jsonl",
-        "weights.safetensors",
+        "weights",
+        "checkpoints",
         "plots",
     }
     config = json.loads((folder / "config.json").read_text())
@@ -61,7 +73,7 @@ def test_train_leaves_a_whole_run_folder(run, tmp_path):
         mean = lines[-1][side]
         assert mean["elbo"] == pytest.approx(mean["reconstruction"] - mean["kl"], rel=1e-4)
     assert result["validation"] == lines[-1]["validation"]
-    assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / "weights.safetensors").values())
+    assert all(torch.isfinite(tensor).all() for tensor in weights_of(folder).values())
     pictures = {file.stem: imread(file) for file in (folder / "plots").iterdir()}
     assert pictures.keys() == {"curve", "reconstructions", "samples", "latent", "manifold"}
     assert all(picture[..., :3].std() > 0.02 for picture in pictures.values())  # none is blank
@@ -91,7 +103,7 @@ def test_sample_reconstruct_and_plot_go_by_the_weights(run):
 def test_the_same_seed_gives_the_same_run_and_another_another(run):
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
         run("train", "-n", 2, "--out", out, "--seed", seed)
-    a, b, c = (load_file(f"{name}/weights.safetensors") for name in "abc")
+    a, b, c = map(weights_of, "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(a[name], c[name]) for name in a)
 
@@ -178,7 +190,7 @@ def vae():
 def test_a_pair_of_ones_own(run, tmp_path):
     (tmp_path / "mine.py").write_text(PAIR)
     assert run("train", "--pair", "mine:functions", "-n", 2, "--out", "f")[0] == 0
-    weights = load_file("f/weights.safetensors")
+    weights = weights_of("f")
     assert weights.keys() == {"store.scale", "store.encoder$$$0.weight", "store.encoder$$$0.bias"}
     assert not torch.equal(weights["store.scale"], torch.zeros(64))  # unconstrained, log 1 at the start
     assert run("plot", "f")[0] == 0
@@ -197,7 +209,7 @@ def test_loaded_weights_are_the_trained_ones(run, tmp_path):
         mine.encoder[0].weight.zero_()
     with runs.open_run(tmp_path / "f").loaded(torch.zeros(2, 8, 8)) as pair:
         assert pair.model is mine.model
-        assert torch.equal(mine.encoder[0].weight, load_file("f/weights.safetensors")["store.encoder$$$0.weight"])
+        assert torch.equal(mine.encoder[0].weight, weights_of("f")["store.encoder$$$0.weight"])
 
 
 @pytest.mark.parametrize(
@@ -235,13 +247,13 @@ def test_exit_codes(run, words, code, message):
 
 def test_nothing_is_overwritten_unasked(run, tmp_path):
     run("train", "-n", 1, "--out", "a")
-    before = (tmp_path / "a" / "weights.safetensors").read_bytes()
+    before = weights_file("a").read_bytes()
     code, _, err = run("train", "-n", 1, "--out", "a", "--seed", 1)
     assert (code, "--overwrite" in err) == (2, True)
-    assert (tmp_path / "a" / "weights.safetensors").read_bytes() == before
+    assert weights_file("a").read_bytes() == before
     (tmp_path / "a" / "mine.txt").write_text("kept")
     assert run("train", "-n", 1, "--out", "a", "--seed", 1, "--overwrite")[0] == 0
-    assert (tmp_path / "a" / "weights.safetensors").read_bytes() != before
+    assert weights_file("a").read_bytes() != before
     assert (tmp_path / "a" / "mine.txt").read_text() == "kept"
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.txt").write_text("kept")
@@ -253,7 +265,7 @@ def test_nothing_is_overwritten_unasked(run, tmp_path):
 
 def test_damaged_and_newer_runs(run, tmp_path):
     run("train", "-n", 1, "--out", "a")
-    weights, config = tmp_path / "a" / "weights.safetensors", tmp_path / "a" / "config.json"
+    weights, config = weights_file("a"), tmp_path / "a" / "config.json"
     whole, text = weights.read_bytes(), config.read_text()
     weights.write_bytes(whole[: len(whole) // 2])
     assert run("sample", "a")[0] == 65
@@ -261,12 +273,14 @@ def test_damaged_and_newer_runs(run, tmp_path):
     config.write_text(text.replace('"latent_dim": 2', '"latent_dim": 3'))
     code, _, err = run("sample", "a")
     assert (code, "weights of another pair" in err) == (65, True)
-    config.write_text(text.replace('"schema": 1', '"schema": 99'))
+    config.write_text(text.replace('"schema": 2', '"schema": 99'))
     assert run("sample", "a")[0] == 78
     config.write_text("{")
     assert run("sample", "a")[0] == 65
-    weights.unlink()
     config.write_text(text)
+    weights.unlink()
+    assert run("sample", "a")[0] == 65
+    shutil.rmtree(weights.parent)
     assert run("sample", "a")[0] == 66
 
 
@@ -329,7 +343,7 @@ def test_a_reader_that_leaves_is_no_error():
     ("name", "text"),
     [
         ("config.json", "[1]"),
-        ("config.json", '{"schema": 1}'),
+        ("config.json", '{"schema": 2}'),
         ("config.json", "\udcff"),
         ("metrics.jsonl", "3"),
         ("metrics.jsonl", "{}"),
@@ -388,14 +402,14 @@ def test_interrupted_runs_keep_their_last_epoch(tmp_path, request, number, code)
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits a deaf ear
     )
     request.addfinalizer(process.kill)
-    weights = tmp_path / "a" / "weights.safetensors"
+    manifest = tmp_path / "a" / "weights" / "manifest.json"
     for _ in range(600):
-        if weights.exists():
+        if manifest.exists():
             break
         time.sleep(0.1)
     process.send_signal(number)
     assert process.wait(timeout=60) == code
-    assert all(torch.isfinite(tensor).all() for tensor in load_file(weights).values())
+    assert all(torch.isfinite(tensor).all() for tensor in weights_of("a").values())
     assert not [file for file in os.listdir("a") if file.startswith(".")]
     with runs.open_run(tmp_path / "a").loaded() as pair:
         assert pair.vae.sample(2).shape == (2, 8, 8)

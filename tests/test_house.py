@@ -12,14 +12,14 @@ import pyro_vae
 PACKAGE = Path(pyro_vae.__file__).parent
 # From the ground up; a module imports from lower floors only, and neighbours do not import each other.
 FLOORS = (
-    ("nets", "data", "numerics", "files"),
+    ("nets", "data", "numerics", "files", "signals"),
     ("batches", "conditionals"),
     ("pair", "priors", "flows"),
     ("vae", "particles", "graphs"),
-    ("exact", "weights"),
+    ("exact", "weights", "checkpoint"),
     ("infer", "evidence"),
     ("diagnostics",),
-    ("plots", "checkpoint"),
+    ("plots",),
     ("build",),
     ("runs", "zoo", "ladder"),
     ("cli",),

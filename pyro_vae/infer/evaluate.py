@@ -17,6 +17,7 @@ from pyro_vae.pair import (
     run_pair,
     untouched,
 )
+from pyro_vae.signals import poll
 
 
 def evaluate(
@@ -50,6 +51,7 @@ def evaluate(
     with untouched(training=False, seed=seed), torch.no_grad():
         plates: frozenset[str] | None = None
         for batch in (fitting(model, batch) for batch in batches.epoch(shuffle=False)):
+            poll()
             if plates is None:
                 plates = data_plates(model, guide, batch)
                 check_plates(plates, batch, batches.num_rows)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any, Literal
 
 import pyro
@@ -16,9 +16,10 @@ from torch.utils import _pytree as pytree
 from pyro_vae.batches import Batch
 from pyro_vae.graphs import CannotTrace, has_compiler, said
 from pyro_vae.infer.adam import FusedAdam
-from pyro_vae.infer.guards import SIMPLE, watching
+from pyro_vae.infer.guards import SIMPLE, Watch, watching
 from pyro_vae.infer.traced import Step, Traces
-from pyro_vae.pair import Program
+from pyro_vae.pair import Program, untouched
+from pyro_vae.signals import interruptible
 
 logger = logging.getLogger(__name__)
 Compile = Literal["auto", "trace"] | bool
@@ -55,12 +56,13 @@ class SVI(pyro.infer.SVI):
         if compile not in ("auto", "trace", True, False):
             raise ValueError(f'compile: expected "auto", "trace", True or False but got {compile!r}')
         if isinstance(optim, torch.optim.Optimizer):
-            optim = _OneOptimizer(optim)
+            optim = OneOptimizer(optim)
         super().__init__(model, guide, optim, loss, *args, **kwargs)
         self.elbo, self.compile = loss, compile
         self._signatures: dict[Hashable, _Signature] = {}
         self._builds = 0
         self._quiet: object | None = None  # while it is the same object, nothing changes between two steps
+        self._resumed: frozenset[str] = frozenset()
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_signatures": {}}  # a copy makes graphs of its own
@@ -86,6 +88,7 @@ class SVI(pyro.infer.SVI):
             for buffer, before in buffers:
                 buffer.copy_(before)
             return super().step(*args, **kwargs)
+        self.accept(gradients)
         signature.move(gradients, quiet=self._quiet)
         self.reported = reported
         return value
@@ -98,6 +101,25 @@ class SVI(pyro.infer.SVI):
             loss = super().step(*batch.args, **batch.kwargs)
         signature.seen = seen
         return loss
+
+    def accept(self, gradients: Sequence[Tensor]) -> None:
+        """Called with the gradients of a step before the optimizer moves: a subclass may change them in place, or raise."""
+
+    def graphs(self) -> list[str]:
+        """The arguments whose next step is, or may be, that of a graph."""
+        return [signature.name for signature in self._signatures.values() if signature.seen is not None]
+
+    def resume(self, graphs: Collection[str]) -> None:
+        """Go on where another process was: arguments of these names have graphs from their first step on, which says the
+        same in other last bits than eager Pyro."""
+        self._resumed = frozenset(graphs)
+
+    def _look(self, batch: Batch) -> Watch:
+        """What :meth:`_watched` sees, of a step that is not taken."""
+        with untouched(), watching() as seen:
+            self.elbo.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs)
+        pyro.infer.util.zero_grads(seen.params.values())
+        return seen
 
     def report(self, traces: Traces) -> tuple[Tensor, ...]:  # noqa: ARG002
         """What else a graph is to yield, from the traces of model and guide: a subclass finds it in ``reported`` after a
@@ -139,6 +161,8 @@ class SVI(pyro.infer.SVI):
     def _ready(self, signature: "_Signature", batch: Batch) -> bool:
         """Whether a graph serves for this step."""
         signature.count += 1
+        if signature.count == 1 and signature.name in self._resumed:
+            signature.seen = self._look(batch)
         if signature.refused or signature.seen is None:
             return False
         if signature.step is not None and not self._holds(signature):
@@ -147,7 +171,8 @@ class SVI(pyro.infer.SVI):
             return False
         try:
             if signature.step is None:
-                self._build(signature, batch)
+                with interruptible():
+                    self._build(signature, batch)
             elif signature.count % _CHECK_EVERY == 0:
                 signature.step.check(batch)
         except CannotTrace as reason:
@@ -157,7 +182,8 @@ class SVI(pyro.infer.SVI):
             signature.step, signature.seen, signature.how = None, None, f"eager Pyro: {said(error)}"
             return False
         if self.compile == "auto" and signature.count == _INDUCTOR_AFTER and has_compiler():
-            self._compile(signature, batch)
+            with interruptible():
+                self._compile(signature, batch)
         return signature.step.alone()
 
     def _holds(self, signature: "_Signature") -> bool:
@@ -214,7 +240,7 @@ def _name(leaf: Any) -> str:
     return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
 
 
-class _OneOptimizer(PyroOptim):
+class OneOptimizer(PyroOptim):
     """A torch optimizer over a pair's parameters, where Pyro expects one of its own."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:

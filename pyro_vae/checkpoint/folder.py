@@ -1,0 +1,100 @@
+"""A folder of tensors and what they mean: a safetensors file, and ``manifest.json`` with SHA-256 sums. No pickle.
+
+The tensors' file bears their sum in its name and is written first, the manifest that names it last, each whole and on the
+disk before the next: whenever a process dies, the folder holds what was there before, or what was to be.
+"""
+
+import hashlib
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as read_tensors
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from pyro_vae.checkpoint.tree import flatten, unflatten
+from pyro_vae.files import write_whole
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+class MismatchError(ValueError):
+    """What is stored was written by another version of pyro_vae, or for another configuration."""
+
+
+def write(path: Path, kind: str, content: Any, **about: Any) -> None:
+    """Store ``content`` in the folder ``path``, in the place of what it held.
+
+    :param content: numbers, words, tensors, and lists and dictionaries of them.
+    :param about: what :func:`read_manifest` is to tell without the tensors.
+    :raises OSError: with its ``errno``; what the folder held is then still there.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = flatten(content, tensors)
+    payload = to_bytes(tensors)
+    total = hashlib.sha256(payload).hexdigest()
+    name = f"{total[:16]}.safetensors"
+    manifest = {
+        "schema": SCHEMA, "pyro_vae": metadata.version("pyro-vae"), "kind": kind, "about": flatten(about, {}),
+        "files": {name: {"sha256": total, "bytes": len(payload)}}, "content": tree,
+    }  # fmt: skip
+    path.mkdir(parents=True, exist_ok=True)
+    write_whole(path / name, payload)
+    write_whole(path / MANIFEST, json.dumps({"manifest": manifest, "sha256": _sum_of(manifest)}, indent=1).encode())
+    for other in (*path.glob("*.safetensors"), *path.glob(f".{MANIFEST}.*"), *path.glob(".*.safetensors.*")):
+        if other.name != name:  # what was there before, or what a crash left
+            other.unlink(missing_ok=True)
+
+
+def read(path: Path, kind: str) -> Any:
+    """What :func:`write` stored.
+
+    :raises FileNotFoundError: where nothing is stored at ``path``.
+    :raises ValueError: where a file of it is damaged or missing; ``MismatchError`` where it is of a newer pyro_vae.
+    """
+    manifest = read_manifest(path, kind)
+    ((name, told),) = manifest["files"].items()
+    try:
+        payload = (path / name).read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{path / name} is missing, which {MANIFEST} names; take an earlier checkpoint") from None
+    if len(payload) != told["bytes"] or hashlib.sha256(payload).hexdigest() != told["sha256"]:
+        raise ValueError(
+            f"{path / name} is damaged: it has {len(payload)} bytes, and is not what was written ({told['bytes']} bytes, "
+            "SHA-256 in the manifest); take an earlier checkpoint"
+        )
+    try:
+        return unflatten(manifest["content"], read_tensors(payload))
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its manifest and its tensors are not of one another ({error!r})") from error
+
+
+def read_manifest(path: Path, kind: str) -> dict[str, Any]:
+    """What is said of a stored folder; raises as :func:`read`."""
+    file = path / MANIFEST
+    try:
+        record = json.loads(file.read_bytes())
+        manifest, told = record["manifest"], record["sha256"]
+        sound = told == _sum_of(manifest) and manifest.keys() >= {"schema", "pyro_vae", "kind", "about", "files", "content"}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is nothing stored at {path}: it has no {MANIFEST}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({str(error)[:100]}); take an earlier checkpoint") from error
+    if not sound:
+        raise ValueError(f"{file} is damaged: it is not what was written, by its SHA-256; take an earlier checkpoint")
+    if manifest["schema"] > SCHEMA:
+        raise MismatchError(
+            f"{file} has schema {manifest['schema']}, of pyro_vae {manifest['pyro_vae']}, but this one reads up to {SCHEMA}; "
+            "install the version that wrote it"
+        )
+    if manifest["kind"] != kind:
+        raise MismatchError(f"{file} is of a {manifest['kind']}; expected that of a {kind}")
+    return manifest | {"about": unflatten(manifest["about"], {})}
+
+
+def _sum_of(manifest: Any) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

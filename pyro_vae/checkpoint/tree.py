@@ -1,0 +1,54 @@
+"""Numbers, words, tensors, and lists and dictionaries of them, as JSON and tensors by name, and back."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def flatten(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
+    """``value`` as JSON has it; its tensors go into ``tensors``, by where they were.
+
+    :raises ValueError: for what is neither number, word, tensor, nor a list, tuple or dictionary of them.
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": repr(value)}
+    if isinstance(value, Tensor):
+        name = name or "tensor"
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, list | tuple):
+        items = [flatten(item, tensors, _join(name, i)) for i, item in enumerate(value)]
+        return {"tuple": items} if isinstance(value, tuple) else items
+    if isinstance(value, Mapping):
+        kind = "counts" if isinstance(value, Counter) else "dict"
+        return {kind: [[flatten(key, {}), flatten(item, tensors, _join(name, key))] for key, item in value.items()]}
+    raise ValueError(
+        f"checkpoint: {name or 'the state'} is of type {type(value).__name__}, which is not stored; expected numbers, words, "
+        "tensors, and lists and dictionaries of them"
+    )
+
+
+def unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What :func:`flatten` was given. Raises ``ValueError`` or ``KeyError`` for what it never made."""
+    if isinstance(tree, list):
+        return [unflatten(item, tensors) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, content),) = tree.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "float":
+        return float(content)
+    if kind == "tuple":
+        return tuple(unflatten(item, tensors) for item in content)
+    items = {unflatten(key, {}): unflatten(item, tensors) for key, item in content}
+    return {"dict": dict, "counts": Counter}[kind](items)
+
+
+def _join(name: str, key: Any) -> str:
+    return f"{name}.{key}" if name else str(key)

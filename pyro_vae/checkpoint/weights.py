@@ -1,0 +1,116 @@
+"""The trained parameters and buffers of any pair; nothing is pickled."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.batches import Batch, as_arguments
+from pyro_vae.checkpoint.blueprint import build, describe
+from pyro_vae.checkpoint.folder import read, write
+from pyro_vae.pair import Program, run_pair, untouched
+
+_KIND = "pair"
+
+
+def save(path: Path | str, pair: Any, param_store: dict[str, Any] | None = None) -> None:
+    """Store a trained pair in the folder ``path``, whole or not at all, in the place of one that was there.
+
+    :param pair: a :class:`~pyro_vae.VAE`, anything with ``.model`` and ``.guide``, or a tuple ``(model, guide)``.
+    :param param_store: where plain functions keep their parameters: ``history.param_store`` of a fit; by default Pyro's own.
+    :raises OSError: with its ``errno``; what was at ``path`` is then as it was.
+    """
+    model, guide = _programs(pair)
+    store = pyro.get_param_store().get_state() if param_store is None else param_store
+    content = {"plan": describe(pair), "weights": _tensors(model, guide, store)}
+    write(Path(path), _KIND, content)
+
+
+def load(path: Path | str, factory: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+    """The pair stored at ``path``, on the CPU.
+
+    :param factory: makes the pair anew, as it was trained; a VAE of pyro_vae's own parts is built without.
+    :param args: with ``kwargs`` the arguments of one run, for parameters that exist only once the pair has run: those of
+        plain functions, which are left in Pyro's param store, and of lazy modules.
+    :return: what ``factory`` makes, or the VAE.
+    :raises FileNotFoundError: where nothing is stored at ``path``.
+    :raises ValueError: where it is damaged, of another version, or its weights are not this pair's.
+
+    >>> import tempfile, torch, pyro_vae as pv
+    >>> from pyro_vae import checkpoint, conditionals, nets, priors
+    >>> vae = pv.VAE(
+    ...     prior=priors.StandardNormal(2),
+    ...     decoder=conditionals.Bernoulli(nets.MLP(2, (50,)), event_shape=(8, 8)),
+    ...     encoder=conditionals.Normal(nets.MLP(64, (50,)), event_shape=2),
+    ... )
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     checkpoint.save(folder, vae)
+    ...     again = checkpoint.load(folder)
+    >>> x = torch.rand(5, 8, 8)
+    >>> torch.equal(again.encode(x).mean, vae.encode(x).mean)
+    True
+    """
+    content = read(Path(path), _KIND)
+    if factory is None and content["plan"] is None:
+        raise ValueError(f"{path}: its pair is not made of pyro_vae's parts alone; pass the factory that makes it")
+    pair = build(content["plan"]) if factory is None else factory()
+    batch = as_arguments(args, kwargs) if args or kwargs else None
+    state = put(content["weights"], *_programs(pair), batch, str(path))
+    for name, value in state["params"].items():
+        pyro.get_param_store()._params[name] = value
+        pyro.get_param_store()._constraints[name] = state["constraints"][name]
+    return pair
+
+
+def put(stored: dict[str, Tensor], model: Program, guide: Program, batch: Batch | None, path: str) -> dict[str, Any]:
+    """Copy weights into the pair, and return the state of its param store.
+
+    :param batch: the arguments of one run, ``None`` where modules own all parameters.
+    :param path: where the weights come from, for the error.
+    :raises ValueError: where they are not this pair's.
+    """
+    store = pyro.get_param_store()
+    state: dict[str, Any] = {"params": {}, "constraints": {}}
+    if batch is not None:
+        with untouched(training=False), torch.no_grad(), store.scope(state):
+            run_pair(model, guide, *batch.args, **batch.kwargs)
+            state = store.get_state()
+    copy_all(stored, _tensors(model, guide, state), path)
+    return state
+
+
+def copy_all(stored: dict[str, Tensor], own: dict[str, Tensor], path: str) -> None:
+    """Copy each tensor into that of its name. Raises ``ValueError`` where names or shapes differ."""
+    shapes, expected = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (stored, own))
+    if shapes != expected:
+        differing = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+        name = differing[0]
+        raise ValueError(
+            f"{path} holds the weights of another pair: {len(differing)} differ, the first {name!r} is "
+            f"{shapes.get(name, 'missing')} in the file but {expected.get(name, 'missing')} in the pair; build the pair as "
+            "it was trained"
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(stored[name])
+
+
+def _programs(pair: Any) -> tuple[Program, Program]:
+    if isinstance(pair, tuple) and len(pair) == 2:
+        return pair
+    if hasattr(pair, "model") and hasattr(pair, "guide"):
+        return pair.model, pair.guide
+    raise ValueError(f"pair: expected (model, guide), or an object with both, but got {type(pair).__name__}")
+
+
+def _tensors(model: Program, guide: Program, param_store: dict[str, Any]) -> dict[str, Tensor]:
+    """Every parameter and buffer of the modules, and what the param store holds beyond them."""
+    tensors: dict[str, Tensor] = {}
+    for side, program in (("model", model), ("guide", guide)):
+        if isinstance(program, nn.Module):
+            tensors |= {f"{side}.{name}": tensor for name, tensor in program.state_dict(keep_vars=True).items()}
+    own = {id(tensor) for tensor in tensors.values()}
+    return tensors | {f"store.{name}": t for name, t in param_store["params"].items() if id(t) not in own}

@@ -1,0 +1,135 @@
+"""A step of SVI on a minibatch that stands for all data."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO, TraceEnum_ELBO, TraceTailAdaptive_ELBO
+from pyro.optim import PyroOptim
+from torch import Tensor
+
+from pyro_vae.batches import Batch, Batches, InMemory
+from pyro_vae.infer.check import check_observed
+from pyro_vae.infer.svi import SVI
+from pyro_vae.infer.traced import Traces
+from pyro_vae.pair import ElboTerms, Program, Reweighted, elbo_terms, sampled
+
+
+class MinibatchSVI(SVI):
+    """One SVI step on a minibatch that stands for all data, and the ELBO terms it saw."""
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        loss: ELBO,
+        optim: PyroOptim,
+        plates: frozenset[str],
+        batches: Batches,
+        *,
+        annealed: bool,
+        clip_norm: float | None,
+    ) -> None:
+        self.plates, self.num_data, self.clip_norm = plates, batches.num_rows, clip_norm
+        self.loaded = not isinstance(batches, InMemory)  # data in memory were checked before the first step
+        self.batch, self.where = Batch((), {}), ""
+        self.beta = torch.ones(()) if annealed else None  # a tensor, whose value a graph reads anew at each step
+        beta = 1.0 if self.beta is None else self.beta
+        self.handlers = [Reweighted(plates, num_rows=0, num_data=self.num_data, beta=beta) for _ in (model, guide)]
+        self.programs = [handler(program) for handler, program in zip(self.handlers, (model, guide), strict=True)]
+        super().__init__(*self.programs, optim, loss)
+        self.loss_and_grads = self._checked
+
+    def begin_epoch(self, *, quiet: bool) -> None:
+        """:param quiet: whether no code of the user's runs between steps, so that one look at the guards does for the epoch."""
+        self._quiet = object() if quiet else None
+
+    def _checked(self, *args: Any, **kwargs: Any) -> Any:
+        """Pyro's own, between the checks that must come before the optimizer moves."""
+        try:
+            value = self.elbo.loss_and_grads(*args, **kwargs)
+        except ValueError as error:
+            self._check_data()
+            cause = str(error).split(":\n", 1)[0].split("\n", 1)[0]
+            if not re.search(r"\b(nan|inf)\b", str(error)):
+                raise ValueError(f"fit: {self.where}: {cause}") from error
+            # the pair went well on the first batch, so it is a distribution that is handed NaN: Pyro's validation says which
+            raise FloatingPointError(f"fit: {self.where}: {cause}. Lower the learning rate, or check the data") from error
+        if self.loaded:
+            self._check_data()
+        # a tail-adaptive loss has no value, by its own account
+        unbounded = isinstance(self.elbo, TraceTailAdaptive_ELBO)
+        if not unbounded and not math.isfinite(sum(value) if isinstance(value, tuple) else value):
+            raise FloatingPointError(
+                f"fit: the loss is {value} at {self.where}{self._not_finite()}; no parameter was moved by it. Lower the "
+                "learning rate, raise min_scale, or check the data"
+            )
+        self.terms = self._terms(value)  # now, since a guide's distributions hold parameters that are about to move
+        trained = [p for _, p in pyro.get_param_store().named_parameters() if p.grad is not None]
+        self.accept([p.grad for p in trained if p.grad is not None])
+        return value
+
+    @torch.no_grad()
+    def accept(self, gradients: Sequence[Tensor]) -> None:
+        """Raise ``FloatingPointError`` for gradients that are not finite, before the optimizer moves; clip the others."""
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"fit: the loss is finite but its gradient is not, at {self.where}: that of {self._named(gradients)}; no "
+                "parameter was moved by it. Lower the learning rate, or check the model where it is not smooth"
+            )
+        if self.clip_norm is not None and norm > self.clip_norm:
+            torch._foreach_mul_(list(gradients), (self.clip_norm / norm).item())
+
+    def _named(self, gradients: Sequence[Tensor]) -> str:
+        """The parameters of gradients that are not finite; where only their squares overflow, the largest."""
+        bad = [g.shape for g in gradients if not g.isfinite().all()] or [max(gradients, key=lambda g: g.abs().max()).shape]
+        names = [name for name, p in pyro.get_param_store().named_parameters() if p.shape in bad]
+        return ", ".join(map(repr, names))
+
+    def _not_finite(self) -> str:
+        """The sites whose log-probability is not finite."""
+        for side, handler in zip(("model", "guide"), self.handlers, strict=True):
+            for name, site in sampled(handler.traces[-1]) if handler.traces else ():
+                log_prob = site.get("log_prob_sum")
+                if isinstance(log_prob, Tensor) and not log_prob.isfinite():
+                    return f", log-probability of site {name!r} of the {side}"
+        return ""
+
+    def _check_data(self) -> None:
+        if self.handlers[0].traces:
+            check_observed(self.handlers[0].traces[-1], self.batch, f"fit: {self.where}")
+
+    def on(self, batch: Batch, beta: float, where: str) -> ElboTerms:
+        """The step, its loss annealed by β; the terms are not."""
+        self.batch, self.where = batch, where
+        if self.beta is not None:
+            self.beta.fill_(beta)
+        for handler in self.handlers:
+            handler.num_rows = batch.num_rows
+            handler.traces.clear()
+        self.step(*batch.args, **batch.kwargs)
+        return self.terms if self.reported is None else ElboTerms(*self.reported)
+
+    def report(self, traces: Traces) -> ElboTerms:
+        particles = self.elbo.num_particles // len(traces)
+        drawn = [elbo_terms(*pair, self.plates, num_data=self.num_data, num_particles=particles) for pair in traces]
+        return ElboTerms(*(torch.stack(part).mean(0) for part in zip(*drawn, strict=True)))
+
+    @torch.no_grad()
+    def _terms(self, value: Any) -> ElboTerms:
+        """Those of a step of eager Pyro, whose loss was that value."""
+        runs = 1 if self.elbo.vectorize_particles else self.elbo.num_particles
+        models, guides = (list(handler.traces)[-runs:] for handler in self.handlers)
+        seen = len(models) == len(guides) > 0  # a guide that is a handler of its model runs it unseen
+        if isinstance(self.elbo, TraceEnum_ELBO) or not seen:
+            # the loss alone knows, and an annealed one must be asked again
+            if self.beta is not None or not isinstance(value, float):
+                if self.beta is not None:
+                    self.beta.fill_(1.0)
+                value = self.elbo.loss(*self.programs, *self.batch.args, **self.batch.kwargs)
+            return ElboTerms.of_batch(-value / self.num_data, self.batch.num_rows)
+        return self.report(list(zip(models, guides, strict=True)))

@@ -1,0 +1,316 @@
+"""All that a fit is made of between two steps, so that it can go on from there to the last bit."""
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro.infer import ELBO
+from torch import Tensor, nn
+
+from pyro_vae.batches import Batch, Batches, InMemory
+from pyro_vae.checkpoint import Checkpoints, MismatchError, copy_all, read_checkpoint
+from pyro_vae.infer.minibatch import MinibatchSVI
+from pyro_vae.infer.svi import OneOptimizer
+from pyro_vae.pair import ElboTerms, MeanElbo, Program, run_pair, untouched
+from pyro_vae.signals import Interrupted, deferred, poll
+
+logger = logging.getLogger(__name__)
+
+
+class Epoch(NamedTuple):
+    """One epoch of training. ``train`` is averaged over the epoch's minibatches while the parameters move, ``validation``
+    is evaluated at its end; both are the ELBO itself, whatever β and the loss. ``beta`` is that of the last step."""
+
+    epoch: int
+    beta: float
+    train: MeanElbo
+    validation: MeanElbo | None
+    seconds: float
+
+    @classmethod
+    def of(cls, record: Any) -> "Epoch":
+        """From what a checkpoint holds of one."""
+        epoch, beta, train, validation, seconds = record
+        return cls(epoch, beta, MeanElbo(*train), None if validation is None else MeanElbo(*validation), seconds)
+
+
+class Weights:
+    """The tensors that training moves: the parameters in Pyro's param store, where those of modules are too, and the buffers
+    of every module that ran."""
+
+    def __init__(self, modules: Collection[nn.Module]) -> None:
+        self.modules = modules
+
+    def tensors(self) -> dict[str, Tensor]:
+        buffers = {
+            f"buffers.{i}.{name}": buffer
+            for i, module in enumerate(self.modules)
+            for name, buffer in module.named_buffers(recurse=False)
+        }
+        return {f"params.{name}": value for name, value in pyro.get_param_store().named_parameters()} | buffers
+
+    def copy(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
+
+
+class Best:
+    """The weights of a pair as they were at the highest validation ELBO."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.elbo, self.epochs_since = -math.inf, 0
+        self.kept: dict[str, Tensor] = {}
+
+    def see(self, elbo: float, patience: int | None) -> None:
+        self.epochs_since += 1
+        if elbo > self.elbo:
+            self.elbo, self.epochs_since = elbo, 0
+            self.kept = {} if patience is None else self.weights.copy()
+
+    def waited(self, patience: int | None) -> bool:
+        """Whether so many epochs have brought nothing better."""
+        return patience is not None and self.epochs_since >= patience
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for name, tensor in self.weights.tensors().items():
+            if name in self.kept:
+                tensor.copy_(self.kept[name])
+
+
+@dataclass
+class Position:
+    """Where a fit is: the epochs behind it, and how far it is in the present one."""
+
+    history: list[Epoch] = field(default_factory=list)
+    batch: int = 0  # the next of this epoch
+    steps: int = 0
+    beta: float = 1.0
+    terms: list[ElboTerms] = field(default_factory=list)  # of this epoch's steps
+    seconds: float = 0.0  # of this epoch, in processes that are gone
+    began: Any = None  # random state before this epoch
+    now: Any = None  # and after its last step
+
+    @property
+    def epoch(self) -> int:
+        return len(self.history) + 1
+
+    def rest(self, batches: Batches) -> Iterator[Batch]:
+        """The batches of this epoch that are to come."""
+        self.since = time.perf_counter() - self.seconds
+        if self.began is not None:
+            set_random_state(self.began, batches)
+        else:
+            self.began = random_state(batches)
+        coming = batches.epoch(shuffle=True)
+        for _ in islice(coming, self.batch):  # drawn again, and passed over
+            pass
+        if self.now is not None:
+            set_random_state(self.now)
+        return coming
+
+    def close(self, validation: MeanElbo | None) -> Epoch:
+        """The record of this epoch; the next begins."""
+        terms = ElboTerms(*(torch.cat(part) for part in zip(*self.terms, strict=True)))
+        record = Epoch(self.epoch, self.beta, terms.mean(), validation, time.perf_counter() - self.since)
+        self.history.append(record)
+        self.batch, self.terms, self.seconds, self.began, self.now = 0, [], 0.0, None, None
+        return record
+
+
+class Keeper:
+    """Writes the checkpoints of a fit, and reads them."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints | None,
+        every: int | None,
+        at: Position,
+        best: Best,
+        step: MinibatchSVI,
+        batches: Batches,
+        config: dict[str, Any],
+    ) -> None:
+        self.checkpoints, self.every, self.at, self.best = checkpoints, every, at, best
+        self.step, self.batches, self.config = step, batches, config
+
+    def stepped(self) -> None:
+        """After each step."""
+        self.at.batch += 1
+        self.at.steps += 1
+        if self.checkpoints is not None:
+            self.at.now = random_state()
+            if self.every is not None and self.at.steps % self.every == 0:
+                self.save()
+            poll()
+
+    @contextmanager
+    def safe(self) -> Iterator[None]:
+        """Let SIGINT and SIGTERM wait for a checkpoint, where there are any."""
+        if self.checkpoints is None:
+            yield
+            return
+        with deferred():
+            try:
+                yield
+            except Interrupted:
+                self.save()
+                raise
+
+    def save(self) -> None:
+        """Write a checkpoint, where there is something that is not the start."""
+        if self.checkpoints is None or not self.at.steps:
+            return
+        at, validation = self.at, self.at.history[-1].validation if self.at.history and not self.at.batch else None
+        terms = [torch.cat(part) for part in zip(*at.terms, strict=True)]
+        content = {
+            "config": self.config,
+            "history": [tuple(epoch) for epoch in at.history],
+            "batch": at.batch, "steps": at.steps, "beta": at.beta, "terms": terms,
+            "seconds": time.perf_counter() - at.since if at.batch else 0.0,
+            "began": _stored(at.began if at.batch else random_state(self.batches)), "now": _stored(at.now),
+            "weights": self.best.weights.copy(),
+            "optim": optim_state(self.step.optim),
+            "best": {"elbo": self.best.elbo, "epochs_since": self.best.epochs_since, "weights": self.best.kept},
+            "graphs": self.step.graphs(),
+        }  # fmt: skip
+        self.checkpoints.save(at.steps, content, score=-math.inf if validation is None else validation.elbo)
+
+    def resume(self, resume: str | Path, model: Program, guide: Program, first: Batch) -> None:
+        """Put everything back as it was at a checkpoint.
+
+        :raises FileNotFoundError: where it is not there.
+        :raises ValueError: where it is damaged, or of another pair; ``MismatchError`` where it is of another version or
+            configuration.
+        """
+        found = self._find(resume)
+        if found is None:
+            logger.info("resume: there is no checkpoint yet, so the fit begins")
+            return
+        path, content = found
+        for key, was in content["config"].items():
+            if self.config.get(key) != was:
+                raise MismatchError(
+                    f"resume: {key} is {self.config.get(key)!r} but was {was!r} in {path}; expected the same, or begin anew in "
+                    "another folder"
+                )
+        store = pyro.get_param_store()
+        with untouched(training=False), torch.no_grad():  # parameters that exist only once the pair has run
+            run_pair(model, guide, *first.args, **first.kwargs)
+            made = store.get_state()
+        store.set_state(made)
+        copy_all(content["weights"], self.best.weights.tensors(), str(path))
+        set_optim_state(self.step.optim, content["optim"])
+        at, best = self.at, content["best"]
+        at.history = [Epoch.of(record) for record in content["history"]]
+        at.batch, at.steps, at.beta, at.seconds = (content[key] for key in ("batch", "steps", "beta", "seconds"))
+        at.terms = [ElboTerms(*content["terms"])] if content["terms"] else []
+        at.began, at.now = _unstored(content["began"]), _unstored(content["now"])
+        self.best.elbo, self.best.epochs_since, self.best.kept = best["elbo"], best["epochs_since"], best["weights"]
+        self.step.resume(content["graphs"])
+        logger.info("resume: from %s, after step %d", path, at.steps)
+
+    def _find(self, resume: str | Path) -> tuple[Path, Any] | None:
+        if resume not in ("last", "best"):
+            return Path(resume), read_checkpoint(Path(resume))
+        if self.checkpoints is None:
+            raise ValueError(f'resume: "{resume}" is one of the checkpoints in a folder; pass checkpoint=FOLDER, or a path')
+        if resume == "last":
+            return self.checkpoints.last()
+        found = self.checkpoints.best()
+        if found is None:
+            raise FileNotFoundError(f"resume: {self.checkpoints.folder} has no checkpoint of an epoch with validation data")
+        return found
+
+
+def random_state(batches: Batches | None = None) -> dict[str, Any]:
+    """The state of every generator: torch's, of each GPU too, Python's, numpy's, and those that the batches have of their
+    own."""
+    return pyro.util.get_rng_state() | {
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "own": [generator.get_state() for generator in batches.generators()] if batches is not None else [],
+    }
+
+
+def set_random_state(state: dict[str, Any], batches: Batches | None = None) -> None:
+    pyro.util.set_rng_state(state)
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if batches is not None:
+        for generator, own in zip(batches.generators(), state["own"], strict=True):
+            generator.set_state(own)
+
+
+def _stored(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A random state as a checkpoint holds it: the words of a generator as a tensor."""
+    if state is None:
+        return None
+    (version, words, gauss), (kind, keys, *rest) = state["random"], state["numpy"]
+    return state | {"random": [version, torch.tensor(words), gauss], "numpy": [kind, torch.from_numpy(keys.copy()), *rest]}
+
+
+def _unstored(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    if state is None:
+        return None
+    (version, words, gauss), (kind, keys, *rest) = state["random"], state["numpy"]
+    return state | {"random": (version, tuple(words.tolist()), gauss), "numpy": (kind, keys.numpy(), *rest)}
+
+
+def optim_state(optim: Any) -> dict[str, Any]:
+    """The state of one of Pyro's optimizers, by the names of the parameters."""
+    if isinstance(optim, OneOptimizer):
+        return {"": optim.optimizer.state_dict()}
+    found = {}
+    for name, p in pyro.get_param_store().named_parameters():
+        one = optim.optim_objs.get(p)
+        if one is not None:
+            wrapped = hasattr(one, "optimizer")  # by a learning-rate schedule
+            found[name] = (
+                {"scheduler": one.state_dict(), "optimizer": one.optimizer.state_dict()} if wrapped else one.state_dict()
+            )
+    return found
+
+
+def set_optim_state(optim: Any, state: dict[str, Any]) -> None:
+    """The optimizers are made at once, not at the next step, which is then a step like any other."""
+    if isinstance(optim, OneOptimizer):
+        optim.optimizer.load_state_dict(state[""])
+        return
+    optim.set_state(state)
+    params = [p for name, p in pyro.get_param_store().named_parameters() if name in state]
+    for p in params:
+        optim.optim_objs.pop(p, None)
+        p.grad = None  # so that nothing is moved
+    optim(params)
+
+
+def configuration(
+    batches: Batches, loss: ELBO, optim: Any, beta: Any, patience: int | None, clip_norm: float | None
+) -> dict[str, Any]:
+    """What must be as it was for a fit to go on."""
+    simple = {key: value for key, value in vars(loss).items() if isinstance(value, bool | int | float | str | type(None))}
+    whole = batches.whole.leaves() if isinstance(batches, InMemory) else []
+    return {
+        "num_data": batches.num_rows,
+        "num_batches": batches.num_batches,
+        "data": [_sum_of(tensor) for tensor in whole],
+        "loss": [type(loss).__name__, *(f"{key}={value}" for key, value in sorted(simple.items()))],
+        "optim": type(optim).__name__,
+        "beta": beta if isinstance(beta, int | float) else "a function",
+        "patience": patience,
+        "clip_norm": clip_norm,
+    }
+
+
+def _sum_of(tensor: Tensor) -> str:
+    raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"

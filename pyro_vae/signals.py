@@ -1,0 +1,65 @@
+"""SIGINT and SIGTERM while something is at work that is not to be cut in the middle."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_HANDLED = (signal.SIGINT, signal.SIGTERM)
+_waits: int | None = None  # the signal that came
+_anywhere = False  # whether the work may be cut wherever it is
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal waits: the work that it interrupts is to be put away."""
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Let the first SIGINT or SIGTERM wait until the block asks for it by :func:`poll`, at the latest until its end; then it
+    goes where it would have gone. A second one kills the process. Outside the main thread Python hands out no signals."""
+    global _waits
+    before = {number: signal.getsignal(number) for number in _HANDLED}
+    ours = threading.current_thread() is threading.main_thread() and _wait not in before.values()
+    if not ours or None in before.values():  # a handler that is not Python's could not be put back
+        yield
+        return
+    for number in _HANDLED:
+        signal.signal(number, _wait)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        came, _waits = _waits, None
+        if came is not None:
+            signal.raise_signal(came)
+
+
+def poll() -> None:
+    """Raise :class:`Interrupted` where a signal waits."""
+    if _waits is not None:
+        raise Interrupted
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within the block, work that leaves no mark, a signal need not wait: :class:`Interrupted` is raised wherever it comes."""
+    global _anywhere
+    poll()
+    before, _anywhere = _anywhere, True
+    try:
+        yield
+    finally:
+        _anywhere = before
+
+
+def _wait(number: int, _: FrameType | None) -> None:
+    global _waits
+    if _waits is not None:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+    _waits = number
+    if _anywhere:
+        raise Interrupted
