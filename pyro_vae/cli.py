@@ -443,8 +443,4 @@ def main() -> NoReturn:
         from pyro_vae.checkpoint import MismatchError
 
         _fail(78 if isinstance(error, MismatchError) else 65, error)
-    except RuntimeError as error:
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):
-            _fail(70, f"out of memory; lower --batch-size or --num-particles ({str(error).splitlines()[0]})")
-        raise
     sys.exit(0)

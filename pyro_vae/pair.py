@@ -71,6 +71,19 @@ class ElboTerms(NamedTuple):
         return f"{self.mean()}, {len(self.elbo)} data"
 
 
+@contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Raise ``MemoryError`` with that remedy where the block runs out of memory, of the machine or of a GPU."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        cause = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in cause
+        if short and remedy not in cause:
+            raise MemoryError(f"out of memory; {remedy} ({cause})") from error
+        raise
+
+
 def run_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> tuple[Trace, Trace]:
     """Traces of the model and of the guide, the model replayed against the guide's latents."""
     messenger = poutine.unwrap(guide)

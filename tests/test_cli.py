@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import get_args
 
@@ -394,25 +393,20 @@ def test_module_and_script_are_the_same():
     assert "--learning-rate" in done.stdout
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_runs_keep_their_last_epoch(tmp_path, request, number, code):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pyro_vae", "train", "-n", "100000", "--out", "a"],
-        stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits a deaf ear
-    )
-    request.addfinalizer(process.kill)
-    manifest = tmp_path / "a" / "weights" / "manifest.json"
-    for _ in range(600):
-        if manifest.exists():
-            break
-        time.sleep(0.1)
-    process.send_signal(number)
-    assert process.wait(timeout=60) == code
-    assert all(torch.isfinite(tensor).all() for tensor in weights_of("a").values())
-    assert not [file for file in os.listdir("a") if file.startswith(".")]
-    with runs.open_run(tmp_path / "a").loaded() as pair:
-        assert pair.vae.sample(2).shape == (2, 8, 8)
+def test_a_run_goes_on(run, tmp_path):
+    """By --resume alone, to where it was to go and beyond; what would make it another run is refused."""
+    assert run("train", "ring", "-n", 4, "--out", "whole", "--seed", 3)[0] == 0
+    assert run("train", "ring", "-n", 2, "--out", "a", "--seed", 3)[0] == 0
+    code, _, err = run("train", "--out", "a", "--resume", "last", "--latent-dim", 3)
+    assert (code, "--latent-dim is 3 but the run at a was begun with 2" in err) == (78, True)
+    assert run("train", "--out", "a", "--resume", "last", "-n", 4)[0] == 0
+    assert weights_file("a").read_bytes() == weights_file("whole").read_bytes()
+    ours, theirs = (Path(name, "metrics.jsonl").read_text().splitlines() for name in ("a", "whole"))
+    assert [json.loads(line)["train"] for line in ours] == [json.loads(line)["train"] for line in theirs]
+    assert json.loads(Path("a", "config.json").read_text())["num_epochs"] == 4
+    assert run("train", "ring", "-n", 1, "--out", "new", "--resume", "last")[0] == 0  # a job that restarts itself
+    assert run("train", "--resume", "last")[0] == 2
+    assert run("train", "ring", "--out", "a", "--resume", "nowhere")[0] == 66
 
 
 def test_the_words_of_the_command_line_are_the_registries():

@@ -39,7 +39,10 @@ def build(plan: list[Any]) -> nn.Module:
     try:
         for name, args, kwargs in plan:
             module, _, kind = name.rpartition(".")
-            cls = getattr(importlib.import_module(module), kind, None) if f"{module}.".startswith(_PLACES) else None
+            try:
+                cls = getattr(importlib.import_module(module), kind, None) if f"{module}.".startswith(_PLACES) else None
+            except ImportError:
+                cls = None
             if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
                 raise ValueError(f"{name} is no module of pyro_vae or torch, so it is not built; pass the pair's factory")
             made.append(cls(*_read(args, made), **_read(kwargs, made)))

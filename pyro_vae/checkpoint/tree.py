@@ -16,16 +16,19 @@ def flatten(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
-        return value if math.isfinite(value) else {"float": repr(value)}
+        return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, Tensor):
         name = name or "tensor"
         tensors[name] = value.detach().cpu().contiguous().clone()
-        return {"tensor": name}
+        return {"$tensor": name}
     if isinstance(value, list | tuple):
         items = [flatten(item, tensors, _join(name, i)) for i, item in enumerate(value)]
-        return {"tuple": items} if isinstance(value, tuple) else items
+        return {"$tuple": items} if isinstance(value, tuple) else items
     if isinstance(value, Mapping):
-        kind = "counts" if isinstance(value, Counter) else "dict"
+        plain = type(value) is not Counter and all(isinstance(key, str) and key[:1] != "$" for key in value)
+        if plain:
+            return {key: flatten(item, tensors, _join(name, key)) for key, item in value.items()}
+        kind = "$counts" if isinstance(value, Counter) else "$items"
         return {kind: [[flatten(key, {}), flatten(item, tensors, _join(name, key))] for key, item in value.items()]}
     raise ValueError(
         f"checkpoint: {name or 'the state'} is of type {type(value).__name__}, which is not stored; expected numbers, words, "
@@ -39,15 +42,18 @@ def unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         return [unflatten(item, tensors) for item in tree]
     if not isinstance(tree, dict):
         return tree
-    ((kind, content),) = tree.items()
-    if kind == "tensor":
+    kind = next(iter(tree), "")
+    if kind[:1] != "$":
+        return {key: unflatten(item, tensors) for key, item in tree.items()}
+    content = tree[kind]
+    if kind == "$tensor":
         return tensors[content]
-    if kind == "float":
+    if kind == "$float":
         return float(content)
-    if kind == "tuple":
+    if kind == "$tuple":
         return tuple(unflatten(item, tensors) for item in content)
     items = {unflatten(key, {}): unflatten(item, tensors) for key, item in content}
-    return {"dict": dict, "counts": Counter}[kind](items)
+    return {"$items": dict, "$counts": Counter}[kind](items)
 
 
 def _join(name: str, key: Any) -> str:

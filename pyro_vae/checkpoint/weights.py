@@ -56,7 +56,7 @@ def load(path: Path | str, factory: Callable[[], Any] | None = None, *args: Any,
     content = read(Path(path), _KIND)
     if factory is None and content["plan"] is None:
         raise ValueError(f"{path}: its pair is not made of pyro_vae's parts alone; pass the factory that makes it")
-    pair = build(content["plan"]) if factory is None else factory()
+    pair = _built(content) if factory is None else factory()
     batch = as_arguments(args, kwargs) if args or kwargs else None
     state = put(content["weights"], *_programs(pair), batch, str(path))
     for name, value in state["params"].items():
@@ -82,9 +82,14 @@ def put(stored: dict[str, Tensor], model: Program, guide: Program, batch: Batch 
     return state
 
 
+def _built(content: dict[str, Any]) -> nn.Module:
+    pair, dtypes = build(content["plan"]), {t.dtype for t in content["weights"].values() if t.is_floating_point()}
+    return pair.to(dtype=dtypes.pop()) if len(dtypes) == 1 else pair
+
+
 def copy_all(stored: dict[str, Tensor], own: dict[str, Tensor], path: str) -> None:
-    """Copy each tensor into that of its name. Raises ``ValueError`` where names or shapes differ."""
-    shapes, expected = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (stored, own))
+    """Copy each tensor into that of its name. Raises ``ValueError`` where names, shapes or dtypes differ."""
+    shapes, expected = ({name: f"{tuple(t.shape)} {t.dtype}" for name, t in each.items()} for each in (stored, own))
     if shapes != expected:
         differing = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
         name = differing[0]

@@ -17,7 +17,9 @@ from pyro_vae.infer.problems import (
     plates_of,
     reach_problems,
 )
-from pyro_vae.pair import Program, data_plates, run_pair, sampled, untouched
+from pyro_vae.pair import Program, data_plates, enough_memory, run_pair, sampled, untouched
+
+LESS = "lower the batch size (--batch-size), or the number of particles"
 
 
 class SiteReport(NamedTuple):
@@ -115,7 +117,10 @@ def check_observed(model_trace: Trace, batch: Batch, where: str) -> None:
 
 def _run(model: Program, guide: Program, batch: Batch) -> tuple[Trace, Trace]:
     try:
-        return run_pair(model, guide, *batch.args, **batch.kwargs)
+        with enough_memory(LESS):
+            return run_pair(model, guide, *batch.args, **batch.kwargs)
+    except MemoryError:
+        raise
     except Exception as error:
         cause = str(error).split("\n", 1)[0]  # Pyro appends the shapes of the whole trace
         shapes = {name: tuple(part.shape) for name, part in batch.tensors.items()}

@@ -24,12 +24,12 @@ from pyro_vae.batches import Batch, InMemory, as_batches
 from pyro_vae.checkpoint import Checkpoints
 from pyro_vae.data import Data
 from pyro_vae.graphs import has_compiler
-from pyro_vae.infer.check import check_first_batch
+from pyro_vae.infer.check import LESS, check_first_batch
 from pyro_vae.infer.evaluate import evaluate
 from pyro_vae.infer.minibatch import MinibatchSVI
 from pyro_vae.infer.state import Best, Epoch, Keeper, Position, Weights, configuration
 from pyro_vae.infer.svi import Compile
-from pyro_vae.pair import MeanElbo, Program, check_plates, data_plates, run_pair, untouched
+from pyro_vae.pair import MeanElbo, Program, check_plates, data_plates, enough_memory, run_pair, untouched
 
 logger = logging.getLogger(__name__)
 Beta = float | Callable[[float], float]
@@ -172,7 +172,7 @@ def train(
     with tqdm(total=epochs * batches.num_batches, unit="step", disable=None if progress is None else not progress) as bar:
         bar.update(at.steps)
         while at.epoch <= epochs and not best.waited(patience):
-            with store.scope(state), keeper.safe():
+            with store.scope(state), keeper.safe(), enough_memory(LESS):
                 step.begin_epoch(quiet=isinstance(batches, InMemory) and not callable(beta))
                 for batch in at.rest(batches):
                     elapsed = at.epoch - 1 + at.batch / batches.num_batches

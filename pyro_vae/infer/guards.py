@@ -7,7 +7,7 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -246,7 +246,8 @@ def _put(where: Any, key: Any, value: Any) -> None:
     elif isinstance(where, _Cell):
         where.cell.cell_contents = value
     elif isinstance(where, _Attributes):
-        setattr(where.value, key, value)
+        with suppress(AttributeError):  # what a property computes is not written
+            setattr(where.value, key, value)
 
 
 def _in_library(name: str) -> bool:

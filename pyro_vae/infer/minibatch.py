@@ -64,33 +64,27 @@ class MinibatchSVI(SVI):
         unbounded = isinstance(self.elbo, TraceTailAdaptive_ELBO)
         if not unbounded and not math.isfinite(sum(value) if isinstance(value, tuple) else value):
             raise FloatingPointError(
-                f"fit: the loss is {value} at {self.where}{self._not_finite()}; no parameter was moved by it. Lower the "
+                f"fit: the loss is {value} at {self.where}{self._improbable()}; no parameter was moved by it. Lower the "
                 "learning rate, raise min_scale, or check the data"
             )
         self.terms = self._terms(value)  # now, since a guide's distributions hold parameters that are about to move
         trained = [p for _, p in pyro.get_param_store().named_parameters() if p.grad is not None]
-        self.accept([p.grad for p in trained if p.grad is not None])
+        self.accept(trained, [p.grad for p in trained if p.grad is not None])
         return value
 
     @torch.no_grad()
-    def accept(self, gradients: Sequence[Tensor]) -> None:
+    def accept(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Raise ``FloatingPointError`` for gradients that are not finite, before the optimizer moves; clip the others."""
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
             raise FloatingPointError(
-                f"fit: the loss is finite but its gradient is not, at {self.where}: that of {self._named(gradients)}; no "
-                "parameter was moved by it. Lower the learning rate, or check the model where it is not smooth"
+                f"fit: the loss is finite but its gradient is not, at {self.where}: that of {_not_finite(params, gradients)}; "
+                "no parameter was moved by it. Lower the learning rate, or check the model where it is not smooth"
             )
         if self.clip_norm is not None and norm > self.clip_norm:
             torch._foreach_mul_(list(gradients), (self.clip_norm / norm).item())
 
-    def _named(self, gradients: Sequence[Tensor]) -> str:
-        """The parameters of gradients that are not finite; where only their squares overflow, the largest."""
-        bad = [g.shape for g in gradients if not g.isfinite().all()] or [max(gradients, key=lambda g: g.abs().max()).shape]
-        names = [name for name, p in pyro.get_param_store().named_parameters() if p.shape in bad]
-        return ", ".join(map(repr, names))
-
-    def _not_finite(self) -> str:
+    def _improbable(self) -> str:
         """The sites whose log-probability is not finite."""
         for side, handler in zip(("model", "guide"), self.handlers, strict=True):
             for name, site in sampled(handler.traces[-1]) if handler.traces else ():
@@ -133,3 +127,9 @@ class MinibatchSVI(SVI):
                 value = self.elbo.loss(*self.programs, *self.batch.args, **self.batch.kwargs)
             return ElboTerms.of_batch(-value / self.num_data, self.batch.num_rows)
         return self.report(list(zip(models, guides, strict=True)))
+
+
+def _not_finite(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> str:
+    """The names of the parameters whose gradients are not finite, of all where only their norm is not."""
+    bad = [p for p, g in zip(params, gradients, strict=True) if not g.isfinite().all()] or params
+    return ", ".join(repr(name) for name, p in pyro.get_param_store().named_parameters() if any(p is q for q in bad))

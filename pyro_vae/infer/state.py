@@ -297,13 +297,13 @@ def configuration(
     batches: Batches, loss: ELBO, optim: Any, beta: Any, patience: int | None, clip_norm: float | None
 ) -> dict[str, Any]:
     """What must be as it was for a fit to go on."""
-    simple = {key: value for key, value in vars(loss).items() if isinstance(value, bool | int | float | str | type(None))}
+    simple = {key: getattr(loss, key) for key in ("num_particles", "vectorize_particles", "alpha") if hasattr(loss, key)}
     whole = batches.whole.leaves() if isinstance(batches, InMemory) else []
     return {
         "num_data": batches.num_rows,
         "num_batches": batches.num_batches,
         "data": [_sum_of(tensor) for tensor in whole],
-        "loss": [type(loss).__name__, *(f"{key}={value}" for key, value in sorted(simple.items()))],
+        "loss": {"name": type(loss).__name__} | simple,
         "optim": type(optim).__name__,
         "beta": beta if isinstance(beta, int | float) else "a function",
         "patience": patience,

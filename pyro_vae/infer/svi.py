@@ -88,7 +88,7 @@ class SVI(pyro.infer.SVI):
             for buffer, before in buffers:
                 buffer.copy_(before)
             return super().step(*args, **kwargs)
-        self.accept(gradients)
+        self.accept(signature.step.params, gradients)
         signature.move(gradients, quiet=self._quiet)
         self.reported = reported
         return value
@@ -102,8 +102,8 @@ class SVI(pyro.infer.SVI):
         signature.seen = seen
         return loss
 
-    def accept(self, gradients: Sequence[Tensor]) -> None:
-        """Called with the gradients of a step before the optimizer moves: a subclass may change them in place, or raise."""
+    def accept(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Called before the optimizer moves: a subclass may change the gradients in place, or raise."""
 
     def graphs(self) -> list[str]:
         """The arguments whose next step is, or may be, that of a graph."""

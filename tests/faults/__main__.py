@@ -1,0 +1,43 @@
+"""Do to small runs what happens to large ones, and count what survives: ``python -m tests.faults [ROW …]``."""
+
+import sys
+import tempfile
+import time
+
+from tests.faults import damage, interruptions
+
+ROWS = {
+    "exact resume": interruptions.exact_resume,
+    "crash during a save": interruptions.crash_during_save,
+    "SIGTERM, SIGINT": interruptions.signals,
+    "corruption": damage.corruption,
+    "untrusted pickle": damage.untrusted_pickle,
+    "disk full": damage.disk_full,
+    "out of memory": damage.out_of_memory,
+    "NaN or infinity in data": damage.data_not_finite,
+    "NaN gradient": damage.gradient_not_finite,
+    "values outside the support": damage.grey_pixels,
+    "param-store leakage": interruptions.two_fits,
+    "version mismatch": damage.versions,
+    "dataset integrity": damage.dataset_integrity,
+    "bombs": damage.bombs,
+    "reproducibility": interruptions.reproducibility,
+}
+
+
+def main(names):
+    print("| risk | tried | survived | seconds |\n|---|---|---|---|", flush=True)
+    lost = []
+    for name in names or ROWS:
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            found = list(ROWS[name](folder))
+        survived = sum(bool(fine) for _, fine in found)
+        print(f"| {name} | {len(found)} | {survived} | {time.perf_counter() - start:.0f} |", flush=True)
+        lost += [f"{name}: {what}" for what, fine in found if not fine]
+    print(*lost, sep="\n", file=sys.stderr)
+    return bool(lost)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

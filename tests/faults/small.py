@@ -1,0 +1,92 @@
+"""What the faults are done to: a small pair and its fit, as a process of its own."""
+
+import hashlib
+import multiprocessing
+import os
+import sys
+import threading
+from pathlib import Path
+
+import pyro
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from tqdm import tqdm
+
+import pyro_vae as pv
+from pyro_vae import cli, conditionals, nets, priors
+
+LOSSES = {
+    "Trace_ELBO": Trace_ELBO,
+    "TraceMeanField_ELBO": TraceMeanField_ELBO,
+    "IWAE": lambda: RenyiELBO(alpha=0, num_particles=3),
+}
+# processes that have torch and Pyro loaded, and no threads yet
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["pyro_vae.infer", "pyro_vae.runs", "tests.faults.small"])
+
+
+def make_vae(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return pv.VAE(
+        prior=priors.StandardNormal(2),
+        decoder=conditionals.Normal(nets.MLP(2, (30,)), event_shape=4),
+        encoder=conditionals.Normal(nets.MLP(4, (30,)), event_shape=2),
+    )
+
+
+def make_data(n=1010):
+    noise = torch.Generator().manual_seed(3)
+    return torch.randn(n, 2, generator=noise) @ torch.randn(2, 4, generator=noise) + 0.3 * torch.randn(n, 4, generator=noise)
+
+
+def sum_of(tensors):
+    """SHA-256 of their bits."""
+    return hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+
+
+def train(loss="Trace_ELBO", *, vae=None, seed=1, epochs=8, compile="trace", **options):
+    """A fit with everything that can be lost in it: a schedule, early stopping, a last batch of another size."""
+    torch.set_num_threads(1)
+    vae, x = vae or make_vae(), make_data()
+    optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.9})
+    pyro.set_rng_seed(seed)
+    history = pv.fit(
+        vae.model, vae.guide, x[:1000], validation=x[1000:], loss=LOSSES[loss](), optim=optim, epochs=epochs, batch_size=30,
+        patience=epochs, compile=compile, **options,
+    )  # fmt: skip
+    return vae, history
+
+
+def outcome(folder, *args, **kwargs):
+    """Train, and leave the sum of the parameters in a file."""
+    vae, _ = train(*args, **kwargs)
+    Path(folder, "sum").write_text(sum_of(vae.parameters()))
+
+
+def run(target, *args, timeout=120, **kwargs):
+    """A call in a process of its own; its exit code, minus the number of the signal that killed it."""
+    process = CONTEXT.Process(target=_quiet, args=(target, args, kwargs))
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return "hangs"
+    return process.exitcode
+
+
+def _quiet(target, args, kwargs):
+    """Nothing on the terminal but the last line of what was said, in ``$SAID`` where that is set."""
+    said = kwargs.pop("said", os.devnull)
+    with open(said, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    tqdm.set_lock(threading.RLock())  # no semaphore that outlives a process that is killed
+    target(*args, **kwargs)
+
+
+def command(*words):
+    """The command line, in this process."""
+    torch.set_num_threads(1)
+    sys.argv = ["pyro-vae", *map(str, words)]
+    cli.main()
