@@ -181,7 +181,7 @@ class Keeper:
             "weights": self.best.weights.copy(),
             "optim": optim_state(self.step.optim),
             "best": {"elbo": self.best.elbo, "epochs_since": self.best.epochs_since, "weights": self.best.kept},
-            "graphs": self.step.graphs(),
+            "graphs": self.step.graphs(), "max_plate_nesting": self.step.elbo.max_plate_nesting,
         }  # fmt: skip
         self.checkpoints.save(at.steps, content, score=-math.inf if validation is None else validation.elbo)
 
@@ -217,6 +217,7 @@ class Keeper:
         at.began, at.now = _unstored(content["began"]), _unstored(content["now"])
         self.best.elbo, self.best.epochs_since, self.best.kept = best["elbo"], best["epochs_since"], best["weights"]
         self.step.resume(content["graphs"])
+        self.step.elbo.max_plate_nesting = content["max_plate_nesting"]  # or Pyro draws again to guess it
         logger.info("resume: from %s, after step %d", path, at.steps)
 
     def _find(self, resume: str | Path) -> tuple[Path, Any] | None:
@@ -285,12 +286,15 @@ def set_optim_state(optim: Any, state: dict[str, Any]) -> None:
     if isinstance(optim, OneOptimizer):
         optim.optimizer.load_state_dict(state[""])
         return
-    optim.set_state(state)
-    params = [p for name, p in pyro.get_param_store().named_parameters() if name in state]
-    for p in params:
-        optim.optim_objs.pop(p, None)
-        p.grad = None  # so that nothing is moved
-    optim(params)
+    for name, p in pyro.get_param_store().named_parameters():
+        if name in state:
+            one, kept = optim._get_optim(p), state[name]
+            optim.optim_objs[p], optim.grad_clip[p] = one, optim._get_grad_clip(p)
+            if hasattr(one, "optimizer"):
+                one.load_state_dict(kept["scheduler"])
+                one.optimizer.load_state_dict(kept["optimizer"])
+            else:
+                one.load_state_dict(kept)
 
 
 def configuration(
