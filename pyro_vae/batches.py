@@ -92,6 +92,8 @@ class InMemory(Batches):
         self.whole = whole
         self.num_rows = whole.num_rows
         self.batch_size = min(batch_size, self.num_rows)
+        self._rank, self._size = 0, 1
+        self._shared: torch.Generator | None = None
         self._take = take or (lambda rows: whole.map(lambda part: part.index_select(0, rows.to(part.device))))
 
     def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
@@ -99,8 +101,17 @@ class InMemory(Batches):
             # in the data's own order: a guide with parameters for each datum meets its rows where it left them
             order = torch.arange(self.num_rows)
         else:
-            order = torch.randperm(self.num_rows) if shuffle else torch.arange(self.num_rows)
-        return (self._take(rows) for rows in order.split(self.batch_size))
+            order = torch.randperm(self.num_rows, generator=self._shared) if shuffle else torch.arange(self.num_rows)
+        parts = ((rows, rows[self._rank :: self._size]) for rows in order.split(self.batch_size))
+        return (self._take(own if len(own) else rows[:1]) for rows, own in parts if len(own) or shuffle)
+
+    def share(self, rank: int, size: int, seed: int) -> None:
+        """Take every ``size``-th row of each minibatch from ``rank`` on, the order of the data drawn from that seed. A shuffled
+        minibatch that has none for this process is its first row, which is to count for nothing: all take equal steps."""
+        self._rank, self._size, self._shared = rank, size, torch.Generator().manual_seed(seed)
+
+    def generators(self) -> list[torch.Generator]:
+        return [] if self._shared is None else [self._shared]
 
     @property
     def num_batches(self) -> int:

@@ -77,7 +77,7 @@ def train(
     the same end as if it had not been: all other options are the run's, and with more --num-epochs it trains on."""
     import pyro
 
-    from pyro_vae import build, runs
+    from pyro_vae import build, infer, runs
 
     families = {"likelihood": likelihood, "guide": guide, "prior": prior, "latent_dim": latent_dim, "hidden": _widths(hidden)}
     given = {"num_epochs": num_epochs, "learning_rate": learning_rate, "warm_up": warm_up} | families
@@ -91,7 +91,10 @@ def train(
         beta=_finite("--beta", beta), patience=patience, seed=seed, dtype=dtype,
     )  # fmt: skip
     _finite("--learning-rate", config.learning_rate)
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     _check_device(device)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, the one that speaks
     folder = out or runs.fresh(Path("runs") / dataset)
     if resume is not None:
         config = _to_go_on(context, out, overwrite, config)
@@ -101,20 +104,15 @@ def train(
     config = replace(config, event_shape=tuple(train_data.x.shape[1:]), num_levels=train_data.num_levels)
     pyro.set_rng_seed(config.seed)
     own = build.build_pair(config, train_data)
-    _say(f"{train_data}, {len(test)} held out -> {folder}")
-    run = runs.train(
-        folder,
-        config,
-        own,
-        train_data,
-        test,
-        device=device,
-        overwrite=overwrite,
-        clip_norm=clip_norm,
-        every=every,
-        resume=resume,
-        say=_say,
-    )
+    say = _say if first else lambda _: None
+    say(f"{train_data}, {len(test)} held out -> {folder}")
+    with infer.torchrun(device):
+        run = runs.train(
+            folder, config, own, train_data, test, device=device, overwrite=overwrite, clip_norm=clip_norm, every=every,
+            resume=resume, say=say,
+        )  # fmt: skip
+    if not first:
+        return
     kept, epochs = run.kept(), run.history()
     with run.loaded(test.x[:2]) as trained:
         _draw(run.path / "plots", dict(runs.pictures(run, trained, test)))

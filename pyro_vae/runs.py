@@ -146,6 +146,8 @@ def train(
     ):  # fmt: skip
         if epoch.epoch == 1 or epoch.epoch % max(1, config.num_epochs // 20) == 0:
             say(_line(epoch))
+    if infer.Group().rank:  # the first process writes for all
+        return Run(path, config)
     run = kept.run or kept.make()
     with pyro.get_param_store().scope(store):
         run.save(pair)  # early stopping went back to the best

@@ -50,6 +50,19 @@ def write(path: Path, kind: str, content: Any, **about: Any) -> None:
             other.unlink(missing_ok=True)
 
 
+def pack(content: Any) -> bytes:
+    """``content`` in one piece, for another process."""
+    tensors: dict[str, Tensor] = {}
+    tree = flatten(content, tensors)
+    return to_bytes(tensors, {"content": json.dumps(tree)})
+
+
+def unpack(packed: bytes) -> Any:
+    """What :func:`pack` was given."""
+    header = json.loads(packed[8 : 8 + int.from_bytes(packed[:8], "little")])
+    return unflatten(json.loads(header["__metadata__"]["content"]), read_tensors(packed))
+
+
 def read(path: Path, kind: str) -> Any:
     """What :func:`write` stored.
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
 
-from pyro_vae.batches import Batch, as_batches, fitting
+from pyro_vae.batches import Batch, Batches, as_batches, fitting
 from pyro_vae.data import Data
 from pyro_vae.pair import (
     ElboTerms,
@@ -47,6 +47,13 @@ def evaluate(
     Plain functions keep their parameters in Pyro's param store: evaluate within ``with history.scope():``.
     """
     batches = as_batches(data.fixed() if isinstance(data, Data) else data, batch_size)
+    return evaluate_batches(model, guide, batches, loss=loss, num_particles=num_particles, seed=seed)
+
+
+def evaluate_batches(
+    model: Program, guide: Program, batches: Batches, *, loss: ELBO | None, num_particles: int = 1, seed: int = 0
+) -> ElboTerms:
+    """:func:`evaluate` on minibatches."""
     parts: list[ElboTerms] = []
     with untouched(training=False, seed=seed), torch.no_grad():
         plates: frozenset[str] | None = None
@@ -63,7 +70,8 @@ def evaluate(
                 for _ in range(num_particles)
             ]
             parts.append(ElboTerms(*(torch.stack(part).mean(0) for part in zip(*draws, strict=True))))
-    return ElboTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    empty = torch.zeros(0)  # where other processes have all rows
+    return ElboTerms(*(torch.cat(part) for part in zip(*parts, strict=True))) if parts else ElboTerms(empty, empty, empty)
 
 
 def _enumerated(

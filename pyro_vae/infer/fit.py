@@ -20,12 +20,13 @@ from pyro.infer import (
 from pyro.optim import Adam, PyroLRScheduler, PyroOptim
 from tqdm import tqdm
 
-from pyro_vae.batches import Batch, InMemory, as_batches
+from pyro_vae.batches import Batch, Batches, InMemory, as_batches
 from pyro_vae.checkpoint import Checkpoints
 from pyro_vae.data import Data
 from pyro_vae.graphs import has_compiler
 from pyro_vae.infer.check import LESS, check_first_batch
-from pyro_vae.infer.evaluate import evaluate
+from pyro_vae.infer.evaluate import evaluate_batches
+from pyro_vae.infer.group import Group
 from pyro_vae.infer.minibatch import MinibatchSVI
 from pyro_vae.infer.state import Best, Epoch, Keeper, Position, Weights, configuration
 from pyro_vae.infer.svi import Compile
@@ -91,7 +92,8 @@ def fit(
     :param loss: one of Pyro's ELBO objects, by default ``Trace_ELBO()``.
     :param optim: one of Pyro's optimizers, by default Adam at 1e-3; a scheduler steps once an epoch.
     :param batch_size: ``None`` takes all data at once. A minibatch of B stands for all N data: sites in the data plate are
-        scaled by N/B where the model does not subsample itself, so latents that all data share are weighted right.
+        scaled by N/B where the model does not subsample itself, so latents that all data share are weighted right. Several
+        processes (a process group of torch) share its rows out, and train as one would: tensors, arrays or ``Data`` only.
         A guide with parameters for each datum, such as an autoguide of a local latent, needs ``None``.
     :param validation: data whose ELBO is evaluated after each epoch.
     :param beta: weight of the latent terms, log p(z) − log q(z|x), a number or a function of the epochs elapsed (a
@@ -151,7 +153,7 @@ def train(
     if isinstance(checkpoint, Path | str):
         checkpoint = Checkpoints(Path(checkpoint))
     _check_options(loss, epochs, validation, patience, clip_norm, checkpoint, every, resume)
-    batches = as_batches(data, batch_size)
+    batches, group = as_batches(data, batch_size), Group()
     state = param_store if param_store is not None else {"params": {}, "constraints": {}}
     store = pyro.get_param_store()
     with store.scope(state.copy()):
@@ -160,16 +162,16 @@ def train(
         check_plates(plates, first, batches.num_rows)
         if beta != 1.0:
             _check_annealing(model, guide, first)
-    if isinstance(validation, Data):
-        validation = validation.fixed()
-    step = MinibatchSVI(model, guide, loss, optim, plates, batches, annealed=beta != 1.0, clip_norm=clip_norm)
+    held_out = _held_out(validation, batch_size)
+    step = MinibatchSVI(model, guide, loss, optim, plates, batches, annealed=beta != 1.0, clip_norm=clip_norm, group=group)
     at, best = Position(), Best(Weights(modules))
-    keeper = Keeper(checkpoint, every, at, best, step, batches, configuration(batches, loss, optim, beta, patience, clip_norm))
-    if resume is not None:
-        with store.scope(state):
-            keeper.resume(resume, model, guide, first)
-        yield from at.history
-    with tqdm(total=epochs * batches.num_batches, unit="step", disable=None if progress is None else not progress) as bar:
+    config = configuration(batches, loss, optim, beta, patience, clip_norm, group)
+    keeper = Keeper(checkpoint, every, at, best, step, batches, config)
+    with store.scope(state):
+        keeper.begin(resume, model, guide, first, held_out)
+    yield from at.history
+    quiet = not progress if progress is not None else None if group.rank == 0 else True
+    with tqdm(total=epochs * batches.num_batches, unit="step", disable=quiet) as bar:
         bar.update(at.steps)
         while at.epoch <= epochs and not best.waited(patience):
             with store.scope(state), keeper.safe(), enough_memory(LESS):
@@ -179,19 +181,20 @@ def train(
                     at.beta = beta(elapsed) if callable(beta) else float(beta)
                     batch = Batch(batch.args[: len(first.args)], batch.kwargs)
                     step.compile = _pays(compile, epochs * (batches.num_batches if batch.num_rows == first.num_rows else 1))
-                    at.terms.append(step.on(batch, at.beta, f"epoch {at.epoch}, batch {at.batch} (step {at.steps + 1})"))
+                    where = f"epoch {at.epoch}, batch {at.batch} (step {at.steps + 1})"
+                    at.terms.append(step.on(batch, at.beta, group.weight(batches, at.batch), where))
                     keeper.stepped()
                     bar.update()
-                held_out = None
-                if validation is not None:
-                    size = None if batch_size is None else max(batch_size, 500)
-                    held_out = evaluate(model, guide, validation, loss=loss, batch_size=size).mean()
-                record = at.close(held_out)
-                _step_schedule(optim, record)
+                reached = None
                 if held_out is not None:
-                    best.see(held_out.elbo, patience)
+                    group.agree(best.weights.buffers())
+                    reached = group.terms(evaluate_batches(model, guide, held_out, loss=loss, seed=group.rank)).mean()
+                record = at.close(reached, group)
+                _step_schedule(optim, record)
+                if reached is not None:
+                    best.see(reached.elbo, patience)
                 keeper.save()
-            bar.set_postfix(epoch=record.epoch, train=f"{record.train.elbo:.2f}", **_held_out(held_out))
+            bar.set_postfix(epoch=record.epoch, train=f"{record.train.elbo:.2f}", **_shown(reached))
             if record.epoch == epochs:
                 logger.info("fit ran as\n%s", step.explain())
             yield record
@@ -253,5 +256,12 @@ def _step_schedule(optim: PyroOptim, record: Epoch) -> None:
         optim.step(-watched.elbo) if plateau else optim.step()
 
 
-def _held_out(mean: MeanElbo | None) -> dict[str, str]:
+def _held_out(validation: Any, batch_size: int | None) -> Batches | None:
+    if validation is None:
+        return None
+    fixed = validation.fixed() if isinstance(validation, Data) else validation
+    return as_batches(fixed, None if batch_size is None else max(batch_size, 500))
+
+
+def _shown(mean: MeanElbo | None) -> dict[str, str]:
     return {} if mean is None else {"held_out": f"{mean.elbo:.2f}"}

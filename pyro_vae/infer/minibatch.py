@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_vae.batches import Batch, Batches, InMemory
 from pyro_vae.infer.check import check_observed
+from pyro_vae.infer.group import Group
 from pyro_vae.infer.svi import SVI
 from pyro_vae.infer.traced import Traces
 from pyro_vae.pair import ElboTerms, Program, Reweighted, elbo_terms, sampled
@@ -32,8 +33,10 @@ class MinibatchSVI(SVI):
         *,
         annealed: bool,
         clip_norm: float | None,
+        group: Group,
     ) -> None:
         self.plates, self.num_data, self.clip_norm = plates, batches.num_rows, clip_norm
+        self.group, self.weight = group, 1.0
         self.loaded = not isinstance(batches, InMemory)  # data in memory were checked before the first step
         self.batch, self.where = Batch((), {}), ""
         self.beta = torch.ones(()) if annealed else None  # a tensor, whose value a graph reads anew at each step
@@ -74,7 +77,8 @@ class MinibatchSVI(SVI):
 
     @torch.no_grad()
     def accept(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Raise ``FloatingPointError`` for gradients that are not finite, before the optimizer moves; clip the others."""
+        """Average the gradients over processes, raise ``FloatingPointError`` where they are not finite, and clip them."""
+        self.group.average(gradients, self.weight)
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
             raise FloatingPointError(
@@ -97,16 +101,20 @@ class MinibatchSVI(SVI):
         if self.handlers[0].traces:
             check_observed(self.handlers[0].traces[-1], self.batch, f"fit: {self.where}")
 
-    def on(self, batch: Batch, beta: float, where: str) -> ElboTerms:
-        """The step, its loss annealed by β; the terms are not."""
-        self.batch, self.where = batch, where
+    def on(self, batch: Batch, beta: float, weight: float, where: str) -> ElboTerms:
+        """The step, its loss annealed by β; the terms are not.
+
+        :param weight: of this process in the mean over all; 0 where the batch stands in for rows that it has not.
+        """
+        self.batch, self.weight, self.where = batch, weight, where
         if self.beta is not None:
             self.beta.fill_(beta)
         for handler in self.handlers:
             handler.num_rows = batch.num_rows
             handler.traces.clear()
         self.step(*batch.args, **batch.kwargs)
-        return self.terms if self.reported is None else ElboTerms(*self.reported)
+        terms = self.terms if self.reported is None else ElboTerms(*self.reported)
+        return terms if weight else ElboTerms(*(part[:0] for part in terms))
 
     def report(self, traces: Traces) -> ElboTerms:
         particles = self.elbo.num_particles // len(traces)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from pyro_vae.batches import Batch, Batches, InMemory
 from pyro_vae.checkpoint import Checkpoints, MismatchError, copy_all, read_checkpoint
+from pyro_vae.infer.group import Group
 from pyro_vae.infer.minibatch import MinibatchSVI
 from pyro_vae.infer.svi import OneOptimizer
 from pyro_vae.pair import ElboTerms, MeanElbo, Program, run_pair, untouched
-from pyro_vae.signals import Interrupted, deferred, poll
+from pyro_vae.signals import Interrupted, deferred, waiting
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +52,11 @@ class Weights:
         self.modules = modules
 
     def tensors(self) -> dict[str, Tensor]:
-        buffers = {
-            f"buffers.{i}.{name}": buffer
-            for i, module in enumerate(self.modules)
-            for name, buffer in module.named_buffers(recurse=False)
-        }
+        buffers = {f"buffers.{i}": buffer for i, buffer in enumerate(self.buffers())}
         return {f"params.{name}": value for name, value in pyro.get_param_store().named_parameters()} | buffers
+
+    def buffers(self) -> list[Tensor]:
+        return [buffer for module in self.modules for buffer in module.buffers(recurse=False)]
 
     def copy(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
@@ -118,9 +118,9 @@ class Position:
             set_random_state(self.now)
         return coming
 
-    def close(self, validation: MeanElbo | None) -> Epoch:
-        """The record of this epoch; the next begins."""
-        terms = ElboTerms(*(torch.cat(part) for part in zip(*self.terms, strict=True)))
+    def close(self, validation: MeanElbo | None, group: Group) -> Epoch:
+        """The record of this epoch, of all processes; the next begins."""
+        terms = group.terms(ElboTerms(*(torch.cat(part) for part in zip(*self.terms, strict=True))))
         record = Epoch(self.epoch, self.beta, terms.mean(), validation, time.perf_counter() - self.since)
         self.history.append(record)
         self.batch, self.terms, self.seconds, self.began, self.now = 0, [], 0.0, None, None
@@ -141,7 +141,7 @@ class Keeper:
         config: dict[str, Any],
     ) -> None:
         self.checkpoints, self.every, self.at, self.best = checkpoints, every, at, best
-        self.step, self.batches, self.config = step, batches, config
+        self.step, self.batches, self.config, self.group = step, batches, config, step.group
 
     def stepped(self) -> None:
         """After each step."""
@@ -151,7 +151,8 @@ class Keeper:
             self.at.now = random_state()
             if self.every is not None and self.at.steps % self.every == 0:
                 self.save()
-            poll()
+            if self.group.any(waiting()):
+                raise Interrupted
 
     @contextmanager
     def safe(self) -> Iterator[None]:
@@ -159,7 +160,7 @@ class Keeper:
         if self.checkpoints is None:
             yield
             return
-        with deferred():
+        with deferred(anywhere=self.group.size == 1):  # processes that wait for one another stop together
             try:
                 yield
             except Interrupted:
@@ -167,25 +168,50 @@ class Keeper:
                 raise
 
     def save(self) -> None:
-        """Write a checkpoint, where there is something that is not the start."""
+        """Write a checkpoint, where there is something that is not the start. The first process writes for all."""
         if self.checkpoints is None or not self.at.steps:
             return
-        at, validation = self.at, self.at.history[-1].validation if self.at.history and not self.at.batch else None
+        at = self.at
+        began = at.began if at.batch else random_state(self.batches)
         terms = [torch.cat(part) for part in zip(*at.terms, strict=True)]
+        ranks = self.group.all({"began": _stored(began), "now": _stored(at.now), "terms": terms})
+        if self.group.rank:
+            self.group.any(False)
+            return
+        validation = at.history[-1].validation if at.history and not at.batch else None
         content = {
             "config": self.config,
             "history": [tuple(epoch) for epoch in at.history],
-            "batch": at.batch, "steps": at.steps, "beta": at.beta, "terms": terms,
+            "batch": at.batch, "steps": at.steps, "beta": at.beta, "ranks": ranks,
             "seconds": time.perf_counter() - at.since if at.batch else 0.0,
-            "began": _stored(at.began if at.batch else random_state(self.batches)), "now": _stored(at.now),
             "weights": self.best.weights.copy(),
             "optim": optim_state(self.step.optim),
             "best": {"elbo": self.best.elbo, "epochs_since": self.best.epochs_since, "weights": self.best.kept},
             "graphs": self.step.graphs(), "max_plate_nesting": self.step.elbo.max_plate_nesting,
         }  # fmt: skip
         self.checkpoints.save(at.steps, content, score=-math.inf if validation is None else validation.elbo)
+        self.group.any(False)  # none goes on before it is there
 
-    def resume(self, resume: str | Path, model: Program, guide: Program, first: Batch) -> None:
+    def begin(self, resume: str | Path | None, model: Program, guide: Program, first: Batch, held_out: Batches | None) -> None:
+        """Bring all processes to one start, and that to a checkpoint."""
+        if self.group.size > 1:
+            self.group.share(self.batches)
+            if held_out is not None:
+                self.group.share(held_out)
+            self._register(model, guide, first)
+            self.group.agree(self.best.weights.tensors().values())
+        if resume is not None:
+            self._resume(resume, model, guide, first)
+
+    def _register(self, model: Program, guide: Program, first: Batch) -> None:
+        """Make the parameters that exist only once the pair has run."""
+        store = pyro.get_param_store()
+        with untouched(training=False), torch.no_grad():
+            run_pair(model, guide, *first.args, **first.kwargs)
+            made = store.get_state()
+        store.set_state(made)
+
+    def _resume(self, resume: str | Path, model: Program, guide: Program, first: Batch) -> None:
         """Put everything back as it was at a checkpoint.
 
         :raises FileNotFoundError: where it is not there.
@@ -203,18 +229,15 @@ class Keeper:
                     f"resume: {key} is {self.config.get(key)!r} but was {was!r} in {path}; expected the same, or begin anew in "
                     "another folder"
                 )
-        store = pyro.get_param_store()
-        with untouched(training=False), torch.no_grad():  # parameters that exist only once the pair has run
-            run_pair(model, guide, *first.args, **first.kwargs)
-            made = store.get_state()
-        store.set_state(made)
+        self._register(model, guide, first)
         copy_all(content["weights"], self.best.weights.tensors(), str(path))
         set_optim_state(self.step.optim, content["optim"])
         at, best = self.at, content["best"]
         at.history = [Epoch.of(record) for record in content["history"]]
         at.batch, at.steps, at.beta, at.seconds = (content[key] for key in ("batch", "steps", "beta", "seconds"))
-        at.terms = [ElboTerms(*content["terms"])] if content["terms"] else []
-        at.began, at.now = _unstored(content["began"]), _unstored(content["now"])
+        own = content["ranks"][self.group.rank]
+        at.terms = [ElboTerms(*own["terms"])] if own["terms"] else []
+        at.began, at.now = _unstored(own["began"]), _unstored(own["now"])
         self.best.elbo, self.best.epochs_since, self.best.kept = best["elbo"], best["epochs_since"], best["weights"]
         self.step.resume(content["graphs"])
         self.step.elbo.max_plate_nesting = content["max_plate_nesting"]  # or Pyro draws again to guess it
@@ -298,12 +321,13 @@ def set_optim_state(optim: Any, state: dict[str, Any]) -> None:
 
 
 def configuration(
-    batches: Batches, loss: ELBO, optim: Any, beta: Any, patience: int | None, clip_norm: float | None
+    batches: Batches, loss: ELBO, optim: Any, beta: Any, patience: int | None, clip_norm: float | None, group: Group
 ) -> dict[str, Any]:
     """What must be as it was for a fit to go on."""
     simple = {key: getattr(loss, key) for key in ("num_particles", "vectorize_particles", "alpha") if hasattr(loss, key)}
     whole = batches.whole.leaves() if isinstance(batches, InMemory) else []
     return {
+        "num_processes": group.size,
         "num_data": batches.num_rows,
         "num_batches": batches.num_batches,
         "data": [_sum_of(tensor) for tensor in whole],

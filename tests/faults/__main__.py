@@ -4,7 +4,7 @@ import sys
 import tempfile
 import time
 
-from tests.faults import damage, interruptions
+from tests.faults import damage, interruptions, processes
 
 ROWS = {
     "exact resume": interruptions.exact_resume,
@@ -22,6 +22,8 @@ ROWS = {
     "dataset integrity": damage.dataset_integrity,
     "bombs": damage.bombs,
     "reproducibility": interruptions.reproducibility,
+    "one process and several": processes.one_and_several,
+    "death of a worker": processes.death,
 }
 
 

@@ -252,7 +252,9 @@ def moved(clip_norm, compile, epochs):
     torch.manual_seed(1)
     optim = pyro.optim.SGD({"lr": 1.0})
     pv.fit(model, guide, data(), batch_size=None, epochs=epochs, optim=optim, clip_norm=clip_norm, compile=compile)
-    return torch.cat([(p - q).detach().flatten() for p, q in zip((*model.parameters(), *guide.parameters()), start, strict=True)])
+    return torch.cat(
+        [(p - q).detach().flatten() for p, q in zip((*model.parameters(), *guide.parameters()), start, strict=True)]
+    )
 
 
 def test_clipping_scales_the_whole_gradient():

@@ -1,0 +1,162 @@
+"""Several processes: what they train is what one would; one that dies ends the job, which goes on where it was."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from safetensors.torch import load_file, save_file
+from torch.distributions import constraints
+
+import pyro_vae as pv
+from pyro_vae.checkpoint import Checkpoints
+from tests.faults import small
+
+LOSSES = {
+    "Trace_ELBO": Trace_ELBO,
+    "TraceMeanField_ELBO": TraceMeanField_ELBO,
+    "IWAE": lambda: RenyiELBO(alpha=0, num_particles=2),
+}
+
+
+def make_noiseless():
+    """A pair whose noise comes with the data, so that one process and several see the same; with a latent that all data
+    share, and parameters of plain functions."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 7), torch.nn.Tanh(), torch.nn.Linear(7, 2)).double()
+
+    def model(x, noise):
+        scale = pyro.param("scale", torch.ones(3).double(), constraint=constraints.positive)
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(2, 3).double(), 1.0).to_event(2))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ weight, scale).to_event(1), obs=x)
+
+    def guide(x, noise):
+        pyro.module("network", network)
+        weight = pyro.param("weight_loc", torch.eye(2, 3).double())
+        pyro.sample("weight", dist.Delta(weight, event_dim=2))
+        with pyro.plate("data", len(x)):
+            loc = network(x)
+            z = loc + 0.5 * noise
+            pyro.sample("z", dist.Delta(z, dist.Normal(loc, 0.5).log_prob(z).sum(-1), event_dim=1))
+
+    return model, guide
+
+
+def make_rows():
+    noise = torch.Generator().manual_seed(1)
+    # the last minibatch of 20 has 1 row: more processes than rows
+    return torch.randn(61, 3, generator=noise).double(), torch.randn(61, 2, generator=noise).double()
+
+
+def train(place, loss, compile, epochs=3, optim=None, **options):
+    """A fit that is the same for one process and for several: the data in their own order."""
+    torch.set_num_threads(1)
+    torch.randperm = lambda n, **_: torch.arange(n)
+    model, guide = make_noiseless()
+    rows = make_rows()
+    history = pv.fit(
+        model, guide, rows, validation=(rows[0][:7], rows[1][:7]), loss=LOSSES[loss](), batch_size=20, epochs=epochs,
+        optim=optim or pyro.optim.SGD({"lr": 1e-4}), compile=compile, **options,
+    )  # fmt: skip
+    rank = int(os.environ.get("RANK", 0))
+    means = [mean for epoch in history.epochs for part in (epoch.train, epoch.validation) for mean in part[:3]]
+    params = {name: value.detach() for name, value in history.param_store["params"].items()}
+    save_file({**params, "means": torch.tensor(means, dtype=torch.double)}, Path(place, str(rank)))
+
+
+def grouped(rank, size, port, target, *args, **kwargs):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo")
+    target(*args, **kwargs)
+    torch.distributed.destroy_process_group()
+
+
+def together(size, target, *args, **kwargs):
+    """Run so many processes; whether all went well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        small.CONTEXT.Process(target=grouped, args=(rank, size, port, target, *args), kwargs=kwargs) for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return all(process.exitcode == 0 for process in processes)
+
+
+def one_and_several(folder):
+    """Two and three processes at the same global batch: parameters after plain gradient descent to 1e-12, means to 1e-6."""
+    for loss in LOSSES:
+        for compile in (False, "trace"):
+            found = []
+            for size in (1, 2, 3):
+                place = Path(folder, f"{loss}-{compile}-{size}")
+                place.mkdir()
+                fine = together(size, train, place, loss, compile) if size > 1 else small.run(train, place, loss, compile) == 0
+                if not fine:
+                    yield f"{loss}, {compile}, {size} processes: failed", False
+                    continue
+                found.append([load_file(place / str(rank)) for rank in range(size)])
+            for several in found[1:]:
+                one = found[0][0]
+                off = {n: max(((each[n] - p).abs() / p.abs().max()).max().item() for each in several) for n, p in one.items()}
+                means = off.pop("means")
+                what = f"{loss}, {compile}, {len(several)} processes: parameters {max(off.values()):.1e}, means {means:.1e}"
+                yield what, max(off.values()) < 1e-12 and means < 1e-6
+
+
+def death(folder):
+    """``torchrun`` with two workers, one killed: the job ends in less than 30 s. With a restart it goes on, to the
+    parameters of a job that nothing happened to."""
+    whole, ended, restarted = (Path(folder, name) for name in ("whole", "ended", "restarted"))
+    words = ["train", "ring", "-n", 6, "-b", 50, "--every", 5]
+    assert torchrun([*words, "--out", whole]).wait(120) == 0
+    expected = _weights(whole)
+    job = torchrun([*words, "--out", ended])
+    _kill_a_worker(ended)
+    start = time.perf_counter()
+    code = job.wait(60)
+    yield f"ended after {time.perf_counter() - start:.1f} s with {code}", code != 0 and time.perf_counter() - start < 30
+    code = torchrun([*words, "--out", ended, "--resume", "last"]).wait(120)
+    yield f"resumed: {code}", code == 0 and _weights(ended) == expected
+    job = torchrun([*words, "--out", restarted, "--resume", "last"], "--max-restarts=1")
+    _kill_a_worker(restarted)
+    yield "restarted by torchrun", job.wait(120) == 0 and _weights(restarted) == expected
+
+
+def torchrun(words, *options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    return subprocess.Popen(
+        [*command, "-m", "pyro_vae", *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def _kill_a_worker(run):
+    """The one that writes nothing, once there is a checkpoint."""
+    for _ in range(600):
+        if Checkpoints(run / "checkpoints").paths():
+            break
+        time.sleep(0.05)
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words, given = (entry / "cmdline").read_bytes().split(b"\0"), (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(run).encode() in words and b"RANK=1" in given:
+            os.kill(int(entry.name), signal.SIGKILL)
+
+
+def _weights(run):
+    ((file,),) = [list((run / "weights").glob("*.safetensors"))]
+    return file.name
