@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
 import typer
 from typer import Argument, Option
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from torch import Tensor
+from pyro_vae import report
 
+if TYPE_CHECKING:
     from pyro_vae.build import Config, Pair
     from pyro_vae.vae import VAE
 
@@ -104,7 +103,7 @@ def train(
     config = replace(config, event_shape=tuple(train_data.x.shape[1:]), num_levels=train_data.num_levels)
     pyro.set_rng_seed(config.seed)
     own = build.build_pair(config, train_data)
-    say = _say if first else lambda _: None
+    say = report.say if first else lambda _: None
     say(f"{train_data}, {len(test)} held out -> {folder}")
     with infer.torchrun(device):
         run = runs.train(
@@ -115,11 +114,11 @@ def train(
         return
     kept, epochs = run.kept(), run.history()
     with run.loaded(test.x[:2]) as trained:
-        _draw(run.path / "plots", dict(runs.pictures(run, trained, test)))
+        report.draw(run.path / "plots", dict(runs.pictures(run, trained, test)))
     seconds = sum(epoch.seconds for epoch in epochs)
     result = {"run": str(run.path), "num_epochs": len(epochs), **kept._asdict(), "seconds": seconds}
     which = "" if kept == epochs[-1] else f", epoch {kept.epoch} kept"
-    _print(result, f"{run.path}: {len(epochs)} epochs in {seconds:.0f} s{which}; held out: {kept.validation}", as_json)
+    report.show(result, f"{run.path}: {len(epochs)} epochs in {seconds:.0f} s{which}; held out: {kept.validation}", as_json)
 
 
 @app.command()
@@ -136,13 +135,13 @@ def sample(
 
     from pyro_vae import plots, runs
 
-    folder = _free(out or runs.fresh(run / "samples"), overwrite)
+    folder = report.free(out or runs.fresh(run / "samples"), overwrite)
     with runs.open_run(run).loaded() as pair:
         vae = _vae(pair, "sample")
         torch.manual_seed(seed)
         x = vae.sample(n)
-        figures = {"samples": plots.plot_samples(vae, min(n, 400))} if x.dim() > 2 else _points(samples=x)
-    _leave(folder, {"samples": x}, figures, as_json)
+        figures = {"samples": plots.plot_samples(vae, min(n, 400))} if x.dim() > 2 else report.points(samples=x)
+    report.leave(folder, {"samples": x}, figures, as_json)
 
 
 @app.command()
@@ -161,7 +160,7 @@ def reconstruct(
 
     from pyro_vae import build, plots, runs
 
-    folder = _free(out or runs.fresh(run / "reconstructions"), overwrite)
+    folder = report.free(out or runs.fresh(run / "reconstructions"), overwrite)
     opened = runs.open_run(run)
     x = build.build_data(opened.config, data_dir)[1].x[:n]
     with opened.loaded(x) as pair:
@@ -169,8 +168,10 @@ def reconstruct(
         torch.manual_seed(seed)
         y = vae.reconstruct(x)
     image = x.dim() > 2
-    figures = {"reconstructions": plots.plot_reconstructions(x[:100], y[:100])} if image else _points(x=x, reconstructions=y)
-    _leave(folder, {"x": x, "reconstructions": y}, figures, as_json)
+    figures = (
+        {"reconstructions": plots.plot_reconstructions(x[:100], y[:100])} if image else report.points(x=x, reconstructions=y)
+    )
+    report.leave(folder, {"x": x, "reconstructions": y}, figures, as_json)
 
 
 @app.command()
@@ -180,12 +181,12 @@ def plot(
     """Draw a run's pictures again, by default to RUN/plots-2, plots-3, …"""
     from pyro_vae import build, runs
 
-    folder = _free(out or runs.fresh(run / "plots"), overwrite)
+    folder = report.free(out or runs.fresh(run / "plots"), overwrite)
     opened = runs.open_run(run)
     _, test = build.build_data(opened.config, data_dir)
     with opened.loaded(test.x[:2]) as pair:
         figures = dict(runs.pictures(opened, pair, test))
-    _leave(folder, {}, figures, as_json)
+    report.leave(folder, {}, figures, as_json)
 
 
 @app.command()
@@ -209,7 +210,7 @@ def evaluate(
     names = estimator.split(",")
     if not set(names) <= set(ladder.ESTIMATORS):
         raise typer.BadParameter(f"--estimator {estimator}: expected some of {','.join(ladder.ESTIMATORS)}")
-    folder = _free(out or runs.fresh(run / "evaluation"), overwrite)
+    folder = report.free(out or runs.fresh(run / "evaluation"), overwrite)
     opened = runs.open_run(run)
     part = build.part_of(data, *build.build_data(opened.config, data_dir))
     rungs = []
@@ -219,13 +220,13 @@ def evaluate(
             num_chains=num_chains, seed=seed, kept=run / ".evidence",
         ):  # fmt: skip
             rungs.append(rung)
-            _say(f"{rung.found.method}: {rung.found.mean:.3f}, {rung.seconds:.1f} s")
+            report.say(f"{rung.found.method}: {rung.found.mean:.3f}, {rung.seconds:.1f} s")
     by_name = {name: [r.found for r in rungs if r.estimator == name] for name in dict.fromkeys(r.estimator for r in rungs)}
     text, rows = ladder.table(rungs), {f"{i}": rung.row() for i, rung in enumerate(rungs)}
-    _draw(folder, {"ladder": plots.figure_of(plots.plot_ladder(by_name))})
+    report.draw(folder, {"ladder": plots.figure_of(plots.plot_ladder(by_name))})
     (folder / "evaluation.txt").write_text(f"{text}\n")
     (folder / "evaluation.json").write_text(json.dumps(runs.as_json(rows), indent=2) + "\n")
-    _print(rows, f"{text}\n{folder}", as_json)
+    report.show(rows, f"{text}\n{folder}", as_json)
 
 
 @app.command()
@@ -244,7 +245,7 @@ def diagnose(
     RUN/diagnosis, diagnosis-2, …"""
     from pyro_vae import build, diagnostics, plots, runs
 
-    folder = _free(out or runs.fresh(run / "diagnosis"), overwrite)
+    folder = report.free(out or runs.fresh(run / "diagnosis"), overwrite)
     opened = runs.open_run(run)
     part = build.part_of(data, *build.build_data(opened.config, data_dir))
     with opened.loaded(part.x[:2]) as pair:
@@ -252,9 +253,9 @@ def diagnose(
             pair.model, pair.guide, *part.arguments(slice(None)), num_particles=num_particles,
             num_simulations=num_simulations, seed=seed,
         )  # fmt: skip
-    _draw(folder, dict(plots.plot_diagnosis(found, part.x)))
+    report.draw(folder, dict(plots.plot_diagnosis(found, part.x)))
     (folder / "diagnosis.txt").write_text(f"{found}\n")
-    _print({"pareto_k": found.pareto_k.tolist(), "worst": found.worst().tolist()}, f"{found}\n{folder}", as_json)
+    report.show({"pareto_k": found.pareto_k.tolist(), "worst": found.worst().tolist()}, f"{found}\n{folder}", as_json)
 
 
 @app.command()
@@ -274,17 +275,17 @@ def compare(
 
     if list_models or model is None:
         about = {name: text for name, (_, text) in zoo.MODELS.items()}
-        return _print(about, "\n".join(f"{name:16} {text}" for name, text in about.items()), as_json)
+        return report.show(about, "\n".join(f"{name:16} {text}" for name, text in about.items()), as_json)
     families = guide.split(",")
     if model not in zoo.MODELS or not set(families) <= set(get_args(Guide)):
         raise typer.BadParameter(f"compare {model} --guide {guide}: expected one of --list, and guides of {get_args(Guide)}")
-    folder = _free(out or runs.fresh(Path("runs") / f"compare-{model}"), overwrite)
-    report = zoo.train_guides(zoo.MODELS[model][0](), families, num_epochs=num_epochs, num_data=num_data, seed=seed)
-    _draw(folder, {"guides": report.plot()})
-    (folder / "comparison.txt").write_text(f"{report}\n")
-    result = {name: dict(one.rows()) for name, one in report.comparisons.items()}
+    folder = report.free(out or runs.fresh(Path("runs") / f"compare-{model}"), overwrite)
+    found = zoo.train_guides(zoo.MODELS[model][0](), families, num_epochs=num_epochs, num_data=num_data, seed=seed)
+    report.draw(folder, {"guides": found.plot()})
+    (folder / "comparison.txt").write_text(f"{found}\n")
+    result = {name: dict(one.rows()) for name, one in found.comparisons.items()}
     (folder / "comparison.json").write_text(json.dumps(runs.as_json(result), indent=2) + "\n")
-    return _print(result, f"{report}\n{folder}", as_json)
+    return report.show(result, f"{found}\n{folder}", as_json)
 
 
 @app.command()
@@ -299,12 +300,12 @@ def data(
     if dataset is None:
         rows = {name: {"here": is_here(name, data_dir), "source": source} for name, source in SOURCES.items()}
         text = "\n".join(f"{name:14} {'here' if row['here'] else 'not here':9} {row['source']}" for name, row in rows.items())
-        return _print(rows, text, as_json)
+        return report.show(rows, text, as_json)
     train_data, test = load(dataset, data_dir=data_dir)
     low, high = (float(end) for end in train_data.x.aminmax())
     result = {"train": len(train_data), "test": len(test), "shape": list(train_data.x.shape[1:]), "range": [low, high]}
     text = f"{dataset}: {len(train_data)} + {len(test)} held out, each {tuple(train_data.x.shape[1:])} in [{low:g}, {high:g}]"
-    return _print(result, text, as_json)
+    return report.show(result, text, as_json)
 
 
 def _widths(hidden: str | None) -> tuple[int, ...] | None:
@@ -361,64 +362,6 @@ def _vae(pair: "Pair", verb: str) -> "VAE":
     return pair.vae
 
 
-def _points(**sets: "Tensor") -> "dict[str, Figure]":
-    from pyro_vae import plots
-
-    drawable = {name: points for name, points in sets.items() if points.shape[1:] == (2,)}
-    return {"points": plots.figure_of(plots.plot_points(drawable))} if drawable else {}
-
-
-def _free(folder: Path, overwrite: bool) -> Path:
-    """``folder`` itself, once it is sure that nothing is lost by writing to it."""
-    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already; name another folder by --out, or replace it by --overwrite")
-    return folder
-
-
-def _leave(folder: Path, arrays: "dict[str, Tensor]", figures: "dict[str, Figure]", as_json: bool) -> None:
-    """Write arrays and pictures into a folder, and say where."""
-    import numpy as np
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array.cpu().numpy())
-    _draw(folder, figures)
-    files = [str(folder / f"{name}.npy") for name in arrays] + [str(folder / f"{name}.png") for name in figures]
-    _print({"files": files}, "\n".join(files), as_json)
-
-
-def _draw(folder: Path, figures: "dict[str, Figure]") -> None:
-    import matplotlib.pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=150)
-        plt.close(figure)
-
-
-def _say(line: str) -> None:
-    """A line of progress; what cannot be said stops nothing."""
-    from tqdm import tqdm
-
-    with contextlib.suppress(OSError):
-        tqdm.write(line, file=sys.stderr)
-
-
-def _print(result: Any, text: str, as_json: bool) -> None:
-    from pyro_vae.runs import as_json as plain
-
-    try:
-        print(json.dumps(plain(result)) if as_json else text, file=sys.__stdout__, flush=True)
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def _fail(code: int, message: object) -> NoReturn:
-    with contextlib.suppress(OSError):
-        print(f"pyro-vae: {str(message).split(chr(10), 1)[0]}", file=sys.stderr, flush=True)
-    sys.exit(code)
-
-
 def main() -> NoReturn:
     """Run the command line. Exit codes: 0; 2 usage; 65 bad data; 66 missing input; 70 numerical failure or memory; 74 I/O;
     78 a run of another version; 130 and 143 interrupted; 1 a bug."""
@@ -431,14 +374,14 @@ def main() -> NoReturn:
         with contextlib.nullcontext() if asks else contextlib.redirect_stdout(sys.stderr):
             app()
     except FileExistsError as error:
-        _fail(2, error)
+        report.fail(2, error)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError) and error.errno is None  # ours, with a cause and a remedy
-        _fail(66 if missing else 74, error)
+        report.fail(66 if missing else 74, error)
     except (FloatingPointError, MemoryError) as error:
-        _fail(70, error)
+        report.fail(70, error)
     except ValueError as error:
         from pyro_vae.checkpoint import MismatchError
 
-        _fail(78 if isinstance(error, MismatchError) else 65, error)
+        report.fail(78 if isinstance(error, MismatchError) else 65, error)
     sys.exit(0)

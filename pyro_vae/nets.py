@@ -265,7 +265,8 @@ class Readout(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         batch = split_shape(h, self.in_shape)
         rows = h.reshape(-1, *self.in_shape) if self.convolutional else h.reshape(*batch, -1)
-        return self.layer(rows).reshape(*batch, *self.shape)
+        # under autocast the layers are of lower precision, the densities are not
+        return self.layer(rows).reshape(*batch, *self.shape).to(self.layer.weight.dtype)
 
 
 def _channels(channels: Sequence[int]) -> torch.Size:

@@ -249,6 +249,8 @@ def untouched(*, training: bool | None = None, seed: int | None = None) -> Itera
     :param training: run the modules in training mode or in evaluation mode; ``None`` leaves them as they are.
     :param seed: seed of the noise inside; ``None`` starts from the caller's random state.
     """
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ValueError(f"seed: expected a whole number from 0 to 2³² − 1 but got {seed!r}")
     ran: dict[nn.Module, bool] = {}
     flags: dict[nn.Module, bool] = {}
     buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []

@@ -95,6 +95,9 @@ class Weigher:
     def __init__(
         self, model: Program, guide: Program, batch: Batch, *, max_bytes: int = MAX_BYTES, joint: bool = False
     ) -> None:
+        for name, program in (("model", model), ("guide", guide)):
+            if not callable(program):
+                raise ValueError(f"{name}: expected a Pyro program, called with the data, but got {program!r}")
         self.model, self.guide, self.batch, self.max_bytes, self.joint = model, guide, batch, max_bytes, joint
         self.plates: frozenset[str] = frozenset() if joint else data_plates(model, guide, batch)
         self.has_density = True  # of the guide: none is a point
@@ -325,5 +328,5 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 
 
 def check_particles(verb: str, num_particles: int) -> None:
-    if num_particles < 1:
-        raise ValueError(f"{verb}: expected num_particles ≥ 1 but got {num_particles}")
+    if not isinstance(num_particles, int) or num_particles < 1:
+        raise ValueError(f"{verb}: expected a whole number of particles or chains, 1 or more, but got {num_particles!r}")

@@ -12,6 +12,8 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").rglob("*.py"))
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_smoke(path, tmp_path, request):
+    if path.stem == "lightning_svi":
+        pytest.importorskip("lightning")
     if path.stem in ("mnist", "frey_faces"):
         folder = request.getfixturevalue("data_dir").resolve()
         os.environ["PYRO_VAE_DATA"] = str(folder)

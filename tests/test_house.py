@@ -22,6 +22,7 @@ FLOORS = (
     ("plots",),
     ("build",),
     ("runs", "zoo", "ladder"),
+    ("report",),
     ("cli",),
     ("__main__",),
 )

@@ -18,7 +18,7 @@ from pyro_vae.evidence.result import Bound, Evidence, Sandwich
 from pyro_vae.evidence.simulate import Simulated, simulate
 from pyro_vae.numerics import log_mean_exp
 from pyro_vae.pair import Program, untouched
-from pyro_vae.weights import Weigher, counted_bytes, prior_of
+from pyro_vae.weights import Weigher, check_particles, counted_bytes, prior_of
 
 Schedule = Literal["uniform", "sigmoid", "fitted"] | Tensor
 Walk = Callable[[Path, Tensor, Transition, tqdm], dict[str, Tensor]]
@@ -209,8 +209,7 @@ def run_chains(
     name: str,
 ) -> dict[str, Tensor]:
     """Chains over all data, chunk by chunk: a pilot run finds schedule and settings, then a weighted run."""
-    if num_chains < 1:
-        raise ValueError(f"{name}: expected num_chains ≥ 1 but got {num_chains}")
+    check_particles(name, num_chains)
     transition, coarse = transition or HMC(), temperatures(schedule, num_temperatures)
     with untouched(training=False, seed=seed), torch.no_grad():
         whole = Path(model, start, batch)

@@ -77,6 +77,7 @@ def fit(
     patience: int | None = None,
     compile: Compile = "auto",
     clip_norm: float | None = None,
+    autocast: torch.dtype | None = None,
     checkpoint: Path | str | Checkpoints | None = None,
     every: int | None = None,
     resume: Path | str | None = None,
@@ -102,6 +103,8 @@ def fit(
     :param compile: how the steps run, see :class:`~pyro_vae.SVI`; ``"auto"`` goes by their number: eager Pyro below 300, a
         graph below 5000, then Inductor where there is a C++ compiler.
     :param clip_norm: the longest that the gradient of all parameters together may be; a longer one is scaled down to it.
+    :param autocast: ``torch.bfloat16`` runs what torch's autocast holds to be safe, matrix products above all, in that
+        precision; parameters, optimizer and densities stay as they are, and so does the validation ELBO.
     :param checkpoint: a folder for checkpoints, by default none. At the end of each epoch, and after every ``every`` steps,
         it gets one of all that the fit is made of: weights, optimizer, schedule, random states, position in the data and
         history. SIGINT and SIGTERM wait for the end of the step that runs, and one is written before they take effect.
@@ -118,7 +121,8 @@ def fit(
     state: dict = {"params": {}, "constraints": {}}
     for record in train(
         model, guide, data, loss=loss, optim=optim, epochs=epochs, batch_size=batch_size, validation=validation,
-        beta=beta, patience=patience, compile=compile, clip_norm=clip_norm, checkpoint=checkpoint, every=every, resume=resume,
+        beta=beta, patience=patience, compile=compile, clip_norm=clip_norm, autocast=autocast,
+        checkpoint=checkpoint, every=every, resume=resume,
         progress=progress, param_store=state,
     ):  # fmt: skip
         records.append(record)
@@ -139,6 +143,7 @@ def train(
     patience: int | None = None,
     compile: Compile = "auto",
     clip_norm: float | None = None,
+    autocast: torch.dtype | None = None,
     checkpoint: Path | str | Checkpoints | None = None,
     every: int | None = None,
     resume: Path | str | None = None,
@@ -152,7 +157,7 @@ def train(
     loss, optim = loss or Trace_ELBO(), optim or Adam({"lr": 1e-3})
     if isinstance(checkpoint, Path | str):
         checkpoint = Checkpoints(Path(checkpoint))
-    _check_options(loss, epochs, validation, patience, clip_norm, checkpoint, every, resume)
+    _check_options(loss, epochs, validation, patience, clip_norm, autocast, checkpoint, every, resume)
     batches, group = as_batches(data, batch_size), Group()
     state = param_store if param_store is not None else {"params": {}, "constraints": {}}
     store = pyro.get_param_store()
@@ -165,7 +170,8 @@ def train(
     held_out = _held_out(validation, batch_size)
     step = MinibatchSVI(model, guide, loss, optim, plates, batches, annealed=beta != 1.0, clip_norm=clip_norm, group=group)
     at, best = Position(), Best(Weights(modules))
-    config = configuration(batches, loss, optim, beta, patience, clip_norm, group)
+    settings = {"beta": beta, "patience": patience, "clip_norm": clip_norm, "autocast": autocast and str(autocast)}
+    config = configuration(batches, loss, optim, group, settings)
     keeper = Keeper(checkpoint, every, at, best, step, batches, config)
     with store.scope(state):
         keeper.begin(resume, model, guide, first, held_out)
@@ -182,7 +188,8 @@ def train(
                     batch = Batch(batch.args[: len(first.args)], batch.kwargs)
                     step.compile = _pays(compile, epochs * (batches.num_batches if batch.num_rows == first.num_rows else 1))
                     where = f"epoch {at.epoch}, batch {at.batch} (step {at.steps + 1})"
-                    at.terms.append(step.on(batch, at.beta, group.weight(batches, at.batch), where))
+                    with torch.autocast(batch.leaves()[0].device.type, autocast, enabled=autocast is not None):
+                        at.terms.append(step.on(batch, at.beta, group.weight(batches, at.batch), where))
                     keeper.stepped()
                     bar.update()
                 reached = None
@@ -209,6 +216,7 @@ def _check_options(
     validation: Any,
     patience: int | None,
     clip_norm: float | None,
+    autocast: torch.dtype | None,
     checkpoint: Checkpoints | None,
     every: int | None,
     resume: Any,
@@ -220,6 +228,8 @@ def _check_options(
             f"fit: {type(loss).__name__} compiles the first minibatch's β and N/B in; expected a loss that is not "
             f"compiled, such as {type(loss).__name__.removeprefix('Jit')}"
         )
+    if autocast not in (None, torch.bfloat16):  # float16 needs its gradients scaled
+        raise ValueError(f"fit: autocast is {autocast}; expected torch.bfloat16, or None")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"fit: clip_norm is {clip_norm}; expected a positive number, or None")
     if every is not None and (every < 1 or checkpoint is None):

@@ -25,6 +25,8 @@ def torchrun(device: str) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield
@@ -75,16 +77,18 @@ class Group:
 
     def first(self, tensor: Tensor) -> Tensor:
         """That of the first process."""
-        if self.size > 1:
-            dist.broadcast(tensor, 0)
-        return tensor
+        if self.size == 1:
+            return tensor
+        there = tensor.detach().to(self._device(), copy=True)
+        dist.broadcast(there, 0)
+        return there.to(tensor.device)
 
     @torch.no_grad()
     def agree(self, tensors: Iterable[Tensor]) -> None:
         """Copy those of the first process, in place."""
         if self.size > 1:
             for tensor in tensors:
-                tensor.copy_(self.first(tensor.detach().clone()))
+                tensor.copy_(self.first(tensor))
 
     def any(self, flag: bool) -> bool:
         """Whether it is so in one of the processes."""

@@ -316,14 +316,13 @@ def set_optim_state(optim: Any, state: dict[str, Any]) -> None:
             if hasattr(one, "optimizer"):
                 one.load_state_dict(kept["scheduler"])
                 one.optimizer.load_state_dict(kept["optimizer"])
+                one.optimizer._opt_called = True  # it has made steps: torch warns where a schedule comes first
             else:
                 one.load_state_dict(kept)
 
 
-def configuration(
-    batches: Batches, loss: ELBO, optim: Any, beta: Any, patience: int | None, clip_norm: float | None, group: Group
-) -> dict[str, Any]:
-    """What must be as it was for a fit to go on."""
+def configuration(batches: Batches, loss: ELBO, optim: Any, group: Group, settings: dict[str, Any]) -> dict[str, Any]:
+    """What must be as it was for a fit to go on. Of a function only that it is one can be told."""
     simple = {key: getattr(loss, key) for key in ("num_particles", "vectorize_particles", "alpha") if hasattr(loss, key)}
     whole = batches.whole.leaves() if isinstance(batches, InMemory) else []
     return {
@@ -333,10 +332,7 @@ def configuration(
         "data": [_sum_of(tensor) for tensor in whole],
         "loss": {"name": type(loss).__name__} | simple,
         "optim": type(optim).__name__,
-        "beta": beta if isinstance(beta, int | float) else "a function",
-        "patience": patience,
-        "clip_norm": clip_norm,
-    }
+    } | {name: "a function" if callable(value) else value for name, value in settings.items()}
 
 
 def _sum_of(tensor: Tensor) -> str:

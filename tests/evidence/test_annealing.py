@@ -267,7 +267,9 @@ def test_bad_words_say_so():
         ({"schedule": torch.tensor([0.1, 1.0])}, "schedule: expected β from 0 to 1"),
         ({"schedule": torch.tensor([0.0, math.nan, 1.0])}, "schedule: expected β from 0 to 1"),
         ({"num_temperatures": 0}, "schedule: expected"),
-        ({"num_chains": 0}, "AIS: expected num_chains ≥ 1 but got 0"),
+        ({"num_chains": 0}, "AIS: expected a whole number of particles or chains, 1 or more, but got 0"),
+        ({"num_chains": 2.5}, "1 or more, but got 2.5"),
+        ({"seed": -1}, "seed: expected a whole number"),
     ):
         with pytest.raises(ValueError, match=message):
             evidence.ais(TOY, x, **options)

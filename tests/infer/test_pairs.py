@@ -173,7 +173,10 @@ def test_a_loaders_bad_row_is_named_before_the_optimizer_moves():
     x = torch.ones(40, 3)
     x[35, 1] = 2
     for validate in (True, False):
-        with pyro.validation_enabled(validate), pytest.raises(ValueError, match=r"epoch 1, batch 3: data: row 5 \(1 in all\)"):
+        with (
+            pyro.validation_enabled(validate),
+            pytest.raises(ValueError, match=r"batch 3 \(step 4\): data: row 5 \(1 in all\)"),
+        ):
             pv.fit(bits, guide, DataLoader(TensorDataset(x), 10), epochs=1)
 
 

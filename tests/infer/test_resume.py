@@ -137,6 +137,7 @@ CASES = {
     "all data at once": {"batch_size": None, "epochs": 40},
     "annealed": {"beta": lambda t: min(1.0, t / 3)},
     "clipped": {"clip_norm": 5.0},
+    "in bfloat16": {"autocast": torch.bfloat16},
     "exponential": {"optim": scheduled(torch.optim.lr_scheduler.ExponentialLR, gamma=0.8)},
     "milestones": {"optim": scheduled(torch.optim.lr_scheduler.MultiStepLR, milestones=[1, 3])},
     "plateau": {"optim": scheduled(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0)},
@@ -266,6 +267,20 @@ def test_clipping_scales_the_whole_gradient():
     eager, graph = (moved(0.1, compile=compile, epochs=5) for compile in (False, "trace"))
     assert 0.1 < eager.norm() < 0.5 + 1e-6
     assert torch.allclose(eager, graph, atol=1e-5)
+
+
+@pytest.mark.parametrize("compile", [False, "trace"])
+def test_autocast_is_of_lower_precision_in_the_networks_alone(compile):
+    """bfloat16 has eight bits: the terms are off by some 2⁻⁸, the parameters and what is reported are of full precision."""
+    (whole, (full, *_)), (cast, (low, *_)) = (
+        run(epochs=2, compile=compile, autocast=dtype) for dtype in (None, torch.bfloat16)
+    )
+    assert all(p.dtype == q.dtype for p, q in zip(whole, cast, strict=True))
+    off = abs(full.train.elbo - low.train.elbo) / abs(full.train.elbo)
+    assert 1e-6 < off < 2**-6
+    assert low.train.elbo == pytest.approx(low.train.reconstruction - low.train.kl, rel=1e-5)
+    with pytest.raises(ValueError, match=r"expected torch\.bfloat16"):
+        run(autocast=torch.float16)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
