@@ -191,7 +191,7 @@ def _signalled(number, phase, times, words):
     if phase == "training":
         MinibatchSVI.on = sent(MinibatchSVI.on, 25)
     elif phase == "evaluation":
-        fit.evaluate = sent(fit.evaluate, 1)
+        fit.evaluate_batches = sent(fit.evaluate_batches, 1)
     elif phase == "building a graph":
         SVI._build = sent(SVI._build, 0)
     fit._TRACE_FROM = 0  # a graph even for so few steps

@@ -132,7 +132,8 @@ def death(folder):
     yield f"resumed: {code}", code == 0 and _weights(ended) == expected
     job = torchrun([*words, "--out", restarted, "--resume", "last"], "--max-restarts=1")
     _kill_a_worker(restarted)
-    yield "restarted by torchrun", job.wait(120) == 0 and _weights(restarted) == expected
+    code = job.wait(120)
+    yield f"restarted by torchrun: {code}", code == 0 and _weights(restarted) == expected
 
 
 def torchrun(words, *options):
