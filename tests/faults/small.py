@@ -22,7 +22,7 @@ LOSSES = {
 }
 # processes that have torch and Pyro loaded, and no threads yet
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pyro_vae.infer", "pyro_vae.runs", "tests.faults.small"])
+CONTEXT.set_forkserver_preload(["torch._dynamo", "torch.fx.experimental.proxy_tensor", "pyro_vae.runs", "tests.faults.small"])
 
 
 def make_vae(seed=0, **kwargs):
