@@ -14,7 +14,7 @@ from torch.nn import functional
 from pyro_vae.nets import Part
 
 _PLACES = ("pyro_vae.", "torch.nn.modules.")  # whose classes are built again; a file names no others
-_FUNCTIONS = {f"torch.{name}": value for name, value in vars(torch).items() if callable(value)}
+_FUNCTIONS = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, types.BuiltinFunctionType)}
 _FUNCTIONS |= {f"torch.nn.functional.{name}": value for name, value in vars(functional).items() if callable(value)}
 _CONSTRAINTS = {name: value for name, value in vars(constraints).items() if isinstance(value, constraints.Constraint)}
 

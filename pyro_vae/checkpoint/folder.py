@@ -6,6 +6,7 @@ disk before the next: whenever a process dies, the folder holds what was there b
 
 import hashlib
 import json
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from pyro_vae.files import write_whole
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+_TENSORS = re.compile(r"[0-9a-f]{16}\.safetensors")  # by their sum
+_OURS = re.compile(rf"{_TENSORS.pattern}|\.({_TENSORS.pattern}|{re.escape(MANIFEST)})\.\w+")
 
 
 class MismatchError(ValueError):
@@ -45,8 +48,8 @@ def write(path: Path, kind: str, content: Any, **about: Any) -> None:
     path.mkdir(parents=True, exist_ok=True)
     write_whole(path / name, payload)
     write_whole(path / MANIFEST, json.dumps({"manifest": manifest, "sha256": _sum_of(manifest)}, indent=1).encode())
-    for other in (*path.glob("*.safetensors"), *path.glob(f".{MANIFEST}.*"), *path.glob(".*.safetensors.*")):
-        if other.name != name:  # what was there before, or what a crash left
+    for other in path.iterdir():
+        if _OURS.fullmatch(other.name) and other.name not in (name, MANIFEST):  # what was there, or what a crash left
             other.unlink(missing_ok=True)
 
 
@@ -70,19 +73,25 @@ def read(path: Path, kind: str) -> Any:
     :raises ValueError: where a file of it is damaged or missing; ``MismatchError`` where it is of a newer pyro_vae.
     """
     manifest = read_manifest(path, kind)
-    ((name, told),) = manifest["files"].items()
+    try:
+        ((name, told),) = manifest["files"].items()
+        size, total = told["bytes"], told["sha256"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        name = ""
+    if not _TENSORS.fullmatch(name):
+        raise ValueError(f"{path / MANIFEST} names no file of tensors; take an earlier checkpoint")
     try:
         payload = (path / name).read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path / name} is missing, which {MANIFEST} names; take an earlier checkpoint") from None
-    if len(payload) != told["bytes"] or hashlib.sha256(payload).hexdigest() != told["sha256"]:
+    if len(payload) != size or hashlib.sha256(payload).hexdigest() != total:
         raise ValueError(
-            f"{path / name} is damaged: it has {len(payload)} bytes, and is not what was written ({told['bytes']} bytes, "
-            "SHA-256 in the manifest); take an earlier checkpoint"
+            f"{path / name} is damaged: it has {len(payload)} bytes, and is not what was written ({size} bytes, SHA-256 in the "
+            "manifest); take an earlier checkpoint"
         )
     try:
         return unflatten(manifest["content"], read_tensors(payload))
-    except (SafetensorError, KeyError, TypeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"{path}: its manifest and its tensors are not of one another ({error!r})") from error
 
 
@@ -95,11 +104,11 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         sound = told == _sum_of(manifest) and manifest.keys() >= {"schema", "pyro_vae", "kind", "about", "files", "content"}
     except FileNotFoundError:
         raise FileNotFoundError(f"there is nothing stored at {path}: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({str(error)[:100]}); take an earlier checkpoint") from error
     if not sound:
         raise ValueError(f"{file} is damaged: it is not what was written, by its SHA-256; take an earlier checkpoint")
-    if manifest["schema"] > SCHEMA:
+    if not isinstance(manifest["schema"], int) or manifest["schema"] > SCHEMA:
         raise MismatchError(
             f"{file} has schema {manifest['schema']}, of pyro_vae {manifest['pyro_vae']}, but this one reads up to {SCHEMA}; "
             "install the version that wrote it"

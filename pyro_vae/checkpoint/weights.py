@@ -54,14 +54,15 @@ def load(path: Path | str, factory: Callable[[], Any] | None = None, *args: Any,
     True
     """
     content = read(Path(path), _KIND)
-    if factory is None and content["plan"] is None:
+    try:
+        plan, weights = content["plan"], dict(content["weights"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its manifest holds no pair ({error!r})") from error
+    if factory is None and plan is None:
         raise ValueError(f"{path}: its pair is not made of pyro_vae's parts alone; pass the factory that makes it")
-    pair = _built(content) if factory is None else factory()
+    pair = _built(plan, weights) if factory is None else factory()
     batch = as_arguments(args, kwargs) if args or kwargs else None
-    state = put(content["weights"], *_programs(pair), batch, str(path))
-    for name, value in state["params"].items():
-        pyro.get_param_store()._params[name] = value
-        pyro.get_param_store()._constraints[name] = state["constraints"][name]
+    pyro.get_param_store().set_state(put(weights, *_programs(pair), batch, str(path)))
     return pair
 
 
@@ -82,8 +83,8 @@ def put(stored: dict[str, Tensor], model: Program, guide: Program, batch: Batch 
     return state
 
 
-def _built(content: dict[str, Any]) -> nn.Module:
-    pair, dtypes = build(content["plan"]), {t.dtype for t in content["weights"].values() if t.is_floating_point()}
+def _built(plan: list[Any], weights: dict[str, Tensor]) -> nn.Module:
+    pair, dtypes = build(plan), {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     return pair.to(dtype=dtypes.pop()) if len(dtypes) == 1 else pair
 
 

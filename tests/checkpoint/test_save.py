@@ -162,6 +162,38 @@ def test_a_plan_builds_modules_and_nothing_else(tmp_path, name):
         checkpoint.blueprint.build([[name, ("touch it",), {}]])
 
 
+def test_files_of_others_stay(tmp_path):
+    """A folder that holds more than a pair keeps it."""
+    others = ["mine.safetensors", "manifest.json.bak", ".hidden", "notes.txt"]
+    for name in others:
+        (tmp_path / name).write_text("kept")
+    checkpoint.save(tmp_path, moved(pair(trunk=trunk())))
+    checkpoint.save(tmp_path, moved(pair(trunk=trunk())))
+    assert [(tmp_path / name).read_text() for name in others] == ["kept"] * 4
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"../../etc/passwd": {"sha256": "", "bytes": 0}}}, {"files": {}}, {"files": 3}, {"schema": "1"},
+        {"content": {"$tensor": "none"}}, {"content": {"$no": 1}}, {"content": {"$tuple": 3}}, {"content": 7}, {"kind": []}, {"schema": 10**9},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_hostile_manifest_is_a_value_error(tmp_path, change):
+    """Its sum is right, what it says is not."""
+    checkpoint.save(tmp_path, pair(trunk=trunk()))
+    file = tmp_path / "manifest.json"
+    manifest = json.loads(file.read_bytes())["manifest"] | change
+    file.write_text(json.dumps({"manifest": manifest, "sha256": stored._sum_of(manifest)}))
+    with pytest.raises(ValueError, match=r"manifest"):
+        checkpoint.load(tmp_path)
+    file.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoint.load(tmp_path)
+
+
 def test_wrong_arguments(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing stored"):
         checkpoint.load(tmp_path / "nowhere")
