@@ -50,12 +50,18 @@ def plot_ladder(rungs: Mapping[str, Sequence[Evidence]], ax: Axes | None = None)
     for name, found in rungs.items():
         noise = [one.noise if np.isfinite(one.noise) else 0.0 for one in found]
         ax.errorbar([one.cost for one in found], [one.mean for one in found], noise, marker="o", capsize=3, label=name)
-    means = [one.mean for found in rungs.values() for one in found if np.isfinite(one.mean)]
-    best = max(means, default=0.0)
-    shown = sorted(means)[len(means) // 4 :]  # the lowest may lie far below; show the rest
-    if shown and best > shown[0]:
-        ax.set_ylim(shown[0] - 0.3 * (best - shown[0]), best + 0.15 * (best - shown[0]))
     ax.set_xscale("log")
+    means = sorted(one.mean for found in rungs.values() for one in found if np.isfinite(one.mean))
+    while len(means) > 2 and means[-1] - means[0] > 8 * (means[-1] - means[1]):
+        del means[0]  # it lies so far below that it would leave no room for the others
+    if means and means[-1] > means[0]:
+        height = means[-1] - means[0]
+        ax.set_ylim(means[0] - 0.2 * height, means[-1] + 0.1 * height)
+        for i, (name, found) in enumerate(rungs.items()):
+            for one in found:
+                if one.mean < means[0]:
+                    note, at = f"{name}: {one.mean:.1f} ↓", (one.cost, means[0] - 0.18 * height)
+                    ax.annotate(note, at, color=f"C{i}", ha="center", va="bottom")
     ax.set(
         xlabel="evaluations of the model for one datum",
         ylabel="log p(x) (nats per datum)",
