@@ -153,7 +153,9 @@ class Loaded(Batches):
         return self._num_batches
 
     def generators(self) -> list[torch.Generator]:
-        parts = (part for loader in (self.shuffled, self.ordered) for part in (loader, loader.sampler))
+        loaders: tuple[Any, ...] = (self.shuffled, self.ordered)
+        drawing = [(loader, loader.sampler, loader.batch_sampler) for loader in loaders]
+        parts = (part for each in drawing for part in (*each, getattr(each[2], "sampler", None)))
         return list(dict.fromkeys(g for part in parts if (g := getattr(part, "generator", None)) is not None))
 
 

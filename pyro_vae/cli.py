@@ -349,7 +349,7 @@ def _to_go_on(context: typer.Context, out: Path | None, overwrite: bool, config:
 
     if out is None or overwrite:
         raise typer.BadParameter("--resume goes on with the run at --out RUN, and replaces nothing; expected --out alone")
-    if not out.exists():
+    if not (out / "config.json").exists():
         return config
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}

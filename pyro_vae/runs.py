@@ -99,16 +99,18 @@ class _Kept(checkpoint.Checkpoints):
         super().__init__(path / "checkpoints")
         self.pair, self.make = pair, make
         self.run: Run | None = None
+        self.recorded = False
 
     def check_free(self) -> None:
         """What is at the run's path has been looked at: see :func:`check_free`."""
 
     def save(self, steps: int, content: Any, *, score: float) -> None:
-        first, self.run = self.run is None, self.run or self.make()
+        self.run = self.run or self.make()
         super().save(steps, content, score=score)
         if not content["batch"]:
             epochs = [Epoch.of(record) for record in content["history"]]
-            self.run.record(epochs, anew=first)
+            self.run.record(epochs, anew=not self.recorded)
+            self.recorded = True
             self.run.save(self.pair)
 
 

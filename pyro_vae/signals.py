@@ -29,8 +29,9 @@ def deferred(*, anywhere: bool = True) -> Iterator[None]:
     if not ours or None in before.values():  # a handler that is not Python's could not be put back
         yield
         return
-    for number in _HANDLED:
-        signal.signal(number, _wait)
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # a job in the background hears no SIGINT
+            signal.signal(number, _wait)
     _heard = anywhere
     try:
         yield

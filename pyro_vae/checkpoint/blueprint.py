@@ -13,7 +13,10 @@ from torch.nn import functional
 
 from pyro_vae.nets import Part
 
-_PLACES = ("pyro_vae.", "torch.nn.modules.")  # whose classes are built again; a file names no others
+# whose classes are built again; a file names no others
+_PLACES = (
+    "pyro_vae.conditionals.", "pyro_vae.flows.", "pyro_vae.nets.", "pyro_vae.priors.", "pyro_vae.vae.", "torch.nn.modules.",
+)  # fmt: skip
 _FUNCTIONS = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, types.BuiltinFunctionType)}
 _FUNCTIONS |= {f"torch.nn.functional.{name}": value for name, value in vars(functional).items() if callable(value)}
 _CONSTRAINTS = {name: value for name, value in vars(constraints).items() if isinstance(value, constraints.Constraint)}
@@ -38,7 +41,7 @@ def build(plan: list[Any]) -> nn.Module:
     state = torch.get_rng_state()  # the weights are about to be replaced: no noise is spent on them
     try:
         for name, args, kwargs in plan:
-            module, _, kind = name.rpartition(".")
+            module, _, kind = str(name).rpartition(".")
             try:
                 cls = getattr(importlib.import_module(module), kind, None) if f"{module}.".startswith(_PLACES) else None
             except ImportError:
@@ -123,7 +126,10 @@ def _is_alike(a: nn.Module, b: nn.Module) -> bool:
         return False
     if {name: t.shape for name, t in a.state_dict().items()} != {name: t.shape for name, t in b.state_dict().items()}:
         return False
-    return all(_settings(part) == _settings(theirs[name]) for name, part in ours.items())
+    trained = [{name: p.requires_grad for name, p in one.named_parameters()} for one in (a, b)]
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in theirs.values())
+    same = all(_settings(part) == _settings(theirs[name]) for name, part in ours.items())
+    return same and not hooked and trained[0] == trained[1]
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

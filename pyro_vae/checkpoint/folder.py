@@ -115,7 +115,10 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         )
     if manifest["kind"] != kind:
         raise MismatchError(f"{file} is of a {manifest['kind']}; expected that of a {kind}")
-    return manifest | {"about": unflatten(manifest["about"], {})}
+    try:
+        return manifest | {"about": unflatten(manifest["about"], {})}
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}); take an earlier checkpoint") from error
 
 
 def _sum_of(manifest: Any) -> str:

@@ -2,7 +2,9 @@
 
 import logging
 import math
+import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from pyro_vae.checkpoint.folder import MANIFEST, MismatchError, read, read_manif
 
 logger = logging.getLogger(__name__)
 _KIND = "training run"
+_NAME = re.compile(r"step-\d{8,}")
 _KEPT = 2  # so that where the newest is damaged there is another
 
 
@@ -21,7 +24,10 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """Those that were written to their end, oldest first."""
-        return sorted(manifest.parent for manifest in self.folder.glob(f"step-*/{MANIFEST}"))
+        found = (
+            manifest.parent for manifest in self.folder.glob(f"step-*/{MANIFEST}") if _NAME.fullmatch(manifest.parent.name)
+        )
+        return sorted(found, key=_steps)
 
     def check_free(self) -> None:
         """Raise ``FileExistsError`` where there are some already."""
@@ -56,6 +62,15 @@ class Checkpoints:
         scored = [(score, path) for path in self.paths() if (score := _score(path)) > -math.inf]
         return self._first_sound([path for _, path in sorted(scored, reverse=True)])
 
+    def go_on_from(self, path: Path) -> None:
+        """Set those aside that come after ``path``, or all where it is none of these."""
+        if path.parent.resolve() != self.folder.resolve():
+            self.check_free()
+            return
+        for other in self.paths():
+            if _steps(other) > _steps(path):
+                other.rename(other.with_name(f"aside-{other.name}-{time.time_ns()}"))
+
     def _first_sound(self, paths: list[Path]) -> tuple[Path, Any] | None:
         damage: ValueError | None = None
         for path in paths:
@@ -75,9 +90,13 @@ class Checkpoints:
         best = max(paths, key=_score)
         kept = {*paths[-_KEPT:], *([best] if _score(best) > -math.inf else [])}
         for path in self.folder.glob("step-*"):
-            if path not in kept:
+            if path not in kept and _NAME.fullmatch(path.name) and path.is_dir():
                 (path / MANIFEST).unlink(missing_ok=True)  # first, so that what is left is not taken for whole
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _steps(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def read_checkpoint(path: Path) -> Any:
@@ -88,5 +107,5 @@ def read_checkpoint(path: Path) -> Any:
 def _score(path: Path) -> float:
     try:
         return read_manifest(path, _KIND)["about"]["score"]
-    except (ValueError, FileNotFoundError):
+    except (ValueError, FileNotFoundError, KeyError, TypeError):
         return -math.inf

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 
@@ -13,12 +14,16 @@ def flatten(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
 
     :raises ValueError: for what is neither number, word, tensor, nor a list, tuple or dictionary of them.
     """
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, Tensor):
         name = name or "tensor"
+        while name in tensors:
+            name += "'"
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"$tensor": name}
     if isinstance(value, list | tuple):

@@ -84,7 +84,11 @@ def put(stored: dict[str, Tensor], model: Program, guide: Program, batch: Batch 
 
 
 def _built(plan: list[Any], weights: dict[str, Tensor]) -> nn.Module:
-    pair, dtypes = build(plan), {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    try:
+        pair = build(plan)
+    except (TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"the plan of a stored pair is none ({error!r}); pass the pair's factory") from error
+    dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     return pair.to(dtype=dtypes.pop()) if len(dtypes) == 1 else pair
 
 
@@ -101,7 +105,8 @@ def copy_all(stored: dict[str, Tensor], own: dict[str, Tensor], path: str) -> No
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(stored[name])
+            if not torch.equal(tensor.cpu(), stored[name]):  # one that is an expanded number does not bear to be written
+                tensor.copy_(stored[name])
 
 
 def _programs(pair: Any) -> tuple[Program, Program]:

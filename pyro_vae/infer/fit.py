@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from pyro_vae.infer.check import LESS, check_first_batch
 from pyro_vae.infer.evaluate import evaluate_batches
 from pyro_vae.infer.group import Group
 from pyro_vae.infer.minibatch import MinibatchSVI
-from pyro_vae.infer.state import Best, Epoch, Keeper, Position, Weights, configuration
+from pyro_vae.infer.snapshot import configuration
+from pyro_vae.infer.state import Best, Epoch, Keeper, Position, Weights
 from pyro_vae.infer.svi import Compile
 from pyro_vae.pair import MeanElbo, Program, check_plates, data_plates, enough_memory, run_pair, untouched
 
@@ -152,6 +153,8 @@ def train(
 ) -> Iterator[Epoch]:
     """:func:`fit` one epoch at a time, for a loop of one's own: ``for epoch in train(model, guide, data): ...``.
 
+    A fit that goes on yields the epochs behind it first, as they were; the parameters are those after the last of them.
+
     :param param_store: the state that the fit's param store starts from and leaves behind, empty by default.
     """
     loss, optim = loss or Trace_ELBO(), optim or Adam({"lr": 1e-3})
@@ -169,12 +172,15 @@ def train(
             _check_annealing(model, guide, first)
     held_out = _held_out(validation, batch_size)
     step = MinibatchSVI(model, guide, loss, optim, plates, batches, annealed=beta != 1.0, clip_norm=clip_norm, group=group)
-    at, best = Position(), Best(Weights(modules))
+    at, best = Position(planned=epochs), Best(Weights(model, guide, modules))
     settings = {"beta": beta, "patience": patience, "clip_norm": clip_norm, "autocast": autocast and str(autocast)}
-    config = configuration(batches, loss, optim, group, settings)
+    kept = checkpoint is not None or resume is not None
+    config = configuration(batches, held_out, loss, optim, group, settings) if kept else {}
     keeper = Keeper(checkpoint, every, at, best, step, batches, config)
     with store.scope(state):
         keeper.begin(resume, model, guide, first, held_out)
+    if at.epoch > epochs + 1:
+        raise ValueError(f"resume: the fit has {at.epoch - 1} epochs behind it but is to have {epochs}; expected no fewer")
     yield from at.history
     quiet = not progress if progress is not None else None if group.rank == 0 else True
     with tqdm(total=epochs * batches.num_batches, unit="step", disable=quiet) as bar:
@@ -186,15 +192,17 @@ def train(
                     elapsed = at.epoch - 1 + at.batch / batches.num_batches
                     at.beta = beta(elapsed) if callable(beta) else float(beta)
                     batch = Batch(batch.args[: len(first.args)], batch.kwargs)
-                    step.compile = _pays(compile, epochs * (batches.num_batches if batch.num_rows == first.num_rows else 1))
+                    is_usual = at.batch < batches.num_batches - 1 or batch.num_rows >= first.num_rows // group.size
+                    step.compile = _pays(compile, at.planned * (batches.num_batches if is_usual else 1))
                     where = f"epoch {at.epoch}, batch {at.batch} (step {at.steps + 1})"
-                    with torch.autocast(batch.leaves()[0].device.type, autocast, enabled=autocast is not None):
+                    device = batch.leaves()[0].device.type
+                    with nullcontext() if autocast is None else torch.autocast(device, autocast):
                         at.terms.append(step.on(batch, at.beta, group.weight(batches, at.batch), where))
                     keeper.stepped()
                     bar.update()
                 reached = None
                 if held_out is not None:
-                    group.agree(best.weights.buffers())
+                    group.agree(best.weights.buffers().values())
                     reached = group.terms(evaluate_batches(model, guide, held_out, loss=loss, seed=group.rank)).mean()
                 record = at.close(reached, group)
                 _step_schedule(optim, record)

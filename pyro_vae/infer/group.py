@@ -5,6 +5,7 @@ the compiled step take part alike; a wrapper around ``forward``, which SVI does 
 """
 
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -70,10 +71,24 @@ class Group:
         whole = min(batches.batch_size, batches.num_rows - index * batches.batch_size)
         return len(range(self.rank, whole, self.size)) * self.size / whole
 
-    def average(self, gradients: Sequence[Tensor], weight: float) -> None:
-        """The weighted mean over processes, in place."""
+    def average(self, params: Sequence[Tensor], gradients: Sequence[Tensor], weight: float) -> None:
+        """The weighted mean over processes, in place.
+
+        :raises ValueError: where processes have gradients of different parameters.
+        """
         if self.size == 1:
             return
+        places = {id(p): i for i, (_, p) in reversed(list(enumerate(pyro.get_param_store().named_parameters())))}
+        order = sorted(range(len(params)), key=lambda i: places[id(params[i])])
+        gradients = [gradients[i] for i in order]  # a graph may have found them in another
+        key = zlib.crc32(str([places[id(params[i])] for i in order]).encode())
+        found = torch.tensor([key, -key], device=self._device())
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        if found[0] != -found[1]:
+            raise ValueError(
+                f"fit: {self.size} processes have gradients of different parameters, which cannot be averaged; expected a pair "
+                "that uses the same ones whatever the rows"
+            )
         for dtype in dict.fromkeys(g.dtype for g in gradients):
             some = [g for g in gradients if g.dtype == dtype]
             flat = torch.cat([g.reshape(-1) for g in some]) * (weight / self.size)

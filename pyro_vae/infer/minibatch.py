@@ -71,14 +71,15 @@ class MinibatchSVI(SVI):
                 "learning rate, raise min_scale, or check the data"
             )
         self.terms = self._terms(value)  # now, since a guide's distributions hold parameters that are about to move
-        trained = [p for _, p in pyro.get_param_store().named_parameters() if p.grad is not None]
+        found = dict.fromkeys(p for _, p in pyro.get_param_store().named_parameters())  # one may have two names
+        trained = [p for p in found if p.grad is not None]
         self.accept(trained, [p.grad for p in trained if p.grad is not None])
         return value
 
     @torch.no_grad()
     def accept(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Average the gradients over processes, raise ``FloatingPointError`` where they are not finite, and clip them."""
-        self.group.average(gradients, self.weight)
+        self.group.average(params, gradients, self.weight)
         # a sum shows what is not finite, and costs less than anything else that reads every number
         if not math.isfinite(sum(g.sum().item() for g in gradients)) and (bad := _not_finite(params, gradients)):
             raise FloatingPointError(
@@ -86,7 +87,7 @@ class MinibatchSVI(SVI):
                 "it. Lower the learning rate, or check the model where it is not smooth"
             )
         if self.clip_norm is not None:
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = torch.stack([g.double().norm() for g in gradients]).norm()  # squares overflow sooner than their numbers
             torch._foreach_mul_(list(gradients), (self.clip_norm / norm).clamp_max(1.0).item())
 
     def _improbable(self) -> str:

@@ -1,6 +1,5 @@
 """All that a fit is made of between two steps, so that it can go on from there to the last bit."""
 
-import hashlib
 import logging
 import math
 import time
@@ -13,14 +12,20 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from pyro_vae.batches import Batch, Batches, InMemory
+from pyro_vae.batches import Batch, Batches
 from pyro_vae.checkpoint import Checkpoints, MismatchError, copy_all, read_checkpoint
 from pyro_vae.infer.group import Group
 from pyro_vae.infer.minibatch import MinibatchSVI
-from pyro_vae.infer.svi import OneOptimizer
+from pyro_vae.infer.snapshot import (
+    optim_state,
+    random_state,
+    set_optim_state,
+    set_random_state,
+    stored,
+    unstored,
+)
 from pyro_vae.pair import ElboTerms, MeanElbo, Program, run_pair, untouched
 from pyro_vae.signals import Interrupted, deferred, waiting
 
@@ -48,15 +53,25 @@ class Weights:
     """The tensors that training moves: the parameters in Pyro's param store, where those of modules are too, and the buffers
     of every module that ran."""
 
-    def __init__(self, modules: Collection[nn.Module]) -> None:
-        self.modules = modules
+    def __init__(self, model: Program, guide: Program, modules: Collection[nn.Module]) -> None:
+        self.programs = {name: one for name, one in (("model", model), ("guide", guide)) if isinstance(one, nn.Module)}
+        owned = {part for program in self.programs.values() for part in program.modules()}
+        self.others = [module for module in modules if module not in owned]  # which plain functions close over
 
     def tensors(self) -> dict[str, Tensor]:
-        buffers = {f"buffers.{i}": buffer for i, buffer in enumerate(self.buffers())}
-        return {f"params.{name}": value for name, value in pyro.get_param_store().named_parameters()} | buffers
+        return {f"params.{name}": value for name, value in pyro.get_param_store().named_parameters()} | self.buffers()
 
-    def buffers(self) -> list[Tensor]:
-        return [buffer for module in self.modules for buffer in module.buffers(recurse=False)]
+    def buffers(self) -> dict[str, Tensor]:
+        buffers = {
+            f"buffers.{side}.{name}": buffer
+            for side, program in self.programs.items()
+            for name, buffer in program.named_buffers()
+        }
+        return buffers | {
+            f"buffers.{i}.{name}": buffer
+            for i, module in enumerate(self.others)
+            for name, buffer in module.named_buffers(recurse=False)
+        }
 
     def copy(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
@@ -92,6 +107,7 @@ class Position:
     """Where a fit is: the epochs behind it, and how far it is in the present one."""
 
     history: list[Epoch] = field(default_factory=list)
+    planned: int = 0  # epochs when it began, by which it was chosen how steps run
     batch: int = 0  # the next of this epoch
     steps: int = 0
     beta: float = 1.0
@@ -172,9 +188,9 @@ class Keeper:
         if self.checkpoints is None or not self.at.steps:
             return
         at = self.at
-        began = at.began if at.batch else random_state(self.batches)
+        began = at.began if at.began is not None else random_state(self.batches)
         terms = [torch.cat(part) for part in zip(*at.terms, strict=True)]
-        ranks = self.group.all({"began": _stored(began), "now": _stored(at.now), "terms": terms})
+        ranks = self.group.all({"began": stored(began), "now": stored(at.now), "terms": terms})
         if self.group.rank:
             self.group.any(False)
             return
@@ -182,9 +198,11 @@ class Keeper:
         content = {
             "config": self.config,
             "history": [tuple(epoch) for epoch in at.history],
-            "batch": at.batch, "steps": at.steps, "beta": at.beta, "ranks": ranks,
+            "planned": at.planned, "batch": at.batch, "steps": at.steps, "beta": at.beta, "ranks": ranks,
             "seconds": time.perf_counter() - at.since if at.batch else 0.0,
             "weights": self.best.weights.copy(),
+            # one that was used once is moved by momentum for good, and counted
+            "moved": [name for name, p in pyro.get_param_store().named_parameters() if p.grad is not None],
             "optim": optim_state(self.step.optim),
             "best": {"elbo": self.best.elbo, "epochs_since": self.best.epochs_since, "weights": self.best.kept},
             "graphs": self.step.graphs(), "max_plate_nesting": self.step.elbo.max_plate_nesting,
@@ -231,14 +249,21 @@ class Keeper:
                 )
         self._register(model, guide, first)
         copy_all(content["weights"], self.best.weights.tensors(), str(path))
+        for name, p in pyro.get_param_store().named_parameters():
+            p.grad = torch.zeros_like(p) if name in content["moved"] else None
         set_optim_state(self.step.optim, content["optim"])
         at, best = self.at, content["best"]
         at.history = [Epoch.of(record) for record in content["history"]]
-        at.batch, at.steps, at.beta, at.seconds = (content[key] for key in ("batch", "steps", "beta", "seconds"))
+        at.planned, at.batch, at.steps, at.beta, at.seconds = (
+            content[key] for key in ("planned", "batch", "steps", "beta", "seconds")
+        )
         own = content["ranks"][self.group.rank]
-        at.terms = [ElboTerms(*own["terms"])] if own["terms"] else []
-        at.began, at.now = _unstored(own["began"]), _unstored(own["now"])
+        device = first.leaves()[0].device
+        at.terms = [ElboTerms(*(part.to(device) for part in own["terms"]))] if own["terms"] else []
+        at.began, at.now = unstored(own["began"]), unstored(own["now"])
         self.best.elbo, self.best.epochs_since, self.best.kept = best["elbo"], best["epochs_since"], best["weights"]
+        if self.checkpoints is not None and not self.group.rank:
+            self.checkpoints.go_on_from(path)
         self.step.resume(content["graphs"])
         self.step.elbo.max_plate_nesting = content["max_plate_nesting"]  # or Pyro draws again to guess it
         logger.info("resume: from %s, after step %d", path, at.steps)
@@ -254,87 +279,3 @@ class Keeper:
         if found is None:
             raise FileNotFoundError(f"resume: {self.checkpoints.folder} has no checkpoint of an epoch with validation data")
         return found
-
-
-def random_state(batches: Batches | None = None) -> dict[str, Any]:
-    """The state of every generator: torch's, of each GPU too, Python's, numpy's, and those that the batches have of their
-    own."""
-    return pyro.util.get_rng_state() | {
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "own": [generator.get_state() for generator in batches.generators()] if batches is not None else [],
-    }
-
-
-def set_random_state(state: dict[str, Any], batches: Batches | None = None) -> None:
-    pyro.util.set_rng_state(state)
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    if batches is not None:
-        for generator, own in zip(batches.generators(), state["own"], strict=True):
-            generator.set_state(own)
-
-
-def _stored(state: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A random state as a checkpoint holds it: the words of a generator as a tensor."""
-    if state is None:
-        return None
-    (version, words, gauss), (kind, keys, *rest) = state["random"], state["numpy"]
-    return state | {"random": [version, torch.tensor(words), gauss], "numpy": [kind, torch.from_numpy(keys.copy()), *rest]}
-
-
-def _unstored(state: dict[str, Any] | None) -> dict[str, Any] | None:
-    if state is None:
-        return None
-    (version, words, gauss), (kind, keys, *rest) = state["random"], state["numpy"]
-    return state | {"random": (version, tuple(words.tolist()), gauss), "numpy": (kind, keys.numpy(), *rest)}
-
-
-def optim_state(optim: Any) -> dict[str, Any]:
-    """The state of one of Pyro's optimizers, by the names of the parameters."""
-    if isinstance(optim, OneOptimizer):
-        return {"": optim.optimizer.state_dict()}
-    found = {}
-    for name, p in pyro.get_param_store().named_parameters():
-        one = optim.optim_objs.get(p)
-        if one is not None:
-            wrapped = hasattr(one, "optimizer")  # by a learning-rate schedule
-            found[name] = (
-                {"scheduler": one.state_dict(), "optimizer": one.optimizer.state_dict()} if wrapped else one.state_dict()
-            )
-    return found
-
-
-def set_optim_state(optim: Any, state: dict[str, Any]) -> None:
-    """The optimizers are made at once, not at the next step, which is then a step like any other."""
-    if isinstance(optim, OneOptimizer):
-        optim.optimizer.load_state_dict(state[""])
-        return
-    for name, p in pyro.get_param_store().named_parameters():
-        if name in state:
-            one, kept = optim._get_optim(p), state[name]
-            optim.optim_objs[p], optim.grad_clip[p] = one, optim._get_grad_clip(p)
-            if hasattr(one, "optimizer"):
-                one.load_state_dict(kept["scheduler"])
-                one.optimizer.load_state_dict(kept["optimizer"])
-                one.optimizer._opt_called = True  # it has made steps: torch warns where a schedule comes first
-            else:
-                one.load_state_dict(kept)
-
-
-def configuration(batches: Batches, loss: ELBO, optim: Any, group: Group, settings: dict[str, Any]) -> dict[str, Any]:
-    """What must be as it was for a fit to go on. Of a function only that it is one can be told."""
-    simple = {key: getattr(loss, key) for key in ("num_particles", "vectorize_particles", "alpha") if hasattr(loss, key)}
-    whole = batches.whole.leaves() if isinstance(batches, InMemory) else []
-    return {
-        "num_processes": group.size,
-        "num_data": batches.num_rows,
-        "num_batches": batches.num_batches,
-        "data": [_sum_of(tensor) for tensor in whole],
-        "loss": {"name": type(loss).__name__} | simple,
-        "optim": type(optim).__name__,
-    } | {name: "a function" if callable(value) else value for name, value in settings.items()}
-
-
-def _sum_of(tensor: Tensor) -> str:
-    raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"

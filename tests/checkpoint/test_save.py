@@ -176,8 +176,9 @@ def test_files_of_others_stay(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"files": {"../../etc/passwd": {"sha256": "", "bytes": 0}}}, {"files": {}}, {"files": 3}, {"schema": "1"}, {"schema": 10**9},
-        {"content": {"$tensor": "none"}}, {"content": {"$no": 1}}, {"content": {"$tuple": 3}}, {"content": 7}, {"kind": []},
+        {"files": {"../../etc/passwd": {"sha256": "", "bytes": 0}}}, {"files": {}}, {"files": 3}, {"schema": "1"},
+        {"content": {"$tensor": "none"}}, {"content": {"$no": 1}}, {"content": {"$tuple": 3}},
+        {"content": 7}, {"kind": []}, {"about": {"$tensor": "x"}},
     ],
     ids=str,
 )  # fmt: skip

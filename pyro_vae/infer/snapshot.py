@@ -1,0 +1,112 @@
+"""What a checkpoint holds beside weights: random states, the state of optimizers, and what a fit was told."""
+
+import hashlib
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO
+from torch import Tensor
+
+from pyro_vae.batches import Batches, InMemory
+from pyro_vae.infer.group import Group
+from pyro_vae.infer.svi import OneOptimizer
+
+
+def random_state(batches: Batches | None = None) -> dict[str, Any]:
+    """The state of every generator: torch's, of each GPU too, Python's, numpy's, and those that the batches have of their
+    own."""
+    return pyro.util.get_rng_state() | {
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "own": [generator.get_state() for generator in batches.generators()] if batches is not None else [],
+    }
+
+
+def set_random_state(state: dict[str, Any], batches: Batches | None = None) -> None:
+    pyro.util.set_rng_state(state)
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if batches is not None:
+        for generator, own in zip(batches.generators(), state["own"], strict=True):
+            generator.set_state(own)
+
+
+def stored(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A random state as a checkpoint holds it: the words of a generator as a tensor."""
+    if state is None:
+        return None
+    (version, words, gauss), (kind, keys, *rest) = state["random"], state["numpy"]
+    return state | {"random": [version, torch.tensor(words), gauss], "numpy": [kind, torch.from_numpy(keys.copy()), *rest]}
+
+
+def unstored(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    if state is None:
+        return None
+    (version, words, gauss), (kind, keys, *rest) = state["random"], state["numpy"]
+    return state | {"random": (version, tuple(words.tolist()), gauss), "numpy": (kind, keys.numpy(), *rest)}
+
+
+def optim_state(optim: Any) -> dict[str, Any]:
+    """The state of one of Pyro's optimizers, by the names of the parameters."""
+    if isinstance(optim, OneOptimizer):
+        return {"": optim.optimizer.state_dict()}
+    found = {}
+    for name, p in pyro.get_param_store().named_parameters():
+        one = optim.optim_objs.get(p)
+        if one is not None:
+            wrapped = hasattr(one, "optimizer")  # by a learning-rate schedule
+            found[name] = (
+                {"scheduler": one.state_dict(), "optimizer": one.optimizer.state_dict()} if wrapped else one.state_dict()
+            )
+    return found
+
+
+def set_optim_state(optim: Any, state: dict[str, Any]) -> None:
+    """The optimizers are made at once, not at the next step, which is then a step like any other."""
+    if isinstance(optim, OneOptimizer):
+        optim.optimizer.load_state_dict(state[""])
+        return
+    for name, p in pyro.get_param_store().named_parameters():
+        if name in state:
+            one, kept = optim._get_optim(p), state[name]
+            optim.optim_objs[p], optim.grad_clip[p] = one, optim._get_grad_clip(p)
+            if hasattr(one, "optimizer"):
+                one.load_state_dict(kept["scheduler"])
+                one.optimizer.load_state_dict(kept["optimizer"])
+                one.optimizer._opt_called = True  # it has made steps: torch warns where a schedule comes first
+            else:
+                one.load_state_dict(kept)
+
+
+def configuration(
+    batches: Batches, held_out: Batches | None, loss: ELBO, optim: Any, group: Group, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What must be as it was for a fit to go on. Of a function only that it is one can be told."""
+    simple = {key: getattr(loss, key) for key in ("num_particles", "vectorize_particles", "alpha") if hasattr(loss, key)}
+    whole = batches.whole.leaves() if isinstance(batches, InMemory) else []
+    return {
+        "num_processes": group.size,
+        "num_data": batches.num_rows,
+        "batch_size": batches.batch_size if isinstance(batches, InMemory) else None,
+        "drawn": isinstance(batches, InMemory) and batches.drawn,
+        "num_batches": batches.num_batches,
+        "data": [_sum_of(tensor) for tensor in whole],
+        "loss": {"name": type(loss).__name__} | simple,
+        "optim": _optimizer(optim),
+        "validation": [_sum_of(tensor) for tensor in held_out.whole.leaves()] if isinstance(held_out, InMemory) else [],
+    } | {name: "a function" if callable(value) else value for name, value in settings.items()}
+
+
+def _optimizer(optim: Any) -> dict[str, Any]:
+    """The kind of an optimizer and of its schedule, and their settings, as far as they are plain."""
+    kinds = [type(optim), *(getattr(optim, f"pt_{part}_constructor", None) for part in ("optim", "scheduler"))]
+    given = vars(optim).get("kwargs", {}), getattr(optim, "pt_optim_args", {})
+    plain = {name: value for each in given if isinstance(each, dict) for name, value in each.items()}
+    return {"name": [kind.__name__ for kind in kinds if kind is not None]} | {
+        name: repr(value) for name, value in plain.items() if isinstance(value, bool | int | float | str | tuple | list)
+    }
+
+
+def _sum_of(tensor: Tensor) -> str:
+    raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
