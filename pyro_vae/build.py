@@ -71,6 +71,7 @@ class Config:
     beta: float
     warm_up: int
     patience: int | None
+    clip_norm: float | None
     seed: int
     dtype: str
     event_shape: tuple = ()

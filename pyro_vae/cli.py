@@ -87,7 +87,7 @@ def train(
     grey_to = "stochastic" if values["likelihood"] == "bernoulli" else "none"
     config = build.Config(
         **values, dataset=dataset, pair=pair, binarize=binarize or grey_to, batch_size=batch_size, num_particles=num_particles,
-        beta=_finite("--beta", beta), patience=patience, seed=seed, dtype=dtype,
+        beta=_finite("--beta", beta), patience=patience, clip_norm=clip_norm, seed=seed, dtype=dtype,
     )  # fmt: skip
     _finite("--learning-rate", config.learning_rate)
     if device == "cuda" and "LOCAL_RANK" in os.environ:
@@ -107,7 +107,7 @@ def train(
     say(f"{train_data}, {len(test)} held out -> {folder}")
     with infer.torchrun(device):
         run = runs.train(
-            folder, config, own, train_data, test, device=device, overwrite=overwrite, clip_norm=clip_norm, every=every,
+            folder, config, own, train_data, test, device=device, overwrite=overwrite, every=every,
             resume=resume, say=say,
         )  # fmt: skip
     if not first:

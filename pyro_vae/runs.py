@@ -123,7 +123,6 @@ def train(
     *,
     device: str,
     overwrite: bool,
-    clip_norm: float | None,
     every: int | None,
     resume: str | None,
     say: Callable[[str], None],
@@ -143,7 +142,7 @@ def train(
     for epoch in infer.train(
         pair.model, pair.guide, train_data.to(device), validation=test.to(device), loss=loss,
         optim=Adam({"lr": config.learning_rate}), epochs=config.num_epochs, batch_size=config.batch_size,
-        patience=config.patience, param_store=store, clip_norm=clip_norm, checkpoint=kept, every=every, resume=resume,
+        patience=config.patience, param_store=store, clip_norm=config.clip_norm, checkpoint=kept, every=every, resume=resume,
         beta=(lambda t: config.beta * min(1.0, t / config.warm_up)) if config.warm_up else config.beta,
     ):  # fmt: skip
         if epoch.epoch == 1 or epoch.epoch % max(1, config.num_epochs // 20) == 0:

@@ -107,7 +107,8 @@ class SVI(pyro.infer.SVI):
 
     def graphs(self) -> list[str]:
         """The arguments whose next step is, or may be, that of a graph."""
-        return [signature.name for signature in self._signatures.values() if signature.seen is not None]
+        met = {signature.name: signature.seen is not None for signature in self._signatures.values()}
+        return [name for name, has_one in (dict.fromkeys(self._resumed, True) | met).items() if has_one]
 
     def resume(self, graphs: Collection[str]) -> None:
         """Go on where another process was: arguments of these names have graphs from their first step on, which says the

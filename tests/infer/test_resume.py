@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_vae as pv
 from pyro_vae import conditionals, nets, priors
 from pyro_vae.checkpoint import Checkpoints, MismatchError, read_checkpoint
+from pyro_vae.infer import SVI
 from pyro_vae.infer import state as states
 from pyro_vae.pair import MeanElbo
 
@@ -107,9 +108,52 @@ def assert_same(a, b):
     assert str(a[1]) == str(b[1])  # NaN, too
 
 
+def branches():
+    """Parameters that only some minibatches use: momentum moves the others on."""
+    networks = nn.ModuleList(nn.Linear(4, 1) for _ in range(2))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1), torch.ones(4)).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("networks", networks)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(networks[int(x[0, 0] > 0)](x).squeeze(-1), 1.0))
+
+    return model, guide, list(networks.parameters())
+
+
+class Wandering(nn.Module):
+    """Two batch norms, of which each run takes one: which ran first is no name for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.last = nn.ModuleList(nn.BatchNorm1d(4) for _ in range(2)), nn.Linear(4, 1)
+
+    def forward(self, x):
+        pyro.module("wandering", self)
+        with pyro.plate("data", len(x)):
+            chosen = self.layers[int(torch.rand(()) > 0.5)]
+            pyro.sample("z", dist.Normal(self.last(chosen(x)).squeeze(-1), 1.0))
+
+
+def wandering():
+    model, _, _ = branches()
+    guide = Wandering()
+    return model, guide, [*guide.parameters(), *guide.buffers()]
+
+
 def loader():
     noise = torch.Generator().manual_seed(5)
     return DataLoader(TensorDataset(data()), 20, shuffle=True, generator=noise)
+
+
+def batch_sampled():
+    rows = data()
+    order = torch.utils.data.RandomSampler(rows, generator=torch.Generator().manual_seed(5))
+    return DataLoader(TensorDataset(rows), batch_sampler=torch.utils.data.BatchSampler(order, 20, drop_last=False))
 
 
 class Noisy(torch.utils.data.Dataset):
@@ -129,6 +173,9 @@ CASES = {
     "importance-weighted": {"loss": lambda: RenyiELBO(alpha=0, num_particles=3)},
     "many particles": {"loss": lambda: Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)},
     "plain functions": {"pair": functions},
+    "some parameters in some steps": {"pair": branches},
+    "some buffers in some steps": {"pair": wandering},
+    "a sampler of batches": {"x": lambda: batch_sampled()},
     "enumerated": {"pair": labelled, "loss": TraceEnum_ELBO},
     "early stopping": {"patience": 3, "optim": lambda: pyro.optim.Adam({"lr": 0.3}), "epochs": 30},
     "a DataLoader": {"x": loader},
@@ -203,19 +250,27 @@ def test_what_is_kept(tmp_path):
     assert str(again[1]) == str(epochs)
 
 
+def stopped(folder):
+    run(epochs=1, checkpoint=folder)
+    return Checkpoints(folder).paths()[-1]
+
+
 def test_refusals(tmp_path):
     run(epochs=1, checkpoint=tmp_path / "a")
     for options, message in (
-        ({"batch_size": 10}, "num_batches is 11 but was 6"),
+        ({"batch_size": 19}, "batch_size is 19 but was 20"),
+        ({"validation": data(33) + 1}, "validation is"),
+        ({"optim": lambda: pyro.optim.Adam({"lr": 0.02})}, "optim is"),
+        ({"optim": lambda: pyro.optim.AdamW({"lr": 0.01})}, "optim is"),
         ({"x": data() + 1}, "data is"),
         ({"loss": TraceMeanField_ELBO}, "loss is"),
-        ({"optim": lambda: pyro.optim.SGD({"lr": 1.0}), "beta": 0.5}, "beta is 0.5 but was 1.0"),
+        ({"beta": 0.5}, "beta is 0.5 but was 1.0"),
         ({"clip_norm": 1.0}, "clip_norm is"),
     ):
         with pytest.raises(MismatchError, match=message):
             run(checkpoint=tmp_path / "a", resume="last", **options)
     with pytest.raises(ValueError, match="weights of another pair"):
-        run(functions, checkpoint=tmp_path / "a", resume="last", validation=None)
+        run(branches, checkpoint=tmp_path / "a", resume="last")
     with pytest.raises(FileExistsError, match="resume="):
         run(checkpoint=tmp_path / "a")
     with pytest.raises(FileNotFoundError, match="nothing stored"):
@@ -226,6 +281,11 @@ def test_refusals(tmp_path):
         run(every=0, checkpoint=tmp_path / "b")
     with pytest.raises(ValueError, match="clip_norm is -1"):
         run(clip_norm=-1.0)
+    with pytest.raises(FileExistsError, match="holds checkpoints already"):
+        run(epochs=2, checkpoint=tmp_path / "a", resume=stopped(tmp_path / "other"))
+    run(epochs=3, checkpoint=tmp_path / "d")
+    with pytest.raises(ValueError, match="3 epochs behind it but is to have 1"):
+        run(epochs=1, checkpoint=tmp_path / "d", resume="last")
     run(epochs=1, validation=None, checkpoint=tmp_path / "c")
     with pytest.raises(FileNotFoundError, match="validation"):
         run(checkpoint=tmp_path / "c", validation=None, resume="best")
@@ -305,6 +365,72 @@ def test_a_signal_waits_for_a_checkpoint_and_goes_where_it_was_to_go(tmp_path, m
         signal.signal(number, before)
     assert Checkpoints(tmp_path).paths()[-1].name == "step-00000009"
     assert_same(run(checkpoint=tmp_path, resume="last"), whole)
+
+
+def test_a_signal_while_the_first_graph_of_an_epoch_is_built(tmp_path, monkeypatch):
+    """Its minibatch has been drawn by then, and is drawn again."""
+    whole = run(compile="trace")
+    stopped_after(monkeypatch, 6, checkpoint=tmp_path, compile="trace")
+    build = SVI._build
+
+    def sent(self, *args):
+        os.kill(os.getpid(), signal.SIGINT)
+        build(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SVI, "_build", sent)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoint=tmp_path, resume="last", compile="trace")
+    assert_same(run(checkpoint=tmp_path, resume="last", compile="trace"), whole)
+
+
+def test_a_signal_that_nobody_hears_is_not_heard(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stepped = states.Keeper.stepped
+    monkeypatch.setattr(states.Keeper, "stepped", lambda self: (os.kill(os.getpid(), signal.SIGINT), stepped(self)))
+    try:
+        run(epochs=1, checkpoint=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_going_back_sets_the_later_ones_aside(tmp_path):
+    """From the best on, what is written is the last, and nothing is lost."""
+    options = {"optim": lambda: pyro.optim.Adam({"lr": 0.3}), "checkpoint": tmp_path}
+    run(epochs=8, **options)
+    best = Checkpoints(tmp_path).best()[0]
+    names = {path.name for path in Checkpoints(tmp_path).paths()}
+    assert best.name < max(names)
+    (tmp_path / "step-500").mkdir()  # another's
+    (tmp_path / "step-notes.txt").write_text("mine")
+    again = run(epochs=8, resume="best", **options)
+    assert len(again[1]) == 8
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert {"step-500", "step-notes.txt"} < kept
+    assert all(any(name in other for other in kept) for name in names)
+
+
+def test_shared_parameters_are_clipped_once():
+    """A VampPrior's encoder has two names."""
+    for compile in (False, "trace"):
+        torch.manual_seed(0)
+        encoder = conditionals.Normal(nets.MLP(4, (5,)), event_shape=2)
+        decoder = conditionals.Normal(nets.MLP(2, (5,)), event_shape=4)
+        made = pv.VAE(priors.VampPrior(encoder, torch.randn(3, 4)), decoder, encoder)
+        start = [p.detach().clone() for p in made.parameters()]
+        optim = pyro.optim.SGD({"lr": 1.0})
+        pv.fit(made.model, made.guide, data(), batch_size=None, epochs=1, optim=optim, clip_norm=0.1, compile=compile)
+        move = torch.cat([(p - q).flatten() for p, q in zip(made.parameters(), start, strict=True)])
+        assert move.norm().item() == pytest.approx(0.1, rel=1e-3)
+
+
+def test_a_users_own_autocast_stays():
+    model, guide, _ = vae()
+    seen = []
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):
+        pv.fit(model, guide, data(), epochs=1)
+    assert all(seen)
 
 
 def test_without_a_checkpoint_signals_are_left_alone(monkeypatch):
