@@ -159,6 +159,11 @@ class Loaded(Batches):
         return list(dict.fromkeys(g for part in parts if (g := getattr(part, "generator", None)) is not None))
 
 
+def bytes_of(tensor: Tensor) -> np.ndarray:
+    """A tensor's numbers as they lie in memory, for sums over them."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+
+
 def slices(num_rows: int, at_once: int) -> list[slice]:
     """So many rows, some at a time."""
     return [slice(start, min(start + at_once, num_rows)) for start in range(0, num_rows, at_once)]

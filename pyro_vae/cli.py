@@ -97,7 +97,7 @@ def train(
     folder = out or runs.fresh(Path("runs") / dataset)
     if resume is not None:
         config = _to_go_on(context, out, overwrite, config)
-    else:
+    if resume is None or not runs.is_run(folder):
         runs.check_free(folder, overwrite=overwrite)
     train_data, test = build.build_data(config, data_dir)
     config = replace(config, event_shape=tuple(train_data.x.shape[1:]), num_levels=train_data.num_levels)
@@ -349,7 +349,7 @@ def _to_go_on(context: typer.Context, out: Path | None, overwrite: bool, config:
 
     if out is None or overwrite:
         raise typer.BadParameter("--resume goes on with the run at --out RUN, and replaces nothing; expected --out alone")
-    if not (out / "config.json").exists():
+    if not runs.is_run(out):
         return config
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}

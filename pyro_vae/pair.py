@@ -285,3 +285,12 @@ def untouched(*, training: bool | None = None, seed: int | None = None) -> Itera
                 # a buffer that was not written may not bear it: one that is an expanded number
                 if buffer is not None and kept is not None and not torch.equal(buffer, kept):
                     buffer.copy_(kept)
+
+
+def make_parameters(model: Program, guide: Program, batch: Batch) -> None:
+    """Run a pair for the parameters that exist only once it has run, and leave them, and nothing else, behind."""
+    store = pyro.get_param_store()
+    with untouched(training=False), torch.no_grad():
+        run_pair(model, guide, *batch.args, **batch.kwargs)
+        made = store.get_state()
+    store.set_state(made)

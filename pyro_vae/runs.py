@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -43,10 +43,10 @@ class Run(NamedTuple):
     path: Path
     config: Config
 
-    def record(self, epochs: list[Epoch], *, anew: bool) -> None:
-        """Write all epochs to ``metrics.jsonl``, or append the last."""
+    def record(self, epochs: Iterable[Epoch], *, anew: bool) -> None:
+        """Write epochs to ``metrics.jsonl``, or append them to it."""
         with (self.path / "metrics.jsonl").open("w" if anew else "a") as file:
-            file.writelines(json.dumps(as_json(epoch)) + "\n" for epoch in (epochs if anew else epochs[-1:]))
+            file.writelines(json.dumps(as_json(epoch)) + "\n" for epoch in epochs)
 
     def history(self) -> list[Epoch]:
         """The epochs of ``metrics.jsonl``. Raises ``ValueError`` where a line of it is none."""
@@ -108,8 +108,8 @@ class _Kept(checkpoint.Checkpoints):
         self.run = self.run or self.make()
         super().save(steps, content, score=score)
         if not content["batch"]:
-            epochs = [Epoch.of(record) for record in content["history"]]
-            self.run.record(epochs, anew=not self.recorded)
+            records = content["history"][-1:] if self.recorded else content["history"]
+            self.run.record(map(Epoch.of, records), anew=not self.recorded)
             self.recorded = True
             self.run.save(self.pair)
 
@@ -137,7 +137,7 @@ def train(
     many: dict[str, Any] = {"vectorize_particles": True, "max_plate_nesting": 1} if pair.vae else {}
     loss = Trace_ELBO(num_particles=config.num_particles, **(many if config.num_particles > 1 else {}))
     store: dict[str, Any] = {"params": {}, "constraints": {}}
-    goes_on = resume is not None and path.exists()
+    goes_on = resume is not None and is_run(path)
     kept = _Kept(path, pair, lambda: create(path, config, device, overwrite=overwrite, goes_on=goes_on))
     for epoch in infer.train(
         pair.model, pair.guide, train_data.to(device), validation=test.to(device), loss=loss,
@@ -207,6 +207,11 @@ def create(path: Path, config: Config, device: str, *, overwrite: bool, goes_on:
     return Run(path, config)
 
 
+def is_run(path: Path) -> bool:
+    """Whether there is a run at ``path``."""
+    return (path / "config.json").is_file()
+
+
 def open_run(path: Path) -> Run:
     """A run folder that is there.
 
@@ -214,7 +219,7 @@ def open_run(path: Path) -> Run:
     :raises ValueError: where its ``config.json`` is none; ``MismatchError`` where it is of another version of pyro_vae.
     """
     file = path / "config.json"
-    if not file.is_file():
+    if not is_run(path):
         raise FileNotFoundError(f"there is no run at {path}: it has no config.json; name a folder that `pyro-vae train` made")
     try:
         record = json.loads(_text(file))

@@ -406,6 +406,10 @@ def test_a_run_goes_on(run, tmp_path):
     assert json.loads(Path("a", "config.json").read_text())["num_epochs"] == 4
     assert run("train", "ring", "-n", 1, "--out", "new", "--resume", "last")[0] == 0  # a job that restarts itself
     assert run("train", "--resume", "last")[0] == 2
+    Path("mine").mkdir()
+    Path("mine", "notes.txt").write_text("kept")
+    assert run("train", "ring", "-n", 1, "--out", "mine", "--resume", "last")[0] == 2
+    assert os.listdir("mine") == ["notes.txt"]
     assert run("train", "ring", "--out", "a", "--resume", "nowhere")[0] == 66
 
 

@@ -8,10 +8,10 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.batches import Batch, as_arguments
+from pyro_vae.batches import as_arguments
 from pyro_vae.checkpoint.blueprint import build, describe
 from pyro_vae.checkpoint.folder import read, write
-from pyro_vae.pair import Program, run_pair, untouched
+from pyro_vae.pair import Program, make_parameters
 
 _KIND = "pair"
 
@@ -61,26 +61,14 @@ def load(path: Path | str, factory: Callable[[], Any] | None = None, *args: Any,
     if factory is None and plan is None:
         raise ValueError(f"{path}: its pair is not made of pyro_vae's parts alone; pass the factory that makes it")
     pair = _built(plan, weights) if factory is None else factory()
-    batch = as_arguments(args, kwargs) if args or kwargs else None
-    pyro.get_param_store().set_state(put(weights, *_programs(pair), batch, str(path)))
-    return pair
-
-
-def put(stored: dict[str, Tensor], model: Program, guide: Program, batch: Batch | None, path: str) -> dict[str, Any]:
-    """Copy weights into the pair, and return the state of its param store.
-
-    :param batch: the arguments of one run, ``None`` where modules own all parameters.
-    :param path: where the weights come from, for the error.
-    :raises ValueError: where they are not this pair's.
-    """
     store = pyro.get_param_store()
-    state: dict[str, Any] = {"params": {}, "constraints": {}}
-    if batch is not None:
-        with untouched(training=False), torch.no_grad(), store.scope(state):
-            run_pair(model, guide, *batch.args, **batch.kwargs)
-            state = store.get_state()
-    copy_all(stored, _tensors(model, guide, state), path)
-    return state
+    with store.scope():
+        if args or kwargs:
+            make_parameters(*_programs(pair), as_arguments(args, kwargs))
+        made = store.get_state()
+        copy_all(weights, _tensors(*_programs(pair), made), str(path))
+    store.set_state(made)
+    return pair
 
 
 def _built(plan: list[Any], weights: dict[str, Tensor]) -> nn.Module:

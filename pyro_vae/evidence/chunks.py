@@ -14,7 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae.batches import Batch
+from pyro_vae.batches import Batch, bytes_of
 from pyro_vae.files import write_whole
 
 
@@ -59,7 +59,7 @@ def fingerprint(batch: Batch, probe: Iterable[Tensor], **settings: Any) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for tensor in (*batch.tensors.values(), *probe):
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 

@@ -119,6 +119,11 @@ class Group:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return bool(found.item())
 
+    def wait(self) -> None:
+        """For all processes to be here."""
+        if self.size > 1:
+            dist.barrier()
+
     def terms(self, own: ElboTerms) -> ElboTerms:
         """Those of all processes, end to end."""
         if self.size == 1:

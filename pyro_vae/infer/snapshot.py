@@ -8,7 +8,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vae.batches import Batches, InMemory
+from pyro_vae.batches import Batches, InMemory, bytes_of
 from pyro_vae.infer.group import Group
 from pyro_vae.infer.svi import OneOptimizer
 
@@ -108,5 +108,4 @@ def _optimizer(optim: Any) -> dict[str, Any]:
 
 
 def _sum_of(tensor: Tensor) -> str:
-    raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
+    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(bytes_of(tensor)).hexdigest()}"

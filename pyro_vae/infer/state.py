@@ -26,7 +26,7 @@ from pyro_vae.infer.snapshot import (
     stored,
     unstored,
 )
-from pyro_vae.pair import ElboTerms, MeanElbo, Program, run_pair, untouched
+from pyro_vae.pair import ElboTerms, MeanElbo, Program, make_parameters
 from pyro_vae.signals import Interrupted, deferred, waiting
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ class Keeper:
         terms = [torch.cat(part) for part in zip(*at.terms, strict=True)]
         ranks = self.group.all({"began": stored(began), "now": stored(at.now), "terms": terms})
         if self.group.rank:
-            self.group.any(False)
+            self.group.wait()
             return
         validation = at.history[-1].validation if at.history and not at.batch else None
         content = {
@@ -208,7 +208,7 @@ class Keeper:
             "graphs": self.step.graphs(), "max_plate_nesting": self.step.elbo.max_plate_nesting,
         }  # fmt: skip
         self.checkpoints.save(at.steps, content, score=-math.inf if validation is None else validation.elbo)
-        self.group.any(False)  # none goes on before it is there
+        self.group.wait()  # none goes on before it is there
 
     def begin(self, resume: str | Path | None, model: Program, guide: Program, first: Batch, held_out: Batches | None) -> None:
         """Bring all processes to one start, and that to a checkpoint."""
@@ -216,18 +216,10 @@ class Keeper:
             self.group.share(self.batches)
             if held_out is not None:
                 self.group.share(held_out)
-            self._register(model, guide, first)
+            make_parameters(model, guide, first)
             self.group.agree(self.best.weights.tensors().values())
         if resume is not None:
             self._resume(resume, model, guide, first)
-
-    def _register(self, model: Program, guide: Program, first: Batch) -> None:
-        """Make the parameters that exist only once the pair has run."""
-        store = pyro.get_param_store()
-        with untouched(training=False), torch.no_grad():
-            run_pair(model, guide, *first.args, **first.kwargs)
-            made = store.get_state()
-        store.set_state(made)
 
     def _resume(self, resume: str | Path, model: Program, guide: Program, first: Batch) -> None:
         """Put everything back as it was at a checkpoint.
@@ -247,7 +239,7 @@ class Keeper:
                     f"resume: {key} is {self.config.get(key)!r} but was {was!r} in {path}; expected the same, or begin anew in "
                     "another folder"
                 )
-        self._register(model, guide, first)
+        make_parameters(model, guide, first)
         copy_all(content["weights"], self.best.weights.tensors(), str(path))
         for name, p in pyro.get_param_store().named_parameters():
             p.grad = torch.zeros_like(p) if name in content["moved"] else None
