@@ -26,7 +26,8 @@ from pyro_vae.particles import PARTICLES, check_in_data_plate, check_whole, is_e
 logger = logging.getLogger(__name__)
 MAX_BYTES = 2**24  # of the tensors that one run of a pair makes: what stays in a processor's cache is fastest
 _PARTICLES_AT_ONCE = 64  # enough that an encoder, which runs once for all of them, costs little
-_GRAPH_AFTER = 200  # chunks of one shape, before a graph of them is worth its seconds
+_GRAPH_FROM = 100  # chunks of one shape, from which on a graph of them is worth its half second
+_INDUCTOR_FROM = 300  # likewise, from which on Inductor is worth its seconds
 
 
 def log_weights(
@@ -154,16 +155,18 @@ class Weigher:
     def chunks(self, num_particles: int) -> list[slice]:
         """The rows of the data that are to be taken at a time."""
         rows, self.at_once = self._sizes(num_particles)
-        return slices(self.batch.num_rows, rows)
+        chunks = slices(self.batch.num_rows, rows)
+        self.alike = Counter(chunk.stop - chunk.start for chunk in chunks)
+        return chunks
 
     def of(self, rows: slice, num_particles: int) -> Tensor:
         """All log-weights of one chunk of the data: ``(num_particles, rows)``, the joint ones ``(num_particles,)``."""
         part = self.batch.rows(rows)
         # Pyro's own validation sees each datum once
         drawn = [self.weigh(part, num_particles % self.at_once or self.at_once)]
-        for _ in range((num_particles - 1) // self.at_once):
-            drawn.append(self.graphs.weigh(part, self.at_once))
-        return torch.cat(drawn)
+        rest = (num_particles - 1) // self.at_once
+        weigh = self.graphs.of(part, self.at_once, rest * self.alike[rows.stop - rows.start]) if rest else self.weigh
+        return torch.cat(drawn + [weigh(part, self.at_once) for _ in range(rest)])
 
     def weigh(self, batch: Batch, num_particles: int) -> Tensor:
         """Log-weights of some data, by eager Pyro: ``(num_particles, rows)``, the joint ones ``(num_particles,)``."""
@@ -271,24 +274,31 @@ class _Graphs:
 
     def __init__(self, weigher: Weigher) -> None:
         self.weigher = weigher
-        self.calls: Counter = Counter()
-        self.ways: dict[Any, Callable[..., Any]] = {}
+        self.ways: dict[Any, Callable[[Batch, int], Tensor]] = {}
 
-    def weigh(self, batch: Batch, num_particles: int) -> Tensor:
+    def of(self, batch: Batch, num_particles: int, times: int) -> Callable[[Batch, int], Tensor]:
+        """How data like these are weighed best, if that is done so many times."""
+        key = num_particles, *(tensor.shape for tensor in batch.leaves())
+        if key not in self.ways:
+            self.ways[key] = self._best(batch, num_particles, times)
+        return self.ways[key]
+
+    def _best(self, batch: Batch, num_particles: int, times: int) -> Callable[[Batch, int], Tensor]:
+        if times < _GRAPH_FROM:
+            return self.weigher.weigh
         tensors = batch.leaves()
 
         def eager(*given: Tensor) -> tuple[Tensor]:
             return (self.weigher.weigh(batch.with_leaves(given), num_particles),)
 
-        key = num_particles, *(tensor.shape for tensor in tensors)
-        self.calls[key] += 1
         try:
-            if self.calls[key] == _GRAPH_AFTER:
-                graph = trace_graph(eager, tensors)
-                self.ways[key] = self._held(compiled(graph, tensors) if has_compiler() else graph, eager, tensors)
+            graph = trace_graph(eager, tensors)
+            by_inductor = times >= _INDUCTOR_FROM and has_compiler()
+            way = self._held(compiled(graph, tensors) if by_inductor else graph, eager, tensors)
         except Exception as reason:  # what serves goes on to serve
             logger.info("log-weights run as eager Pyro: %s", reason)
-        return self.ways.get(key, eager)(*tensors)[0]
+            return self.weigher.weigh
+        return lambda batch, _: way(*batch.leaves())[0]
 
     def _held(self, way: Callable[..., Any], eager: Callable[..., Any], tensors: list[Tensor]) -> Callable[..., Any]:
         """``way``, where it says what eager Pyro says at the same noise."""
