@@ -166,7 +166,8 @@ def _log1p(e: Tensor) -> Tensor:
     """log(1 + e) to two units in the last place, from one logarithm (1 + e rounds to u; the fraction is what that lost).
     torch's own takes ten times as long in single precision on a CPU."""
     u = 1 + e
-    return u.log() - torch.nan_to_num(((u - 1) - e) / u)
+    lost = ((u - 1) - e) / u
+    return u.log() - torch.where(lost == lost, lost, 0.0)  # NaN at e = −1 and ∞; nan_to_num would cost more than the rest
 
 
 def _in_single(f: Callable[..., Any]) -> Callable[..., Any]:
