@@ -42,10 +42,11 @@ class Watch:
 def watching() -> Iterator[Watch]:
     """Watch what runs in the block."""
     seen = Watch()
+    outside = sys._getframe(2)  # of the block
 
     def enter(frame: types.FrameType, event: str, _: Any) -> None:
         known = frame.f_globals
-        if event == "call" and not _in_library(known.get("__name__", "")):
+        if event == "call" and not _in_library(known.get("__name__", "")) and not _imported(frame, outside):
             seen.read.setdefault(id(known), (known, set()))[1].update(_globals_of(frame.f_code))
             seen.names.update(frame.f_code.co_names)
 
@@ -66,6 +67,15 @@ def watching() -> Iterator[Watch]:
     if _other_noise() != before:
         seen.reason = "the pair draws from Python's or numpy's generator, which is not in the graph"
     seen.params = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
+
+
+def _imported(frame: types.FrameType | None, outside: types.FrameType) -> bool:
+    """Whether a function runs as part of an import, once for the process: libraries load others when they are first used."""
+    while frame is not None and frame is not outside:
+        if frame.f_code.co_name == "<module>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
+from pyro_vae.infer.guards import watching
 from pyro_vae.infer.svi import SVI as CompiledSVI
 from tests.steps import PAIRS, Annealed, adam, changes, data, functions, vae
 
@@ -298,3 +299,14 @@ def test_a_variable_that_has_the_name_of_an_attribute_is_no_matter():
     finally:
         del globals()["factor"]
     assert svi._builds == 1
+
+
+def test_what_an_import_runs_is_not_what_a_pair_reads(tmp_path, monkeypatch):
+    """Libraries load others when they are first used, such as mpmath, whose globals change for reasons of its own."""
+    (tmp_path / "loaded_late.py").write_text("A, B = 1, 2\ndef a(): return A\ndef b(): return B\na()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with watching() as seen:
+        late = __import__("loaded_late")
+        late.b()
+    (names,) = [names for known, names in seen.read.values() if known is vars(late)]
+    assert names == {"B"}
