@@ -4,7 +4,7 @@ The terms of the ELBO are defined here, once; training reports them, evaluation 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -287,10 +287,22 @@ def untouched(*, training: bool | None = None, seed: int | None = None) -> Itera
                     buffer.copy_(kept)
 
 
-def make_parameters(model: Program, guide: Program, batch: Batch) -> None:
-    """Run a pair for the parameters that exist only once it has run, and leave them, and nothing else, behind."""
+def make_parameters(model: Program, guide: Program, batch: Batch) -> list[nn.Module]:
+    """Run a pair for the parameters that exist only once it has run, and leave them, and nothing else, behind. Returns the
+    modules that ran."""
     store = pyro.get_param_store()
-    with untouched(training=False), torch.no_grad():
+    with untouched(training=False) as ran, torch.no_grad():
         run_pair(model, guide, *batch.args, **batch.kwargs)
         made = store.get_state()
     store.set_state(made)
+    return list(ran)
+
+
+def buffers_closed_over(model: Program, guide: Program, ran: Collection[nn.Module]) -> dict[str, Tensor]:
+    """The buffers of networks that are no part of model or guide as modules: functions close over them.
+
+    :param ran: the modules that ran, by whose order they are named.
+    """
+    owned = {part for program in (model, guide) if isinstance(program, nn.Module) for part in program.modules()}
+    others = [module for module in ran if module not in owned]
+    return {f"{i}.{name}": buffer for i, module in enumerate(others) for name, buffer in module.named_buffers(recurse=False)}

@@ -67,9 +67,9 @@ class Run(NamedTuple):
             return epochs[-1]
         return max(epochs, key=lambda epoch: epoch.validation.elbo if epoch.validation else -math.inf)
 
-    def save(self, pair: Pair) -> None:
+    def save(self, pair: Pair, rows: Tensor) -> None:
         """Write the weights, those in Pyro's param store too; see :func:`~pyro_vae.checkpoint.save`."""
-        checkpoint.save(self.path / "weights", pair.vae or (pair.model, pair.guide))
+        checkpoint.save(self.path / "weights", pair.vae or (pair.model, pair.guide), rows)
 
     @contextmanager
     def loaded(self, rows: Tensor | None = None) -> Iterator[Pair]:
@@ -93,11 +93,14 @@ class Run(NamedTuple):
 
 class _Kept(checkpoint.Checkpoints):
     """The checkpoints of a run, which is made with the first of them: a start that fails replaces nothing. With that of an
-    epoch's end go the epoch's record and the weights."""
+    epoch's end go the epoch's record and the weights; with early stopping those of the best epoch alone.
 
-    def __init__(self, path: Path, pair: Pair, make: Callable[[], Run]) -> None:
+    :param rows: some data, by which a pair shows what it consists of.
+    """
+
+    def __init__(self, path: Path, pair: Pair, rows: Tensor, make: Callable[[], Run]) -> None:
         super().__init__(path / "checkpoints")
-        self.pair, self.make = pair, make
+        self.pair, self.rows, self.make = pair, rows, make
         self.run: Run | None = None
         self.recorded = False
 
@@ -111,7 +114,8 @@ class _Kept(checkpoint.Checkpoints):
             records = content["history"][-1:] if self.recorded else content["history"]
             self.run.record(map(Epoch.of, records), anew=not self.recorded)
             self.recorded = True
-            self.run.save(self.pair)
+            if self.run.config.patience is None or not content["best"]["epochs_since"]:
+                self.run.save(self.pair, self.rows)
 
 
 def train(
@@ -138,9 +142,10 @@ def train(
     loss = Trace_ELBO(num_particles=config.num_particles, **(many if config.num_particles > 1 else {}))
     store: dict[str, Any] = {"params": {}, "constraints": {}}
     goes_on = resume is not None and is_run(path)
-    kept = _Kept(path, pair, lambda: create(path, config, device, overwrite=overwrite, goes_on=goes_on))
+    test = test.to(device)
+    kept = _Kept(path, pair, test.x[:2], lambda: create(path, config, device, overwrite=overwrite, goes_on=goes_on))
     for epoch in infer.train(
-        pair.model, pair.guide, train_data.to(device), validation=test.to(device), loss=loss,
+        pair.model, pair.guide, train_data.to(device), validation=test, loss=loss,
         optim=Adam({"lr": config.learning_rate}), epochs=config.num_epochs, batch_size=config.batch_size,
         patience=config.patience, param_store=store, clip_norm=config.clip_norm, checkpoint=kept, every=every, resume=resume,
         beta=(lambda t: config.beta * min(1.0, t / config.warm_up)) if config.warm_up else config.beta,
@@ -151,7 +156,7 @@ def train(
         return Run(path, config)
     run = kept.run or kept.make()
     with pyro.get_param_store().scope(store):
-        run.save(pair)  # early stopping went back to the best
+        run.save(pair, kept.rows)  # early stopping went back to the best
     return run
 
 

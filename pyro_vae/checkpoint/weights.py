@@ -1,6 +1,6 @@
 """The trained parameters and buffers of any pair; nothing is pickled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,38 @@ from torch import Tensor, nn
 from pyro_vae.batches import as_arguments
 from pyro_vae.checkpoint.blueprint import build, describe
 from pyro_vae.checkpoint.folder import read, write
-from pyro_vae.pair import Program, make_parameters
+from pyro_vae.pair import Program, buffers_closed_over, make_parameters, run_pair, untouched
 
 _KIND = "pair"
 
 
-def save(path: Path | str, pair: Any, param_store: dict[str, Any] | None = None) -> None:
+def save(path: Path | str, pair: Any, *args: Any, param_store: dict[str, Any] | None = None, **kwargs: Any) -> None:
     """Store a trained pair in the folder ``path``, whole or not at all, in the place of one that was there.
 
     :param pair: a :class:`~pyro_vae.VAE`, anything with ``.model`` and ``.guide``, or a tuple ``(model, guide)``.
-    :param param_store: where plain functions keep their parameters: ``history.param_store`` of a fit; by default Pyro's own.
+    :param args: with ``kwargs`` the arguments of one run, such as two rows of the data. A pair that is not made of pyro_vae's
+        modules alone shows by it what it consists of: parameters of plain functions, buffers of networks that they close over.
+    :param param_store: where these parameters are: ``history.param_store`` of a fit; by default Pyro's own.
+    :raises ValueError: without arguments for such a pair.
     :raises OSError: with its ``errno``; what was at ``path`` is then as it was.
     """
     model, guide = _programs(pair)
-    store = pyro.get_param_store().get_state() if param_store is None else param_store
-    content = {"plan": describe(pair), "weights": _tensors(model, guide, store)}
-    write(Path(path), _KIND, content)
+    plan, ran, params = describe(pair), [], {}
+    if args or kwargs:
+        batch = as_arguments(args, kwargs)
+        store = pyro.get_param_store()
+        with store.scope(store.get_state() if param_store is None else param_store.copy()):
+            with untouched(training=False) as seen, torch.no_grad():
+                traces = run_pair(model, guide, *batch.args, **batch.kwargs)
+            names = {name for trace in traces for name, site in trace.nodes.items() if site["type"] == "param"}
+            params = {name: value for name, value in store.get_state()["params"].items() if name in names}
+            ran = list(seen)
+    elif plan is None:
+        raise ValueError(
+            "pair: it is not made of pyro_vae's modules alone, and only a run shows which parameters and buffers it has; "
+            "expected the arguments of one too: save(path, (model, guide), x[:2])"
+        )
+    write(Path(path), _KIND, {"plan": plan, "weights": _tensors(model, guide, params, ran)})
 
 
 def load(path: Path | str, factory: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -34,7 +50,8 @@ def load(path: Path | str, factory: Callable[[], Any] | None = None, *args: Any,
 
     :param factory: makes the pair anew, as it was trained; a VAE of pyro_vae's own parts is built without.
     :param args: with ``kwargs`` the arguments of one run, for parameters that exist only once the pair has run: those of
-        plain functions, which are left in Pyro's param store, and of lazy modules.
+        plain functions, which are left in Pyro's param store, and of lazy modules; and to meet networks that functions close
+        over.
     :return: what ``factory`` makes, or the VAE.
     :raises FileNotFoundError: where nothing is stored at ``path``.
     :raises ValueError: where it is damaged, of another version, or its weights are not this pair's.
@@ -63,10 +80,9 @@ def load(path: Path | str, factory: Callable[[], Any] | None = None, *args: Any,
     pair = _built(plan, weights) if factory is None else factory()
     store = pyro.get_param_store()
     with store.scope():
-        if args or kwargs:
-            make_parameters(*_programs(pair), as_arguments(args, kwargs))
+        ran = make_parameters(*_programs(pair), as_arguments(args, kwargs)) if args or kwargs else []
         made = store.get_state()
-        copy_all(weights, _tensors(*_programs(pair), made), str(path))
+        copy_all(weights, _tensors(*_programs(pair), made["params"], ran), str(path))
     store.set_state(made)
     return pair
 
@@ -105,11 +121,15 @@ def _programs(pair: Any) -> tuple[Program, Program]:
     raise ValueError(f"pair: expected (model, guide), or an object with both, but got {type(pair).__name__}")
 
 
-def _tensors(model: Program, guide: Program, param_store: dict[str, Any]) -> dict[str, Tensor]:
-    """Every parameter and buffer of the modules, and what the param store holds beyond them."""
+def _tensors(model: Program, guide: Program, params: dict[str, Tensor], ran: Collection[nn.Module]) -> dict[str, Tensor]:
+    """Every parameter and buffer of the modules, those that are only in the param store, and buffers that are closed over.
+
+    :param params: those of the param store, unconstrained.
+    """
     tensors: dict[str, Tensor] = {}
     for side, program in (("model", model), ("guide", guide)):
         if isinstance(program, nn.Module):
             tensors |= {f"{side}.{name}": tensor for name, tensor in program.state_dict(keep_vars=True).items()}
     own = {id(tensor) for tensor in tensors.values()}
-    return tensors | {f"store.{name}": t for name, t in param_store["params"].items() if id(t) not in own}
+    tensors |= {f"store.{name}": tensor for name, tensor in params.items() if id(tensor) not in own}
+    return tensors | {f"buffers.{name}": tensor for name, tensor in buffers_closed_over(model, guide, ran).items()}

@@ -26,7 +26,7 @@ from pyro_vae.infer.snapshot import (
     stored,
     unstored,
 )
-from pyro_vae.pair import ElboTerms, MeanElbo, Program, make_parameters
+from pyro_vae.pair import ElboTerms, MeanElbo, Program, buffers_closed_over, make_parameters
 from pyro_vae.signals import Interrupted, deferred, waiting
 
 logger = logging.getLogger(__name__)
@@ -53,25 +53,17 @@ class Weights:
     """The tensors that training moves: the parameters in Pyro's param store, where those of modules are too, and the buffers
     of every module that ran."""
 
-    def __init__(self, model: Program, guide: Program, modules: Collection[nn.Module]) -> None:
-        self.programs = {name: one for name, one in (("model", model), ("guide", guide)) if isinstance(one, nn.Module)}
-        owned = {part for program in self.programs.values() for part in program.modules()}
-        self.others = [module for module in modules if module not in owned]  # which plain functions close over
+    def __init__(self, model: Program, guide: Program, ran: Collection[nn.Module]) -> None:
+        self.model, self.guide, self.ran = model, guide, ran
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"params.{name}": value for name, value in pyro.get_param_store().named_parameters()} | self.buffers()
 
     def buffers(self) -> dict[str, Tensor]:
-        buffers = {
-            f"buffers.{side}.{name}": buffer
-            for side, program in self.programs.items()
-            for name, buffer in program.named_buffers()
-        }
-        return buffers | {
-            f"buffers.{i}.{name}": buffer
-            for i, module in enumerate(self.others)
-            for name, buffer in module.named_buffers(recurse=False)
-        }
+        programs = {name: one for name, one in (("model", self.model), ("guide", self.guide)) if isinstance(one, nn.Module)}
+        own = {f"{side}.{name}": buffer for side, one in programs.items() for name, buffer in one.named_buffers()}
+        others = buffers_closed_over(self.model, self.guide, self.ran)
+        return {f"buffers.{name}": buffer for name, buffer in (own | others).items()}
 
     def copy(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}

@@ -94,7 +94,9 @@ def test_what_was_changed_after_it_was_built_needs_its_factory(tmp_path):
         return vae
 
     vae = moved(changed())
-    checkpoint.save(tmp_path / "a", vae)
+    with pytest.raises(ValueError, match="expected the arguments of one"):
+        checkpoint.save(tmp_path / "a", vae)
+    checkpoint.save(tmp_path / "a", vae, torch.rand(2, 4, 3))
     with pytest.raises(ValueError, match="factory"):
         checkpoint.load(tmp_path / "a")
     z = torch.randn(3, 2)
@@ -113,7 +115,7 @@ class Mine(nn.Module):
 
 def test_a_user_class_needs_its_factory(tmp_path):
     vae = moved(pair(trunk=Mine()))
-    checkpoint.save(tmp_path / "a", vae)
+    checkpoint.save(tmp_path / "a", vae, torch.rand(2, 4, 3))
     with pytest.raises(ValueError, match="factory"):
         checkpoint.load(tmp_path / "a")
     again = checkpoint.load(tmp_path / "a", lambda: pair(trunk=Mine()))
@@ -139,11 +141,56 @@ def test_plain_functions_keep_their_parameters_and_constraints(tmp_path):
     history = pv.fit(model, guide, x, epochs=3)
     with history.scope():
         trained = pyro.param("scale").item()
-    checkpoint.save(tmp_path / "a", (model, guide), history.param_store)
+    checkpoint.save(tmp_path / "a", (model, guide), x[:2], param_store=history.param_store)
     assert len(pyro.get_param_store()) == 0
     assert checkpoint.load(tmp_path / "a", lambda: (model, guide), x[:2]) == (model, guide)
     assert pyro.param("scale").item() == trained != 1.0
     assert pyro.get_param_store()._constraints["scale"] is constraints.positive
+
+
+def normalizing():
+    """Plain functions over a network with running averages."""
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True).expand(-1, 3), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(net(x), 1.0).to_event(1))
+
+    return (model, guide), net
+
+
+def test_buffers_of_networks_that_functions_close_over_are_kept(tmp_path):
+    x = 3 + torch.randn(50, 3)
+    pair, net = normalizing()
+    history = pv.fit(*pair, x, epochs=3)
+    checkpoint.save(tmp_path / "a", pair, x[:2], param_store=history.param_store)
+    again, anew = normalizing()
+    assert not torch.equal(anew[0].running_mean, net[0].running_mean)
+    with pyro.get_param_store().scope():
+        checkpoint.load(tmp_path / "a", lambda: again, x[:2])
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(anew.state_dict()[name], tensor), name
+
+
+def test_only_what_a_pair_uses_is_kept(tmp_path):
+    """What others left in Pyro's param store is none of it."""
+    x = torch.randn(5)
+    with pyro.get_param_store().scope():
+        pyro.param("of another", torch.ones(()))
+        pyro.param("scale", torch.tensor(3.0), constraint=constraints.positive)
+        checkpoint.save(tmp_path / "a", (model, guide), x)
+        checkpoint.save(tmp_path / "b", moved(pair(trunk=trunk())))
+    with pyro.get_param_store().scope():
+        checkpoint.load(tmp_path / "a", lambda: (model, guide), x)
+        assert list(pyro.get_param_store()) == ["scale"]
+        assert pyro.param("scale").item() == pytest.approx(3.0)
+        checkpoint.load(tmp_path / "b")
 
 
 def test_the_place_of_another(tmp_path):
