@@ -5,21 +5,20 @@ Torch is imported inside the commands, so that ``--help`` answers at once. Progr
 
 import contextlib
 import json
-import math
 import os
 import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, get_args
 
 import typer
 from typer import Argument, Option
 
-from pyro_vae import report
+from pyro_vae import report, words
 
 if TYPE_CHECKING:
-    from pyro_vae.build import Config, Pair
+    from pyro_vae.build import Pair
     from pyro_vae.vae import VAE
 
 Dataset = Literal["digits", "mnist", "fashion-mnist", "frey-faces", "ring"]
@@ -78,25 +77,31 @@ def train(
 
     from pyro_vae import build, infer, runs
 
-    families = {"likelihood": likelihood, "guide": guide, "prior": prior, "latent_dim": latent_dim, "hidden": _widths(hidden)}
+    families = {
+        "likelihood": likelihood,
+        "guide": guide,
+        "prior": prior,
+        "latent_dim": latent_dim,
+        "hidden": words.widths(hidden),
+    }
     given = {"num_epochs": num_epochs, "learning_rate": learning_rate, "warm_up": warm_up} | families
     values = build.DEFAULTS[dataset] | {key: value for key, value in given.items() if value is not None}
     if pair is not None:
-        _check_pair_words(pair, families)
+        words.check_pair_words(pair, families)
         values |= dict.fromkeys(build.FAMILIES)
     grey_to = "stochastic" if values["likelihood"] == "bernoulli" else "none"
     config = build.Config(
         **values, dataset=dataset, pair=pair, binarize=binarize or grey_to, batch_size=batch_size, num_particles=num_particles,
-        beta=_finite("--beta", beta), patience=patience, clip_norm=clip_norm, seed=seed, dtype=dtype,
+        beta=words.finite("--beta", beta), patience=patience, clip_norm=clip_norm, seed=seed, dtype=dtype,
     )  # fmt: skip
-    _finite("--learning-rate", config.learning_rate)
+    words.finite("--learning-rate", config.learning_rate)
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    _check_device(device)
+    words.check_device(device)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, the one that speaks
     folder = out or runs.fresh(Path("runs") / dataset)
     if resume is not None:
-        config = _to_go_on(context, out, overwrite, config)
+        config = words.to_go_on(context, out, overwrite, config)
     if resume is None or not runs.is_run(folder):
         runs.check_free(folder, overwrite=overwrite)
     train_data, test = build.build_data(config, data_dir)
@@ -306,54 +311,6 @@ def data(
     result = {"train": len(train_data), "test": len(test), "shape": list(train_data.x.shape[1:]), "range": [low, high]}
     text = f"{dataset}: {len(train_data)} + {len(test)} held out, each {tuple(train_data.x.shape[1:])} in [{low:g}, {high:g}]"
     return report.show(result, text, as_json)
-
-
-def _widths(hidden: str | None) -> tuple[int, ...] | None:
-    if hidden is None:
-        return None
-    words = hidden.split(",")
-    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
-        raise typer.BadParameter(f"--hidden: expected widths such as 500 or 500,500 but got {hidden!r}")
-    return tuple(map(int, words))
-
-
-def _finite(name: str, value: float) -> float:
-    if not math.isfinite(value):
-        raise typer.BadParameter(f"{name}: expected a finite number but got {value}")
-    return value
-
-
-def _check_device(name: str) -> None:
-    import torch
-
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        cause = str(error).splitlines()[0][:200]
-        raise typer.BadParameter(f"--device {name}: {cause}; expected cpu, or a device that is here") from None
-
-
-def _check_pair_words(pair: str, families: dict[str, Any]) -> None:
-    module, _, factory = pair.partition(":")
-    if not factory.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        raise typer.BadParameter(f"--pair: expected module:factory, such as my_pair:make, but got {pair!r}")
-    if named := [f"--{key.replace('_', '-')}" for key, value in families.items() if value is not None]:
-        raise typer.BadParameter(
-            f"--pair brings model and guide whole; {', '.join(named)} would have no effect, leave them out"
-        )
-
-
-def _to_go_on(context: typer.Context, out: Path | None, overwrite: bool, config: "Config") -> "Config":
-    """The configuration of the run that is to go on; ``config`` itself where it is to begin."""
-    from pyro_vae import runs
-
-    if out is None or overwrite:
-        raise typer.BadParameter("--resume goes on with the run at --out RUN, and replaces nothing; expected --out alone")
-    if not runs.is_run(out):
-        return config
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-    return runs.continued(out, config, given & vars(config).keys())
 
 
 def _vae(pair: "Pair", verb: str) -> "VAE":

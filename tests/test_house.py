@@ -22,7 +22,7 @@ FLOORS = (
     ("plots",),
     ("build",),
     ("runs", "zoo", "ladder"),
-    ("report",),
+    ("report", "words"),
     ("cli",),
     ("__main__",),
 )

@@ -1,9 +1,6 @@
 """A fit that stops anywhere and goes on is, to the last bit, the fit that never stopped."""
 
 import logging
-import os
-import signal
-import threading
 
 import numpy as np
 import pyro
@@ -13,46 +10,14 @@ import pytest
 import torch
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
 from torch import nn
-from torch.distributions import constraints
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
 from pyro_vae import conditionals, nets, priors
 from pyro_vae.checkpoint import Checkpoints, MismatchError, read_checkpoint
-from pyro_vae.infer import SVI
 from pyro_vae.infer import state as states
 from pyro_vae.pair import MeanElbo
-
-
-def data(n=107):
-    return torch.randn(n, 4, generator=torch.Generator().manual_seed(3))
-
-
-def vae():
-    made = pv.VAE(
-        priors.StandardNormal(2),
-        conditionals.Normal(nets.MLP(2, (9,)), event_shape=4),
-        conditionals.Normal(nn.Sequential(nets.MLP(4, (9,)), nn.BatchNorm1d(9), nn.Dropout(0.1)), event_shape=2),
-    )
-    return made.model, made.guide, [*made.parameters(), *made.buffers()]
-
-
-def functions():
-    """A pair without modules of its own: parameters in the store, a batch norm that a function closes over."""
-    network = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 1))
-
-    def model(x):
-        scale = pyro.param("scale", torch.ones(4), constraint=constraints.positive)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z.unsqueeze(-1), scale).to_event(1), obs=x)
-
-    def guide(x):
-        pyro.module("network", network)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(network(x).squeeze(-1), pyro.param("width", torch.tensor(0.5))))
-
-    return model, guide, [*network.parameters(), *network.buffers()]
+from tests.fits import assert_same, data, functions, run, stopped_after
 
 
 def labelled():
@@ -68,44 +33,6 @@ def labelled():
 
 def scheduled(kind, **options):
     return lambda: pyro.optim.PyroLRScheduler(kind, {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, **options})
-
-
-class Stop(Exception):
-    pass
-
-
-def stopped_after(monkeypatch, steps, **given):
-    """Run a fit until a checkpoint after so many steps, and no further."""
-    save = Checkpoints.save
-
-    def last(self, at, content, *, score):
-        save(self, at, content, score=score)
-        if at >= steps:
-            raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", last)
-        with pytest.raises(Stop):
-            run(every=1, **given)
-
-
-def run(pair=vae, x=data, loss=Trace_ELBO, optim=lambda: pyro.optim.Adam({"lr": 0.01}), seed=1, **options):
-    torch.manual_seed(0)
-    model, guide, tensors = pair()
-    x = x() if callable(x) else x
-    pyro.set_rng_seed(seed)
-    options = {"validation": data(33), "epochs": 5, "batch_size": 20} | options
-    if pair is functions:
-        options["validation"] = None  # its batch norm cannot be scaled to another number of rows
-    history = pv.fit(model, guide, x, loss=loss(), optim=optim(), **options)
-    tensors = [*tensors, *history.param_store["params"].values()]
-    return [t.detach().clone() for t in tensors], [epoch._replace(seconds=0.0) for epoch in history.epochs]
-
-
-def assert_same(a, b):
-    assert len(a[0]) == len(b[0])
-    assert all(torch.equal(p, q) for p, q in zip(a[0], b[0], strict=True))
-    assert str(a[1]) == str(b[1])  # NaN, too
 
 
 def branches():
@@ -305,95 +232,6 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
         read_checkpoint(newest)
 
 
-def moved(clip_norm, compile, epochs):
-    """How far plain gradient descent on all data has moved the parameters."""
-    torch.manual_seed(0)
-    model, guide, _ = vae()
-    start = [p.detach().clone() for p in (*model.parameters(), *guide.parameters())]
-    torch.manual_seed(1)
-    optim = pyro.optim.SGD({"lr": 1.0})
-    pv.fit(model, guide, data(), batch_size=None, epochs=epochs, optim=optim, clip_norm=clip_norm, compile=compile)
-    return torch.cat(
-        [(p - q).detach().flatten() for p, q in zip((*model.parameters(), *guide.parameters()), start, strict=True)]
-    )
-
-
-def test_clipping_scales_the_whole_gradient():
-    """One step moves the parameters by lr · g · min(1, c / ‖g‖); a graph, from the second step on, clips as eager Pyro does."""
-    whole = moved(None, compile=False, epochs=1)
-    assert whole.norm() > 2
-    assert torch.allclose(moved(0.1, compile=False, epochs=1), 0.1 * whole / whole.norm(), atol=1e-6)
-    assert torch.equal(moved(1e9, compile=False, epochs=1), whole)
-    eager, graph = (moved(0.1, compile=compile, epochs=5) for compile in (False, "trace"))
-    assert 0.1 < eager.norm() < 0.5 + 1e-6
-    assert torch.allclose(eager, graph, atol=1e-5)
-
-
-@pytest.mark.parametrize("compile", [False, "trace"])
-def test_autocast_is_of_lower_precision_in_the_networks_alone(compile):
-    """bfloat16 has eight bits: the terms are off by some 2⁻⁸, the parameters and what is reported are of full precision."""
-    (whole, (full, *_)), (cast, (low, *_)) = (
-        run(epochs=2, compile=compile, autocast=dtype) for dtype in (None, torch.bfloat16)
-    )
-    assert all(p.dtype == q.dtype for p, q in zip(whole, cast, strict=True))
-    off = abs(full.train.elbo - low.train.elbo) / abs(full.train.elbo)
-    assert 1e-6 < off < 2**-6
-    assert low.train.elbo == pytest.approx(low.train.reconstruction - low.train.kl, rel=1e-5)
-    with pytest.raises(ValueError, match=r"expected torch\.bfloat16"):
-        run(autocast=torch.float16)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_waits_for_a_checkpoint_and_goes_where_it_was_to_go(tmp_path, monkeypatch, number):
-    whole = run()
-    stepped, seen = states.Keeper.stepped, []
-    before = signal.signal(number, lambda *_: seen.append(len(Checkpoints(tmp_path).paths())))
-
-    def sent(self):
-        if self.at.steps == 8:
-            os.kill(os.getpid(), number)
-        stepped(self)
-
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(states.Keeper, "stepped", sent)
-            with pytest.raises(KeyboardInterrupt):
-                run(checkpoint=tmp_path)
-        assert seen == [2]  # the user's own handler, once, after that of epoch 1 and that of step 9
-        assert signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler)
-    finally:
-        signal.signal(number, before)
-    assert Checkpoints(tmp_path).paths()[-1].name == "step-00000009"
-    assert_same(run(checkpoint=tmp_path, resume="last"), whole)
-
-
-def test_a_signal_while_the_first_graph_of_an_epoch_is_built(tmp_path, monkeypatch):
-    """Its minibatch has been drawn by then, and is drawn again."""
-    whole = run(compile="trace")
-    stopped_after(monkeypatch, 6, checkpoint=tmp_path, compile="trace")
-    build = SVI._build
-
-    def sent(self, *args):
-        os.kill(os.getpid(), signal.SIGINT)
-        build(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SVI, "_build", sent)
-        with pytest.raises(KeyboardInterrupt):
-            run(checkpoint=tmp_path, resume="last", compile="trace")
-    assert_same(run(checkpoint=tmp_path, resume="last", compile="trace"), whole)
-
-
-def test_a_signal_that_nobody_hears_is_not_heard(tmp_path, monkeypatch):
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    stepped = states.Keeper.stepped
-    monkeypatch.setattr(states.Keeper, "stepped", lambda self: (os.kill(os.getpid(), signal.SIGINT), stepped(self)))
-    try:
-        run(epochs=1, checkpoint=tmp_path)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def test_going_back_sets_the_later_ones_aside(tmp_path):
     """From the best on, what is written is the last, and nothing is lost."""
     options = {"optim": lambda: pyro.optim.Adam({"lr": 0.3}), "checkpoint": tmp_path}
@@ -408,44 +246,6 @@ def test_going_back_sets_the_later_ones_aside(tmp_path):
     kept = {path.name for path in tmp_path.iterdir()}
     assert {"step-500", "step-notes.txt"} < kept
     assert all(any(name in other for other in kept) for name in names)
-
-
-def test_shared_parameters_are_clipped_once():
-    """A VampPrior's encoder has two names."""
-    for compile in (False, "trace"):
-        torch.manual_seed(0)
-        encoder = conditionals.Normal(nets.MLP(4, (5,)), event_shape=2)
-        decoder = conditionals.Normal(nets.MLP(2, (5,)), event_shape=4)
-        made = pv.VAE(priors.VampPrior(encoder, torch.randn(3, 4)), decoder, encoder)
-        start = [p.detach().clone() for p in made.parameters()]
-        optim = pyro.optim.SGD({"lr": 1.0})
-        pv.fit(made.model, made.guide, data(), batch_size=None, epochs=1, optim=optim, clip_norm=0.1, compile=compile)
-        move = torch.cat([(p - q).flatten() for p, q in zip(made.parameters(), start, strict=True)])
-        assert move.norm().item() == pytest.approx(0.1, rel=1e-3)
-
-
-def test_a_users_own_autocast_stays():
-    model, guide, _ = vae()
-    seen = []
-    model.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
-    with torch.autocast("cpu", torch.bfloat16):
-        pv.fit(model, guide, data(), epochs=1)
-    assert all(seen)
-
-
-def test_without_a_checkpoint_signals_are_left_alone(monkeypatch):
-    handlers = set()
-    monkeypatch.setattr(states.Keeper, "stepped", lambda self: handlers.add(signal.getsignal(signal.SIGINT)))
-    run(epochs=1)
-    assert handlers == {signal.getsignal(signal.SIGINT)}
-
-
-def test_outside_the_main_thread(tmp_path):
-    found = []
-    thread = threading.Thread(target=lambda: found.append(run(checkpoint=tmp_path, epochs=2)))
-    thread.start()
-    thread.join()
-    assert_same(found[0], run(epochs=2))
 
 
 def test_epochs_are_read_as_they_were():

@@ -1,0 +1,172 @@
+"""The command line: what it leaves, and what it prints."""
+
+import json
+import os
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from pyro_vae import build, cli, data, runs
+from tests.cli.left import PAIR, weights_file, weights_of
+
+
+def test_train_leaves_a_whole_run_folder(run, tmp_path):
+    code, out, err = run("train", "-n", 2, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    folder = tmp_path / result["run"]
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json",
+        "env.json",
+        "metrics.jsonl",
+        "weights",
+        "checkpoints",
+        "plots",
+    }
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["dataset"], config["num_epochs"], config["latent_dim"], config["event_shape"]) == ("digits", 2, 2, [8, 8])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    for side in ("train", "validation"):
+        mean = lines[-1][side]
+        assert mean["elbo"] == pytest.approx(mean["reconstruction"] - mean["kl"], rel=1e-4)
+    assert result["validation"] == lines[-1]["validation"]
+    assert all(torch.isfinite(tensor).all() for tensor in weights_of(folder).values())
+    pictures = {file.stem: imread(file) for file in (folder / "plots").iterdir()}
+    assert pictures.keys() == {"curve", "reconstructions", "samples", "latent", "manifold"}
+    assert all(picture[..., :3].std() > 0.02 for picture in pictures.values())  # none is blank
+    assert "epoch    2" in err
+    environment = json.loads((folder / "env.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_sample_reconstruct_and_plot_go_by_the_weights(run):
+    run("train", "-n", 1, "--out", "a")
+    code, out, _ = run("sample", "a", "-n", 7, "--seed", 3)
+    assert code == 0
+    assert out.split() == ["a/samples/samples.npy", "a/samples/samples.png"]
+    first = np.load("a/samples/samples.npy")
+    assert first.shape == (7, 8, 8)
+    assert run("sample", "a", "-n", 7, "--seed", 3)[1].split()[0] == "a/samples-2/samples.npy"
+    assert np.array_equal(first, np.load("a/samples-2/samples.npy"))
+    run("reconstruct", "a", "-n", 5, "--out", "r")
+    x, y = np.load("r/x.npy"), np.load("r/reconstructions.npy")
+    assert np.array_equal(x, data.load("digits")[1].x[:5].numpy())
+    assert y.shape == x.shape
+    assert 0 < y.min() < y.max() < 1
+    assert run("plot", "a", "--json")[0] == 0
+    assert os.path.isdir("a/plots-2")
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(run):
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run("train", "-n", 2, "--out", out, "--seed", seed)
+    a, b, c = map(weights_of, "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--likelihood", "bernoulli", "--guide", "full", "--prior", "mixture", "--hidden", "20,10"),
+        ("--likelihood", "categorical", "--guide", "low-rank", "--prior", "vamp", "--latent-dim", 3, "--dtype", "float64"),
+        ("--likelihood", "normal", "--guide", "laplace", "--prior", "normal", "--num-particles", 3, "--warm-up", 2),
+        ("--likelihood", "student-t", "--guide", "student-t", "--beta", 0.5, "--patience", 1, "-b", 500),
+        ("--likelihood", "laplace", "--binarize", "threshold"),
+    ],
+    ids=lambda words: " ".join(map(str, words)),
+)
+def test_options(run, words):
+    code, _, err = run("train", "-n", 1, "--out", "a", *words)
+    assert code == 0, err
+    assert run("sample", "a", "-n", 3)[0] == 0
+    assert run("plot", "a")[0] == 0
+
+
+def test_the_ring_and_the_other_data_sets(run, data_dir):
+    assert run("train", "ring", "-n", 1)[0] == 0
+    assert os.path.isfile("runs/ring/plots/samples.png")
+    code, out, _ = run("data", "frey-faces", "--json")
+    assert code == 0
+    assert json.loads(out)["shape"] == [28, 20]
+    assert {line.split()[0] for line in run("data")[1].splitlines()} == set(data.SOURCES)
+
+
+def test_compare(run, tmp_path):
+    code, out, err = run("compare", "factor-analysis", "--guide", "normal,full", "-n", 15, "--num-data", 5, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert list(result) == ["full", "normal"]  # ranked
+    gap, _ = result["normal"]["gap KL(q||p)"]
+    elbo, evidence = (result["normal"][key][0] for key in ("ELBO", "log evidence"))
+    assert gap == pytest.approx(evidence - elbo, abs=1e-4)
+    folder = tmp_path / "runs" / "compare-factor-analysis"
+    assert {file.name for file in folder.iterdir()} == {"comparison.json", "comparison.txt", "guides.png"}
+    assert imread(folder / "guides.png")[..., :3].std() > 0.02
+    assert "factor-analysis" in run("compare", "--list")[1]
+    assert run("compare", "nothing")[0] == 2
+    assert run("compare", "banana", "--guide", "nothing")[0] == 2
+
+
+@pytest.mark.parametrize("name", ["normal-normal", "regression", "two-modes", "relu", "funnel", "banana", "state-space"])
+def test_every_model_of_the_list_is_compared(run, name):
+    code, _, err = run("compare", name, "--guide", "normal", "-n", 1, "--num-data", 3)
+    assert code == 0, err
+
+
+def test_a_pair_of_ones_own(run, tmp_path):
+    (tmp_path / "mine.py").write_text(PAIR)
+    assert run("train", "--pair", "mine:functions", "-n", 2, "--out", "f")[0] == 0
+    weights = weights_of("f")
+    assert weights.keys() == {"store.scale", "store.encoder$$$0.weight", "store.encoder$$$0.bias"}
+    assert not torch.equal(weights["store.scale"], torch.zeros(64))  # unconstrained, log 1 at the start
+    assert run("plot", "f")[0] == 0
+    code, _, err = run("sample", "f")
+    assert (code, "two programs of your own" in err) == (65, True)
+    assert run("train", "--pair", "mine:vae", "-n", 1, "--out", "v")[0] == 0
+    assert run("sample", "v", "-n", 4)[0] == 0
+
+
+def test_loaded_weights_are_the_trained_ones(run, tmp_path):
+    (tmp_path / "mine.py").write_text(PAIR)
+    run("train", "--pair", "mine:functions", "-n", 1, "--out", "f")
+    import mine
+
+    with torch.no_grad():
+        mine.encoder[0].weight.zero_()
+    with runs.open_run(tmp_path / "f").loaded(torch.zeros(2, 8, 8)) as pair:
+        assert pair.model is mine.model
+        assert torch.equal(mine.encoder[0].weight, weights_of("f")["store.encoder$$$0.weight"])
+
+
+def test_a_run_goes_on(run, tmp_path):
+    """By --resume alone, to where it was to go and beyond; what would make it another run is refused."""
+    assert run("train", "ring", "-n", 4, "--out", "whole", "--seed", 3)[0] == 0
+    assert run("train", "ring", "-n", 2, "--out", "a", "--seed", 3)[0] == 0
+    code, _, err = run("train", "--out", "a", "--resume", "last", "--latent-dim", 3)
+    assert (code, "--latent-dim is 3 but the run at a was begun with 2" in err) == (78, True)
+    assert run("train", "--out", "a", "--resume", "last", "-n", 4)[0] == 0
+    assert weights_file("a").read_bytes() == weights_file("whole").read_bytes()
+    ours, theirs = (Path(name, "metrics.jsonl").read_text().splitlines() for name in ("a", "whole"))
+    assert [json.loads(line)["train"] for line in ours] == [json.loads(line)["train"] for line in theirs]
+    assert json.loads(Path("a", "config.json").read_text())["num_epochs"] == 4
+    assert run("train", "ring", "-n", 1, "--out", "new", "--resume", "last")[0] == 0  # a job that restarts itself
+    assert run("train", "--resume", "last")[0] == 2
+    Path("mine").mkdir()
+    Path("mine", "notes.txt").write_text("kept")
+    assert run("train", "ring", "-n", 1, "--out", "mine", "--resume", "last")[0] == 2
+    assert os.listdir("mine") == ["notes.txt"]
+    assert run("train", "ring", "--out", "a", "--resume", "nowhere")[0] == 66
+
+
+def test_the_words_of_the_command_line_are_the_registries():
+    assert set(get_args(cli.Likelihood)) == build.LIKELIHOODS.keys()
+    assert set(get_args(cli.Guide)) == build.GUIDES.keys()
+    assert set(get_args(cli.Prior)) == build.PRIORS.keys()
+    assert set(get_args(cli.Dataset)) == build.DEFAULTS.keys() == set(get_args(data.Name)) == data.SOURCES.keys()
+    assert get_args(cli.Binarize) == get_args(data.Binarize)

@@ -1,0 +1,78 @@
+"""SIGINT and SIGTERM wait for a checkpoint; Pyro and torch are otherwise left as they are."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from pyro_vae.checkpoint import Checkpoints
+from pyro_vae.infer import SVI
+from pyro_vae.infer import state as states
+from tests.fits import assert_same, run, stopped_after
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_a_checkpoint_and_goes_where_it_was_to_go(tmp_path, monkeypatch, number):
+    whole = run()
+    stepped, seen = states.Keeper.stepped, []
+    before = signal.signal(number, lambda *_: seen.append(len(Checkpoints(tmp_path).paths())))
+
+    def sent(self):
+        if self.at.steps == 8:
+            os.kill(os.getpid(), number)
+        stepped(self)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(states.Keeper, "stepped", sent)
+            with pytest.raises(KeyboardInterrupt):
+                run(checkpoint=tmp_path)
+        assert seen == [2]  # the user's own handler, once, after that of epoch 1 and that of step 9
+        assert signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler)
+    finally:
+        signal.signal(number, before)
+    assert Checkpoints(tmp_path).paths()[-1].name == "step-00000009"
+    assert_same(run(checkpoint=tmp_path, resume="last"), whole)
+
+
+def test_a_signal_while_the_first_graph_of_an_epoch_is_built(tmp_path, monkeypatch):
+    """Its minibatch has been drawn by then, and is drawn again."""
+    whole = run(compile="trace")
+    stopped_after(monkeypatch, 6, checkpoint=tmp_path, compile="trace")
+    build = SVI._build
+
+    def sent(self, *args):
+        os.kill(os.getpid(), signal.SIGINT)
+        build(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SVI, "_build", sent)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoint=tmp_path, resume="last", compile="trace")
+    assert_same(run(checkpoint=tmp_path, resume="last", compile="trace"), whole)
+
+
+def test_a_signal_that_nobody_hears_is_not_heard(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stepped = states.Keeper.stepped
+    monkeypatch.setattr(states.Keeper, "stepped", lambda self: (os.kill(os.getpid(), signal.SIGINT), stepped(self)))
+    try:
+        run(epochs=1, checkpoint=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_without_a_checkpoint_signals_are_left_alone(monkeypatch):
+    handlers = set()
+    monkeypatch.setattr(states.Keeper, "stepped", lambda self: handlers.add(signal.getsignal(signal.SIGINT)))
+    run(epochs=1)
+    assert handlers == {signal.getsignal(signal.SIGINT)}
+
+
+def test_outside_the_main_thread(tmp_path):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(run(checkpoint=tmp_path, epochs=2)))
+    thread.start()
+    thread.join()
+    assert_same(found[0], run(epochs=2))
