@@ -78,10 +78,10 @@ class Group:
         """
         if self.size == 1:
             return
-        places = {id(p): i for i, (_, p) in reversed(list(enumerate(pyro.get_param_store().named_parameters())))}
-        order = sorted(range(len(params)), key=lambda i: places[id(params[i])])
+        names = {id(p): name for name, p in reversed(list(pyro.get_param_store().named_parameters()))}  # one may have two
+        order = sorted(range(len(params)), key=lambda i: names[id(params[i])])
         gradients = [gradients[i] for i in order]  # a graph may have found them in another
-        key = zlib.crc32(str([places[id(params[i])] for i in order]).encode())
+        key = zlib.crc32(repr([names[id(params[i])] for i in order]).encode())
         found = torch.tensor([key, -key], device=self._device())
         dist.all_reduce(found, dist.ReduceOp.MAX)
         if found[0] != -found[1]:

@@ -103,6 +103,24 @@ def test_early_stopping_reports_the_weights_that_it_keeps(run, tmp_path):
     assert again.elbo == pytest.approx(result["validation"]["elbo"], abs=1e-4)
 
 
+def test_an_interrupted_run_with_early_stopping_holds_its_best_weights(run, tmp_path, monkeypatch):
+    line, best = runs._line, []
+
+    def interrupt(epoch):
+        best.append(epoch.validation.elbo)
+        if best[-1] < max(best):
+            raise KeyboardInterrupt
+        return line(epoch)
+
+    monkeypatch.setattr(runs, "_line", interrupt)
+    assert run("train", "-n", 19, "--learning-rate", 0.03, "--patience", 9, "--out", "a")[0] == 130
+    opened = runs.open_run(tmp_path / "a")
+    assert opened.kept().epoch == len(opened.history()) - 1
+    with opened.loaded() as pair:
+        again = infer.evaluate(pair.model, pair.guide, data.load("digits")[1], batch_size=500).mean()
+    assert again.elbo == pytest.approx(max(best), abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

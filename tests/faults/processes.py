@@ -96,7 +96,8 @@ def together(size, target, *args, **kwargs):
 
 
 def one_and_several(folder):
-    """Two and three processes at the same global batch: parameters after plain gradient descent to 1e-12, means to 1e-6."""
+    """Two and three processes at the same global batch: parameters after plain gradient descent to 1e-12, means to 1e-6;
+    two with gradients of different parameters are refused."""
     for loss in LOSSES:
         for compile in (False, "trace"):
             found = []
@@ -114,6 +115,33 @@ def one_and_several(folder):
                 means = off.pop("means")
                 what = f"{loss}, {compile}, {len(several)} processes: parameters {max(off.values()):.1e}, means {means:.1e}"
                 yield what, max(off.values()) < 1e-12 and means < 1e-6
+
+    place = Path(folder, "apart")
+    place.mkdir()
+    fine = together(2, train_apart, place)
+    said = [Path(place, str(rank)).read_text() for rank in range(2)] if fine else []
+    yield f"different parameters: {said}", fine and all("gradients of different parameters" in text for text in said)
+
+
+def train_apart(place):
+    """Each process uses a network of its own, though both have both."""
+    rank = int(os.environ["RANK"])
+    networks = [torch.nn.Linear(3, 2) for _ in range(2)]
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    def guide(x):
+        for i, network in enumerate(networks):
+            pyro.module(f"network{i}", network)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(networks[rank](x), 1.0).to_event(1))
+
+    try:
+        pv.fit(model, guide, torch.randn(20, 3), epochs=1)
+    except ValueError as error:
+        Path(place, str(rank)).write_text(str(error))
 
 
 def death(folder):
