@@ -66,9 +66,11 @@ class Batch(NamedTuple):
 
 
 class Batches(ABC):
-    """The minibatches of a data set, epoch after epoch. ``num_rows`` is the number N of data."""
+    """The minibatches of a data set, epoch after epoch. ``num_rows`` is the number N of data, ``persistent`` whether they
+    come from processes that live on, with random states that nobody else sees."""
 
     num_rows: int
+    persistent = False
 
     @abstractmethod
     def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
@@ -123,6 +125,7 @@ class Loaded(Batches):
 
     def __init__(self, shuffled: DataLoader, ordered: DataLoader) -> None:
         self.shuffled, self.ordered = shuffled, ordered
+        self.persistent = shuffled.persistent_workers
         try:
             len(shuffled.dataset)  # type: ignore[arg-type]
             self.num_rows, self._num_batches = len(shuffled.sampler), len(shuffled)  # type: ignore[arg-type]

@@ -75,7 +75,7 @@ def train(
     the same end as if it had not been: all other options are the run's, and with more --num-epochs it trains on."""
     import pyro
 
-    from pyro_vae import build, infer, runs
+    from pyro_vae import build, infer, page, runs
 
     families = {
         "likelihood": likelihood,
@@ -117,13 +117,13 @@ def train(
         )  # fmt: skip
     if not first:
         return
-    kept, epochs = run.kept(), run.history()
+    epochs = run.history()
     with run.loaded(test.x[:2]) as trained:
         report.draw(run.path / "plots", dict(runs.pictures(run, trained, test)))
+    page.write_page(run)
     seconds = sum(epoch.seconds for epoch in epochs)
-    result = {"run": str(run.path), "num_epochs": len(epochs), **kept._asdict(), "seconds": seconds}
-    which = "" if kept == epochs[-1] else f", epoch {kept.epoch} kept"
-    report.show(result, f"{run.path}: {len(epochs)} epochs in {seconds:.0f} s{which}; held out: {kept.validation}", as_json)
+    result = {"run": str(run.path), "num_epochs": len(epochs), **run.kept()._asdict(), "seconds": seconds}
+    report.show(result, f"{run.path}: {run.summary()}", as_json)
 
 
 @app.command()
@@ -138,15 +138,17 @@ def sample(
     """Draw x from p(z) p(x|z): samples.npy, and a picture of as many E[x|z]. By default to RUN/samples, samples-2, …"""
     import torch
 
-    from pyro_vae import plots, runs
+    from pyro_vae import page, plots, runs
 
     folder = report.free(out or runs.fresh(run / "samples"), overwrite)
-    with runs.open_run(run).loaded() as pair:
+    opened = runs.open_run(run)
+    with opened.loaded() as pair:
         vae = _vae(pair, "sample")
         torch.manual_seed(seed)
         x = vae.sample(n)
         figures = {"samples": plots.plot_samples(vae, min(n, 400))} if x.dim() > 2 else report.points(samples=x)
     report.leave(folder, {"samples": x}, figures, as_json)
+    page.write_page(opened)
 
 
 @app.command()
@@ -163,7 +165,7 @@ def reconstruct(
     RUN/reconstructions, reconstructions-2, …"""
     import torch
 
-    from pyro_vae import build, plots, runs
+    from pyro_vae import build, page, plots, runs
 
     folder = report.free(out or runs.fresh(run / "reconstructions"), overwrite)
     opened = runs.open_run(run)
@@ -177,6 +179,7 @@ def reconstruct(
         {"reconstructions": plots.plot_reconstructions(x[:100], y[:100])} if image else report.points(x=x, reconstructions=y)
     )
     report.leave(folder, {"x": x, "reconstructions": y}, figures, as_json)
+    page.write_page(opened)
 
 
 @app.command()
@@ -184,7 +187,7 @@ def plot(
     run: RunFolder, data_dir: DataDir = None, out: Out = None, overwrite: Overwrite = False, as_json: Json = False
 ) -> None:
     """Draw a run's pictures again, by default to RUN/plots-2, plots-3, …"""
-    from pyro_vae import build, runs
+    from pyro_vae import build, page, runs
 
     folder = report.free(out or runs.fresh(run / "plots"), overwrite)
     opened = runs.open_run(run)
@@ -192,6 +195,7 @@ def plot(
     with opened.loaded(test.x[:2]) as pair:
         figures = dict(runs.pictures(opened, pair, test))
     report.leave(folder, {}, figures, as_json)
+    page.write_page(opened)
 
 
 @app.command()
@@ -210,7 +214,7 @@ def evaluate(
 ) -> None:
     """Bound log p(x) of a run's model, in nats per datum: the ladder of estimators as one table and a picture. By default to
     RUN/evaluation, evaluation-2, … An interrupted call goes on where it was when it is given again."""
-    from pyro_vae import build, ladder, plots, runs
+    from pyro_vae import build, ladder, page, plots, runs
 
     names = estimator.split(",")
     if not set(names) <= set(ladder.ESTIMATORS):
@@ -231,6 +235,7 @@ def evaluate(
     report.draw(folder, {"ladder": plots.figure_of(plots.plot_ladder(by_name))})
     (folder / "evaluation.txt").write_text(f"{text}\n")
     (folder / "evaluation.json").write_text(json.dumps(runs.as_json(rows), indent=2) + "\n")
+    page.write_page(opened)
     report.show(rows, f"{text}\n{folder}", as_json)
 
 
@@ -248,7 +253,7 @@ def diagnose(
 ) -> None:
     """Ask whether a run's guide is good: one page, and pictures of Pareto k, the worst data and the calibration. By default to
     RUN/diagnosis, diagnosis-2, …"""
-    from pyro_vae import build, diagnostics, plots, runs
+    from pyro_vae import build, diagnostics, page, plots, runs
 
     folder = report.free(out or runs.fresh(run / "diagnosis"), overwrite)
     opened = runs.open_run(run)
@@ -260,6 +265,7 @@ def diagnose(
         )  # fmt: skip
     report.draw(folder, dict(plots.plot_diagnosis(found, part.x)))
     (folder / "diagnosis.txt").write_text(f"{found}\n")
+    page.write_page(opened)
     report.show({"pareto_k": found.pareto_k.tolist(), "worst": found.worst().tolist()}, f"{found}\n{folder}", as_json)
 
 

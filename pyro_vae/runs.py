@@ -1,5 +1,5 @@
-"""The folder that a training run leaves: ``config.json``, ``env.json``, ``metrics.jsonl``, ``weights/``, ``checkpoints/`` and
-``plots/``. Everything is plain text, safetensors or PNG; a run is rebuilt from it alone."""
+"""The folder that a training run leaves: ``config.json``, ``env.json``, ``metrics.jsonl``, ``weights/``, ``checkpoints/``,
+``plots/`` and ``report.html``. Everything is plain text, safetensors or PNG; a run is rebuilt from it alone."""
 
 import json
 import math
@@ -32,8 +32,10 @@ from pyro_vae.pair import MeanElbo
 from pyro_vae.priors import StandardNormal
 
 SCHEMA = 2
+_HALF = re.compile(r"\.(config|env)\.json\..+")  # what a crash in the first write leaves
 _OURS = re.compile(
-    r"(config|env)\.json|metrics\.jsonl|weights|checkpoints|(plots|samples|reconstructions|evaluation|diagnosis)(-\d+)?"
+    r"(config|env)\.json|metrics\.jsonl|report\.html|weights|checkpoints|"
+    rf"(plots|samples|reconstructions|evaluation|diagnosis)(-\d+)?|{_HALF.pattern}"
 )
 
 
@@ -66,6 +68,13 @@ class Run(NamedTuple):
         if self.config.patience is None:
             return epochs[-1]
         return max(epochs, key=lambda epoch: epoch.validation.elbo if epoch.validation else -math.inf)
+
+    def summary(self) -> str:
+        """How long it trained, and how good it became."""
+        kept, epochs = self.kept(), self.history()
+        seconds = sum(epoch.seconds for epoch in epochs)
+        which = "" if kept == epochs[-1] else f", epoch {kept.epoch} kept"
+        return f"{len(epochs)} epochs in {seconds:.0f} s{which}; held out: {kept.validation}"
 
     def save(self, pair: Pair, rows: Tensor) -> None:
         """Write the weights, those in Pyro's param store too; see :func:`~pyro_vae.checkpoint.save`."""
@@ -187,7 +196,7 @@ def _line(epoch: Epoch) -> str:
 
 def check_free(path: Path, *, overwrite: bool) -> None:
     """Raise ``FileExistsError`` where ``path`` holds something that is not to be replaced."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists() or (path.is_dir() and all(_HALF.fullmatch(entry.name) for entry in path.iterdir())):
         return
     if not overwrite:
         raise FileExistsError(f"{path} exists already; name another folder by --out, or replace it by --overwrite")

@@ -22,7 +22,7 @@ FLOORS = (
     ("plots",),
     ("build",),
     ("runs", "zoo", "ladder"),
-    ("report", "words"),
+    ("report", "words", "page"),
     ("cli",),
     ("__main__",),
 )

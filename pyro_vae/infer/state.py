@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -150,6 +151,12 @@ class Keeper:
     ) -> None:
         self.checkpoints, self.every, self.at, self.best = checkpoints, every, at, best
         self.step, self.batches, self.config, self.group = step, batches, config, step.group
+        if checkpoints is not None and batches.persistent:
+            warnings.warn(
+                "checkpoint: the loader's workers live on from epoch to epoch, and no checkpoint has their random states; if "
+                "its data set draws random numbers, a fit that goes on will draw others. Pass persistent_workers=False",
+                stacklevel=4,
+            )
 
     def stepped(self) -> None:
         """After each step."""

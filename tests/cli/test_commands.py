@@ -1,7 +1,9 @@
 """The command line: what it leaves, and what it prints."""
 
+import html
 import json
 import os
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -26,6 +28,7 @@ def test_train_leaves_a_whole_run_folder(run, tmp_path):
         "weights",
         "checkpoints",
         "plots",
+        "report.html",
     }
     config = json.loads((folder / "config.json").read_text())
     assert (config["dataset"], config["num_epochs"], config["latent_dim"], config["event_shape"]) == ("digits", 2, 2, [8, 8])
@@ -60,6 +63,24 @@ def test_sample_reconstruct_and_plot_go_by_the_weights(run):
     assert 0 < y.min() < y.max() < 1
     assert run("plot", "a", "--json")[0] == 0
     assert os.path.isdir("a/plots-2")
+
+
+def test_the_page_shows_what_the_run_holds(run, tmp_path):
+    """Every picture and every text, none that is not there, and nothing of it as markup."""
+    run("train", "-n", 1, "--out", "a&b")
+    run("sample", "a&b", "-n", 4)
+    run("evaluate", "a&b", "--estimator", "elbo", "--num-particles", 2, "--data", "test[:20]")
+    run("plot", "a&b")
+    folder = tmp_path / "a&b"
+    page = (folder / "report.html").read_text()
+    shown = re.findall(r'src="([^"]+)"', page)
+    assert sorted(shown) == sorted(str(file.relative_to(folder)) for file in folder.rglob("*.png"))
+    assert (folder / "evaluation" / "evaluation.txt").read_text().rstrip() in html.unescape(page)
+    assert "<h1>a&amp;b</h1>" in page
+    assert "held out: ELBO" in page
+    (folder / ".config.json.1").touch()  # as after a crash
+    assert run("train", "-n", 1, "--out", "a&b", "--overwrite")[0] == 0
+    assert "evaluation" not in (folder / "report.html").read_text()
 
 
 def test_the_same_seed_gives_the_same_run_and_another_another(run):

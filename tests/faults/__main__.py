@@ -1,5 +1,6 @@
 """Do to small runs what happens to large ones, and count what survives: ``python -m tests.faults [ROW …]``."""
 
+import argparse
 import sys
 import tempfile
 import time
@@ -42,4 +43,9 @@ def main(names):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; by default all")
+    rows = parser.parse_args().rows
+    if unknown := [row for row in rows if row not in ROWS]:
+        parser.error(f"there is no row {unknown[0]!r}; expected some of {', '.join(ROWS)}")
+    sys.exit(main(rows))

@@ -251,3 +251,10 @@ def test_going_back_sets_the_later_ones_aside(tmp_path):
 def test_epochs_are_read_as_they_were():
     record = states.Epoch(3, 0.5, MeanElbo(-1.0, -0.5, 0.5, 0.1), None, 2.0)
     assert states.Epoch.of(tuple(record)) == record
+
+
+def test_workers_that_live_on_are_told_of(tmp_path):
+    """What they draw is in no checkpoint."""
+    lasting = DataLoader(TensorDataset(data()), batch_size=20, num_workers=1, persistent_workers=True)
+    with pytest.warns(UserWarning, match="persistent_workers=False"):
+        run(x=lambda: lasting, epochs=1, checkpoint=tmp_path)

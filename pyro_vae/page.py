@@ -1,0 +1,68 @@
+"""``report.html``: what a run folder holds, on one page. Pictures and texts are those of the folder; nothing is computed."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from pyro_vae.files import write_whole
+from pyro_vae.runs import Run
+
+_KINDS = "plots", "evaluation", "diagnosis", "samples", "reconstructions"
+_PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{{ name }}</title>
+<style>
+  body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+  pre { font-size: 13px; background: #f5f5f5; padding: 1rem; overflow-x: auto }
+  img { max-width: 100%; max-height: 36rem }
+  td { padding-right: 2rem }
+</style>
+<h1>{{ name }}</h1>
+<p>{{ summary }}</p>
+{% for title, texts, pictures in parts %}
+<h2>{{ title }}</h2>
+{% for text in texts %}
+<pre>{{ text }}</pre>
+{% endfor %}
+{% for picture in pictures %}
+<figure><img src="{{ picture }}" alt="{{ picture }}"><figcaption>{{ picture }}</figcaption></figure>
+{% endfor %}
+{% endfor %}
+<h2>configuration</h2>
+<table>
+{% for key, value in config.items() if value is not none %}
+<tr><td>{{ key }}</td><td>{{ value }}</td></tr>
+{% endfor %}
+</table>
+</html>
+""")
+
+
+def write_page(run: Run) -> Path:
+    """Write ``report.html`` anew."""
+    page = _PAGE.render(name=run.path.name, summary=run.summary(), config=asdict(run.config), parts=list(_parts(run.path)))
+    write_whole(run.path / "report.html", page.encode())
+    return run.path / "report.html"
+
+
+def _parts(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Title, texts and pictures of each folder in it that has any."""
+    for kind in _KINDS:
+        for part in sorted(folder.glob(f"{kind}*"), key=_number):
+            texts = [file.read_text().rstrip() for file in sorted(part.glob("*.txt"))]
+            pictures = [f"{part.name}/{file.name}" for file in sorted(part.glob("*.png"))]
+            if texts or pictures:
+                yield part.name, texts, pictures
+
+
+def _number(path: Path) -> Any:
+    """plots, plots-2, …, plots-10."""
+    found = re.search(r"-(\d+)$", path.name)
+    return int(found[1]) if found else 1
