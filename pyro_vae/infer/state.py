@@ -27,7 +27,7 @@ from pyro_vae.infer.snapshot import (
     stored,
     unstored,
 )
-from pyro_vae.pair import ElboTerms, MeanElbo, Program, buffers_closed_over, make_parameters
+from pyro_vae.pair import ElboTerms, MeanElbo, Program, buffers_closed_over, make_parameters, untouched
 from pyro_vae.signals import Interrupted, deferred, waiting
 
 logger = logging.getLogger(__name__)
@@ -238,7 +238,7 @@ class Keeper:
                     f"resume: {key} is {self.config.get(key)!r} but was {was!r} in {path}; expected the same, or begin anew in "
                     "another folder"
                 )
-        make_parameters(model, guide, first)
+        self._make(model, guide, first, content["weights"].keys())
         copy_all(content["weights"], self.best.weights.tensors(), str(path))
         for name, p in pyro.get_param_store().named_parameters():
             p.grad = torch.zeros_like(p) if name in content["moved"] else None
@@ -258,6 +258,17 @@ class Keeper:
         self.step.resume(content["graphs"])
         self.step.elbo.max_plate_nesting = content["max_plate_nesting"]  # or Pyro draws again to guess it
         logger.info("resume: from %s, after step %d", path, at.steps)
+
+    def _make(self, model: Program, guide: Program, first: Batch, names: Collection[str]) -> None:
+        """The parameters that exist only once the pair has run, or the loss: averages of its costs, say."""
+        make_parameters(model, guide, first)
+        if set(names) <= self.best.weights.tensors().keys():
+            return
+        store = pyro.get_param_store()
+        with untouched():
+            self.step.elbo.loss_and_grads(model, guide, *first.args, **first.kwargs)
+            made = store.get_state()
+        store.set_state(made)
 
     def _find(self, resume: str | Path) -> tuple[Path, Any] | None:
         if resume not in ("last", "best"):

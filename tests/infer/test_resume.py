@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pyro.optim
 import pytest
 import torch
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, config_enumerate
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -155,6 +155,31 @@ def test_a_torch_optimizer(tmp_path, monkeypatch):
     Checkpoints(tmp_path).paths()
     again = fit(resume=Checkpoints(tmp_path).paths()[0])
     assert all(torch.equal(p, q) for p, q in zip(whole, again, strict=True))
+
+
+def switched():
+    """A discrete latent whose score is compared with a running average of its cost, a parameter that the loss makes."""
+
+    def model(x):
+        locs = pyro.param("locs", torch.tensor([-1.0, 1.0]))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.5 * torch.ones(len(x))))
+            pyro.sample("x", dist.Normal(locs[k.long()].unsqueeze(-1), torch.ones(4)).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            logits = pyro.param("weight", torch.ones(4)) @ x.mT
+            pyro.sample("k", dist.Bernoulli(logits=logits), infer={"baseline": {"use_decaying_avg_baseline": True}})
+
+    return model, guide, []
+
+
+def test_parameters_of_the_loss_are_kept(tmp_path, monkeypatch):
+    given = {"pair": switched, "x": lambda: data(100), "loss": TraceGraph_ELBO, "validation": None}
+    whole = run(**given)
+    stopped_after(monkeypatch, 12, checkpoint=tmp_path, **given)
+    assert_same(run(checkpoint=tmp_path, resume="last", **given), whole)
+    assert len(whole[0]) == 3
 
 
 def test_more_epochs_train_on(tmp_path):
