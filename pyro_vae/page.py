@@ -8,10 +8,10 @@ from typing import Any
 
 from jinja2 import Environment
 
+from pyro_vae import report
 from pyro_vae.files import write_whole
-from pyro_vae.runs import Run
+from pyro_vae.runs import SHOWN, Run
 
-_KINDS = "plots", "evaluation", "diagnosis", "samples", "reconstructions"
 _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
 <!doctype html>
 <html lang="en">
@@ -32,7 +32,7 @@ _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_
 <pre>{{ text }}</pre>
 {% endfor %}
 {% for picture in pictures %}
-<figure><img src="{{ picture }}" alt="{{ picture }}"><figcaption>{{ picture }}</figcaption></figure>
+<figure><img src="{{ picture | urlencode }}" alt="{{ picture }}"><figcaption>{{ picture }}</figcaption></figure>
 {% endfor %}
 {% endfor %}
 <h2>configuration</h2>
@@ -45,18 +45,22 @@ _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_
 """)
 
 
-def write_page(run: Run) -> Path:
-    """Write ``report.html`` anew."""
-    page = _PAGE.render(name=run.path.name, summary=run.summary(), config=asdict(run.config), parts=list(_parts(run.path)))
-    write_whole(run.path / "report.html", page.encode())
-    return run.path / "report.html"
+def write_page(run: Run) -> None:
+    """Write ``report.html`` anew. Where that cannot be, it is said, and nothing else is the worse for it."""
+    try:
+        name, parts = run.path.resolve().name, list(_parts(run.path))
+        page = _PAGE.render(name=name, summary=run.summary(), config=asdict(run.config), parts=parts)
+        write_whole(run.path / "report.html", page.encode())
+    except (OSError, ValueError) as error:
+        report.say(f"{run.path}: report.html is not written: {error}")
 
 
 def _parts(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """Title, texts and pictures of each folder in it that has any."""
-    for kind in _KINDS:
-        for part in sorted(folder.glob(f"{kind}*"), key=_number):
-            texts = [file.read_text().rstrip() for file in sorted(part.glob("*.txt"))]
+    for kind in SHOWN:
+        own = [part for part in folder.iterdir() if re.fullmatch(rf"{kind}(-\d+)?", part.name)]
+        for part in sorted(own, key=_number):
+            texts = [file.read_text(errors="replace").rstrip() for file in sorted(part.glob("*.txt")) if file.is_file()]
             pictures = [f"{part.name}/{file.name}" for file in sorted(part.glob("*.png"))]
             if texts or pictures:
                 yield part.name, texts, pictures

@@ -298,11 +298,8 @@ def make_parameters(model: Program, guide: Program, batch: Batch) -> list[nn.Mod
     return list(ran)
 
 
-def buffers_closed_over(model: Program, guide: Program, ran: Collection[nn.Module]) -> dict[str, Tensor]:
-    """The buffers of networks that are no part of model or guide as modules: functions close over them.
-
-    :param ran: the modules that ran, by whose order they are named.
-    """
+def closed_over(model: Program, guide: Program, ran: Collection[nn.Module]) -> list[nn.Module]:
+    """Of the modules that ran, with what is in them, those that are no part of model or guide as modules: functions close over
+    them. In the order in which they ran."""
     owned = {part for program in (model, guide) if isinstance(program, nn.Module) for part in program.modules()}
-    others = [module for module in ran if module not in owned]
-    return {f"{i}.{name}": buffer for i, module in enumerate(others) for name, buffer in module.named_buffers(recurse=False)}
+    return [part for part in dict.fromkeys(part for module in ran for part in module.modules()) if part not in owned]

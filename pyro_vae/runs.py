@@ -32,10 +32,10 @@ from pyro_vae.pair import MeanElbo
 from pyro_vae.priors import StandardNormal
 
 SCHEMA = 2
-_HALF = re.compile(r"\.(config|env)\.json\..+")  # what a crash in the first write leaves
+SHOWN = "plots", "evaluation", "diagnosis", "samples", "reconstructions"  # folders with pictures: plots, plots-2, …
+_HALF = re.compile(r"\.(config|env)\.json\.[a-z0-9_]{8}")  # what a crash in the first write leaves
 _OURS = re.compile(
-    r"(config|env)\.json|metrics\.jsonl|report\.html|weights|checkpoints|"
-    rf"(plots|samples|reconstructions|evaluation|diagnosis)(-\d+)?|{_HALF.pattern}"
+    rf"(config|env)\.json|metrics\.jsonl|report\.html|weights|checkpoints|({'|'.join(SHOWN)})(-\d+)?|{_HALF.pattern}"
 )
 
 
@@ -84,7 +84,7 @@ class Run(NamedTuple):
     def loaded(self, rows: Tensor | None = None) -> Iterator[Pair]:
         """The trained pair, its param store in force for the block. Modules are in evaluation mode, on the CPU.
 
-        :param rows: some data, which plain functions and lazy modules need to make their parameters; a VAE does not.
+        :param rows: some data, by which a pair shows what it consists of; a VAE does as well with zeros.
         """
         pair = build_pair(self.config)
         if rows is None and pair.vae is None:
@@ -95,8 +95,10 @@ class Run(NamedTuple):
         for program in (pair.model, pair.guide):
             if isinstance(program, torch.nn.Module):
                 program.eval()
+        if rows is None:
+            rows = torch.zeros(2, *self.config.event_shape, dtype=getattr(torch, self.config.dtype))
         with pyro.get_param_store().scope():
-            checkpoint.load(self.path / "weights", lambda: pair, *([] if rows is None or pair.vae else [rows]))
+            checkpoint.load(self.path / "weights", lambda: pair, rows)
             yield pair
 
 

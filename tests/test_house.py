@@ -22,7 +22,8 @@ FLOORS = (
     ("plots",),
     ("build",),
     ("runs", "zoo", "ladder"),
-    ("report", "words", "page"),
+    ("report", "words"),
+    ("page",),
     ("cli",),
     ("__main__",),
 )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyro_vae.batches import as_arguments
 from pyro_vae.checkpoint.blueprint import build, describe
 from pyro_vae.checkpoint.folder import read, write
-from pyro_vae.pair import Program, buffers_closed_over, make_parameters, run_pair, untouched
+from pyro_vae.pair import Program, closed_over, make_parameters
 
 _KIND = "pair"
 
@@ -20,29 +20,43 @@ def save(path: Path | str, pair: Any, *args: Any, param_store: dict[str, Any] | 
     """Store a trained pair in the folder ``path``, whole or not at all, in the place of one that was there.
 
     :param pair: a :class:`~pyro_vae.VAE`, anything with ``.model`` and ``.guide``, or a tuple ``(model, guide)``.
-    :param args: with ``kwargs`` the arguments of one run, such as two rows of the data. A pair that is not made of pyro_vae's
-        modules alone shows by it what it consists of: parameters of plain functions, buffers of networks that they close over.
-    :param param_store: where these parameters are: ``history.param_store`` of a fit; by default Pyro's own.
-    :raises ValueError: without arguments for such a pair.
+    :param args: with ``kwargs`` the arguments of one run, such as two rows of the data, or all of them where the guide has
+        parameters for each datum. A pair that is not made of pyro_vae's modules alone shows by it what it consists of:
+        parameters of plain functions, and networks that they call and close over. A buffer of a network that is not called
+        itself, but only by a method, is not seen.
+    :param param_store: where these parameters are: ``history.param_store`` of a fit; by default Pyro's own, of which what the
+        pair does not use is left out.
+    :raises ValueError: without arguments for such a pair; where parameters that it uses are not in the store, or it does not
+        use what is in ``param_store``.
     :raises OSError: with its ``errno``; what was at ``path`` is then as it was.
     """
     model, guide = _programs(pair)
-    plan, ran, params = describe(pair), [], {}
+    plan, weights = describe(pair), _tensors(model, guide, {}, [])
     if args or kwargs:
-        batch = as_arguments(args, kwargs)
-        store = pyro.get_param_store()
-        with store.scope(store.get_state() if param_store is None else param_store.copy()):
-            with untouched(training=False) as seen, torch.no_grad():
-                traces = run_pair(model, guide, *batch.args, **batch.kwargs)
-            names = {name for trace in traces for name, site in trace.nodes.items() if site["type"] == "param"}
-            params = {name: value for name, value in store.get_state()["params"].items() if name in names}
-            ran = list(seen)
+        given = (pyro.get_param_store().get_state() if param_store is None else param_store)["params"]
+        with pyro.get_param_store().scope():  # as it will be loaded
+            ran = make_parameters(model, guide, as_arguments(args, kwargs))
+            owned = {id(tensor) for tensor in weights.values()}
+            made = pyro.get_param_store().get_state()["params"]
+            used = {name for name, value in made.items() if id(value) not in owned}
+        if absent := sorted(used - given.keys()):
+            raise ValueError(
+                f"param_store: the pair has parameters that are not in it, the first of {len(absent)} {absent[0]!r}; expected "
+                "param_store=history.param_store of the fit that trained it"
+            )
+        others = sorted(name for name in given.keys() - made.keys() if not name.startswith("__baseline_"))  # those of a loss
+        if others and param_store is not None:
+            raise ValueError(
+                f"param_store: this run of the pair does not use {others[0]!r} of it, nor would one that loads it; expected "
+                "arguments with which it uses all, such as labels"
+            )
+        weights = _tensors(model, guide, {name: given[name] for name in given if name in used}, ran)
     elif plan is None:
         raise ValueError(
             "pair: it is not made of pyro_vae's modules alone, and only a run shows which parameters and buffers it has; "
             "expected the arguments of one too: save(path, (model, guide), x[:2])"
         )
-    write(Path(path), _KIND, {"plan": plan, "weights": _tensors(model, guide, params, ran)})
+    write(Path(path), _KIND, {"plan": plan, "weights": weights})
 
 
 def load(path: Path | str, factory: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +136,8 @@ def _programs(pair: Any) -> tuple[Program, Program]:
 
 
 def _tensors(model: Program, guide: Program, params: dict[str, Tensor], ran: Collection[nn.Module]) -> dict[str, Tensor]:
-    """Every parameter and buffer of the modules, those that are only in the param store, and buffers that are closed over.
+    """Every parameter and buffer of the modules; those that are only in the param store; and of networks that functions close
+    over what is not in the store either: buffers, frozen parameters.
 
     :param params: those of the param store, unconstrained.
     """
@@ -130,6 +145,12 @@ def _tensors(model: Program, guide: Program, params: dict[str, Tensor], ran: Col
     for side, program in (("model", model), ("guide", guide)):
         if isinstance(program, nn.Module):
             tensors |= {f"{side}.{name}": tensor for name, tensor in program.state_dict(keep_vars=True).items()}
-    own = {id(tensor) for tensor in tensors.values()}
-    tensors |= {f"store.{name}": tensor for name, tensor in params.items() if id(tensor) not in own}
-    return tensors | {f"buffers.{name}": tensor for name, tensor in buffers_closed_over(model, guide, ran).items()}
+    own = {id(tensor) for tensor in (*tensors.values(), *params.values())}
+    inside = {id(tensor) for tensor in tensors.values()}
+    tensors |= {f"store.{name}": tensor for name, tensor in params.items() if id(tensor) not in inside}
+    for i, module in enumerate(closed_over(model, guide, ran)):
+        held = module._parameters | {
+            name: buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set
+        }
+        tensors |= {f"closed.{i}.{name}": t for name, t in held.items() if t is not None and id(t) not in own}
+    return tensors

@@ -78,7 +78,9 @@ class Group:
         """
         if self.size == 1:
             return
-        names = {id(p): name for name, p in reversed(list(pyro.get_param_store().named_parameters()))}  # one may have two
+        names: dict[int, str] = {}
+        for name, p in pyro.get_param_store().named_parameters():  # one may have two
+            names[id(p)] = min(name, names.get(id(p), name))
         order = sorted(range(len(params)), key=lambda i: names[id(params[i])])
         gradients = [gradients[i] for i in order]  # a graph may have found them in another
         key = zlib.crc32(repr([names[id(params[i])] for i in order]).encode())

@@ -72,7 +72,7 @@ def watching() -> Iterator[Watch]:
 def _imported(frame: types.FrameType | None, outside: types.FrameType) -> bool:
     """Whether a function runs as part of an import, once for the process: libraries load others when they are first used."""
     while frame is not None and frame is not outside:
-        if frame.f_code.co_name == "<module>":
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
             return True
         frame = frame.f_back
     return False

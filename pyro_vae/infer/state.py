@@ -27,7 +27,7 @@ from pyro_vae.infer.snapshot import (
     stored,
     unstored,
 )
-from pyro_vae.pair import ElboTerms, MeanElbo, Program, buffers_closed_over, make_parameters, untouched
+from pyro_vae.pair import ElboTerms, MeanElbo, Program, closed_over, make_parameters, untouched
 from pyro_vae.signals import Interrupted, deferred, waiting
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,11 @@ class Weights:
     def buffers(self) -> dict[str, Tensor]:
         programs = {name: one for name, one in (("model", self.model), ("guide", self.guide)) if isinstance(one, nn.Module)}
         own = {f"{side}.{name}": buffer for side, one in programs.items() for name, buffer in one.named_buffers()}
-        others = buffers_closed_over(self.model, self.guide, self.ran)
+        others = {
+            f"{i}.{name}": buffer
+            for i, module in enumerate(closed_over(self.model, self.guide, self.ran))
+            for name, buffer in module.named_buffers(recurse=False)
+        }
         return {f"buffers.{name}": buffer for name, buffer in (own | others).items()}
 
     def copy(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import nn
 from torch.distributions import constraints
 
@@ -149,8 +150,9 @@ def test_plain_functions_keep_their_parameters_and_constraints(tmp_path):
 
 
 def normalizing():
-    """Plain functions over a network with running averages."""
-    net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    """Plain functions over a network with running averages, a frozen layer, and a buffer that is no part of its state."""
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 2))
+    net.register_buffer("scratch", torch.rand(int(torch.randint(1, 9, ()))), persistent=False)
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -165,6 +167,7 @@ def normalizing():
     return (model, guide), net
 
 
+@pytest.mark.filterwarnings("ignore:.*requires_grad=False")  # Pyro's, of frozen layers
 def test_buffers_of_networks_that_functions_close_over_are_kept(tmp_path):
     x = 3 + torch.randn(50, 3)
     pair, net = normalizing()
@@ -191,6 +194,40 @@ def test_only_what_a_pair_uses_is_kept(tmp_path):
         assert list(pyro.get_param_store()) == ["scale"]
         assert pyro.param("scale").item() == pytest.approx(3.0)
         checkpoint.load(tmp_path / "b")
+
+
+def half_labelled():
+    network = nn.Linear(1, 1)
+
+    def with_labels(x, y=None):
+        model(x)
+        if y is not None:
+            pyro.module("network", network)
+
+    def hidden(x, y=None):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("slope", torch.rand(())) * x, 1.0))
+
+    return with_labels, poutine.block(hidden, hide_types=["param"])
+
+
+def test_a_store_that_is_not_the_pairs_is_refused(tmp_path):
+    """Nothing that was trained is left behind unsaid."""
+    pair, x = half_labelled(), torch.randn(5)
+    with pyro.get_param_store().scope() as store:
+        pair[0](x, x)
+        pair[1](x, x)
+    with pytest.raises(ValueError, match=r"'network.*expected arguments with which it uses all"):
+        checkpoint.save(tmp_path / "a", pair, x, param_store=store)
+    with pytest.raises(ValueError, match=r"parameters that are not in it.*param_store=history\.param_store"):
+        checkpoint.save(tmp_path / "a", pair, x)
+    assert not (tmp_path / "a").exists()
+    checkpoint.save(tmp_path / "a", pair, x, x, param_store=store)
+    with pyro.get_param_store().scope():
+        checkpoint.load(tmp_path / "a", half_labelled, x, x)
+        ours, theirs = pyro.get_param_store().get_state()["params"], store["params"]
+    assert ours.keys() == theirs.keys() == {"scale", "slope", "network$$$weight", "network$$$bias"}
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_the_place_of_another(tmp_path):

@@ -78,9 +78,33 @@ def test_the_page_shows_what_the_run_holds(run, tmp_path):
     assert (folder / "evaluation" / "evaluation.txt").read_text().rstrip() in html.unescape(page)
     assert "<h1>a&amp;b</h1>" in page
     assert "held out: ELBO" in page
-    (folder / ".config.json.1").touch()  # as after a crash
     assert run("train", "-n", 1, "--out", "a&b", "--overwrite")[0] == 0
     assert "evaluation" not in (folder / "report.html").read_text()
+
+
+def test_a_page_that_cannot_be_written_stops_nothing(run, tmp_path):
+    run("train", "-n", 1, "--out", "a")
+    (tmp_path / "a" / "samples_mine").mkdir()
+    (tmp_path / "a" / "samples_mine" / "note.txt").write_text("mine")
+    (tmp_path / "a" / "plots" / "folder.txt").mkdir()
+    (tmp_path / "a" / "plots" / "note.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "a" / "plots" / "a#b.png").write_bytes(b"")
+    assert run("sample", "a")[0] == 0
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert 'src="plots/a%23b.png"' in page
+    assert "mine" not in page
+    (tmp_path / "a" / "metrics.jsonl").unlink()
+    code, out, err = run("sample", "a", "--json")
+    assert (code, "report.html is not written" in err) == (0, True)
+    assert json.loads(out)["files"]
+
+
+def test_what_a_crash_in_the_first_write_leaves_is_not_in_the_way(run, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".config.json.bak").write_text("mine")
+    assert run("train", "-n", 1, "--out", "a", "--resume", "last")[0] == 2
+    (tmp_path / "a" / ".config.json.bak").rename(tmp_path / "a" / ".config.json.a_3k9xyz")
+    assert run("train", "-n", 1, "--out", "a", "--resume", "last")[0] == 0
 
 
 def test_the_same_seed_gives_the_same_run_and_another_another(run):

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -310,3 +311,26 @@ def test_what_an_import_runs_is_not_what_a_pair_reads(tmp_path, monkeypatch):
         late.b()
     (names,) = [names for known, names in seen.read.values() if known is vars(late)]
     assert names == {"B"}
+
+
+SCALE = 1.0
+
+
+def scaled(z):
+    return z * SCALE
+
+
+def test_what_eval_runs_is_watched():
+    module = sys.modules[__name__]
+
+    def evaluated():
+        module.SCALE = 1.0
+        model, guide = functions()
+
+        def model_of_text(x):
+            with poutine.scale(scale=eval("scaled(1.0)", {"scaled": scaled})):
+                model(x)
+
+        return model_of_text, guide
+
+    changes(evaluated, lambda _, __, i: setattr(module, "SCALE", 1.0 + i))
