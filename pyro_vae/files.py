@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -22,6 +23,12 @@ def write_whole(path: Path, content: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     _sync(path.parent)  # the name, too, is on the disk
+
+
+def meant_for(name: str) -> str | None:
+    """The file that a crash left half-written under this name; ``None`` for any other name."""
+    found = re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}", name)  # as tempfile makes them of the prefix above
+    return found[1] if found else None
 
 
 def _sync(folder: Path) -> None:

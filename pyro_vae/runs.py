@@ -26,17 +26,15 @@ from torch import Tensor
 from pyro_vae import __version__, checkpoint, infer, plots
 from pyro_vae.build import Config, Pair, build_pair
 from pyro_vae.data import Data
-from pyro_vae.files import write_whole
+from pyro_vae.files import meant_for, write_whole
 from pyro_vae.infer import Epoch
 from pyro_vae.pair import MeanElbo
 from pyro_vae.priors import StandardNormal
 
 SCHEMA = 2
 SHOWN = "plots", "evaluation", "diagnosis", "samples", "reconstructions"  # folders with pictures: plots, plots-2, …
-_HALF = re.compile(r"\.(config|env)\.json\.[a-z0-9_]{8}")  # what a crash in the first write leaves
-_OURS = re.compile(
-    rf"(config|env)\.json|metrics\.jsonl|report\.html|weights|checkpoints|({'|'.join(SHOWN)})(-\d+)?|{_HALF.pattern}"
-)
+_WRITTEN = "config.json", "env.json", "report.html"  # whole, or not at all
+_OURS = re.compile(rf"metrics\.jsonl|weights|checkpoints|({'|'.join(SHOWN)})(-\d+)?")
 
 
 class Run(NamedTuple):
@@ -198,11 +196,11 @@ def _line(epoch: Epoch) -> str:
 
 def check_free(path: Path, *, overwrite: bool) -> None:
     """Raise ``FileExistsError`` where ``path`` holds something that is not to be replaced."""
-    if not path.exists() or (path.is_dir() and all(_HALF.fullmatch(entry.name) for entry in path.iterdir())):
+    if not path.exists() or (path.is_dir() and all(meant_for(entry.name) in _WRITTEN for entry in path.iterdir())):
         return
     if not overwrite:
         raise FileExistsError(f"{path} exists already; name another folder by --out, or replace it by --overwrite")
-    if not path.is_dir() or not any(_OURS.fullmatch(entry.name) for entry in path.iterdir()):
+    if not path.is_dir() or not any(_is_ours(entry.name) for entry in path.iterdir()):
         raise FileExistsError(f"{path} holds nothing that pyro-vae wrote, so it is not overwritten; name another by --out")
 
 
@@ -216,11 +214,16 @@ def create(path: Path, config: Config, device: str, *, overwrite: bool, goes_on:
     if not goes_on:
         check_free(path, overwrite=overwrite)
         for entry in path.iterdir():
-            if _OURS.fullmatch(entry.name):
+            if _is_ours(entry.name):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     for name, content in (("config.json", {"schema": SCHEMA} | asdict(config)), ("env.json", environment(device))):
         write_whole(path / name, (json.dumps(content, indent=2) + "\n").encode())
     return Run(path, config)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether it is the name of something that a run leaves, were it by a crash."""
+    return name in _WRITTEN or meant_for(name) in _WRITTEN or _OURS.fullmatch(name) is not None
 
 
 def is_run(path: Path) -> bool:

@@ -17,12 +17,11 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from pyro_vae.checkpoint.tree import flatten, unflatten
-from pyro_vae.files import write_whole
+from pyro_vae.files import meant_for, write_whole
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 _TENSORS = re.compile(r"[0-9a-f]{16}\.safetensors")  # by their sum
-_OURS = re.compile(rf"{_TENSORS.pattern}|\.({_TENSORS.pattern}|{re.escape(MANIFEST)})\.\w+")
 
 
 class MismatchError(ValueError):
@@ -49,7 +48,8 @@ def write(path: Path, kind: str, content: Any, **about: Any) -> None:
     write_whole(path / name, payload)
     write_whole(path / MANIFEST, json.dumps({"manifest": manifest, "sha256": _sum_of(manifest)}, indent=1).encode())
     for other in path.iterdir():
-        if _OURS.fullmatch(other.name) and other.name not in (name, MANIFEST):  # what was there, or what a crash left
+        left = meant_for(other.name)  # by a crash
+        if left == MANIFEST or (_TENSORS.fullmatch(left or other.name) and other.name != name):
             other.unlink(missing_ok=True)
 
 

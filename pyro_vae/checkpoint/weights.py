@@ -32,7 +32,12 @@ def save(path: Path | str, pair: Any, *args: Any, param_store: dict[str, Any] | 
     """
     model, guide = _programs(pair)
     plan, weights = describe(pair), _tensors(model, guide, {}, [])
-    if args or kwargs:
+    if plan is None and not (args or kwargs):
+        raise ValueError(
+            "pair: it is not made of pyro_vae's modules alone, and only a run shows which parameters and buffers it has; "
+            "expected the arguments of one too: save(path, (model, guide), x[:2])"
+        )
+    if plan is None:
         given = (pyro.get_param_store().get_state() if param_store is None else param_store)["params"]
         with pyro.get_param_store().scope():  # as it will be loaded
             ran = make_parameters(model, guide, as_arguments(args, kwargs))
@@ -51,11 +56,6 @@ def save(path: Path | str, pair: Any, *args: Any, param_store: dict[str, Any] | 
                 "arguments with which it uses all, such as labels"
             )
         weights = _tensors(model, guide, {name: given[name] for name in given if name in used}, ran)
-    elif plan is None:
-        raise ValueError(
-            "pair: it is not made of pyro_vae's modules alone, and only a run shows which parameters and buffers it has; "
-            "expected the arguments of one too: save(path, (model, guide), x[:2])"
-        )
     write(Path(path), _KIND, {"plan": plan, "weights": weights})
 
 

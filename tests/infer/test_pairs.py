@@ -14,21 +14,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 import pyro_vae as pv
 from pyro_vae import pair
 from pyro_vae.batches import as_batch
-
-decoder, encoder = nn.Linear(2, 3), nn.Linear(3, 2)
-
-
-def model(x):
-    pyro.module("decoder", decoder)
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
-
-
-def guide(x):
-    pyro.module("encoder", encoder)
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(encoder(x), 1.0).to_event(1))
+from tests.plain import decoder, encoder, guide, model
 
 
 @config_enumerate
