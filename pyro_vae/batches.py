@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        return len(next(iter(self.tensors.values())))
+        return next(len(part) for part in (*self.args, *self.kwargs.values()) if isinstance(part, Tensor) and part.dim())
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "Batch":
         def each(part: Any) -> Any:
@@ -41,6 +41,8 @@ class Batch(NamedTuple):
 
     def leaves(self) -> list[Tensor]:
         """Every tensor among the arguments, however nested."""
+        if not self.kwargs and all(type(part) is Tensor for part in self.args):
+            return list(self.args)  # as most are; the search takes its time, at every step
         return [leaf for leaf in pytree.tree_leaves(tuple(self)) if isinstance(leaf, Tensor)]
 
     def with_leaves(self, tensors: Iterable[Tensor]) -> "Batch":
@@ -104,6 +106,8 @@ class InMemory(Batches):
             order = torch.arange(self.num_rows)
         else:
             order = torch.randperm(self.num_rows, generator=self._shared) if shuffle else torch.arange(self.num_rows)
+        if self._size == 1:
+            return map(self._take, order.split(self.batch_size))
         parts = ((rows, rows[self._rank :: self._size]) for rows in order.split(self.batch_size))
         return (self._take(own if len(own) else rows[:1]) for rows, own in parts if len(own) or shuffle)
 

@@ -1,4 +1,4 @@
-"""A function of tensors as a graph of operations: how it is traced, what is refused, which matrix products it uses."""
+"""A function of tensors as a graph of operations: how it is traced, and what is refused."""
 
 import copy
 import functools
@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae.pair import untouched
+from pyro_vae.products import improve_products, lower_products
 
 # Operations whose result depends on the values of tensors in its shape, or leaves the tensors.
 _DYNAMIC = ("nonzero", "masked_select", "_local_scalar_dense", "unique", "repeat_interleave.Tensor", "equal.default")
@@ -44,13 +45,6 @@ _READS = frozenset(
         "__dlpack__",
     ]
 )
-_LARGE = 2_000_000  # multiplications of a matrix product, above which oneDNN pays for its longer call
-_LARGE_ACTIVATED = 500_000  # likewise, where it does the activation as well
-_ACTIVATIONS = {
-    torch.ops.aten.tanh.default: "tanh",
-    torch.ops.aten.relu.default: "relu",
-    torch.ops.aten.sigmoid.default: "sigmoid",
-}
 
 
 class CannotTrace(Exception):
@@ -68,10 +62,7 @@ def trace_graph(f: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> 
         raise CannotTrace("it does other things each time it runs (a counter, the time): numbers that Python keeps")
     for node in graph.graph.nodes:
         _check_node(graph, again, node)
-    for product in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-        for node in graph.graph.find_nodes(op="call_function", target=product):
-            _by_onednn(graph.graph, node)
-    graph.graph.eliminate_dead_code()
+    improve_products(graph.graph)
     graph.recompile()
     return graph
 
@@ -79,6 +70,7 @@ def trace_graph(f: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> 
 def compiled(graph: fx.GraphModule, tensors: Sequence[Tensor], *, cuda_graphs: bool = False) -> Callable[..., list[Tensor]]:
     """A graph compiled by Inductor for tensors like these, its noise that of eager torch, straight from the graph: Dynamo would
     look at it, and guard it, once more. Raises what Inductor raises; the graph itself serves on."""
+    lower_products()
     own = fx.GraphModule(graph, copy.deepcopy(graph.graph))  # Inductor may change it, and then fail
     with torch.no_grad():
         return torch._inductor.compile(own, list(tensors), options={"fallback_random": True, "triton.cudagraphs": cuda_graphs})
@@ -183,53 +175,3 @@ _aten = torch.ops.aten
 _MADE_OF_IT = (_aten.binary_cross_entropy_with_logits, _aten.log_sigmoid_forward, _aten.softplus, _aten.logaddexp)
 _LOGARITHMS: dict[Any, Callable[..., Any]] = {op: _in_single(f) for op, f in get_decompositions(_MADE_OF_IT).items()}
 _LOGARITHMS[_aten.log1p.default] = _in_single(_log1p)
-
-
-# torch multiplies single-precision matrices by MKL, which on CPUs that are not Intel's runs at half the speed of oneDNN. The
-# operation is one of our own, since Inductor takes torch's only for weights that are constant.
-_library = torch.library.Library("pyro_vae", "DEF")
-_library.define("product(Tensor a, Tensor b, Tensor? bias, str activation) -> Tensor")
-
-
-def _product(a: Tensor, b: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(a, _dense(b).t(), bias, activation, [], "")
-
-
-def _dense(a: Tensor) -> Tensor:
-    """oneDNN has no fast product for columns cut out of a matrix."""
-    return a if a.is_contiguous() or a.t().is_contiguous() else a.contiguous()
-
-
-def _product_shape(a: Tensor, b: Tensor, _: Tensor | None, __: str) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[1])
-
-
-_library.impl("product", _product, "CPU")
-torch.library.register_fake("pyro_vae::product", _product_shape, lib=_library)
-
-
-def _by_onednn(graph: fx.Graph, node: fx.Node) -> None:
-    """Put oneDNN's product in the place of a large one by MKL."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")):
-        return
-    *bias, a, b = node.args
-    left, right, *added = (part.meta["val"] for part in (a, b, *bias))  # type: ignore[union-attr]
-    user = next(iter(node.users), node)
-    activation = _ACTIVATIONS.get(user.target, "none") if len(node.users) == 1 else "none"  # type: ignore[call-overload]
-    plain = (
-        not node.kwargs and left.dtype == torch.float and left.device.type == "cpu" and all(part.dim() == 1 for part in added)
-    )
-    large = _LARGE if activation == "none" else _LARGE_ACTIVATED
-    if not plain or right.shape[1] < 64 or left.numel() * right.shape[1] < large:
-        return
-    with graph.inserting_before(node):
-        if not left.is_contiguous():  # the product would copy it by itself, but slower than as part of what made it
-            a = graph.call_function(torch.ops.aten.clone.default, (a,), {"memory_format": torch.contiguous_format})
-            a.meta["val"] = left.contiguous()
-        args = a, b, bias[0] if bias else None, activation
-        product = graph.call_function(torch.ops.pyro_vae.product.default, args)
-    replaced = node if activation == "none" else user
-    product.meta = replaced.meta
-    replaced.replace_all_uses_with(product)
-    for each in dict.fromkeys((replaced, node)):
-        graph.erase_node(each)

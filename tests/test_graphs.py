@@ -50,6 +50,69 @@ def test_other_products_stay(kind):
     assert "pyro_vae.product" not in trace_graph(lambda a: (a @ a,), [a]).code
 
 
+def shared(h, a, b, c):
+    """A mean, a scale and a third output, as of Student's t."""
+    return a(h).tanh() * b(h).exp() + c(h)
+
+
+def one_gives_the_other(h, a, b, c):
+    return b(h) * a(h).detach() + c(h + a(h).mean())
+
+
+def twice(h, a, b, c):
+    return a(h) * a(h) + b(h) - c(h)
+
+
+def of_two_inputs(h, a, b, c):
+    return a(h) + b(h).exp() + a(h.tanh()) * c(h.tanh())
+
+
+def a_penalty_first(h, a, b, c):
+    return (b.weight.norm() + a.weight.sum()) * a(h) * b(h) + c(h).exp()
+
+
+def changed_on_the_way(h, a, b, c):
+    h = h.clone()
+    with torch.no_grad():
+        y = a(h)
+    h.mul_(2)
+    return y + b(h) * c(h) + a(h)
+
+
+SHAPES = [shared, one_gives_the_other, twice, of_two_inputs, a_penalty_first, changed_on_the_way]
+
+
+@pytest.mark.parametrize("f", SHAPES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("batch", [(7,), (3, 5), (1,)], ids=str)
+@pytest.mark.parametrize("trained", ["all", "features not", "a not"])
+def test_layers_of_the_same_features_are_as_they_were(f, batch, trained):
+    torch.manual_seed(0)
+    below, *layers = [torch.nn.Linear(6, 5), *(torch.nn.Linear(5, 4) for _ in range(3))]
+    nets = torch.nn.ModuleList([below, *layers]).double()
+    (below if trained == "features not" else layers[0]).requires_grad_(trained == "all")
+    params = [p for p in nets.parameters() if p.requires_grad]
+
+    def loss_and_gradients(x):
+        y = f(below(x).sigmoid(), *layers)
+        return y.sum().detach(), *torch.autograd.grad(y.square().sum(), params)
+
+    x = torch.randn(*batch, 6, dtype=torch.double)
+    graph = trace_graph(loss_and_gradients, [x])
+    for other in (x, torch.randn_like(x)):
+        with torch.no_grad():
+            ours = graph(other)
+        for ours_, plain in zip(ours, loss_and_gradients(other), strict=True):
+            torch.testing.assert_close(ours_, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_layers_of_the_same_features_are_one_product():
+    below, *layers = [torch.nn.Linear(6, 5), *(torch.nn.Linear(5, 4) for _ in range(3))]
+    params = [p for net in (below, *layers) for p in net.parameters()]
+    graph = trace_graph(lambda x: torch.autograd.grad(shared(below(x).tanh(), *layers).sum(), params), [torch.randn(7, 6)])
+    assert graph.code.count("addmm.default(") == 2  # below, and the three above it
+    assert graph.code.count(".mm.default(") == 3  # the gradients of their weights and of the features
+
+
 def test_what_python_reads_is_refused():
     with pytest.raises(CannotTrace, match=r"item\(\) takes the value out of a tensor at test_graphs"):
         trace_graph(lambda x: (x * x.sum().item(),), [torch.ones(3)])

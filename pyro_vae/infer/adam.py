@@ -33,10 +33,6 @@ class _Group:
         self.means = [state["exp_avg"] for state in self.states]
         self.squares = [state["exp_avg_sq"] for state in self.states]
 
-    def counts_still(self) -> bool:
-        """Whether no other group has taken a parameter over."""
-        return all(state["step"] is step for state, step in zip(self.states, self.steps, strict=True))
-
 
 class FusedAdam:
     """The update of one of Pyro's optimizers: fused where it is plain Adam or AdamW, whose state stays where the optimizer
@@ -45,16 +41,14 @@ class FusedAdam:
     def __init__(self, optim: PyroOptim, params: Sequence[Tensor]) -> None:
         self.optim, self.params = optim, params
         self.groups: dict[tuple, _Group] | None = None
-        self.quiet: object | None = None
 
-    def __call__(self, gradients: Sequence[Tensor], *, quiet: object | None) -> None:
+    def __call__(self, gradients: Sequence[Tensor], *, again: bool) -> None:
         """Move the parameters.
 
-        :param quiet: while it is the same object, nothing touches the optimizer's settings between two calls.
+        :param again: nothing has touched the optimizer, its settings or its state, since this was called before.
         """
-        unchanged = quiet is not None and quiet is self.quiet and self.groups is not None
-        if not (unchanged and all(group.counts_still() for group in self.groups.values())):  # type: ignore[union-attr]
-            self.groups, self.quiet = self._groups(), quiet
+        if not again or self.groups is None:
+            self.groups = self._groups()
         if self.groups is None:
             before = [p.grad for p in self.params]
             for p, gradient in zip(self.params, gradients, strict=True):

@@ -183,6 +183,8 @@ def train(
         raise ValueError(f"resume: the fit has {at.epoch - 1} epochs behind it but is to have {epochs}; expected no fewer")
     yield from at.history
     quiet = not progress if progress is not None else None if group.rank == 0 else True
+    precision = nullcontext() if autocast is None else torch.autocast(first.leaves()[0].device.type, autocast)
+    pays, pays_last = (_pays(compile, at.planned * n) for n in (batches.num_batches, 1))
     with tqdm(total=epochs * batches.num_batches, unit="step", disable=quiet) as bar:
         bar.update(at.steps)
         while at.epoch <= epochs and not best.waited(patience):
@@ -193,11 +195,9 @@ def train(
                     at.beta = beta(elapsed) if callable(beta) else float(beta)
                     batch = Batch(batch.args[: len(first.args)], batch.kwargs)
                     is_usual = at.batch < batches.num_batches - 1 or batch.num_rows >= first.num_rows // group.size
-                    step.compile = _pays(compile, at.planned * (batches.num_batches if is_usual else 1))
-                    where = f"epoch {at.epoch}, batch {at.batch} (step {at.steps + 1})"
-                    device = batch.leaves()[0].device.type
-                    with nullcontext() if autocast is None else torch.autocast(device, autocast):
-                        at.terms.append(step.on(batch, at.beta, group.weight(batches, at.batch), where))
+                    step.compile = pays if is_usual else pays_last
+                    with precision:
+                        at.terms.append(step.on(batch, at.beta, group.weight(batches, at.batch), at))
                     keeper.stepped()
                     bar.update()
                 reached = None

@@ -38,7 +38,7 @@ class MinibatchSVI(SVI):
         self.plates, self.num_data, self.clip_norm = plates, batches.num_rows, clip_norm
         self.group, self.weight = group, 1.0
         self.loaded = not isinstance(batches, InMemory)  # data in memory were checked before the first step
-        self.batch, self.where = Batch((), {}), ""
+        self.batch, self.where = Batch((), {}), object()
         self.beta = torch.ones(()) if annealed else None  # a tensor, whose value a graph reads anew at each step
         beta = 1.0 if self.beta is None else self.beta
         self.handlers = [Reweighted(plates, num_rows=0, num_data=self.num_data, beta=beta) for _ in (model, guide)]
@@ -103,10 +103,11 @@ class MinibatchSVI(SVI):
         if self.handlers[0].traces:
             check_observed(self.handlers[0].traces[-1], self.batch, f"fit: {self.where}")
 
-    def on(self, batch: Batch, beta: float, weight: float, where: str) -> ElboTerms:
+    def on(self, batch: Batch, beta: float, weight: float, where: object) -> ElboTerms:
         """The step, its loss annealed by β; the terms are not.
 
         :param weight: of this process in the mean over all; 0 where the batch stands in for rows that it has not.
+        :param where: what its ``str`` says is where an error happened.
         """
         self.batch, self.weight, self.where = batch, weight, where
         if self.beta is not None:

@@ -117,6 +117,9 @@ class Position:
     def epoch(self) -> int:
         return len(self.history) + 1
 
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}, batch {self.batch} (step {self.steps + 1})"
+
     def rest(self, batches: Batches) -> Iterator[Batch]:
         """The batches of this epoch that are to come."""
         self.since = time.perf_counter() - self.seconds

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 Compile = Literal["auto", "trace"] | bool
 
 _TRACE_AFTER = 100  # steps of one signature, before the second that a graph takes is worth it
-_INDUCTOR_AFTER = 5000  # likewise, before the seconds that Inductor takes
 _CHECK_EVERY = 1000  # steps between two looks at eager Pyro
+_INDUCTOR_AFTER = 5 * _CHECK_EVERY  # steps of one signature, before the seconds that Inductor takes
 _MAX_BUILDS = 16  # graphs built for one pair, before it is left to eager Pyro
 _MAX_SIGNATURES = 64  # likewise, of arguments that are new each time
 
@@ -61,24 +61,32 @@ class SVI(pyro.infer.SVI):
         self.elbo, self.compile = loss, compile
         self._signatures: dict[Hashable, _Signature] = {}
         self._builds = 0
-        self._quiet: object | None = None  # while it is the same object, nothing changes between two steps
+        self._quiet: object | None = None  # while it is the same object, nothing but the data changes between two steps
+        self._latest: tuple[tuple, _Signature] | None = None  # that object with the shapes of the data, and what ran on them
         self._resumed: frozenset[str] = frozenset()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_signatures": {}}  # a copy makes graphs of its own
+        return vars(self) | {"_signatures": {}, "_latest": None}  # a copy makes graphs of its own
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the optimizer on the loss; the loss, an estimate of −ELBO in nats."""
         self.reported: tuple[Tensor, ...] | None = None
+        latest, self._latest = self._latest, None
         replaced = getattr(self.loss_and_grads, "__self__", None) not in (self.elbo, self)
         if self.compile is False or replaced or _PYRO_STACK:  # a handler around the step is not in the graph
             return super().step(*args, **kwargs)
         batch = Batch(args, kwargs)
-        signature = self._signature(batch)
-        if signature is None:
-            return super().step(*args, **kwargs)
-        if not self._ready(signature, batch):
-            return self._watched(signature, batch)
+        kind = None if self._quiet is None else (self._quiet, [leaf.shape for leaf in batch.leaves()])
+        signature = latest[1] if latest is not None and latest[0] == kind else None
+        again = signature is not None and (signature.count + 1) % _CHECK_EVERY > 0
+        if signature is not None and again:
+            signature.count += 1
+        else:
+            signature = self._signature(batch)
+            if signature is None:
+                return super().step(*args, **kwargs)
+            if not self._ready(signature, batch):
+                return self._watched(signature, batch)
         state = torch.get_rng_state()
         buffers = [(buffer, buffer.clone()) for buffer in signature.step.written]
         loss, gradients, reported = signature.step(batch)
@@ -89,8 +97,9 @@ class SVI(pyro.infer.SVI):
                 buffer.copy_(before)
             return super().step(*args, **kwargs)
         self.accept(signature.step.params, gradients)
-        signature.move(gradients, quiet=self._quiet)
+        signature.move(gradients, again=again)
         self.reported = reported
+        self._latest = None if kind is None else (kind, signature)
         return value
 
     def _watched(self, signature: "_Signature", batch: Batch) -> Any:
@@ -189,9 +198,7 @@ class SVI(pyro.infer.SVI):
 
     def _holds(self, signature: "_Signature") -> bool:
         """Whether all is as it was when the graph was traced."""
-        if self._quiet is not None and signature.quiet is self._quiet:
-            return True
-        kept, signature.quiet = signature.step, self._quiet
+        kept = signature.step
         now = self.model, self.guide, self.elbo, self.optim
         return now == (kept.model, kept.guide, kept.elbo, signature.move.optim) and kept.holds()
 
@@ -201,7 +208,7 @@ class SVI(pyro.infer.SVI):
             raise CannotTrace(f"{_MAX_BUILDS} graphs were built, and what they depend on changed again")
         step = Step(self.elbo, self.model, self.guide, batch, signature.seen, self.report)
         signature.step, signature.move = step, FusedAdam(self.optim, step.params)
-        signature.how, signature.quiet = "traced", None
+        signature.how = "traced"
         if self.compile is True:
             self._compile(signature, batch)
 
@@ -222,7 +229,6 @@ class _Signature:
         self.seen: Any = None  # what its last step of eager Pyro showed
         self.step: Any = None
         self.move: Any = None
-        self.quiet: object | None = None  # where the guards were found to hold
         self.how, self.refused = "eager Pyro: the first steps", False
 
     def refuse(self, reason: str) -> None:
