@@ -33,7 +33,10 @@ if __name__ == "__main__":
     if "epoch" in tables:
         train, _ = pv.load("mnist", binarize="threshold", data_dir=args.data_dir)
         x = train.x[: args.num_data].reshape(-1, 784)
-        print_table(f"An epoch of {len(x)} images", epoch.epochs(x, (128, 256), args.epochs), epoch.BASE)
+        columns = epoch.epochs(x, (128, 256), args.epochs)
+        print_table(f"An epoch of {len(x)} images", columns, epoch.BASE)
+        if all("numpyro" in times for times in columns.values()):
+            print_table("The same", columns, "numpyro")
     if "posterior" in tables:
         columns = {"100 data, 50 draws": posterior.importance(100, 50, args.rounds)}
         print_table("Log-weights", columns, posterior.IMPORTANCE)

@@ -144,7 +144,12 @@ def numpyro(x, size):
             state, loss = svi.update(state, data[lax.dynamic_slice_in_dim(order, i * size, size)])
             return state, total + loss
 
-        return lax.fori_loop(0, num_batches, step, (state, 0.0))
+        state, total = lax.fori_loop(0, num_batches, step, (state, 0.0))
+        last = order[num_batches * size :]  # of another size, so outside of the loop
+        if len(last):
+            state, loss = svi.update(state, data[last])
+            total = total + loss
+        return state, total
 
     keys = [random.PRNGKey(1)]
 
