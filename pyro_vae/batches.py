@@ -39,10 +39,15 @@ class Batch(NamedTuple):
 
         return Batch(tuple(map(each, self.args)), {key: each(part) for key, part in self.kwargs.items()})
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is tensors by position and nothing else, as most are: a search takes its time, at every step."""
+        return not self.kwargs and all(type(part) is Tensor for part in self.args)
+
     def leaves(self) -> list[Tensor]:
         """Every tensor among the arguments, however nested."""
-        if not self.kwargs and all(type(part) is Tensor for part in self.args):
-            return list(self.args)  # as most are; the search takes its time, at every step
+        if self.plain:
+            return list(self.args)
         return [leaf for leaf in pytree.tree_leaves(tuple(self)) if isinstance(leaf, Tensor)]
 
     def with_leaves(self, tensors: Iterable[Tensor]) -> "Batch":

@@ -26,7 +26,7 @@ Compile = Literal["auto", "trace"] | bool
 
 _TRACE_AFTER = 100  # steps of one signature, before the second that a graph takes is worth it
 _CHECK_EVERY = 1000  # steps between two looks at eager Pyro
-_INDUCTOR_AFTER = 5 * _CHECK_EVERY  # steps of one signature, before the seconds that Inductor takes
+_INDUCTOR_AFTER = 5 * _CHECK_EVERY  # steps of one signature, before the seconds that Inductor takes; where it is looked at
 _MAX_BUILDS = 16  # graphs built for one pair, before it is left to eager Pyro
 _MAX_SIGNATURES = 64  # likewise, of arguments that are new each time
 
@@ -77,16 +77,12 @@ class SVI(pyro.infer.SVI):
             return super().step(*args, **kwargs)
         batch = Batch(args, kwargs)
         kind = None if self._quiet is None else (self._quiet, [leaf.shape for leaf in batch.leaves()])
-        signature = latest[1] if latest is not None and latest[0] == kind else None
-        again = signature is not None and (signature.count + 1) % _CHECK_EVERY > 0
-        if signature is not None and again:
-            signature.count += 1
-        else:
-            signature = self._signature(batch)
-            if signature is None:
-                return super().step(*args, **kwargs)
-            if not self._ready(signature, batch):
-                return self._watched(signature, batch)
+        again = latest is not None and latest[0] == kind and latest[1].repeats()
+        signature = latest[1] if latest is not None and again else self._signature(batch)
+        if signature is None:
+            return super().step(*args, **kwargs)
+        if not again and not self._ready(signature, batch):
+            return self._watched(signature, batch)
         state = torch.get_rng_state()
         buffers = [(buffer, buffer.clone()) for buffer in signature.step.written]
         loss, gradients, reported = signature.step(batch)
@@ -148,7 +144,7 @@ class SVI(pyro.infer.SVI):
         leaves: Any
         structure: Any
         leaves, structure = batch.args, len(batch.args)
-        if batch.kwargs or not all(type(leaf) is Tensor for leaf in leaves):
+        if not batch.plain:
             leaves, structure = pytree.tree_flatten(tuple(batch))
         modes = (
             *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
@@ -230,6 +226,12 @@ class _Signature:
         self.step: Any = None
         self.move: Any = None
         self.how, self.refused = "eager Pyro: the first steps", False
+
+    def repeats(self) -> bool:
+        """Count a step that is as the one before, unless a look at eager Pyro is due."""
+        due = (self.count + 1) % _CHECK_EVERY == 0
+        self.count += not due
+        return not due
 
     def refuse(self, reason: str) -> None:
         self.step, self.refused, self.how = None, True, f"eager Pyro: {reason}"
