@@ -1,5 +1,6 @@
 """SVI with a traced step: the same numbers as Pyro's, for every kind of pair; and eager Pyro where a graph would be wrong."""
 
+import os
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDelta
 from torch import nn
 
 from pyro_vae import flows
@@ -236,6 +238,32 @@ def test_inductor_follows_pyro():
     assert_equal_runs(ours, pyros)
     assert "compiled by Inductor, 40 steps" in ours[2].explain()
     assert torch.distributions.Distribution._validate_args  # which Dynamo would turn off
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_at_an_optimum_rounding_does_not_count_as_a_difference(monkeypatch):
+    """Where the gradient vanishes nothing is left of it but rounding errors; another prior is still another."""
+    monkeypatch.setattr("pyro_vae.infer.svi._CHECK_EVERY", 100)
+    monkeypatch.setenv("SCALE", "1.0")  # out of sight
+    torch.manual_seed(0)
+    x = torch.randn(1000, D, dtype=torch.float)
+    y = (torch.rand(1000) < torch.sigmoid(x.sum(-1))).float()
+
+    def model(x, y):
+        scale = float(os.environ["SCALE"])
+        w = pyro.sample("w", dist.Normal(torch.zeros(D, dtype=torch.float), scale).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
+
+    with pyro.get_param_store().scope():
+        svi = CompiledSVI(model, AutoDelta(model), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), compile=True)
+        for _ in range(5000):
+            svi.step(x, y)
+        assert "compiled by Inductor" in svi.explain()
+        monkeypatch.setenv("SCALE", "1.1")
+        for _ in range(100):
+            svi.step(x, y)
+        assert "not that of eager Pyro" in svi.explain()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
