@@ -232,7 +232,7 @@ class Step:
         try:
             self._compare(ours, pyros)
         except CannotTrace:
-            ours_off, pyros_off = self._both_off(batch, 0.3)
+            ours_off, pyros_off = self._both_off(batch, 0.1)
             self._compare(ours_off, pyros_off)
             self._compare(ours, pyros, pyros_off)
 
@@ -245,7 +245,7 @@ class Step:
     def _both(self, batch: Batch, off: float = 0.0) -> tuple[list[Tensor], list[Tensor]]:
         """Loss, gradients and buffers, of the graph and of eager Pyro.
 
-        :param off: a fraction by which the parameters are moved; the rows then come in another order.
+        :param off: how far the parameters are moved, to each of |p| + 1; the rows then come in another order.
         """
         order = torch.randperm(batch.num_rows if batch.tensors else 0, generator=torch.Generator().manual_seed(0))
         with self._restored():
@@ -253,7 +253,7 @@ class Step:
             if off:
                 noise = torch.Generator().manual_seed(1)
                 for p in self.params:
-                    p.data.add_(off * (p.data.abs() + 0.1) * torch.randn(p.shape, generator=noise).to(p))
+                    p.data.add_(off * (p.data.abs() + 1) * torch.randn(p.shape, generator=noise).to(p))
                 batch = batch.map(lambda part: part[order.to(part.device)] if len(part) == len(order) else part)
             state = pyro.util.get_rng_state()
             with self._restored():
