@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import os
 import shutil
 import sys
@@ -14,13 +15,17 @@ import torch
 from pyro.distributions.util import is_identically_zero
 from torch import Tensor, fx
 from torch._decomp import get_decompositions
+from torch._subclasses import FakeTensorMode
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae.pair import untouched
 from pyro_vae.products import improve_products, lower_products
+
+logger = logging.getLogger(__name__)
 
 # Operations whose result depends on the values of tensors in its shape, or leaves the tensors.
 _DYNAMIC = ("nonzero", "masked_select", "_local_scalar_dense", "unique", "repeat_interleave.Tensor", "equal.default")
@@ -62,9 +67,15 @@ def trace_graph(f: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> 
         raise CannotTrace("it does other things each time it runs (a counter, the time): numbers that Python keeps")
     for node in graph.graph.nodes:
         _check_node(graph, again, node)
-    improve_products(graph.graph)
-    graph.recompile()
-    return graph
+    improved = fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    try:
+        improve_products(improved.graph)
+        improved.recompile()
+        FakeTensorProp(improved, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*tensors)  # whether its shapes fit
+    except Exception as error:  # ours, not the pair's
+        logger.warning("the products of a graph are left as they are: %s", said(error))
+        return graph
+    return improved
 
 
 def compiled(graph: fx.GraphModule, tensors: Sequence[Tensor], *, cuda_graphs: bool = False) -> Callable[..., list[Tensor]]:

@@ -23,6 +23,8 @@ def improve_products(graph: fx.Graph) -> None:
 
     :param graph: of a function and its gradients; its nodes have their tensors as ``meta["val"]``.
     """
+    if any(torch.Tag.inplace_view in getattr(node.target, "tags", ()) for node in graph.nodes):
+        return  # what a node is, as by ``t_()``, is then another thing at each line
     _drop_views(graph)
     readers: dict[Node, list[Node]] = {}
     for layer in graph.find_nodes(op="call_function", target=_aten.addmm.default):
@@ -67,6 +69,7 @@ def _is_narrow(layer: Node) -> bool:
     bias, _, right = layer.args
     own = right.target is _aten.t.default and right.args[0].op == bias.op == "get_attr" and bias.meta["val"].dim() == 1
     value = layer.meta["val"]
+    own = own and bias.meta["val"].shape == value.shape[1:]
     return own and not layer.kwargs and value.shape[1] < _NARROW and value.device.type == "cpu"
 
 
@@ -85,7 +88,10 @@ def _join(graph: fx.Graph, features: Node, layers: Sequence[Node]) -> None:
         bias = _call(graph, _aten.cat.default, [_again(graph, layer.args[0]) for layer in layers])
         said = _call(graph, _aten.addmm.default, bias, features, _call(graph, _aten.t.default, weight))
         for layer, span in zip(layers, spans, strict=True):
-            layer.replace_all_uses_with(_call(graph, _aten.slice.Tensor, said, 1, *span))
+            part = _call(graph, _aten.slice.Tensor, said, 1, *span)
+            if any(user.target in _VIEWS for user in layer.users):  # which some of them cannot be of columns
+                part = _contiguous(graph, part)
+            layer.replace_all_uses_with(part)
     found = {back.args[1].target: (outer, back) for outer, back in _backward(features)}
     if any(weight.target not in found for weight in weights):
         return
@@ -189,9 +195,8 @@ def _by_onednn(graph: fx.Graph, node: Node) -> None:
     left, right, *added = (part.meta["val"] for part in (a, b, *bias))
     user: Node = next(iter(node.users), node)
     activation = _ACTIVATIONS.get(user.target, "none") if len(node.users) == 1 else "none"
-    plain = (
-        not node.kwargs and left.dtype == torch.float and left.device.type == "cpu" and all(part.dim() == 1 for part in added)
-    )
+    own = all(part.shape == right.shape[1:] for part in added)
+    plain = not node.kwargs and left.dtype == torch.float and left.device.type == "cpu" and own
     large = _LARGE if activation == "none" else _LARGE_ACTIVATED
     if not plain or right.shape[1] < _NARROW or left.numel() * right.shape[1] < large:
         return

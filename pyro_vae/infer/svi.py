@@ -95,7 +95,8 @@ class SVI(pyro.infer.SVI):
         self.accept(signature.step.params, gradients)
         signature.move(gradients, again=again)
         self.reported = reported
-        self._latest = None if kind is None else (kind, signature)
+        if kind is not None and signature.move.groups is not None:  # or else the optimizer's code ran, which may be the user's
+            self._latest = kind, signature
         return value
 
     def _watched(self, signature: "_Signature", batch: Batch) -> Any:

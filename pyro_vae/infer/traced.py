@@ -26,6 +26,9 @@ from pyro_vae.pair import Program, untouched
 
 Traces = list[tuple[Trace, Trace]]
 
+_ROUNDINGS = 8  # by which parameters are moved, to see how far rounding errors reach
+_SPREADS = 30  # of what that does, which another order of operations may do
+
 
 def surrogate(elbo: ELBO, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
     """The loss of one particle, and the function whose gradients Pyro follows, both as tensors: those of ``Trace_ELBO`` and
@@ -134,7 +137,7 @@ class Step:
                 read = {id(getattr(self.graph, str(node.target))) for node in self.graph.graph.find_nodes(op="get_attr")}
                 self._check_read(read)
                 self.check(batch)
-                self._compare(*self._both_off(batch, 0.01))
+                self._check_moved(batch)
         finally:
             self.guards.undo(read)
         self.written = self._written(batch)
@@ -222,61 +225,76 @@ class Step:
             self.run = self.graph
             raise CannotTrace(f"Inductor: {said(error)}") from error
 
-    def check(self, batch: Batch) -> None:
-        """Hold the graph against eager Pyro at the same noise. Rounding errors are relative to the terms of a sum, which cancel
-        at an optimum, or where a loss changes its sign; so what differs by little is looked at again, off that point.
-
-        :raises CannotTrace: where loss, gradients or buffers differ.
-        """
-        ours, pyros = self._both(batch)
+    def _check_moved(self, batch: Batch) -> None:
         try:
-            self._compare(ours, pyros)
+            self.check(batch, moved=True)
         except CannotTrace:
-            ours_off, pyros_off = self._both_off(batch, 0.1)
-            self._compare(ours_off, pyros_off)
-            self._compare(ours, pyros, pyros_off)
-
-    def _both_off(self, batch: Batch, off: float) -> tuple[list[Tensor], list[Tensor]]:
-        try:
-            return self._both(batch, off)
+            raise
         except Exception as error:  # parameters or rows that this pair cannot have
             raise CannotTrace(f"it could not be held against eager Pyro: {said(error)}") from error
 
-    def _both(self, batch: Batch, off: float = 0.0) -> tuple[list[Tensor], list[Tensor]]:
-        """Loss, gradients and buffers, of the graph and of eager Pyro.
+    def check(self, batch: Batch, *, moved: bool = False) -> None:
+        """Hold the graph against eager Pyro at the same noise: they may differ by a small part of what is largest, or, where
+        that is rounding errors itself (at an optimum, where a loss comes close to zero), by not much more than eager Pyro
+        differs from itself when its parameters are rounded a little.
 
-        :param off: how far the parameters are moved, to each of |p| + 1; the rows then come in another order.
+        :param moved: with the parameters a little off, and the rows in another order.
+        :raises CannotTrace: where loss, gradients or buffers differ.
         """
         order = torch.randperm(batch.num_rows if batch.tensors else 0, generator=torch.Generator().manual_seed(0))
         with self._restored():
-            pyro.set_rng_seed(2 + bool(off))  # another than the traces had: noise that they kept must not agree by chance
-            if off:
-                noise = torch.Generator().manual_seed(1)
-                for p in self.params:
-                    p.data.add_(off * (p.data.abs() + 1) * torch.randn(p.shape, generator=noise).to(p))
+            pyro.set_rng_seed(2 + moved)  # another than the traces had: noise that they kept must not agree by chance
+            if moved:
+                self._move(0.01, 0.1)
                 batch = batch.map(lambda part: part[order.to(part.device)] if len(part) == len(order) else part)
             state = pyro.util.get_rng_state()
             with self._restored():
                 loss, gradients, _ = self(_copied(batch))
                 ours = [loss, *gradients, *(value.clone() for value in self.guards.buffers())]
-            pyro.util.set_rng_state(state)
-            with self._restored(), untouched():
-                copied = _copied(batch)
-                expected = self.elbo.loss_and_grads(self.model, self.guide, *copied.args, **copied.kwargs)
-                eager = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.params]
-                value = torch.as_tensor(expected, dtype=loss.dtype, device=loss.device)
-                return ours, [value, *eager, *(buffer.clone() for buffer in self.guards.buffers())]
-
-    def _compare(self, ours: list[Tensor], pyros: list[Tensor], *others: list[Tensor]) -> None:
-        """:param others: what else shows the size of the terms that Pyro's numbers are sums of."""
-        for i, (a, b, *sizes) in enumerate(zip(ours, pyros, *others, strict=True)):
-            if not any(_agree(a, b, size) for size in (b, *sizes)):
+            pyros = self._eager(batch, state)
+            spreads = [0.0] * len(ours)
+            if not all(map(_agree, ours, pyros, spreads)) and all(map(torch.equal, self._eager(batch, state), pyros)):
+                spreads = self._spreads(batch, state, pyros)
+        for i, (a, b, spread) in enumerate(zip(ours, pyros, spreads, strict=True)):
+            if not _agree(a, b, spread):
                 what = "the loss" if not i else f"the gradient of a parameter of shape {tuple(b.shape)}"
                 what = what if i <= len(self.params) else f"a buffer of shape {tuple(b.shape)}"
                 raise CannotTrace(
                     f"{what} is not that of eager Pyro at the same noise: something that Python reads or writes as the pair "
                     "runs (noise of another library, an attribute) is not in the graph"
                 )
+
+    def _move(self, by: float, least: float) -> None:
+        """Move each parameter p by some ``by``·(|p| + ``least``)."""
+        noise = torch.Generator().manual_seed(1)
+        for p in self.params:
+            p.data.add_(by * (p.data.abs() + least) * torch.randn(p.shape, generator=noise).to(p))
+
+    def _eager(self, batch: Batch, state: Any) -> list[Tensor]:
+        """Loss, gradients and buffers of eager Pyro, from that random state."""
+        pyro.util.set_rng_state(state)
+        with self._restored(), untouched():
+            copied = _copied(batch)
+            loss = self.elbo.loss_and_grads(self.model, self.guide, *copied.args, **copied.kwargs)
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.params]
+            return [
+                torch.tensor(float(loss), dtype=torch.double),
+                *gradients,
+                *(buffer.clone() for buffer in self.guards.buffers()),
+            ]
+
+    def _spreads(self, batch: Batch, state: Any, pyros: list[Tensor]) -> list[float]:
+        """How far rounding errors reach in these numbers of eager Pyro; it moves the parameters."""
+        eps = max(torch.finfo(p.dtype).eps for p in self.params)
+        pyro.util.set_rng_state(state)
+        with self._restored(), untouched(), torch.no_grad():
+            copied = _copied(batch)
+            traces = list(self.elbo._get_traces(self.model, self.guide, copied.args, copied.kwargs))
+            sites = [site for pair in traces for trace in pair for site in trace.nodes.values() if "log_prob" in site]
+            terms = sum(site["log_prob"].abs().sum().item() for site in sites) / self.elbo.num_particles
+        self._move(_ROUNDINGS * eps, 1.0)
+        loss, *others = (_largest(a - b) for a, b in zip(self._eager(batch, state), pyros, strict=True))
+        return [max(loss, eps * terms), *others]  # densities of thousands may sum up to a loss near zero
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
@@ -299,13 +317,16 @@ class Step:
                         value.copy_(was)
 
 
-def _agree(a: Tensor, b: Tensor, typical: Tensor) -> bool:
-    """Whether a is b but for rounding errors, which are relative to the largest of ``typical``."""
+def _agree(a: Tensor, b: Tensor, spread: float) -> bool:
     tolerance = 1e-8 if a.dtype == torch.double else 2e-4
-    scale = typical.abs().max().item() if typical.numel() else 0.0
+    scale = _largest(b)
     if not math.isfinite(scale):
-        return typical is b and not bool(a.isfinite().all())
-    return bool(((a - b).abs() <= tolerance * scale + 1e-12).all())
+        return not bool(a.isfinite().all())
+    return _largest(a - b) <= max(tolerance * scale + 1e-12, _SPREADS * spread)
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
 def _laid_out(p: Tensor, gradient: Tensor | None, taken: set[int]) -> Tensor:

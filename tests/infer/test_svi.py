@@ -266,6 +266,96 @@ def test_at_an_optimum_rounding_does_not_count_as_a_difference(monkeypatch):
         assert "not that of eager Pyro" in svi.explain()
 
 
+class Heads(nn.Module):
+    """A pair whose decoder's features have two read-outs."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.trunk = nn.Linear(D, 2 * K), nn.Linear(K, 8)
+        self.mean, self.log_scale = nn.Linear(8, D), nn.Linear(8, D)
+
+    def says(self, h):
+        return self.mean(h), self.log_scale(h).exp()
+
+    def model(self, x):
+        pyro.module("heads", self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), K), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(*self.says(torch.tanh(self.trunk(z)))).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("heads", self)
+        with pyro.plate("data", len(x)):
+            mean, log_scale = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(mean, log_scale.exp()).to_event(1))
+
+
+class Flattened(Heads):
+    def says(self, h):
+        return self.mean(h).flatten().reshape(len(h), D), self.log_scale(h).exp()
+
+
+class OneBias(Heads):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def says(self, h):
+        return nn.functional.linear(h, self.mean.weight, self.bias), self.log_scale(h).exp()
+
+
+class Turned(Heads):
+    def says(self, h):
+        turned = self.mean.weight.detach().t_()
+        return super().says(h)[0] + h @ turned, self.log_scale(h).exp()
+
+
+class Standardized(Heads):
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(K, 8), nn.BatchNorm1d(8))
+
+
+@pytest.mark.parametrize("kind", [Heads, Flattened, OneBias, Turned])
+def test_read_outs_in_other_shapes(kind):
+    def make():
+        heads = kind()
+        return heads.model, heads.guide
+
+    ours, pyros = trained(make, CompiledSVI, compile="trace"), trained(make, SVI)
+    assert_equal_runs(ours, pyros)
+    assert ": traced, 30 steps" in ours[2].explain()
+
+
+def test_a_gradient_that_is_nothing_but_rounding():
+    """A bias before batch normalization has none, in exact arithmetic."""
+    torch.set_default_dtype(torch.float)
+    heads = Standardized()
+    with pyro.get_param_store().scope():
+        svi = CompiledSVI(heads.model, heads.guide, adam(), Trace_ELBO(), compile="trace")
+        for i in range(10):
+            svi.step(data(seed=i).float())
+    assert ": traced, 10 steps" in svi.explain()
+
+
+def test_views_changed_in_place_leave_arguments_as_they_are():
+    heads = Heads()
+
+    def model(x):
+        heads.model(x.detach().unsqueeze_(0).squeeze(0))
+
+    def guide(x):
+        heads.guide(x * 1.0)
+
+    x = data()
+    with pyro.get_param_store().scope():
+        svi = CompiledSVI(model, guide, adam(), Trace_ELBO(), compile="trace")
+        for _ in range(5):
+            svi.step(x)
+            assert x.shape == data().shape
+    assert "traced, 5 steps" in svi.explain()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("compile", ["trace", True])
 def test_on_a_gpu(compile):
