@@ -180,11 +180,15 @@ torch.library.register_fake("pyro_vae::product", _product_shape, lib=_library)
 @functools.cache
 def lower_products() -> None:
     """Let what Inductor writes call oneDNN itself: by the operation it would go through Python at every product."""
-    from torch._inductor import lowering
+    from torch._inductor import ir, lowering, mkldnn_ir
 
     def lowered(a: Any, b: Any, transposed: bool, bias: Any, activation: str) -> Any:
-        onednn = lowering.fallback_handler(torch.ops.mkldnn._linear_pointwise.default, add_to_fallback_set=False)
-        return onednn(a, b if transposed else lowering.permute(b, [1, 0]), bias, activation, [], "")
+        weight = ir.ExternKernel.realize_input(b if transposed else lowering.permute(b, [1, 0]))
+        others = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(part)) for part in (a, bias) if part]
+        layout = ir.FixedLayout(a.get_device(), a.get_dtype(), [a.get_size()[0], weight.get_size()[0]])
+        constants = ([] if bias else [None]) + [activation, [-1], ""]
+        inputs = [others[0], weight, *others[1:]]
+        return ir.TensorBox.create(mkldnn_ir.LinearUnary(layout=layout, inputs=inputs, constant_args=constants))
 
     lowering.register_lowering(torch.ops.pyro_vae.product.default, type_promotion_kind=None)(lowered)
 

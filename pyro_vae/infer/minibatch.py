@@ -80,8 +80,8 @@ class MinibatchSVI(SVI):
     def accept(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Average the gradients over processes, raise ``FloatingPointError`` where they are not finite, and clip them."""
         self.group.average(params, gradients, self.weight)
-        # a sum shows what is not finite, and costs less than anything else that reads every number
-        if not math.isfinite(sum(g.sum().item() for g in gradients)) and (bad := _not_finite(params, gradients)):
+        total = _total(gradients) if self.reported is None or self.group.size > 1 else self.reported[-1]
+        if not total.isfinite() and (bad := _not_finite(params, gradients)):
             raise FloatingPointError(
                 f"fit: the loss is finite but its gradient is not, at {self.where}: that of {bad}; no parameter was moved by "
                 "it. Lower the learning rate, or check the model where it is not smooth"
@@ -116,10 +116,13 @@ class MinibatchSVI(SVI):
             handler.num_rows = batch.num_rows
             handler.traces.clear()
         self.step(*batch.args, **batch.kwargs)
-        terms = self.terms if self.reported is None else ElboTerms(*self.reported)
+        terms = self.terms if self.reported is None else ElboTerms(*self.reported[:-1])
         return terms if weight else ElboTerms(*(part[:0] for part in terms))
 
-    def report(self, traces: Traces) -> ElboTerms:
+    def report(self, traces: Traces, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return *self._drawn(traces), _total(gradients)
+
+    def _drawn(self, traces: Traces) -> ElboTerms:
         particles = self.elbo.num_particles // len(traces)
         drawn = [elbo_terms(*pair, self.plates, num_data=self.num_data, num_particles=particles) for pair in traces]
         return ElboTerms(*(torch.stack(part).mean(0) for part in zip(*drawn, strict=True)))
@@ -137,7 +140,15 @@ class MinibatchSVI(SVI):
                     self.beta.fill_(1.0)
                 value = self.elbo.loss(*self.programs, *self.batch.args, **self.batch.kwargs)
             return ElboTerms.of_batch(-value / self.num_data, self.batch.num_rows)
-        return self.report(list(zip(models, guides, strict=True)))
+        return self._drawn(list(zip(models, guides, strict=True)))
+
+
+def _total(gradients: Sequence[Tensor]) -> Tensor:
+    """The sum of all numbers, which shows whether one is not finite, and costs less than anything else that reads them."""
+    if not gradients:
+        return torch.zeros(())
+    rows = [(g.sum(-1) if g.dim() > 1 else g).flatten().to(gradients[0].device) for g in gradients]
+    return torch.cat(rows).sum()  # rows first: Inductor is slow to sum a whole matrix
 
 
 def _not_finite(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> str:

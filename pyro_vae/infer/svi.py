@@ -70,7 +70,7 @@ class SVI(pyro.infer.SVI):
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the optimizer on the loss; the loss, an estimate of −ELBO in nats."""
-        self.reported: tuple[Tensor, ...] | None = None
+        self.reported: Sequence[Tensor] | None = None
         latest, self._latest = self._latest, None
         replaced = getattr(self.loss_and_grads, "__self__", None) not in (self.elbo, self)
         if self.compile is False or replaced or _PYRO_STACK:  # a handler around the step is not in the graph
@@ -85,16 +85,16 @@ class SVI(pyro.infer.SVI):
             return self._watched(signature, batch)
         state = torch.get_rng_state()
         buffers = [(buffer, buffer.clone()) for buffer in signature.step.written]
-        loss, gradients, reported = signature.step(batch)
+        loss, gradients, self.reported = signature.step(batch)
         value = loss.item()
         if not math.isfinite(value):  # Pyro's own checks say what is wrong, before anything is moved
             torch.set_rng_state(state)
             for buffer, before in buffers:
                 buffer.copy_(before)
+            self.reported = None
             return super().step(*args, **kwargs)
         self.accept(signature.step.params, gradients)
         signature.move(gradients, again=again)
-        self.reported = reported
         if kind is not None and signature.move.groups is not None:  # or else the optimizer's code ran, which may be the user's
             self._latest = kind, signature
         return value
@@ -128,9 +128,9 @@ class SVI(pyro.infer.SVI):
         pyro.infer.util.zero_grads(seen.params.values())
         return seen
 
-    def report(self, traces: Traces) -> tuple[Tensor, ...]:  # noqa: ARG002
-        """What else a graph is to yield, from the traces of model and guide: a subclass finds it in ``reported`` after a
-        step, which is ``None`` where eager Pyro ran."""
+    def report(self, traces: Traces, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:  # noqa: ARG002
+        """What else a graph is to yield, from the traces of model and guide and the gradients: a subclass finds it in
+        ``reported`` from ``accept`` on, which is ``None`` where eager Pyro ran."""
         return ()
 
     def explain(self) -> str:

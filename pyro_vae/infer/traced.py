@@ -106,7 +106,7 @@ class Step:
     """Loss and gradients of a pair for arguments like these, as a graph.
 
     :param seen: what a step of eager Pyro on such arguments showed.
-    :param report: from the traces of a run, what else a step is to yield.
+    :param report: from the traces of a run and its gradients, what else a step is to yield.
     :raises CannotTrace: where it cannot be one, or does not agree with eager Pyro.
     """
 
@@ -117,7 +117,7 @@ class Step:
         guide: Program,
         batch: Batch,
         seen: Watch,
-        report: Callable[[Traces], tuple[Tensor, ...]],
+        report: Callable[[Traces, list[Tensor]], tuple[Tensor, ...]],
     ) -> None:
         if type(elbo) not in (Trace_ELBO, TraceMeanField_ELBO):
             raise CannotTrace(f"the loss is {type(elbo).__name__}; Trace_ELBO and TraceMeanField_ELBO are traced")
@@ -188,7 +188,7 @@ class Step:
             with torch.no_grad():
                 taken = {tensor.data_ptr() for tensor in tensors}
                 gradients = [_laid_out(p, g, taken) for p, g in zip(self.params, found, strict=True)]
-                reported = self.report(traces)
+                reported = self.report(traces, gradients)
                 conditions = list(_conditions(traces)) if self.validate else []
                 if conditions:  # eager Pyro will say what is wrong
                     total = torch.where(torch.stack(conditions).all(), total, math.nan)
