@@ -85,8 +85,11 @@ class SVI(pyro.infer.SVI):
             return self._watched(signature, batch)
         state = torch.get_rng_state()
         buffers = [(buffer, buffer.clone()) for buffer in signature.step.written]
-        loss, gradients, self.reported = signature.step(batch)
-        value = loss.item()
+        try:
+            loss, gradients, self.reported = signature.step(batch)
+            value = loss.item()
+        except Exception:  # such as of a matrix that has no Cholesky factor
+            value = math.nan
         if not math.isfinite(value):  # Pyro's own checks say what is wrong, before anything is moved
             torch.set_rng_state(state)
             for buffer, before in buffers:

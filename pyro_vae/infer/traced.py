@@ -17,11 +17,12 @@ from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.trace_elbo import _compute_log_r
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, fx
-from torch.distributions import Distribution, constraints, kl_divergence
+from torch.distributions import Distribution, kl_divergence
 
 from pyro_vae.batches import Batch
 from pyro_vae.graphs import CannotTrace, compiled, said, trace_graph
 from pyro_vae.infer.guards import Guards, Watch
+from pyro_vae.infer.validation import conditions
 from pyro_vae.pair import Program, untouched
 
 Traces = list[tuple[Trace, Trace]]
@@ -68,38 +69,6 @@ def _mean_field(model_trace: Trace, guide_trace: Trace) -> Tensor:
         if site["type"] == "sample" and name not in model_trace.nodes:
             total = total - site["score_parts"].entropy_term.sum()
     return total
-
-
-def _conditions(traces: Traces) -> Iterator[Tensor]:
-    """What Pyro's validation would ask of the parameters and values of a run, but for what makes the loss NaN anyhow."""
-    for model_trace, guide_trace in traces:
-        for trace in (model_trace, guide_trace):
-            for site in trace.nodes.values():
-                if site["type"] != "sample" or site["fn"]._validate_args is False:
-                    continue
-                yield from _of_parameters(site["fn"])
-                if trace is model_trace:  # a guide draws from its own support
-                    try:
-                        support = site["fn"].support
-                    except (NotImplementedError, AttributeError):
-                        continue
-                    if not _is_real(support):
-                        yield support.check(site["value"]).all()
-
-
-def _of_parameters(fn: Any) -> Iterator[Tensor]:
-    for name, constraint in getattr(fn, "arg_constraints", {}).items():
-        value = vars(fn).get(name)
-        if isinstance(value, Tensor) and not constraints.is_dependent(constraint) and not _is_real(constraint):
-            yield constraint.check(value).all()
-    if "base_dist" in vars(fn):
-        yield from _of_parameters(fn.base_dist)
-
-
-def _is_real(constraint: Any) -> bool:
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    return isinstance(constraint, type(constraints.real))
 
 
 class Step:
@@ -189,9 +158,9 @@ class Step:
                 taken = {tensor.data_ptr() for tensor in tensors}
                 gradients = [_laid_out(p, g, taken) for p, g in zip(self.params, found, strict=True)]
                 reported = self.report(traces, gradients)
-                conditions = list(_conditions(traces)) if self.validate else []
-                if conditions:  # eager Pyro will say what is wrong
-                    total = torch.where(torch.stack(conditions).all(), total, math.nan)
+                asked = list(conditions(traces)) if self.validate else []
+                if asked:  # eager Pyro will say what is wrong
+                    total = torch.where(torch.stack(asked).all(), total, math.nan)
             return total, *gradients, *reported
 
         return trace_graph(loss_and_gradients, batch.leaves())

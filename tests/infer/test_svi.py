@@ -338,6 +338,29 @@ def test_a_gradient_that_is_nothing_but_rounding():
     assert ": traced, 10 steps" in svi.explain()
 
 
+@pytest.mark.parametrize("wrong", [[[1.0, 0.5], [0.0, 1.0]], [[1.0, 2.0], [2.0, 1.0]]], ids=["asymmetric", "indefinite"])
+def test_a_graph_asks_of_matrices_what_pyro_asks(wrong):
+    def model(x, covariance):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(len(x), 2), covariance))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x, covariance):
+        at = pyro.param("at", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.MultivariateNormal(at.expand(len(x), 2), torch.eye(2)))
+
+    with pyro.get_param_store().scope():
+        svi = CompiledSVI(model, guide, adam(), Trace_ELBO(), compile="trace")
+        for _ in range(3):
+            svi.step(data()[:, :2], torch.eye(2))
+        before = pyro.param("at").detach().clone()
+        with pytest.raises(ValueError, match="PositiveDefinite"):
+            svi.step(data()[:, :2], torch.tensor(wrong))
+        assert torch.equal(pyro.param("at").detach(), before)
+        assert ": traced, 4 steps" in svi.explain()
+
+
 def test_views_changed_in_place_leave_arguments_as_they_are():
     heads = Heads()
 
