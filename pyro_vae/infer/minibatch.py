@@ -1,5 +1,6 @@
 """A step of SVI on a minibatch that stands for all data."""
 
+import cmath
 import math
 import re
 from collections.abc import Sequence
@@ -81,7 +82,7 @@ class MinibatchSVI(SVI):
         """Average the gradients over processes, raise ``FloatingPointError`` where they are not finite, and clip them."""
         self.group.average(params, gradients, self.weight)
         total = _total(gradients) if self.reported is None or self.group.size > 1 else self.reported[-1]
-        if not total.isfinite() and (bad := _not_finite(params, gradients)):
+        if not cmath.isfinite(total.item()) and (bad := _not_finite(params, gradients)):
             raise FloatingPointError(
                 f"fit: the loss is finite but its gradient is not, at {self.where}: that of {bad}; no parameter was moved by "
                 "it. Lower the learning rate, or check the model where it is not smooth"

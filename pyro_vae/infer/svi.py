@@ -85,17 +85,21 @@ class SVI(pyro.infer.SVI):
             return self._watched(signature, batch)
         state = torch.get_rng_state()
         buffers = [(buffer, buffer.clone()) for buffer in signature.step.written]
+        failure: Exception | None = None
         try:
             loss, gradients, self.reported = signature.step(batch)
             value = loss.item()
-        except Exception:  # such as of a matrix that has no Cholesky factor
-            value = math.nan
+        except Exception as error:  # such as of a matrix that has no Cholesky factor
+            failure, value = error, math.nan
         if not math.isfinite(value):  # Pyro's own checks say what is wrong, before anything is moved
             torch.set_rng_state(state)
             for buffer, before in buffers:
                 buffer.copy_(before)
             self.reported = None
-            return super().step(*args, **kwargs)
+            value = super().step(*args, **kwargs)
+            if failure is not None:
+                signature.refuse(f"its graph failed where that does not: {said(failure)}")
+            return value
         self.accept(signature.step.params, gradients)
         signature.move(gradients, again=again)
         if kind is not None and signature.move.groups is not None:  # or else the optimizer's code ran, which may be the user's

@@ -361,6 +361,26 @@ def test_a_graph_asks_of_matrices_what_pyro_asks(wrong):
         assert ": traced, 4 steps" in svi.explain()
 
 
+def test_a_graph_that_fails_where_pyro_does_not_is_left(caplog):
+    def fails(*_):
+        raise RuntimeError("no such kernel")
+
+    with pyro.get_param_store().scope():
+        model, guide = vae()
+        svi = CompiledSVI(model, guide, adam(), Trace_ELBO(), compile="trace")
+        for _ in range(3):
+            svi.step(data())
+        assert ": traced, 3 steps" in svi.explain()
+        pyro.set_rng_seed(5)
+        expected = Trace_ELBO().loss(model, guide, data())
+        (signature,) = svi._signatures.values()
+        signature.step.run = fails
+        pyro.set_rng_seed(5)
+        assert svi.step(data()) == pytest.approx(expected, rel=1e-9)
+        assert "no such kernel" in svi.explain()
+        assert "no such kernel" in caplog.text
+
+
 def test_views_changed_in_place_leave_arguments_as_they_are():
     heads = Heads()
 
