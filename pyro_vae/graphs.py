@@ -83,7 +83,8 @@ def compiled(graph: fx.GraphModule, tensors: Sequence[Tensor], *, cuda_graphs: b
     look at it, and guard it, once more. Raises what Inductor raises; the graph itself serves on."""
     lower_products()
     own = fx.GraphModule(graph, copy.deepcopy(graph.graph))  # Inductor may change it, and then fail
-    options = {"fallback_random": True, "triton.cudagraphs": cuda_graphs, "cpp_wrapper": not cuda_graphs}
+    on_cpu = not cuda_graphs and all(tensor.device.type == "cpu" for tensor in tensors)
+    options = {"fallback_random": True, "triton.cudagraphs": cuda_graphs, "cpp_wrapper": on_cpu}  # all of it in C++
     with torch.no_grad():
         return torch._inductor.compile(own, list(tensors), options=options)
 

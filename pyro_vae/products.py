@@ -183,11 +183,17 @@ def lower_products() -> None:
     from torch._inductor import ir, lowering, mkldnn_ir
 
     def lowered(a: Any, b: Any, transposed: bool, bias: Any, activation: str) -> Any:
+        def contiguous(part: Any) -> Any:
+            return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(part))
+
         weight = ir.ExternKernel.realize_input(b if transposed else lowering.permute(b, [1, 0]))
-        others = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(part)) for part in (a, bias) if part]
         layout = ir.FixedLayout(a.get_device(), a.get_dtype(), [a.get_size()[0], weight.get_size()[0]])
-        constants = ([] if bias else [None]) + [activation, [-1], ""]
-        inputs = [others[0], weight, *others[1:]]
+        inputs: list[Any] = [contiguous(a), weight]
+        constants: list[Any] = [activation, [-1], ""]
+        if bias is None:  # it comes after the tensors either way
+            constants = [None, *constants]
+        else:
+            inputs.append(contiguous(bias))
         return ir.TensorBox.create(mkldnn_ir.LinearUnary(layout=layout, inputs=inputs, constant_args=constants))
 
     lowering.register_lowering(torch.ops.pyro_vae.product.default, type_promotion_kind=None)(lowered)

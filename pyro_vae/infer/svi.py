@@ -87,7 +87,7 @@ class SVI(pyro.infer.SVI):
         buffers = [(buffer, buffer.clone()) for buffer in signature.step.written]
         failure: Exception | None = None
         try:
-            loss, gradients, self.reported = signature.step(batch)
+            loss, gradients, reported = signature.step(batch)
             value = loss.item()
         except Exception as error:  # such as of a matrix that has no Cholesky factor
             failure, value = error, math.nan
@@ -95,11 +95,11 @@ class SVI(pyro.infer.SVI):
             torch.set_rng_state(state)
             for buffer, before in buffers:
                 buffer.copy_(before)
-            self.reported = None
             value = super().step(*args, **kwargs)
             if failure is not None:
                 signature.refuse(f"its graph failed where that does not: {said(failure)}")
             return value
+        self.reported = reported
         self.accept(signature.step.params, gradients)
         signature.move(gradients, again=again)
         if kind is not None and signature.move.groups is not None:  # or else the optimizer's code ran, which may be the user's

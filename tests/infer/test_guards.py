@@ -13,7 +13,6 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
-from pyro_vae.infer.fit import fit
 from pyro_vae.infer.guards import watching
 from pyro_vae.infer.svi import SVI as CompiledSVI
 from tests.steps import PAIRS, Annealed, adam, changes, data, functions, vae
@@ -335,32 +334,3 @@ def test_what_eval_runs_is_watched():
         return model_of_text, guide
 
     changes(evaluated, lambda _, __, i: setattr(module, "SCALE", 1.0 + i))
-
-
-class Narrowing(pyro.optim.PyroOptim):
-    """An optimizer of the user's, which changes the model as it moves."""
-
-    def __init__(self, pair):
-        super().__init__(torch.optim.Adam, {"lr": 1e-3})
-        self.pair = pair
-
-    def __call__(self, params, *args, **kwargs):
-        self.pair.width *= 0.99
-        super().__call__(params, *args, **kwargs)
-
-
-@pytest.mark.parametrize("compile", ["trace", True])
-def test_fit_sees_what_an_optimizer_of_the_users_changes(compile):
-    def fitted(compile):
-        pyro.set_rng_seed(0)
-        pair = SimpleNamespace(width=1.0)
-        model, guide = vae()
-
-        def narrowed(x):
-            with poutine.scale(scale=pair.width):
-                model(x)
-
-        history = fit(narrowed, guide, data(64), optim=Narrowing(pair), epochs=3, batch_size=8, compile=compile, progress=False)
-        return [epoch.train.elbo for epoch in history.epochs]
-
-    np.testing.assert_allclose(fitted(compile), fitted(False), rtol=1e-9)
