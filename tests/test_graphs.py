@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_vae.graphs import CannotTrace, trace_graph
+from pyro_vae.graphs import CannotTrace, compiled, trace_graph
 
 
 def matrix(rows, columns, kind):
@@ -116,3 +116,41 @@ def test_layers_of_the_same_features_are_one_product():
 def test_what_python_reads_is_refused():
     with pytest.raises(CannotTrace, match=r"item\(\) takes the value out of a tensor at test_graphs"):
         trace_graph(lambda x: (x * x.sum().item(),), [torch.ones(3)])
+
+
+def written(x, weight, average):
+    average.mul_(0.9).add_(x.mean(0))
+    return x @ weight, average.sum()
+
+
+def given_back(x, weight, average):
+    return x, x[1:], x @ weight, weight.t()
+
+
+def said_twice(x, weight, average):
+    y = x @ weight
+    return y, y, y[:1], y.t()
+
+
+def of_noise(x, weight, average):
+    return torch.randn_like(x) @ weight, average + torch.rand(3)
+
+
+@pytest.mark.parametrize("f", [written, given_back, said_twice, of_noise], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("autocast", [False, True], ids=["single", "autocast"])
+def test_compiled_is_what_the_function_is(f, autocast):
+    """Whatever torch would have to do around what Inductor compiles: numbers, shapes, and what is written to."""
+    torch.manual_seed(0)
+    x, weight, average = torch.randn(5, 3), torch.nn.Parameter(torch.randn(3, 3)), torch.zeros(3)
+    other = torch.randn(5, 3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
+        run = compiled(trace_graph(lambda x: f(x, weight, average), [x]), [x])
+        for data in (x, other):
+            weight.mul_(1.1)  # it is the graph's own, live
+            twin = average.clone()
+            torch.manual_seed(1)
+            found = run(data)
+            torch.manual_seed(1)
+            for ours, exact in zip(found, f(data, weight, twin), strict=True):
+                torch.testing.assert_close(ours, exact)
+            torch.testing.assert_close(average, twin)

@@ -59,9 +59,10 @@ class FusedAdam:
             return
         with torch.no_grad():
             for (fused, lr, (beta1, beta2), weight_decay, eps, maximize, *_), group in self.groups.items():
-                group.counts += 1
+                group.counts.add_(1)
+                own = gradients if len(group.places) == len(gradients) else [gradients[i] for i in group.places]
                 fused(
-                    group.params, [gradients[i] for i in group.places], group.means, group.squares, [], group.steps, lr=lr,
+                    group.params, own, group.means, group.squares, [], group.steps, lr=lr,
                     beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=maximize,
                 )  # fmt: skip
 

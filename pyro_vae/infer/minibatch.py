@@ -77,7 +77,6 @@ class MinibatchSVI(SVI):
         self.accept(trained, [p.grad for p in trained if p.grad is not None])
         return value
 
-    @torch.no_grad()
     def accept(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Average the gradients over processes, raise ``FloatingPointError`` where they are not finite, and clip them."""
         self.group.average(params, gradients, self.weight)
@@ -113,10 +112,11 @@ class MinibatchSVI(SVI):
         self.batch, self.weight, self.where = batch, weight, where
         if self.beta is not None:
             self.beta.fill_(beta)
+        num_rows = batch.num_rows
         for handler in self.handlers:
-            handler.num_rows = batch.num_rows
+            handler.num_rows = num_rows
             handler.traces.clear()
-        self.step(*batch.args, **batch.kwargs)
+        self.step_on(batch)
         terms = self.terms if self.reported is None else ElboTerms(*self.reported[:-1])
         return terms if weight else ElboTerms(*(part[:0] for part in terms))
 

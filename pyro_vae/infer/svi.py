@@ -70,19 +70,26 @@ class SVI(pyro.infer.SVI):
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the optimizer on the loss; the loss, an estimate of −ELBO in nats."""
+        return self.step_on(Batch(args, kwargs))
+
+    def step_on(self, batch: Batch) -> Any:
+        """:meth:`step` on these arguments."""
         self.reported: Sequence[Tensor] | None = None
         latest, self._latest = self._latest, None
+        kind = None if self._quiet is None else (self._quiet, [leaf.shape for leaf in batch.leaves()])
+        if latest is not None and latest[0] == kind and latest[1].repeats():
+            return self._by_graph(latest[1], batch, kind, again=True)
         replaced = getattr(self.loss_and_grads, "__self__", None) not in (self.elbo, self)
         if self.compile is False or replaced or _PYRO_STACK:  # a handler around the step is not in the graph
-            return super().step(*args, **kwargs)
-        batch = Batch(args, kwargs)
-        kind = None if self._quiet is None else (self._quiet, [leaf.shape for leaf in batch.leaves()])
-        again = latest is not None and latest[0] == kind and latest[1].repeats()
-        signature = latest[1] if latest is not None and again else self._signature(batch)
+            return super().step(*batch.args, **batch.kwargs)
+        signature = self._signature(batch)
         if signature is None:
-            return super().step(*args, **kwargs)
-        if not again and not self._ready(signature, batch):
+            return super().step(*batch.args, **batch.kwargs)
+        if not self._ready(signature, batch):
             return self._watched(signature, batch)
+        return self._by_graph(signature, batch, kind, again=False)
+
+    def _by_graph(self, signature: "_Signature", batch: Batch, kind: tuple | None, *, again: bool) -> Any:
         state = torch.get_rng_state()
         buffers = [(buffer, buffer.clone()) for buffer in signature.step.written]
         failure: Exception | None = None
@@ -95,7 +102,7 @@ class SVI(pyro.infer.SVI):
             torch.set_rng_state(state)
             for buffer, before in buffers:
                 buffer.copy_(before)
-            value = super().step(*args, **kwargs)
+            value = super().step(*batch.args, **batch.kwargs)
             if failure is not None:
                 signature.refuse(f"its graph failed where that does not: {said(failure)}")
             return value
