@@ -71,7 +71,8 @@ def trace_graph(f: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> 
     try:
         improve_products(improved.graph)
         improved.recompile()
-        FakeTensorProp(improved, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*tensors)  # whether its shapes fit
+        with torch.no_grad():
+            FakeTensorProp(improved, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*tensors)  # whether shapes fit
     except Exception as error:  # ours, not the pair's
         logger.warning("the products of a graph are left as they are: %s", said(error))
         return graph
@@ -91,9 +92,9 @@ def compiled(graph: fx.GraphModule, tensors: Sequence[Tensor], *, cuda_graphs: b
     options = {"fallback_random": True, "triton.cudagraphs": cuda_graphs, "cpp_wrapper": on_cpu}  # all of it in C++
     bare: list[Any] = []
 
-    def inner(*args: Any, **kwargs: Any) -> Any:
-        output = compile_fx_inner(*args, **kwargs)
-        if on_cpu and _is_bare():
+    def inner(own: Any, inputs: Sequence[Tensor], **kwargs: Any) -> Any:
+        output = compile_fx_inner(own, inputs, **kwargs)
+        if on_cpu and _is_bare() and [part.shape for part in inputs] == [part.shape for part in (*held, *tensors)]:
             bare.append(output)
         return output
 
@@ -107,7 +108,8 @@ def compiled(graph: fx.GraphModule, tensors: Sequence[Tensor], *, cuda_graphs: b
 
 def _is_bare() -> bool:
     """Whether torch has nothing to do around what Inductor compiles, neither for inputs that are written, nor for outputs that
-    are views, nor for autocast: its wrappers take 2 % of a small network's step."""
+    are views, nor for autocast: its wrappers take 2 % of a small network's step. (Of inputs that share memory and are written
+    it makes others.)"""
     found: Any = torch._guards.TracingContext.get().fw_metadata
     around = found.num_mutated_inp_runtime_indices or found.num_outputs_aliased or found.num_intermediate_bases
     return not around and not torch.is_autocast_enabled("cpu")
@@ -122,6 +124,7 @@ def has_compiler() -> bool:
 def _traced(f: Callable[..., Any], tensors: list[Tensor], seed: int) -> fx.GraphModule:
     try:
         with untouched(seed=seed), pyro.validation_enabled(False), _NoReads() as reads, _NoHiddenReads(reads):
+            torch.clear_autocast_cache()  # what it holds is of before, or of another graph
             Distribution._validate_args = None  # type: ignore[assignment] # off, but not as of one that was told to be off
             detached = [tensor.detach() for tensor in tensors]  # two arguments may be the same tensor
             return make_fx(f, decomposition_table=_LOGARITHMS)(*detached)

@@ -116,7 +116,11 @@ class MinibatchSVI(SVI):
         for handler in self.handlers:
             handler.num_rows = num_rows
             handler.traces.clear()
-        self.step_on(batch)
+        try:
+            self.step_on(batch)
+        except Exception:
+            pyro.infer.util.zero_grads(p for _, p in pyro.get_param_store().named_parameters())  # as a step leaves them
+            raise
         terms = self.terms if self.reported is None else ElboTerms(*self.reported[:-1])
         return terms if weight else ElboTerms(*(part[:0] for part in terms))
 

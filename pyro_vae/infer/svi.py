@@ -91,7 +91,7 @@ class SVI(pyro.infer.SVI):
 
     def _by_graph(self, signature: "_Signature", batch: Batch, kind: tuple | None, *, again: bool) -> Any:
         state = torch.get_rng_state()
-        buffers = [(buffer, buffer.clone()) for buffer in signature.step.written]
+        before = signature.step.before(batch)
         failure: Exception | None = None
         try:
             loss, gradients, reported = signature.step(batch)
@@ -100,8 +100,9 @@ class SVI(pyro.infer.SVI):
             failure, value = error, math.nan
         if not math.isfinite(value):  # Pyro's own checks say what is wrong, before anything is moved
             torch.set_rng_state(state)
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            with torch.no_grad():
+                for value, was in before:
+                    value.copy_(was)
             value = super().step(*batch.args, **batch.kwargs)
             if failure is not None:
                 signature.refuse(f"its graph failed where that does not: {said(failure)}")

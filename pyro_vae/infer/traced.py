@@ -8,6 +8,7 @@ held against eager Pyro at the same noise before it is used, and from time to ti
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import compress, count
 from typing import Any
 
 import pyro
@@ -109,7 +110,7 @@ class Step:
                 self._check_moved(batch)
         finally:
             self.guards.undo(read)
-        self.written = self._written(batch)
+        self.written, self.overwritten = self._written(batch)
         self.grads: list[tuple[Tensor, Tensor | None, int]] = [(p, None, 0) for p in self.params]
 
     def __call__(self, batch: Batch) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -174,21 +175,32 @@ class Step:
                     "registers it. Its gradient would not be there for others"
                 )
 
-    def _written(self, batch: Batch) -> list[Tensor]:
-        """The buffers that a step writes, such as running averages."""
-        buffers = list(self.guards.buffers())
-        if not buffers:
-            return []
+    def _written(self, batch: Batch) -> tuple[list[Tensor], list[int]]:
+        """What a step writes, be it the same numbers: buffers, such as running averages, or parameters; and which of its
+        arguments."""
+        own = [*self.guards.buffers(), *self.params]
         with self._restored():
-            before = [value.clone() for value in buffers]
-            self(_copied(batch))
-            return [value for value, was in zip(buffers, before, strict=True) if not torch.equal(value, was)]
+            batch = _copied(batch)
+            before = [value._version for value in (*own, *batch.leaves())]
+            self(batch)
+            moved = [value._version != was for value, was in zip((*own, *batch.leaves()), before, strict=True)]
+        return list(compress(own, moved)), list(compress(count(), moved[len(own) :]))
+
+    def before(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """What a step on these data is about to write, with its numbers."""
+        if not self.written and not self.overwritten:
+            return []
+        leaves = batch.leaves()
+        return [(value, value.clone()) for value in (*self.written, *(leaves[i] for i in self.overwritten))]
 
     def compile(self, batch: Batch) -> None:
         """Compile the graph by Inductor, its noise that of eager torch; on a GPU it is replayed as a CUDA graph. Raises
         ``CannotTrace`` where that fails; the graph itself serves on."""
+        copied = _copied(batch).leaves()
+        if any(ours.stride() != given.stride() for ours, given in zip(copied, batch.leaves(), strict=True)):
+            raise CannotTrace("an argument has gaps in memory, or repeats itself there; pass x.contiguous()")
         try:
-            self.run = compiled(self.graph, _copied(batch).leaves(), cuda_graphs=any(p.is_cuda for p in self.params))
+            self.run = compiled(self.graph, copied, cuda_graphs=any(p.is_cuda for p in self.params))
             self.check(batch)
         except Exception as error:
             self.run = self.graph
@@ -273,9 +285,11 @@ class Step:
         buffers = [(value, value.clone()) for value in self.guards.buffers()]
         for p in self.params:
             p.grad = None
+        torch.clear_autocast_cache()  # it does not see that parameters move
         try:
             yield
         finally:
+            torch.clear_autocast_cache()
             pyro.util.set_rng_state(state)
             with torch.no_grad():
                 for p, value, grad in kept:
