@@ -181,9 +181,13 @@ class Step:
         own = [*self.guards.buffers(), *self.params]
         with self._restored():
             batch = _copied(batch)
-            before = [value._version for value in (*own, *batch.leaves())]
+            values = [*own, *batch.leaves()]
+            before = [(value._version, value.clone()) for value in values]
             self(batch)
-            moved = [value._version != was for value, was in zip((*own, *batch.leaves()), before, strict=True)]
+            moved = [  # batch normalization does not count up the version of what it writes
+                value._version != version or not torch.equal(value, was)
+                for value, (version, was) in zip(values, before, strict=True)
+            ]
         return list(compress(own, moved)), list(compress(count(), moved[len(own) :]))
 
     def before(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
