@@ -92,9 +92,9 @@ def compiled(graph: fx.GraphModule, tensors: Sequence[Tensor], *, cuda_graphs: b
     options = {"fallback_random": True, "triton.cudagraphs": cuda_graphs, "cpp_wrapper": on_cpu}  # all of it in C++
     bare: list[Any] = []
 
-    def inner(own: Any, inputs: Sequence[Tensor], **kwargs: Any) -> Any:
-        output = compile_fx_inner(own, inputs, **kwargs)
-        if on_cpu and _is_bare() and [part.shape for part in inputs] == [part.shape for part in (*held, *tensors)]:
+    def inner(lowered: Any, inputs: Sequence[Tensor], **kwargs: Any) -> Any:
+        output = compile_fx_inner(lowered, inputs, **kwargs)
+        if on_cpu and _is_bare(inputs, [*held, *tensors]):
             bare.append(output)
         return output
 
@@ -106,13 +106,14 @@ def compiled(graph: fx.GraphModule, tensors: Sequence[Tensor], *, cuda_graphs: b
     return lambda *given: output.current_callable([*held, *given])
 
 
-def _is_bare() -> bool:
-    """Whether torch has nothing to do around what Inductor compiles, neither for inputs that are written, nor for outputs that
-    are views, nor for autocast: its wrappers take 2 % of a small network's step. (Of inputs that share memory and are written
-    it makes others.)"""
+def _is_bare(inputs: Sequence[Tensor], given: Sequence[Tensor]) -> bool:
+    """Whether torch has nothing to do between what is ``given`` and the ``inputs`` of what Inductor compiles (of those that
+    share memory and are written it makes others), nor for outputs that are views, nor for autocast: its wrappers take 2 % of
+    a small network's step."""
     found: Any = torch._guards.TracingContext.get().fw_metadata
     around = found.num_mutated_inp_runtime_indices or found.num_outputs_aliased or found.num_intermediate_bases
-    return not around and not torch.is_autocast_enabled("cpu")
+    same = [part.shape for part in inputs] == [part.shape for part in given]
+    return same and not around and not torch.is_autocast_enabled("cpu")
 
 
 @functools.cache
@@ -124,7 +125,6 @@ def has_compiler() -> bool:
 def _traced(f: Callable[..., Any], tensors: list[Tensor], seed: int) -> fx.GraphModule:
     try:
         with untouched(seed=seed), pyro.validation_enabled(False), _NoReads() as reads, _NoHiddenReads(reads):
-            torch.clear_autocast_cache()  # what it holds is of before, or of another graph
             Distribution._validate_args = None  # type: ignore[assignment] # off, but not as of one that was told to be off
             detached = [tensor.detach() for tensor in tensors]  # two arguments may be the same tensor
             return make_fx(f, decomposition_table=_LOGARITHMS)(*detached)

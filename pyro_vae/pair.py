@@ -244,7 +244,8 @@ class Reweighted(Messenger):
 @contextmanager
 def untouched(*, training: bool | None = None, seed: int | None = None) -> Iterator[Mapping[nn.Module, bool]]:
     """Run a pair and leave no mark: random states, Pyro's param store, training flags and buffers of every module
-    that ran (batch normalization's averages) are put back. Yields the modules that ran, and whether gradients were on.
+    that ran (batch normalization's averages) are put back, and nothing that autocast keeps is shared with what is around it:
+    it does not see that parameters move. Yields the modules that ran, and whether gradients were on.
 
     :param training: run the modules in training mode or in evaluation mode; ``None`` leaves them as they are.
     :param seed: seed of the noise inside; ``None`` starts from the caller's random state.
@@ -269,6 +270,7 @@ def untouched(*, training: bool | None = None, seed: int | None = None) -> Itera
     # a global hook, for this block only: it is what reaches the networks that a plain function closes over
     hook = nn.modules.module.register_module_forward_pre_hook(enter)
     state = pyro.util.get_rng_state()
+    torch.clear_autocast_cache()
     try:
         with torch.random.fork_rng(), store.scope(store.get_state()):
             if seed is not None:
@@ -276,6 +278,7 @@ def untouched(*, training: bool | None = None, seed: int | None = None) -> Itera
             yield ran
     finally:
         hook.remove()
+        torch.clear_autocast_cache()
         pyro.util.set_rng_state(state)
         for module, was_training in flags.items():
             module.training = was_training

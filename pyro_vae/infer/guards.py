@@ -116,7 +116,7 @@ class Guards:
         in_store = pyro.get_param_store()._params.items()
         self.bound += [(_Store(), name, value) for name, value in in_store if any(value is p for p in params)]
         self.addresses = [(p, p.data_ptr(), p.device) for p in params]
-        self.layouts = [(value, _layout(value)) for value in self.buffers()]
+        self.layouts = [(value, layout(value)) for value in self.buffers()]
         # which of them are trained may change for others too: one that is thawed
         self.trained = {p: p.requires_grad for p in (*params, *(value for *_, value in self.tensors if value.is_leaf))}
         owned = {id(value) for *_, value in (*self.tensors, *self.bound)}
@@ -231,13 +231,14 @@ class Guards:
             and all(_equal(held, before) for held, before in self.whole)
             and all(_holds(*entry) for entry in self.plain)
             and all(p.data_ptr() == address and p.device == device for p, address, device in self.addresses)
-            and all(_layout(value) == layout for value, layout in self.layouts)
+            and all(layout(value) == before for value, before in self.layouts)
             and all(p.requires_grad is trained and not p._backward_hooks for p, trained in self.trained.items())
         )
 
 
-def _layout(value: Tensor) -> tuple:
-    return value.dtype, value.shape, value.stride() if value.layout is torch.strided else value.layout
+def layout(value: Tensor) -> tuple:
+    """What a graph is made for, of a tensor that it reads."""
+    return value.shape, value.stride() if value.layout is torch.strided else value.layout, value.dtype, value.device
 
 
 def _equal(held: Any, before: Any) -> bool:

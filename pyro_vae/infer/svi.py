@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from pyro_vae.batches import Batch
 from pyro_vae.graphs import CannotTrace, has_compiler, said
 from pyro_vae.infer.adam import FusedAdam
-from pyro_vae.infer.guards import SIMPLE, Watch, watching
+from pyro_vae.infer.guards import SIMPLE, Watch, layout, watching
 from pyro_vae.infer.traced import Step, Traces
 from pyro_vae.pair import Program, untouched
 from pyro_vae.signals import interruptible
@@ -76,12 +76,12 @@ class SVI(pyro.infer.SVI):
         """:meth:`step` on these arguments."""
         self.reported: Sequence[Tensor] | None = None
         latest, self._latest = self._latest, None
-        kind = None if self._quiet is None else (self._quiet, [leaf.shape for leaf in batch.leaves()])
-        if latest is not None and latest[0] == kind and latest[1].repeats():
-            return self._by_graph(latest[1], batch, kind, again=True)
         replaced = getattr(self.loss_and_grads, "__self__", None) not in (self.elbo, self)
         if self.compile is False or replaced or _PYRO_STACK:  # a handler around the step is not in the graph
             return super().step(*batch.args, **batch.kwargs)
+        kind = None if self._quiet is None else (self._quiet, [leaf.shape for leaf in batch.leaves()])
+        if latest is not None and latest[0] == kind and latest[1].repeats():
+            return self._by_graph(latest[1], batch, kind, again=True)
         signature = self._signature(batch)
         if signature is None:
             return super().step(*batch.args, **batch.kwargs)
@@ -90,6 +90,10 @@ class SVI(pyro.infer.SVI):
         return self._by_graph(signature, batch, kind, again=False)
 
     def _by_graph(self, signature: "_Signature", batch: Batch, kind: tuple | None, *, again: bool) -> Any:
+        """
+        :param kind: what the step after this one is held against, to go the same way at once.
+        :param again: this one did.
+        """
         state = torch.get_rng_state()
         before = signature.step.before(batch)
         failure: Exception | None = None
@@ -256,8 +260,7 @@ class _Signature:
 
 def _key(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
-        strides = leaf.stride() if leaf.layout is torch.strided else leaf.layout
-        return leaf.shape, strides, leaf.dtype, leaf.device, leaf.requires_grad
+        return *layout(leaf), leaf.requires_grad
     return type(leaf), leaf if isinstance(leaf, SIMPLE) else None
 
 

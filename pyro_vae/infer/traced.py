@@ -289,11 +289,9 @@ class Step:
         buffers = [(value, value.clone()) for value in self.guards.buffers()]
         for p in self.params:
             p.grad = None
-        torch.clear_autocast_cache()  # it does not see that parameters move
         try:
             yield
         finally:
-            torch.clear_autocast_cache()
             pyro.util.set_rng_state(state)
             with torch.no_grad():
                 for p, value, grad in kept:
