@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae.pair import untouched
-from pyro_vae.products import improve_products, lower_products
+from pyro_vae.products import compile_products, improve_products
 
 logger = logging.getLogger(__name__)
 
@@ -85,11 +85,17 @@ def compiled(graph: fx.GraphModule, tensors: Sequence[Tensor], *, cuda_graphs: b
     on."""
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    lower_products()
     own = fx.GraphModule(graph, copy.deepcopy(graph.graph))  # Inductor may change it, and then fail
+    key = compile_products(own.graph)
+    own.recompile()
     held = [tensor for named in (own.named_parameters, own.named_buffers) for _, tensor in named(remove_duplicate=False)]
     on_cpu = not cuda_graphs and all(tensor.device.type == "cpu" for tensor in tensors)
-    options = {"fallback_random": True, "triton.cudagraphs": cuda_graphs, "cpp_wrapper": on_cpu}  # all of it in C++
+    options = {
+        "fallback_random": True,
+        "triton.cudagraphs": cuda_graphs,
+        "cpp_wrapper": on_cpu,  # all of it in C++
+        "epilogue_fusion": False,  # a product has room for its bias and activation alone
+    }
     bare: list[Any] = []
 
     def inner(lowered: Any, inputs: Sequence[Tensor], **kwargs: Any) -> Any:
@@ -98,7 +104,7 @@ def compiled(graph: fx.GraphModule, tensors: Sequence[Tensor], *, cuda_graphs: b
             bare.append(output)
         return output
 
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + key):
         whole: Any = compile_fx(own, list(tensors), inner_compile=inner, config_patches=options)
     if not bare:
         return whole

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_vae.graphs import CannotTrace, compiled, trace_graph
+from pyro_vae.graphs import CannotTrace, compiled, has_compiler, trace_graph
 
 
 def matrix(rows, columns, kind):
@@ -41,6 +41,63 @@ def test_activations_of_large_products(name):
     expected = both(a.double(), b.detach().double(), bias.double())
     for ours, exact in zip(graph(a, b.detach(), bias), expected, strict=True):
         assert (ours - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+SIDES = [(1, 1, 1), (1, 700, 65), (3, 5, 130), (40, 513, 7), (65, 1, 64), (129, 1100, 31), (200, 17, 200)]
+LAYOUTS = [("plain", "plain"), ("plain", "transposed"), ("transposed", "plain"), ("cut out", "cut out")]
+
+
+@compiler
+@pytest.mark.parametrize("layouts", LAYOUTS, ids="·".join)
+def test_compiled_products_of_all_sizes(layouts):
+    """Tiles that are cut short, sums in parts, and sides of one."""
+    torch.manual_seed(0)
+    left, right = layouts
+    given = [part for m, k, n in SIDES for part in (matrix(m, k, left), matrix(k, n, right), torch.randn(n))]
+
+    def products(*given):
+        triples = [given[i : i + 3] for i in range(0, len(given), 3)]
+        return *(a @ b for a, b, _ in triples), *(torch.addmm(bias, a, b) for a, b, bias in triples)
+
+    run = compiled(trace_graph(products, given), given)
+    exact = products(*(part.double() for part in given))
+    scales = products(*(part.double().abs() for part in given))
+    for ours, truth, scale in zip(run(*given), exact, scales, strict=True):
+        assert ours.shape == truth.shape
+        assert ((ours - truth).abs() <= 1e-6 * scale).all()  # rounding errors, at worst
+
+
+@compiler
+@pytest.mark.parametrize("name", ["tanh", "relu", "sigmoid"])
+def test_compiled_activations(name):
+    """To some last bits of a single-precision number, large, small, zero or not finite."""
+    f = getattr(torch, name)
+    numbers = torch.cat([torch.linspace(-12, 12, 2001), torch.logspace(-30, 30, 2001), -torch.logspace(-30, 30, 2001)])
+    numbers = torch.cat([numbers, torch.tensor([0.0, torch.inf, -torch.inf, torch.nan])])
+
+    def both(x, bias):
+        return f(x @ torch.ones(1, 1)), f(torch.addmm(bias, torch.zeros(3, 1), torch.ones(1, len(numbers))))
+
+    given = numbers[:, None], numbers
+    found = compiled(trace_graph(both, list(given)), given)(*given)
+    exact = f(numbers.double())
+    eps = torch.finfo(torch.float).eps
+    for ours in (found[0].flatten(), *found[1]):
+        torch.testing.assert_close(ours.double(), exact, rtol=5 * eps, atol=1e-37, equal_nan=True)
+        assert name == "relu" or ours[:-1].abs().max() <= 1
+
+
+@compiler
+def test_compiled_products_of_parts_of_one_tensor():
+    torch.manual_seed(0)
+    x = torch.randn(8, 6, 6)
+
+    def products(x):
+        return x[0] @ x[0], x[1] @ x[2].T, torch.addmm(x[3, 1], x[3], x[4]), x[5:].reshape(-1, 6) @ x[6], x[:0, 0] @ x[1]
+
+    for ours, exact in zip(compiled(trace_graph(products, [x]), [x])(x), products(x.double()), strict=True):
+        torch.testing.assert_close(ours, exact.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["double", "small"])
