@@ -104,7 +104,8 @@ def compiled(graph: fx.GraphModule, tensors: Sequence[Tensor], *, cuda_graphs: b
             bare.append(output)
         return output
 
-    with torch.no_grad(), torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + key):
+    caches: Any = torch.compiler.config
+    with torch.no_grad(), caches.patch(cache_key_tag=caches.cache_key_tag + key):
         whole: Any = compile_fx(own, list(tensors), inner_compile=inner, config_patches=options)
     if not bare:
         return whole

@@ -206,8 +206,9 @@ def _lower_products() -> None:
             super().__init__("product", parts, ir.FixedLayout(a.get_device(), a.get_dtype(), shape), num_threads=0)
             self.kind = f"{str(transposed).lower()}, pyro_vae::{activation}"
 
-        def render(self, kernel: Any, template_buffer_node: Any = None, **_: Any) -> str:
-            out = template_buffer_node or self.output_node
+        def render(self, **kwargs: Any) -> str:
+            kernel: Any = kwargs["kernel"]
+            out: Any = kwargs.get("template_buffer_node") or self.output_node
             names = {part.get_name(): name for part, name in zip(self.input_nodes, ("A", "B", "bias"), strict=False)}
             inputs = {names[part.get_name()]: part for part in self.input_nodes}  # one may be two of them
             signature = kernel.def_kernel(inputs=inputs, outputs={"C": out})
