@@ -32,6 +32,8 @@ template <bool transposed, Vec (*activation)(const Vec&)>
 void product(const float* A, const float* B, const float* bias, float* C, int64_t m, int64_t n, int64_t k) {
   constexpr int64_t side = 64, depth = 512;  // a tile of B stays in the second cache, one of C in the first
   constexpr int64_t lanes = Vec::size();
+  float one;  // where torch was built without these kernels this raises an error; raised by a thread it would end the process
+  at::native::cpublas::brgemm(1, 1, 1, 1, 1, 1, false, A, B, &one);
 #pragma omp parallel
   {
     alignas(64) float turned[transposed ? depth * side : 1];
