@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae.pair import untouched
 from pyro_vae.products import compile_products, improve_products
+from pyro_vae.simplify import simplify
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +70,13 @@ def trace_graph(f: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> 
         _check_node(graph, again, node)
     improved = fx.GraphModule(graph, copy.deepcopy(graph.graph))
     try:
+        simplify(improved.graph)
         improve_products(improved.graph)
         improved.recompile()
         with torch.no_grad():
             FakeTensorProp(improved, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*tensors)  # whether shapes fit
     except Exception as error:  # ours, not the pair's
-        logger.warning("the products of a graph are left as they are: %s", said(error))
+        logger.warning("a graph is left as it is: %s", said(error))
         return graph
     return improved
 
@@ -106,7 +108,8 @@ def compiled(graph: fx.GraphModule, tensors: Sequence[Tensor], *, cuda_graphs: b
 
     caches: Any = torch.compiler.config
     with torch.no_grad(), caches.patch(cache_key_tag=caches.cache_key_tag + key):
-        whole: Any = compile_fx(own, list(tensors), inner_compile=inner, config_patches=options)
+        given: Any = {"inner_compile": inner, "decompositions": _logarithms(), "config_patches": options}
+        whole: Any = compile_fx(own, list(tensors), **given)
     if not bare:
         return whole
     (output,) = bare
@@ -134,7 +137,7 @@ def _traced(f: Callable[..., Any], tensors: list[Tensor], seed: int) -> fx.Graph
         with untouched(seed=seed), pyro.validation_enabled(False), _NoReads() as reads, _NoHiddenReads(reads):
             Distribution._validate_args = None  # type: ignore[assignment] # off, but not as of one that was told to be off
             detached = [tensor.detach() for tensor in tensors]  # two arguments may be the same tensor
-            return make_fx(f, decomposition_table=_LOGARITHMS)(*detached)
+            return make_fx(f)(*detached)
     except CannotTrace:
         raise
     except Exception as error:
@@ -205,20 +208,29 @@ def _log1p(e: Tensor) -> Tensor:
     """log(1 + e) to two units in the last place, from one logarithm (1 + e rounds to u; the fraction is what that lost).
     torch's own takes ten times as long in single precision on a CPU."""
     u = 1 + e
-    lost = ((u - 1) - e) / u
-    return u.log() - torch.where(lost == lost, lost, 0.0)  # NaN at e = −1 and ∞; nan_to_num would cost more than the rest
+    bounded = u.clamp(_SINGLE.tiny, _SINGLE.max)  # else NaN at e = −1 and ∞
+    return u.log() - ((bounded - 1) - e) / bounded
 
 
-def _in_single(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Only for tensors in single precision on a CPU."""
+def _logarithms() -> dict[Any, Callable[..., Any]]:
+    """What Inductor takes operations apart by, its own but for those made of log(1 + e): in eager torch they are kernels that
+    nothing here would gain on."""
+    from torch._inductor.decomposition import decompositions
+
+    found = {**get_decompositions(_MADE_OF_IT), _aten.log1p.default: _log1p}
+    return {**decompositions, **{op: _in_single(f, decompositions.get(op)) for op, f in found.items()}}
+
+
+def _in_single(f: Callable[..., Any], otherwise: Callable[..., Any] | None) -> Callable[..., Any]:
+    """For tensors in single precision on a CPU, and what serves for others."""
 
     def decomposed(a: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return f(a, *args, **kwargs) if a.dtype == torch.float and a.device.type == "cpu" else NotImplemented
+        chosen = f if a.dtype == torch.float and a.device.type == "cpu" else otherwise
+        return NotImplemented if chosen is None else chosen(a, *args, **kwargs)
 
     return decomposed
 
 
 _aten = torch.ops.aten
+_SINGLE = torch.finfo(torch.float)
 _MADE_OF_IT = (_aten.binary_cross_entropy_with_logits, _aten.log_sigmoid_forward, _aten.softplus, _aten.logaddexp)
-_LOGARITHMS: dict[Any, Callable[..., Any]] = {op: _in_single(f) for op, f in get_decompositions(_MADE_OF_IT).items()}
-_LOGARITHMS[_aten.log1p.default] = _in_single(_log1p)

@@ -43,7 +43,8 @@ class StandardNormal(Prior):
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
-        return dist.Normal(self.zero, self.zero + 1).expand(self.event_shape).to_event(len(self.event_shape))
+        mean, scale = torch.zeros_like(self.zero), torch.ones_like(self.zero)  # numbers, of which a graph is free
+        return dist.Normal(mean, scale).expand(self.event_shape).to_event(len(self.event_shape))
 
 
 class Normal(Prior):

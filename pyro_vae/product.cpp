@@ -27,7 +27,8 @@ inline Vec tanh(const Vec& x) {
 }
 
 // C = activation(A·B + bias) for contiguous matrices A (m, k), B (k, n) or, transposed, (n, k), C (m, n); bias (n), or null.
-// Threads share out the longer side of C and go over their part by tiles; the product of two tiles is oneDNN's.
+// Threads share out the longer side of C, or its rows where it outweighs A and B, so that each writes to a memory of its own; they
+// go over their part by tiles. The product of two tiles is oneDNN's.
 template <bool transposed, Vec (*activation)(const Vec&)>
 void product(const float* A, const float* B, const float* bias, float* C, int64_t m, int64_t n, int64_t k) {
   constexpr int64_t side = 64, depth = 512;  // a tile of B stays in the second cache, one of C in the first
@@ -37,7 +38,7 @@ void product(const float* A, const float* B, const float* bias, float* C, int64_
 #pragma omp parallel
   {
     alignas(64) float turned[transposed ? depth * side : 1];
-    const bool by_rows = m >= n;
+    const bool by_rows = m >= n || k <= m;
     const int64_t longer = by_rows ? m : n, parts = (longer + lanes - 1) / lanes;
     const int64_t workers = omp_get_num_threads(), worker = omp_get_thread_num();
     const int64_t begin = parts * worker / workers * lanes, end = std::min(longer, parts * (worker + 1) / workers * lanes);

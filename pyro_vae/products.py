@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
-Node = Any  # fx.Node, whose arguments have types of their own that say nothing here
+from pyro_vae.simplify import VIEWS, Node, turns_in_place
+
 _aten = torch.ops.aten
 _LARGE = 2_000_000  # multiplications of a matrix product, above which oneDNN pays for its longer call
 _LARGE_ACTIVATED = 500_000  # likewise, where it does the activation as well
 _NARROW = 64  # columns, below which it does not, and above which joined matrices are slow to lay out
 _ACTIVATIONS = {_aten.tanh.default: "tanh", _aten.relu.default: "relu", _aten.sigmoid.default: "sigmoid"}
-_VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.expand.default, _aten.detach.default, _aten.t.default)
 
 
 def improve_products(graph: fx.Graph) -> None:
@@ -25,9 +25,8 @@ def improve_products(graph: fx.Graph) -> None:
 
     :param graph: of a function and its gradients; its nodes have their tensors as ``meta["val"]``.
     """
-    if _turns_in_place(graph):
+    if turns_in_place(graph):
         return
-    _drop_views(graph)
     readers: dict[Node, list[Node]] = {}
     for layer in graph.find_nodes(op="call_function", target=_aten.addmm.default):
         if _is_narrow(layer):
@@ -46,38 +45,10 @@ def compile_products(graph: fx.Graph) -> str:
     :param graph: as :func:`improve_products` left it.
     :returns: what tells these kernels from others in Inductor's caches.
     """
-    if not _turns_in_place(graph):
+    if not turns_in_place(graph):
         _replace_products(graph, large_only=False)
     _lower_products()
     return hashlib.sha256(_source().encode()).hexdigest()
-
-
-def _turns_in_place(graph: fx.Graph) -> bool:
-    """Whether what a node is, as by ``t_()``, is another thing at each line."""
-    return any(torch.Tag.inplace_view in getattr(node.target, "tags", ()) for node in graph.nodes)
-
-
-def _drop_views(graph: fx.Graph) -> None:
-    """Let a tensor stand for its views that are as it is, and one view for others like it."""
-    seen: dict[tuple, Node] = {}
-    node: Node
-    for node in graph.nodes:
-        if node.target not in _VIEWS:
-            continue
-        source, turns = node.args[0], node.target is _aten.t.default
-        if turns and source.target is _aten.t.default:
-            same = source.args[0]
-        elif not turns and _layout(node) == _layout(source):
-            same = source
-        else:
-            same = seen.setdefault((node.target, str(node.args), str(node.kwargs)), node)
-        node.replace_all_uses_with(same)
-    graph.eliminate_dead_code()
-
-
-def _layout(node: Node) -> tuple:
-    value = node.meta["val"]
-    return value.shape, value.stride(), value.dtype
 
 
 def _is_narrow(layer: Node) -> bool:
@@ -105,7 +76,7 @@ def _join(graph: fx.Graph, features: Node, layers: Sequence[Node]) -> None:
         said = _call(graph, _aten.addmm.default, bias, features, _call(graph, _aten.t.default, weight))
         for layer, span in zip(layers, spans, strict=True):
             part = _call(graph, _aten.slice.Tensor, said, 1, *span)
-            if any(user.target in _VIEWS for user in layer.users):  # which some of them cannot be of columns
+            if any(user.target in VIEWS for user in layer.users):  # which some of them cannot be of columns
                 part = _contiguous(graph, part)
             layer.replace_all_uses_with(part)
     found = {back.args[1].target: (outer, back) for outer, back in _backward(features)}

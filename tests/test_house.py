@@ -12,8 +12,8 @@ import pyro_vae
 PACKAGE = Path(pyro_vae.__file__).parent
 # From the ground up; a module imports from lower floors only, and neighbours do not import each other.
 FLOORS = (
-    ("nets", "data", "numerics", "files", "signals", "products"),
-    ("batches", "conditionals"),
+    ("nets", "data", "numerics", "files", "signals", "simplify"),
+    ("batches", "conditionals", "products"),
     ("pair", "priors", "flows"),
     ("vae", "particles", "graphs"),
     ("exact", "weights", "checkpoint"),

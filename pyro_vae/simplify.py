@@ -1,0 +1,133 @@
+"""A graph that says the same in fewer operations: without a compiler each of them costs a call, however small its tensors."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+Node = Any  # fx.Node, whose arguments have types of their own that say nothing here
+_aten = torch.ops.aten
+_SHAPES = (_aten.view.default, _aten._unsafe_view.default, _aten.expand.default, _aten.unsqueeze.default)
+VIEWS = (*_SHAPES, _aten.t.default, _aten.detach.default, _aten.alias.default)
+_ONES = (_aten.ones_like.default, _aten.ones.default, _aten.new_ones.default)
+_ZEROS = (_aten.zeros_like.default, _aten.zeros.default, _aten.new_zeros.default)
+_ARITHMETIC = (_aten.mul.Tensor, _aten.div.Tensor, _aten.add.Tensor, _aten.sub.Tensor)
+_COMMUTES = (_aten.mul.Tensor, _aten.add.Tensor)
+_NEUTRAL = dict(zip(_ARITHMETIC, (1.0, 1.0, 0.0, 0.0), strict=True)) | {_aten.pow.Tensor_Scalar: 1.0}
+
+
+def simplify(graph: fx.Graph) -> None:
+    """Drop what changes nothing (x·1, x + 0, a view that is as its tensor) and what is there already, and do now what follows
+    from numbers alone: the gradient of a loss begins as a tensor of ones, which goes through many operations before it meets
+    another. What the caller gets, and what is written to, is left as it is.
+
+    :param graph: its nodes have their tensors as ``meta["val"]``.
+    """
+    if turns_in_place(graph):
+        return
+    written, returned = _marked(graph)
+    numbers: dict[Node, float] = {}
+    seen: dict[tuple, Node] = {}
+    node: Node
+    for node in graph.nodes:
+        same: Node = None
+        if node.target in VIEWS:
+            same = _viewed(node)
+            if node.args[0] in numbers:
+                numbers[node] = numbers[node.args[0]]
+        elif node.op == "call_function":
+            if node in returned or written.intersection((node, *node.all_input_nodes)):
+                continue
+            _put_numbers(node, numbers)
+            same = _unchanged(node)
+        if same is None and (node.target in VIEWS or node.op == "get_attr" or _is_pointwise(node)):
+            same = seen.setdefault((node.target, str(node.args), str(node.kwargs)), node)
+        if same is not None:
+            node.replace_all_uses_with(same)
+    graph.eliminate_dead_code()
+
+
+def turns_in_place(graph: fx.Graph) -> bool:
+    """Whether what a node is, as by ``t_()``, is another thing at each line."""
+    return any(torch.Tag.inplace_view in getattr(node.target, "tags", ()) for node in graph.nodes)
+
+
+def _marked(graph: fx.Graph) -> tuple[set[Node], set[Node]]:
+    """The nodes whose memory is written to (all, where it was there before: what shares it is not known), and those whose
+    memory the caller is given."""
+    owners: dict[Node, Node] = {}
+    written: set[Node] = set()
+    returned: set[Node] = set()
+    node: Node
+    for node in graph.nodes:
+        schema: Any = getattr(node.target, "_schema", None)
+        shares = node.target in VIEWS or schema is None or any(value.alias_info for value in schema.returns)
+        first = node.args[0] if node.op == "call_function" and shares and node.args else None
+        owners[node] = owners[first] if isinstance(first, fx.Node) else node
+        if node.op == "output":
+            returned = {owners[value] for value in node.all_input_nodes}
+        elif node.op == "call_function":
+            written |= {owners[value] for value in _written(node, schema)}
+    if any(owner.op != "call_function" for owner in written):
+        written = set(owners.values())
+    by_owner = [{node for node, owner in owners.items() if owner in marked} for marked in (written, returned)]
+    return by_owner[0], by_owner[1]
+
+
+def _written(node: Node, schema: Any) -> Iterator[Node]:
+    for i, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            yield from (part for part in (value if isinstance(value, list | tuple) else [value]) if isinstance(part, fx.Node))
+
+
+def _viewed(view: Node) -> Node:
+    """The tensor that a view shows as it is."""
+    source = view.args[0]
+    if view.target is _aten.t.default:
+        return source.args[0] if source.target is _aten.t.default else None
+    return source if layout(view) == layout(source) else None
+
+
+def _unchanged(node: Node) -> Node:
+    """The tensor that an operation copies."""
+    source: Any = None
+    if node.target is _aten.clone.default:
+        source = node.args[0]
+    elif node.target is _aten.cat.default and len(node.args[0]) == 1:
+        source = node.args[0][0]
+    elif node.target in _NEUTRAL and not node.kwargs:
+        left, right = node.args
+        if right == _NEUTRAL[node.target]:
+            source = left
+        elif node.target in _COMMUTES and left == _NEUTRAL[node.target]:
+            source = right
+    return source if isinstance(source, fx.Node) and layout(source) == layout(node) else None
+
+
+def _put_numbers(node: Node, numbers: dict[Node, float]) -> None:
+    """Note the number that a tensor is everywhere, and put those of its arguments in their places."""
+    given, value = node.all_input_nodes, node.meta["val"]
+    if node.target in (*_ONES, *_ZEROS):
+        if value.is_floating_point():
+            numbers[node] = float(node.target in _ONES)
+    elif _is_pointwise(node) and given and all(part in numbers for part in given):
+        if value.is_floating_point():
+            args = fx.map_arg(node.args, lambda part: torch.tensor(numbers[part], dtype=part.meta["val"].dtype))
+            numbers[node] = node.target(*args, **node.kwargs).item()
+    elif node.target in _ARITHMETIC and len(given) == 2:
+        for i, (part, other) in enumerate(zip(node.args, node.args[::-1], strict=True)):
+            own = other.meta["val"]
+            if part in numbers and own.shape == value.shape and own.dtype == part.meta["val"].dtype:
+                node.update_arg(i, numbers[part])
+
+
+def _is_pointwise(node: Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+
+
+def layout(node: Node) -> tuple:
+    value = node.meta["val"]
+    return value.shape, value.stride(), value.dtype
