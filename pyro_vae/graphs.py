@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae.pair import untouched
 from pyro_vae.products import compile_products, improve_products
-from pyro_vae.simplify import simplify
+from pyro_vae.simplify import looked_up, simplify
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ def trace_graph(f: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> 
         improved.recompile()
         with torch.no_grad():
             FakeTensorProp(improved, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*tensors)  # whether shapes fit
+        improved.forward = looked_up(improved)
     except Exception as error:  # ours, not the pair's
         logger.warning("a graph is left as it is: %s", said(error))
         return graph
@@ -199,7 +200,7 @@ def said(error: Exception) -> str:
 def _where(stack: traceback.StackSummary | None = None) -> str:
     """The innermost line that is neither torch's nor this file's."""
     for line in reversed(stack or traceback.extract_stack()):
-        if f"{os.sep}torch{os.sep}" not in line.filename and line.filename != __file__:
+        if line.line and f"{os.sep}torch{os.sep}" not in line.filename and line.filename != __file__:
             return f" at {os.path.basename(line.filename)}:{line.lineno}, {line.line}"
     return ""
 

@@ -118,3 +118,14 @@ def test_the_start_of_a_gradient_is_gone():
     for ours, exact in zip(graph(x), f(x), strict=True):
         assert torch.allclose(ours, exact, rtol=1e-14)
     assert not any(name in graph.code for name in ("ones_like", "zeros_like", "log", "expand"))
+
+
+def test_tensors_are_held_as_they_are():
+    """What is looked up once is the tensor, not its numbers."""
+    p = torch.nn.Parameter(torch.ones(3))
+    graph = trace_graph(lambda x: (x * p,), [torch.ones(3)])
+    with torch.no_grad():
+        p.mul_(2)
+        assert graph(torch.ones(3))[0].tolist() == [2, 2, 2]
+        p.data = torch.full((3,), 5.0)
+        assert graph(torch.ones(3))[0].tolist() == [5, 5, 5]
