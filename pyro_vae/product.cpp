@@ -7,6 +7,8 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <memory>
+#include <utility>
 
 namespace pyro_vae {
 
@@ -27,34 +29,42 @@ inline Vec tanh(const Vec& x) {
 }
 
 // C = activation(A·B + bias) for contiguous matrices A (m, k), B (k, n) or, transposed, (n, k), C (m, n); bias (n), or null.
-// Threads share out the longer side of C, or its rows where it outweighs A and B, so that each writes to a memory of its own; they
-// go over their part by tiles. The product of two tiles is oneDNN's.
+// Threads share out the longer side of C, or its rows where it outweighs A and B, so that each writes to a memory of its own.
+// What few rows send back through a weight B they share out by its rows, and add up: a thread only ever touches its own part of
+// the weight, which forward and in the optimizer is the same. Each goes over its part by tiles, whose products are oneDNN's.
 template <bool transposed, Vec (*activation)(const Vec&)>
 void product(const float* A, const float* B, const float* bias, float* C, int64_t m, int64_t n, int64_t k) {
   constexpr int64_t side = 64, depth = 512;  // a tile of B stays in the second cache, one of C in the first
   constexpr int64_t lanes = Vec::size();
   float one;  // where torch was built without these kernels this raises an error; raised by a thread it would end the process
   at::native::cpublas::brgemm(1, 1, 1, 1, 1, 1, false, A, B, &one);
+  const bool by_rows = m >= n || k <= m;
+  const int64_t most = omp_get_max_threads();
+  const bool by_depth = !by_rows && !transposed && !bias && activation == none && most * std::max(m, lanes) <= k;
+  const std::unique_ptr<float[]> memory(by_depth ? new float[(most - 1) * m * n] : nullptr);
+  float* const sums = memory.get();  // of all threads but the first, whose is C
 #pragma omp parallel
   {
     alignas(64) float turned[transposed ? depth * side : 1];
-    const bool by_rows = m >= n || k <= m;
-    const int64_t longer = by_rows ? m : n, parts = (longer + lanes - 1) / lanes;
+    const int64_t shared = by_rows ? m : by_depth ? k : n, parts = (shared + lanes - 1) / lanes;
     const int64_t workers = omp_get_num_threads(), worker = omp_get_thread_num();
-    const int64_t begin = parts * worker / workers * lanes, end = std::min(longer, parts * (worker + 1) / workers * lanes);
-    const int64_t top = by_rows ? begin : 0, bottom = by_rows ? end : m;
-    const int64_t left = by_rows ? 0 : begin, right = by_rows ? n : end;
+    const int64_t begin = parts * worker / workers * lanes, end = std::min(shared, parts * (worker + 1) / workers * lanes);
+    const auto [top, bottom] = by_rows ? std::pair(begin, end) : std::pair(int64_t(0), m);
+    const auto [left, right] = by_rows || by_depth ? std::pair(int64_t(0), n) : std::pair(begin, end);
+    const auto [first, last] = by_depth ? std::pair(begin, end) : std::pair(int64_t(0), k);
+    float* own = by_depth && worker ? sums + (worker - 1) * m * n : C;
     for (int64_t j = left; j < right; j += side) {
       const int64_t columns = std::min(side, right - j);
-      for (int64_t l = 0; l < k; l += depth) {
-        const int64_t inner = std::min(depth, k - l);
+      for (int64_t l = first; l < last; l += depth) {
+        const int64_t inner = std::min(depth, last - l);
         if (transposed) at::vec::transpose_mxn<float>(B + j * k + l, k, turned, side, columns, inner);
         for (int64_t i = top; i < bottom; i += side) {
           const int64_t rows = std::min(side, bottom - i);
-          float* tile = C + i * n + j;
+          float* tile = own + i * n + j;
+          const float* other = transposed ? turned : B + l * n + j;
           at::native::cpublas::brgemm(
-              rows, columns, inner, k, transposed ? side : n, n, l > 0, A + i * k + l, transposed ? turned : B + l * n + j, tile);
-          if (l + depth < k || (!bias && activation == none)) continue;
+              rows, columns, inner, k, transposed ? side : n, n, l > first, A + i * k + l, other, tile);
+          if (l + depth < last || (!bias && activation == none)) continue;
           for (int64_t row = 0; row < rows; ++row) {
             for (int64_t column = 0; column < columns; column += lanes) {
               const int64_t count = std::min(lanes, columns - column);
@@ -67,6 +77,15 @@ void product(const float* A, const float* B, const float* bias, float* C, int64_
       }
     }
     at::native::cpublas::brgemm_release(false);
+    if (by_depth) {
+#pragma omp barrier
+#pragma omp for
+      for (int64_t row = 0; row < m; ++row) {
+        for (int64_t part = row; part < (workers - 1) * m; part += m) {
+          for (int64_t column = 0; column < n; ++column) C[row * n + column] += sums[part * n + column];
+        }
+      }
+    }
   }
 }
 

@@ -44,14 +44,21 @@ def test_activations_of_large_products(name):
 
 
 compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
-SIDES = [(1, 1, 1), (1, 700, 65), (3, 5, 130), (40, 513, 7), (65, 1, 64), (129, 1100, 31), (200, 17, 200)]
+SIDES = [(1, 1, 1), (1, 700, 65), (3, 5, 130), (20, 40, 50), (40, 513, 7), (65, 1, 64), (129, 1100, 31), (200, 17, 200)]
 LAYOUTS = [("plain", "plain"), ("plain", "transposed"), ("transposed", "plain"), ("cut out", "cut out")]
+
+
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @compiler
 @pytest.mark.parametrize("layouts", LAYOUTS, ids="·".join)
-def test_compiled_products_of_all_sizes(layouts):
-    """Tiles that are cut short, sums in parts, and sides of one."""
+def test_compiled_products_of_all_sizes(layouts, set_threads):
+    """Tiles that are cut short, sums in parts, and sides of one, shared out among threads."""
     torch.manual_seed(0)
     left, right = layouts
     given = [part for m, k, n in SIDES for part in (matrix(m, k, left), matrix(k, n, right), torch.randn(n))]
@@ -63,9 +70,11 @@ def test_compiled_products_of_all_sizes(layouts):
     run = compiled(trace_graph(products, given), given)
     exact = products(*(part.double() for part in given))
     scales = products(*(part.double().abs() for part in given))
-    for ours, truth, scale in zip(run(*given), exact, scales, strict=True):
-        assert ours.shape == truth.shape
-        assert ((ours - truth).abs() <= 1e-6 * scale).all()  # rounding errors, at worst
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        for ours, truth, scale in zip(run(*given), exact, scales, strict=True):
+            assert ours.shape == truth.shape
+            assert ((ours - truth).abs() <= 1e-6 * scale).all()  # rounding errors, at worst
 
 
 @compiler
