@@ -1,6 +1,8 @@
 """How ways of doing the same are compared: in turns, in one process, so that a slow minute is slow for all."""
 
+import os
 import statistics
+import threading
 import time
 
 import pyro
@@ -16,6 +18,7 @@ class Way:
             self.call = make()
 
     def take_turn(self, num_calls, *, warm=1, counts=True):
+        gather_cores()
         with pyro.get_param_store().scope(self.store):
             for _ in range(warm):
                 self.call()
@@ -24,6 +27,32 @@ class Way:
                 self.call()
         if counts:
             self.times.append((time.perf_counter() - start) / num_calls)
+
+
+def gather_cores(seconds=0.5):
+    """Let threads on all cores wake one another for a while, for each turn to begin alike. A hypervisor may leave the cores of
+    a virtual machine on caches far apart, where a step takes a third more time, until one core wakes another. Threads of torch
+    that wait do not sleep, those of other libraries do: who went before would decide how fast the next one is."""
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    turns = [threading.Semaphore(0) for _ in cores]
+    end = time.perf_counter() + seconds
+
+    def pass_on(i):
+        os.sched_setaffinity(0, cores[i : i + 1])  # of this thread alone
+        now = 0.0
+        while now < end:
+            turns[i].acquire()
+            turns[i - 1].release()
+            now = time.perf_counter()
+
+    threads = [threading.Thread(target=pass_on, args=(i,)) for i in range(len(cores))]
+    for thread in threads:
+        thread.start()
+    turns[0].release()
+    for thread in threads:
+        thread.join()
 
 
 def measure(makers, *, rounds, num_calls, warm_up=5, warm=1):
