@@ -2,7 +2,8 @@
 
 import ast
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from operator import getitem
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -16,12 +17,11 @@ VIEWS = (*_SHAPES, _aten.t.default, _aten.detach.default, _aten.alias.default)
 _ONES = (_aten.ones_like.default, _aten.ones.default, _aten.new_ones.default)
 _ZEROS = (_aten.zeros_like.default, _aten.zeros.default, _aten.new_zeros.default)
 _ARITHMETIC = (_aten.mul.Tensor, _aten.div.Tensor, _aten.add.Tensor, _aten.sub.Tensor)
-_COMMUTES = (_aten.mul.Tensor, _aten.add.Tensor)
-_NEUTRAL = dict(zip(_ARITHMETIC, (1.0, 1.0, 0.0, 0.0), strict=True)) | {_aten.pow.Tensor_Scalar: 1.0}
+_NEUTRAL = {_aten.mul.Tensor: 1.0, _aten.div.Tensor: 1.0, _aten.sub.Tensor: 0.0, _aten.pow.Tensor_Scalar: 1.0}  # −0 + 0 is 0
 
 
 def simplify(graph: fx.Graph) -> None:
-    """Drop what changes nothing (x·1, x + 0, a view that is as its tensor) and what is there already, and do now what follows
+    """Drop what changes nothing (x·1, x − 0, a view that is as its tensor) and what is there already, and do now what follows
     from numbers alone: the gradient of a loss begins as a tensor of ones, which goes through many operations before it meets
     another. What the caller gets, and what is written to, is left as it is.
 
@@ -29,7 +29,7 @@ def simplify(graph: fx.Graph) -> None:
     """
     if turns_in_place(graph):
         return
-    written, returned = _marked(graph)
+    written, returned = _marked(graph)  # whose values change or are to be new; the views of them are what they are
     numbers: dict[Node, float] = {}
     seen: dict[tuple, Node] = {}
     node: Node
@@ -62,54 +62,72 @@ def looked_up(graph: fx.GraphModule) -> Callable[..., Any]:
 
 
 class _Names(ast.NodeTransformer):
-    """A name for each ``self._param_constant0`` and ``torch.ops.aten.mul.Tensor``."""
+    """Each ``self._param_constant0`` and ``torch.ops.aten.mul.Tensor`` as one name, dots and all, which no other can be."""
 
     def __init__(self, known: dict[str, Any]) -> None:
         self.known = known
         self.found: dict[str, Any] = {}
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        first, *others = ast.unparse(node).split(".")
+        name = ast.unparse(node)
+        first, *others = name.split(".")
         if first not in self.known:
             return node
         value = functools.reduce(getattr, others, self.known[first])
-        name = "_".join((first, *others))
         self.found[name] = value._op if isinstance(value, torch._ops.OpOverload) else value
         return ast.Name(name, node.ctx)
 
 
 def turns_in_place(graph: fx.Graph) -> bool:
     """Whether what a node is, as by ``t_()``, is another thing at each line."""
-    return any(torch.Tag.inplace_view in getattr(node.target, "tags", ()) for node in graph.nodes)
+    return any(torch.Tag.inplace_view in _tags(node) for node in graph.nodes)
 
 
 def _marked(graph: fx.Graph) -> tuple[set[Node], set[Node]]:
-    """The nodes whose memory is written to (all, where it was there before: what shares it is not known), and those whose
-    memory the caller is given."""
-    owners: dict[Node, Node] = {}
+    """The nodes whose memory is written to, and those whose memory the caller is given. Where memory is written that was there
+    before the graph, as a parameter's, any node may show it: all of them."""
+    together: dict[Node, set[Node]] = {}  # nodes that may share memory
     written: set[Node] = set()
     returned: set[Node] = set()
     node: Node
     for node in graph.nodes:
-        schema: Any = getattr(node.target, "_schema", None)
-        shares = node.target in VIEWS or schema is None or any(value.alias_info for value in schema.returns)
-        first = node.args[0] if node.op == "call_function" and shares and node.args else None
-        owners[node] = owners[first] if isinstance(first, fx.Node) else node
         if node.op == "output":
-            returned = {owners[value] for value in node.all_input_nodes}
+            returned = set().union(*(together[value] for value in node.all_input_nodes))
         elif node.op == "call_function":
-            written |= {owners[value] for value in _written(node, schema)}
-    if any(owner.op != "call_function" for owner in written):
-        written = set(owners.values())
-    by_owner = [{node for node, owner in owners.items() if owner in marked} for marked in (written, returned)]
-    return by_owner[0], by_owner[1]
+            written.update(_written(node))
+        group = {node}.union(*(together[other] for other in _shared(node)))
+        together.update(dict.fromkeys(group, group))
+    written = set().union(*(together[node] for node in written))
+    if any(node.op != "call_function" for node in written):
+        written = set(graph.nodes)
+    return written, returned
 
 
-def _written(node: Node, schema: Any) -> Iterator[Node]:
+def _shared(node: Node) -> Sequence[Node]:
+    """The arguments whose memory the results of a node may be in."""
+    if node.op != "call_function":
+        return ()
+    aliased = [part for part, alias in _aliases(node) if alias is not None]
+    own = node.target in (*_ONES, *_ZEROS) or torch.Tag.core in _tags(node) or torch.Tag.pointwise in _tags(node)
+    return aliased if aliased or own else node.all_input_nodes  # such as unsafe_chunk's, which does not say so
+
+
+def _written(node: Node) -> list[Node]:
+    """The arguments that a node writes to."""
+    silent = node.target is not getitem and not hasattr(node.target, "_schema")  # a graph within the graph
+    if silent or "batch_norm" in str(node.target):  # whose running statistics go unsaid
+        return node.all_input_nodes
+    return [part for part, alias in _aliases(node) if alias is not None and alias.is_write]
+
+
+def _aliases(node: Node) -> Iterator[tuple[Node, Any]]:
+    """The nodes among the arguments, and what the operation says of their memory."""
+    schema: Any = getattr(node.target, "_schema", None)
     for i, argument in enumerate(schema.arguments if schema is not None else ()):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-            yield from (part for part in (value if isinstance(value, list | tuple) else [value]) if isinstance(part, fx.Node))
+        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        for part in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(part, fx.Node):
+                yield part, argument.alias_info
 
 
 def _viewed(view: Node) -> Node:
@@ -131,14 +149,17 @@ def _unchanged(node: Node) -> Node:
         left, right = node.args
         if right == _NEUTRAL[node.target]:
             source = left
-        elif node.target in _COMMUTES and left == _NEUTRAL[node.target]:
+        elif node.target is _aten.mul.Tensor and left == _NEUTRAL[node.target]:
             source = right
-    return source if isinstance(source, fx.Node) and layout(source) == layout(node) else None
+    same = isinstance(source, fx.Node) and layout(source) == layout(node)
+    return source if same and not node.meta["val"].is_complex() else None  # which may be conjugate in name alone
 
 
 def _put_numbers(node: Node, numbers: dict[Node, float]) -> None:
     """Note the number that a tensor is everywhere, and put those of its arguments in their places."""
-    given, value = node.all_input_nodes, node.meta["val"]
+    given, value = node.all_input_nodes, node.meta.get("val")
+    if not isinstance(value, torch.Tensor):  # several results, or none
+        return
     if node.target in (*_ONES, *_ZEROS):
         if value.is_floating_point():
             numbers[node] = float(node.target in _ONES)
@@ -154,8 +175,11 @@ def _put_numbers(node: Node, numbers: dict[Node, float]) -> None:
 
 
 def _is_pointwise(node: Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+    return torch.Tag.pointwise in _tags(node) and torch.Tag.nondeterministic_seeded not in _tags(node)
+
+
+def _tags(node: Node) -> Sequence[torch.Tag]:
+    return getattr(node.target, "tags", ())
 
 
 def layout(node: Node) -> tuple:

@@ -3,6 +3,7 @@
 import pyro.distributions as dist
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pyro_vae.graphs import trace_graph
 
@@ -49,11 +50,54 @@ def that_writes(x):
     return before, after, filled * x, filled + 0, other * x, kept, y * 1
 
 
+def that_writes_unsaid(x):
+    """Where the schema of an operation does not say that it writes, or that its results are parts of what it is given."""
+    copy, wave = x.clone(), x.sin()
+    one, other = copy.unsafe_chunk(2, 1)
+    part, _ = wave.unsafe_split(2, 1)
+    one.add_(1)
+    part.add_(1)
+    mean, var = torch.zeros(4, dtype=x.dtype), torch.ones(4, dtype=x.dtype)
+    before = mean.clone()
+    normed = F.batch_norm(x.cos(), mean, var, None, None, training=True)
+    return one * 2, other * 2, x.sin() * 2, part * 1, normed * 1, (mean - before) * 1
+
+
+def that_writes_to_out(x):
+    y, out = x.exp(), torch.empty_like(x)
+    view = out.view(-1)
+    result = torch.mul(y, 2, out=out)
+    before = result * 3
+    copied = result.clone()
+    view.add_(1)
+    return before * 1, result * 3, copied * 2
+
+
+def of_many_results(x):
+    mantissa, exponent = torch.frexp(torch.ones_like(x) * 2)
+    images = x.reshape(1, 3, 4)
+    weight = torch.ones(2, 3, 2, dtype=x.dtype)
+    norm = F.group_norm(images, 3).sum(), F.layer_norm(x, (4,)).sum()
+    return mantissa * x, exponent * x, *norm, F.conv1d(images, weight).exp() * 1, x.max(0).values * 1, x.conj().sum()
+
+
+def of_complex(x):
+    z = torch.complex(x, x)
+    return z.conj().clone().abs(), torch.view_as_real(z.conj() * 1), z * 1, z.conj().imag * 1
+
+
+def with_signs_of_zero(x):
+    none = torch.zeros_like(x)
+    z = x * none
+    return 1 / (z + 0), 1 / (0 + z), 1 / (z - 0), 1 / (none + z), 1 / (z + none), 1 / (-z * 1), 1 / (none - z)
+
+
 FUNCTIONS = [of_numbers, of_other_shapes, of_other_dtypes, with_options, of_copies, that_repeats, that_writes]
+FUNCTIONS += [that_writes_unsaid, that_writes_to_out, of_many_results, of_complex, with_signs_of_zero]
 
 
 @pytest.mark.parametrize("f", FUNCTIONS, ids=lambda f: f.__name__)
-def test_the_same_numbers(f):
+def test_the_same_numbers(f, caplog):
     x = torch.randn(3, 4, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     x[0] = torch.tensor([0.0, torch.inf, torch.nan, -1.0])
     graph = trace_graph(f, [x.clone()])
@@ -62,6 +106,7 @@ def test_the_same_numbers(f):
         assert (ours.dtype, ours.stride()) == (exact.dtype, exact.stride())
         assert torch.allclose(ours, exact, rtol=1e-15, atol=0, equal_nan=True)
     assert torch.equal(given.nan_to_num(), x.nan_to_num())
+    assert not caplog.records  # that a graph was left as it is
 
 
 def test_results_are_the_callers_own():
@@ -129,3 +174,31 @@ def test_tensors_are_held_as_they_are():
         assert graph(torch.ones(3))[0].tolist() == [2, 2, 2]
         p.data = torch.full((3,), 5.0)
         assert graph(torch.ones(3))[0].tolist() == [5, 5, 5]
+
+
+def test_a_copy_of_statistics_is_a_copy():
+    mean, var, weight = torch.zeros(6), torch.ones(6), torch.ones(6)
+
+    def f(x):
+        before = mean.clone()
+        y = F.batch_norm(x, mean, var, weight, weight * 0, training=True)
+        return y * 1, (mean - before) * 1
+
+    graph = trace_graph(f, [torch.randn(4, 6)])
+    mean.zero_()
+    x = torch.randn(4, 6)
+    assert torch.allclose(graph(x)[1], 0.1 * x.mean(0), atol=1e-6)
+
+
+def test_operations_of_like_names_are_told_apart():
+    def made(name, number):
+        def add(x: torch.Tensor) -> torch.Tensor:
+            return x + number
+
+        op = torch.library.custom_op(name, add, mutates_args=())
+        op.register_fake(torch.empty_like)
+        return op
+
+    one, other = made("one::of_both", 10), made("one_of::both", 20)
+    graph = trace_graph(lambda x: (one(x) * 1, other(x) * 1), [torch.zeros(3)])
+    assert [part.tolist() for part in graph(torch.zeros(3))] == [[10] * 3, [20] * 3]
