@@ -1,6 +1,7 @@
 """A graph that says the same in fewer operations: without a compiler each of them costs a call, however small its tensors."""
 
 import ast
+import builtins
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from operator import getitem
@@ -58,7 +59,7 @@ def looked_up(graph: fx.GraphModule) -> Callable[..., Any]:
     names = _Names({**code.globals, "self": graph})
     tree = ast.fix_missing_locations(names.visit(ast.parse(code.src)))
     (forward,) = (part for part in compile(tree, "<graph>", "exec").co_consts if isinstance(part, CodeType))
-    return MethodType(FunctionType(forward, {**code.globals, **names.found}), graph)
+    return MethodType(FunctionType(forward, {"__builtins__": builtins, **code.globals, **names.found}), graph)
 
 
 class _Names(ast.NodeTransformer):

@@ -202,3 +202,15 @@ def test_operations_of_like_names_are_told_apart():
     one, other = made("one::of_both", 10), made("one_of::both", 20)
     graph = trace_graph(lambda x: (one(x) * 1, other(x) * 1), [torch.zeros(3)])
     assert [part.tolist() for part in graph(torch.zeros(3))] == [[10] * 3, [20] * 3]
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_dynamo_leaves_a_graph_as_it_is():
+    """In a function of the user's own under ``torch.compile``."""
+    p = torch.nn.Parameter(torch.ones(3))
+    graph = trace_graph(lambda x: (x * p,), [torch.ones(3)])
+    compiled = torch.compile(lambda x: graph(x.cos())[0] + 1, backend="eager")
+    with torch.no_grad():
+        for scale in (1, 3):
+            p.fill_(scale)
+            assert torch.equal(compiled(torch.ones(3)), scale * torch.ones(3).cos() + 1)
