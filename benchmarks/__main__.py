@@ -2,7 +2,7 @@
 
     python -m benchmarks
 
-Takes 20 minutes on 2 cores. MNIST is read as ``pyro-vae train mnist`` reads it.
+Takes about 20 minutes on 2 cores. MNIST is read as ``pyro-vae train mnist`` reads it.
 """
 
 import argparse

@@ -31,8 +31,8 @@ class Way:
 
 def gather_cores(seconds=0.5):
     """Let threads on all cores wake one another for a while, for each turn to begin alike. A hypervisor may leave the cores of
-    a virtual machine on caches far apart, where a step takes a third more time, until one core wakes another. Threads of torch
-    that wait do not sleep, those of other libraries do: who went before would decide how fast the next one is."""
+    a virtual machine on caches far apart, where steps are slower, until one core wakes another. Threads of torch that wait do
+    not sleep, those of other libraries do: who went before would decide how fast the next one is."""
     if not hasattr(os, "sched_setaffinity"):
         return
     cores = sorted(os.sched_getaffinity(0))

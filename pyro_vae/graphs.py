@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae.pair import untouched
 from pyro_vae.products import compile_products, improve_products
-from pyro_vae.simplify import looked_up, simplify
+from pyro_vae.simplify import GENERATED, looked_up, simplify
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,6 @@ def trace_graph(f: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> 
     try:
         simplify(improved.graph)
         improve_products(improved.graph)
-        improved.recompile()
         with torch.no_grad():
             FakeTensorProp(improved, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*tensors)  # whether shapes fit
         improved.forward = looked_up(improved)
@@ -198,10 +197,11 @@ def said(error: Exception) -> str:
 
 
 def _where(stack: traceback.StackSummary | None = None) -> str:
-    """The innermost line that is neither torch's nor this file's."""
+    """The innermost line that is neither torch's, nor this file's, nor a graph's."""
     for line in reversed(stack or traceback.extract_stack()):
-        if line.line and f"{os.sep}torch{os.sep}" not in line.filename and line.filename != __file__:
-            return f" at {os.path.basename(line.filename)}:{line.lineno}, {line.line}"
+        if f"{os.sep}torch{os.sep}" not in line.filename and line.filename not in (__file__, GENERATED):
+            text = f", {line.line}" if line.line else ""  # none of what is typed at a prompt
+            return f" at {os.path.basename(line.filename)}:{line.lineno}{text}"
     return ""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+GENERATED = "<graph>"  # the file, in a traceback, of code that is in none
 Node = Any  # fx.Node, whose arguments have types of their own that say nothing here
 _aten = torch.ops.aten
 _SHAPES = (_aten.view.default, _aten._unsafe_view.default, _aten.expand.default, _aten.unsqueeze.default)
@@ -53,12 +54,12 @@ def simplify(graph: fx.Graph) -> None:
 
 
 def looked_up(graph: fx.GraphModule) -> Callable[..., Any]:
-    """Its ``forward``, the operations and the tensors that it holds looked up now and not at each call: a tenth of a small
-    network's step."""
-    code = graph.graph.python_code("self")
+    """Its ``forward``, the operations and the tensors that it holds looked up now and not at each call, which in the step of a
+    small network counts."""
+    code = graph.recompile()
     names = _Names({**code.globals, "self": graph})
     tree = ast.fix_missing_locations(names.visit(ast.parse(code.src)))
-    (forward,) = (part for part in compile(tree, "<graph>", "exec").co_consts if isinstance(part, CodeType))
+    (forward,) = (part for part in compile(tree, GENERATED, "exec").co_consts if isinstance(part, CodeType))
     return MethodType(FunctionType(forward, {"__builtins__": builtins, **code.globals, **names.found}), graph)
 
 
@@ -136,7 +137,7 @@ def _viewed(view: Node) -> Node:
     source = view.args[0]
     if view.target is _aten.t.default:
         return source.args[0] if source.target is _aten.t.default else None
-    return source if layout(view) == layout(source) else None
+    return source if _layout(view) == _layout(source) else None
 
 
 def _unchanged(node: Node) -> Node:
@@ -152,7 +153,7 @@ def _unchanged(node: Node) -> Node:
             source = left
         elif node.target is _aten.mul.Tensor and left == _NEUTRAL[node.target]:
             source = right
-    same = isinstance(source, fx.Node) and layout(source) == layout(node)
+    same = isinstance(source, fx.Node) and _layout(source) == _layout(node)
     return source if same and not node.meta["val"].is_complex() else None  # which may be conjugate in name alone
 
 
@@ -183,6 +184,6 @@ def _tags(node: Node) -> Sequence[torch.Tag]:
     return getattr(node.target, "tags", ())
 
 
-def layout(node: Node) -> tuple:
+def _layout(node: Node) -> tuple:
     value = node.meta["val"]
     return value.shape, value.stride(), value.dtype

@@ -179,6 +179,14 @@ def test_layers_of_the_same_features_are_one_product():
     assert graph.code.count(".mm.default(") == 3  # the gradients of their weights and of the features
 
 
+def test_a_line_without_a_source_is_named():
+    """As of a pair that is typed at Python's prompt."""
+    typed = {}
+    exec(compile("def f(x):\n    return (x * x.sum().item(),)", "<stdin>", "exec"), typed)
+    with pytest.raises(CannotTrace, match=r"at <stdin>:2$"):
+        trace_graph(typed["f"], [torch.ones(3)])
+
+
 def test_what_python_reads_is_refused():
     with pytest.raises(CannotTrace, match=r"item\(\) takes the value out of a tensor at test_graphs"):
         trace_graph(lambda x: (x * x.sum().item(),), [torch.ones(3)])
