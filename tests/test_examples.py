@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").rglob("*.py"))
+SLOW = {"09_amortization"}
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.slow] if path.stem in SLOW else [], id=path.stem) for path in EXAMPLES]
+)
 def test_smoke(path, tmp_path, request):
     if path.stem == "lightning_svi":
         pytest.importorskip("lightning")

@@ -73,6 +73,7 @@ def test_free_energy_is_equal_at_the_exact_posterior_only():
         assert (above > 10 * energy.error) == ((shift, factor) != (0.0, 1.0))
 
 
+@pytest.mark.slow
 def test_a_restricted_family_trains_another_model():
     this = page("walkthrough/04_restricted_family")
     x = exact.LinearGaussian(this.WEIGHT, noise_scale=0.4).sample(500)
@@ -84,6 +85,7 @@ def test_a_restricted_family_trains_another_model():
         assert this.train_sigma(x, family, 3000) == pytest.approx(places[name], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_the_linear_vae_collapses_to_the_units_that_the_eigenvalues_allow():
     this = page("walkthrough/04_restricted_family")
     x = this.digits()
@@ -101,6 +103,7 @@ def test_the_linear_vae_collapses_to_the_units_that_the_eigenvalues_allow():
     assert best - 1e-2 < report.elbo.mean().item() < report.log_evidence.mean().item() < best
 
 
+@pytest.mark.slow
 def test_a_heavier_kl_collapses_more_units():
     this = page("walkthrough/04_restricted_family")
     x = this.digits()
@@ -111,6 +114,7 @@ def test_a_heavier_kl_collapses_more_units():
     assert (norms[3:10] - (eigenvalues[3:10] - 2.5)).abs().max() < 0.15
 
 
+@pytest.mark.slow
 def test_each_part_learned_in_turn_raises_the_bound():
     this = page("walkthrough/05_in_turn")
     x, vae = this.digits(), this.make_vae()
@@ -184,6 +188,7 @@ def test_analytic_terms_are_pyros_losses_with_one_mean():
             assert this.estimators(model, x, q)[name].item() == pytest.approx(pyros, abs=1e-10)
 
 
+@pytest.mark.slow
 def test_a_wider_encoder_pays_less_for_amortization():
     this = page("walkthrough/09_amortization")
     train, test = pv.load("digits", binarize="threshold")
@@ -201,6 +206,7 @@ def test_a_wider_encoder_pays_less_for_amortization():
     assert (narrow.approximation > -4.5 * narrow.approximation_error).all()
 
 
+@pytest.mark.slow
 def test_svi_of_the_linear_vae_reaches_maximum_likelihood():
     this = page("linear_vae")
     x = this.digits()

@@ -97,6 +97,11 @@ def configuration(
     } | {name: "a function" if callable(value) else value for name, value in settings.items()}
 
 
+def versions() -> dict[str, str]:
+    """Versions of the packages that compute the steps of a fit."""
+    return {"torch": str(torch.__version__), "pyro-ppl": pyro.__version__}
+
+
 def _optimizer(optim: Any) -> dict[str, Any]:
     """The kind of an optimizer and of its schedule, and their settings, as far as they are plain."""
     kinds = [type(optim), *(getattr(optim, f"pt_{part}_constructor", None) for part in ("optim", "scheduler"))]

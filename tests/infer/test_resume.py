@@ -1,6 +1,7 @@
 """A fit that stops anywhere and goes on is, to the last bit, the fit that never stopped."""
 
 import logging
+import re
 
 import numpy as np
 import pyro
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_vae as pv
 from pyro_vae import conditionals, nets, priors
 from pyro_vae.checkpoint import Checkpoints, MismatchError, read_checkpoint
+from pyro_vae.infer import snapshot
 from pyro_vae.infer import state as states
 from pyro_vae.pair import MeanElbo
 from tests.fits import assert_same, data, functions, run, stopped_after
@@ -229,7 +231,7 @@ def test_refusals(tmp_path):
         run(resume=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="checkpoint=FOLDER"):
         run(resume="last")
-    with pytest.raises(ValueError, match="every is 0"):
+    with pytest.raises(ValueError, match="every: expected a whole number, 1 or more, but got 0"):
         run(every=0, checkpoint=tmp_path / "b")
     with pytest.raises(ValueError, match="clip_norm is -1"):
         run(clip_norm=-1.0)
@@ -283,3 +285,21 @@ def test_workers_that_live_on_are_told_of(tmp_path):
     lasting = DataLoader(TensorDataset(data()), batch_size=20, num_workers=1, persistent_workers=True)
     with pytest.warns(UserWarning, match="persistent_workers=False"):
         run(x=lambda: lasting, epochs=1, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("package", ["torch", "pyro-ppl"])
+def test_another_version_is_a_warning_and_the_fit_continues(tmp_path, monkeypatch, package):
+    whole = run(epochs=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(states, "versions", lambda: snapshot.versions() | {package: "0.0.7"})
+        run(epochs=1, checkpoint=tmp_path)
+    with pytest.warns(UserWarning, match=re.escape(f"{package} 0.0.7 (now {snapshot.versions()[package]})")):
+        assert_same(run(epochs=3, checkpoint=tmp_path, resume="last"), whole)
+    run(epochs=4, checkpoint=tmp_path, resume="last")  # the checkpoint is now of these versions: no warning
+
+
+def test_a_checkpoint_that_names_no_versions_is_no_warning(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(states, "versions", dict)
+        run(epochs=1, checkpoint=tmp_path)
+    assert_same(run(epochs=2, checkpoint=tmp_path, resume="last"), run(epochs=2))

@@ -12,6 +12,18 @@ from pyro_vae.infer import state as states
 from tests.fits import assert_same, run, stopped_after
 
 
+@pytest.fixture(autouse=True)
+def _default_handlers():
+    """A command that a script starts in the background ignores SIGINT, and its children inherit that."""
+    before = {
+        number: signal.signal(number, handler)
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
+    }
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_waits_for_a_checkpoint_and_goes_where_it_was_to_go(tmp_path, monkeypatch, number):
     whole = run()
