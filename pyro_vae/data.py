@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pyro_vae.arrays import SparseRows, as_tensor, check_rows
+
 Binarize = Literal["none", "threshold", "stochastic"]
 Name = Literal["digits", "mnist", "fashion-mnist", "frey-faces", "ring"]
 
@@ -60,7 +62,7 @@ SOURCES: dict[Name, str] = {
 class Data(Dataset):
     """Data in memory, as a model takes them: ``model(x)``, or ``model(x, condition)``.
 
-    :param x: ``(n, *event)``; for images, grey values in [0, 1].
+    :param x: ``(n, *event)``, a tensor, an array or a data frame of numbers; for images, grey values in [0, 1].
     :param labels: ``(n,)`` whole numbers for pictures; a model never sees them.
     :param condition: ``(n, *event)``, a second argument of model and guide: see :meth:`given`.
     :param binarize: with ``"stochastic"`` every epoch sees a fresh draw x ~ Bernoulli(grey) (Salakhutdinov & Murray
@@ -80,13 +82,24 @@ class Data(Dataset):
     def __post_init__(self) -> None:
         if self.binarize not in get_args(Binarize):
             raise ValueError(f"binarize: expected one of {get_args(Binarize)} but got {self.binarize!r}")
-        for part in (self.labels, self.condition):
-            if part is not None and len(part) != len(self.x):
-                raise ValueError(f"{self.name}: x has {len(self.x)} rows but labels or condition has {len(part)}")
+        for key in ("x", "labels", "condition"):
+            part = as_tensor(getattr(self, key), f"{self.name}, {key}")
+            if isinstance(part, SparseRows):
+                part = part[:]
+            if part is not None and not isinstance(part, Tensor):
+                raise ValueError(f"{self.name}: expected {key} as a tensor or array but got a {type(part).__name__}")
+            object.__setattr__(self, key, part)
+        if self.x is None:
+            raise ValueError(f"{self.name}: expected x as a tensor or array but got None")
         check_rows(self.x, self.name)
+        if self.binarize in ("threshold", "stochastic") and not self.x.is_floating_point():
+            object.__setattr__(self, "x", self.x.to(torch.get_default_dtype()))  # bytes and bools of 0 and 1
+        for part in (self.labels, self.condition):
+            if part is not None and (not part.dim() or len(part) != len(self.x)):
+                raise ValueError(f"{self.name}: x has {len(self.x)} rows but labels or condition has {len(part)}")
         if self.binarize == "none":
             return
-        outside = ((self.x < 0) | (self.x > 1)).flatten(1).any(1)
+        outside = ((self.x < 0) | (self.x > 1)).reshape(len(self.x), -1).any(1)
         if outside.any():
             row = int(outside.nonzero()[0])
             low, high = self.x[row].aminmax()
@@ -201,21 +214,6 @@ def ring(n: int, *, radius: float = 1.0, noise: float = 0.1, seed: int = 0) -> D
     r = radius + noise * torch.randn(n, generator=generator)
     x = torch.stack([r * angle.cos(), r * angle.sin()], -1)
     return Data(x, labels=(angle / (math.pi / 4)).long().clamp(max=7), name="ring")
-
-
-def check_rows(x: Tensor, name: str) -> None:
-    """Raise ``ValueError`` where ``x`` is empty, complex, or has a non-finite entry, naming its row."""
-    if x.dim() == 0 or x.numel() == 0:
-        raise ValueError(f"{name}: there are no data, the shape is {tuple(x.shape)}; expected (n, *event) with n ≥ 1")
-    if x.is_complex():
-        raise ValueError(f"{name}: expected real numbers but got {x.dtype}; pass x.real, or both parts as two columns")
-    if x.is_floating_point():
-        bad = ~torch.isfinite(x).flatten(1).all(1) if x.dim() > 1 else ~torch.isfinite(x)
-        if bad.any():
-            raise ValueError(
-                f"{name}: row {int(bad.nonzero()[0])} of {len(x)} has NaN or infinite entries ({int(bad.sum())} such rows); "
-                "drop them, or fill them and pass a mask"
-            )
 
 
 def _digits() -> tuple[Data, Data]:

@@ -86,7 +86,6 @@ def test_fit_trains_or_says_why_not(x, likelihood, as_tensor):
         torch.full((5, 2, 3), 255, dtype=torch.uint8),
         torch.full((5, 2, 3), -1.0),
         torch.zeros(5, 2, 3, dtype=torch.complex64),
-        torch.zeros(5, 2, 3, dtype=torch.double),
         np.array([["a", "b"]]),
         np.array([object()]),
         [],
@@ -97,6 +96,10 @@ def test_fit_trains_or_says_why_not(x, likelihood, as_tensor):
         3,
         (torch.zeros(5, 2, 3), torch.zeros(4)),
         torch.utils.data.TensorDataset(torch.zeros(0, 2, 3)),
+        torch.utils.data.DataLoader(torch.zeros(3, 2, 3), 10, drop_last=True),
+        np.ma.masked_values(np.full((5, 2, 3), -999.0), -999.0),
+        {"x": torch.zeros(5, 2, 3), "condition": torch.zeros(4, 2, 3)},
+        {"y": torch.zeros(5, 2, 3)},
     ],
     ids=lambda x: re.sub(r" at 0x\w+", "", repr(x))[:40].replace("\n", " "),  # the same in every process
 )
@@ -118,8 +121,12 @@ def test_what_is_no_data_is_a_value_error(x):
         torch.zeros(3, 2, 5).permute(2, 1, 0),
         torch.zeros(1, 2, 3).expand(5, 2, 3),
         np.zeros((5, 2, 3), bool),
+        torch.zeros(5, 2, 3, dtype=torch.double),
+        torch.zeros(5, 2, 3).to_sparse(),
+        {"x": torch.zeros(5, 2, 3), "label": torch.arange(5)},
+        {"x": torch.full((5, 2, 3), torch.nan), "mask": torch.zeros(5, 2, 3, dtype=torch.bool)},
     ],
-    ids=["strided", "big-endian", "fortran", "permuted", "expanded", "bool"],
+    ids=["strided", "big-endian", "fortran", "permuted", "expanded", "bool", "double", "sparse", "labelled", "missing"],
 )
 def test_arrays_of_any_layout_train(x):
     vae = make_vae()
