@@ -3,14 +3,17 @@
 Only the command line speaks in names; everything below takes the objects themselves.
 """
 
-import importlib
+import importlib.util
+import math
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
@@ -89,8 +92,19 @@ class Config:
         for field in fields(cls):
             value = values[field.name]
             if not isinstance(value, hints[field.name]) or isinstance(value, bool):
-                raise ValueError(f"{source}: {field.name} is {value!r}; expected {hints[field.name]}")
+                raise ValueError(f"{source}: {field.name} is {reprlib.repr(value)}; expected {hints[field.name]}")
+            if not _is_plausible(field.name, value):
+                raise ValueError(f"{source}: {field.name} is {reprlib.repr(value)}, which no run of pyro-vae has")
         return cls(**values)
+
+
+def _is_plausible(name: str, value: Any) -> bool:
+    """Whether a number, or each of a list of sizes, is one that the command line gives."""
+    if isinstance(value, tuple):
+        return len(value) <= 100 and all(type(size) is int and 0 < size < 2**31 for size in value)
+    if isinstance(value, int):
+        return (0 if name in ("seed", "warm_up") else 1) <= value < 2**32
+    return not isinstance(value, float) or (math.isfinite(value) and value >= 0)
 
 
 # What a data set is trained with where the command line does not say.
@@ -125,6 +139,11 @@ def build_data(config: Config, data_dir: Path | None) -> tuple[Data, Data]:
     if config.likelihood == "categorical":
         train, test = train.levels(), test.levels()
     dtype = _named("dtype", config.dtype, DTYPES)
+    if config.event_shape and config.event_shape != tuple(train.x.shape[1:]):
+        raise ValueError(
+            f"config.json: event_shape is {config.event_shape} but data of {config.dataset} have {tuple(train.x.shape[1:])}; "
+            "train again"
+        )
     return train.to(dtype=dtype), test.to(dtype=dtype)
 
 
@@ -187,11 +206,15 @@ def _vae(config: Config, train: Data | None) -> Pair:
 
 
 def _import_pair(factory: str) -> Pair:
-    """What ``module:factory`` makes: ``(model, guide)``, or anything with ``.model`` and ``.guide``."""
-    module, _, name = factory.partition(":")
-    with _folder_on_path():
+    """What ``module:factory`` or ``path/to/file.py:factory`` makes: ``(model, guide)``, or anything with ``.model`` and
+    ``.guide``."""
+    module, _, name = factory.rpartition(":")
+    is_file = module.endswith(".py")
+    if is_file and not Path(module).is_file():
+        raise FileNotFoundError(f"--pair {factory}: there is no file {module}; expected path/to/file.py:factory")
+    with _on_path(str(Path(module).parent.resolve()) if is_file else os.getcwd()):
         try:
-            made = getattr(importlib.import_module(module), name)()
+            made = getattr(_import_file(Path(module)) if is_file else importlib.import_module(module), name)()
         except Exception as error:  # whatever the user's code does
             raise ValueError(f"--pair {factory}: {type(error).__name__}: {error}") from error
     if isinstance(made, tuple) and len(made) == 2:
@@ -201,12 +224,27 @@ def _import_pair(factory: str) -> Pair:
     raise ValueError(f"--pair {factory}: it made a {type(made).__name__}; expected (model, guide) or an object with both")
 
 
+def _import_file(path: Path) -> ModuleType:
+    """The module of a file, whatever its name; one that was imported is not run again."""
+    name = f"pyro_vae pair {path.resolve()}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{path} is no Python file")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
 @contextmanager
-def _folder_on_path() -> Iterator[None]:
-    """The working folder on Python's path, as ``python -m`` has it."""
-    here = os.getcwd()
-    sys.path.insert(0, here)
+def _on_path(folder: str) -> Iterator[None]:
+    """A folder on Python's path: the working folder for a module, as ``python -m`` has it, or that of a file."""
+    sys.path.insert(0, folder)
     try:
         yield
     finally:
-        sys.path.remove(here)
+        sys.path.remove(folder)

@@ -4,6 +4,7 @@ Torch is imported inside the commands, so that ``--help`` answers at once. Progr
 """
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import typer
 from typer import Argument, Option
 
 from pyro_vae import report, words
+from pyro_vae.files import put, reserved
 
 if TYPE_CHECKING:
     from pyro_vae.build import Pair
@@ -29,6 +31,10 @@ Binarize = Literal["none", "threshold", "stochastic"]
 
 RunFolder = Annotated[Path, Argument(metavar="RUN", help="A folder that `pyro-vae train` made.")]
 DataDir = Annotated[Path | None, Option(help="Folder of the data sets.  [default: $PYRO_VAE_DATA, or ./data]")]
+OwnPair = Annotated[
+    str | None,
+    Option("--pair", metavar="SOURCE:FACTORY", help="The --pair that the run was trained with, if any: its code runs."),
+]
 Out = Annotated[Path | None, Option(help="Folder to write.  [default: a new one]")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace what pyro-vae wrote to --out.")]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
@@ -54,13 +60,13 @@ def train(
     likelihood: Annotated[Likelihood | None, Option(help="p(x|z).")] = None,
     guide: Annotated[Guide | None, Option(help="Family of q(z|x).  [default: normal]")] = None,
     prior: Annotated[Prior | None, Option(help="p(z).  [default: standard-normal]")] = None,
-    pair: Annotated[str | None, Option(metavar="MODULE:FACTORY", help="Train a pair of your own, in place of a VAE.")] = None,
+    pair: Annotated[str | None, Option(metavar="SOURCE:FACTORY", help="Train a pair of your own, in place of a VAE.")] = None,
     binarize: Annotated[Binarize | None, Option(help="What grey pixels become.  [default: stochastic for bernoulli]")] = None,
     num_particles: Annotated[int, Option(min=1, help="Draws of z for each datum and step.")] = 1,
     beta: Annotated[float, Option(min=0, help="Weight of the KL in what is optimized, never in what is reported.")] = 1.0,
     warm_up: Annotated[int | None, Option(min=0, help="Epochs over which the weight of the KL rises from 0.")] = None,
     patience: Annotated[int | None, Option(min=1, help="Stop after so many epochs without a better held-out ELBO.")] = None,
-    clip_norm: Annotated[float | None, Option(min=0, help="The longest that the gradient may be.")] = None,
+    clip_norm: Annotated[float | None, Option(min=0, help="The largest norm of the gradient, in nats per datum.")] = None,
     every: Annotated[int | None, Option(min=1, help="Steps between checkpoints, besides that at each epoch's end.")] = None,
     resume: Annotated[str | None, Option(metavar="last|best|PATH", help="Go on with the run at --out from there.")] = None,
     seed: Seed = 0,
@@ -98,12 +104,15 @@ def train(
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     words.check_device(device)
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, the one that speaks
-    folder = out or runs.fresh(Path("runs") / dataset)
+    first = infer.launched()[0] == 0  # of the processes that torchrun started, the one that speaks
     if resume is not None:
         config = words.to_go_on(context, out, overwrite, config)
-    if resume is None or not runs.is_run(folder):
-        runs.check_free(folder, overwrite=overwrite)
+    folder = out or Path("runs") / dataset
+    if first:  # it writes for all
+        folder = context.with_resource(reserved(folder, numbered=out is None))
+        runs.check_parts(folder)
+        if resume is None or not runs.is_run(folder):
+            runs.check_free(folder, overwrite=overwrite)
     train_data, test = build.build_data(config, data_dir)
     config = replace(config, event_shape=tuple(train_data.x.shape[1:]), num_levels=train_data.num_levels)
     pyro.set_rng_seed(config.seed)
@@ -119,7 +128,7 @@ def train(
         return
     epochs = run.history()
     with run.loaded(test.x[:2]) as trained:
-        report.draw(run.path / "plots", dict(runs.pictures(run, trained, test)))
+        report.draw(runs.with_room(run.path / "plots"), dict(runs.pictures(run, trained, test)))
     page.write_page(run)
     seconds = sum(epoch.seconds for epoch in epochs)
     result = {"run": str(run.path), "num_epochs": len(epochs), **run.kept()._asdict(), "seconds": seconds}
@@ -128,9 +137,11 @@ def train(
 
 @app.command()
 def sample(
+    context: typer.Context,
     run: RunFolder,
     n: Annotated[int, Option("-n", "--num-samples", min=1, help="How many.")] = 100,
     seed: Seed = 0,
+    pair: OwnPair = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -140,23 +151,25 @@ def sample(
 
     from pyro_vae import page, plots, runs
 
-    folder = report.free(out or runs.fresh(run / "samples"), overwrite)
-    opened = runs.open_run(run)
-    with opened.loaded() as pair:
-        vae = _vae(pair, "sample")
+    opened = runs.open_run(run, pair)
+    folder = report.free(context, out, run / "samples", overwrite)
+    with opened.loaded() as own:
+        vae = _vae(own, "sample")
         torch.manual_seed(seed)
         x = vae.sample(n)
         figures = {"samples": plots.plot_samples(vae, min(n, 400))} if x.dim() > 2 else report.points(samples=x)
     report.leave(folder, {"samples": x}, figures, as_json)
-    page.write_page(opened)
+    page.write_page(opened, folder)
 
 
 @app.command()
 def reconstruct(
+    context: typer.Context,
     run: RunFolder,
     n: Annotated[int, Option("-n", "--num-data", min=1, help="The first so many held-out data.")] = 100,
     seed: Seed = 0,
     data_dir: DataDir = None,
+    pair: OwnPair = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -167,11 +180,11 @@ def reconstruct(
 
     from pyro_vae import build, page, plots, runs
 
-    folder = report.free(out or runs.fresh(run / "reconstructions"), overwrite)
-    opened = runs.open_run(run)
+    opened = runs.open_run(run, pair)
+    folder = report.free(context, out, run / "reconstructions", overwrite)
     x = build.build_data(opened.config, data_dir)[1].x[:n]
-    with opened.loaded(x) as pair:
-        vae = _vae(pair, "reconstruct")
+    with opened.loaded(x) as own:
+        vae = _vae(own, "reconstruct")
         torch.manual_seed(seed)
         y = vae.reconstruct(x)
     image = x.dim() > 2
@@ -179,27 +192,34 @@ def reconstruct(
         {"reconstructions": plots.plot_reconstructions(x[:100], y[:100])} if image else report.points(x=x, reconstructions=y)
     )
     report.leave(folder, {"x": x, "reconstructions": y}, figures, as_json)
-    page.write_page(opened)
+    page.write_page(opened, folder)
 
 
 @app.command()
 def plot(
-    run: RunFolder, data_dir: DataDir = None, out: Out = None, overwrite: Overwrite = False, as_json: Json = False
+    context: typer.Context,
+    run: RunFolder,
+    data_dir: DataDir = None,
+    pair: OwnPair = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Draw a run's pictures again, by default to RUN/plots-2, plots-3, …"""
     from pyro_vae import build, page, runs
 
-    folder = report.free(out or runs.fresh(run / "plots"), overwrite)
-    opened = runs.open_run(run)
+    opened = runs.open_run(run, pair)
+    folder = report.free(context, out, run / "plots", overwrite)
     _, test = build.build_data(opened.config, data_dir)
-    with opened.loaded(test.x[:2]) as pair:
-        figures = dict(runs.pictures(opened, pair, test))
+    with opened.loaded(test.x[:2]) as own:
+        figures = dict(runs.pictures(opened, own, test))
     report.leave(folder, {}, figures, as_json)
-    page.write_page(opened)
+    page.write_page(opened, folder)
 
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     run: RunFolder,
     estimator: Annotated[str, Option(help="Of elbo, importance, prior, ais, smc, bdmc.")] = "elbo,importance",
     num_particles: Annotated[int, Option(min=1, help="Draws of z for each datum, at most.")] = 1000,
@@ -208,6 +228,7 @@ def evaluate(
     data: Annotated[str, Option(help="Which data, such as test, train, test[:1000].")] = "test",
     seed: Seed = 0,
     data_dir: DataDir = None,
+    pair: OwnPair = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -219,34 +240,37 @@ def evaluate(
     names = estimator.split(",")
     if not set(names) <= set(ladder.ESTIMATORS):
         raise typer.BadParameter(f"--estimator {estimator}: expected some of {','.join(ladder.ESTIMATORS)}")
-    folder = report.free(out or runs.fresh(run / "evaluation"), overwrite)
-    opened = runs.open_run(run)
+    opened = runs.open_run(run, pair)
+    folder = report.free(context, out, run / "evaluation", overwrite, apart=".evidence")
     part = build.part_of(data, *build.build_data(opened.config, data_dir))
+    kept = opened.part(".evidence") if out is None else out / ".evidence"
     rungs = []
-    with opened.loaded(part.x[:2]) as pair:
+    with opened.loaded(part.x[:2]) as own:
         for rung in ladder.climb(
-            pair, part.arguments(slice(None)), names, num_particles=num_particles, num_temperatures=num_temperatures,
-            num_chains=num_chains, seed=seed, kept=run / ".evidence",
+            own, part.arguments(slice(None)), names, num_particles=num_particles, num_temperatures=num_temperatures,
+            num_chains=num_chains, seed=seed, kept=kept,
         ):  # fmt: skip
             rungs.append(rung)
             report.say(f"{rung.found.method}: {rung.found.mean:.3f}, {rung.seconds:.1f} s")
     by_name = {name: [r.found for r in rungs if r.estimator == name] for name in dict.fromkeys(r.estimator for r in rungs)}
     text, rows = ladder.table(rungs), {f"{i}": rung.row() for i, rung in enumerate(rungs)}
     report.draw(folder, {"ladder": plots.figure_of(plots.plot_ladder(by_name))})
-    (folder / "evaluation.txt").write_text(f"{text}\n")
-    (folder / "evaluation.json").write_text(json.dumps(runs.as_json(rows), indent=2) + "\n")
-    page.write_page(opened)
+    put(folder / "evaluation.txt", f"{text}\n".encode())
+    put(folder / "evaluation.json", (json.dumps(runs.as_json(rows), indent=2) + "\n").encode())
+    page.write_page(opened, folder)
     report.show(rows, f"{text}\n{folder}", as_json)
 
 
 @app.command()
 def diagnose(
+    context: typer.Context,
     run: RunFolder,
     num_particles: Annotated[int, Option(min=1, help="Draws of z for each datum.")] = 1000,
     num_simulations: Annotated[int, Option(min=0, help="Data to simulate for the calibration; 0 leaves it out.")] = 1000,
     data: Annotated[str, Option(help="Which data, such as test, train, test[:1000].")] = "test[:1000]",
     seed: Seed = 0,
     data_dir: DataDir = None,
+    pair: OwnPair = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -255,22 +279,23 @@ def diagnose(
     RUN/diagnosis, diagnosis-2, …"""
     from pyro_vae import build, diagnostics, page, plots, runs
 
-    folder = report.free(out or runs.fresh(run / "diagnosis"), overwrite)
-    opened = runs.open_run(run)
+    opened = runs.open_run(run, pair)
+    folder = report.free(context, out, run / "diagnosis", overwrite)
     part = build.part_of(data, *build.build_data(opened.config, data_dir))
-    with opened.loaded(part.x[:2]) as pair:
+    with opened.loaded(part.x[:2]) as own:
         found = diagnostics.diagnose(
-            pair.model, pair.guide, *part.arguments(slice(None)), num_particles=num_particles,
+            own.model, own.guide, *part.arguments(slice(None)), num_particles=num_particles,
             num_simulations=num_simulations, seed=seed,
         )  # fmt: skip
     report.draw(folder, dict(plots.plot_diagnosis(found, part.x)))
-    (folder / "diagnosis.txt").write_text(f"{found}\n")
-    page.write_page(opened)
+    put(folder / "diagnosis.txt", f"{found}\n".encode())
+    page.write_page(opened, folder)
     report.show({"pareto_k": found.pareto_k.tolist(), "worst": found.worst().tolist()}, f"{found}\n{folder}", as_json)
 
 
 @app.command()
 def compare(
+    context: typer.Context,
     model: Annotated[str | None, Argument(help="One of --list.")] = None,
     guide: Annotated[str, Option(help="Families of q(z|x), such as normal,full,flow.")] = "normal,full,flow",
     num_epochs: Annotated[int, Option("-n", "--num-epochs", min=1, help="Passes over 2000 draws of the model.")] = 100,
@@ -290,12 +315,12 @@ def compare(
     families = guide.split(",")
     if model not in zoo.MODELS or not set(families) <= set(get_args(Guide)):
         raise typer.BadParameter(f"compare {model} --guide {guide}: expected one of --list, and guides of {get_args(Guide)}")
-    folder = report.free(out or runs.fresh(Path("runs") / f"compare-{model}"), overwrite)
+    folder = report.free(context, out, Path("runs") / f"compare-{model}", overwrite)
     found = zoo.train_guides(zoo.MODELS[model][0](), families, num_epochs=num_epochs, num_data=num_data, seed=seed)
     report.draw(folder, {"guides": found.plot()})
-    (folder / "comparison.txt").write_text(f"{found}\n")
+    put(folder / "comparison.txt", f"{found}\n".encode())
     result = {name: dict(one.rows()) for name, one in found.comparisons.items()}
-    (folder / "comparison.json").write_text(json.dumps(runs.as_json(result), indent=2) + "\n")
+    put(folder / "comparison.json", (json.dumps(runs.as_json(result), indent=2) + "\n").encode())
     return report.show(result, f"{found}\n{folder}", as_json)
 
 
@@ -329,6 +354,9 @@ def main() -> NoReturn:
     """Run the command line. Exit codes: 0; 2 usage; 65 bad data; 66 missing input; 70 numerical failure or memory; 74 I/O;
     78 a run of another version; 130 and 143 interrupted; 1 a bug."""
     os.environ.setdefault("MPLBACKEND", "Agg")
+    for stream in (sys.__stdout__, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # in a locale without ≥ and ±, other signs stand for them
+            stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         # stdout is for results; what a user's own code prints is progress

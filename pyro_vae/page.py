@@ -9,14 +9,18 @@ from typing import Any
 from jinja2 import Environment
 
 from pyro_vae import report
-from pyro_vae.files import write_whole
-from pyro_vae.runs import SHOWN, Run
+from pyro_vae.files import is_file, is_folder, read_bytes, write_whole
+from pyro_vae.runs import GENERATOR, SHOWN, Run
 
-_PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+_PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+    """\
 <!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
+"""
+    + GENERATOR
+    + """
 <title>{{ name }}</title>
 <style>
   body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -42,15 +46,18 @@ _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_
 {% endfor %}
 </table>
 </html>
-""")
+"""
+)
 
 
-def write_page(run: Run) -> None:
-    """Write ``report.html`` anew. Where that cannot be, it is said, and nothing else is the worse for it."""
+def write_page(run: Run, changed: Path | None = None) -> None:
+    """Write ``report.html`` anew, unless ``changed`` lies outside the run. A failure is reported and ends nothing."""
+    if changed is not None and changed.resolve().parent != run.path.resolve():
+        return
     try:
         name, parts = run.path.resolve().name, list(_parts(run.path))
         page = _PAGE.render(name=name, summary=run.summary(), config=asdict(run.config), parts=parts)
-        write_whole(run.path / "report.html", page.encode())
+        write_whole(run.path / "report.html", page.encode("utf-8", "replace"))
     except (OSError, ValueError) as error:
         report.say(f"{run.path}: report.html is not written: {error}")
 
@@ -58,12 +65,20 @@ def write_page(run: Run) -> None:
 def _parts(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """Title, texts and pictures of each folder in it that has any."""
     for kind in SHOWN:
-        own = [part for part in folder.iterdir() if re.fullmatch(rf"{kind}(-\d+)?", part.name)]
+        own = [part for part in folder.iterdir() if re.fullmatch(rf"{kind}(-\d+)?", part.name) and is_folder(part)]
         for part in sorted(own, key=_number):
-            texts = [file.read_text(errors="replace").rstrip() for file in sorted(part.glob("*.txt")) if file.is_file()]
-            pictures = [f"{part.name}/{file.name}" for file in sorted(part.glob("*.png"))]
+            files = [file for file in sorted(part.iterdir()) if is_file(file)]  # a link would show what is elsewhere
+            texts = [_shown(file) for file in files if file.suffix == ".txt"]
+            pictures = [f"{part.name}/{file.name}" for file in files if file.suffix == ".png"]
             if texts or pictures:
                 yield part.name, texts, pictures
+
+
+def _shown(file: Path) -> str:
+    try:
+        return read_bytes(file, max_bytes=2**20).decode("utf-8", "replace").rstrip()
+    except ValueError as error:
+        return str(error)
 
 
 def _number(path: Path) -> Any:

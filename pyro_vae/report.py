@@ -1,15 +1,19 @@
 """What the command line leaves: lines, JSON, arrays and pictures. Torch is not waited for."""
 
 import contextlib
+import io
 import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pyro_vae.files import LOCK, check_no_link, is_listed, put, reserved, written
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
+    from typer import Context
 
 
 def points(**sets: "Tensor") -> "dict[str, Figure]":
@@ -19,10 +23,22 @@ def points(**sets: "Tensor") -> "dict[str, Figure]":
     return {"points": plots.figure_of(plots.plot_points(drawable))} if drawable else {}
 
 
-def free(folder: Path, overwrite: bool) -> Path:
-    """``folder`` itself, once it is sure that nothing is lost by writing to it."""
-    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+def free(context: "Context", out: Path | None, default: Path, overwrite: bool, *, apart: str | None = None) -> Path:
+    """The folder to write, held until the command ends: ``out``, or ``default``, ``default-2``, …
+
+    :param apart: the name of what may be there, left by an interrupted call.
+    :raises FileExistsError: where something in it would be lost.
+    """
+    folder: Path = context.with_resource(reserved(check_no_link(out) if out else default, numbered=out is None))
+    listed = written(folder)
+    here = [entry for entry in folder.iterdir() if entry.name not in (LOCK, apart)]
+    if here and not overwrite:
         raise FileExistsError(f"{folder} exists already; name another folder by --out, or replace it by --overwrite")
+    if here and not listed:
+        raise FileExistsError(f"{folder} holds nothing that pyro-vae wrote, so it is not overwritten; name another by --out")
+    for entry in here:
+        if entry.name in listed and not is_listed(entry, listed):
+            raise FileExistsError(f"{entry} was changed after pyro-vae wrote it, so it is not overwritten; move it away")
     return folder
 
 
@@ -32,7 +48,9 @@ def leave(folder: Path, arrays: "dict[str, Tensor]", figures: "dict[str, Figure]
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array.cpu().numpy())
+        buffer = io.BytesIO()
+        np.save(buffer, array.cpu().numpy(), allow_pickle=False)
+        put(folder / f"{name}.npy", buffer.getvalue())
     draw(folder, figures)
     files = [str(folder / f"{name}.npy") for name in arrays] + [str(folder / f"{name}.png") for name in figures]
     show({"files": files}, "\n".join(files), as_json)
@@ -43,7 +61,9 @@ def draw(folder: Path, figures: "dict[str, Figure]") -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=150)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=150)
+        put(folder / f"{name}.png", buffer.getvalue())
         plt.close(figure)
 
 

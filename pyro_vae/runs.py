@@ -6,10 +6,10 @@ import math
 import os
 import platform
 import re
-import shutil
+import reprlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from importlib import metadata
 from itertools import count
@@ -26,7 +26,19 @@ from torch import Tensor
 from pyro_vae import __version__, checkpoint, infer, plots
 from pyro_vae.build import Config, Pair, build_pair
 from pyro_vae.data import Data
-from pyro_vae.files import meant_for, write_whole
+from pyro_vae.files import (
+    LOCK,
+    check_no_link,
+    is_file,
+    is_folder,
+    is_listed,
+    meant_for,
+    parse_json,
+    read_bytes,
+    remove_listed,
+    write_whole,
+    written,
+)
 from pyro_vae.infer import Epoch
 from pyro_vae.pair import MeanElbo
 from pyro_vae.priors import StandardNormal
@@ -34,7 +46,9 @@ from pyro_vae.priors import StandardNormal
 SCHEMA = 2
 SHOWN = "plots", "evaluation", "diagnosis", "samples", "reconstructions"  # folders with pictures: plots, plots-2, …
 _WRITTEN = "config.json", "env.json", "report.html"  # whole, or not at all
-_OURS = re.compile(rf"metrics\.jsonl|weights|checkpoints|({'|'.join(SHOWN)})(-\d+)?")
+_SHOWN = re.compile(rf"({'|'.join(SHOWN)})(-\d+)?")
+_KEYS = {"config.json": {"schema", "dataset", "pair"}, "env.json": {"pyro_vae", "command"}, "metrics.jsonl": {"epoch", "train"}}
+GENERATOR = '<meta name="generator" content="pyro-vae">'  # by which a report is known
 
 
 class Run(NamedTuple):
@@ -45,27 +59,50 @@ class Run(NamedTuple):
 
     def record(self, epochs: Iterable[Epoch], *, anew: bool) -> None:
         """Write epochs to ``metrics.jsonl``, or append them to it."""
-        with (self.path / "metrics.jsonl").open("w" if anew else "a") as file:
-            file.writelines(json.dumps(as_json(epoch)) + "\n" for epoch in epochs)
+        file, text = check_no_link(self.path / "metrics.jsonl"), "".join(json.dumps(as_json(e)) + "\n" for e in epochs)
+        if anew:
+            write_whole(file, text.encode())
+        else:
+            with file.open("ab", buffering=0) as whole:
+                whole.write(text.encode())
 
     def history(self) -> list[Epoch]:
-        """The epochs of ``metrics.jsonl``. Raises ``ValueError`` where a line of it is none."""
+        """The epochs of ``metrics.jsonl``, and that of the weights where a crash came between the two. Raises ``ValueError``
+        where a line of it is none."""
         file, epochs = self.path / "metrics.jsonl", []
-        for number, line in enumerate(_text(file).splitlines(), start=1):
+        of_weights = self._epoch_of_weights()
+        no_record = of_weights is not None and not os.path.lexists(file)
+        lines = [] if no_record else _text(file).splitlines()
+        for number, line in enumerate(lines, start=1):
             try:
-                epochs.append(_as_epoch(json.loads(line)))
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{file}, line {number} is no epoch of a run ({error}); delete that line") from error
+                epochs.append(_as_epoch(parse_json(line)))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                cause = str(error)[:100]
+                raise ValueError(f"{file}, line {number} is no epoch of a run ({cause}); delete that line") from error
+        if of_weights is not None and of_weights.epoch == len(epochs) + 1 and (epochs or no_record):
+            epochs.append(of_weights)
         if not epochs:
             raise ValueError(f"{file} holds no epoch; train again")
         return epochs
 
     def kept(self) -> Epoch:
         """The epoch whose weights the run holds: the last, or with early stopping the best."""
-        epochs = self.history()
-        if self.config.patience is None:
-            return epochs[-1]
-        return max(epochs, key=lambda epoch: epoch.validation.elbo if epoch.validation else -math.inf)
+        return self._epoch_of_weights() or best_of(self.history(), self.config)
+
+    def _epoch_of_weights(self) -> Epoch | None:
+        """The epoch that is stored with the weights, in one with them; ``None`` where there is none."""
+        try:
+            record = checkpoint.read_about(self.part("weights")).get("epoch")
+        except FileNotFoundError:
+            return None
+        try:
+            return None if record is None else _as_epoch(as_json(Epoch.of(record)))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{self.path / 'weights'}: its manifest holds no epoch ({str(error)[:100]})") from error
+
+    def part(self, name: str) -> Path:
+        """A folder of the run. Raises ``ValueError`` where it is a symbolic link."""
+        return check_no_link(self.path / name)
 
     def summary(self) -> str:
         """How long it trained, and how good it became."""
@@ -74,9 +111,11 @@ class Run(NamedTuple):
         which = "" if kept == epochs[-1] else f", epoch {kept.epoch} kept"
         return f"{len(epochs)} epochs in {seconds:.0f} s{which}; held out: {kept.validation}"
 
-    def save(self, pair: Pair, rows: Tensor) -> None:
-        """Write the weights, those in Pyro's param store too; see :func:`~pyro_vae.checkpoint.save`."""
-        checkpoint.save(self.path / "weights", pair.vae or (pair.model, pair.guide), rows)
+    def save(self, pair: Pair, rows: Tensor, epoch: Epoch) -> None:
+        """Write the weights, those in Pyro's param store too, and the epoch that they are of; see
+        :func:`~pyro_vae.checkpoint.save`."""
+        programs = pair.vae or (pair.model, pair.guide)
+        checkpoint.save_pair(self.part("weights"), programs, (rows,), {}, about={"epoch": tuple(epoch)})
 
     @contextmanager
     def loaded(self, rows: Tensor | None = None) -> Iterator[Pair]:
@@ -84,7 +123,9 @@ class Run(NamedTuple):
 
         :param rows: some data, by which a pair shows what it consists of; a VAE does as well with zeros.
         """
-        pair = build_pair(self.config)
+        weights = self.part("weights")
+        with nullcontext() if self.config.pair else checkpoint.within(weights):
+            pair = build_pair(self.config)
         if rows is None and pair.vae is None:
             raise ValueError(
                 f"{self.path}: its pair is two programs of your own, which do not say how to sample or reconstruct; expected a "
@@ -96,7 +137,7 @@ class Run(NamedTuple):
         if rows is None:
             rows = torch.zeros(2, *self.config.event_shape, dtype=getattr(torch, self.config.dtype))
         with pyro.get_param_store().scope():
-            checkpoint.load(self.path / "weights", lambda: pair, rows)
+            checkpoint.load(weights, lambda: pair, rows)
             yield pair
 
 
@@ -107,11 +148,19 @@ class _Kept(checkpoint.Checkpoints):
     :param rows: some data, by which a pair shows what it consists of.
     """
 
-    def __init__(self, path: Path, pair: Pair, rows: Tensor, make: Callable[[], Run]) -> None:
+    def __init__(self, path: Path, pair: Pair, rows: Tensor, make: Callable[[], Run], goes_on: bool) -> None:
         super().__init__(path / "checkpoints")
-        self.pair, self.rows, self.make = pair, rows, make
+        self.pair, self.rows, self.make, self.goes_on = pair, rows, make, goes_on
         self.run: Run | None = None
         self.recorded = False
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """The run's folder is held already, and this one made with the first checkpoint."""
+        check_no_link(self.folder)
+        if self.goes_on:
+            self.check_ours()
+        yield
 
     def check_free(self) -> None:
         """What is at the run's path has been looked at: see :func:`check_free`."""
@@ -120,11 +169,11 @@ class _Kept(checkpoint.Checkpoints):
         self.run = self.run or self.make()
         super().save(steps, content, score=score)
         if not content["batch"]:
-            records = content["history"][-1:] if self.recorded else content["history"]
-            self.run.record(map(Epoch.of, records), anew=not self.recorded)
-            self.recorded = True
+            epochs = [Epoch.of(record) for record in content["history"]]
             if self.run.config.patience is None or not content["best"]["epochs_since"]:
-                self.run.save(self.pair, self.rows)
+                self.run.save(self.pair, self.rows, epochs[-1])  # before the record: what is recorded is there
+            self.run.record(epochs[-1:] if self.recorded else epochs, anew=not self.recorded)
+            self.recorded = True
 
 
 def train(
@@ -152,7 +201,7 @@ def train(
     store: dict[str, Any] = {"params": {}, "constraints": {}}
     goes_on = resume is not None and is_run(path)
     test = test.to(device)
-    kept = _Kept(path, pair, test.x[:2], lambda: create(path, config, device, overwrite=overwrite, goes_on=goes_on))
+    kept = _Kept(path, pair, test.x[:2], lambda: create(path, config, device, overwrite=overwrite, goes_on=goes_on), goes_on)
     for epoch in infer.train(
         pair.model, pair.guide, train_data.to(device), validation=test, loss=loss,
         optim=Adam({"lr": config.learning_rate}), epochs=config.num_epochs, batch_size=config.batch_size,
@@ -165,8 +214,15 @@ def train(
         return Run(path, config)
     run = kept.run or kept.make()
     with pyro.get_param_store().scope(store):
-        run.save(pair, kept.rows)  # early stopping went back to the best
+        run.save(pair, kept.rows, best_of(run.history(), config))  # early stopping went back to the best
     return run
+
+
+def best_of(epochs: list[Epoch], config: Config) -> Epoch:
+    """The epoch whose weights are kept: the last, or with early stopping the best."""
+    if config.patience is None:
+        return epochs[-1]
+    return max(epochs, key=lambda epoch: epoch.validation.elbo if epoch.validation else -math.inf)
 
 
 def continued(path: Path, config: Config, given: Collection[str]) -> Config:
@@ -175,7 +231,7 @@ def continued(path: Path, config: Config, given: Collection[str]) -> Config:
     :param given: the fields of ``config`` that the user gave; those that nobody gave are the run's.
     :raises MismatchError: for a field that is not the run's; only ``num_epochs`` may change.
     """
-    was = open_run(path).config
+    was = open_run(path, config.pair if "pair" in given else None).config
     for name in given:
         got, expected = getattr(config, name), getattr(was, name)
         if got != expected and name != "num_epochs":
@@ -196,12 +252,20 @@ def _line(epoch: Epoch) -> str:
 
 def check_free(path: Path, *, overwrite: bool) -> None:
     """Raise ``FileExistsError`` where ``path`` holds something that is not to be replaced."""
-    if not path.exists() or (path.is_dir() and all(meant_for(entry.name) in _WRITTEN for entry in path.iterdir())):
+    if not path.is_dir():
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} exists already and is not a folder; name another by --out")
         return
-    if not overwrite:
+    entries = [entry for entry in path.iterdir() if entry.name != LOCK and meant_for(entry.name) not in _WRITTEN]
+    if entries and not overwrite:
         raise FileExistsError(f"{path} exists already; name another folder by --out, or replace it by --overwrite")
-    if not path.is_dir() or not any(_is_ours(entry.name) for entry in path.iterdir()):
-        raise FileExistsError(f"{path} holds nothing that pyro-vae wrote, so it is not overwritten; name another by --out")
+    if entries and not _is_ours(path / "config.json"):
+        raise FileExistsError(
+            f"{path} holds no run that pyro-vae wrote, so nothing in it is overwritten; name another by --out"
+        )
+    for entry in entries:
+        if entry.name in (*_WRITTEN, "metrics.jsonl", "weights", "checkpoints") and not _is_ours(entry):
+            raise FileExistsError(f"{entry} was not written by pyro-vae, so it is not overwritten; move it away")
 
 
 def create(path: Path, config: Config, device: str, *, overwrite: bool, goes_on: bool) -> Run:
@@ -213,48 +277,82 @@ def create(path: Path, config: Config, device: str, *, overwrite: bool, goes_on:
     path.mkdir(parents=True, exist_ok=True)
     if not goes_on:
         check_free(path, overwrite=overwrite)
+        checkpoint.remove(path / "weights")
+        checkpoint.Checkpoints(path / "checkpoints").remove_all()
         for entry in path.iterdir():
-            if _is_ours(entry.name):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            if _SHOWN.fullmatch(entry.name):
+                remove_listed(entry)
+            elif (meant_for(entry.name) or entry.name) in (*_WRITTEN, "metrics.jsonl") and is_file(entry):
+                entry.unlink()
     for name, content in (("config.json", {"schema": SCHEMA} | asdict(config)), ("env.json", environment(device))):
         write_whole(path / name, (json.dumps(content, indent=2) + "\n").encode())
     return Run(path, config)
 
 
-def _is_ours(name: str) -> bool:
-    """Whether it is the name of something that a run leaves, were it by a crash."""
-    return name in _WRITTEN or meant_for(name) in _WRITTEN or _OURS.fullmatch(name) is not None
+def check_parts(path: Path) -> None:
+    """Raise ``ValueError`` where a folder of a run is a link, which would lead out of it."""
+    for entry in path.iterdir() if path.is_dir() else ():
+        if entry.name in ("weights", "checkpoints", "metrics.jsonl") or _SHOWN.fullmatch(entry.name):
+            check_no_link(entry)
+
+
+def _is_ours(entry: Path) -> bool:
+    """Whether a run left it, by what it holds."""
+    if entry.name == "weights":
+        return checkpoint.is_ours(entry)
+    if entry.name == "checkpoints":
+        if is_folder(entry):
+            checkpoint.Checkpoints(entry).check_ours()
+        return is_folder(entry)
+    try:
+        text = read_bytes(entry)
+        if entry.name == "report.html":
+            return GENERATOR.encode() in text
+        found = parse_json(text.splitlines()[0] if entry.name == "metrics.jsonl" else text)
+    except (OSError, ValueError, IndexError):
+        return False
+    return isinstance(found, dict) and found.keys() >= _KEYS[entry.name]
 
 
 def is_run(path: Path) -> bool:
     """Whether there is a run at ``path``."""
-    return (path / "config.json").is_file()
+    return os.path.lexists(path / "config.json")
 
 
-def open_run(path: Path) -> Run:
+def open_run(path: Path, pair: str | None = None) -> Run:
     """A run folder that is there.
 
+    :param pair: the ``--pair`` that the run was trained with, where it was: its code runs only when it is named again.
     :raises FileNotFoundError: where there is no run at ``path``.
-    :raises ValueError: where its ``config.json`` is none; ``MismatchError`` where it is of another version of pyro_vae.
+    :raises ValueError: where its ``config.json`` is none; ``MismatchError`` where it is of another version of pyro_vae, or
+        where ``pair`` is not the run's.
     """
     file = path / "config.json"
     if not is_run(path):
         raise FileNotFoundError(f"there is no run at {path}: it has no config.json; name a folder that `pyro-vae train` made")
     try:
-        record = json.loads(_text(file))
+        record = parse_json(_text(file))
         schema = record.pop("schema")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{file} is no configuration of a run ({error!r})") from error
+        raise ValueError(f"{file} is no configuration of a run ({type(error).__name__}: {str(error)[:100]})") from error
     if schema != SCHEMA:
         raise checkpoint.MismatchError(
-            f"{file} has schema {schema!r} but this pyro_vae reads {SCHEMA}; install the version that wrote it"
+            f"{file} has schema {reprlib.repr(schema)} but this pyro_vae reads {SCHEMA}; install the version that wrote it"
         )
-    return Run(path, Config.read(record, str(file)))
+    run = Run(path, Config.read(record, str(file)))
+    if run.config.pair != pair:
+        recorded = reprlib.repr(run.config.pair)
+        raise checkpoint.MismatchError(
+            f"{path} was trained with --pair {recorded}, whose code runs only when it is named; if you trust it, pass that"
+            if run.config.pair
+            else f"{path} was trained without --pair; leave --pair {pair!r} out"
+        )
+    return run
 
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text()
+        return read_bytes(file).decode("utf-8")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no {file}; the run is not whole, train again") from None
     except UnicodeDecodeError as error:
@@ -264,7 +362,14 @@ def _text(file: Path) -> str:
 def fresh(path: Path) -> Path:
     """``path``, or ``path-2``, ``path-3`` … where it is taken."""
     candidates = (path if i == 1 else path.with_name(f"{path.name}-{i}") for i in count(1))
-    return next(candidate for candidate in candidates if not candidate.exists())
+    return next(candidate for candidate in candidates if not os.path.lexists(candidate))
+
+
+def with_room(folder: Path) -> Path:
+    """``folder`` if all in it is pyro-vae's, to be replaced; else one beside it."""
+    listed = written(folder)
+    ours = not folder.exists() or all(e.name.startswith(".") or is_listed(e, listed) for e in folder.iterdir())
+    return folder if ours else fresh(folder)
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -312,7 +417,20 @@ def as_json(result: Any) -> Any:
 
 
 def _as_epoch(record: dict[str, Any]) -> Epoch:
-    def mean(part: dict[str, float | None] | None) -> MeanElbo | None:
-        return None if part is None else MeanElbo(**{k: math.nan if v is None else v for k, v in part.items()})
+    """From JSON. Raises ``ValueError``, ``TypeError`` or ``KeyError`` for what is none."""
 
-    return Epoch(**record | {"train": mean(record["train"]), "validation": mean(record["validation"])})
+    def number(value: Any) -> float:
+        if value is None:
+            return math.nan
+        if type(value) not in (int, float) or abs(value) > sys.float_info.max:
+            raise ValueError(f"{reprlib.repr(value)} is no number")
+        return value
+
+    def mean(part: dict[str, float | None] | None) -> MeanElbo | None:
+        return None if part is None else MeanElbo(**{k: number(v) for k, v in part.items()})
+
+    train = mean(record["train"])
+    if type(record["epoch"]) is not int or not 0 < record["epoch"] < 2**32 or train is None:
+        raise ValueError("its epoch is none, or it has no means of training")
+    plain = {key: number(value) for key, value in record.items() if key not in ("train", "validation", "epoch")}
+    return Epoch(epoch=record["epoch"], train=train, validation=mean(record["validation"]), **plain)

@@ -36,9 +36,12 @@ def check_device(name: str) -> None:
 
 
 def check_pair_words(pair: str, families: dict[str, Any]) -> None:
-    module, _, factory = pair.partition(":")
-    if not factory.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        raise typer.BadParameter(f"--pair: expected module:factory, such as my_pair:make, but got {pair!r}")
+    module, _, factory = pair.rpartition(":")
+    is_module = all(part.isidentifier() for part in module.split("."))
+    if not factory.isidentifier() or not (module.endswith(".py") or is_module):
+        raise typer.BadParameter(
+            f"--pair: expected module:factory or path/to/file.py:factory, such as my_pair.py:make, but got {pair!r}"
+        )
     if named := [f"--{key.replace('_', '-')}" for key, value in families.items() if value is not None]:
         raise typer.BadParameter(
             f"--pair brings model and guide whole; {', '.join(named)} would have no effect, leave them out"

@@ -43,7 +43,7 @@ def build(plan: list[Any]) -> nn.Module:
         for name, args, kwargs in plan:
             module, _, kind = str(name).rpartition(".")
             try:
-                cls = getattr(importlib.import_module(module), kind, None) if f"{module}.".startswith(_PLACES) else None
+                cls = getattr(importlib.import_module(module), kind, None) if _is_place(module) else None
             except ImportError:
                 cls = None
             if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
@@ -52,6 +52,11 @@ def build(plan: list[Any]) -> nn.Module:
     finally:
         torch.set_rng_state(state)
     return made[-1]
+
+
+def _is_place(module: str) -> bool:
+    """Whether a plan may name classes of it. Torch's transformers cannot be described, and copy a layer any number of times."""
+    return f"{module}.".startswith(_PLACES) and module != "torch.nn.modules.transformer"
 
 
 class _Foreign(Exception):

@@ -3,12 +3,14 @@
 import logging
 import math
 import re
-import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pyro_vae.checkpoint.folder import MANIFEST, MismatchError, read, read_manifest, write
+from pyro_vae.checkpoint.folder import MANIFEST, MismatchError, is_ours, read, read_manifest, remove, write
+from pyro_vae.files import reserved
 
 logger = logging.getLogger(__name__)
 _KIND = "training run"
@@ -24,10 +26,30 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """Those that were written to their end, oldest first."""
-        found = (
-            manifest.parent for manifest in self.folder.glob(f"step-*/{MANIFEST}") if _NAME.fullmatch(manifest.parent.name)
-        )
-        return sorted(found, key=_steps)
+        return [path for path in self._named() if (path / MANIFEST).exists() and is_ours(path)]
+
+    def _named(self) -> list[Path]:
+        """All that bear the name of one, oldest first."""
+        return sorted((path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name)), key=_steps)
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Hold the folder, for the block: a fit that saves here is the only one.
+
+        :raises BlockingIOError: where another process saves here.
+        :raises FileExistsError: where the folder has something of others under the name of a checkpoint.
+        """
+        with reserved(self.folder):
+            self.check_ours()
+            yield
+
+    def check_ours(self) -> None:
+        """Raise ``FileExistsError`` where something else bears the name of a checkpoint, which would be replaced one day."""
+        for path in self._named():
+            if not is_ours(path):
+                raise FileExistsError(
+                    f"{path} is not a checkpoint of pyro_vae, so it is not replaced; move it away, or name another folder"
+                )
 
     def check_free(self) -> None:
         """Raise ``FileExistsError`` where there are some already."""
@@ -46,7 +68,7 @@ class Checkpoints:
             write(path, _KIND, content, score=score)
         except BaseException:
             if not (path / MANIFEST).exists():
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
             raise
         self._sweep()
 
@@ -89,10 +111,16 @@ class Checkpoints:
         paths = self.paths()
         best = max(paths, key=_score)
         kept = {*paths[-_KEPT:], *([best] if _score(best) > -math.inf else [])}
-        for path in self.folder.glob("step-*"):
-            if path not in kept and _NAME.fullmatch(path.name) and path.is_dir():
-                (path / MANIFEST).unlink(missing_ok=True)  # first, so that what is left is not taken for whole
-                shutil.rmtree(path, ignore_errors=True)
+        for path in self._named():
+            if path not in kept:
+                remove(path)
+
+    def remove_all(self) -> None:
+        """Delete every checkpoint, those set aside too, and the folder if nothing else is in it."""
+        for path in (*self._named(), *self.folder.glob("aside-step-*")):
+            remove(path)
+        with suppress(OSError):
+            self.folder.rmdir()
 
 
 def _steps(path: Path) -> int:

@@ -1,6 +1,7 @@
 """The trained parameters and buffers of any pair; nothing is pickled."""
 
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from pyro_vae.batches import as_arguments
 from pyro_vae.checkpoint.blueprint import build, describe
-from pyro_vae.checkpoint.folder import read, write
+from pyro_vae.checkpoint.budget import bounded
+from pyro_vae.checkpoint.folder import read, read_manifest, write
+from pyro_vae.files import is_file
 from pyro_vae.pair import Program, closed_over, make_parameters
 
 _KIND = "pair"
@@ -30,6 +33,19 @@ def save(path: Path | str, pair: Any, *args: Any, param_store: dict[str, Any] | 
         use what is in ``param_store``.
     :raises OSError: with its ``errno``; what was at ``path`` is then as it was.
     """
+    save_pair(path, pair, args, kwargs, param_store=param_store)
+
+
+def save_pair(
+    path: Path | str,
+    pair: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    param_store: dict[str, Any] | None = None,
+    about: dict[str, Any] | None = None,
+) -> None:
+    """:func:`save`, and ``about``: what :func:`read_about` is to tell, stored in one with the parameters."""
     model, guide = _programs(pair)
     plan, weights = describe(pair), _tensors(model, guide, {}, [])
     if plan is None and not (args or kwargs):
@@ -56,7 +72,15 @@ def save(path: Path | str, pair: Any, *args: Any, param_store: dict[str, Any] | 
                 "arguments with which it uses all, such as labels"
             )
         weights = _tensors(model, guide, {name: given[name] for name in given if name in used}, ran)
-    write(Path(path), _KIND, {"plan": plan, "weights": weights})
+    write(Path(path), _KIND, {"plan": plan, "weights": weights}, **about or {})
+
+
+def read_about(path: Path | str) -> dict[str, Any]:
+    """What ``about`` said when the pair was stored; raises as :func:`load`."""
+    about = read_manifest(Path(path), _KIND)["about"]
+    if not isinstance(about, dict):
+        raise ValueError(f"{path}: its manifest says nothing of the pair; train again")
+    return about
 
 
 def load(path: Path | str, factory: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -91,7 +115,7 @@ def load(path: Path | str, factory: Callable[[], Any] | None = None, *args: Any,
         raise ValueError(f"{path}: its manifest holds no pair ({error!r})") from error
     if factory is None and plan is None:
         raise ValueError(f"{path}: its pair is not made of pyro_vae's parts alone; pass the factory that makes it")
-    pair = _built(plan, weights) if factory is None else factory()
+    pair = _built(plan, weights, str(path)) if factory is None else factory()
     store = pyro.get_param_store()
     with store.scope():
         ran = make_parameters(*_programs(pair), as_arguments(args, kwargs)) if args or kwargs else []
@@ -101,10 +125,18 @@ def load(path: Path | str, factory: Callable[[], Any] | None = None, *args: Any,
     return pair
 
 
-def _built(plan: list[Any], weights: dict[str, Tensor]) -> nn.Module:
+def within(path: Path | str) -> AbstractContextManager[None]:
+    """For a block that builds the pair stored at ``path``: it raises ``ValueError`` before it makes a tensor that is far larger
+    than what is stored there."""
+    files = [file for file in Path(path).glob("*.safetensors") if is_file(file)]
+    return bounded(sum(file.stat().st_size for file in files), str(path))
+
+
+def _built(plan: list[Any], weights: dict[str, Tensor], path: str) -> nn.Module:
     try:
-        pair = build(plan)
-    except (TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        with bounded(sum(tensor.numel() for tensor in weights.values()), path):
+            pair = build(plan)
+    except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"the plan of a stored pair is none ({error!r}); pass the pair's factory") from error
     dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     return pair.to(dtype=dtypes.pop()) if len(dtypes) == 1 else pair

@@ -20,10 +20,30 @@ from pyro_vae.checkpoint import pack, unpack
 from pyro_vae.pair import ElboTerms
 
 
+def launched() -> tuple[int, int]:
+    """RANK and WORLD_SIZE of a job that ``torchrun`` started; (0, 1) where it did not.
+
+    :raises ValueError: where only one of the two is set, or they are no rank and size.
+    """
+    words = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+    if not any(words.values()):
+        return 0, 1
+    for word in words.values():
+        if word is None or not word.isdecimal():
+            raise ValueError(
+                f"the environment has RANK={words['RANK']} and WORLD_SIZE={words['WORLD_SIZE']}; expected two whole numbers: "
+                "start the processes by torchrun, or unset both"
+            )
+    rank, size = (int(word or 0) for word in words.values())
+    if rank >= size:
+        raise ValueError(f"RANK is {rank} but WORLD_SIZE is {size}; start the processes by torchrun, or unset both")
+    return rank, size
+
+
 @contextmanager
 def torchrun(device: str) -> Iterator[None]:
     """The process group of a job that ``torchrun`` started, where it did; over gloo, or NCCL on GPUs."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if launched()[1] == 1 or dist.is_initialized():
         yield
         return
     if device.startswith("cuda"):
@@ -78,6 +98,10 @@ class Group:
         """
         if self.size == 1:
             return
+        if any(g.is_sparse for g in gradients):
+            raise ValueError(
+                f"fit: {self.size} processes cannot average sparse gradients; expected sparse=False in the pair's embeddings"
+            )
         names: dict[int, str] = {}
         for name, p in pyro.get_param_store().named_parameters():  # one may have two
             names[id(p)] = min(name, names.get(id(p), name))

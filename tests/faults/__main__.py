@@ -5,7 +5,7 @@ import sys
 import tempfile
 import time
 
-from tests.faults import damage, interruptions, processes
+from tests.faults import damage, interruptions, processes, received
 
 ROWS = {
     "exact resume": interruptions.exact_resume,
@@ -22,6 +22,8 @@ ROWS = {
     "version mismatch": damage.versions,
     "dataset integrity": damage.dataset_integrity,
     "bombs": damage.bombs,
+    "received folders": received.received_folders,
+    "started at once": received.started_at_once,
     "reproducibility": interruptions.reproducibility,
     "one process and several": processes.one_and_several,
     "death of a worker": processes.death,

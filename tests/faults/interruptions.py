@@ -195,6 +195,7 @@ def _signalled(number, phase, times, words):
     elif phase == "building a graph":
         SVI._build = sent(SVI._build, 0)
     fit._TRACE_FROM = 0  # a graph even for so few steps
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a script runs this in the background
     small.command(*words)
 
 
