@@ -14,7 +14,6 @@ read-out plus a floor, which each class states: without a floor a density may gr
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from numbers import Number
 from typing import ClassVar, Literal
@@ -27,10 +26,12 @@ from torch.nn.functional import softplus
 
 from pyro_vae.nets import Part, Readout, Shape, as_shape, out_shape
 
-Scale = Literal["network", "learned", "isotropic"] | float | Tensor
+Scale = Literal["network", "log_variance", "learned", "isotropic"] | float | Tensor
+
+_SCALE_READOUTS = {"network": ("log_scale",), "log_variance": ("log_variance",)}
 
 
-class Conditional(Part, ABC):
+class Conditional(Part):
     """p(y | given): reads the named parameters of a distribution from a trunk's features.
 
     :param trunk: any module that says its ``out_shape`` (ours do; ``nn.Linear`` and ``nn.Sequential`` are understood).
@@ -54,15 +55,16 @@ class Conditional(Part, ABC):
         features = self.trunk(*given)
         return self.distribution(**{name: readout(features) for name, readout in self.readout.items()})
 
-    @abstractmethod
+    # no ABC: its metaclass conflicts with that of PyroModule[Normal]
     def distribution(self, **parameters: Tensor) -> dist.TorchDistribution:
         """The distribution with these read-outs, event dimensions declared."""
+        raise NotImplementedError(f"{type(self).__name__} does not define distribution()")
 
     def extra_repr(self) -> str:
         return f"event_shape={tuple(self.event_shape)}"
 
 
-class Elementwise(Conditional, ABC):
+class Elementwise(Conditional):
     """Independent elements: every read-out has the ``event_shape``."""
 
     names: ClassVar[tuple[str, ...]]
@@ -73,9 +75,9 @@ class Elementwise(Conditional, ABC):
     def distribution(self, **parameters: Tensor) -> dist.TorchDistribution:
         return self.element(**parameters).to_event(len(self.event_shape))
 
-    @abstractmethod
     def element(self, **parameters: Tensor) -> dist.TorchDistribution:
         """The distribution of one element."""
+        raise NotImplementedError(f"{type(self).__name__} does not define element()")
 
 
 class Bernoulli(Elementwise):
@@ -133,14 +135,16 @@ class Gamma(Elementwise):
         return dist.Gamma(1e-3 + softplus(concentration), 1e-3 + softplus(rate))
 
 
-class LocationScale(Elementwise, ABC):
+class LocationScale(Elementwise):
     """Location from the network, scale from one of four places: Normal, Laplace, LogNormal and StudentT.
 
-    :param scale: ``"network"``: σ = min_scale + exp(s), s linear in the features as log σ² is in AEVB; ``"learned"``: the
-        same with one learned vector s, the same for every datum; ``"isotropic"``: with one learned number, as in
-        probabilistic PCA; a number or tensor: σ itself, fixed.
+    :param scale: ``"network"``: σ = min_scale + exp(s), s linear in the features; ``"log_variance"``: σ = min_scale + exp(v/2),
+        v linear in the features, as in AEVB and in most other code; ``"learned"``: σ = min_scale + exp(s) with one learned
+        vector s, the same for every datum; ``"isotropic"``: with one learned number, as in probabilistic PCA; a number or
+        tensor: σ itself, fixed.
     :param min_scale: the floor under a trained scale. A datum that the mean meets exactly has unbounded density as
-        σ → 0 (a pixel that is always black is enough); with it log p(y) ≤ −log min_scale + const per element.
+        σ → 0 (a pixel that is always black is enough); with it log p(y) ≤ −log min_scale + const per element. 0 removes it,
+        as parameters trained elsewhere need: see "Parameters trained elsewhere" in the README.
     :param loc_constraint: where the location lives: ``constraints.unit_interval`` puts the means through a sigmoid, as
         AEVB does for Frey Face.
     """
@@ -158,12 +162,12 @@ class LocationScale(Elementwise, ABC):
         min_scale: float = 1e-3,
         loc_constraint: constraints.Constraint = constraints.real,
     ) -> None:
-        extra = ("log_scale",) if isinstance(scale, str) and scale == "network" else ()
+        extra = _SCALE_READOUTS.get(scale, ()) if isinstance(scale, str) else ()
         Conditional.__init__(self, trunk, event_shape=event_shape, readouts=dict.fromkeys(self.names + extra, event_shape))
-        self.min_scale = positive_floor(min_scale)
+        self.min_scale = scale_floor(min_scale)
         self.register_buffer("fixed_scale", None)
         self.loc_transform = transform_to(loc_constraint)
-        unknown = f'scale: expected "network", "learned", "isotropic" or a positive number but got {scale!r}'
+        unknown = f'scale: expected "network", "log_variance", "learned", "isotropic" or a positive number but got {scale!r}'
         if not isinstance(scale, str | Number | Tensor):
             raise ValueError(unknown)
         if not isinstance(scale, str):
@@ -173,7 +177,7 @@ class LocationScale(Elementwise, ABC):
                     f"scale: a fixed scale must be positive, one number or of shape {tuple(self.event_shape)}, but got {scale}"
                 )
             self.register_buffer("fixed_scale", fixed.expand(self.event_shape).clone())
-        elif scale != "network":
+        elif not extra:
             if scale not in ("learned", "isotropic"):
                 raise ValueError(unknown)
             self.log_scale = nn.Parameter(torch.zeros(self.event_shape if scale == "learned" else ()))
@@ -183,8 +187,11 @@ class LocationScale(Elementwise, ABC):
         if isinstance(self.fixed_scale, Tensor):
             scale = self.fixed_scale
         else:
-            learned = self.log_scale if "log_scale" not in parameters else parameters.pop("log_scale")
-            scale = self.min_scale + learned.exp()
+            if "log_variance" in parameters:
+                log_scale = 0.5 * parameters.pop("log_variance")
+            else:
+                log_scale = parameters.pop("log_scale") if "log_scale" in parameters else self.log_scale
+            scale = self.min_scale + log_scale.exp()
         return self.element(loc=loc, scale=scale, **parameters).to_event(len(self.event_shape))
 
 
@@ -228,7 +235,7 @@ class MultivariateNormal(Conditional):
         d = vector_size("MultivariateNormal", event_shape)
         readouts = {"loc": d, "log_diagonal": d} | ({"lower": d * (d - 1) // 2} if d > 1 else {})
         super().__init__(trunk, event_shape=event_shape, readouts=readouts)
-        self.min_scale = positive_floor(min_scale)
+        self.min_scale = scale_floor(min_scale)
 
     def distribution(self, *, loc: Tensor, log_diagonal: Tensor, lower: Tensor | None = None) -> dist.TorchDistribution:  # type: ignore[override]
         scale_tril = torch.diag_embed(self.min_scale + log_diagonal.exp())
@@ -247,7 +254,7 @@ class LowRankMultivariateNormal(Conditional):
     def __init__(self, trunk: nn.Module, *, event_shape: Shape, rank: int = 2, min_scale: float = 1e-3) -> None:
         d = vector_size("LowRankMultivariateNormal", event_shape)
         super().__init__(trunk, event_shape=event_shape, readouts={"loc": d, "factor": (d, rank), "log_diagonal": d})
-        self.min_scale = positive_floor(min_scale)
+        self.min_scale = scale_floor(min_scale)
 
     def distribution(self, *, loc: Tensor, factor: Tensor, log_diagonal: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
         return dist.LowRankMultivariateNormal(loc, factor, (self.min_scale + log_diagonal.exp()) ** 2)
@@ -303,8 +310,8 @@ def vector_size(name: str, event_shape: Shape) -> int:
     return shape[0]
 
 
-def positive_floor(min_scale: float) -> float:
-    """``min_scale`` itself, the floor under a trained scale. Raises ``ValueError`` where it is none."""
-    if not 0 < min_scale < math.inf:
-        raise ValueError(f"min_scale: expected a positive floor under the scale but got {min_scale}")
+def scale_floor(min_scale: float) -> float:
+    """``min_scale`` itself, the floor under a trained scale. Raises ``ValueError`` where it is negative or not finite."""
+    if not 0 <= min_scale < math.inf:
+        raise ValueError(f"min_scale: expected 0 or a positive floor under the scale but got {min_scale}")
     return min_scale

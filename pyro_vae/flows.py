@@ -9,7 +9,6 @@ They are conditionals like any other: a trunk, an ``event_shape``, and read-outs
 torch.Size([64, 5])
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,11 +17,11 @@ import torch
 from pyro.distributions import transforms as T
 from torch import Tensor, nn
 
-from pyro_vae.conditionals import Conditional, positive_floor, vector_size
+from pyro_vae.conditionals import Conditional, scale_floor, vector_size
 from pyro_vae.nets import Shape, as_shape
 
 
-class Flow(Conditional, ABC):
+class Flow(Conditional):
     """y = μ + σ · f_K ∘ … ∘ f₁(ε), ε ~ N(0, I): invertible transforms fₖ that read a context from the trunk, between standard
     noise and an affine read-out as that of a Gaussian (Rezende & Mohamed 2015).
 
@@ -48,14 +47,14 @@ class Flow(Conditional, ABC):
     ) -> None:
         d = vector_size(type(self).__name__, event_shape)
         super().__init__(trunk, event_shape=d, readouts={"loc": d, "log_scale": d, "context": context_dim})
-        self.min_scale = positive_floor(min_scale)
+        self.min_scale = scale_floor(min_scale)
         count = range(as_shape(num_transforms)[0])
         self.transforms = nn.ModuleList(self.transform(d, context_dim, list(hidden)) for _ in count)
 
     @staticmethod
-    @abstractmethod
     def transform(dim: int, context_dim: int, hidden: list[int]) -> nn.Module:
         """One of Pyro's conditional transforms."""
+        raise NotImplementedError("a Flow defines transform()")
 
     def distribution(self, *, loc: Tensor, log_scale: Tensor, context: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
         noise = dist.Normal(torch.zeros_like(loc), 1.0).to_event(1)
@@ -100,7 +99,7 @@ class NormalMixture(Conditional):
             raise ValueError(f"NormalMixture: expected an event_shape of one number, 2 or more, but got {tuple(shape)}")
         k = as_shape(num_components)
         super().__init__(trunk, event_shape=shape, readouts={"locs": k + shape, "log_scales": k + shape, "logits": k})
-        self.min_scale = positive_floor(min_scale)
+        self.min_scale = scale_floor(min_scale)
         with torch.no_grad():  # components that start alike stay alike
             self.readout["locs"].layer.bias.normal_()  # type: ignore[union-attr, operator]
 

@@ -135,7 +135,7 @@ class MLP(Part):
         flat = [x.reshape(*own, -1).expand(*batch, -1) for x, own in zip(inputs, batches, strict=True)]
         if not self.layers:
             return torch.cat(flat, -1)
-        weight = next(self.layers.parameters())
+        weight: Tensor = self.layers[0].weight  # type: ignore[assignment]  # a draw, where it is a PyroSample
         h = torch.cat([matching(x, weight) for x in flat], -1)
         for layer in self.layers:
             out = self.activation(layer(h))
@@ -175,7 +175,8 @@ class ConvEncoder(Part):
 
     def forward(self, x: Tensor) -> Tensor:
         batch = split_shape(x, self.in_shape)
-        h = matching(x, next(self.layers.parameters())).reshape(-1, *_image_shape(self.in_shape))
+        weight: Tensor = self.layers[0].weight  # type: ignore[assignment]
+        h = matching(x, weight).reshape(-1, *_image_shape(self.in_shape))
         for layer in self.layers:
             h = self.activation(layer(h))
         return h.reshape(*batch, *self.out_shape)

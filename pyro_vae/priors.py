@@ -6,27 +6,25 @@ assumes N(0, I) but the default. A p(z|c) that depends on a condition is a :clas
 torch.Size([20])
 """
 
-from abc import ABC, abstractmethod
-
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
-from pyro_vae.conditionals import Conditional, positive_floor
+from pyro_vae.conditionals import Conditional, scale_floor
 from pyro_vae.nets import Part, Shape, as_shape
 
 
-class Prior(Part, ABC):
+class Prior(Part):
     """p(z) over events of ``event_shape``. ``forward()`` → a distribution with ``batch_shape`` ()."""
 
     def __init__(self, event_shape: Shape) -> None:
         super().__init__()
         self.event_shape = as_shape(event_shape)
 
-    @abstractmethod
     def forward(self) -> dist.TorchDistribution:
         """The distribution."""
+        raise NotImplementedError(f"{type(self).__name__} does not define forward()")
 
     def extra_repr(self) -> str:
         return f"event_shape={tuple(self.event_shape)}"
@@ -54,7 +52,7 @@ class Normal(Prior):
         super().__init__(event_shape)
         self.loc = nn.Parameter(torch.zeros(self.event_shape))
         self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
-        self.min_scale = positive_floor(min_scale)
+        self.min_scale = scale_floor(min_scale)
 
     def forward(self) -> dist.TorchDistribution:
         return dist.Normal(self.loc, self.min_scale + self.log_scale.exp()).to_event(len(self.event_shape))
@@ -72,7 +70,7 @@ class GaussianMixture(Prior):
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.randn(components + self.event_shape))
         self.log_scale = nn.Parameter(torch.zeros(components + self.event_shape))
-        self.min_scale = positive_floor(min_scale)
+        self.min_scale = scale_floor(min_scale)
 
     def forward(self) -> dist.TorchDistribution:
         scale = self.min_scale + self.log_scale.exp()

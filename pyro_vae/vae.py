@@ -51,6 +51,7 @@ class _Model(_Program):
     def _generate(self, x: Tensor | None, condition: tuple[Tensor, ...], mask: Tensor | None, size: int) -> Tensor:
         if x is not None:
             size = _check_event(x, self.decoder.event_shape)
+        _sample_weights(self)
         with pyro.plate("data", size, dim=-1):
             prior = self.prior(*condition) if isinstance(self.prior, Conditional) else self.prior()
             z = pyro.sample("z", prior)
@@ -70,6 +71,7 @@ class _Guide(_Program):
         self.encoder = encoder
 
     def _infer(self, x: Tensor, condition: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+        _sample_weights(self)
         with pyro.plate("data", len(x), dim=-1):
             if mask is not None:
                 x = torch.where(_check_mask(mask, x), x, torch.zeros_like(x))
@@ -199,6 +201,15 @@ class CVAE(Part):
     def reconstruct(self, x: Tensor, c: Tensor) -> Tensor:
         """E[x'|z, c] at z ~ q(z|x, c)."""
         return self.decode(self.encode(x, c).sample(), c).mean
+
+
+def _sample_weights(program: PyroModule) -> None:
+    """Sample the ``PyroSample`` attributes of a program's parts, as Bayesian networks have: all data share them, so they are
+    sampled before the data plate. Within one call of the program, later reads of an attribute return the same draw."""
+    for module in program.modules():
+        if isinstance(module, PyroModule):
+            for name in module._pyro_samples:
+                getattr(module, name)
 
 
 def _check_latent(prior: Prior | Conditional, encoder: Conditional) -> None:

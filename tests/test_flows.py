@@ -116,7 +116,7 @@ def test_the_gap_of_a_flow_is_split_by_its_read_outs():
         (lambda trunk: flows.NeuralSpline(trunk, event_shape=(2, 3)), "one dimension"),
         (lambda trunk: flows.NormalMixture(trunk, event_shape=1), "2 or more"),
         (lambda trunk: flows.NeuralSpline(trunk, event_shape=2, num_transforms=0), "positive whole"),
-        (lambda trunk: flows.NormalMixture(trunk, event_shape=2, min_scale=0.0), "positive floor"),
+        (lambda trunk: flows.NormalMixture(trunk, event_shape=2, min_scale=-1.0), "positive floor"),
     ],
 )
 def test_bad_input(make, message):
