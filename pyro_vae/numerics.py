@@ -20,13 +20,29 @@ def effective_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
     return size.nan_to_num(nan=0.0)
 
 
-def log_mean_error(log_weights: Tensor, dim: int = 0) -> Tensor:
-    """Standard error of log ŵ, ŵ the mean of the weights, by the delta method: √(1/ESS − 1/K) in nats, ``(K, *batch)`` →
-    ``(*batch)``; ``nan`` of one weight. Where one weight outweighs the rest it says little more than that; see ``pareto_k``."""
-    ess = effective_sample_size(log_weights, dim)
-    if log_weights.shape[dim] == 1:
-        return torch.full_like(ess, math.nan)
-    return (1 / ess - 1 / log_weights.shape[dim]).clamp_min(0).sqrt()
+def log_mean_error(log_weights: Tensor, *, num_fixed: int = 0) -> Tensor:
+    """Standard error of log ŵ, ŵ the mean of the weights, by the delta method: √(Σ v² − (Σ v)²/n) in nats, v the n weights
+    that vary over the sum of all, ``(K, *batch)`` → ``(*batch)``; ``nan`` for n < 2.
+
+    It trusts the weights that it saw, and is never much above 1: see :func:`is_reliable`.
+
+    :param num_fixed: the first so many weights are the same for every seed.
+    """
+    n = len(log_weights) - num_fixed
+    if n < 2:
+        return torch.full_like(log_weights[0], math.nan)
+    shares = (log_weights - log_weights.logsumexp(0)).exp()[num_fixed:]
+    return (shares.square().sum(0) - shares.sum(0).square() / n).clamp_min(0).sqrt()
+
+
+def is_reliable(standard_error: Tensor, ess: Tensor, pareto_k: Tensor | None) -> bool:
+    """Whether the standard error of a mean over data is to be trusted: less than a fifth of its variance comes from data with
+    Pareto k̂ above .7 or an effective sample size below 10, where the delta method fails. All ``(batch,)``."""
+    bad = ess < 10
+    if pareto_k is not None:
+        bad = bad | (pareto_k > 0.7)
+    variance = standard_error.double().square()
+    return not bool(variance[bad].sum() > 0.2 * variance.sum())
 
 
 def covariance(draws: Tensor) -> Tensor:
@@ -41,6 +57,7 @@ def pareto_k(log_weights: Tensor, dim: int = 0) -> Tensor:
     Weights have finite moments up to 1/k. Below .5 their mean is as good as it looks, up to .7 it is usable, above it is not
     to be trusted (Vehtari et al. 2024). The tail is the 3√K largest weights, K/5 of 225 or fewer; the fit is that of Zhang and
     Stephens (2009) with PSIS's prior. ``nan`` below 25 weights, −∞ where the tail is constant, as under the exact guide.
+    Weights that are 0, or vanish beside the largest, are no part of the tail; ∞ where fewer than 5 are left.
     """
     ratios = log_weights.double().movedim(dim, -1)
     n = ratios.shape[-1]
@@ -52,7 +69,12 @@ def pareto_k(log_weights: Tensor, dim: int = 0) -> Tensor:
     tail = weights[..., 1:] - weights[..., :1]
     constant = tail[..., -1] < _ROUNDING
     tail = torch.where(constant.unsqueeze(-1), torch.linspace(0.1, 1, num_tail, dtype=tail.dtype, device=tail.device), tail)
-    return torch.where(constant, -math.inf, _fit_pareto(tail))
+    k = torch.where(constant, -math.inf, _fit_pareto(tail))
+    for place in (k.isnan() & ~ratios.isnan().any(-1)).nonzero():
+        positive = tail[tuple(place)]
+        positive = positive[positive > 1e-290]  # the fit divides by them
+        k[tuple(place)] = _fit_pareto(positive) if len(positive) >= _MIN_TAIL else math.inf
+    return k
 
 
 def _fit_pareto(tail: Tensor) -> Tensor:

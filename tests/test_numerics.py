@@ -6,6 +6,8 @@ import pytest
 import torch
 from arviz_stats.base import array_stats
 
+from pyro_vae.evidence import Evidence
+from pyro_vae.evidence.importance import summary
 from pyro_vae.numerics import effective_sample_size, log_mean_error, log_mean_exp, pareto_k
 
 
@@ -45,3 +47,47 @@ def test_the_error_of_a_log_mean_is_that_of_many():
     found, stated = log_mean_exp(w), log_mean_error(w)
     assert found.std().item() == pytest.approx(stated.square().mean().sqrt().item(), rel=0.03)  # 3 SE of the spread: 1.5 %
     assert found.mean().item() == pytest.approx(0.7**2 / 2, abs=2e-3)
+
+
+@pytest.mark.parametrize("num_particles", [100, 1000])
+@pytest.mark.parametrize("sd", [0.5, 1.0, 2.0, 10.0])
+def test_the_printed_error_is_the_spread_over_seeds_or_said_to_be_unreliable(sd, num_particles):
+    """Gaussian log-weights of 20 data, over 1000 seeds."""
+    generator = torch.Generator().manual_seed(0)
+    seeds = [sd * torch.randn(num_particles, 20, generator=generator, dtype=torch.double) for _ in range(1000)]
+    spread = torch.stack([log_mean_exp(w).mean() for w in seeds]).std().item()
+    evidences = [Evidence("test", "lower", **summary(w), num_particles=num_particles, cost=1) for w in seeds[:100]]
+    found = [(evidence.noise, evidence.is_reliable, str(evidence)) for evidence in evidences]
+    for noise, reliable, text in found:
+        assert reliable != ("not reliable" in text)
+        if reliable:
+            assert spread / 1.5 < noise < 1.5 * spread
+    if sd == 10:
+        assert not any(reliable for _, reliable, _ in found)
+    if sd == 0.5:
+        assert all(reliable for _, reliable, _ in found)
+
+
+def test_the_error_with_a_fixed_weight_is_that_of_the_others():
+    """log (w* + Σ w_k) over seeds, w* the same: what varies is the rest."""
+    generator = torch.Generator().manual_seed(0)
+    fixed = torch.full((1, 1000), 3.0).double()
+    drawn = 0.5 * torch.randn(99, 1000, generator=generator, dtype=torch.double)
+    both = torch.cat([fixed, drawn])
+    spread = log_mean_exp(both).std()
+    assert log_mean_error(both, num_fixed=1).mean() == pytest.approx(spread.item(), rel=0.1)
+    assert log_mean_error(both).mean() > 2 * spread  # as if w* had been drawn
+
+
+def test_pareto_k_of_weights_that_vanish_is_known():
+    generator = torch.Generator().manual_seed(0)
+    w = 300 * torch.randn(1000, 200, generator=generator, dtype=torch.double)
+    assert not pareto_k(w).isnan().any()
+    assert (pareto_k(w) > 0.7).all()
+    light = 0.3 * torch.randn(1000, 50, generator=generator, dtype=torch.double)
+    light[50:] = -torch.inf  # a guide most of whose draws are impossible
+    assert pareto_k(light).isfinite().all()
+    assert (pareto_k(light) < 0.7).double().mean() > 0.9
+    one = torch.full((100, 1), -torch.inf).double()
+    one[0] = 0.0
+    assert pareto_k(one).item() == torch.inf

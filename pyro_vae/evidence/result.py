@@ -6,6 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from pyro_vae.numerics import is_reliable
+
 Bound = Literal["lower", "upper", "none"]
 
 
@@ -14,10 +16,10 @@ class Evidence:
     """An estimate of log p(x) in nats, per datum: tensors ``(batch,)``.
 
     log_evidence: log ŵ, where ŵ is an average of weights. standard_error: its Monte Carlo error by the delta method, which
-    trusts the weights that it saw. bound: ``"lower"`` where E ŵ = p(x), so that E log ŵ ≤ log p(x); ``"upper"`` where
-    E 1/ŵ = 1/p(x); ``"none"`` where neither is certain. ess: effective number of the ``num_particles`` weights. pareto_k: k̂
-    of their tail, where there are enough of them. acceptance: mean rate of the accepted moves, where there were moves.
-    cost: evaluations of the model for one datum.
+    trusts the weights that it saw: see ``is_reliable``. bound: ``"lower"`` where E ŵ = p(x), so that E log ŵ ≤ log p(x);
+    ``"upper"`` where E 1/ŵ = 1/p(x); ``"none"`` where neither is certain. ess: effective number of the ``num_particles``
+    weights. pareto_k: k̂ of their tail, where there are enough of them. acceptance: mean rate of the accepted moves, where
+    there were moves. cost: evaluations of the model for one datum.
     """
 
     method: str
@@ -43,8 +45,14 @@ class Evidence:
 
     @property
     def noise(self) -> float:
-        """Monte Carlo error of the mean, as it would vary over seeds on the same data."""
+        """Monte Carlo error of the mean, as it would vary over seeds on the same data; too small where ``is_reliable`` is
+        false."""
         return (self.standard_error.double().square().sum().sqrt() / len(self.standard_error)).item()
+
+    @property
+    def is_reliable(self) -> bool:
+        """Whether ``noise`` is to be trusted, see :func:`~pyro_vae.numerics.is_reliable`."""
+        return is_reliable(self.standard_error, self.ess, self.pareto_k)
 
     def margin(self, probability: float = 1e-6) -> float:
         """b, in nats per datum: a lower bound's mean exceeds the truth by more than b with at most this ``probability``, an
@@ -64,13 +72,21 @@ class Evidence:
                 f"{self.bound} bound: {side} the mean truth by more than {self.margin():.2g} nats with probability at most 1e-6"
             )
         ess = self.ess.double()
+        error = (
+            f"{self.noise:.2g}"
+            if self.is_reliable
+            else f"not reliable (at least {self.noise:.2g}: few weights outweigh the rest)"
+        )
         lines.append(
-            f"Monte Carlo error {self.noise:.2g}; effective sample size {ess.median():.1f} of {self.num_particles} "
+            f"Monte Carlo error {error}; effective sample size {ess.median():.1f} of {self.num_particles} "
             f"(median; least {ess.min():.1f})"
         )
         if self.pareto_k is not None and not self.pareto_k.isnan().all():
-            k = self.pareto_k
-            lines.append(f"Pareto k {k.median():.2f} (median), above 0.7 for {1 - (k <= 0.7).double().mean():.0%} of the data")
+            k = self.pareto_k[~self.pareto_k.isnan()]
+            unknown = f", unknown for {len(self.pareto_k) - len(k)}" if len(k) < len(self.pareto_k) else ""
+            lines.append(
+                f"Pareto k {k.median():.2f} (median), above 0.7 for {(k > 0.7).double().mean():.0%} of the data{unknown}"
+            )
         if self.acceptance is not None:
             lines.append(f"accepted {self.acceptance.double().mean():.0%} of the moves")
         return "\n".join(lines)

@@ -4,7 +4,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vae.exact.model import ExactModel, as_vector
+from pyro_vae.exact.model import ExactModel
 
 
 class SigmoidBeliefNet(ExactModel):
@@ -28,8 +28,8 @@ class SigmoidBeliefNet(ExactModel):
         d, k = weight.shape
         super().__init__(k, d)
         self.register_buffer("weight", weight)
-        self.register_buffer("bias", as_vector(bias, d, weight))
-        self.register_buffer("prior_logits", as_vector(prior_logits, k, weight))
+        self.register_constant("bias", bias, d, weight)
+        self.register_constant("prior_logits", prior_logits, k, weight)
         self.register_buffer("states", torch.cartesian_prod(*[torch.arange(2)] * k).reshape(-1, k).to(weight))
 
     def prior(self) -> dist.TorchDistribution:

@@ -18,8 +18,8 @@ class BetaBernoulli(ExactModel):
 
     def __init__(self, num_observations: int = 1, *, concentration1: float = 1.0, concentration0: float = 1.0) -> None:
         super().__init__(1, num_observations)
-        self.register_buffer("concentration1", positive("concentration1", concentration1).reshape(1))
-        self.register_buffer("concentration0", positive("concentration0", concentration0).reshape(1))
+        self.register_constant("concentration1", positive("concentration1", concentration1), 1)
+        self.register_constant("concentration0", positive("concentration0", concentration0), 1)
 
     def prior(self) -> dist.TorchDistribution:
         return dist.Beta(self.concentration1, self.concentration0).to_event(1)
@@ -46,8 +46,8 @@ class GammaPoisson(ExactModel):
 
     def __init__(self, num_observations: int = 1, *, concentration: float = 1.0, rate: float = 1.0) -> None:
         super().__init__(1, num_observations)
-        self.register_buffer("concentration", positive("concentration", concentration).reshape(1))
-        self.register_buffer("rate", positive("rate", rate).reshape(1))
+        self.register_constant("concentration", positive("concentration", concentration), 1)
+        self.register_constant("rate", positive("rate", rate), 1)
 
     def prior(self) -> dist.TorchDistribution:
         return dist.Gamma(self.concentration, self.rate).to_event(1)

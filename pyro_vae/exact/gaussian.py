@@ -6,7 +6,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vae.exact.model import ExactModel, as_constant, as_vector, diagonal_gap, positive
+from pyro_vae.exact.model import ExactModel, diagonal_gap, positive
 
 
 class LinearGaussian(ExactModel):
@@ -53,7 +53,7 @@ class LinearGaussian(ExactModel):
         }
         self.register_buffer("weight", weight)
         for name, (value, size) in constants.items():
-            self.register_buffer(name, as_vector(value, size, weight))
+            self.register_constant(name, value, size, weight)
 
     def prior(self) -> dist.TorchDistribution:
         return dist.Normal(self.prior_loc, self.prior_scale).to_event(1)
@@ -130,7 +130,8 @@ class NormalNormal(LinearGaussian):
         prior_loc: float | Tensor = 0.0,
         prior_scale: float | Tensor = 1.0,
     ) -> None:
-        weight = torch.ones(num_observations, 1, dtype=as_constant(noise_scale).dtype)
+        dtype = noise_scale.dtype if isinstance(noise_scale, Tensor) else torch.get_default_dtype()
+        weight = torch.ones(num_observations, 1, dtype=dtype)
         super().__init__(weight, noise_scale=noise_scale, prior_loc=prior_loc, prior_scale=prior_scale)
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_vae.batches import Batch, as_arguments
+from pyro_vae.latents import Site, inspect_latents
 from pyro_vae.pair import Program, untouched
-from pyro_vae.particles import Latents, Site, values_of
+from pyro_vae.particles import values_of
 
 logger = logging.getLogger(__name__)
 _NEGLIGIBLE = 45.0  # nats below the highest point: e^-45 is below the rounding of the sum
@@ -106,7 +107,7 @@ class Grid:
                 n, levels = first, [self._level(joint, low, high, first)]
                 continue
             if agree or 2 * n - 1 > most:
-                if not agree:
+                if not (changes[-1] < self.tolerance).all():
                     logger.warning("Grid: at %d points an axis log p(x) still changes by %.1e nats", n, changes[-1].max())
                 # the middle one of three that agree is as good as the finest, and smaller
                 return levels[-2]._replace(log_evidence=levels[-1].log_evidence, error=changes[-1] + levels[-1].error)
@@ -188,8 +189,9 @@ class _Joint:
         if isinstance(model, torch.nn.Module):  # single precision would be heard in the seventh digit
             model = deepcopy(model).double()
             batch = batch.map(lambda part: part.double() if part.is_floating_point() else part)
+        with untouched(training=False, seed=0), torch.no_grad():
+            self.latents, batch = inspect_latents(model, None, batch, verb="Grid")
         self.model, self.batch, self.num_rows = model, batch, batch.num_rows
-        self.latents = Latents(model, batch)
         self.dim = self.latents.dim
         self.transforms = {name: _transform(name, site) for name, site in self.latents.sites.items()}
         if self.dim not in (1, 2):
@@ -208,7 +210,7 @@ class _Joint:
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(x, z) in nats. z: ``(G, batch, dim)`` → ``(G, batch)``."""
         with untouched(training=False, seed=0), torch.no_grad():
-            return self.latents.log_prob(self.model, self.batch, z).double()
+            return self.latents.log_joint(self.model, self.batch, z).double()
 
     def unconstrained(self, u: Tensor) -> Tensor:
         """log of the integrand over unconstrained space. u: ``(batch, G, dim)`` → ``(batch, G)``."""

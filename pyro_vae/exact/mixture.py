@@ -4,7 +4,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vae.exact.model import ExactModel, as_vector, positive
+from pyro_vae.exact.model import ExactModel, positive
 
 
 class FiniteMixture(ExactModel):
@@ -25,7 +25,8 @@ class FiniteMixture(ExactModel):
                 f"FiniteMixture: expected weights (K,) and locs (K, D) but got {tuple(weights.shape)} and {tuple(locs.shape)}"
             )
         super().__init__((), locs.shape[1])
-        self.register_buffer("weights", positive("weights", weights) / weights.sum())
+        shares = positive("weights", weights).double()
+        self.register_constant("weights", shares / shares.sum(), len(weights), weights)
         self.register_buffer("locs", locs)
         self.register_buffer("scale_trils", scale_trils.expand(*locs.shape, locs.shape[1]).clone())
 
@@ -82,12 +83,13 @@ class MixturePrior(ExactModel):
                 f"{tuple(weights.shape)}, {tuple(locs.shape)} and {tuple(weight.shape)}"
             )
         super().__init__(locs.shape[1], weight.shape[0])
-        self.register_buffer("weights", positive("weights", weights) / weights.sum())
+        shares = positive("weights", weights).double()
+        self.register_constant("weights", shares / shares.sum(), len(weights), weights)
         self.register_buffer("locs", locs)
         self.register_buffer("scale_trils", scale_trils.expand(*locs.shape, locs.shape[1]).clone())
         self.register_buffer("weight", weight)
-        self.register_buffer("noise_scale", as_vector(positive("noise_scale", noise_scale), weight.shape[0], weight))
-        self.register_buffer("bias", as_vector(bias, weight.shape[0], weight))
+        self.register_constant("noise_scale", positive("noise_scale", noise_scale), weight.shape[0], weight)
+        self.register_constant("bias", bias, weight.shape[0], weight)
 
     def prior(self) -> dist.TorchDistribution:
         components = dist.MultivariateNormal(self.locs, scale_tril=self.scale_trils)

@@ -1,15 +1,31 @@
 """What every exact model is: an ordinary Pyro model that also knows its posterior and its evidence."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from copy import deepcopy
+from functools import wraps
+from typing import Any, TypeVar
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.data import check_rows
+from pyro_vae.arrays import check_rows
 from pyro_vae.nets import Shape, as_shape
+
+T = TypeVar("T", float, Tensor, float | Tensor)
+_OF_DATA = {"posterior", "log_evidence", "mean_field", "mean_field_gap", "log_normal", "log_normal_gap"}
+
+
+def _in_dtype_of_data(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, run by the model in the dtype of the data."""
+
+    @wraps(method)
+    def run(self: "ExactModel", x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return method(self.like(x), x, *args, **kwargs)
+
+    return run
 
 
 class ExactModel(nn.Module, ABC):
@@ -24,8 +40,40 @@ class ExactModel(nn.Module, ABC):
 
     def __init__(self, latent_shape: Shape, event_shape: Shape) -> None:
         super().__init__()
+        self._exact: dict[str, Tensor] = {}
         self.latent_shape = as_shape(latent_shape) if latent_shape != () else torch.Size()
         self.event_shape = as_shape(event_shape) if event_shape != () else torch.Size()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in _OF_DATA & vars(cls).keys():
+            setattr(cls, name, _in_dtype_of_data(vars(cls)[name]))
+
+    def register_constant(self, name: str, value: float | Tensor, size: int | None = None, like: Tensor | None = None) -> None:
+        """Register a buffer, a scalar or a vector of this size. Its value is kept in double precision, so that ``.double()``
+        gives the number that was meant; the buffer is in the dtype of ``like``, of the tensor given, or the default one."""
+        exact = torch.as_tensor(value, dtype=torch.double, device="cpu").detach()
+        self._exact[name] = (exact if size is None else exact.expand(size)).clone()
+        if like is None:
+            like = value if isinstance(value, Tensor) else torch.empty(0)
+        given = value if isinstance(value, Tensor) else exact
+        self.register_buffer(name, (given if size is None else given.expand(size)).to(like).clone())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # a buffer that holds another value than the constant, such as a loaded one, is converted like any other
+        pairs = {name: (exact, self.get_buffer(name)) for name, exact in self._exact.items()}
+        held = [name for name, (exact, buffer) in pairs.items() if torch.equal(exact.to(buffer), buffer)]
+        super()._apply(fn, recurse)
+        for name in held:
+            self._buffers[name] = self._exact[name].to(self.get_buffer(name))
+        return self
+
+    def like(self, x: Any) -> "ExactModel":
+        """The model in the dtype of the data: itself, or a copy."""
+        dtypes = {b.dtype for b in self.buffers() if b.is_floating_point()}
+        if not isinstance(x, Tensor) or not x.is_floating_point() or dtypes <= {x.dtype}:
+            return self
+        return deepcopy(self).to(x.dtype)
 
     @abstractmethod
     def prior(self) -> dist.TorchDistribution:
@@ -54,13 +102,15 @@ class ExactModel(nn.Module, ABC):
         return (posterior, self.log_evidence(*args, **kwargs) * 0.0) if type(base) is family else None
 
     def forward(self, x: Tensor | None = None) -> Tensor:
-        with pyro.plate("data", 1 if x is None else len(self.checked(x)), dim=-1):
-            z = pyro.sample("z", self.prior())
-            return pyro.sample("x", self.likelihood(z), obs=x)
+        model = self.like(x)
+        with pyro.plate("data", 1 if x is None else len(model.checked(x)), dim=-1):
+            z = pyro.sample("z", model.prior())
+            return pyro.sample("x", model.likelihood(z), obs=x)
 
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x, z) in nats. z: ``(*particles, batch, *latent_shape)`` → ``(*particles, batch)``."""
-        return self.prior().log_prob(z) + self.likelihood(z).log_prob(x)
+        model = self.like(x)
+        return model.prior().log_prob(z) + model.likelihood(z).log_prob(x)
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
@@ -86,19 +136,8 @@ def diagonal_gap(precision: Tensor) -> Tensor:
     return 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision))
 
 
-def positive(name: str, value: float | Tensor) -> Tensor:
-    """A constant that must be positive, as a tensor."""
-    tensor = as_constant(value)
-    if not (tensor > 0).all():
+def positive(name: str, value: T) -> T:
+    """A constant itself. Raises ``ValueError`` where it is not positive."""
+    if not (torch.as_tensor(value) > 0).all():
         raise ValueError(f"{name}: expected a positive number but got {value}")
-    return tensor
-
-
-def as_constant(value: float | Tensor) -> Tensor:
-    """A constant of a model: a tensor keeps its dtype, a number is of the default one."""
-    return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.get_default_dtype())
-
-
-def as_vector(value: float | Tensor, size: int, like: Tensor) -> Tensor:
-    """A constant of a model as a vector, a number standing for all its entries, in the dtype and on the device of ``like``."""
-    return as_constant(value).to(like).expand(size).clone()
+    return value

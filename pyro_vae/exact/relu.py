@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.special import log_ndtr, ndtri
 
-from pyro_vae.exact.model import ExactModel, as_vector, positive
+from pyro_vae.exact.model import ExactModel, positive
 
 
 class ReluDecoder(ExactModel):
@@ -51,11 +51,13 @@ class ReluDecoder(ExactModel):
         self.register_buffer("hidden_weight", hidden_weight)
         self.register_buffer("hidden_bias", hidden_bias)
         self.register_buffer("weight", weight)
-        self.register_buffer("bias", as_vector(bias, weight.shape[0], weight))
-        self.register_buffer("noise_scale", positive("noise_scale", noise_scale).to(weight).reshape(()))
+        self.register_constant("bias", bias, weight.shape[0], weight)
+        self.register_constant("noise_scale", positive("noise_scale", noise_scale), None, weight)
         bends = hidden_weight != 0
-        points = torch.unique(-hidden_bias[bends] / hidden_weight[bends])  # sorted; units may bend at one point
-        self.register_buffer("edges", torch.cat([points.new_tensor([-math.inf]), points, points.new_tensor([math.inf])]))
+        # sorted; units may bend at one point
+        points = torch.unique(-hidden_bias[bends].double() / hidden_weight[bends].double())
+        edges = torch.cat([points.new_tensor([-math.inf]), points, points.new_tensor([math.inf])])
+        self.register_constant("edges", edges, len(edges), hidden_weight)
 
     def prior(self) -> dist.TorchDistribution:
         return dist.Normal(self.weight.new_zeros(1), 1.0).to_event(1)

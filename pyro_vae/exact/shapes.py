@@ -111,7 +111,7 @@ class Funnel(_WithoutData):
 
     def __init__(self, num_dims: int = 9, *, scale: float = 3.0) -> None:
         super().__init__(num_dims + 1, 1)
-        self.register_buffer("scale", positive("scale", scale))
+        self.register_constant("scale", positive("scale", scale))
 
     def prior(self) -> dist.TorchDistribution:
         return _FunnelDistribution(self.latent_shape[0], self.scale)
@@ -143,7 +143,9 @@ class Banana(_WithoutData):
 
     def __init__(self, *, scale: float = 2.0, curvature: float = 0.5) -> None:
         super().__init__(2, 1)
-        self.register_buffer("parameter", torch.stack([positive("scale", scale), torch.as_tensor(float(curvature))]))
+        positive("scale", scale)
+        exact = torch.tensor([float(scale), float(curvature)], dtype=torch.double)
+        self.register_constant("parameter", exact, 2, torch.empty(0))
 
     def prior(self) -> dist.TorchDistribution:
         return _BananaDistribution(2, self.parameter)

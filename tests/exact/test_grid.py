@@ -227,3 +227,16 @@ def test_models_that_a_grid_is_not_for(model, message):
 def test_bad_data():
     with pytest.raises(ValueError, match="row 1"):
         exact.Grid(discrete).log_evidence(torch.tensor([0.0, math.nan]))
+
+
+def test_a_warning_is_of_a_change_above_the_tolerance(monkeypatch, caplog):
+    """At the finest grid that is allowed: there is a warning if and only if the last halving changed log p(x) by more."""
+    model = MODELS["NormalNormal"]
+    x = model.sample(1)
+    for first, most, warned in ((33, 65, False), (17, 65, False), (5, 9, True)):
+        monkeypatch.setattr("pyro_vae.exact.grid._LEVELS", {1: (first, most)})
+        caplog.clear()
+        solution = exact.Grid(model).solve(x)
+        assert bool(caplog.records) == warned
+        off = (solution.log_evidence - model.log_evidence(x)).abs()
+        assert off < (1 if warned else 1e-7)
