@@ -6,10 +6,14 @@ import logging
 import os
 import shutil
 import sys
+import sysconfig
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro.distributions.util import is_identically_zero
@@ -134,14 +138,28 @@ def has_compiler() -> bool:
 
 def _traced(f: Callable[..., Any], tensors: list[Tensor], seed: int) -> fx.GraphModule:
     try:
-        with untouched(seed=seed), pyro.validation_enabled(False), _NoReads() as reads, _NoHiddenReads(reads):
-            Distribution._validate_args = None  # type: ignore[assignment] # off, but not as of one that was told to be off
+        with untouched(seed=seed), _without_validation(), _NoReads() as reads, _NoHiddenReads(reads):
             detached = [tensor.detach() for tensor in tensors]  # two arguments may be the same tensor
             return make_fx(f)(*detached)
     except CannotTrace:
         raise
     except Exception as error:
         raise CannotTrace(said(error)) from error
+
+
+@contextmanager
+def _without_validation() -> Iterator[None]:
+    """Neither Pyro nor torch validates in the block, since that reads the values of tensors: the caller validates in the graph.
+    Distributions that were made before, such as priors of a module, were told to validate, and are not asked to."""
+    default, of_values = Distribution._validate_args, Distribution._validate_sample
+    with pyro.validation_enabled(False):
+        Distribution._validate_args = None  # type: ignore[assignment] # off, but not as of one that was told to be off
+        Distribution._validate_sample = lambda *_: None  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            Distribution._validate_sample = of_values  # type: ignore[method-assign]
+    Distribution._validate_args = default  # Pyro puts back its own setting, which may be another than torch's
 
 
 class _NoReads(TorchFunctionMode):
@@ -197,12 +215,30 @@ def said(error: Exception) -> str:
 
 
 def _where(stack: traceback.StackSummary | None = None) -> str:
-    """The innermost line that is neither torch's, nor this file's, nor a graph's."""
-    for line in reversed(stack or traceback.extract_stack()):
-        if f"{os.sep}torch{os.sep}" not in line.filename and line.filename not in (__file__, GENERATED):
-            text = f", {line.line}" if line.line else ""  # none of what is typed at a prompt
-            return f" at {os.path.basename(line.filename)}:{line.lineno}{text}"
+    """The innermost line of the pair, of what runs inside the trace; if it has none (Pyro asks for a log-probability after the
+    run), the innermost that is neither torch's, nor this file's, nor a graph's."""
+    lines = list(stack or traceback.extract_stack())
+    began = max((i for i, line in enumerate(lines) if (line.filename, line.name) == (__file__, _traced.__name__)), default=-1)
+    inner = [line for line in reversed(lines[began + 1 :]) if line.filename not in (__file__, GENERATED)]
+    own = [line for line in inner if not _of_library(line.filename)]
+    others = [line for line in inner if f"{os.sep}torch{os.sep}" not in line.filename]
+    for line in (*own, *others):
+        text = f", {line.line}" if line.line else ""  # none of what is typed at a prompt
+        return f" at {os.path.basename(line.filename)}:{line.lineno}{text}"
     return ""
+
+
+@functools.cache
+def _of_library(filename: str) -> bool:
+    """Whether a file is Python's, torch's, Pyro's, numpy's or ours; another installed package may hold the pair."""
+    path = Path(filename)
+    if path.name.startswith("<"):  # typed at a prompt; or the code of a function that torch makes
+        return path.name == "<string>" or path.name.startswith("<frozen")
+    installed = any(part in ("site-packages", "dist-packages") for part in path.parts)
+    libraries = [Path(str(module.__file__)).parent for module in (torch, pyro, np)] + [Path(__file__).parent]
+    return any(path.is_relative_to(folder) for folder in libraries) or (
+        not installed and path.is_relative_to(sysconfig.get_path("stdlib"))
+    )
 
 
 def _log1p(e: Tensor) -> Tensor:

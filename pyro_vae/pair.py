@@ -3,12 +3,14 @@
 The terms of the ELBO are defined here, once; training reports them, evaluation averages them.
 """
 
+import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
@@ -17,9 +19,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 
 from pyro_vae.batches import Batch
+from pyro_vae.threads import exclusive
 
 Program = Callable[..., Any]
 
@@ -95,10 +99,36 @@ def run_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> tuple
     return model_trace, guide_trace
 
 
+def prior_of(model: Program) -> Program:
+    """A guide that draws the latents as the model does."""
+    return poutine.block(model, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
+
+
 def sampled(trace: Trace) -> Iterator[tuple[str, dict]]:
     """The random variables of a trace, observed and latent, by name; not subsamples of plates, nor deterministic sites."""
     for name, site in prune_subsample_sites(trace).nodes.items():
         if site["type"] == "sample" and not site["infer"].get("_deterministic"):
+            yield name, site
+
+
+def unwrapped(distribution: Any) -> Any:
+    """The distribution under ``to_event`` and ``expand``."""
+    while isinstance(distribution, torch.distributions.Independent | dist.ExpandedDistribution):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def proposal(guide_trace: Trace) -> Iterator[tuple[str, dict]]:
+    """The sites of a guide whose log-probabilities make up log q(z|x): its latent sites.
+
+    What a guide observes (``obs=``, ``pyro.factor``) shapes its training and is no part of q. An auxiliary site u is one
+    only where latents are points given u, as in autoguides; elsewhere q(z|x) is q(z|x, u), and log p(x, z) − log q(z|x, u)
+    is the log-weight.
+    """
+    latents = [(name, site) for name, site in sampled(guide_trace) if not site["is_observed"]]
+    points = any(isinstance(unwrapped(s["fn"]), dist.Delta) for _, s in latents if not s["infer"].get("is_auxiliary"))
+    for name, site in latents:
+        if points or not site["infer"].get("is_auxiliary"):
             yield name, site
 
 
@@ -107,16 +137,13 @@ def elbo_terms(
 ) -> ElboTerms:
     """The terms of one run of a pair, one per datum.
 
-    :param plates: names of the data plates, whose rows are data: see :func:`data_plates`. Where there are none the run must
-        be over all data at once.
-    :param num_data: N, over which what lies outside the data plates is shared out.
-    :param num_particles: particles in the traces, where they are vectorized: terms are averaged over them.
+    :param plates: names of the data plates, whose rows are data. Without one the run must be over all data at once.
+    :param num_data: N; sites outside the data plates are divided evenly among the N data.
+    :param num_particles: particles in the traces, if they are vectorized: terms are averaged over them.
     """
-    model, guide = sum_sites(model_trace, plates), sum_sites(guide_trace, plates)
-    log_q = guide.latent + guide.observed  # a factor in a guide is part of log q
-    shared_log_q = guide.shared_latent + guide.shared_observed
+    model, guide = sum_sites(sampled(model_trace), plates), sum_sites(proposal(guide_trace), plates)
     reconstruction = (model.observed + model.shared_observed / num_data) / num_particles
-    kl = (log_q - model.latent + (shared_log_q - model.shared_latent) / num_data) / num_particles
+    kl = (guide.latent - model.latent + (guide.shared_latent - model.shared_latent) / num_data) / num_particles
     reconstruction, kl = torch.broadcast_tensors(torch.atleast_1d(reconstruction), torch.atleast_1d(kl))
     if not plates:
         reconstruction, kl = reconstruction.expand(num_data), kl.expand(num_data)
@@ -133,16 +160,17 @@ class SiteSums(NamedTuple):
     shared_latent: Tensor
 
 
-def sum_sites(trace: Trace, plates: frozenset[str], *, particle_dim: int | None = None) -> SiteSums:
+def sum_sites(sites: Iterable[tuple[str, dict]], plates: frozenset[str], *, particle_dim: int | None = None) -> SiteSums:
     """Sums of log-probabilities, one for each datum where sites lie in data plates.
 
-    A plate within a datum that subsamples counts for its full size. Other scales (the data set's N/B, annealing,
+    A plate within a datum that subsamples counts for its full size. Other scales (N/B of the data set, annealing,
     ``poutine.scale``) are stripped.
 
-    :param particle_dim: batch dimension along which particles lie that are to be kept apart.
+    :param sites: of a trace: :func:`sampled` or :func:`proposal`.
+    :param particle_dim: batch dimension of the particles, which is kept.
     """
     sums = dict.fromkeys(SiteSums._fields, torch.zeros(()))
-    for _, site in sampled(trace):
+    for _, site in sites:
         log_prob = site.get("unscaled_log_prob")  # a loss may have asked for it before
         if log_prob is None:
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
@@ -171,89 +199,87 @@ def sum_to(log_prob: Tensor, kept: list[int]) -> Tensor:
     return log_prob.reshape(-1, *log_prob.shape[log_prob.dim() - len(kept) :]).sum(0)
 
 
-def data_plates(model: Program, guide: Program, batch: Batch) -> frozenset[str]:
-    """Names of the model's data plates: those with one row for each row of the batch.
+class Recorded(Messenger):
+    """A handler that keeps the traces of its runs, parameters too."""
 
-    A plate over something else may have that size by accident, but only a data plate follows the data: the model is run on
-    another number of rows too. It is run untouched, in evaluation mode.
-    """
-    first, *rest = range(batch.num_rows)
-    other = batch.map(lambda part: part[rest or [first, first]])
-    with untouched(training=False), torch.no_grad():
-        sizes = _plate_sizes(model, guide, batch)
-        plates = {name for name, size in sizes.items() if batch.num_rows in size}
-        if plates:
-            try:
-                others = _plate_sizes(model, guide, other)
-            except Exception:  # a model written for one batch size
-                return frozenset(plates)
-            plates = {name for name in plates if others.get(name) != sizes[name]}
-    return frozenset(plates)
-
-
-def _plate_sizes(model: Program, guide: Program, batch: Batch) -> dict[str, tuple[int, int]]:
-    try:
-        trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
-    except NotImplementedError:  # a prior that cannot be sampled: the guide says where its latents are
-        trace, _ = run_pair(model, guide, *batch.args, **batch.kwargs)
-    return {
-        frame.name: (frame.size, frame.full_size)
-        for site in trace.nodes.values()
-        if site["type"] == "sample"
-        for frame in site["cond_indep_stack"]
-        if frame.vectorized
-    }
-
-
-def check_plates(plates: frozenset[str], batch: Batch, num_data: int) -> None:
-    """Raise ``ValueError`` where a minibatch cannot be told from the whole data set."""
-    if not plates and batch.num_rows < num_data:
-        raise ValueError(
-            f"pair: the model has no vectorized plate of the batch's {batch.num_rows} rows, so a minibatch cannot be scaled to "
-            f'the {num_data} data; put what each datum has in `with pyro.plate("data", len(x))`, or pass batch_size=None'
-        )
-
-
-class Reweighted(Messenger):
-    """A handler that makes a minibatch stand for the whole data set, and anneals: sites in data plates are scaled by N/B,
-    latent sites by β. It keeps the traces of its runs.
-
-    A plate that subsamples from a larger size scales its sites itself and is left alone.
-    """
-
-    def __init__(self, plates: frozenset[str], *, num_rows: int, num_data: int, beta: float | Tensor = 1.0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.plates, self.num_rows, self.num_data, self.beta = plates, num_rows, num_data, beta
         self.traces: deque[Trace] = deque()
 
-    def __enter__(self) -> "Reweighted":
+    def __enter__(self) -> "Recorded":
         self.traces.append(Trace())
         return super().__enter__()
-
-    def _pyro_sample(self, msg: dict) -> None:
-        for frame in msg["cond_indep_stack"]:
-            if frame.name in self.plates and frame.full_size == self.num_rows:
-                msg["scale"] = msg["scale"] * (self.num_data / self.num_rows)
-        if not msg["is_observed"]:
-            msg["scale"] = msg["scale"] * self.beta
 
     def _pyro_post_sample(self, msg: dict) -> None:
         self.traces[-1].add_node(msg["name"], **msg.copy())
 
+    def _pyro_post_param(self, msg: dict) -> None:
+        if msg["name"] not in self.traces[-1].nodes:
+            self.traces[-1].add_node(msg["name"], **msg.copy())
+
+
+class Reweighted(Recorded):
+    """A handler that makes a minibatch stand for the whole data set, and anneals: sites in data plates are scaled by N/B,
+    latent sites by β. It keeps the traces of its runs.
+
+    A plate that subsamples from a larger size scales its sites itself and is left alone, and so is a site that the pair
+    scales by N/B itself.
+
+    :param scaled: names of the sites that the pair scales by N/B itself, see :attr:`Structure.scaled`.
+    :param strip: remove ``poutine.scale`` of the pair: what is reported is never annealed.
+    """
+
+    def __init__(
+        self,
+        plates: frozenset[str],
+        *,
+        num_rows: int,
+        num_data: int,
+        beta: float | Tensor = 1.0,
+        scaled: frozenset[str] = frozenset(),
+        strip: bool = False,
+    ) -> None:
+        super().__init__()
+        self.plates, self.num_rows, self.num_data, self.beta = plates, num_rows, num_data, beta
+        self.scaled, self.strip = scaled, strip
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if self.strip:
+            msg["scale"] = subsampling_scale(msg)
+        if self.strip or msg["name"] not in self.scaled:
+            for frame in msg["cond_indep_stack"]:
+                if frame.name in self.plates and frame.full_size in (self.num_rows, -1):
+                    msg["scale"] = msg["scale"] * (self.num_data / self.num_rows)
+        if not msg["is_observed"]:
+            msg["scale"] = msg["scale"] * self.beta
+
+
+def subsampling_scale(site: dict) -> float:
+    """The scale that plates give a site by subsampling: the product of full size over size."""
+    return math.prod(frame.full_size / frame.size for frame in site["cond_indep_stack"])
+
 
 @contextmanager
 def untouched(*, training: bool | None = None, seed: int | None = None) -> Iterator[Mapping[nn.Module, bool]]:
-    """Run a pair and leave no mark: random states, Pyro's param store, training flags and buffers of every module
-    that ran (batch normalization's averages) are put back, and nothing that autocast keeps is shared with what is around it:
-    it does not see that parameters move. Yields the modules that ran, and whether gradients were on.
+    """Run a pair and restore what it changed: random states, Pyro's param store, training flags, buffers and
+    ``requires_grad`` of every module that ran, and torch's default validation of distributions. The cache of autocast is
+    cleared, since it does not see that parameters move. Yields the modules that ran, and whether gradients were on.
 
     :param training: run the modules in training mode or in evaluation mode; ``None`` leaves them as they are.
     :param seed: seed of the noise inside; ``None`` starts from the caller's random state.
+    :raises RuntimeError: where another thread trains; other threads that run a pair are waited for.
     """
-    if seed is not None and not 0 <= seed < 2**32:
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**32):
         raise ValueError(f"seed: expected a whole number from 0 to 2³² − 1 but got {seed!r}")
+    with exclusive(), _restored(training, seed) as ran:
+        yield ran
+
+
+@contextmanager
+def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Module, bool]]:
     ran: dict[nn.Module, bool] = {}
     flags: dict[nn.Module, bool] = {}
+    trained: dict[nn.Parameter, bool] = {}  # Pyro's param store sets requires_grad of what it registers (pyro#3438)
     buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []
 
     def enter(module: nn.Module, _: Any) -> None:
@@ -262,6 +288,8 @@ def untouched(*, training: bool | None = None, seed: int | None = None) -> Itera
             for name, buffer in module._buffers.items():
                 kept = None if buffer is None or is_lazy(buffer) else buffer.clone()
                 buffers.append((module, name, buffer, kept))
+            for parameter in module.parameters():
+                trained.setdefault(parameter, parameter.requires_grad)
             if training is not None:
                 module.training = training
         ran[module] = ran.get(module, False) or torch.is_grad_enabled()
@@ -270,6 +298,8 @@ def untouched(*, training: bool | None = None, seed: int | None = None) -> Itera
     # a global hook, for this block only: it is what reaches the networks that a plain function closes over
     hook = nn.modules.module.register_module_forward_pre_hook(enter)
     state = pyro.util.get_rng_state()
+    validate = Distribution._validate_args
+    references = {p: p.__dict__["unconstrained"] for p in store._params.values() if "unconstrained" in p.__dict__}
     torch.clear_autocast_cache()
     try:
         with torch.random.fork_rng(), store.scope(store.get_state()):
@@ -280,6 +310,11 @@ def untouched(*, training: bool | None = None, seed: int | None = None) -> Itera
         hook.remove()
         torch.clear_autocast_cache()
         pyro.util.set_rng_state(state)
+        Distribution.set_default_validate_args(validate)
+        for parameter, reference in references.items():  # get_state removes them, and a step in progress needs them
+            parameter.unconstrained = reference
+        for parameter, was_trained in trained.items():
+            parameter.requires_grad_(was_trained)
         for module, was_training in flags.items():
             module.training = was_training
         with torch.no_grad():
@@ -288,6 +323,30 @@ def untouched(*, training: bool | None = None, seed: int | None = None) -> Itera
                 # a buffer that was not written may not bear it: one that is an expanded number
                 if buffer is not None and kept is not None and not torch.equal(buffer, kept):
                     buffer.copy_(kept)
+
+
+@contextmanager
+def frozen_parameters_kept() -> Iterator[Mapping[nn.Module, bool]]:
+    """Keep the frozen parameters of the modules that run in the block frozen, and without gradients.
+
+    Pyro's param store sets ``requires_grad`` of what it registers, so those of a PyroModule would be trained (pyro#3438).
+    Yields the modules that ran, and whether gradients were on.
+    """
+    frozen: set[nn.Parameter] = set()
+    ran: dict[nn.Module, bool] = {}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        frozen.update(p for p in module.parameters() if not p.requires_grad)
+        ran[module] = ran.get(module, False) or torch.is_grad_enabled()
+
+    hook = nn.modules.module.register_module_forward_pre_hook(enter)
+    try:
+        yield ran
+    finally:
+        hook.remove()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+            parameter.grad = None
 
 
 def make_parameters(model: Program, guide: Program, batch: Batch) -> list[nn.Module]:

@@ -200,7 +200,7 @@ def _lower_products() -> None:
 
 @functools.cache
 def _source() -> str:
-    return (Path(__file__).parent / "product.cpp").read_text()
+    return (Path(__file__).parent / "product.cpp").read_text(encoding="utf-8")
 
 
 def _replace_products(graph: fx.Graph, *, large_only: bool) -> None:

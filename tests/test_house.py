@@ -12,10 +12,15 @@ import pyro_vae
 PACKAGE = Path(pyro_vae.__file__).parent
 # From the ground up; a module imports from lower floors only, and neighbours do not import each other.
 FLOORS = (
-    ("nets", "data", "numerics", "files", "signals", "simplify"),
+    ("nets", "arrays", "numerics", "files", "signals", "simplify", "threads"),
+    ("data",),
     ("batches", "conditionals", "products"),
     ("pair", "priors", "flows"),
     ("vae", "particles", "graphs"),
+    ("structure",),
+    ("problems",),
+    ("check",),
+    ("latents",),
     ("exact", "weights", "checkpoint"),
     ("infer", "evidence"),
     ("diagnostics",),

@@ -300,8 +300,8 @@ def word_guide(x):
 @pytest.mark.parametrize(
     ("model", "guide", "message"),
     [
-        (summed, elsewhere, r"'z' has event shape \(3,\).*but \(2,\)"),
-        (words, flat_guide, "'z' has event shape"),
+        (summed, elsewhere, r"'z' has event_shape \(3,\) but in the model \(2,\)"),
+        (words, flat_guide, r"the plates of 'z' have dimensions \[-1\] but in the model \[-2\]"),
         (some_words, word_guide, "draws 2 of its 5 rows"),
     ],
     ids=["another shape", "another plate", "some of the words"],

@@ -10,11 +10,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae.batches import Batch, slices
+from pyro_vae.batches import Batch, as_arguments, slices
 from pyro_vae.diagnostics.compare import LEVELS
 from pyro_vae.evidence import simulate
+from pyro_vae.latents import inspect_latents
 from pyro_vae.pair import Program, untouched
-from pyro_vae.particles import Latents
 
 _BINS = 20
 _ROWS = 50  # data at a time
@@ -99,7 +99,14 @@ class Calibration:
 
 
 def calibration(
-    model: Program, guide: Program, *args: Any, num_simulations: int = 1000, num_draws: int = 99, seed: int = 0, **kwargs: Any
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_simulations: int = 1000,
+    num_draws: int = 99,
+    seed: int = 0,
+    check: bool = True,
+    **kwargs: Any,
 ) -> Calibration:
     """Simulation-based calibration (Talts et al. 2018), interval coverage and TARP, of an amortized guide.
 
@@ -115,19 +122,19 @@ def calibration(
             f"calibration: expected num_draws + 1 to be a multiple of {_BINS}, such as 99, and {5 * _BINS} simulations or "
             f"more, but got {num_draws} and {num_simulations}"
         )
-    whole = Batch(args, kwargs).map(lambda part: part[torch.arange(num_simulations) % len(part)])
-    data = simulate(model, *whole.args, seed=seed, **whole.kwargs)
+    whole = as_arguments(args, kwargs).map(lambda part: part[torch.arange(num_simulations) % len(part)])
+    data = simulate(model, *whole.args, seed=seed, check=check, **whole.kwargs)
     with untouched(training=False, seed=seed + 1), torch.no_grad():
-        latents = Latents(model, data.batch)
+        latents, given = inspect_latents(model, guide, data.batch, verb="calibration", check=check)
         true = latents.flat(data.latents, 1, num_simulations)[0]
         names = []
         for name, site in latents.sites.items():
             size = site.shape.numel()
             names += [name] if size == 1 else [f"{name}[{i}]" for i in range(size)]
-        reference = _reference(data.batch, true)
+        reference = _reference(given, true)
         ranks = []
         for rows in slices(num_simulations, _ROWS):
-            batch, z_true = data.batch.rows(rows), true[rows]
+            batch, z_true = given.rows(rows), true[rows]
             z, _ = latents.draw(guide, batch, num_draws)
             both = torch.cat([z_true.unsqueeze(0), z])
             log_prior, log_joint = latents.log_prior_and_joint(model, batch, both)

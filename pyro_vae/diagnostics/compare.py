@@ -13,9 +13,9 @@ from pyro_vae.batches import Batch, as_arguments
 from pyro_vae.diagnostics.drawing import draw_posteriors, draw_ranking
 from pyro_vae.diagnostics.families import UnknownFamily, as_gaussian, wasserstein
 from pyro_vae.diagnostics.gap import GapSplit, split_gap
+from pyro_vae.latents import inspect_latents
 from pyro_vae.numerics import covariance
 from pyro_vae.pair import Program, untouched
-from pyro_vae.particles import Latents
 
 LEVELS = (0.5, 0.9, 0.95)
 _MAX_DRAWS = 2**21
@@ -99,7 +99,14 @@ class GuideComparison:
 
 
 def compare(
-    exact_model: Any, guide: Program, x: Tensor, *, num_particles: int = 10_000, split: bool = True, seed: int = 0
+    exact_model: Any,
+    guide: Program,
+    x: Tensor,
+    *,
+    num_particles: int = 10_000,
+    split: bool = True,
+    seed: int = 0,
+    check: bool = True,
 ) -> Comparison:
     """Hold a guide against a model that knows its posterior. Nothing is trained, nothing is moved.
 
@@ -120,7 +127,7 @@ def compare(
         raise ValueError(f"compare: expected num_particles ≥ 2, for standard errors, but got {num_particles}")
     (x,) = as_arguments((x,), {}).args
     rows = x.split(max(1, _MAX_DRAWS // num_particles))  # data are independent, and the draws of all might not fit in memory
-    parts = [_compare_rows(exact_model, guide, part, num_particles, split, seed) for part in rows]
+    parts = [_compare_rows(exact_model, guide, part, num_particles, split, seed, check) for part in rows]
     splits = [part.pop("split") for part in parts]
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return Comparison(**columns, split=_joined(splits), _pair=(exact_model, guide, x))
@@ -135,20 +142,22 @@ def _joined(splits: list[GapSplit | None]) -> GapSplit | None:
     return GapSplit(**joined, steps=max(split.steps for split in known))
 
 
-def _compare_rows(exact_model: Any, guide: Program, x: Tensor, num_particles: int, split: bool, seed: int) -> dict[str, Any]:
+def _compare_rows(
+    exact_model: Any, guide: Program, x: Tensor, num_particles: int, split: bool, seed: int, check: bool
+) -> dict[str, Any]:
     """The fields of a :class:`Comparison` for some data."""
     batch = Batch((x,), {})
     log_evidence, posterior = exact_model.log_evidence(x), exact_model.posterior(x)
     if getattr(posterior.support, "is_discrete", False):
         raise ValueError("compare: the posterior is discrete; expected continuous latents")
     with untouched(training=False, seed=seed), torch.no_grad():
-        latents = Latents(exact_model, batch)
+        latents, batch = inspect_latents(exact_model, guide, batch, verb="compare", check=check)
         z_q, log_q = latents.draw(guide, batch, num_particles)
-        log_p = latents.log_prob(exact_model, batch, z_q) - log_evidence
+        log_p = latents.log_joint(exact_model, batch, z_q) - log_evidence
         drawn = posterior.sample((num_particles,))
         z_p = drawn.reshape(num_particles, len(x), -1)
         try:
-            forward = posterior.log_prob(drawn) - latents.log_prob(guide, batch, z_p)
+            forward = posterior.log_prob(drawn) - latents.log_q(guide, batch, z_p)
         except (KeyError, NotImplementedError):  # a guide that tells the density of its own draws only, as planar flows do
             forward = torch.full_like(log_p, math.nan)
         gaussians = _gaussians(latents.distribution(guide, batch), posterior, z_q[:2], log_q[:2])

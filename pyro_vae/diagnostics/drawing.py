@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_vae.batches import Batch
+from pyro_vae.latents import inspect_latents
 from pyro_vae.pair import Program, untouched
-from pyro_vae.particles import Latents
 
 _MASSES = (0.95, 0.5)
 
@@ -48,7 +48,7 @@ def _draw_row(axes: list[Axes], exact_model: Any, guides: Mapping[str, Program],
     batch, n = Batch((x,), {}), 4000
     posterior = exact_model.posterior(x)
     with untouched(training=False, seed=0):
-        latents = Latents(exact_model, batch)
+        latents, batch = inspect_latents(exact_model, None, batch, verb="plot")
         z = posterior.sample((n,)).reshape(n, len(x), -1)
         draws = {name: latents.draw(guide, batch, n)[0] for name, guide in guides.items()}
         if latents.dim > 2:
@@ -56,7 +56,7 @@ def _draw_row(axes: list[Axes], exact_model: Any, guides: Mapping[str, Program],
         grid, shape = _grid([z, *draws.values()], 200 if latents.dim == 1 else 70)
         densities = {"exact": posterior.log_prob(grid.reshape(*grid.shape[:2], *posterior.event_shape))}
         try:
-            densities |= {name: latents.log_prob(guide, batch, grid) for name, guide in guides.items()}
+            densities |= {name: latents.log_q(guide, batch, grid) for name, guide in guides.items()}
         except (KeyError, NotImplementedError):  # a guide that tells the density of its own draws only
             return _draw_scatter(axes, z, draws)
     for i, ax in enumerate(axes):

@@ -7,23 +7,25 @@ import torch
 from torch import Tensor
 
 from pyro_vae.batches import as_arguments
+from pyro_vae.latents import inspect_latents
 from pyro_vae.numerics import pareto_k
 from pyro_vae.pair import Program, untouched
-from pyro_vae.particles import Latents
 
 
 def posterior_draws(
-    model: Program, guide: Program, *args: Any, num_draws: int = 1000, seed: int = 0, **kwargs: Any
+    model: Program, guide: Program, *args: Any, num_draws: int = 1000, seed: int = 0, check: bool = True, **kwargs: Any
 ) -> dict[str, Tensor]:
     """Draws z ~ q(z|x) of each latent site, ``(num_draws, batch, *shape)``."""
     batch = as_arguments(args, kwargs)
     with untouched(training=False, seed=seed), torch.no_grad():
-        latents = Latents(model, batch)
+        latents, batch = inspect_latents(model, guide, batch, verb="posterior_draws", check=check)
         z, _ = latents.draw(guide, batch, num_draws)
         return {name: part for name, _, part in latents.split(z)}
 
 
-def to_arviz(model: Program, guide: Program, *args: Any, num_draws: int = 1000, seed: int = 0, **kwargs: Any) -> Any:
+def to_arviz(
+    model: Program, guide: Program, *args: Any, num_draws: int = 1000, seed: int = 0, check: bool = True, **kwargs: Any
+) -> Any:
     """A guide's draws as ArviZ has them (a ``DataTree``): group ``posterior``, one chain, with the dimension ``data``; group
     ``sample_stats`` with the log-weight log p(x, z) − log q(z|x) of each draw, and k̂ of each datum.
 
@@ -35,9 +37,9 @@ def to_arviz(model: Program, guide: Program, *args: Any, num_draws: int = 1000, 
         raise ImportError("to_arviz: arviz-base is not installed; pip install arviz-base") from error
     batch = as_arguments(args, kwargs)
     with untouched(training=False, seed=seed), torch.no_grad():
-        latents = Latents(model, batch)
+        latents, batch = inspect_latents(model, guide, batch, verb="to_arviz", check=check)
         z, log_q = latents.draw(guide, batch, num_draws)
-        log_weight = latents.log_prob(model, batch, z) - log_q
+        log_weight = latents.log_joint(model, batch, z) - log_q
     sites = {name: part.cpu().numpy()[np.newaxis] for name, _, part in latents.split(z)}
     stats = {"log_weight": log_weight.cpu().numpy()[np.newaxis]}
     dims = {name: ["data", *(f"{name}_{i}" for i in range(part.ndim - 3))] for name, part in sites.items()}

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.batches import as_arguments
+from pyro_vae.latents import inspect_latents
 from pyro_vae.pair import Program, untouched
-from pyro_vae.particles import Latents
 
 
 class FreeEnergy(NamedTuple):
@@ -27,14 +27,14 @@ class FreeEnergy(NamedTuple):
 
 
 def free_energy(
-    model: Program, guide: Program, *args: Any, num_particles: int = 1000, seed: int = 0, **kwargs: Any
+    model: Program, guide: Program, *args: Any, num_particles: int = 1000, seed: int = 0, check: bool = True, **kwargs: Any
 ) -> FreeEnergy:
     """The free energy of a pair per datum. args: those of model and guide, ``(batch, *event)``."""
     batch = as_arguments(args, kwargs)
     with untouched(training=False, seed=seed), torch.no_grad():
-        latents = Latents(model, batch)
+        latents, batch = inspect_latents(model, guide, batch, verb="free_energy", check=check)
         z, log_q = latents.draw(guide, batch, num_particles)
-        energies = -latents.log_prob(model, batch, z)
+        energies = -latents.log_joint(model, batch, z)
         entropy = _entropy(latents.distribution(guide, batch), batch.num_rows)
     if entropy is None:
         entropy, terms = -log_q.mean(0), energies + log_q
@@ -75,11 +75,11 @@ class PointwiseIdentity(NamedTuple):
 def pointwise_identity(exact_model: Any, guide: Program, x: Tensor, z: Tensor) -> PointwiseIdentity:
     """The identity at any z: ``(particles, batch, *latent)``. ``log_evidence`` is the same number in every row."""
     batch = as_arguments((x,), {})
-    (x,) = batch.args
     with untouched(training=False), torch.no_grad():
-        latents = Latents(exact_model, batch)
+        latents, batch = inspect_latents(exact_model, guide, batch, verb="pointwise_identity")
+        (x,) = batch.args
         flat = z.reshape(*z.shape[:2], -1)
-        log_joint = latents.log_prob(exact_model, batch, flat)
-        log_q = latents.log_prob(guide, batch, flat)
+        log_joint = latents.log_joint(exact_model, batch, flat)
+        log_q = latents.log_q(guide, batch, flat)
         log_posterior = exact_model.posterior(x).log_prob(z)
     return PointwiseIdentity(log_joint - log_posterior, log_joint - log_q, log_q - log_posterior)

@@ -14,7 +14,7 @@ from torch.distributions.transforms import identity_transform
 
 from pyro_vae.conditionals import Conditional, LogNormal, MultivariateNormal, Normal
 from pyro_vae.nets import as_shape
-from pyro_vae.particles import unwrapped
+from pyro_vae.pair import unwrapped
 
 # Families that are known by the names of their parameters; those of a guide's distribution are read from its attributes.
 _PARAMETERS: dict[type, tuple[str, ...]] = {
@@ -145,7 +145,10 @@ def _reached(conditional: Conditional) -> type | None:
     if type(conditional) is MultivariateNormal:
         return dist.MultivariateNormal
     if type(conditional) in (Normal, LogNormal):
-        free = "log_scale" in conditional.readout and conditional.loc_transform == identity_transform
+        free = (
+            not {"log_scale", "log_variance"}.isdisjoint(conditional.readout)
+            and conditional.loc_transform == identity_transform
+        )
         return getattr(dist, type(conditional).__name__) if free else None
     return None
 

@@ -15,8 +15,8 @@ from pyro_vae.batches import Batch, as_arguments
 from pyro_vae.conditionals import Conditional
 from pyro_vae.diagnostics.families import Family, Freed, as_gaussian, is_same
 from pyro_vae.exact import ExactModel
+from pyro_vae.latents import inspect_latents
 from pyro_vae.pair import Program, untouched
-from pyro_vae.particles import Latents
 
 logger = logging.getLogger(__name__)
 Shifts = Mapping[str, dict[str, Tensor]]
@@ -47,6 +47,7 @@ def split_gap(
     tolerance: float = 1e-3,
     max_steps: int = 5000,
     seed: int = 0,
+    check: bool = True,
     **kwargs: Any,
 ) -> GapSplit:
     """Split the gap of a guide per datum (Cremer et al. 2018).
@@ -69,6 +70,7 @@ def split_gap(
     :param tolerance: nats per datum that a hundred steps must gain.
     :param max_steps: of the search, before the last five hundred; a warning is logged where they did not suffice.
     :param seed: of the draws.
+    :param check: ``False`` runs a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
     :raises ValueError: for a guide whose family is not known by its parameters, or ``log_evidence`` of another length.
     """
     batch = as_arguments(args, kwargs)
@@ -81,7 +83,7 @@ def split_gap(
             f"split_gap: log_evidence has shape {tuple(log_evidence.shape)}; expected ({batch.num_rows},), one number a datum"
         )
     with untouched(training=False, seed=seed):
-        pair = _Pair(model, guide, batch)
+        pair = _Pair(model, guide, batch, check=check)
         if log_evidence is not None and (known := _closed_form(pair, log_evidence, num_particles)):
             return known
         best, steps = _search(pair, tolerance, max_steps)
@@ -102,9 +104,10 @@ def split_gap(
 class _Pair:
     """A pair whose guide's families are free: its ELBO at any shifts of their parameters. ``start`` is the guide itself."""
 
-    def __init__(self, model: Program, guide: Program, batch: Batch) -> None:
-        self.model, self.guide, self.batch = model, guide, batch
-        self.latents = Latents(model, batch)
+    def __init__(self, model: Program, guide: Program, batch: Batch, *, check: bool = True) -> None:
+        self.model, self.guide = model, guide
+        self.latents, batch = inspect_latents(model, guide, batch, verb="split_gap", check=check)
+        self.batch = batch
         with torch.no_grad():
             self.drawn = self.latents.draw(guide, batch, 2)  # a guide that has no log q(z|x) says so
             calls: list[tuple[Conditional, Any]] = []
@@ -144,7 +147,7 @@ class _Pair:
     def elbo(self, shifts: Shifts, num_particles: int) -> Tensor:
         """log p(x, z) − log q(z) at draws of the families: ``(particles, batch)``."""
         z, log_q = self.latents.draw(self.freed(shifts), self.batch, num_particles)
-        return self.latents.log_prob(self.model, self.batch, z) - log_q
+        return self.latents.log_joint(self.model, self.batch, z) - log_q
 
     @torch.no_grad()
     def kind(self) -> type | None:

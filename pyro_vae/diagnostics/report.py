@@ -43,7 +43,8 @@ class Diagnosis:
             f"ELBO {self.elbo.mean:.2f}, IWAE-{self.importance.num_particles} {self.importance.mean:.2f} nats per datum, "
             f"{len(k)} data: KL(q||p) is {gap.double().mean():.2f} or more",
             "GUIDE AS A PROPOSAL",
-            f"Pareto k: good (below 0.5) {good:.0%}, usable (below 0.7) {usable:.0%}, bad {bad:.0%}; median {k.median():.2f}",
+            f"Pareto k: good (below 0.5) {good:.0%}, usable (below 0.7) {usable:.0%}, bad {bad:.0%}; "
+            f"median {k.nanmedian():.2f}",
             "worst data: " + ", ".join(f"{i} ({k[i]:.2f})" for i in self.worst(8).tolist()),
         ]
         if self.usage is not None:
@@ -60,6 +61,7 @@ def diagnose(
     num_particles: int = 1000,
     num_simulations: int = 1000,
     seed: int = 0,
+    check: bool = True,
     **kwargs: Any,
 ) -> Diagnosis:
     """The cheap diagnostics of a pair: ELBO and importance-weighted bound, Pareto k̂ per datum, the use of the latent
@@ -71,18 +73,18 @@ def diagnose(
     """
     batch = as_arguments(args, kwargs)
     notes: list[str] = []
-    options: dict[str, Any] = {"seed": seed, **batch.kwargs}
+    options: dict[str, Any] = {"seed": seed, "check": check, **batch.kwargs}
     lower = elbo(model, guide, *batch.args, num_particles=num_particles, **options)
     weighted = importance(model, guide, *batch.args, num_particles=num_particles, **options)
     usage: LatentUsage | None = None
     calibrated: Calibration | None = None
     try:
         usage = latent_usage(model, guide, *batch.args, **options)
-    except (ValueError, NotImplementedError) as reason:
-        notes.append(f"latent dimensions: {reason}")
+    except Exception as reason:  # of the user's pair; the other parts are computed all the same
+        notes.append(f"latent dimensions: not computed: {type(reason).__name__}: {reason}")
     if num_simulations:
         try:
             calibrated = calibration(model, guide, *batch.args, num_simulations=num_simulations, **options)
-        except (ValueError, NotImplementedError) as reason:
-            notes.append(f"calibration: {reason}")
+        except Exception as reason:
+            notes.append(f"calibration: not computed: {type(reason).__name__}: {reason}")
     return Diagnosis(lower, weighted, usage, calibrated, tuple(notes))

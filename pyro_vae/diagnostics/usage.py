@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vae.batches import as_arguments
-from pyro_vae.pair import Program, untouched
-from pyro_vae.particles import Latents, unwrapped
+from pyro_vae.latents import inspect_latents
+from pyro_vae.pair import Program, untouched, unwrapped
 
 _DRAWS = 100
 
@@ -60,7 +60,7 @@ class LatentUsage:
         return "\n".join(lines)
 
 
-def latent_usage(model: Program, guide: Program, *args: Any, seed: int = 0, **kwargs: Any) -> LatentUsage:
+def latent_usage(model: Program, guide: Program, *args: Any, seed: int = 0, check: bool = True, **kwargs: Any) -> LatentUsage:
     """What the guide of a pair with one latent site uses it for, on these data.
 
     The aggregate posterior is the mixture of q(z|x_n) over the N data that are given, evaluated at a draw for each of them: N²
@@ -74,14 +74,14 @@ def latent_usage(model: Program, guide: Program, *args: Any, seed: int = 0, **kw
     if n < 2:
         raise ValueError(f"latent_usage: expected two data or more but got {n}")
     with untouched(training=False, seed=seed), torch.no_grad():
-        latents = Latents(model, batch)
+        latents, batch = inspect_latents(model, guide, batch, verb="latent_usage", check=check)
         if len(latents.sites) != 1:
             raise ValueError(f"latent_usage: expected one latent site but the model has {', '.join(latents.sites) or 'none'}")
         z, log_q = latents.draw(guide, batch, _DRAWS)
         one, log_own = z[0], log_q[0]
         log_prior, _ = latents.log_prior_and_joint(model, batch, one.unsqueeze(0))
         # row i: z_i under q(·|x_n) of every n
-        each = [latents.log_prob(guide, batch, one[i : i + 50].unsqueeze(1).expand(-1, n, -1)) for i in range(0, n, 50)]
+        each = [latents.log_q(guide, batch, one[i : i + 50].unsqueeze(1).expand(-1, n, -1)) for i in range(0, n, 50)]
         log_marginal = torch.cat(each).double().logsumexp(1) - math.log(n)
         (site,) = latents.sites.values()
         kl = _kl(latents.distribution(guide, batch), site.fn, n, latents.dim)

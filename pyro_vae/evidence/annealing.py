@@ -18,7 +18,8 @@ from pyro_vae.evidence.result import Bound, Evidence, Sandwich
 from pyro_vae.evidence.simulate import Simulated, simulate
 from pyro_vae.numerics import log_mean_exp
 from pyro_vae.pair import Program, untouched
-from pyro_vae.weights import Weigher, check_particles, counted_bytes, prior_of
+from pyro_vae.structure import counted_bytes
+from pyro_vae.weights import check_particles
 
 Schedule = Literal["uniform", "sigmoid", "fitted"] | Tensor
 Walk = Callable[[Path, Tensor, Transition, tqdm], dict[str, Tensor]]
@@ -35,6 +36,7 @@ def ais(
     transition: Transition | None = None,
     max_bytes: int = MAX_BYTES,
     seed: int = 0,
+    check: bool = True,
     progress: bool | None = None,
     resume: FilePath | str | None = None,
     **kwargs: Any,
@@ -53,6 +55,7 @@ def ais(
         as is common), ``"uniform"``, or β₀ = 0 < … < β_K = 1.
     :param transition: a Markov move, :class:`HMC` by default.
     :param max_bytes: of the tensors that one evaluation makes; data are taken in chunks of that size.
+    :param check: ``False`` runs a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
     :param progress: a bar on stderr; by default only where that is a terminal.
     :param resume: a file that keeps finished chunks of the data, from which an interrupted run goes on.
     :raises ValueError: for a model without a data plate, discrete latents that cannot be summed out, a schedule that is none.
@@ -64,7 +67,7 @@ def ais(
 
     found = run_chains(
         model, batch, start, forward, num_temperatures=num_temperatures, num_chains=num_chains, schedule=schedule,
-        transition=transition, max_bytes=max_bytes, seed=seed, progress=progress, resume=resume, name="AIS",
+        transition=transition, max_bytes=max_bytes, seed=seed, check=check, progress=progress, resume=resume, name="AIS",
     )  # fmt: skip
     return _evidence("AIS", "lower", found, schedule, num_temperatures, num_chains, start, transition)
 
@@ -80,6 +83,7 @@ def reverse_ais(
     transition: Transition | None = None,
     max_bytes: int = MAX_BYTES,
     seed: int = 0,
+    check: bool = True,
     progress: bool | None = None,
     resume: FilePath | str | None = None,
 ) -> Evidence:
@@ -95,11 +99,13 @@ def reverse_ais(
 
     batch = simulated.batch
     with untouched(training=False), torch.no_grad():
-        whole = Path(model, start, batch)
+        whole = Path(model, start, batch, verb="reverse_ais", check=check)
+        batch = whole.batch
         exact = whole.unconstrained(whole.latents.flat(simulated.latents, 1, batch.num_rows))[0]
     found = run_chains(
         model, batch, start, backward, num_temperatures=num_temperatures, num_chains=num_chains, schedule=schedule,
-        transition=transition, max_bytes=max_bytes, seed=seed, progress=progress, resume=resume, name="reverse AIS",
+        transition=transition, max_bytes=max_bytes, seed=seed, check=check, progress=progress, resume=resume,
+        name="reverse AIS",
     )  # fmt: skip
     return _evidence("reverse AIS", "upper", found, schedule, num_temperatures, num_chains, start, transition)
 
@@ -111,7 +117,7 @@ def bdmc(model: Program, *args: Any, seed: int = 0, progress: bool | None = None
     :param args: data of the shape and number to simulate (see :func:`~pyro_vae.evidence.simulate`).
     :param options: those of :func:`ais`, but for ``resume``.
     """
-    ours = ("start", "num_temperatures", "num_chains", "schedule", "transition", "max_bytes")
+    ours = ("start", "num_temperatures", "num_chains", "schedule", "transition", "max_bytes", "check")
     settings = {name: options.pop(name) for name in ours if name in options}
     data = simulate(model, *args, seed=seed, **options)
     lower = ais(model, *data.args, **data.kwargs, **settings, seed=seed + 1, progress=progress)
@@ -204,6 +210,7 @@ def run_chains(
     transition: Transition | None,
     max_bytes: int,
     seed: int,
+    check: bool,
     progress: bool | None,
     resume: FilePath | str | None,
     name: str,
@@ -212,7 +219,8 @@ def run_chains(
     check_particles(name, num_chains)
     transition, coarse = transition or HMC(), temperatures(schedule, num_temperatures)
     with untouched(training=False, seed=seed), torch.no_grad():
-        whole = Path(model, start, batch)
+        whole = Path(model, start, batch, verb=name, check=check)
+        batch = whole.batch
         chunks = _chunks(whole, num_chains, max_bytes)
         mark = ""
         if resume is not None:
@@ -234,16 +242,17 @@ def run_chains(
 
 
 def _chunks(path: Path, num_chains: int, max_bytes: int) -> list[slice]:
-    n, weigher = path.batch.num_rows, Weigher(path.model, path.start or prior_of(path.model), path.batch)
-    if not weigher.vectorized:
+    n, particles = path.batch.num_rows, path.pair.particles
+    if particles is None or not particles.vectorized:
         raise ValueError(
-            "model: it says other things in a plate of particles than alone, so chains cannot run side by side; expected code "
-            "that counts dimensions from the right: z[..., 0], dim=-1, reshape(*z.shape[:-1], …)"
+            f"model: it does not run in a plate of particles ({particles.reason if particles else 'not tried'}), so chains "
+            "cannot run side by side; expected code that counts dimensions from the right: z[..., 0], dim=-1, "
+            "reshape(*z.shape[:-1], …)"
         )
-    probe = path.on(slice(0, 8)) if weigher.divides(8) else path
+    probe = path.on(slice(0, 8)) if particles.divides else path
     made = [counted_bytes(partial(probe.draw, k)) for k in (2, 4)]
     at_once = max(1, max_bytes * 2 * probe.batch.num_rows // max(1, made[1] - made[0]) // num_chains)
-    return slices(n, at_once if at_once < n and weigher.divides(at_once) else n)
+    return slices(n, at_once if at_once < n and particles.divides else n)
 
 
 def _evidence(

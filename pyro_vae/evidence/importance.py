@@ -13,8 +13,8 @@ from pyro_vae.evidence.chunks import fingerprint, in_chunks, progress_bar
 from pyro_vae.evidence.result import Bound, Evidence
 from pyro_vae.evidence.simulate import Simulated
 from pyro_vae.numerics import effective_sample_size, log_mean_error, log_mean_exp, pareto_k
-from pyro_vae.pair import Program, untouched
-from pyro_vae.weights import MAX_BYTES, Weigher, check_particles, prior_of
+from pyro_vae.pair import Program, prior_of, untouched
+from pyro_vae.weights import MAX_BYTES, Weigher, check_particles, weigh
 
 
 def importance(
@@ -24,6 +24,7 @@ def importance(
     num_particles: int = 1000,
     max_bytes: int = MAX_BYTES,
     seed: int = 0,
+    check: bool = True,
     progress: bool | None = None,
     resume: Path | str | None = None,
     **kwargs: Any,
@@ -37,13 +38,14 @@ def importance(
     :param num_particles: K.
     :param max_bytes: of the tensors that one run makes; memory does not grow with K.
     :param seed: of the draws.
+    :param check: ``False`` runs a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
     :param progress: a bar on stderr; by default only where that is a terminal.
     :param resume: a file that keeps finished chunks of the data, from which an interrupted run goes on.
     :raises ValueError: as ``log_weights``; for a file of another run.
     """
     return _weighed(
         "importance", summary, model, guide, *args, num_particles=num_particles, max_bytes=max_bytes, seed=seed,
-        progress=progress, resume=resume, **kwargs,
+        check=check, progress=progress, resume=resume, **kwargs,
     )  # fmt: skip
 
 
@@ -73,6 +75,7 @@ def importance_upper(
     num_particles: int = 1000,
     max_bytes: int = MAX_BYTES,
     seed: int = 0,
+    check: bool = True,
 ) -> Evidence:
     """log (1/K) [w(z*) + Σ_{k<K} w(z_k)], z* the latents that made x, z_k ~ q(z|x): an upper bound of log p(x) in expectation,
     E 1/ŵ = 1/p(x), on simulated data alone.
@@ -82,12 +85,13 @@ def importance_upper(
     check_particles("importance_upper", num_particles)
     batch = simulated.batch
     with untouched(training=False, seed=seed), torch.no_grad():
-        weigher = Weigher(model, guide, batch, max_bytes=max_bytes)
+        weigher = weigh(model, guide, batch, verb="importance_upper", check=check, max_bytes=max_bytes)
+        batch = weigher.batch
         exact = weigher.at(batch, simulated.latents).unsqueeze(0)
         parts = []
         for rows in weigher.chunks(max(1, num_particles - 1)):
             drawn = [weigher.of(rows, num_particles - 1)] if num_particles > 1 else []
-            parts.append(summary(torch.cat([exact[:, rows], *drawn])))
+            parts.append(summary(torch.cat([exact[:, rows], *drawn]), num_fixed=1))
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return Evidence(
         f"importance sampling, {num_particles} draws, the first from the posterior", "upper", **found,
@@ -104,6 +108,7 @@ def _weighed(
     num_particles: int,
     max_bytes: int = MAX_BYTES,
     seed: int = 0,
+    check: bool = True,
     progress: bool | None = None,
     resume: Path | str | None = None,
     **kwargs: Any,
@@ -112,7 +117,8 @@ def _weighed(
     check_particles(name, num_particles)
     batch = as_arguments(args, kwargs)
     with untouched(training=False, seed=seed), torch.no_grad():
-        weigher = Weigher(model, guide, batch, max_bytes=max_bytes)
+        weigher = weigh(model, guide, batch, verb=name, check=check, max_bytes=max_bytes)
+        batch = weigher.batch
         chunks = weigher.chunks(num_particles)
         settings = {"name": name, "particles": num_particles, "seed": seed, "chunks": len(chunks)}
         mark = "" if resume is None else fingerprint(batch, _probe(weigher, chunks[0]), **settings)
@@ -125,7 +131,7 @@ def _weighed(
 
             found = in_chunks(of, chunks, seed=seed, bar=bar, resume=resume, fingerprint=mark)
     plural = "" if num_particles == 1 else "s"
-    bound: Bound = "lower" if weigher.has_density else "none"  # a point has no density beside the model's
+    bound: Bound = "lower" if weigher.pair.has_density else "none"  # a point has no density beside the model's
     return Evidence(
         f"importance sampling, {num_particles} draw{plural} from the guide", bound, **found,
         num_particles=num_particles, cost=num_particles,
@@ -138,12 +144,12 @@ def _mean_log(weights: Tensor) -> dict[str, Tensor]:
     return summary(weights) | {"log_evidence": weights.mean(0), "standard_error": error}
 
 
-def summary(weights: Tensor) -> dict[str, Tensor]:
-    """What is kept of log-weights ``(K, rows)``."""
+def summary(weights: Tensor, *, num_fixed: int = 0) -> dict[str, Tensor]:
+    """What is kept of log-weights ``(K, rows)``, the first ``num_fixed`` of which do not vary over seeds."""
     weights = weights.double()
     return {
         "log_evidence": log_mean_exp(weights),
-        "standard_error": log_mean_error(weights),
+        "standard_error": log_mean_error(weights, num_fixed=num_fixed),
         "ess": effective_sample_size(weights),
         "pareto_k": pareto_k(weights),
     }

@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_vae.batches import Batch
+from pyro_vae.check import inspect_checked
 from pyro_vae.graphs import CannotTrace, compiled, has_compiler, trace_graph
-from pyro_vae.pair import Program, untouched
-from pyro_vae.particles import Latents, Site, values_of
-from pyro_vae.weights import counted_bytes
+from pyro_vae.latents import Latents, Site
+from pyro_vae.pair import Program, prior_of, untouched
+from pyro_vae.particles import values_of
+from pyro_vae.structure import counted_bytes
 
 logger = logging.getLogger(__name__)
 _GRAPH_AFTER = 20  # evaluations, before a graph is worth its second
@@ -70,21 +72,23 @@ class Path:
     :raises ValueError: for latents that have no unconstrained space, or no data plate.
     """
 
-    def __init__(self, model: Program, start: Program | None, batch: Batch) -> None:
+    def __init__(self, model: Program, start: Program | None, batch: Batch, *, verb: str, check: bool = True) -> None:
         self.model: Program = config_enumerate(model, default="parallel")
         self.start: Program | None = start and config_enumerate(start, default="parallel")
-        self.batch = batch
-        self.latents = Latents(self.model, batch)
+        guide = self.start or prior_of(self.model)
+        self.pair = inspect_checked(self.model, guide, batch, verb=verb, check=check, per_datum=True, particles=True)
+        self.batch = self.pair.batch
+        self.latents = Latents(self.pair)
         if not self.latents.sites:
             raise ValueError("model: it has no continuous latent in the data plate; expected one to run chains in")
-        again = Latents(self.model, batch)
-        self.transforms = {name: _transform(name, site, again.sites[name]) for name, site in self.latents.sites.items()}
+        trace = self.latents.run(self.model, self.batch, 1)
+        self.transforms = {name: _transform(name, site, trace.nodes[name]["fn"]) for name, site in self.latents.sites.items()}
         self.shapes = {
             name: torch.Size(site.shape[: len(site.shape) - len(site.event)]) + self.transforms[name].inverse_shape(site.event)
             for name, site in self.latents.sites.items()
         }
         self.dim = sum(shape.numel() for shape in self.shapes.values())
-        self.rows = slice(0, batch.num_rows)
+        self.rows = slice(0, self.batch.num_rows)
         # how it is evaluated, by the shapes of u and the data: shared by the chunks of the data
         self.calls: Counter = Counter()
         self.graphs: dict[Any, Any] = {}
@@ -141,7 +145,7 @@ class Path:
             u = u.detach().requires_grad_()
             z, log_scale = self.constrained(u)
             log_prior, log_joint = self.latents.log_prior_and_joint(self.model, batch, z)
-            log_base = log_prior if self.start is None else self.latents.log_prob(self.start, batch, z)
+            log_base = log_prior if self.start is None else self.latents.log_q(self.start, batch, z)
             flat = log_scale + 0.0 * u.sum(-1)  # a density may be constant
             densities = log_base + flat, log_joint + flat
             gradients = [torch.autograd.grad(density.sum(), u, retain_graph=True)[0] for density in densities]
@@ -180,11 +184,22 @@ class Path:
         self.ways[key] = way
 
 
-def _transform(name: str, site: Site, again: Site) -> Any:
-    support = site.fn.support
+def _transform(name: str, site: Site, again: Any) -> Any:
+    """The bijection from unconstrained space to the support of a site.
+
+    :param again: the distribution of the site in another run.
+    """
+    try:
+        support = site.fn.support
+    except NotImplementedError:
+        raise ValueError(
+            f"model: {type(site.fn).__name__} of {name!r} tells no support, so there is no unconstrained space for chains; "
+            "expected a distribution with one"
+        ) from None
     for end in ("lower_bound", "upper_bound"):
-        bound, other = (torch.as_tensor(getattr(each.fn.support, end, 0.0)) for each in (site, again))
-        if not (bound == bound.reshape(-1)[0]).all() or not torch.equal(bound, other):
+        bound, other = (torch.as_tensor(getattr(each, end, 0.0)) for each in (support, again.support))
+        one = bound.reshape(-1)[0]
+        if not (bound == one).all() or not (other == one).all():
             raise ValueError(
                 f"model: the support of {name!r} is another for each datum or value of other latents; expected a fixed one: "
                 "sample it on (0, 1) and scale it"

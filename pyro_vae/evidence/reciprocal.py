@@ -34,6 +34,7 @@ def reciprocal_importance(
     thinning: int = 2,
     transition: Transition | None = None,
     seed: int = 0,
+    check: bool = True,
     progress: bool | None = None,
     **kwargs: Any,
 ) -> Evidence:
@@ -81,7 +82,7 @@ def reciprocal_importance(
     found = run_chains(
         model, batch, None, walk, num_temperatures=num_temperatures, num_chains=num_samples if exact else num_chains,
         schedule="sigmoid", transition=transition if exact is None else _Still(), max_bytes=MAX_BYTES, seed=seed,
-        progress=progress, resume=None,
+        check=check, progress=progress, resume=None,
         name="reciprocal importance sampling",
     )  # fmt: skip
     how = "exact draws" if exact is not None else "draws by HMC"

@@ -9,7 +9,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.batches import Batch, as_arguments
-from pyro_vae.pair import Program, sampled, untouched
+from pyro_vae.check import inspect_checked
+from pyro_vae.pair import Program, prior_of, sampled, untouched
 from pyro_vae.particles import Held
 
 
@@ -30,13 +31,14 @@ class Simulated:
         return Batch(self.args, self.kwargs)
 
 
-def simulate(model: Program, *args: Any, seed: int = 0, **kwargs: Any) -> Simulated:
+def simulate(model: Program, *args: Any, seed: int = 0, check: bool = True, **kwargs: Any) -> Simulated:
     """Draw data like these from the model.
 
     :param args: data of the shape and number to draw. What the model observes is replaced; conditions and masks are kept.
     :raises ValueError: where what the model observes is none of its arguments.
     """
-    batch = as_arguments(args, kwargs)
+    with untouched(training=False, seed=seed), torch.no_grad():
+        batch = inspect_checked(model, prior_of(model), as_arguments(args, kwargs), verb="simulate", check=check).batch
     # another stream than that of the estimators, whose draws must be fresh
     with untouched(training=False, seed=(seed ^ 0x9E3779B9) % 2**32), torch.no_grad():
         observed = {

@@ -27,6 +27,7 @@ def smc(
     transition: Transition | None = None,
     max_bytes: int = MAX_BYTES,
     seed: int = 0,
+    check: bool = True,
     progress: bool | None = None,
     resume: FilePath | str | None = None,
     **kwargs: Any,
@@ -46,7 +47,8 @@ def smc(
 
     found = run_chains(
         model, as_arguments(args, kwargs), start, walk, num_temperatures=num_temperatures, num_chains=num_particles,
-        schedule=schedule, transition=transition, max_bytes=max_bytes, seed=seed, progress=progress, resume=resume,
+        schedule=schedule, transition=transition, max_bytes=max_bytes, seed=seed, check=check, progress=progress,
+        resume=resume,
         name=f"SMC, threshold {threshold:g}",
     )  # fmt: skip
     steps = len(temperatures(schedule, num_temperatures)) - 1

@@ -6,18 +6,14 @@ import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
 
 from pyro_vae.batches import Batch, Batches, as_batches, fitting
+from pyro_vae.check import check_observed, inspect_checked, refuse
 from pyro_vae.data import Data
-from pyro_vae.pair import (
-    ElboTerms,
-    Program,
-    Reweighted,
-    check_plates,
-    data_plates,
-    elbo_terms,
-    run_pair,
-    untouched,
-)
+from pyro_vae.infer.losses import kind_of, reports_elbo
+from pyro_vae.pair import ElboTerms, Program, Reweighted, elbo_terms, prior_of, run_pair, untouched
+from pyro_vae.problems import rows_problem
 from pyro_vae.signals import poll
+from pyro_vae.structure import Structure, row_dim
+from pyro_vae.weights import check_particles
 
 
 def evaluate(
@@ -29,55 +25,114 @@ def evaluate(
     num_particles: int = 1,
     batch_size: int | None = 500,
     seed: int = 0,
+    check: bool = True,
 ) -> ElboTerms:
     """ELBO(x) = E_q[log p(x, z) − log q(z|x)] for each datum, in nats: a lower bound of log p(x) in expectation.
 
     Modules run in evaluation mode, and afterwards nothing has moved: no parameter, no buffer, no random state.
 
     :param data: as for :func:`~pyro_vae.infer.fit`; stochastically binarized data are binarized once.
-    :param loss: only its kind matters: with ``TraceEnum_ELBO`` enumerated sites are summed out. That loss gives one number
-        for a batch, which each of its data then carries.
+    :param loss: ``None`` or one of Pyro's losses that are ELBOs. With ``TraceEnum_ELBO`` enumerated sites are summed out;
+        that loss gives one number for a batch, which each of its data then carries.
     :param num_particles: draws of z for each datum.
     :param seed: seed of the draws, the same at each call, so that two evaluations differ by the pair alone.
     :param batch_size: data at a time, ``None`` for all of them (a guide with parameters for each datum needs that).
+    :param check: ``False`` runs a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
     :return: :class:`~pyro_vae.pair.ElboTerms`, tensors ``(n,)`` in the order of the data; its ``mean()`` has the standard
-        error over data. A model that draws a subsample of its own has terms for those rows alone.
-    :raises ValueError: for empty or non-finite data, or where the model has no data plate to tell minibatches by.
+        error over data. A model that draws a subsample itself has terms for those rows alone.
+    :raises ValueError: for empty or non-finite data, a pair that is wrong, a model without a data plate to tell minibatches
+        by, a loss that is no ELBO, a loader that gives the data in an order of its own, or a datum whose ELBO is not finite.
 
     Plain functions keep their parameters in Pyro's param store: evaluate within ``with history.scope():``.
     """
+    check_particles("evaluate", num_particles)
+    if not reports_elbo(loss):
+        raise ValueError(
+            f"evaluate: {type(loss).__name__} estimates {kind_of(loss).bound}, which is no ELBO; expected an ELBO object of "
+            "Pyro's, or evidence.importance(model, guide, x, num_particles=K) for importance-weighted bounds"
+        )
     batches = as_batches(data.fixed() if isinstance(data, Data) else data, batch_size)
-    return evaluate_batches(model, guide, batches, loss=loss, num_particles=num_particles, seed=seed)
+    if not batches.in_data_order:
+        raise ValueError(
+            "evaluate: the loader's sampler gives the data in an order of its own, so terms could not be matched with data; "
+            "pass the data set, or DataLoader(dataset, batch_size, shuffle=False)"
+        )
+    return evaluate_batches(model, guide, batches, loss=loss, num_particles=num_particles, seed=seed, check=check)
 
 
 def evaluate_batches(
-    model: Program, guide: Program, batches: Batches, *, loss: ELBO | None, num_particles: int = 1, seed: int = 0
+    model: Program,
+    guide: Program,
+    batches: Batches,
+    *,
+    loss: ELBO | None,
+    num_particles: int = 1,
+    seed: int = 0,
+    check: bool = True,
+    verb: str = "evaluate",
 ) -> ElboTerms:
     """:func:`evaluate` on minibatches."""
     parts: list[ElboTerms] = []
     with untouched(training=False, seed=seed), torch.no_grad():
-        plates: frozenset[str] | None = None
-        for batch in (fitting(model, batch) for batch in batches.epoch(shuffle=False)):
+        pair: Structure | None = None
+        for batch in batches.epoch(shuffle=False):
             poll()
-            if plates is None:
-                plates = data_plates(model, guide, batch)
-                check_plates(plates, batch, batches.num_rows)
+            if pair is None:
+                pair = inspect_checked(model, guide, batch, verb=verb, check=check, whole=False)
+                check_minibatch(pair, batches.num_rows, verb=verb, check=check)
+                batches.cast(pair.dtype)
+            batch = fitting(batch.cast(pair.dtype), model, guide)
+            row = sum(len(part.elbo) for part in parts)
             if isinstance(loss, TraceEnum_ELBO):
-                parts.append(_enumerated(model, guide, batch, loss, plates, batches.num_rows))
-                continue
-            draws = [
-                elbo_terms(*run_pair(model, guide, *batch.args, **batch.kwargs), plates, num_data=batches.num_rows)
-                for _ in range(num_particles)
-            ]
-            parts.append(ElboTerms(*(torch.stack(part).mean(0) for part in zip(*draws, strict=True))))
+                terms = _enumerated(pair, batch, loss, batches.num_rows, num_particles)
+            else:
+                terms = _drawn(pair, batch, batches.num_rows, num_particles, check=check and row > 0, verb=verb)
+            if check and not terms.elbo.isfinite().all():
+                bad = int((~terms.elbo.isfinite()).nonzero()[0])
+                raise ValueError(
+                    f"{verb}: the ELBO of row {row + bad} is {float(terms.elbo[bad])}; expected finite log-probabilities: "
+                    "check this row of the data, and the parameters of the pair"
+                )
+            parts.append(terms)
     empty = torch.zeros(0)  # where other processes have all rows
     return ElboTerms(*(torch.cat(part) for part in zip(*parts, strict=True))) if parts else ElboTerms(empty, empty, empty)
 
 
-def _enumerated(
-    model: Program, guide: Program, batch: Batch, loss: TraceEnum_ELBO, plates: frozenset[str], num_data: int
-) -> ElboTerms:
+def check_minibatch(pair: Structure, num_data: int, *, verb: str, check: bool = True) -> None:
+    """Raise ``ValueError`` where a minibatch of a pair cannot be told from the whole data set, or data are counted along
+    another dimension than the first."""
+    if not pair.batch.tensors:
+        return
+    if check and (problem := rows_problem(pair)) is not None:
+        refuse([problem], verb=verb)
+    if not pair.plates and pair.num_rows < num_data:
+        raise ValueError(
+            f"pair: the model has no vectorized plate of the batch's {pair.num_rows} rows, so a minibatch cannot be scaled to "
+            f'the {num_data} data; put what each datum has in `with pyro.plate("data", len(x))`, or pass batch_size=None'
+        )
+    if pair.row_parameters and pair.num_rows < num_data:
+        name = next((name for name in pair.latents if row_dim(pair.latents[name], pair.plates) is not None), "z")
+        raise ValueError(
+            f"guide: the parameter {pair.row_parameters[0]!r} (latent {name!r}) has an entry for each of the {pair.num_rows} "
+            f"rows of a minibatch, so other rows would share it; with {num_data} data pass batch_size=None, or a guide that "
+            "computes its parameters from the data"
+        )
+
+
+def _drawn(pair: Structure, batch: Batch, num_data: int, num_particles: int, *, check: bool, verb: str) -> ElboTerms:
+    draws = []
+    for i in range(num_particles):
+        traces = run_pair(pair.model, pair.guide, *batch.args, **batch.kwargs)
+        if check and not i:
+            check_observed(traces[0], batch, pair.plates, verb)
+        draws.append(elbo_terms(*traces, pair.plates, num_data=num_data))
+    return ElboTerms(*(torch.stack(part).mean(0) for part in zip(*draws, strict=True)))
+
+
+def _enumerated(pair: Structure, batch: Batch, loss: TraceEnum_ELBO, num_data: int, num_particles: int) -> ElboTerms:
     """The loss alone knows the sites that it sums out: one ELBO for the batch, standing for all data."""
-    programs = (Reweighted(plates, num_rows=batch.num_rows, num_data=num_data)(program) for program in (model, guide))
-    mean = -loss.loss(*programs, *batch.args, **batch.kwargs) / num_data
-    return ElboTerms.of_batch(mean, batch.num_rows)
+    n = batch.num_rows
+    guide = prior_of(pair.guide)  # without what it observes, which is no part of q
+    programs = [Reweighted(pair.plates, num_rows=n, num_data=num_data, strip=True)(program) for program in (pair.model, guide)]
+    total = sum(loss.loss(*programs, *batch.args, **batch.kwargs) for _ in range(num_particles))
+    return ElboTerms.of_batch(-total / num_particles / num_data, n)

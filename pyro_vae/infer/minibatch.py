@@ -3,21 +3,24 @@
 import cmath
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO, TraceEnum_ELBO, TraceTailAdaptive_ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_vae.batches import Batch, Batches, InMemory
-from pyro_vae.infer.check import check_observed
+from pyro_vae.check import check_observed
 from pyro_vae.infer.group import Group
+from pyro_vae.infer.losses import kind_of, scaled_sites
 from pyro_vae.infer.svi import SVI
 from pyro_vae.infer.traced import Traces
-from pyro_vae.pair import ElboTerms, Program, Reweighted, elbo_terms, sampled
+from pyro_vae.pair import ElboTerms, Program, Reweighted, elbo_terms, sampled, subsampling_scale
+from pyro_vae.problems import has_fixed_support, improbable_rows
+from pyro_vae.structure import Structure
 
 
 class MinibatchSVI(SVI):
@@ -29,23 +32,28 @@ class MinibatchSVI(SVI):
         guide: Program,
         loss: ELBO,
         optim: PyroOptim,
-        plates: frozenset[str],
+        pair: Structure,
         batches: Batches,
         *,
         annealed: bool,
         clip_norm: float | None,
         group: Group,
     ) -> None:
-        self.plates, self.num_data, self.clip_norm = plates, batches.num_rows, clip_norm
+        self.pair, self.plates, self.num_data, self.clip_norm = pair, pair.plates, batches.num_rows, clip_norm
+        self.on_objective = kind_of(loss).factor == "objective"  # where the factor N/B goes
         self.group, self.weight = group, 1.0
-        self.loaded = not isinstance(batches, InMemory)  # data in memory were checked before the first step
+        # data in memory were checked before the first step, unless their support follows from the batch
+        self.check_each = not isinstance(batches, InMemory) or not has_fixed_support(pair.traces[0])
         self.batch, self.where = Batch((), {}), object()
         self.beta = torch.ones(()) if annealed else None  # a tensor, whose value a graph reads anew at each step
         beta = 1.0 if self.beta is None else self.beta
-        self.handlers = [Reweighted(plates, num_rows=0, num_data=self.num_data, beta=beta) for _ in (model, guide)]
+        self.handlers = [
+            Reweighted(pair.plates, num_rows=0, num_data=self.num_data, beta=beta, scaled=scaled)
+            for scaled in scaled_sites(pair, self.num_data)
+        ]
         self.programs = [handler(program) for handler, program in zip(self.handlers, (model, guide), strict=True)]
-        super().__init__(*self.programs, optim, loss)
-        self.loss_and_grads = self._checked
+        super().__init__(*self.programs, optim, loss, check=False)
+        self._later_loss_and_grads = self._checked
 
     def begin_epoch(self, *, quiet: bool) -> None:
         """:param quiet: whether no code of the user's runs between steps, so that one look at the guards does for the epoch."""
@@ -62,11 +70,9 @@ class MinibatchSVI(SVI):
                 raise ValueError(f"fit: {self.where}: {cause}") from error
             # the pair went well on the first batch, so it is a distribution that is handed NaN: Pyro's validation says which
             raise FloatingPointError(f"fit: {self.where}: {cause}. Lower the learning rate, or check the data") from error
-        if self.loaded:
+        if self.check_each:
             self._check_data()
-        # a tail-adaptive loss has no value, by its own account
-        unbounded = isinstance(self.elbo, TraceTailAdaptive_ELBO)
-        if not unbounded and not math.isfinite(sum(value) if isinstance(value, tuple) else value):
+        if kind_of(self.elbo).has_value and not math.isfinite(sum(value) if isinstance(value, tuple) else value):
             raise FloatingPointError(
                 f"fit: the loss is {value} at {self.where}{self._improbable()}; no parameter was moved by it. Lower the "
                 "learning rate, raise min_scale, or check the data"
@@ -74,6 +80,10 @@ class MinibatchSVI(SVI):
         self.terms = self._terms(value)  # now, since a guide's distributions hold parameters that are about to move
         found = dict.fromkeys(p for _, p in pyro.get_param_store().named_parameters())  # one may have two names
         trained = [p for p in found if p.grad is not None]
+        if self.on_objective:
+            factor = self.num_data / self.batch.num_rows
+            torch._foreach_mul_(_entries(p.grad for p in trained if p.grad is not None), factor)
+            value = value * factor
         self.accept(trained, [p.grad for p in trained if p.grad is not None])
         return value
 
@@ -86,22 +96,23 @@ class MinibatchSVI(SVI):
                 f"fit: the loss is finite but its gradient is not, at {self.where}: that of {bad}; no parameter was moved by "
                 "it. Lower the learning rate, or check the model where it is not smooth"
             )
-        if self.clip_norm is not None:
-            norm = torch.stack([g.double().norm() for g in gradients]).norm()  # squares overflow sooner than their numbers
-            torch._foreach_mul_(list(gradients), (self.clip_norm / norm).clamp_max(1.0).item())
+        if self.clip_norm is not None and gradients:
+            whole = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+            norm = torch.stack([g.double().norm() for g in whole]).norm()  # squares overflow sooner than their numbers
+            longest = self.clip_norm * self.num_data  # the loss stands for all data
+            torch._foreach_mul_(_entries(gradients), (longest / norm).clamp_max(1.0).item())
 
     def _improbable(self) -> str:
-        """The sites whose log-probability is not finite."""
+        """The site whose log-probability is not finite, and its row."""
         for side, handler in zip(("model", "guide"), self.handlers, strict=True):
             for name, site in sampled(handler.traces[-1]) if handler.traces else ():
-                log_prob = site.get("log_prob_sum")
-                if isinstance(log_prob, Tensor) and not log_prob.isfinite():
-                    return f", log-probability of site {name!r} of the {side}"
+                for row, value, _ in improbable_rows(site, self.plates):
+                    return f", log-probability {value} of site {name!r} of the {side} at row {row} of the batch"
         return ""
 
     def _check_data(self) -> None:
         if self.handlers[0].traces:
-            check_observed(self.handlers[0].traces[-1], self.batch, f"fit: {self.where}")
+            check_observed(self.handlers[0].traces[-1], self.batch, self.plates, f"fit: {self.where}")
 
     def on(self, batch: Batch, beta: float, weight: float, where: object) -> ElboTerms:
         """The step, its loss annealed by β; the terms are not.
@@ -114,7 +125,8 @@ class MinibatchSVI(SVI):
             self.beta.fill_(beta)
         num_rows = batch.num_rows
         for handler in self.handlers:
-            handler.num_rows = num_rows
+            # a loss that is not linear is multiplied as a whole, so its sites are not scaled
+            handler.num_rows, handler.num_data = num_rows, num_rows if self.on_objective else self.num_data
             handler.traces.clear()
         try:
             self.step_on(batch)
@@ -139,24 +151,55 @@ class MinibatchSVI(SVI):
         models, guides = (list(handler.traces)[-runs:] for handler in self.handlers)
         seen = len(models) == len(guides) > 0  # a guide that is a handler of its model runs it unseen
         if isinstance(self.elbo, TraceEnum_ELBO) or not seen:
-            # the loss alone knows, and an annealed one must be asked again
-            if self.beta is not None or not isinstance(value, float):
-                if self.beta is not None:
-                    self.beta.fill_(1.0)
-                value = self.elbo.loss(*self.programs, *self.batch.args, **self.batch.kwargs)
+            # the loss alone knows; one that is annealed, or scaled by the pair, is computed again without that
+            if self.beta is not None or self._is_scaled() or not isinstance(value, float):
+                value = self._plain_loss()
             return ElboTerms.of_batch(-value / self.num_data, self.batch.num_rows)
         return self._drawn(list(zip(models, guides, strict=True)))
+
+    def _is_scaled(self) -> bool:
+        """Whether ``poutine.scale`` of the pair is in the loss."""
+        traces = [handler.traces[-1] for handler in self.handlers if handler.traces]
+        return any(
+            float(torch.as_tensor(site["scale"]).max()) != subsampling_scale(site) * self._factor(site)
+            for trace in traces
+            for _, site in sampled(trace)
+        )
+
+    def _factor(self, site: dict) -> float:
+        """N/B where the handler scales a site by it."""
+        rows = self.batch.num_rows
+        found = any(f.name in self.plates and f.full_size in (rows, -1) for f in site["cond_indep_stack"])
+        return self.num_data / rows if found else 1.0
+
+    def _plain_loss(self) -> Any:
+        """The loss without annealing and ``poutine.scale``."""
+        if self.beta is not None:
+            self.beta.fill_(1.0)
+        for handler in self.handlers:
+            handler.strip = True
+        try:
+            return self.elbo.loss(*self.programs, *self.batch.args, **self.batch.kwargs)
+        finally:
+            for handler in self.handlers:
+                handler.strip = False
+
+
+def _entries(gradients: Iterable[Tensor]) -> list[Tensor]:
+    """The numbers of each, of a sparse one those that it holds; what is written to them is written to the gradients."""
+    return [g._values() if g.is_sparse else g for g in gradients]
 
 
 def _total(gradients: Sequence[Tensor]) -> Tensor:
     """The sum of all numbers, which shows whether one is not finite, and costs less than anything else that reads them."""
     if not gradients:
         return torch.zeros(())
+    gradients = _entries(gradients)
     rows = [(g.sum(-1) if g.dim() > 1 else g).flatten().to(gradients[0].device) for g in gradients]
     return torch.cat(rows).sum()  # rows first: Inductor is slow to sum a whole matrix
 
 
 def _not_finite(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> str:
     """The names of the parameters whose gradients are not finite."""
-    bad = [p for p, g in zip(params, gradients, strict=True) if not g.isfinite().all()]
+    bad = [p for p, g in zip(params, _entries(gradients), strict=True) if not g.isfinite().all()]
     return ", ".join(repr(name) for name, p in pyro.get_param_store().named_parameters() if any(p is q for q in bad))

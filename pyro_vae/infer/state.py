@@ -26,6 +26,7 @@ from pyro_vae.infer.snapshot import (
     set_random_state,
     stored,
     unstored,
+    versions,
 )
 from pyro_vae.pair import ElboTerms, MeanElbo, Program, closed_over, make_parameters, untouched
 from pyro_vae.signals import Interrupted, deferred, waiting
@@ -203,6 +204,7 @@ class Keeper:
         validation = at.history[-1].validation if at.history and not at.batch else None
         content = {
             "config": self.config,
+            "versions": versions(),
             "history": [tuple(epoch) for epoch in at.history],
             "planned": at.planned, "batch": at.batch, "steps": at.steps, "beta": at.beta, "ranks": ranks,
             "seconds": time.perf_counter() - at.since if at.batch else 0.0,
@@ -245,6 +247,7 @@ class Keeper:
                     f"resume: {key} is {self.config.get(key)!r} but was {was!r} in {path}; expected the same, or begin anew in "
                     "another folder"
                 )
+        self._warn_of_versions(path, content.get("versions", {}))
         self._make(model, guide, first, content["weights"].keys())
         copy_all(content["weights"], self.best.weights.tensors(), str(path))
         for name, p in pyro.get_param_store().named_parameters():
@@ -265,6 +268,17 @@ class Keeper:
         self.step.resume(content["graphs"])
         self.step.elbo.max_plate_nesting = content["max_plate_nesting"]  # or Pyro draws again to guess it
         logger.info("resume: from %s, after step %d", path, at.steps)
+
+    def _warn_of_versions(self, path: Path, were: dict[str, str]) -> None:
+        """Older checkpoints do not name any."""
+        found = versions()
+        changed = [f"{name} {was} (now {found.get(name)})" for name, was in were.items() if found.get(name) != was]
+        if changed and not self.group.rank:
+            warnings.warn(
+                f"resume: {path} was written with {', '.join(changed)}. The fit continues, but its last bits may differ from "
+                "those of a fit without interruption; install the same versions where they must agree",
+                stacklevel=4,
+            )
 
     def _make(self, model: Program, guide: Program, first: Batch, names: Collection[str]) -> None:
         """The parameters that exist only once the pair has run, or the loss: averages of its costs, say."""

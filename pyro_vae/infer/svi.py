@@ -2,24 +2,33 @@
 
 import logging
 import math
-from collections.abc import Collection, Hashable, Sequence
+from collections import Counter
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from inspect import signature as signature_of
 from typing import Any, Literal
 
 import pyro
 import torch
+from pyro import poutine
+from pyro.infer import ELBO
 from pyro.optim import PyroOptim
+from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.runtime import _PYRO_STACK
-from torch import Tensor
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 
 from pyro_vae.batches import Batch
+from pyro_vae.check import refuse
 from pyro_vae.graphs import CannotTrace, has_compiler, said
 from pyro_vae.infer.adam import FusedAdam
 from pyro_vae.infer.guards import SIMPLE, Watch, layout, watching
 from pyro_vae.infer.traced import Step, Traces
-from pyro_vae.pair import Program, untouched
+from pyro_vae.pair import Program, Recorded, frozen_parameters_kept, sampled, untouched
+from pyro_vae.problems import Problem, pair_problems, training_problems
 from pyro_vae.signals import interruptible
+from pyro_vae.structure import structure_of_run
 
 logger = logging.getLogger(__name__)
 Compile = Literal["auto", "trace"] | bool
@@ -47,43 +56,100 @@ class SVI(pyro.infer.SVI):
     :param compile: ``"trace"``: the graph as it is, ready in a second; ``True``: compiled by Inductor at once, some seconds or
         a minute; ``"auto"``: the graph after 100 steps of one signature, and Inductor after 5000 where there is a C++ compiler;
         ``False``: eager Pyro.
-    :raises ValueError: for another ``compile``, or a torch optimizer that lacks one of the pair's parameters.
+    :param check: raise ``ValueError`` at the first step, before a parameter moves, for a pair that is judged wrong (see
+        :func:`~pyro_vae.check_pair`).
+    :raises ValueError: for another ``compile``, an optimizer whose step needs a closure (LBFGS), or a torch optimizer that
+        lacks one of the pair's parameters.
     """
 
     def __init__(
-        self, model: Program, guide: Program, optim: Any, loss: Any, *args: Any, compile: Compile = "auto", **kwargs: Any
+        self,
+        model: Program,
+        guide: Program,
+        optim: Any,
+        loss: Any,
+        *args: Any,
+        compile: Compile = "auto",
+        check: bool = True,
+        **kwargs: Any,
     ) -> None:
         if compile not in ("auto", "trace", True, False):
             raise ValueError(f'compile: expected "auto", "trace", True or False but got {compile!r}')
+        check_optimizer(optim)
         if isinstance(optim, torch.optim.Optimizer):
             optim = OneOptimizer(optim)
         super().__init__(model, guide, optim, loss, *args, **kwargs)
         self.elbo, self.compile = loss, compile
+        self._check, self._is_elbo = check, isinstance(loss, ELBO)  # Pyro calls anything else as a function
+        self._later_loss_and_grads: Any = self.loss_and_grads
+        self.loss_and_grads: Any = self._first_loss_and_grads
         self._signatures: dict[Hashable, _Signature] = {}
+        self._eager_steps: Counter[str] = Counter()  # steps that no graph was looked for, by the reason
         self._builds = 0
         self._quiet: object | None = None  # while it is the same object, nothing but the data changes between two steps
         self._latest: tuple[tuple, _Signature] | None = None  # that object with the shapes of the data, and what ran on them
         self._resumed: frozenset[str] = frozenset()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_signatures": {}, "_latest": None}  # a copy makes graphs of its own
+        return vars(self) | {"_signatures": {}, "_eager_steps": Counter(), "_latest": None}  # a copy makes graphs of its own
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the optimizer on the loss; the loss, an estimate of −ELBO in nats."""
         return self.step_on(Batch(args, kwargs))
 
+    def _first_loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
+        """Loss and gradients of the first step, whose traces are checked before a parameter moves."""
+        self.loss_and_grads = self._later_loss_and_grads
+        handlers = [Recorded(), Recorded()]
+        programs = [handler(program) for handler, program in zip(handlers, (model, guide), strict=True)]
+        check = self._check and not isinstance(poutine.unwrap(guide), GuideMessenger)
+        failure: Exception | None = None
+        value: Any = None
+        with frozen_parameters_kept() as ran:
+            try:
+                value = self.loss_and_grads(*(programs if check else (model, guide)), *args, **kwargs)
+            except Exception as error:
+                failure = error
+        problems: list[Problem] = []
+        if check and all(handler.traces for handler in handlers):
+            traces = handlers[0].traces[-1], handlers[1].traces[-1]
+            problems = self._problems(Batch(args, kwargs), traces, ran, whole=failure is None)
+        if problems:
+            self.loss_and_grads = self._first_loss_and_grads
+            pyro.infer.util.zero_grads(p for _, p in pyro.get_param_store().named_parameters())
+        refuse(problems, verb="SVI")
+        if failure is not None:
+            raise failure
+        return value
+
+    def _problems(
+        self, batch: Batch, traces: tuple[Trace, Trace], ran: Mapping[nn.Module, bool], *, whole: bool
+    ) -> list[Problem]:
+        """What is wrong with the pair, by the traces of its first step."""
+        pair = structure_of_run(self.model, self.guide, batch, traces, ran)
+        sites = [site for trace in traces for _, site in sampled(trace)]
+        if any(site["infer"].get("_enumerate_dim") is not None for site in sites):
+            return []  # its values have dimensions for what is enumerated
+        try:
+            return [*pair_problems(pair), *(training_problems(pair) if whole else ())]
+        except Exception as error:  # a run that ended in an error, which says what is wrong
+            logger.debug("SVI: the pair was not checked: %s", error)
+            return []
+
     def step_on(self, batch: Batch) -> Any:
         """:meth:`step` on these arguments."""
         self.reported: Sequence[Tensor] | None = None
         latest, self._latest = self._latest, None
-        replaced = getattr(self.loss_and_grads, "__self__", None) not in (self.elbo, self)
+        replaced = not self._is_elbo or getattr(self.loss_and_grads, "__self__", None) not in (self.elbo, self)
         if self.compile is False or replaced or _PYRO_STACK:  # a handler around the step is not in the graph
+            self._eager_steps[self._why_eager(replaced)] += 1
             return super().step(*batch.args, **batch.kwargs)
         kind = None if self._quiet is None else (self._quiet, [leaf.shape for leaf in batch.leaves()])
         if latest is not None and latest[0] == kind and latest[1].repeats():
             return self._by_graph(latest[1], batch, kind, again=True)
         signature = self._signature(batch)
         if signature is None:
+            self._eager_steps[f"more than {_MAX_SIGNATURES} kinds of arguments"] += 1
             return super().step(*batch.args, **batch.kwargs)
         if not self._ready(signature, batch):
             return self._watched(signature, batch)
@@ -122,9 +188,12 @@ class SVI(pyro.infer.SVI):
         """A step of eager Pyro, which registers parameters and shows what a graph is to be made of."""
         if signature.refused or (self.compile == "auto" and signature.count < _TRACE_AFTER):
             return super().step(*batch.args, **batch.kwargs)
+        failure, signature.failure = signature.failure, None
         with watching() as seen:
             loss = super().step(*batch.args, **batch.kwargs)
         signature.seen = seen
+        if failure is not None:  # that of a graph, not of the pair
+            signature.refuse(failure)
         return loss
 
     def accept(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
@@ -153,12 +222,21 @@ class SVI(pyro.infer.SVI):
         return ()
 
     def explain(self) -> str:
-        """What runs how, and why: a line for each signature."""
-        if not self._signatures:
+        """What runs how, and why: a line for each signature, and for each reason for steps that none was looked for."""
+        lines = [f"{signature.name}: {signature.how}, {signature.count} steps" for signature in self._signatures.values()]
+        lines += [f"eager Pyro: {reason}, {count} steps" for reason, count in self._eager_steps.items()]
+        if not lines:
             return "eager Pyro: compile=False" if self.compile is False else "nothing has run yet"
-        return "\n".join(
-            f"{signature.name}: {signature.how}, {signature.count} steps" for signature in self._signatures.values()
-        )
+        return "\n".join(lines)
+
+    def _why_eager(self, replaced: bool) -> str:
+        if self.compile is False:
+            return "compile=False"
+        if not replaced:
+            return "a handler is around the step, which a graph would not see"
+        if self._is_elbo:
+            return "loss_and_grads is not that of the loss"
+        return "the loss is a function; Trace_ELBO and TraceMeanField_ELBO are traced"
 
     def _signature(self, batch: Batch) -> "_Signature | None":
         leaves: Any
@@ -204,8 +282,9 @@ class SVI(pyro.infer.SVI):
         except CannotTrace as reason:
             signature.refuse(str(reason))
             return False
-        except Exception as error:  # the pair itself fails on these data, as eager Pyro is about to say
-            signature.step, signature.seen, signature.how = None, None, f"eager Pyro: {said(error)}"
+        except Exception as error:  # if the pair itself fails on these data, eager Pyro is about to say so
+            signature.step, signature.seen, signature.failure = None, None, said(error)
+            signature.how = f"eager Pyro: {signature.failure}"
             return False
         if self.compile == "auto" and signature.count == _INDUCTOR_AFTER and has_compiler():
             with interruptible():
@@ -246,6 +325,7 @@ class _Signature:
         self.step: Any = None
         self.move: Any = None
         self.how, self.refused = "eager Pyro: the first steps", False
+        self.failure: str | None = None  # of the latest attempt, until eager Pyro runs on the same arguments
 
     def repeats(self) -> bool:
         """Count a step that is as the one before, unless a look at eager Pyro is due."""
@@ -266,6 +346,20 @@ def _key(leaf: Any) -> Hashable:
 
 def _name(leaf: Any) -> str:
     return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
+
+
+def check_optimizer(optim: Any) -> None:
+    """Raise ``ValueError`` for an optimizer whose step computes the loss several times by a closure."""
+    kind = type(optim) if isinstance(optim, torch.optim.Optimizer) else getattr(optim, "pt_optim_constructor", None)
+    step = getattr(kind, "step", None)
+    closure = signature_of(step).parameters.get("closure") if isinstance(kind, type) and step is not None else None
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"optim: a step of {getattr(kind, '__name__', kind)} computes the loss several times by a closure, which SVI does "
+            "not have; expected an optimizer of one gradient a step, such as pyro.optim.Adam, or call "
+            "optimizer.step(closure) without SVI, where closure computes Trace_ELBO().differentiable_loss(model, guide, x) and "
+            "its gradients"
+        )
 
 
 class OneOptimizer(PyroOptim):

@@ -154,12 +154,15 @@ class Step:
                 total, followed = total + loss / self.elbo.num_particles, followed + surrogate_loss / self.elbo.num_particles
                 traces.append(pair)
             found = torch.autograd.grad(followed, self.params, allow_unused=True)
+            for p, gradient in zip(self.params, found, strict=True):
+                if gradient is not None and gradient.layout is not torch.strided:
+                    raise CannotTrace(f"the gradient of a parameter of shape {tuple(p.shape)} is sparse")
             self.drifting = [p for p, g in zip(self.params, found, strict=True) if g is None]
             with torch.no_grad():
                 taken = {tensor.data_ptr() for tensor in tensors}
                 gradients = [_laid_out(p, g, taken) for p, g in zip(self.params, found, strict=True)]
                 reported = self.report(traces, gradients)
-                asked = list(conditions(traces)) if self.validate else []
+                asked = list(conditions(traces, default=self.validate))
                 if asked:  # eager Pyro will say what is wrong
                     total = torch.where(torch.stack(asked).all(), total, math.nan)
             return total, *gradients, *reported
@@ -167,12 +170,12 @@ class Step:
         return trace_graph(loss_and_gradients, batch.leaves())
 
     def _check_read(self, read: set[int]) -> None:
-        known = {id(p) for p in self.params}
+        known = {id(p) for p in (*self.params, *self.idle)}  # an idle one is registered, and gets no gradient
         for *_, value in self.guards.tensors:
             if value.is_leaf and value.requires_grad and id(value) in read and id(value) not in known:
                 raise CannotTrace(
-                    f"a parameter of shape {tuple(value.shape)} takes part that Pyro does not train; pyro.module "
-                    "registers it. Its gradient would not be there for others"
+                    f"a parameter of shape {tuple(value.shape)} requires a gradient but is not in Pyro's param store, so that "
+                    "no step trains it; register its network by pyro.module, or freeze it by requires_grad_(False)"
                 )
 
     def _written(self, batch: Batch) -> tuple[list[Tensor], list[int]]:
@@ -278,7 +281,7 @@ class Step:
             sites = [site for pair in traces for trace in pair for site in trace.nodes.values() if "log_prob" in site]
             terms = sum(site["log_prob"].abs().sum().item() for site in sites) / self.elbo.num_particles
         self._move(_ROUNDINGS * eps, 1.0)
-        loss, *others = (_largest(a - b) for a, b in zip(self._eager(batch, state), pyros, strict=True))
+        loss, *others = (_distance(a, b) for a, b in zip(self._eager(batch, state), pyros, strict=True))
         return [max(loss, eps * terms), *others]  # densities of thousands may sum up to a loss near zero
 
     @contextmanager
@@ -303,11 +306,17 @@ class Step:
 
 
 def _agree(a: Tensor, b: Tensor, spread: float) -> bool:
+    if not (b.is_floating_point() or b.is_complex()):  # a mask or a counter has no rounding errors
+        return torch.equal(a, b)
     tolerance = 1e-8 if a.dtype == torch.double else 2e-4
     scale = _largest(b)
     if not math.isfinite(scale):
         return not bool(a.isfinite().all())
-    return _largest(a - b) <= max(tolerance * scale + 1e-12, _SPREADS * spread)
+    return _distance(a, b) <= max(tolerance * scale + 1e-12, _SPREADS * spread)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return _largest(a - b) if b.is_floating_point() or b.is_complex() else 0.0
 
 
 def _largest(tensor: Tensor) -> float:

@@ -6,15 +6,18 @@ from typing import Any
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import TransformedDistribution, constraints
 
 
-def conditions(traces: Sequence[tuple[Trace, Trace]]) -> Iterator[Tensor]:
-    """Whether parameters and values of a run are where they may be, but for what makes the loss NaN anyhow."""
+def conditions(traces: Sequence[tuple[Trace, Trace]], *, default: bool) -> Iterator[Tensor]:
+    """Whether parameters and values of a run are where they may be, but for what makes the loss NaN anyhow.
+
+    :param default: whether torch validates distributions that were not told to, see ``set_default_validate_args``.
+    """
     for model_trace, guide_trace in traces:
         for trace in (model_trace, guide_trace):
             for site in trace.nodes.values():
-                if site["type"] != "sample" or site["fn"]._validate_args is False:
+                if site["type"] != "sample" or not _is_validated(site["fn"], default):
                     continue
                 yield from _of_parameters(site["fn"])
                 if trace is model_trace:  # a guide draws from its own support
@@ -24,6 +27,14 @@ def conditions(traces: Sequence[tuple[Trace, Trace]]) -> Iterator[Tensor]:
                         continue
                     if not _is_real(support):
                         yield _satisfied(support, site["value"])
+
+
+def _is_validated(fn: Any, default: bool) -> bool:
+    """Whether torch validates what a distribution is given; what is only reshaped or masked is validated by its base."""
+    while "base_dist" in vars(fn) and not isinstance(fn, TransformedDistribution):
+        fn = fn.base_dist
+    told = vars(fn).get("_validate_args")
+    return default if told is None else told
 
 
 def _of_parameters(fn: Any) -> Iterator[Tensor]:

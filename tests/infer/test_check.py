@@ -136,7 +136,7 @@ def infinite_model(x):
         ((model, guide), torch.zeros(0), "no data"),
         ((model, frozen), torch.randn(7), "nothing to train"),
         ((model, unregistered), torch.randn(7), "a Linear runs in it but is not registered"),
-        ((infinite_model, infinite_guide), torch.tensor([1.0, 0.0, 2.0]), "reconstruction term of row 1 is -inf"),
+        ((infinite_model, infinite_guide), torch.tensor([1.0, 0.0, 2.0]), "log-probability of 'x_penalty' is -inf at row 1"),
     ],
 )
 def test_what_is_wrong(pair, x, message):

@@ -1,9 +1,15 @@
 """What fit does to a gradient, and in which precision: clip_norm and autocast."""
 
+import functools
+import math
+
 import pyro
+import pyro.distributions as dist
 import pyro.optim
 import pytest
 import torch
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import conditionals, nets, priors
@@ -23,13 +29,16 @@ def moved(clip_norm, compile, epochs):
     )
 
 
+N = len(data())
+
+
 def test_clipping_scales_the_whole_gradient():
-    """One step moves the parameters by lr · g · min(1, c / ‖g‖); a graph, from the second step on, clips as eager Pyro does."""
+    """One step moves the parameters by lr · g · min(1, N c / ‖g‖); a graph clips as eager Pyro does."""
     whole = moved(None, compile=False, epochs=1)
     assert whole.norm() > 2
-    assert torch.allclose(moved(0.1, compile=False, epochs=1), 0.1 * whole / whole.norm(), atol=1e-6)
+    assert torch.allclose(moved(0.1 / N, compile=False, epochs=1), 0.1 * whole / whole.norm(), atol=1e-6)
     assert torch.equal(moved(1e9, compile=False, epochs=1), whole)
-    eager, graph = (moved(0.1, compile=compile, epochs=5) for compile in (False, "trace"))
+    eager, graph = (moved(0.1 / N, compile=compile, epochs=5) for compile in (False, "trace"))
     assert 0.1 < eager.norm() < 0.5 + 1e-6
     assert torch.allclose(eager, graph, atol=1e-5)
 
@@ -57,7 +66,7 @@ def test_shared_parameters_are_clipped_once():
         made = pv.VAE(priors.VampPrior(encoder, torch.randn(3, 4)), decoder, encoder)
         start = [p.detach().clone() for p in made.parameters()]
         optim = pyro.optim.SGD({"lr": 1.0})
-        pv.fit(made.model, made.guide, data(), batch_size=None, epochs=1, optim=optim, clip_norm=0.1, compile=compile)
+        pv.fit(made.model, made.guide, data(), batch_size=None, epochs=1, optim=optim, clip_norm=0.1 / N, compile=compile)
         move = torch.cat([(p - q).flatten() for p, q in zip(made.parameters(), start, strict=True)])
         assert move.norm().item() == pytest.approx(0.1, rel=1e-3)
 
@@ -69,3 +78,131 @@ def test_a_users_own_autocast_stays():
     with torch.autocast("cpu", torch.bfloat16):
         pv.fit(model, guide, data(), epochs=1)
     assert all(seen)
+
+
+def point_model(x):
+    """Data around a parameter, whatever z is: the gradient of the loss is N (mu − mean x)."""
+    mu = pyro.param("mu", torch.zeros((), dtype=torch.double))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.double), 1.0))
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+
+def point_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.double), 1.0))
+
+
+def point(x, optim, **options):
+    return pv.fit(point_model, point_guide, x, optim=optim, progress=False, **options).param_store["params"]["mu"].item()
+
+
+@pytest.mark.parametrize(
+    ("loss", "batch_size", "compile"),
+    [
+        (Trace_ELBO, None, "trace"),
+        (Trace_ELBO, 10, False),
+        (TraceMeanField_ELBO, 10, "trace"),
+        (TraceGraph_ELBO, 10, False),
+        (RenyiELBO, 10, False),
+    ],
+)
+def test_one_clip_norm_does_for_data_sets_of_every_size(loss, batch_size, compile):
+    """The gradient per datum is mu − x = −4 at the start, for N data and for minibatches of them. Steps of lr / N that are
+    clipped to 1.5 per datum go to lr · 1.5, · 3, · 4 less what is gone, … whatever N is."""
+    steps = []
+    for n in (20, 60, 200):
+        optim = pyro.optim.SGD({"lr": 0.1 / n})
+        epochs = 6 if batch_size is None else 6 * batch_size // n or 1
+        x = torch.full((n,), 4.0, dtype=torch.double)
+        mu = point(x, optim, epochs=epochs, batch_size=batch_size, clip_norm=1.5, compile=compile, loss=loss(num_particles=2))
+        taken = epochs * (1 if batch_size is None else n // batch_size)
+        expected = 0.0
+        for _ in range(taken):
+            expected += 0.1 * min(1.5, 4.0 - expected)
+        assert mu == pytest.approx(expected, rel=1e-9)
+        steps.append(mu / taken)
+    if batch_size is None:
+        assert steps == pytest.approx([0.15] * 3, rel=1e-9)
+
+
+def test_adam_takes_the_same_steps_for_repeated_data_where_eps_is_multiplied():
+    """The loss of the data written down k times is k times that of the data: Adam's steps are those of k · eps, and those that
+    the docstring of ``fit`` promises for an eps per datum, N · eps."""
+    x = torch.randn(30, dtype=torch.double, generator=torch.Generator().manual_seed(0)) + 4
+    options = {"epochs": 20, "batch_size": None}
+    once, often = (point(x.repeat(k), pyro.optim.Adam({"lr": 0.1, "eps": 1.0 * 30 * k}), **options) for k in (1, 7))
+    assert once == pytest.approx(often, rel=1e-9)
+    other = point(x.repeat(7), pyro.optim.Adam({"lr": 0.1, "eps": 30.0}), **options)
+    assert other != pytest.approx(once, rel=1e-3)
+
+
+class Words(nn.Module):
+    """A pair whose encoder sums up rows of a table; the decoder is fixed."""
+
+    def __init__(self, bag, sparse):
+        super().__init__()
+        self.table = nn.EmbeddingBag(7, 4, sparse=sparse, mode="sum") if bag else nn.Embedding(7, 4, sparse=sparse)
+        self.register_buffer("topics", torch.randn(2, 7))
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+            words = dist.Categorical(logits=(z @ self.topics).unsqueeze(-2)).expand([len(x), x.shape[1]])
+            pyro.sample("x", words.to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("words", self)
+        summed = self.table(x) if isinstance(self.table, nn.EmbeddingBag) else self.table(x).sum(-2)
+        mean, log_scale = summed.chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(mean, log_scale.exp()).to_event(1))
+
+
+def table(how, optim, bag=True, sparse=True, compile="auto", **options):
+    """The table after five steps on all data, and what ran."""
+    torch.manual_seed(0)
+    words = Words(bag, sparse)
+    x = torch.randint(0, 5, (12, 3))
+    pyro.set_rng_seed(2)
+    with pyro.get_param_store().scope():
+        if how == "fit":
+            pv.fit(words.model, words.guide, x, epochs=5, batch_size=None, optim=optim, progress=False, **options)
+            return words.table.weight.detach(), ""
+        kind = {"Pyro": SVI, "ours": functools.partial(pv.SVI, compile=compile)}[how]
+        svi = kind(words.model, words.guide, optim, Trace_ELBO())
+        for _ in range(5):
+            svi.step(x)
+    return words.table.weight.detach(), svi.explain() if how == "ours" else ""
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("bag", [True, False])
+@pytest.mark.parametrize("optim", [pyro.optim.SparseAdam, pyro.optim.SGD, pyro.optim.Adagrad])
+def test_sparse_gradients_train_as_by_pyro(optim, bag):
+    pyros, _ = table("Pyro", optim({"lr": 0.01}), bag)
+    for how in ("ours", "fit"):
+        assert torch.allclose(table(how, optim({"lr": 0.01}), bag)[0], pyros, atol=1e-6)
+    graph, says = table("ours", optim({"lr": 0.01}), bag, compile="trace")
+    assert torch.allclose(graph, pyros, atol=1e-6)
+    assert "the gradient of a parameter of shape (7, 4) is sparse" in says
+
+
+@pytest.mark.parametrize("bag", [True, False])
+@pytest.mark.parametrize("clip_norm", [0.01, 1e9])
+def test_sparse_gradients_are_clipped_as_dense_ones(clip_norm, bag):
+    """The rows of one word that occurs in several data are one gradient."""
+    sparse, dense = (
+        table("fit", pyro.optim.SGD({"lr": 1e-3}), bag, sparse, clip_norm=clip_norm)[0] for sparse in (True, False)
+    )
+    assert torch.allclose(sparse, dense, atol=1e-5)
+
+
+def test_a_sparse_gradient_that_is_not_finite_is_found():
+    words = Words(True, True)
+    words.table.weight.register_hook(lambda gradient: gradient * math.nan)
+    before = words.table.weight.detach().clone()
+    x = torch.randint(0, 5, (12, 3))
+    with pytest.raises(FloatingPointError, match=r"that of 'words\$\$\$table.weight'"):
+        pv.fit(words.model, words.guide, x, epochs=1, optim=pyro.optim.SparseAdam({"lr": 0.1}), progress=False)
+    assert torch.equal(words.table.weight, before)

@@ -278,9 +278,9 @@ def test_a_fit_takes_the_way_that_pays(caplog):
     caplog.set_level("INFO", "pyro_vae")
     vae = small_vae()
     pv.fit(vae.model, vae.guide, torch.randn(30, 3), epochs=2, batch_size=10)
-    assert caplog.records[-1].message == "fit ran as\neager Pyro: compile=False"
+    assert caplog.records[-1].message == "fit ran as\neager Pyro: compile=False, 6 steps"
     pv.fit(vae.model, vae.guide, torch.randn(65, 3), epochs=50, batch_size=10)  # the last five rows alone do not pay
-    assert caplog.records[-1].message == "fit ran as\nfloat32[10, 3]: traced, 300 steps"
+    assert caplog.records[-1].message == ("fit ran as\nfloat32[10, 3]: traced, 300 steps\neager Pyro: compile=False, 50 steps")
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN")

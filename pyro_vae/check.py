@@ -1,25 +1,29 @@
-"""What is wrong with a pair, said before it trains."""
+"""What is wrong with a pair: one function over its structure, for every verb."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pyro.poutine.trace_struct import Trace
-from torch import nn
 
-from pyro_vae.batches import Batch, Batches, InMemory, as_arguments, fitting
-from pyro_vae.infer.problems import (
+from pyro_vae.batches import Batch, as_arguments
+from pyro_vae.pair import Program, sampled, untouched
+from pyro_vae.problems import (
+    Problem,
     coupling_problems,
     data_problems,
     family,
-    first_problems,
+    joint_problems,
     log_prob_problems,
+    lost_parameters,
+    pair_problems,
+    per_datum_problems,
     plates_of,
     reach_problems,
+    rows_problem,
+    training_problems,
 )
-from pyro_vae.pair import Program, data_plates, enough_memory, run_pair, sampled, untouched
-
-LESS = "lower the batch size (--batch-size), or the number of particles"
+from pyro_vae.structure import Structure, inspect, probe_particles
 
 
 class SiteReport(NamedTuple):
@@ -55,13 +59,14 @@ class PairReport:
 
 
 def check_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> PairReport:
-    """Run a pair on a batch and say what is wrong with it; nothing is moved by it.
+    """Run a pair on a batch and report what is wrong with it. Nothing is changed by it.
 
     Looked at: sites missing on one side; event shapes and plates that differ between model and guide; batch dimensions that
     no plate declares; data that are not finite, or outside the likelihood's support, with the row; draws of the guide
     outside the model's support and of the model outside the guide's; log-probabilities that are not finite, with the row;
-    nothing to train, or networks that run but are not registered; and data that are not independent given the latents that
-    they share: terms of one datum that move when another is replaced, as under batch normalization.
+    networks that run but are not registered; rows along another dimension than the first; and data that are not independent
+    given the latents that they share: terms of one datum that change when another is replaced, as under batch normalization
+    in training mode.
 
     :param args: the arguments of model and guide, tensors or arrays ``(batch, *event)``.
     :return: :class:`PairReport`; ``print(check_pair(...))`` is a table of the sites and the list of problems.
@@ -81,50 +86,67 @@ def check_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Pai
     - guide: 'z' is in plates () but in the model in ('data',); expected the same plates on both sides
     """
     try:
-        batch = fitting(model, as_arguments(args, kwargs))
-        with untouched() as ran:
-            traces = _run(model, guide, batch)
-            problems = [*first_problems(traces, batch, ran), *reach_problems(*traces)]
+        pair = inspect(model, guide, as_arguments(args, kwargs), training=True)
     except ValueError as error:
         return PairReport((), frozenset(), (str(error),))
-    plates: frozenset[str] = frozenset()
-    if not problems:
-        plates = data_plates(model, guide, batch)
-        problems = [*log_prob_problems(traces, batch, plates), *coupling_problems(model, guide, batch, plates)]
-    return PairReport(tuple(_sites(*traces)), plates, tuple(problems))
+    with untouched():
+        problems = [*pair_problems(pair), *_trainable_problems(pair), *reach_problems(pair)]
+    if (transposed := rows_problem(pair)) is not None:
+        problems.append(transposed)
+    if not problems and pair.batch.tensors:
+        problems += [*log_prob_problems(pair), *coupling_problems(pair)]
+    return PairReport(tuple(_sites(*pair.traces)), pair.plates, tuple(problem.text for problem in problems))
 
 
-def check_first_batch(model: Program, guide: Program, batches: Batches) -> tuple[Batch, Collection[nn.Module]]:
-    """The part of :func:`check_pair` that costs one run of the pair, on the first batch. Raises ``ValueError``.
+def _trainable_problems(pair: Structure) -> Iterable[Problem]:
+    """Those of training, unless all parameters are frozen: such a pair is there to be evaluated."""
+    parameters = [p for module in pair.ran for p in module.parameters(recurse=False)]
+    return () if parameters and not any(p.requires_grad for p in parameters) else training_problems(pair)
 
-    Data in memory are held against the likelihood's support all at once. Returns the batch, and the modules that ran.
+
+def inspect_checked(
+    model: Program,
+    guide: Program,
+    batch: Batch,
+    *,
+    verb: str,
+    check: bool = True,
+    per_datum: bool = False,
+    joint: bool = False,
+    particles: bool = False,
+    whole: bool = True,
+) -> Structure:
+    """:func:`inspect` a pair for a verb that evaluates it. Raises ``ValueError`` for what is wrong with it.
+
+    :param check: ``False`` allows what is judged wrong, not what does not exist.
+    :param per_datum: the verb needs log-weights per datum; ``joint``: of all data together.
+    :param whole: the batch is all data, so that rounding it to the pair's dtype must not lose what distinguishes its rows.
     """
-    with untouched() as ran:
-        batch = fitting(model, next(iter(batches.epoch(shuffle=False))))
-        traces = _run(model, guide, batch)
-        whole = fitting(model, batches.whole) if isinstance(batches, InMemory) and not batches.drawn else None
-        problems = list(first_problems(traces, batch, ran, whole))
-    if problems:
-        raise ValueError("; ".join(problems))
-    return batch, list(ran)
+    pair = inspect(model, guide, batch)
+    if whole:
+        batch.check_cast(pair.dtype)
+    problems: list[Problem] = [*pair_problems(pair), *lost_parameters(pair)]
+    if not problems and per_datum:
+        problems += per_datum_problems(pair)
+    if not problems and joint:
+        problems += joint_problems(pair)
+    refuse(problems, verb=verb, check=check)
+    return probe_particles(pair) if particles else pair
 
 
-def check_observed(model_trace: Trace, batch: Batch, where: str) -> None:
+def refuse(problems: Iterable[Problem], *, verb: str, check: bool = True) -> None:
+    """Raise ``ValueError`` for these problems, of those judged wrong only where they are checked."""
+    found = [problem for problem in problems if check or not problem.judged]
+    if not found:
+        return
+    remedy = f" (to run {verb} all the same: check=False)" if all(problem.judged for problem in found) else ""
+    raise ValueError("; ".join(problem.text for problem in found) + remedy)
+
+
+def check_observed(model_trace: Trace, batch: Batch, plates: frozenset[str], where: str) -> None:
     """Raise ``ValueError`` where an observed row lies outside its likelihood's support."""
-    for problem in data_problems(model_trace, batch):
+    for problem in data_problems(model_trace, batch, plates):
         raise ValueError(f"{where}: {problem}")
-
-
-def _run(model: Program, guide: Program, batch: Batch) -> tuple[Trace, Trace]:
-    try:
-        with enough_memory(LESS):
-            return run_pair(model, guide, *batch.args, **batch.kwargs)
-    except MemoryError:
-        raise
-    except Exception as error:
-        cause = str(error).split("\n", 1)[0]  # Pyro appends the shapes of the whole trace
-        shapes = {name: tuple(part.shape) for name, part in batch.tensors.items()}
-        raise ValueError(f"pair: it fails on a batch of shape {shapes}: {type(error).__name__}: {cause}") from error
 
 
 def _sites(model_trace: Trace, guide_trace: Trace) -> Iterator[SiteReport]:

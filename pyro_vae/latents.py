@@ -1,0 +1,180 @@
+"""The latents of each datum, end to end in one vector, at many draws at once."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_vae.batches import Batch
+from pyro_vae.check import inspect_checked
+from pyro_vae.pair import Program, prior_of, proposal, sampled, sum_sites
+from pyro_vae.particles import PARTICLES, Held, Sites, is_enumerated, sum_out, values_of
+from pyro_vae.structure import Structure, first_line, row_dim
+
+
+def inspect_latents(
+    model: Program, guide: Program | None, batch: Batch, *, verb: str, check: bool = True
+) -> tuple["Latents", Batch]:
+    """The latents of a checked pair, and the batch as the pair takes it. Without a guide that of the prior serves."""
+    pair = inspect_checked(model, guide or prior_of(model), batch, verb=verb, check=check, per_datum=True)
+    part_of_q = {name for name, _ in proposal(pair.traces[1])}
+    for name, site in pair.guide_latents.items():
+        if site["infer"].get("is_auxiliary") and name not in part_of_q:
+            raise ValueError(
+                f"guide: its site {name!r} is not in the model, so log q(z|x) without it is not known, and {verb} needs it; "
+                "expected a guide without auxiliary sites, or log_weights, evaluate and importance, which need no more than "
+                "log q(z|x, u)"
+            )
+    return Latents(pair), pair.batch
+
+
+class Site(NamedTuple):
+    """A latent of each datum: its event shape, the sizes of the plates within the datum (1 where there is none) with that of
+    the data at ``rows``, its distribution in the model, its dtype."""
+
+    event: torch.Size
+    plates: tuple[int, ...]
+    rows: int
+    fn: Any
+    dtype: torch.dtype
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """Sizes of the plates within the datum."""
+        return self.plates[: self.rows] + self.plates[len(self.plates) + self.rows + 1 :]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the values of one datum."""
+        return torch.Size([size for size in self.inner if size > 1]) + self.event
+
+
+class Latents:
+    """The latents of a model on some data, each datum's end to end in a vector z: ``(particles, batch, dim)``. Sites that the
+    model enumerates in parallel are not among them: they are summed out.
+
+    :param pair: of :func:`~pyro_vae.check.inspect_checked` with ``per_datum``.
+    :raises ValueError: for a latent in a sequential plate.
+    """
+
+    def __init__(self, pair: Structure) -> None:
+        self.pair, self.plates, self.nesting = pair, pair.plates, pair.nesting
+        self.enumerates = any(map(is_enumerated, pair.latents.values()))
+        self.sites: dict[str, Site] = {}
+        for name, site in pair.latents.items():
+            if not is_enumerated(site):
+                self.sites[name] = self._site(name, site)
+        self.dim = sum(site.shape.numel() for site in self.sites.values())
+
+    def _site(self, name: str, site: dict) -> Site:
+        frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+        if len(frames) < len(site["cond_indep_stack"]):
+            raise ValueError(f"model: {name!r} lies in a sequential plate; expected a vectorized one, pyro.plate(…, dim=-2)")
+        rows, sizes = row_dim(site, self.plates), [1] * self.nesting
+        if rows is None:
+            raise ValueError(f"model: {name!r} lies in no data plate; expected it within pyro.plate over the rows of the data")
+        for frame in frames:
+            sizes[frame.dim] = self.pair.num_rows if frame.dim == rows else frame.size
+        return Site(site["fn"].event_shape, tuple(sizes), rows, site["fn"], site["value"].dtype)
+
+    def split(self, z: Tensor) -> Iterator[tuple[str, Site, Tensor]]:
+        """Each site's part of z ``(*batch, dim)``, ``(*batch, *shape)``."""
+        parts = z.split([site.shape.numel() for site in self.sites.values()], -1)
+        for (name, site), part in zip(self.sites.items(), parts, strict=True):
+            yield name, site, part.reshape(*z.shape[:-1], *site.shape)
+
+    def values(self, z: Tensor) -> dict[str, Tensor]:
+        """z ``(particles, batch, dim)`` as the sites take it under a plate of particles."""
+        values = {}
+        for name, site, part in self.split(z):
+            rows = part.reshape(*z.shape[:2], *site.inner, *site.event)  # (particles, batch, plates within, event)
+            values[name] = rows.movedim(1, 1 + self.nesting + site.rows).to(site.dtype)
+        return values
+
+    def flat(self, values: Mapping[str, Tensor], num_particles: int, num_rows: int) -> Tensor:
+        """The vector of each datum, from values as sites have them, with particles or without: ``(particles, batch, dim)``."""
+        if not self.sites:
+            raise ValueError("model: it has no latent of each datum that is not summed out; expected one")
+        parts = []
+        for name, site in self.sites.items():
+            if name not in values:
+                raise ValueError(f"guide: it has no site {name!r}, which the model samples; expected pyro.sample({name!r}, …)")
+            value = values[name]
+            value = value.reshape((1,) * (1 + self.nesting + len(site.event) - value.dim()) + value.shape)
+            rows = value.movedim(1 + self.nesting + site.rows, 1)
+            rows = rows.expand(num_particles, num_rows, *site.inner, *site.event)
+            parts.append(rows.reshape(num_particles, num_rows, site.shape.numel()))
+        return torch.cat([part.to(parts[0].dtype) for part in parts], -1)
+
+    def run(self, program: Program, batch: Batch, num_particles: int, values: Mapping[str, Tensor] | None = None) -> Trace:
+        """A trace of ``num_particles`` runs at once: of draws, or with the named sites held at ``values``, and what is
+        enumerated at each of its own."""
+        held = program if values is None else Held(values)(program)
+        if self.enumerates and values is not None:
+            held = EnumMessenger(first_available_dim=-2 - self.nesting)(held)
+        with poutine.trace() as tracer, pyro.plate(PARTICLES, num_particles, dim=-1 - self.nesting):
+            try:
+                held(*batch.args, **batch.kwargs)
+            except RuntimeError as error:  # of torch, about shapes: such as of batch normalization
+                raise ValueError(
+                    f"pair: it does not run in a plate of particles: {first_line(error)}; expected code that counts dimensions "
+                    "from the right: z[..., 0], dim=-1, reshape(*z.shape[:-1], …)"
+                ) from error
+        return tracer.trace
+
+    def draw(self, guide: Program, batch: Batch, num_particles: int) -> tuple[Tensor, Tensor]:
+        """Draws z of a guide ``(particles, batch, dim)``, and log q(z|x) of them ``(particles, batch)``."""
+        trace = self.run(guide, batch, num_particles)
+        z = self.flat(values_of(trace), num_particles, batch.num_rows)
+        log_q = self.log_q(guide, batch, z) if self.enumerates else self._local(trace, proposal)
+        return z, log_q.expand(num_particles, batch.num_rows)
+
+    def distribution(self, guide: Program, batch: Batch) -> Any:
+        """q(z|x) itself, of a guide of one site; ``None`` of several, which may depend on each other."""
+        if len(self.sites) > 1:
+            return None
+        (name,) = self.sites
+        return poutine.trace(guide).get_trace(*batch.args, **batch.kwargs).nodes[name]["fn"]
+
+    def log_joint(self, model: Program, batch: Batch, z: Tensor) -> Tensor:
+        """log p(x, z). z: ``(particles, batch, dim)`` → ``(particles, batch)``."""
+        return self._local(self.run(model, batch, len(z), self.values(z)), sampled).expand(len(z), z.shape[1])
+
+    def log_q(self, guide: Program, batch: Batch, z: Tensor) -> Tensor:
+        """log q(z|x). z: ``(particles, batch, dim)`` → ``(particles, batch)``. Raises ``NotImplementedError`` for a guide that
+        tells the density of its own draws only, as autoguides do."""
+        if self.pair.guide is guide and self.pair.has_auxiliary:
+            raise NotImplementedError("guide: it has auxiliary sites, so its density at given latents is not known")
+        try:
+            return self._local(self.run(guide, batch, len(z), self.values(z)), proposal).expand(len(z), z.shape[1])
+        except KeyError as error:  # of a transform that inverts its own draws only
+            raise NotImplementedError(
+                f"guide: its density at given latents is not known: {first_line(error)}; a planar flow has no inverse"
+            ) from error
+
+    def log_prior_and_joint(self, model: Program, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(z) and log p(x, z), ``(particles, batch)`` each, in one run of the model."""
+        trace = self.run(model, batch, len(z), self.values(z))
+        if self.enumerates:
+            prior = trace.copy()
+            for name, site in trace.nodes.items():
+                if site["type"] == "sample" and site["is_observed"]:
+                    prior.remove_node(name)
+            parts = [sum_out([(each, sampled, 1)], self.plates | {PARTICLES}) for each in (prior, trace)]
+        else:
+            sums = sum_sites(sampled(trace), self.plates, particle_dim=-1 - self.nesting)
+            parts = [sums.latent, sums.latent + sums.observed]
+        log_prior, log_joint = (part.expand(len(z), z.shape[1]) for part in parts)
+        return log_prior, log_joint
+
+    def _local(self, trace: Trace, sites: Sites) -> Tensor:
+        """log-probability of all sites, ``(particles, batch)`` or what broadcasts to it."""
+        if self.enumerates:
+            return sum_out([(trace, sites, 1)], self.plates | {PARTICLES})
+        sums = sum_sites(sites(trace), self.plates, particle_dim=-1 - self.nesting)
+        return sums.latent + sums.observed

@@ -1,0 +1,446 @@
+"""What can be wrong with a pair, one generator of problems for each kind; :mod:`pyro_vae.check` asks them."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+from pyro_vae.batches import Batch
+from pyro_vae.pair import elbo_terms, proposal, run_pair, sampled, sum_sites, untouched
+from pyro_vae.structure import Structure, row_dim, trained_parameters
+
+
+class Problem(NamedTuple):
+    """What is wrong with a pair. ``judged``: the numbers exist and are believed to be wrong, so ``check=False`` allows them;
+    otherwise they do not exist."""
+
+    text: str
+    judged: bool = True
+
+
+def pair_problems(pair: Structure) -> Iterator[Problem]:
+    """What is wrong with a pair whatever it is used for."""
+    yield from _site_problems(pair)
+    yield from _plate_problems(pair)
+    yield from _support_problems(pair)
+    outside = [Problem(text) for text in data_problems(pair.traces[0], pair.batch, pair.plates)]
+    yield from outside or _density_problems(pair)
+
+
+def per_datum_problems(pair: Structure) -> Iterator[Problem]:
+    """Why there are no log-weights per datum."""
+    for side, name, site in pair.sites:
+        if row_dim(site, pair.plates) is None and (not site["is_observed"] or site["fn"].log_prob(site["value"]).any()):
+            yield Problem(_no_data_plate(side, name), judged=False)
+    yield from _subsample_problems(pair)
+
+
+def joint_problems(pair: Structure) -> Iterator[Problem]:
+    """Why there are no log-weights of all data together."""
+    yield from _subsample_problems(pair)
+
+
+def _no_data_plate(side: str, name: str) -> str:
+    return (
+        f"{side}: {name!r} lies in no data plate, so there is no evidence per datum; expected it within "
+        'pyro.plate("data", len(x)) over the rows of the data (joint_log_weights takes latents that all data share)'
+    )
+
+
+def _subsample_problems(pair: Structure) -> Iterator[Problem]:
+    for side, name, site in pair.sites:
+        for frame in site["cond_indep_stack"]:
+            if frame.name in pair.plates and frame.size not in (pair.num_rows, -1):
+                yield Problem(
+                    f"{side}: plate {frame.name!r} draws {frame.size} of the {pair.num_rows} rows by itself, others at each "
+                    "run, so no datum has a weight; expected a plate over the rows that are given",
+                    judged=False,
+                )
+            elif frame.name not in pair.plates and frame.full_size != frame.size:
+                yield Problem(
+                    f"{side}: {name!r} lies in plate {frame.name!r} that draws {frame.size} of its {frame.full_size} rows, "
+                    "and no weight of them estimates the evidence of all; expected all of its rows",
+                    judged=False,
+                )
+
+
+def rows_problem(pair: Structure) -> Problem | None:
+    """Rows of the data along another dimension than the first, where a plate of the model has them."""
+    if pair.plates or not pair.batch.tensors:
+        return None
+    for name, site in sampled(pair.traces[0]):
+        for frame in site["cond_indep_stack"] if site["is_observed"] else ():
+            for key, part in pair.batch.tensors.items():
+                if frame.vectorized and frame.size > 1 and frame.size in part.shape[1:] and frame.size != len(part):
+                    return Problem(
+                        f"model: {name!r} lies in plate {frame.name!r} of {frame.size} rows, and no plate follows the "
+                        f"{len(part)} rows of the data: dimension {part.shape[1:].index(frame.size) + 1} of {key} has "
+                        f"{frame.size}. Data are counted along dimension 0, so a mean per datum would be one of something "
+                        f"else; pass the data with rows first, such as x.transpose(0, {part.shape[1:].index(frame.size) + 1})"
+                    )
+    return None
+
+
+def plates_of(site: dict) -> tuple[str, ...]:
+    return tuple(frame.name for frame in site["cond_indep_stack"])
+
+
+def family(distribution: Any) -> str:
+    while isinstance(distribution, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        distribution = distribution.base_dist
+    return type(distribution).__name__
+
+
+def _site_problems(pair: Structure) -> Iterator[Problem]:
+    model, guide = pair.latents, pair.guide_latents
+    for name, site in model.items():
+        if name not in guide and not site["infer"].get("enumerate"):
+            yield Problem(
+                f"guide: it has no site {name!r}, which the model samples; expected pyro.sample({name!r}, …)", judged=False
+            )
+    for name, site in guide.items():
+        if name not in model and not site["infer"].get("is_auxiliary"):
+            yield Problem(
+                f"guide: its site {name!r} is not in the model, so log q(z|x) is not known; expected one of {sorted(model)}, "
+                'or mark the site infer={"is_auxiliary": True}',
+                judged=False,
+            )
+    for name in model.keys() & guide.keys():
+        shapes = [tuple(sites[name]["fn"].event_shape) for sites in (model, guide)]
+        if shapes[0] != shapes[1]:
+            yield Problem(
+                f"guide: {name!r} has event_shape {shapes[1]} but in the model {shapes[0]}; declare the same event "
+                "dimensions with .to_event(k)",
+                judged=False,
+            )
+    if not any(site["is_observed"] for _, site in sampled(pair.traces[0])):
+        yield Problem("model: it observes nothing; expected pyro.sample(name, distribution, obs=x)")
+
+
+def _plate_problems(pair: Structure) -> Iterator[Problem]:
+    model, guide = pair.latents, pair.guide_latents
+    for name in model.keys() & guide.keys():
+        plates = [plates_of(sites[name]) for sites in (model, guide)]
+        dims = [sorted(f.dim for f in sites[name]["cond_indep_stack"] if f.vectorized) for sites in (model, guide)]
+        if set(plates[0]) != set(plates[1]):
+            yield Problem(
+                f"guide: {name!r} is in plates {plates[1]} but in the model in {plates[0]}; expected the same plates on both "
+                "sides"
+            )
+        elif dims[0] != dims[1]:
+            yield Problem(
+                f"guide: the plates of {name!r} have dimensions {dims[1]} but in the model {dims[0]}; expected the same on "
+                "both sides: pyro.plate(…, dim=…)",
+                judged=False,
+            )
+    for side, trace in zip(("model", "guide"), pair.traces, strict=True):
+        for name, site in sampled(trace):
+            yield from _undeclared(side, name, site)
+            shape = site["fn"].batch_shape
+            for frame in site["cond_indep_stack"]:
+                if frame.name not in pair.plates or not frame.vectorized or frame.size >= 0:
+                    continue
+                if (len(shape) < -frame.dim or shape[frame.dim] == 1) and pair.num_rows > 1 and site["value"].numel():
+                    yield Problem(
+                        f"{side}: plate {frame.name!r} has no size and {name!r} has batch_shape {tuple(shape)}, so all data "
+                        f"share one draw; give the plate its size, pyro.plate({frame.name!r}, len(x)), or expand the "
+                        "distribution"
+                    )
+
+
+def _undeclared(side: str, name: str, site: dict) -> Iterator[Problem]:
+    """Batch dimensions that no plate declares."""
+    declared = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+    fn = site["fn"]
+    for dim in range(-len(fn.batch_shape), 0):
+        if fn.batch_shape[dim] > 1 and dim not in declared:
+            yield Problem(
+                f"{side}: {name!r} has batch_shape {tuple(fn.batch_shape)}, whose dimension {dim} lies in no plate; declare it "
+                f"as part of the event with .to_event({len(fn.event_shape) - dim}), or put the site in a pyro.plate"
+            )
+            return
+
+
+def _support_problems(pair: Structure) -> Iterator[Problem]:
+    """Draws of the guide to which the model gives no probability."""
+    model, guide = pair.latents, pair.guide_latents
+    for name in model.keys() & guide.keys():
+        p, q = model[name]["fn"], guide[name]["fn"]
+        value = guide[name]["value"]
+        if p.event_shape == q.event_shape and not is_trusted(p) and not _inside(p, lambda value=value: value):  # type: ignore[misc]
+            yield Problem(
+                f"guide: it draws {name!r} outside the model's support, {p.support}; expected a guide on that support, such as "
+                f"one of {family(p)}"
+            )
+
+
+def reach_problems(pair: Structure) -> Iterator[Problem]:
+    """Draws of the model to which the guide gives no probability. Training allows them: a guide may be truncated on
+    purpose."""
+    model, guide = pair.latents, pair.guide_latents
+    for name in model.keys() & guide.keys():
+        p, q = model[name]["fn"], guide[name]["fn"]
+        if p.event_shape == q.event_shape and not is_trusted(q) and not _inside(q, p.sample):
+            yield Problem(
+                f"guide: {name!r} has support {q.support} but the model {p.support}, so the guide cannot reach the whole "
+                f"posterior; expected a guide on the model's support, such as one of {family(p)}"
+            )
+
+
+def is_trusted(distribution: Any) -> bool:
+    """Whether a distribution was built with ``validate_args=False`` while validation is on by default: its author knows."""
+    if not Distribution._validate_args:
+        return False
+    while True:
+        if vars(distribution).get("_validate_args") is False:
+            return True
+        if not hasattr(distribution, "base_dist"):
+            return False
+        distribution = distribution.base_dist
+
+
+def _inside(distribution: Any, draw: Callable[[], Tensor]) -> bool:
+    try:
+        return bool(distribution.support.check(draw()).all())
+    except (NotImplementedError, RuntimeError, AttributeError):  # one that does not tell, as Delta, or cannot be drawn from
+        return True
+
+
+def data_problems(model_trace: Trace, batch: Batch, plates: frozenset[str], whole: Batch | None = None) -> Iterator[str]:
+    """Rows of the data outside the likelihood's support.
+
+    :param whole: all data, looked at where an observed site is an argument as it is, and its support is a fixed one: that of
+        a ``Multinomial``, say, follows from the batch.
+    """
+    for name, site in sampled(model_trace):
+        value, fn = site["value"], site["fn"]
+        if not site["is_observed"] or not value.numel() or is_trusted(fn):  # pyro.factor observes nothing
+            continue
+        try:
+            support = _elementwise(fn.support)
+            if whole is not None and is_fixed(support):
+                for key, part in batch.tensors.items():
+                    if part.shape == value.shape and torch.equal(part.to(value), value):
+                        value = whole.tensors[key].to(value)
+            outside = ~support.check(value)
+            for mask in _masks(site):
+                outside = outside & mask
+        except (NotImplementedError, RuntimeError):
+            continue
+        bad = _by_row(outside, row_dim(site, plates), len(fn.event_shape))
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            yield _outside(name, support, value, outside, row, int(bad.sum()))
+
+
+def is_fixed(support: Any) -> bool:
+    """Whether a support is one of torch's that hold no parameters of the distribution."""
+    return any(support is each for each in vars(constraints).values())
+
+
+def has_fixed_support(model_trace: Trace) -> bool:
+    """Whether no support of an observed site follows from the batch."""
+    for _, site in sampled(model_trace):
+        if site["is_observed"] and site["value"].numel():
+            try:
+                if not is_fixed(_elementwise(site["fn"].support)):
+                    return False
+            except NotImplementedError:
+                continue
+    return True
+
+
+def _by_row(elements: Tensor, dim: int | None, event_dim: int) -> Tensor:
+    """Whether a boolean of a site is true anywhere in each row of the data: ``(rows,)``; ``(1,)`` without a data plate."""
+    if dim is None or elements.dim() < event_dim - dim:
+        return elements.reshape(len(elements), -1).any(1) if elements.dim() else elements.reshape(1)
+    rows = elements.movedim(dim - event_dim, 0)
+    return rows.reshape(len(rows), -1).any(1)
+
+
+def _elementwise(support: Any) -> Any:
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
+def _masks(site: dict) -> Iterator[Tensor]:
+    """Masks on a site, by handlers and by its distribution: what is masked may hold anything."""
+    if isinstance(site["mask"], Tensor):
+        yield site["mask"].reshape(site["mask"].shape + (1,) * len(site["fn"].event_shape))
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution) and isinstance(fn._mask, Tensor):
+            yield fn._mask.reshape(fn._mask.shape + (1,) * len(fn.event_shape))
+        fn = fn.base_dist
+
+
+def _outside(name: str, support: Any, value: Tensor, outside: Tensor, row: int, count: int) -> str:
+    found = value.expand(torch.broadcast_shapes(value.shape, outside.shape))[outside] if outside.shape == value.shape else value
+    low, high = (float(end) for end in found.aminmax())
+    cause = (
+        f"data: row {row} ({count} in all) lies outside the support of {name!r}, {support}: such values are in "
+        f"[{low:g}, {high:g}]"
+    )
+    if support is not constraints.boolean:
+        return f"{cause}; rescale the data or use another conditional"
+    if low >= 0 and high <= 1:
+        return (
+            f'{cause}, grey; binarize them with load(…, binarize="threshold") or "stochastic", or keep "none" and use a '
+            "continuous conditional such as ContinuousBernoulli or Normal"
+        )
+    return f"{cause}; divide by the largest (255 for bytes), then binarize, or use another conditional"
+
+
+def _density_problems(pair: Structure) -> Iterator[Problem]:
+    """Observed sites whose log-probability is not a finite number."""
+    for side, trace in zip(("model", "guide"), pair.traces, strict=True):
+        for name, site in sampled(trace):
+            if side == "model" and site["is_observed"] and not is_trusted(site["fn"]):
+                for row, value, count in improbable_rows(site, pair.plates):
+                    if value == -math.inf and not _always(pair, name, row):
+                        continue  # a likelihood that vanishes at this draw of the latents
+                    yield Problem(
+                        f"model: the log-probability of {name!r} is {value} at row {row} ({count} such rows); expected a "
+                        "finite number: check this row, or use another conditional",
+                        judged=False,
+                    )
+                    break
+
+
+def improbable_rows(site: dict, plates: frozenset[str]) -> Iterator[tuple[int, float, int]]:
+    """The rows of a site whose log-probability is not finite: row, value, number of such rows."""
+    with torch.no_grad():
+        log_prob = scale_and_mask(
+            site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]).detach(), mask=site["mask"]
+        )
+    dim = row_dim(site, plates)
+    bad = ~log_prob.isfinite()
+    if not bad.any():
+        return
+    rows = _by_row(bad, dim, 0)
+    by_row = log_prob.movedim(dim, 0).reshape(len(rows), -1) if dim is not None and log_prob.dim() >= -dim else (
+        log_prob.reshape(len(rows), -1)
+    )  # fmt: skip
+    for row in rows.nonzero().flatten().tolist():
+        values = by_row[row]
+        yield row, float(values[~values.isfinite()][0]), int(rows.sum())
+
+
+def _always(pair: Structure, name: str, row: int) -> bool:
+    """Whether a log-probability of −∞ stays so at other draws of the latents."""
+    if not pair.latents:
+        return True
+    for seed in range(4):
+        with untouched(training=False, seed=seed), torch.no_grad():
+            trace, _ = run_pair(pair.model, pair.guide, *pair.batch.args, **pair.batch.kwargs)
+        site = trace.nodes[name]
+        if row not in {found for found, _, _ in improbable_rows(site, pair.plates)}:
+            return False
+    return True
+
+
+def lost_parameters(pair: Structure) -> Iterator[Problem]:
+    """Parameters that this run created though a fit trained them: Pyro's param store of the fit is not in force."""
+    for program, trace in zip((pair.model, pair.guide), pair.traces, strict=True):
+        trained, asked = trained_parameters(program), set(trace.param_nodes)
+        lost = [name for name in asked & trained.keys() & pair.made.keys() if trained[name]() is not pair.made[name]]
+        if lost:
+            yield Problem(
+                f"pair: it created the parameter {min(lost)!r} anew, though a fit in this process trained it, so its numbers "
+                "would be those of an untrained pair; expected `with history.scope():` around the call, with the History that "
+                "the fit returned"
+            )
+            return
+
+
+def training_problems(pair: Structure) -> Iterator[Problem]:
+    """Why a pair, or a part of it, would not be trained. Only training asks: a frozen pair is evaluated like any other."""
+    parameters = {
+        name: value.unconstrained() if hasattr(value := site["value"], "unconstrained") else value
+        for trace in pair.traces
+        for name, site in trace.nodes.items()
+        if site["type"] == "param"
+    }
+    store = pyro.get_param_store()
+    # an autoguide asks for its parameters out of sight when it sets itself up
+    stored = [value for _, value in store.named_parameters()]
+    if not any(value.requires_grad for value in [*parameters.values(), *stored]):
+        yield Problem(
+            "pair: it has nothing to train; expected parameters with requires_grad: use PyroModules, "
+            "pyro.module(name, net) or pyro.param(name, start)"
+        )
+        return
+    registered = {id(value) for value in [*parameters.values(), *stored]}
+    for module, with_gradients in pair.ran.items():
+        own = {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad and with_gradients}
+        if not own or any(id(p) in registered for p in own.values()):
+            continue
+        name, p = next(iter(own.items()))
+        others = [key for key, value in store.named_parameters() if key.endswith(name) and value.shape == p.shape]
+        others += [key for key, value in parameters.items() if key.endswith(name) and value.shape == p.shape]
+        hint = ""
+        if others:
+            hint = (
+                f". The param store has another tensor as {others[0]!r}: two networks may share that name, or it is left by "
+                "an earlier pair (pyro.clear_param_store())"
+            )
+        yield Problem(
+            f"pair: a {type(module).__name__} runs in it but is not registered, so it would never be trained; expected "
+            "pyro.module(name, net), or an attribute of a PyroModule, or net.requires_grad_(False) where it is frozen" + hint
+        )
+        return
+
+
+def log_prob_problems(pair: Structure) -> Iterator[Problem]:
+    with torch.no_grad():
+        terms = elbo_terms(*pair.traces, pair.plates, num_data=pair.num_rows)
+    for name in ("reconstruction", "kl"):
+        term = getattr(terms, name)
+        bad = (~torch.isfinite(term)).nonzero().flatten().tolist()
+        if bad:
+            yield Problem(
+                f"pair: the {name} term of row {bad[0]} is {float(term[bad[0]])} ({len(bad)} such rows); "
+                "expected finite log-probabilities: raise min_scale, or check the networks' output"
+            )
+
+
+def coupling_problems(pair: Structure) -> Iterator[Problem]:
+    """Local terms of other data that move when one datum is replaced by its neighbour, at the same draws of the latents."""
+    model, guide, batch, plates = pair.model, pair.guide, pair.batch, pair.plates
+    n = batch.num_rows if batch.tensors else 0
+    if n < 2:
+        return
+    i = n // 2
+    rows = torch.arange(n)
+    rows[i] = i - 1
+    with untouched(), torch.no_grad():
+        drawn = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
+
+    def sums(of: Batch) -> dict[str, Tensor]:
+        # the same latents in both runs: a sampler that rejects would hand the noise on to other rows
+        with untouched(seed=0), torch.no_grad():
+            traces = run_pair(model, poutine.replay(guide, trace=drawn), *of.args, **of.kwargs)
+        p, q = sum_sites(sampled(traces[0]), plates), sum_sites(proposal(traces[1]), plates)
+        local = {"log p(x|z)": p.observed, "log p(z)": p.latent, "log q(z|x)": q.latent}
+        return {name: term for name, term in local.items() if term.shape == (n,)}  # not those of a subsample of the rows
+
+    before, after = sums(batch), sums(batch.map(lambda part: part[rows]))
+    for name, one in before.items():
+        moved = ((one - after[name]).abs() > 1e-4 * (1 + one.abs())).nonzero().flatten()
+        others = moved[moved != i]
+        if len(others):
+            j = int(others[0])
+            yield Problem(
+                f"pair: in training mode {name} of row {j} moves by {float((one - after[name])[j]):.2g} when row {i} is "
+                "replaced, so an ELBO per datum does not exist; expected data that are independent given what they share: "
+                "LayerNorm or GroupNorm in place of batch normalization"
+            )

@@ -1,0 +1,864 @@
+"""Situations from public bug reports: what is right is said, or the pair is refused with the reason."""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import (
+    SVI,
+    EnergyDistance,
+    RenyiELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+    TraceTMC_ELBO,
+    config_enumerate,
+)
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
+from pyro.nn import PyroModule
+from torch import nn
+from torch.distributions import constraints
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyro_vae as pv
+from pyro_vae import conditionals, evidence, nets, priors
+from pyro_vae.diagnostics import latent_usage, posterior_draws
+from pyro_vae.weights import joint_log_weights, log_weights
+
+
+def local_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def prior_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+
+
+def exact_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 2, math.sqrt(0.5)))
+
+
+def log_evidence(x):
+    return dist.Normal(0.0, math.sqrt(2.0)).log_prob(x)
+
+
+def global_guide(x):
+    loc = pyro.param("a", torch.tensor(2.0))
+    pyro.sample("mu", dist.Normal(loc, pyro.param("s", torch.tensor(0.1), constraint=constraints.positive)))
+
+
+# every verb on a pair with data x; each is to raise the same error for the same wrong pair
+VERBS = {
+    "fit": lambda m, g, x: pv.fit(m, g, x, epochs=1, batch_size=None),
+    "SVI": lambda m, g, x: pv.SVI(m, g, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).step(x),
+    "evaluate": pv.evaluate,
+    "log_weights": log_weights,
+    "importance": lambda m, g, x: evidence.importance(m, g, x, num_particles=10),
+    "elbo": lambda m, g, x: evidence.elbo(m, g, x, num_particles=10),
+    "diagnose": lambda m, g, x: pv.diagnose(m, g, x, num_particles=10, num_simulations=0),
+    "split_gap": lambda m, g, x: pv.split_gap(m, g, x, num_particles=10, max_steps=1),
+    "usage": latent_usage,
+    "draws": lambda m, g, x: posterior_draws(m, g, x, num_draws=3),
+    "ais": lambda m, g, x: evidence.ais(m, x, start=g, num_temperatures=2, num_chains=2),
+    "free_energy": lambda m, g, x: pv.free_energy(m, g, x, num_particles=10),
+}
+
+
+# ---------------------------------------------------------------- A1: scales of the pair's own
+
+
+@pytest.mark.parametrize("where", ["plate", "handler", "guide side too"])
+def test_a_minibatch_that_the_pair_scales_is_not_scaled_again(where):
+    """The gradient of a fit's steps on all minibatches adds up to that of plain Pyro on all data."""
+    n, size = 40, 10
+    x = torch.randn(n, generator=torch.manual_seed(0)) + 2
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        scale = poutine.scale(scale=n / len(x))
+        with pyro.plate("data", len(x)), scale:
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    def unscaled(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    def wrapped(x):
+        with poutine.scale(scale=n / len(x)), pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu_of(), 1.0), obs=x)
+
+    def mu_of():
+        return pyro.param("mu", torch.tensor(0.5))
+
+    pairs = {
+        "plate": (model, global_guide, unscaled),
+        "handler": (wrapped, lambda x: None, None),
+        "guide side too": (model, global_guide, unscaled),
+    }
+    ours, guide, plain = pairs[where]
+    pyro.set_rng_seed(1)
+    scaled = pv.fit(ours, guide, x, epochs=3, batch_size=size, optim=pyro.optim.SGD({"lr": 1e-4}))
+    if plain is None:
+
+        def plain(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(mu_of(), 1.0), obs=x)
+
+    pyro.set_rng_seed(1)
+    once = pv.fit(plain, guide, x, epochs=3, batch_size=size, optim=pyro.optim.SGD({"lr": 1e-4}))
+    for name, value in once.param_store["params"].items():
+        torch.testing.assert_close(scaled.param_store["params"][name], value)
+
+
+def test_a_scale_by_another_number_of_data_is_refused():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)), poutine.scale(scale=1000 / len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match=r"'x' is scaled by 1000/rows, but there are 40 data"):
+        pv.fit(model, global_guide, torch.randn(40), epochs=1, batch_size=10)
+
+
+# ---------------------------------------------------------------- A2: frozen parameters
+
+
+class Frozen(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.net = PyroModule[nn.Linear](1, 1)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.net(x.unsqueeze(-1)).squeeze(-1), 1.0))
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS if v not in ("fit", "SVI")])
+def test_frozen_parameters_stay_frozen(verb):
+    guide = Frozen().requires_grad_(False).eval()
+    VERBS[verb](local_model, guide, torch.randn(6))
+    assert not any(p.requires_grad for p in guide.parameters())
+    assert pv.check_pair(local_model, guide, torch.randn(6)).problems == ()
+    assert not any(p.requires_grad for p in guide.parameters())
+
+
+@pytest.mark.parametrize("compile", [False, "trace"])
+def test_frozen_parameters_stay_where_they_are_in_training(compile):
+    class Half(Frozen):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.net(x.unsqueeze(-1)).squeeze(-1), self.scale.exp()))
+
+    for train in ("fit", "SVI"):
+        guide = Half()
+        guide.net.requires_grad_(False)
+        before = [p.detach().clone() for p in guide.net.parameters()]
+        start, x, optim = guide.scale.item(), torch.randn(20), pyro.optim.Adam({"lr": 0.1})
+        with pyro.get_param_store().scope():
+            if train == "fit":
+                pv.fit(local_model, guide, x, epochs=3, batch_size=5, optim=optim, compile=compile)
+            else:
+                svi = pv.SVI(local_model, guide, optim, Trace_ELBO(), compile=compile)
+                for _ in range(5):
+                    svi.step(x)
+        assert not any(p.requires_grad for p in guide.net.parameters())
+        assert all(map(torch.equal, guide.net.parameters(), before))
+        assert guide.scale.item() != start
+
+
+# ---------------------------------------------------------------- A3: losses that are not linear
+
+
+def test_losses_outside_the_table_are_refused_in_minibatches():
+    class Mine(Trace_ELBO):
+        pass
+
+    x = torch.randn(20)
+    with pytest.raises(ValueError, match=r"Mine is a loss that pyro_vae does not know.*batch_size=None"):
+        pv.fit(local_model, amortized, x, loss=Mine(), epochs=1, batch_size=5)
+    assert pv.fit(local_model, amortized, x, loss=Mine(), epochs=1, batch_size=None)
+    assert pv.fit(local_model, amortized, x, loss=Mine(), epochs=1, batch_size=5, check=False)
+    for loss in (EnergyDistance(), ReweightedWakeSleep()):
+        with pytest.raises(ValueError, match=rf"{type(loss).__name__}.*expected pyro.infer.SVI"):
+            pv.fit(local_model, amortized, x, loss=loss, epochs=1)
+
+
+def amortized(x):
+    a = pyro.param("slope", torch.tensor(0.2))
+    s = pyro.param("width", torch.tensor(0.8), constraint=constraints.positive)
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(a * x, s))
+
+
+NONLINEAR = {
+    "Renyi": lambda: RenyiELBO(alpha=0.0, num_particles=4, vectorize_particles=True, max_plate_nesting=1),
+    "Renyi .5": lambda: RenyiELBO(alpha=0.5, num_particles=4, vectorize_particles=True, max_plate_nesting=1),
+    "tail-adaptive": lambda: TraceTailAdaptive_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1),
+    "TMC": lambda: TraceTMC_ELBO(max_plate_nesting=1),  # a tensor of samples, see `many`
+    "ELBO": lambda: Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1),
+    "mean field": lambda: TraceMeanField_ELBO(),
+    "graph": lambda: TraceGraph_ELBO(),
+}
+
+
+def many(loss, guide):
+    """The guide with a tensor of samples at each site, for the tensor Monte Carlo loss."""
+    if loss != "TMC":
+        return guide
+    return config_enumerate(lambda x: guide(x), default="parallel", expand=False, num_samples=4, tmc="diagonal")
+
+
+@pytest.mark.parametrize("loss", NONLINEAR)
+def test_minibatch_gradients_are_plain_pyros_times_n_over_b(loss):
+    """At the same noise, to the last digits: the factor N/B stands before the loss."""
+    x = torch.randn(4, generator=torch.manual_seed(0))
+    whole = torch.cat([x, torch.randn(12)])
+    steps = {}
+    for name, factor in (("fit", 1.0), ("pyro", 16 / 4)):
+        with pyro.get_param_store().scope():
+            pyro.set_rng_seed(3)
+            if name == "pyro":
+                optim = pyro.optim.SGD({"lr": 1e-3 * factor})
+                SVI(local_model, many(loss, amortized), optim, NONLINEAR[loss]()).step(x)
+            else:
+                # one minibatch of the data, as a loader of one batch that stands for 16
+                optim = pyro.optim.SGD({"lr": 1e-3})
+                _one_step(local_model, many(loss, amortized), whole, x, optim, NONLINEAR[loss]())
+            steps[name] = {k: v.detach().clone() for k, v in pyro.get_param_store().named_parameters()}
+    for key, value in steps["pyro"].items():
+        torch.testing.assert_close(steps["fit"][key], value)
+
+
+def _one_step(model, guide, whole, x, optim, loss):
+    from pyro_vae.batches import Batch, as_batches
+    from pyro_vae.infer.fit import inspect_for_training
+    from pyro_vae.infer.group import Group
+    from pyro_vae.infer.minibatch import MinibatchSVI
+
+    batches = as_batches(whole, len(x))
+    pair = inspect_for_training(model, guide, batches, loss, annealed=False, check=True)
+    step = MinibatchSVI(model, guide, loss, optim, pair, batches, annealed=False, clip_norm=None, group=Group())
+    step.compile = False
+    step.begin_epoch(quiet=False)
+    step.on(Batch((x,), {}), 1.0, 1.0, "here")
+
+
+def test_a_nonlinear_loss_with_a_shared_latent_is_refused_in_minibatches():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    loss = RenyiELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
+    with pytest.raises(ValueError, match="'mu' is shared by all data"):
+        pv.fit(model, global_guide, torch.randn(20), loss=loss, epochs=1, batch_size=5)
+    assert pv.fit(model, global_guide, torch.randn(20), loss=loss, epochs=1, batch_size=None)
+
+
+@pytest.mark.parametrize("make", [RenyiELBO, lambda **k: TraceTailAdaptive_ELBO(**k)])
+def test_evaluate_refuses_a_loss_that_is_no_elbo(make):
+    with pytest.raises(ValueError, match=r"which is no ELBO.*evidence.importance"):
+        pv.evaluate(local_model, prior_guide, torch.randn(5), loss=make(num_particles=3, vectorize_particles=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["Renyi", "TMC"])
+def test_training_in_minibatches_ends_where_plain_svi_ends(loss):
+    """Linear Gaussian: the guide N(a x, s²) of a minibatch fit is that of plain SVI on all data."""
+    x = 1.4 * torch.randn(200, generator=torch.manual_seed(0))
+    found = {}
+    for size in (50, None):
+        pyro.set_rng_seed(0)
+        optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "gamma": 0.97})
+        history = pv.fit(
+            local_model, many(loss, lambda x: amortized(x)), x, loss=NONLINEAR[loss](), epochs=150, batch_size=size, optim=optim
+        )
+        with history.scope():
+            found[size] = [pyro.param("slope").item(), pyro.param("width").item()]
+    assert found[50] == pytest.approx(found[None], abs=0.06)
+
+
+# ---------------------------------------------------------------- A4: parameters for each datum
+
+
+def per_row(x):
+    loc = pyro.param("loc", torch.zeros(len(x)))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(loc, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: AutoNormal(local_model), "locs.z"),
+        (lambda: AutoDelta(local_model), "z"),
+        (lambda: AutoDiagonalNormal(local_model), "loc"),
+        (lambda: per_row, "loc"),
+    ],
+)
+@pytest.mark.parametrize("size", [20, 7])
+def test_parameters_for_each_datum_are_refused_in_minibatches(make, name, size):
+    x = torch.randn(60)
+    with pytest.raises(ValueError, match=rf"{name}.*batch_size=None"):
+        pv.fit(local_model, make(), x, epochs=1, batch_size=size)
+    history = pv.fit(local_model, make(), x, epochs=1, batch_size=None, validation=x)
+    assert math.isfinite(history.epochs[0].validation.elbo)
+    with pytest.raises(ValueError, match=r"validation: the parameter .* has an entry for each of the training data"):
+        pv.fit(local_model, make(), x, epochs=1, batch_size=None, validation=torch.randn(60))
+
+
+def test_a_table_indexed_by_the_data_is_no_parameter_of_the_batch():
+    """An embedding by index is a table over all data, right in minibatches."""
+
+    def model(x, i):
+        local_model(x)
+
+    def guide(x, i):
+        table = pyro.param("table", torch.zeros(60))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(table[i], 1.0))
+
+    assert pv.fit(model, guide, (torch.randn(60), torch.arange(60)), epochs=1, batch_size=20)
+
+
+# ---------------------------------------------------------------- A5: one check for every verb
+
+
+def no_plate(x):
+    pyro.param("unused", torch.zeros(()))
+    pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+
+
+def no_site(x):
+    pyro.param("unused", torch.zeros(()))
+
+
+def column(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 1), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def column_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(pyro.param("a", torch.zeros(1)).expand(len(x), 1), 1.0).to_event(1))
+
+
+def wrong_support(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.LogNormal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def trainable(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(-3.0)), 0.1))
+
+
+def trainable_anew():
+    """A function of its own, since a fit remembers whose parameters it trained."""
+    return lambda x: trainable(x)
+
+
+def grey_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Bernoulli(logits=z), obs=x)
+
+
+WRONG = {
+    "no site": (local_model, no_site, torch.zeros(9), "guide: it has no site 'z'"),
+    "no plate": (local_model, no_plate, torch.zeros(9), r"'z' is in plates \(\) but in the model in \('data',\)"),
+    "a column against a vector": (column, column_guide, torch.zeros(9), r"'x' has batch_shape \(9, 9\)|Shape mismatch"),
+    "support": (wrong_support, trainable, torch.zeros(9), "outside the model's support"),
+    "grey data": (grey_model, trainable, torch.full((9,), 0.5), r"data: row 0 \(9 in all\) lies outside the support of 'x'"),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("case", WRONG)
+def test_every_verb_refuses_the_same_wrong_pair(case, verb):
+    model, guide, x, message = WRONG[case]
+    if verb == "SVI" and case in ("a column against a vector", "grey data"):
+        pytest.skip("plain Pyro raises an error of its own here")
+    with pytest.raises(ValueError, match=message):
+        VERBS[verb](model, guide, x)
+
+
+def test_what_is_judged_wrong_can_be_allowed():
+    x = torch.full((5,), 0.5)
+    with pytest.raises(ValueError, match="to run log_weights all the same: check=False"):
+        log_weights(grey_model, prior_guide, x)
+    with pyro.validation_enabled(False):  # the cross-entropy of grey values
+        assert log_weights(grey_model, prior_guide, x, check=False).isfinite().all()
+        assert pv.evaluate(grey_model, prior_guide, x, check=False).elbo.isfinite().all()
+        assert pv.fit(grey_model, trainable_anew(), x, epochs=1, check=False)
+    with pytest.raises(ValueError, match="guide: it has no site 'z'"):
+        log_weights(local_model, no_site, x, check=False)
+
+
+# ---------------------------------------------------------------- A6: parameters of an earlier fit
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "importance", "diagnose", "log_weights", "draws"])
+def test_functions_that_a_fit_trained_need_its_param_store(verb):
+    x = torch.randn(30)
+    history = pv.fit(local_model, amortized_again, x, epochs=1)
+    with pytest.raises(ValueError, match=r"it created the parameter '(slope|width)' anew.*with history.scope\(\):"):
+        VERBS[verb](local_model, amortized_again, x)
+    with history.scope():
+        assert VERBS[verb](local_model, amortized_again, x) is not None
+
+
+def amortized_again(x):
+    amortized(x)
+
+
+def test_modules_need_no_param_store():
+    vae = pv.VAE(
+        priors.StandardNormal(1),
+        conditionals.Normal(nets.MLP(1, (4,)), event_shape=2),
+        conditionals.Normal(nets.MLP(2, (4,)), event_shape=1),
+    )
+    pv.fit(vae.model, vae.guide, torch.randn(30, 2), epochs=1)
+    assert pv.evaluate(vae.model, vae.guide, torch.randn(30, 2)).elbo.shape == (30,)
+
+
+# ---------------------------------------------------------------- A7, A8: arrays
+
+
+@pytest.mark.parametrize("verb", ["fit", "evaluate", "log_weights"])
+def test_masked_arrays_are_refused(verb):
+    x = np.ma.masked_values(np.array([1.0, -999.0, 2.0]), -999.0)
+    with pytest.raises(ValueError, match=r"masked entries.*getmaskarray"):
+        VERBS[verb](local_model, amortized, x)
+
+
+def double_model(x):
+    mu = pyro.param("mu", torch.tensor(1e8).double())
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def double_guide(x):
+    mu = pyro.param("mu", torch.tensor(1e8).double())
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal((x + mu) / 2, torch.tensor(math.sqrt(0.5)).double()))
+
+
+def test_arrays_are_of_the_dtype_of_the_parameters():
+    x = 1e8 + np.random.default_rng(0).normal(size=200)
+    exact = dist.Normal(torch.tensor(1e8).double(), math.sqrt(2.0)).log_prob(torch.from_numpy(x))
+    found = evidence.importance(double_model, double_guide, x, num_particles=5)
+    torch.testing.assert_close(found.log_evidence, exact)
+    elbo = pv.evaluate(double_model, double_guide, x).elbo
+    torch.testing.assert_close(elbo, exact)
+    for verb in ("evaluate", "fit", "importance"):
+        with pytest.raises(ValueError, match=r"column|double"):
+            VERBS[verb](local_model, lambda x: amortized(x), x)  # single precision
+    assert pv.fit(local_model, lambda x: amortized(x), x - 1e8, epochs=1)
+
+
+def test_a_double_network_takes_arrays_and_a_single_one_takes_double_tensors():
+    for dtype in (torch.float32, torch.float64):
+        vae = pv.VAE(
+            priors.StandardNormal(1),
+            conditionals.Normal(nets.MLP(1, (4,)), event_shape=3),
+            conditionals.Normal(nets.MLP(3, (4,)), event_shape=1),
+        ).to(dtype)
+        for x in (np.random.default_rng(0).normal(size=(20, 3)), torch.randn(20, 3), torch.randn(20, 3).double()):
+            assert pv.evaluate(vae.model, vae.guide, x).elbo.dtype == dtype
+            assert pv.fit(vae.model, vae.guide, x, epochs=1, batch_size=7, validation=x)
+            assert log_weights(vae.model, vae.guide, x).dtype == dtype
+
+
+# ---------------------------------------------------------------- A9: supports that follow from the batch
+
+
+def test_a_support_that_follows_from_the_batch_is_no_reason_to_refuse():
+    counts = torch.arange(1.0, 41.0).unsqueeze(-1).expand(40, 3).floor()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            probs = torch.softmax(torch.stack([z, -z, 0 * z], -1), -1)
+            total = int(x.sum(-1).max())
+            pyro.sample("x", dist.Multinomial(total, probs, validate_args=False), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.0)), 1.0))
+
+    assert pv.fit(model, guide, counts, epochs=1, batch_size=10)
+    history = pv.fit(model, guide, counts.flip(0), epochs=1, batch_size=10)
+    with history.scope():
+        assert pv.evaluate(model, guide, counts, batch_size=10).elbo.shape == (40,)
+
+
+def test_a_bad_row_of_a_support_that_follows_from_the_batch_is_found_in_its_minibatch():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Categorical(logits=z.unsqueeze(-1) * torch.arange(3.0)), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.0)), 1.0))
+
+    x = torch.zeros(40)
+    x[33] = 5
+    with pytest.raises(ValueError, match=r"row \d+ \(1 in all\) lies outside the support of 'x'"):
+        pv.fit(model, guide, x, epochs=1, batch_size=10)
+    with pytest.raises(ValueError, match="row 3"):
+        pv.evaluate(model, guide, x, batch_size=10)
+
+
+# ---------------------------------------------------------------- A10: rows in another dimension
+
+
+def sequences(x):
+    p = pyro.param("p", torch.tensor(0.0))
+    with pyro.plate("seq", x.shape[1]):
+        pyro.sample("x", dist.Normal(p, 1.0).expand([x.shape[0]]).to_event(1), obs=x.T)
+
+
+def test_rows_in_another_dimension_are_refused():
+    x = torch.randn(6, 50)
+    message = r"plate 'seq' of 50 rows.*dimension 1 of argument 0 has 50.*x.transpose\(0, 1\)"
+    for run in (
+        lambda: pv.evaluate(sequences, lambda x: None, x),
+        lambda: pv.fit(sequences, lambda x: None, x, epochs=1, batch_size=None),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run()
+    assert any("plate 'seq'" in problem for problem in pv.check_pair(sequences, lambda x: None, x).problems)
+    assert pv.evaluate(sequences, lambda x: None, x, check=False).elbo.shape == (6,)
+
+
+# ---------------------------------------------------------------- A11: loaders
+
+
+def test_terms_come_in_the_datas_order_whatever_a_loader_shuffles():
+    x = torch.linspace(-3, 3, 35)
+    expected = pv.evaluate(local_model, exact_guide, x).elbo
+    for loader in (
+        DataLoader(TensorDataset(x), 10, shuffle=True),
+        DataLoader(TensorDataset(x), 10, shuffle=True, drop_last=True),
+        DataLoader(TensorDataset(x), 35),
+    ):
+        torch.testing.assert_close(pv.evaluate(local_model, exact_guide, loader).elbo, expected)
+    weighted = torch.utils.data.WeightedRandomSampler(torch.ones(35), 35)
+    with pytest.raises(ValueError, match="order of its own"):
+        pv.evaluate(local_model, exact_guide, DataLoader(TensorDataset(x), 10, sampler=weighted))
+
+
+@pytest.mark.parametrize("verb", ["fit", "evaluate"])
+def test_an_empty_loader_is_an_error(verb):
+    loader = DataLoader(TensorDataset(torch.randn(3)), 10, drop_last=True, sampler=None)
+    with pytest.raises(ValueError, match=r"the loader has no batches"):
+        VERBS[verb](local_model, lambda x: amortized(x), loader)
+
+
+# ---------------------------------------------------------------- A12: log-probabilities that are not finite
+
+
+def gamma_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Gamma(0.5 * torch.ones_like(z), z.exp()), obs=x)
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS if v != "SVI"])
+def test_a_zero_under_a_gamma_is_named_by_site_and_row(verb):
+    x = torch.tensor([1.0, 2.0, 0.0, 3.0])
+    with pytest.raises(ValueError, match=r"log-probability of 'x' is inf at row 2 \(1 such rows\)"):
+        VERBS[verb](gamma_model, trainable, x)
+
+
+def test_bytes_do_not_wrap():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Poisson((z + 5.5).exp()), obs=x)
+
+    x = torch.tensor([255, 250, 3])
+    expected = log_weights(model, trainable, x)
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        torch.testing.assert_close(log_weights(model, trainable, x.to(dtype)), expected)
+        assert pv.evaluate(model, trainable, x.to(dtype)).elbo.isfinite().all()
+    torch.testing.assert_close(log_weights(model, trainable, x.numpy().astype(np.uint8)), expected)
+
+
+def test_a_likelihood_that_vanishes_at_some_draws_is_right():
+    """x ~ Uniform(z − 1, z + 1): a weight of 0 is a number, and the mean of the weights the evidence."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Uniform(z - 1, z + 1, validate_args=False), obs=x)
+
+    x = torch.zeros(5)
+    found = evidence.importance(model, prior_guide, x, num_particles=20_000)
+    expected = math.log(0.5 * (2 * dist.Normal(0.0, 1.0).cdf(torch.tensor(1.0)) - 1))
+    assert ((found.log_evidence - expected).abs() < 4 * found.standard_error).all()
+
+
+# ---------------------------------------------------------------- F: what guides observe, scales, subsampling
+
+
+def treated(x, t):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("t", dist.Bernoulli(0.5), obs=t)
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def observing(x, t, mark):
+    with pyro.plate("data", len(x)):
+        mark(t)
+        pyro.sample("z", dist.Normal(x / 2, math.sqrt(0.5)))
+
+
+MARKS = {
+    "auxiliary": lambda t: pyro.sample("t", dist.Bernoulli(0.5), obs=t, infer={"is_auxiliary": True}),
+    "observed": lambda t: pyro.sample("t_q", dist.Bernoulli(0.25), obs=t),
+    "factor": lambda t: pyro.factor("f", 0.7 * t, has_rsample=False),
+    "auxiliary draw": lambda t: pyro.sample("u", dist.Normal(torch.zeros(len(t)), 3.0), infer={"is_auxiliary": True}),
+}
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_what_a_guide_observes_is_no_part_of_q(mark):
+    x, t = torch.randn(8, generator=torch.manual_seed(0)), torch.ones(8)
+    guide = lambda x, t: observing(x, t, MARKS[mark])  # noqa: E731
+    exact = log_evidence(x) + math.log(0.5)
+    torch.testing.assert_close(log_weights(treated, guide, x, t, num_particles=3), exact.expand(3, 8))
+    torch.testing.assert_close(evidence.importance(treated, guide, x, t, num_particles=5).log_evidence, exact.double())
+    torch.testing.assert_close(pv.evaluate(treated, guide, (x, t)).elbo, exact)
+    torch.testing.assert_close(joint_log_weights(treated, guide, x, t), exact.sum().unsqueeze(0))
+    if mark == "auxiliary draw":
+        with pytest.raises(ValueError, match="'u' is not in the model"):
+            pv.free_energy(treated, guide, x, t)
+        return
+    found = pv.free_energy(treated, guide, x, t, num_particles=5000).free_energy
+    torch.testing.assert_close(found, -exact, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("loss", [None, TraceEnum_ELBO(strict_enumeration_warning=False), TraceMeanField_ELBO()])
+def test_scales_are_not_in_what_is_reported(loss):
+    x = torch.randn(12, generator=torch.manual_seed(0))
+
+    def scaled(program):
+        return poutine.scale(program, scale=1e-3)
+
+    elbo = pv.evaluate(scaled(local_model), scaled(exact_guide), x, loss=loss).mean().elbo
+    assert elbo == pytest.approx(log_evidence(x).mean().item(), rel=1e-5)
+    history = pv.fit(
+        scaled(local_model), scaled(amortized), x, loss=loss, epochs=1, batch_size=4, optim=pyro.optim.SGD({"lr": 0.0})
+    )
+    with history.scope():
+        plain = pv.evaluate(local_model, amortized, x, num_particles=3000).mean().elbo
+    assert history.epochs[0].train.elbo == pytest.approx(plain, abs=1.0)  # one draw; scaled it would be 0.00
+
+
+def test_joint_log_weights_of_a_subsample_are_refused():
+    for enumerate_it in (False, True):
+
+        def model(x, enumerate_it=enumerate_it):
+            infer = {"enumerate": "parallel"} if enumerate_it else {}
+            with pyro.plate("data", len(x), subsample_size=5) as rows:
+                k = pyro.sample("k", dist.Bernoulli(0.5), infer=infer)
+                pyro.sample("x", dist.Normal(k, 1.0), obs=x[rows])
+
+        guide = (lambda x: None) if enumerate_it else poutine.block(model, hide=["x"])
+        with pytest.raises(ValueError, match="draws 5 of the 30 rows by itself"):
+            joint_log_weights(model, guide, torch.randn(30))
+
+
+def test_evaluate_averages_an_enumerated_loss_over_particles():
+    x = torch.randn(10, generator=torch.manual_seed(0))
+    loss = TraceEnum_ELBO(strict_enumeration_warning=False)
+    one = [pv.evaluate(local_model, prior_guide, x, loss=loss, seed=s).mean().elbo for s in range(40)]
+    many = [pv.evaluate(local_model, prior_guide, x, loss=loss, seed=s, num_particles=25).mean().elbo for s in range(40)]
+    assert np.std(many) < 0.4 * np.std(one)
+
+
+# ---------------------------------------------------------------- F9, F10, F12
+
+
+def unsized(x):
+    with pyro.plate("data"):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def unsized_guide(x):
+    with pyro.plate("data"):
+        pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.5)) * x, math.sqrt(0.5)))
+
+
+def test_a_plate_without_a_size_is_a_data_plate():
+    x = torch.randn(12, generator=torch.manual_seed(0))
+    assert pv.check_pair(unsized, unsized_guide, x).problems == ()
+    assert pv.check_pair(unsized, unsized_guide, x).data_plates == {"data"}
+    torch.testing.assert_close(log_weights(unsized, unsized_guide, x, num_particles=3), log_evidence(x).expand(3, 12))
+    torch.testing.assert_close(pv.evaluate(unsized, unsized_guide, x, batch_size=5).elbo, log_evidence(x))
+    pyro.set_rng_seed(0)
+    ours = pv.fit(unsized, unsized_guide, x, epochs=2, batch_size=4)
+    pyro.set_rng_seed(0)
+
+    def sized_guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.5)) * x, math.sqrt(0.5)))
+
+    sized = pv.fit(local_model, sized_guide, x, epochs=2, batch_size=4)
+    assert ours.param_store["params"]["a"].item() == pytest.approx(sized.param_store["params"]["a"].item(), rel=1e-6)
+
+
+def test_a_plate_without_a_size_whose_site_has_one_draw_for_all_is_refused():
+    def model(x):
+        with pyro.plate("data"):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0).expand([len(x)]), obs=x)
+
+    def guide(x):
+        with pyro.plate("data"):
+            pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.5)), 1.0))
+
+    with pytest.raises(ValueError, match=r"plate 'data' has no size.*share one draw"):
+        pv.evaluate(model, guide, torch.randn(9))
+
+
+def test_a_distribution_without_validation_is_trusted():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Bernoulli(logits=z, validate_args=False), obs=x)
+
+    x = torch.rand(12)
+    assert pv.check_pair(model, trainable, x).problems == ()
+    assert pv.fit(model, trainable_anew(), x, epochs=1, batch_size=4)
+    assert pv.evaluate(model, trainable_anew(), x).elbo.isfinite().all()
+    with pytest.raises(ValueError, match="grey"):
+        pv.evaluate(grey_model, trainable_anew(), x)
+
+
+# ---------------------------------------------------------------- G2 and the count of runs
+
+
+@pytest.mark.parametrize("verb", ["ais", "smc", "bdmc", "reciprocal_importance", "prior_monte_carlo"])
+def test_evidence_refuses_data_outside_the_support(verb):
+    x = torch.full((6,), 0.5)
+    options = {} if verb in ("reciprocal_importance", "prior_monte_carlo") else {"num_temperatures": 3}
+    with pytest.raises(ValueError, match=r"data: row 0 \(6 in all\) lies outside the support of 'x'"):
+        getattr(evidence, verb)(grey_model, x, **options)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 20, 100])
+@pytest.mark.parametrize("num_particles", [1, 50])
+def test_log_weights_run_the_pair_at_most_five_times_before_the_weighted_draws(rows, num_particles):
+    runs = {"model": 0, "guide": 0}
+
+    def model(x):
+        runs["model"] += 1
+        local_model(x)
+
+    def guide(x):
+        runs["guide"] += 1
+        exact_guide(x)
+
+    log_weights(model, guide, torch.randn(rows), num_particles=num_particles)
+    assert max(runs.values()) <= 5 + 1  # and one for the draws
+
+
+def test_looking_at_a_pair_leaves_no_mark():
+    from torch.distributions import Distribution
+
+    guide = Frozen()
+    guide.net.weight.requires_grad_(False)
+    x = torch.randn(9)
+    for validate in (False, True):
+        Distribution.set_default_validate_args(validate)
+        try:
+            before = (
+                torch.get_rng_state(),
+                [p.requires_grad for p in guide.parameters()],
+                [m.training for m in guide.modules()],
+                len(pyro.get_param_store()),
+            )
+            pv.check_pair(local_model, guide, x)
+            for verb in set(VERBS) - {"fit", "SVI"}:
+                VERBS[verb](local_model, guide, x)
+            assert Distribution._validate_args is validate
+            assert torch.equal(torch.get_rng_state(), before[0])
+            assert [p.requires_grad for p in guide.parameters()] == before[1]
+            assert [m.training for m in guide.modules()] == before[2]
+            assert len(pyro.get_param_store()) == before[3]
+        finally:
+            Distribution.set_default_validate_args(True)
+
+
+# ---------------------------------------------------------------- F7: a part that cannot be computed
+
+
+def test_diagnose_keeps_what_it_can_compute():
+    class Normalized(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.net = PyroModule[nn.Sequential](nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                loc, scale = self.net(x).chunk(2, -1)
+                pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    planar = dist.transforms.Planar(2)
+
+    def flow_guide(x):
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(x, torch.ones_like(x)).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [planar]))
+
+    x = torch.randn(12, 2)
+    for guide, part in ((Normalized(), 0), (flow_guide, 1)):
+        found = pv.diagnose(model, guide, x, num_particles=50, num_simulations=0)
+        assert found.elbo.log_evidence.isfinite().all()
+        assert len(found.notes) == part  # a planar flow tells the density of its own draws only
+        assert all(note.startswith("latent dimensions: not computed") for note in found.notes)
+
+
+def test_a_prior_without_support_is_named_by_ais():
+    class NoSupport(dist.Normal):
+        @property
+        def support(self):
+            raise NotImplementedError
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", NoSupport(x.new_zeros(()), 1.0, validate_args=False))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="NoSupport of 'z' tells no support"):
+        evidence.ais(model, torch.randn(4), num_temperatures=3, num_chains=2)
