@@ -198,6 +198,11 @@ def _lock(file: Path) -> tuple[int, tuple[int, int]]:
             raise BlockingIOError(
                 f"{file.parent} is in use by process {pid or 'of unknown number'}; wait for it to end, or name another folder"
             ) from None
+        except OSError:  # such as a full disk
+            with suppress(OSError):
+                file.unlink()
+            os.close(descriptor)
+            raise
         except FileNotFoundError:
             pass
         except BaseException:
