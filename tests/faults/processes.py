@@ -11,7 +11,7 @@ from pathlib import Path
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from safetensors.torch import load_file, save_file
 from torch.distributions import constraints
 
@@ -22,7 +22,6 @@ from tests.faults import small
 LOSSES = {
     "Trace_ELBO": Trace_ELBO,
     "TraceMeanField_ELBO": TraceMeanField_ELBO,
-    "IWAE": lambda: RenyiELBO(alpha=0, num_particles=2),
 }
 
 
