@@ -1,5 +1,7 @@
 """Every family serves as p(x|z) and as q(z|x); its distribution is its formula."""
 
+import math
+
 import pyro
 import pytest
 import torch
@@ -19,6 +21,7 @@ FAMILIES = {
     "Beta": c.Beta,
     "Gamma": c.Gamma,
     "Normal": c.Normal,
+    "Normal, log-variance": lambda *a, **k: c.Normal(*a, scale="log_variance", **k),
     "Normal, learned scale": lambda *a, **k: c.Normal(*a, scale="learned", **k),
     "Normal, isotropic scale": lambda *a, **k: c.Normal(*a, scale="isotropic", **k),
     "Normal, fixed scale": lambda *a, **k: c.Normal(*a, scale=0.5, **k),
@@ -203,3 +206,32 @@ def test_masked_sums_the_observed_entries():
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make(nets.MLP(5))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float, 1e-6), (torch.double, 1e-12)], ids=str)
+@pytest.mark.parametrize("family", [c.Normal, c.Laplace, c.LogNormal])
+def test_parameters_trained_elsewhere_give_the_density_written_by_hand(family, dtype, tolerance):
+    """An encoder of plain layers h = tanh(Ax + a), μ = Bh + b, log σ² = Ch + c, loaded by its state_dict."""
+    hidden, mean, log_variance = (torch.nn.Linear(*sizes, dtype=dtype) for sizes in [(5, 8), (8, 3), (8, 3)])
+    encoder = family(nets.MLP(5, (8,)), event_shape=3, scale="log_variance", min_scale=0.0).to(dtype)
+    parts = {"trunk.layers.0": hidden, "readout.loc.layer": mean, "readout.log_variance.layer": log_variance}
+    encoder.load_state_dict({f"{at}.{k}": v for at, layer in parts.items() for k, v in layer.state_dict().items()})
+    x, y = torch.randn(7, 5, dtype=dtype), torch.rand(7, 3, dtype=dtype) + 0.1
+    h = hidden(x).tanh()
+    loc, scale = mean(h), (0.5 * log_variance(h)).exp()
+    by_hand = {
+        c.Normal: -0.5 * ((y - loc) / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi),
+        c.Laplace: -(y - loc).abs() / scale - (2 * scale).log(),
+        c.LogNormal: -0.5 * ((y.log() - loc) / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi) - y.log(),
+    }[family].sum(1)
+    torch.testing.assert_close(encoder(x).log_prob(y), by_hand, rtol=tolerance, atol=tolerance)
+
+
+def test_without_a_floor_scales_are_the_exponential_alone():
+    given = torch.randn(7, 5, dtype=torch.double)
+    encoder = c.Normal(nets.MLP(5, (8,)), event_shape=3, min_scale=0.0).double()
+    log_scale = encoder.readout["log_scale"](encoder.trunk(given))
+    torch.testing.assert_close(encoder(given).base_dist.scale, log_scale.exp(), rtol=0, atol=0)
+    full = c.MultivariateNormal(nets.MLP(5, (8,)), event_shape=3, min_scale=0.0).double()
+    diagonal = full(given).scale_tril.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(diagonal, full.readout["log_diagonal"](full.trunk(given)).exp(), rtol=0, atol=0)
