@@ -416,16 +416,16 @@ def probe_particles(pair: Structure) -> Structure:
         made = counted_bytes(lambda: run_pair(pair.model, pair.guide, *pair.batch.args, **pair.batch.kwargs))
         return replace(pair, particles=Particles(False, False, max(1, made // pair.num_rows), "the guide handles its model"))
     second, at, batch = pair.other_traces, None, pair.batch
-    if second is not None and pair.other is not None:
+    if second is not None and pair.other is not None and pair.plates:
         at = pair.other.to(pair.batch.leaves()[0].device)
         batch = pair.batch.map(lambda part: part[at.to(part.device)])
-    else:  # the pair runs on these rows alone
+    else:  # the pair runs on these rows alone, or has no data plate to divide it by
         run = _run(pair.model, pair.guide, pair.batch, False)
         if run.error:
             raise ValueError(f"pair: it ran on the data once and then failed: {run.error}") from run.cause
         second = run.traces
     before = log_weight(pair.traces, pair.plates)
-    if at is not None and pair.plates:
+    if at is not None:
         before = before.expand(pair.num_rows)[at]
     sites = _latent_sites(pair.traces)
     draws = [
@@ -436,7 +436,8 @@ def probe_particles(pair: Structure) -> Structure:
     try:
         dims = {name: pair.nesting + site["fn"].event_dim for name, site in sites.items()}
         values = {name: torch.stack([_padded(draw[name], dim) for draw in (*draws, draws[0])]) for name, dim in dims.items()}
-        weights = log_weight(run_particles(pair, batch, 3, values), pair.plates, particle_dim=-1 - pair.nesting)
+        with untouched(seed=0):  # what a run on few rows leaves in the param store is not for the weighted draws
+            weights = log_weight(run_particles(pair, batch, 3, values), pair.plates, particle_dim=-1 - pair.nesting)
         vectorized = agree(weights[1], log_weight(second, pair.plates))
         divides = agree(weights[0], before)
         reason = "" if vectorized else "its log-weights in a plate of particles differ from those of single runs"
@@ -444,7 +445,8 @@ def probe_particles(pair: Structure) -> Structure:
         reason = f"{type(error).__name__}: {first_line(error)}"
     if not vectorized and at is not None:
         try:
-            divides = agree(log_weight(run_particles(pair, batch, None, draws[0]), pair.plates), before)
+            with untouched(seed=0):
+                divides = agree(log_weight(run_particles(pair, batch, None, draws[0]), pair.plates), before)
         except Exception:  # then the rows are not divided, which is always right
             divides = False
     num_particles = 4 if vectorized else None

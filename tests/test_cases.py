@@ -862,3 +862,40 @@ def test_a_prior_without_support_is_named_by_ais():
 
     with pytest.raises(ValueError, match="NoSupport of 'z' tells no support"):
         evidence.ais(model, torch.randn(4), num_temperatures=3, num_chains=2)
+
+
+# ---------------------------------------------------------------- probes and the param store
+
+
+@pytest.mark.parametrize("in_store", [False, True])
+def test_joint_weights_of_a_pair_whose_parameters_follow_the_rows(in_store):
+    """No plate, the rows are an event: under the exact guide each joint weight is log p(x), whatever the probes made."""
+    x = torch.randn(8, generator=torch.manual_seed(0))
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        offset = pyro.param("offset", torch.zeros(len(x)))
+        pyro.sample("z", dist.Normal(x / 2 + offset, math.sqrt(0.5)).to_event(1))
+
+    if in_store:
+        guide(x)
+    found = joint_log_weights(model, guide, x, num_particles=4)
+    torch.testing.assert_close(found, log_evidence(x).sum().expand(4))
+    assert len(pyro.get_param_store()) == in_store
+
+
+def test_probes_leave_no_parameters_for_the_weighted_draws():
+    """A parameter that starts at the mean of the rows it first sees starts at that of all data."""
+    x = torch.arange(20.0)
+    starts = []
+
+    def guide(x):
+        start = pyro.param("start", lambda: x.mean())
+        starts.append(start.item())
+        exact_guide(x)
+
+    log_weights(local_model, guide, x, num_particles=3)
+    assert starts[-1] == x.mean().item()
