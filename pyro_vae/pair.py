@@ -310,7 +310,7 @@ def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Mo
         hook.remove()
         torch.clear_autocast_cache()
         pyro.util.set_rng_state(state)
-        Distribution.set_default_validate_args(validate)
+        Distribution._validate_args = validate
         for parameter, reference in references.items():  # get_state removes them, and a step in progress needs them
             parameter.unconstrained = reference
         for parameter, was_trained in trained.items():
@@ -325,18 +325,33 @@ def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Mo
                     buffer.copy_(kept)
 
 
-@contextmanager
-def frozen_parameters_kept() -> Iterator[Mapping[nn.Module, bool]]:
-    """Keep the frozen parameters of the modules that run in the block frozen, and without gradients.
+class KeepFrozen(Messenger):
+    """A handler under which frozen parameters of modules stay frozen and have no gradient, so that no optimizer moves them.
 
-    Pyro's param store sets ``requires_grad`` of what it registers, so those of a PyroModule would be trained (pyro#3438).
-    Yields the modules that ran, and whether gradients were on.
+    Pyro's param store sets ``requires_grad`` of what it registers, so those of a PyroModule would be trained (pyro#3438); and
+    one that is frozen later would drift on by its momentum.
     """
-    frozen: set[nn.Parameter] = set()
+
+    def _pyro_param(self, msg: dict) -> None:
+        given = msg["args"][1] if len(msg["args"]) > 1 else None
+        if isinstance(given, nn.Parameter) and not given.requires_grad:
+            msg["infer"] = {**(msg["infer"] or {}), "_frozen": given}
+
+    def _pyro_post_param(self, msg: dict) -> None:
+        if msg["infer"] and "_frozen" in msg["infer"]:
+            msg["infer"].pop("_frozen").requires_grad_(False)
+        reference = getattr(msg["value"], "unconstrained", None)
+        parameter = None if reference is None else reference()
+        if isinstance(parameter, nn.Parameter) and not parameter.requires_grad:
+            parameter.grad = None
+
+
+@contextmanager
+def modules_that_run() -> Iterator[Mapping[nn.Module, bool]]:
+    """The modules that run in the block, and whether gradients were on."""
     ran: dict[nn.Module, bool] = {}
 
     def enter(module: nn.Module, _: Any) -> None:
-        frozen.update(p for p in module.parameters() if not p.requires_grad)
         ran[module] = ran.get(module, False) or torch.is_grad_enabled()
 
     hook = nn.modules.module.register_module_forward_pre_hook(enter)
@@ -344,9 +359,6 @@ def frozen_parameters_kept() -> Iterator[Mapping[nn.Module, bool]]:
         yield ran
     finally:
         hook.remove()
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-            parameter.grad = None
 
 
 def make_parameters(model: Program, guide: Program, batch: Batch) -> list[nn.Module]:

@@ -25,7 +25,7 @@ from pyro_vae.graphs import CannotTrace, has_compiler, said
 from pyro_vae.infer.adam import FusedAdam
 from pyro_vae.infer.guards import SIMPLE, Watch, layout, watching
 from pyro_vae.infer.traced import Step, Traces
-from pyro_vae.pair import Program, Recorded, frozen_parameters_kept, sampled, untouched
+from pyro_vae.pair import KeepFrozen, Program, Recorded, modules_that_run, sampled, untouched
 from pyro_vae.problems import Problem, pair_problems, training_problems
 from pyro_vae.signals import interruptible
 from pyro_vae.structure import structure_of_run
@@ -105,7 +105,7 @@ class SVI(pyro.infer.SVI):
         check = self._check and not isinstance(poutine.unwrap(guide), GuideMessenger)
         failure: Exception | None = None
         value: Any = None
-        with frozen_parameters_kept() as ran:
+        with modules_that_run() as ran:
             try:
                 value = self.loss_and_grads(*(programs if check else (model, guide)), *args, **kwargs)
             except Exception as error:
@@ -143,17 +143,26 @@ class SVI(pyro.infer.SVI):
         replaced = not self._is_elbo or getattr(self.loss_and_grads, "__self__", None) not in (self.elbo, self)
         if self.compile is False or replaced or _PYRO_STACK:  # a handler around the step is not in the graph
             self._eager_steps[self._why_eager(replaced)] += 1
-            return super().step(*batch.args, **batch.kwargs)
+            return self._eager_step(batch)
         kind = None if self._quiet is None else (self._quiet, [leaf.shape for leaf in batch.leaves()])
         if latest is not None and latest[0] == kind and latest[1].repeats():
             return self._by_graph(latest[1], batch, kind, again=True)
         signature = self._signature(batch)
         if signature is None:
             self._eager_steps[f"more than {_MAX_SIGNATURES} kinds of arguments"] += 1
-            return super().step(*batch.args, **batch.kwargs)
+            return self._eager_step(batch)
         if not self._ready(signature, batch):
             return self._watched(signature, batch)
         return self._by_graph(signature, batch, kind, again=False)
+
+    def _eager_step(self, batch: Batch) -> Any:
+        with KeepFrozen():
+            return super().step(*batch.args, **batch.kwargs)
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss, an estimate of −ELBO in nats, without gradients."""
+        with KeepFrozen():
+            return super().evaluate_loss(*args, **kwargs)
 
     def _by_graph(self, signature: "_Signature", batch: Batch, kind: tuple | None, *, again: bool) -> Any:
         """
@@ -173,7 +182,7 @@ class SVI(pyro.infer.SVI):
             with torch.no_grad():
                 for value, was in before:
                     value.copy_(was)
-            value = super().step(*batch.args, **batch.kwargs)
+            value = self._eager_step(batch)
             if failure is not None:
                 signature.refuse(f"its graph failed where that does not: {said(failure)}")
             return value
@@ -187,10 +196,10 @@ class SVI(pyro.infer.SVI):
     def _watched(self, signature: "_Signature", batch: Batch) -> Any:
         """A step of eager Pyro, which registers parameters and shows what a graph is to be made of."""
         if signature.refused or (self.compile == "auto" and signature.count < _TRACE_AFTER):
-            return super().step(*batch.args, **batch.kwargs)
+            return self._eager_step(batch)
         failure, signature.failure = signature.failure, None
         with watching() as seen:
-            loss = super().step(*batch.args, **batch.kwargs)
+            loss = self._eager_step(batch)
         signature.seen = seen
         if failure is not None:  # that of a graph, not of the pair
             signature.refuse(failure)
@@ -350,7 +359,7 @@ def _name(leaf: Any) -> str:
 
 def check_optimizer(optim: Any) -> None:
     """Raise ``ValueError`` for an optimizer whose step computes the loss several times by a closure."""
-    kind = type(optim) if isinstance(optim, torch.optim.Optimizer) else getattr(optim, "pt_optim_constructor", None)
+    kind: Any = type(optim) if isinstance(optim, torch.optim.Optimizer) else getattr(optim, "pt_optim_constructor", None)
     step = getattr(kind, "step", None)
     closure = signature_of(step).parameters.get("closure") if isinstance(kind, type) and step is not None else None
     if closure is not None and closure.default is closure.empty:
