@@ -24,7 +24,7 @@ class Rung:
 
     def row(self) -> dict[str, Any]:
         one = self.found
-        heavy = None if one.pareto_k is None else 1 - (one.pareto_k <= 0.7).double().mean().item()
+        heavy = None if one.pareto_k is None else (one.pareto_k > 0.7).double().mean().item()
         return {
             "estimator": self.estimator, "method": one.method, "bound": one.bound, "log_evidence": one.mean,
             "standard_error": one.mean_error, "noise": one.noise, "margin": one.margin(), "ess": one.ess.median().item(),

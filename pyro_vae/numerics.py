@@ -21,28 +21,38 @@ def effective_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
 
 
 def log_mean_error(log_weights: Tensor, *, num_fixed: int = 0) -> Tensor:
-    """Standard error of log ŵ, ŵ the mean of the weights, by the delta method: √(Σ v² − (Σ v)²/n) in nats, v the n weights
-    that vary over the sum of all, ``(K, *batch)`` → ``(*batch)``; ``nan`` for n < 2.
+    """Standard error of log ŵ, ŵ the mean of the weights, by the jackknife: SE² = (n−1)/n Σᵢ (θᵢ − θ̄)² in nats, θᵢ the log
+    mean without the i-th of the n weights that vary, ``(K, *batch)`` → ``(*batch)``.
 
-    It trusts the weights that it saw, and is never much above 1: see :func:`is_reliable`.
+    On average SE² is not below the variance over seeds (Efron and Stein 1981). That holds where one weight outweighs the rest
+    too, but the SE of one datum then rests on few weights: see :func:`is_reliable`. The delta method √(1/ESS − 1/K) is the same
+    for many even weights, and never above 1.
 
     :param num_fixed: the first so many weights are the same for every seed.
+    :returns: ``nan`` for n < 2; infinite where one weight is all there is.
     """
     n = len(log_weights) - num_fixed
     if n < 2:
         return torch.full_like(log_weights[0], math.nan)
-    shares = (log_weights - log_weights.logsumexp(0)).exp()[num_fixed:]
-    return (shares.square().sum(0) - shares.sum(0).square() / n).clamp_min(0).sqrt()
+    log_share = (log_weights - log_weights.logsumexp(0)).nan_to_num(nan=-math.inf)
+    largest = log_share.argmax(0, keepdim=True)
+    # log (1 − share); that of the largest is the sum of the others, where the difference would lose its digits
+    without = torch.log1p(-log_share.exp().scatter(0, largest, 0.0))
+    without = without.scatter(0, largest, log_share.scatter(0, largest, -math.inf).logsumexp(0, keepdim=True))
+    without = without[num_fixed:]
+    square = (without - without.mean(0)).square().sum(0) * ((n - 1) / n)
+    return square.sqrt().nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def is_reliable(standard_error: Tensor, ess: Tensor, pareto_k: Tensor | None) -> bool:
-    """Whether the standard error of a mean over data is to be trusted: less than a fifth of its variance comes from data with
-    Pareto k̂ above .7 or an effective sample size below 10, where the delta method fails. All ``(batch,)``."""
+    """Whether the standard error of a mean over data is to be trusted: it is known, and less than a fifth of its variance
+    comes from data with Pareto k̂ above .7 or an effective sample size below 10, where it rests on few weights. All
+    ``(batch,)``."""
     bad = ess < 10
     if pareto_k is not None:
         bad = bad | (pareto_k > 0.7)
     variance = standard_error.double().square()
-    return not bool(variance[bad].sum() > 0.2 * variance.sum())
+    return bool(variance.sum().isfinite()) and not bool(variance[bad].sum() > 0.2 * variance.sum())
 
 
 def covariance(draws: Tensor) -> Tensor:

@@ -68,6 +68,44 @@ def test_the_printed_error_is_the_spread_over_seeds_or_said_to_be_unreliable(sd,
         assert all(reliable for _, reliable, _ in found)
 
 
+@pytest.mark.parametrize("num_particles", [4, 100, 1000])
+@pytest.mark.parametrize("sd", [0.5, 2.0, 10.0, 300.0])
+def test_the_error_of_a_log_mean_is_the_spread_over_seeds(sd, num_particles):
+    """1000 seeds; the delta method √(1/ESS − 1/K) is too small by a factor of 4 to 150 from a deviation of 10 on."""
+    w = sd * torch.randn(num_particles, 1000, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    spread, stated = log_mean_exp(w).std(), log_mean_error(w).square().mean().sqrt()
+    assert 1 / 1.25 < stated / spread < 1.25
+
+
+@pytest.mark.parametrize("sd", [0.5, 2.0, 10.0])
+def test_the_error_beside_a_fixed_weight_is_the_spread_over_seeds(sd):
+    w = sd * torch.randn(100, 1000, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    for fixed in (0.0, sd, 4 * sd):
+        w[0] = fixed
+        spread, stated = log_mean_exp(w).std(), log_mean_error(w, num_fixed=1).square().mean().sqrt()
+        assert 1 / 1.3 < stated / spread < 1.3
+
+
+def test_the_error_of_a_log_mean_is_its_definition():
+    """Weights left out one at a time."""
+    w = weights(7, 2.0)
+    without = torch.stack([log_mean_exp(w[torch.arange(7) != i]) for i in range(7)])
+    expected = (6 / 7 * (without - without.mean(0)).square().sum(0)).sqrt()
+    torch.testing.assert_close(log_mean_error(w), expected)
+    torch.testing.assert_close(log_mean_error(w + 1e5), expected, rtol=1e-6, atol=0)
+    without = torch.stack([w[torch.arange(7) != i].logsumexp(0) for i in range(1, 7)])
+    expected = (5 / 6 * (without - without.mean(0)).square().sum(0)).sqrt()
+    torch.testing.assert_close(log_mean_error(w, num_fixed=1), expected)
+
+
+def test_the_error_of_a_log_mean_at_the_edge():
+    assert (log_mean_error(torch.zeros(9, 2).double()) < 1e-14).all()
+    assert log_mean_error(torch.zeros(1, 2)).isnan().all()
+    assert log_mean_error(torch.tensor([0.0, -math.inf, -math.inf])).item() == math.inf
+    assert log_mean_error(torch.full((3,), -math.inf)).item() == math.inf
+    assert log_mean_error(torch.tensor([0.0, 0.0, -math.inf])).item() == pytest.approx(2 / 3 * math.log(2))
+
+
 def test_the_error_with_a_fixed_weight_is_that_of_the_others():
     """log (w* + Σ w_k) over seeds, w* the same: what varies is the rest."""
     generator = torch.Generator().manual_seed(0)

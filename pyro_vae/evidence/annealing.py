@@ -101,7 +101,7 @@ def reverse_ais(
     with untouched(training=False), torch.no_grad():
         whole = Path(model, start, batch, verb="reverse_ais", check=check)
         batch = whole.batch
-        exact = whole.unconstrained(whole.latents.flat(simulated.latents, 1, batch.num_rows))[0]
+        exact = whole.unconstrained(simulated.flat(whole.latents, batch.num_rows).unsqueeze(0))[0]
     found = run_chains(
         model, batch, start, backward, num_temperatures=num_temperatures, num_chains=num_chains, schedule=schedule,
         transition=transition, max_bytes=max_bytes, seed=seed, check=check, progress=progress, resume=resume,
@@ -110,16 +110,29 @@ def reverse_ais(
     return _evidence("reverse AIS", "upper", found, schedule, num_temperatures, num_chains, start, transition)
 
 
-def bdmc(model: Program, *args: Any, seed: int = 0, progress: bool | None = None, **options: Any) -> Sandwich:
+def bdmc(
+    model: Program,
+    *args: Any,
+    simulated: Simulated | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+    **options: Any,
+) -> Sandwich:
     """Bidirectional Monte Carlo (Grosse et al. 2015): log p(x) of data simulated from the model between AIS below and reverse
     AIS above. The gap is an upper bound, in expectation, of the error of either.
 
     :param args: data of the shape and number to simulate (see :func:`~pyro_vae.evidence.simulate`).
+    :param simulated: pairs (x, z*) of the model that are there, instead of ``args``:
+        ``evidence.Simulated((x,), {}, {"z": z})``. Bounds hold for exact draws of the model alone.
     :param options: those of :func:`ais`, but for ``resume``.
+    :raises ValueError: for data beside ``simulated``; latents of other names or shapes than the model's.
     """
     ours = ("start", "num_temperatures", "num_chains", "schedule", "transition", "max_bytes", "check")
     settings = {name: options.pop(name) for name in ours if name in options}
-    data = simulate(model, *args, seed=seed, **options)
+    if simulated is not None and (args or options):
+        got = ", ".join(map(repr, [*(f"argument {i}" for i in range(len(args))), *options]))
+        raise ValueError(f"bdmc: simulated= has the model's arguments in it; expected no others but got {got}")
+    data = simulate(model, *args, seed=seed, **options) if simulated is None else simulated
     lower = ais(model, *data.args, **data.kwargs, **settings, seed=seed + 1, progress=progress)
     upper = reverse_ais(model, data, **settings, seed=seed + 2, progress=progress)
     return Sandwich(lower, upper)
@@ -146,10 +159,11 @@ def temperatures(schedule: Schedule, num_temperatures: int) -> Tensor:
     return betas
 
 
-def _fitted(path: Path, move: Transition, num_temperatures: int, num_chains: int) -> Tensor:
+def _fitted(path: Path, move: Transition, num_temperatures: int, num_moves: int) -> Tensor:
     """β whose neighbours are equally far: the KL between them is ½ dβ² Var_β[log joint − log base], whose mean over data is
-    taken from a pilot run."""
-    coarse = temperatures("sigmoid", min(num_temperatures, 50))
+    taken from a pilot run of about ``num_moves`` moves of a chain."""
+    num_chains = 8 if num_moves >= 8 * 50 else 4
+    coarse = temperatures("sigmoid", min(num_temperatures, 50, max(10, num_moves // num_chains)))
     point, spread = path.draw(num_chains), []
     for beta in coarse:
         point, _ = move.move(path, point, beta.to(point.u))
@@ -233,9 +247,10 @@ def run_chains(
 
             def of(chunk: slice) -> dict[str, Tensor]:
                 path = whole.on(chunk)
-                move, betas = transition.tuned(path, coarse), coarse
+                planned = num_chains * (len(coarse) - 1)  # moves of the weighted run, which the pilot runs share
+                move, betas = transition.limited(4 * planned // 5).tuned(path, coarse), coarse
                 if isinstance(schedule, str) and schedule == "fitted":
-                    betas = _fitted(path, move, num_temperatures, 8)
+                    betas = _fitted(path, move, num_temperatures, planned // 5)
                 return walk(path, betas, move, bar)
 
             return in_chunks(of, chunks, seed=seed, bar=bar, resume=resume, fingerprint=mark)

@@ -8,6 +8,10 @@ from torch import Tensor
 
 from pyro_vae.evidence.path import Path, Point
 
+_FIRST = 8  # times as many moves at the first temperature, where no step size is known
+# what is cut from a pilot, in turn, until it is small enough; with less than that, step sizes are off
+_SMALLER_PILOTS = (("pilot_temperatures", 12), ("num_pilot", 4))
+
 
 class Transition(ABC):
     """A Markov move that leaves f_β as it is."""
@@ -22,6 +26,11 @@ class Transition(ABC):
         its weights biased."""
         return self
 
+    def limited(self, num_moves: int) -> "Transition":  # noqa: ARG002
+        """The same, with a pilot run of ``num_moves`` moves of a chain or fewer where step sizes can be found in so many, so
+        that it costs no more than the weighted run."""
+        return self
+
     @abstractmethod
     def move(self, path: Path, point: Point, beta: Tensor) -> tuple[Point, Tensor]:
         """Chains one move on, and the probability with which each was accepted, ``(chains, batch)``."""
@@ -34,7 +43,8 @@ class HMC(Transition):
     The step size is found for each temperature and datum by a pilot run that aims at ``target_acceptance``, by a stochastic
     approximation, and is frozen before the weighted run.
 
-    num_pilot: chains of the pilot; pilot_moves: moves at each of its temperatures; pilot_temperatures: at most so many.
+    num_pilot: chains of the pilot; pilot_moves: moves at each of its temperatures; pilot_temperatures: at most so many. A
+    weighted run that takes fewer moves than this pilot gets a smaller one.
     """
 
     num_leapfrog: int = 10
@@ -53,13 +63,21 @@ class HMC(Transition):
     def cost(self) -> int:
         return self.num_leapfrog
 
+    def limited(self, num_moves: int) -> "HMC":
+        pilot = self
+        for name, most in _SMALLER_PILOTS:
+            if pilot.num_pilot * pilot.pilot_moves * (pilot.pilot_temperatures + _FIRST - 1) <= num_moves:
+                break
+            pilot = replace(pilot, **{name: min(getattr(pilot, name), most)})
+        return pilot
+
     def tuned(self, path: Path, betas: Tensor) -> "HMC":
         index = torch.linspace(0, len(betas) - 1, min(self.pilot_temperatures, len(betas))).round().long().unique()
         point = path.draw(self.num_pilot)
         log_step = torch.full_like(point.log_base[0], -1.0)
         steps = []
         for i, beta in enumerate(betas[index]):
-            moves, found = self.pilot_moves * (8 if i == 0 else 1), []
+            moves, found = self.pilot_moves * (_FIRST if i == 0 else 1), []
             for t in range(moves):
                 point, rate = self.leap(path, point, beta, log_step.exp())
                 # far off at first, then within the noise of the rate

@@ -41,10 +41,10 @@ def reciprocal_importance(
     """1/p̂(x) = mean of q(z) / p(x, z) over draws z of the posterior, q a density fitted to other draws of it (Kingma & Welling
     2013, appendix D; Gelfand & Dey 1994), per datum.
 
-    Half of the draws fit q, a Gaussian in unconstrained space; the other half make the mean. Where the model knows its
-    posterior the draws are exact, and log p̂ is an upper bound in expectation; draws by HMC, after a walk from the prior, give
-    no bound. For up to four latent dimensions: beyond, or where q has heavier tails than the posterior, the variance is
-    infinite.
+    Half of the draws (of the chains) fit q, a Gaussian in unconstrained space; the other half make the mean. Where the model
+    knows its posterior the draws are exact, and log p̂ is an upper bound in expectation; draws by HMC, after a walk from the
+    prior, give no bound. For up to four latent dimensions: beyond, or where q has heavier tails than the posterior, the
+    variance is infinite.
 
     :param args: the arguments of the model, ``(batch, *event)``.
     :param num_samples: draws of the posterior for each datum; half of them fit q.
@@ -53,9 +53,9 @@ def reciprocal_importance(
     batch = as_arguments(args, kwargs)
     exact = getattr(model, "posterior", None)
     per_chain = -(-num_samples // num_chains)
-    if num_samples < 20 or num_chains < 1:
+    if num_samples < 20 or num_chains < 2:
         raise ValueError(
-            f"reciprocal_importance: expected num_samples ≥ 20 and num_chains ≥ 1 but got {num_samples}, {num_chains}"
+            f"reciprocal_importance: expected num_samples ≥ 20 and num_chains ≥ 2 but got {num_samples}, {num_chains}"
         )
 
     def walk(path: Path, betas: Tensor, move: Transition, bar: tqdm) -> dict[str, Tensor]:
@@ -70,12 +70,16 @@ def reciprocal_importance(
             bar.update(len(betas) - 1)
         else:
             points = _draws(path, betas, move, num_chains, per_chain, thinning, bar)
-        u, log_joint = torch.cat([p.u for p in points]).double(), torch.cat([p.log_joint for p in points]).double()
-        half = len(u) // 2
-        log_ratio = _fitted(u[:half]).log_prob(u[half:]) - log_joint[half:]
+        # (draws of a chain, chains, batch, …); draws that are exact are chains of one. Whole chains fit q or make the mean,
+        # since draws of one chain depend on each other
+        u, log_joint = (torch.stack(part).double() for part in zip(*((p.u, p.log_joint) for p in points), strict=True))
+        half = u.shape[1] // 2
+        log_ratio = _fitted(u[:, :half].flatten(0, 1)).log_prob(u[:, half:]) - log_joint[:, half:]
+        error = log_mean_error(log_mean_exp(log_ratio))
+        log_ratio = log_ratio.flatten(0, 1)
         return {
             "log_evidence": -log_mean_exp(log_ratio),
-            "standard_error": log_mean_error(log_ratio),
+            "standard_error": error,
             "ess": effective_sample_size(log_ratio),
         }
 
@@ -95,7 +99,7 @@ def reciprocal_importance(
 def _draws(
     path: Path, betas: Tensor, move: Transition, num_chains: int, per_chain: int, thinning: int, bar: tqdm
 ) -> list[Point]:
-    """Chains that walk from the prior to the posterior, and then along it. Their first halves come first."""
+    """Chains that walk from the prior to the posterior, and then along it."""
     point, kept = path.draw(num_chains), []
     for beta in betas[1:]:
         point, _ = move.move(path, point, beta.to(point.u))

@@ -15,8 +15,8 @@ Bound = Literal["lower", "upper", "none"]
 class Evidence:
     """An estimate of log p(x) in nats, per datum: tensors ``(batch,)``.
 
-    log_evidence: log ŵ, where ŵ is an average of weights. standard_error: its Monte Carlo error by the delta method, which
-    trusts the weights that it saw: see ``is_reliable``. bound: ``"lower"`` where E ŵ = p(x), so that E log ŵ ≤ log p(x);
+    log_evidence: log ŵ, where ŵ is an average of weights. standard_error: its Monte Carlo error by the jackknife, see
+    :func:`~pyro_vae.numerics.log_mean_error`. bound: ``"lower"`` where E ŵ = p(x), so that E log ŵ ≤ log p(x);
     ``"upper"`` where E 1/ŵ = 1/p(x); ``"none"`` where neither is certain. ess: effective number of the ``num_particles``
     weights. pareto_k: k̂ of their tail, where there are enough of them. acceptance: mean rate of the accepted moves, where
     there were moves. cost: evaluations of the model for one datum.
@@ -45,8 +45,8 @@ class Evidence:
 
     @property
     def noise(self) -> float:
-        """Monte Carlo error of the mean, as it would vary over seeds on the same data; too small where ``is_reliable`` is
-        false."""
+        """Monte Carlo error of the mean, as it would vary over seeds on the same data: √(Σᵢ SEᵢ²)/N in nats. Where
+        ``is_reliable`` is false, a few weights decide on it."""
         return (self.standard_error.double().square().sum().sqrt() / len(self.standard_error)).item()
 
     @property
@@ -72,11 +72,11 @@ class Evidence:
                 f"{self.bound} bound: {side} the mean truth by more than {self.margin():.2g} nats with probability at most 1e-6"
             )
         ess = self.ess.double()
-        error = (
-            f"{self.noise:.2g}"
-            if self.is_reliable
-            else f"not reliable (at least {self.noise:.2g}: few weights outweigh the rest)"
-        )
+        error = f"{self.noise:.2g}"
+        if not math.isfinite(self.noise):
+            error = "unknown (one weight is all there is)"
+        elif not self.is_reliable:
+            error += " (not reliable: few weights outweigh the rest)"
         lines.append(
             f"Monte Carlo error {error}; effective sample size {ess.median():.1f} of {self.num_particles} "
             f"(median; least {ess.min():.1f})"

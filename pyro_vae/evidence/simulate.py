@@ -10,16 +10,18 @@ from torch import Tensor
 
 from pyro_vae.batches import Batch, as_arguments
 from pyro_vae.check import inspect_checked
+from pyro_vae.latents import Latents
 from pyro_vae.pair import Program, prior_of, sampled, untouched
 from pyro_vae.particles import Held
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """(x, z*) ~ p(x, z): z* is an exact draw of the posterior p(z|x).
+    """(x, z*) ~ p(x, z): z* is an exact draw of the posterior p(z|x). From :func:`simulate`, or pairs that are there:
+    ``Simulated((x,), {}, {"z": z})``.
 
     args, kwargs: what model and guide are called with, the observed parts replaced by simulated ones. latents: z* by name, as
-    the sites take them.
+    the sites take them, ``(batch, *event)``.
     """
 
     args: tuple[Any, ...]
@@ -29,6 +31,21 @@ class Simulated:
     @property
     def batch(self) -> Batch:
         return Batch(self.args, self.kwargs)
+
+    def flat(self, latents: Latents, num_rows: int) -> Tensor:
+        """z* end to end in one vector for each datum: ``(batch, dim)``.
+
+        :raises ValueError: for a latent that is missing or has another shape than its site.
+        """
+        for name, site in latents.sites.items():
+            if name not in self.latents:
+                raise ValueError(f"simulated: it has no latent {name!r}, which the model samples; got {sorted(self.latents)}")
+            plates = list(site.plates)
+            plates[len(plates) + site.rows] = num_rows
+            expected, got = (*plates, *site.event), tuple(self.latents[name].shape)
+            if (1,) * (len(expected) - len(got)) + got != expected:
+                raise ValueError(f"simulated: expected the latent {name!r} of shape {expected} but got {got}")
+        return latents.flat(self.latents, 1, num_rows)[0]
 
 
 def simulate(model: Program, *args: Any, seed: int = 0, check: bool = True, **kwargs: Any) -> Simulated:

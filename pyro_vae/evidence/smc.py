@@ -12,7 +12,7 @@ from pyro_vae.evidence.annealing import MAX_BYTES, Schedule, run_chains, tempera
 from pyro_vae.evidence.hmc import HMC, Transition
 from pyro_vae.evidence.path import Path, Point
 from pyro_vae.evidence.result import Evidence
-from pyro_vae.numerics import effective_sample_size, log_mean_exp
+from pyro_vae.numerics import effective_sample_size, log_mean_error, log_mean_exp
 from pyro_vae.pair import Program
 
 
@@ -36,8 +36,8 @@ def smc(
 
     As :func:`~pyro_vae.evidence.ais`, but whenever the effective sample size of a datum's particles falls below ``threshold``
     of their number they are resampled (systematically), and their mean weight is multiplied into ŵ. E ŵ = p(x), since
-    schedule, rule and step sizes are fixed before the weighted run. The standard error is the spread over the
-    particles' ancestors (Chan and Lai 2013); where all have one ancestor, it is no more than a sign that there are too few.
+    schedule, rule and step sizes are fixed before the weighted run. The standard error is a jackknife over the
+    particles' ancestors (Chan and Lai 2013); it is infinite where all particles have one ancestor.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"smc: expected a threshold between 0 and 1 but got {threshold}")
@@ -83,11 +83,9 @@ def _walk(
         bar.update()
     normalized = (weights - weights.logsumexp(0)).exp()
     by_ancestor = torch.zeros_like(normalized).scatter_add(0, ancestor, normalized)
-    n = num_particles
-    spread = (by_ancestor.square().sum(0) - 1 / n) * (n / (n - 1)) if n > 1 else torch.ones_like(total)
     return {
         "log_evidence": total + log_mean_exp(weights),
-        "standard_error": spread.clamp_min(0).sqrt(),
+        "standard_error": log_mean_error(by_ancestor.log()),
         "ess": effective_sample_size(weights),
         "acceptance": torch.stack(rates).mean(0).double() if rates else torch.ones_like(total),
     }

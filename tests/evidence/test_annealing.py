@@ -150,6 +150,52 @@ def test_bidirectional_monte_carlo_holds_the_truth_between():
     assert "data simulated from the model" in str(found)
 
 
+def test_bidirectional_monte_carlo_takes_pairs_that_are_there():
+    """The same bounds as of the data that it simulates itself; latents that are not the model's are refused."""
+    data = evidence.simulate(TOY, TOY.sample(30))
+    x, z = data.args[0], data.latents["z"]
+    options = {"num_temperatures": 4, "num_chains": 2}
+    whole = evidence.bdmc(TOY, TOY.sample(30), **options)
+    found = evidence.bdmc(TOY, simulated=evidence.Simulated((x,), {}, {"z": z}), **options)
+    torch.testing.assert_close(found.gap, whole.gap)
+    for latents, message in (
+        ({"u": z}, r"no latent 'z', which the model samples; got \['u'\]"),
+        ({"z": z[:1]}, r"'z' of shape \(30, 2\) but got \(1, 2\)"),
+        ({"z": z[:20]}, r"'z' of shape \(30, 2\) but got \(20, 2\)"),
+        ({"z": z[:, :1]}, r"'z' of shape \(30, 2\) but got \(30, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evidence.reverse_ais(TOY, evidence.Simulated((x,), {}, latents), **options)
+    with pytest.raises(ValueError, match="simulated= has the model's arguments in it"):
+        evidence.bdmc(TOY, x, simulated=data)
+
+
+class Counting(HMC):
+    """HMC that counts the moves of each chain."""
+
+    moves = 0
+
+    def leap(self, path, point, beta, step):
+        Counting.moves += len(point.u)
+        return super().leap(path, point, beta, step)
+
+
+def test_a_pilot_costs_no_more_than_the_weighted_run():
+    """At 100 temperatures and 4 chains; step sizes and schedule are as good as those of a full pilot."""
+    x = TOY.sample(100)
+    truth, found = TOY.log_evidence(x), {}
+    for name, transition in (("limited", Counting()), ("full", Counting())):
+        Counting.moves = 0
+        if name == "full":
+            object.__setattr__(transition, "limited", lambda num_moves, t=transition: t)
+        found[name] = evidence.ais(TOY, x, num_temperatures=100, num_chains=4, transition=transition)
+        if name == "limited":
+            assert Counting.moves < 2.05 * 99 * 4
+        assert 0.55 < found[name].acceptance.mean() < 0.8
+    off = [(truth - each.log_evidence) for each in found.values()]
+    assert abs(off[0].mean() - off[1].mean()) < 4 * (off[0].var() / 100 + off[1].var() / 100).sqrt()
+
+
 def test_constrained_latents_and_labels():
     """Gamma–Poisson by its exact evidence, and a mixture whose label is summed out."""
     poisson = exact.GammaPoisson(4, concentration=2.5, rate=0.8)

@@ -182,3 +182,27 @@ def test_a_result_says_what_it_bounds():
         assert words in str(found)
     with pytest.raises(ValueError, match="probability between 0 and 1"):
         found.margin(0.0)
+
+
+def test_the_error_of_the_upper_bound_leaves_out_the_latents_that_made_the_data():
+    """They are the same for every seed."""
+    guide = Gaussian(TOY, 3.0 * TOY.precision)
+    data = evidence.simulate(TOY, TOY.sample(60))
+    seeds = [evidence.importance_upper(TOY, guide, data, num_particles=40, seed=seed) for seed in range(30)]
+    spread = torch.stack([found.log_evidence for found in seeds]).var(0).sum().sqrt().item() / 60
+    stated = sum(found.noise for found in seeds) / 30
+    assert 1 / 1.25 < stated / spread < 1.25
+
+
+def test_the_error_of_the_elbo_is_that_of_a_mean():
+    x = TOY.sample(5)
+    found = evidence.elbo(TOY, Gaussian(TOY, 2 * TOY.precision), x, num_particles=50)
+    w = log_weights(TOY, Gaussian(TOY, 2 * TOY.precision), x, num_particles=50)
+    torch.testing.assert_close(found.standard_error, w.std(0) / 50**0.5)
+
+
+def test_an_error_that_is_unknown_is_said_to_be():
+    x = TOY.sample(3)
+    found = evidence.importance(TOY, Gaussian(TOY, TOY.precision / 2), x, num_particles=1)
+    assert not found.is_reliable
+    assert "Monte Carlo error unknown" in str(found)
