@@ -6,12 +6,15 @@
 Data('digits', x: (1497, 8, 8), labels, binarize='stochastic')
 """
 
+import gzip
 import hashlib
 import io
 import math
 import os
 import struct
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -51,8 +54,8 @@ _IDX_BYTES = 60000 * 28 * 28 + 16  # of the largest file
 
 SOURCES: dict[Name, str] = {
     "digits": "1497 + 300 images of 8x8; Alpaydin & Kaynak, UCI Machine Learning Repository, CC BY 4.0; in the package",
-    "mnist": "60000 + 10000 images of 28x28; LeCun, Cortes & Burges; torchvision: DIR/MNIST/raw",
-    "fashion-mnist": "60000 + 10000 images of 28x28; Xiao, Rasul & Vollgraf, MIT licence; torchvision: DIR/FashionMNIST/raw",
+    "mnist": "60000 + 10000 images of 28x28; LeCun, Cortes & Burges; DIR/MNIST/raw, or DIR",
+    "fashion-mnist": "60000 + 10000 images of 28x28; Xiao, Rasul & Vollgraf, MIT licence; DIR/FashionMNIST/raw, or DIR",
     "frey-faces": "1768 + 197 images of 28x20; S. Roweis & B. Frey; DIR/frey_faces.npz",
     "ring": "2000 + 500 points in the plane; made by pyro_vae.data.ring",
 }
@@ -169,7 +172,8 @@ def load(name: Name, *, binarize: Binarize = "none", data_dir: str | os.PathLike
     """``(train, test)`` of a named data set; images are grey values in [0, 1], ``(n, height, width)``.
 
     ``"digits"`` (1497 + 300 images of 8×8, shipped with the package) and ``"ring"`` need no files. ``"mnist"`` and
-    ``"fashion-mnist"`` (60,000 + 10,000 of 28×28) are torchvision's, read from ``data_dir`` or downloaded to it.
+    ``"fashion-mnist"`` (60,000 + 10,000 of 28×28) are four IDX files, plain or ``.gz``, in ``data_dir/MNIST/raw``,
+    ``data_dir/MNIST`` or ``data_dir`` itself (``FashionMNIST`` likewise); torchvision downloads them where they are missing.
     ``"frey-faces"`` (1768 + 197 of 28×20, every tenth frame held out) reads ``data_dir/frey_faces.npz``.
 
     :param binarize: see :class:`Data`; the test set is binarized once.
@@ -180,8 +184,8 @@ def load(name: Name, *, binarize: Binarize = "none", data_dir: str | os.PathLike
     folder = _folder(data_dir)
     loaders = {
         "digits": lambda: _digits(),
-        "mnist": lambda: _torchvision(folder, "MNIST"),
-        "fashion-mnist": lambda: _torchvision(folder, "FashionMNIST"),
+        "mnist": lambda: _idx(folder, "MNIST"),
+        "fashion-mnist": lambda: _idx(folder, "FashionMNIST"),
         "frey-faces": lambda: _frey_faces(folder),
         "ring": lambda: (ring(2000, seed=0), ring(500, seed=1)),
     }
@@ -194,12 +198,9 @@ def load(name: Name, *, binarize: Binarize = "none", data_dir: str | os.PathLike
 def is_here(name: Name, data_dir: str | os.PathLike | None = None) -> bool:
     """Whether the files of a data set lie in ``data_dir``; their contents are checked by :func:`load`."""
     folder = _folder(data_dir)
-    files = {
-        "mnist": [folder / "MNIST" / "raw" / file for file in _IDX_SHA256["MNIST"]],
-        "fashion-mnist": [folder / "FashionMNIST" / "raw" / file for file in _IDX_SHA256["FashionMNIST"]],
-        "frey-faces": [folder / "frey_faces.npz"],
-    }
-    return all(file.is_file() for file in files.get(name, []))
+    if name in ("mnist", "fashion-mnist"):
+        return _idx_files(folder, {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}[name]) is not None
+    return name != "frey-faces" or (folder / "frey_faces.npz").is_file()
 
 
 def _folder(data_dir: str | os.PathLike | None) -> Path:
@@ -257,35 +258,76 @@ def _images(name: str, images: np.ndarray | Tensor, labels: np.ndarray | Tensor 
     return Data(x, None if labels is None else torch.as_tensor(labels).long(), name=name, num_levels=levels)
 
 
-def _torchvision(folder: Path, kind: Literal["MNIST", "FashionMNIST"]) -> tuple[Data, Data]:
-    from torchvision import datasets  # half a second, only where it is used
-
-    raw = folder / kind / "raw"
-    name = {"MNIST": "mnist", "FashionMNIST": "fashion-mnist"}[kind]
-    if not all((raw / file).is_file() for file in _IDX_SHA256[kind]):
-        try:
-            getattr(datasets, kind)(folder, download=True)
-        except (RuntimeError, OSError) as error:
-            raise FileNotFoundError(
-                f"{name}: {raw} lacks the IDX files and the download failed ({str(error).splitlines()[0]}); put "
-                f"{', '.join(_IDX_SHA256[kind])} there, or name their folder by data_dir or PYRO_VAE_DATA"
-            ) from error
-    for file, digest in _IDX_SHA256[kind].items():
-        _check_idx(raw / file, digest)
-    parts = [getattr(datasets, kind)(folder, train=train) for train in (True, False)]
-    return tuple(_images(name, part.data, part.targets, 256) for part in parts)  # type: ignore[return-value]
+_TITLES = {"MNIST": "mnist", "FashionMNIST": "fashion-mnist"}
 
 
-def _check_idx(path: Path, sha256: str) -> None:
-    with path.open("rb") as file:
-        content = file.read(_IDX_BYTES + 1)
+def _places(folder: Path, kind: str) -> tuple[Path, ...]:
+    """Where the IDX files may lie, torchvision's layout first; Debian has the four files in one folder."""
+    return folder / kind / "raw", folder / kind, folder
+
+
+def _idx_files(folder: Path, kind: str) -> list[Path] | None:
+    """The four IDX files, plain or compressed, of the first place that has them all."""
+    for place in _places(folder, kind):
+        found = [_first_file(place, name) for name in _IDX_SHA256[kind]]
+        if None not in found:
+            return found  # type: ignore[return-value]
+    return None
+
+
+def _first_file(place: Path, name: str) -> Path | None:
+    """Plain or compressed; some copies spell ``train-images.idx3-ubyte``."""
+    spelled = (place / f"{stem}{end}" for stem in (name, name.replace("-idx", ".idx")) for end in ("", ".gz"))
+    return next((file for file in spelled if file.is_file()), None)
+
+
+def _idx(folder: Path, kind: Literal["MNIST", "FashionMNIST"]) -> tuple[Data, Data]:
+    files = _idx_files(folder, kind)
+    if files is None:
+        _download(folder, kind)
+        files = _idx_files(folder, kind)
+    if files is None:
+        raise FileNotFoundError(f"{_TITLES[kind]}: torchvision downloaded other files than {', '.join(_IDX_SHA256[kind])}")
+    arrays = [torch.from_numpy(_read_idx(file, digest)) for file, digest in zip(files, _IDX_SHA256[kind].values(), strict=True)]
+    return tuple(_images(_TITLES[kind], *arrays[i : i + 2], 256) for i in (0, 2))  # type: ignore[return-value]
+
+
+def _download(folder: Path, kind: str) -> None:
+    """Let torchvision download to ``folder/kind/raw``; folders that a failed download made are removed again."""
+    made = [part for part in (folder / kind / "raw", folder / kind, folder, *folder.parents) if not part.exists()]
+    try:
+        from torchvision import datasets
+
+        getattr(datasets, kind)(folder, download=True)
+    except Exception as error:  # whatever the network does; or torchvision is of another build than torch
+        for part in made:
+            with suppress(OSError):  # it holds what was downloaded
+                part.rmdir()
+        places = ", ".join(map(str, _places(folder, kind)))
+        raise FileNotFoundError(
+            f"{_TITLES[kind]}: none of the folders {places} has all of {', '.join(_IDX_SHA256[kind])}, plain or as .gz, and "
+            f"the download failed ({(str(error) or type(error).__name__).splitlines()[0]}); put the four files in one of "
+            "them, or name their folder by data_dir or PYRO_VAE_DATA"
+        ) from error
+
+
+def _read_idx(path: Path, sha256: str) -> np.ndarray:
+    """The bytes of a published IDX file, plain or compressed, in the shape of its header.
+
+    :raises ValueError: for any other content; no more than the largest published file is decompressed.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(_IDX_BYTES + 1)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole .gz file ({error}); delete it and download it again") from error
     if len(content) > _IDX_BYTES:
         raise ValueError(
             f"{path} is larger than any of the published files, {_IDX_BYTES} bytes; delete it and download it again"
         )
     kind, rank = struct.unpack(">xxBB", content[:4].rjust(4, b"\1"))
     if content[:2] != b"\0\0" or kind != 8 or not 1 <= rank <= 3:
-        raise ValueError(f"{path} is no IDX file: it begins with {content[:4].hex(' ')}, expected 00 00 08 01 … 03")
+        raise ValueError(f"{path} is not an IDX file: it begins with {content[:4].hex(' ')}, expected 00 00 08 01 … 03")
     sizes = struct.unpack(f">{rank}I", content[4 : 4 + 4 * rank].rjust(4 * rank, b"\0"))
     if len(content) != 4 + 4 * rank + math.prod(sizes):
         raise ValueError(
@@ -294,7 +336,7 @@ def _check_idx(path: Path, sha256: str) -> None:
         )
     digest = hashlib.sha256(content).hexdigest()
     if digest != sha256:
-        raise ValueError(
-            f"{path} has other contents than the published file: SHA-256 {digest}, expected {sha256}; delete it and "
-            "download it again"
-        )
+        other = next((_TITLES[k] for k, sums in _IDX_SHA256.items() if digest in sums.values()), None)
+        remedy = f"it is of {other}: load that, or name another folder" if other else "delete it and download it again"
+        raise ValueError(f"{path} has other contents than the published file: SHA-256 {digest}, expected {sha256}; {remedy}")
+    return np.frombuffer(bytearray(content), np.uint8, offset=4 + 4 * rank).reshape(sizes)

@@ -1,9 +1,12 @@
 """Data sets: contents, binarization, and files that are not what they should be."""
 
+import gzip
 import hashlib
 import random
 import struct
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,15 +83,99 @@ def test_frey_faces(data_dir):
     assert 0 <= train.x.min() < train.x.max() <= 1
 
 
-def test_missing_files_are_named(tmp_path, monkeypatch):
+@pytest.fixture
+def small_idx(monkeypatch):
+    """The four files of a small Fashion-MNIST by name, and what they hold; nothing can be downloaded."""
     from torchvision.datasets import MNIST
 
     def no_network(self):
+        Path(self.raw_folder).mkdir(parents=True, exist_ok=True)
         raise RuntimeError("Error downloading: no network")
 
     monkeypatch.setattr(MNIST, "download", no_network)
-    with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte.*data_dir"):
+    files, images = {}, np.random.default_rng(0).integers(0, 256, (12, 28, 28), dtype=np.uint8)
+    for part, rows in (("train", slice(0, 8)), ("t10k", slice(8, 12))):
+        shape = images[rows].shape
+        files[f"{part}-images-idx3-ubyte"] = bytes([0, 0, 8, 3]) + struct.pack(">3I", *shape) + images[rows].tobytes()
+        files[f"{part}-labels-idx1-ubyte"] = bytes([0, 0, 8, 1]) + struct.pack(">I", len(images[rows])) + bytes(range(shape[0]))
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    monkeypatch.setitem(data._IDX_SHA256, "FashionMNIST", sums)
+    return files, images
+
+
+@pytest.mark.parametrize("place", [".", "FashionMNIST", "FashionMNIST/raw"])
+@pytest.mark.parametrize("packed", ["", ".gz", "mixed", "dots"])
+def test_idx_files_are_read_from_every_layout_plain_or_compressed(tmp_path, small_idx, place, packed):
+    files, images = small_idx
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    for i, (name, content) in enumerate(files.items()):
+        if packed == ".gz" or (packed == "mixed" and i % 2):
+            (tmp_path / place / f"{name}.gz").write_bytes(gzip.compress(content))
+        else:
+            (tmp_path / place / (name.replace("-idx", ".idx") if packed == "dots" else name)).write_bytes(content)
+    assert data.is_here("fashion-mnist", tmp_path)
+    train, test = load("fashion-mnist", data_dir=tmp_path)
+    torch.testing.assert_close(torch.cat([train.x, test.x]), torch.from_numpy(images).float() / 255)
+    assert (train.labels.tolist(), test.labels.tolist()) == (list(range(8)), list(range(4)))
+
+
+def test_one_missing_file_of_four_is_not_a_data_set(tmp_path, small_idx):
+    for name, content in list(small_idx[0].items())[:3]:
+        (tmp_path / name).write_bytes(content)
+    assert not data.is_here("fashion-mnist", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"t10k-labels-idx1-ubyte, plain or as \.gz"):
+        load("fashion-mnist", data_dir=tmp_path)
+
+
+def test_files_of_the_other_data_set_are_named_as_that(tmp_path, small_idx):
+    for name, content in small_idx[0].items():
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(ValueError, match="it is of fashion-mnist"):
         load("mnist", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: gzip.compress(content)[:-20], "whole .gz"),
+        (lambda content: content, "whole .gz"),
+        (lambda content: gzip.compress(content)[:40] + b"\0\xff" * 20, "whole .gz"),
+        (lambda content: gzip.compress(content) + b"more", "whole .gz"),
+        (lambda content: gzip.compress(content[:-1]), "cut short"),
+        (lambda content: gzip.compress(b"not an IDX file"), "not an IDX file"),
+        (lambda content: gzip.compress(bytes(data._IDX_BYTES + 1)), "larger than any"),
+    ],
+)
+def test_a_damaged_gz_file_is_refused(tmp_path, damage, message):
+    content = bytes([0, 0, 8, 3]) + struct.pack(">3I", 7, 5, 4) + random.Random(0).randbytes(140)
+    path = tmp_path / "images-idx3-ubyte.gz"
+    path.write_bytes(damage(content))
+    with pytest.raises(ValueError, match=message) as error:
+        data._read_idx(path, hashlib.sha256(content).hexdigest())
+    assert str(path) in str(error.value)
+
+
+def test_a_bomb_is_decompressed_no_further_than_the_largest_published_file(tmp_path, monkeypatch):
+    read = []
+    whole_read = gzip.GzipFile.read
+    monkeypatch.setattr(gzip.GzipFile, "read", lambda self, n=-1: read.append(n) or whole_read(self, n))
+    path = tmp_path / "images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(bytes(2 * data._IDX_BYTES)))
+    with pytest.raises(ValueError, match="larger than any"):
+        data._read_idx(path, "")
+    assert read == [data._IDX_BYTES + 1]
+
+
+def test_missing_files_are_named_and_leave_no_folder(tmp_path, small_idx):
+    folder = tmp_path / "new" / "deep"
+    with pytest.raises(FileNotFoundError, match=r"MNIST/raw.*train-images-idx3-ubyte.*data_dir"):
+        load("mnist", data_dir=folder)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "MNIST").mkdir()
+    (tmp_path / "MNIST" / "notes.txt").write_text("kept")
+    with pytest.raises(FileNotFoundError, match="no network"):
+        load("mnist", data_dir=tmp_path)
+    assert [file.name for file in (tmp_path / "MNIST").iterdir()] == ["notes.txt"]
     with pytest.raises(FileNotFoundError, match=r"frey_faces\.npz"):
         load("frey-faces", data_dir=tmp_path)
 
@@ -101,8 +188,6 @@ def test_a_frey_file_that_is_none(tmp_path, content):
 
 
 def test_a_frey_file_with_other_contents(tmp_path):
-    import numpy as np
-
     np.savez(tmp_path / "frey_faces.npz", images=np.zeros((5, 28, 20), np.uint8))
     with pytest.raises(ValueError, match="SHA-256"):
         load("frey-faces", data_dir=tmp_path)
@@ -114,7 +199,7 @@ def test_one_hundred_mutated_idx_files(tmp_path):
     whole = bytes([0, 0, 8, 3]) + struct.pack(">3I", 7, 5, 4) + rng.randbytes(140)
     path, digest = tmp_path / "images-idx3-ubyte", hashlib.sha256(whole).hexdigest()
     path.write_bytes(whole)
-    data._check_idx(path, digest)
+    data._read_idx(path, digest)
     for trial in range(100):
         mutant = bytearray(whole)
         if trial % 3 == 0:
@@ -125,7 +210,7 @@ def test_one_hundred_mutated_idx_files(tmp_path):
             mutant += rng.randbytes(rng.randrange(1, 50))
         path.write_bytes(mutant)
         with pytest.raises(ValueError, match="idx3-ubyte"):
-            data._check_idx(path, digest)
+            data._read_idx(path, digest)
 
 
 @pytest.mark.parametrize(

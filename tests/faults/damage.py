@@ -289,7 +289,7 @@ def dataset_integrity(folder):
             mutant += noise.randbytes(noise.randrange(1, 50))
         path.write_bytes(mutant)
         try:
-            data._check_idx(path, digest)
+            data._read_idx(path, digest)
             said = ""
         except ValueError as error:
             said = str(error)
