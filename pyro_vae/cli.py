@@ -4,6 +4,7 @@ Torch is imported inside the commands, so that ``--help`` answers at once. Progr
 """
 
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -11,16 +12,18 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
 
 import typer
 from typer import Argument, Option
 
-from pyro_vae import report, words
+from pyro_vae import __version__, report, words
+from pyro_vae.defaults import DEFAULTS
 from pyro_vae.files import put, reserved
 
 if TYPE_CHECKING:
     from pyro_vae.build import Pair
+    from pyro_vae.runs import Run
     from pyro_vae.vae import VAE
 
 Dataset = Literal["digits", "mnist", "fashion-mnist", "frey-faces", "ring"]
@@ -39,32 +42,52 @@ Out = Annotated[Path | None, Option(help="Folder to write.  [default: a new one]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace what pyro-vae wrote to --out.")]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
 Seed = Annotated[int, Option(min=0, max=2**32 - 1, help="Seed of every random draw.")]
+Threads = Annotated[int | None, Option(min=1, help="Threads of torch.  [default: torch's, or OMP_NUM_THREADS]")]
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"pyro-vae {__version__}", file=sys.__stdout__)
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
     """Auto-Encoding Variational Bayes in Pyro. Numbers are in nats per datum."""
 
 
 @app.command()
 def train(
     context: typer.Context,
-    dataset: Annotated[Dataset, Argument(help="What to train on; digits come with the package.")] = "digits",
-    num_epochs: Annotated[int | None, Option("-n", "--num-epochs", min=1, help="Passes over the data.")] = None,
+    dataset: Annotated[Dataset, Argument(**words.argument(Dataset, "What to train on"))] = "digits",
+    num_epochs: Annotated[
+        int | None, Option("-n", "--num-epochs", min=1, help=f"Passes over the data.  {words.default('num_epochs')}")
+    ] = None,
     batch_size: Annotated[int, Option("-b", "--batch-size", min=1, help="Data in a minibatch.")] = 100,
-    learning_rate: Annotated[float | None, Option(min=0, help="Step size of Adam.")] = None,
-    latent_dim: Annotated[int | None, Option(min=1, help="Dimensions of z.")] = None,
-    hidden: Annotated[str | None, Option(help="Hidden widths of the encoder, such as 500,500; the decoder mirrors.")] = None,
-    likelihood: Annotated[Likelihood | None, Option(help="p(x|z).")] = None,
-    guide: Annotated[Guide | None, Option(help="Family of q(z|x).  [default: normal]")] = None,
-    prior: Annotated[Prior | None, Option(help="p(z).  [default: standard-normal]")] = None,
+    learning_rate: Annotated[float | None, Option(min=0, help=f"Step size of Adam.  {words.default('learning_rate')}")] = None,
+    latent_dim: Annotated[int | None, Option(min=1, help=f"Dimensions of z.  {words.default('latent_dim')}")] = None,
+    hidden: Annotated[
+        str | None,
+        Option(help=f"Hidden widths of the encoder, such as 500,500; the decoder mirrors.  {words.default('hidden')}"),
+    ] = None,
+    likelihood: Annotated[
+        Likelihood | None, Option(**words.one_of(Likelihood), help=f"p(x|z).  {words.default('likelihood')}")
+    ] = None,
+    guide: Annotated[Guide | None, Option(**words.one_of(Guide), help=f"Family of q(z|x).  {words.default('guide')}")] = None,
+    prior: Annotated[Prior | None, Option(**words.one_of(Prior), help=f"p(z).  {words.default('prior')}")] = None,
     pair: Annotated[str | None, Option(metavar="SOURCE:FACTORY", help="Train a pair of your own, in place of a VAE.")] = None,
-    binarize: Annotated[Binarize | None, Option(help="What grey pixels become.  [default: stochastic for bernoulli]")] = None,
+    binarize: Annotated[
+        Binarize | None, Option(**words.one_of(Binarize), help="What grey pixels become.  [default: stochastic for bernoulli]")
+    ] = None,
     num_particles: Annotated[int, Option(min=1, help="Draws of z for each datum and step.")] = 1,
     beta: Annotated[float, Option(min=0, help="Weight of the KL in what is optimized, never in what is reported.")] = 1.0,
-    warm_up: Annotated[int | None, Option(min=0, help="Epochs over which the weight of the KL rises from 0.")] = None,
+    warm_up: Annotated[
+        int | None, Option(min=0, help=f"Epochs over which the weight of the KL rises from 0.  {words.default('warm_up')}")
+    ] = None,
     patience: Annotated[int | None, Option(min=1, help="Stop after so many epochs without a better held-out ELBO.")] = None,
     clip_norm: Annotated[float | None, Option(min=0, help="The largest norm of the gradient, in nats per datum.")] = None,
     every: Annotated[int | None, Option(min=1, help="Steps between checkpoints, besides that at each epoch's end.")] = None,
@@ -72,6 +95,10 @@ def train(
     seed: Seed = 0,
     device: Annotated[str, Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     dtype: Annotated[Literal["float32", "float64"], Option(help="Of data and networks.")] = "float32",
+    threads: Annotated[
+        int | None,
+        Option(min=1, help="Threads of torch.  [default: one where a step is small, else torch's, or OMP_NUM_THREADS]"),
+    ] = None,
     data_dir: DataDir = None,
     out: Out = None,
     overwrite: Overwrite = False,
@@ -91,7 +118,7 @@ def train(
         "hidden": words.widths(hidden),
     }
     given = {"num_epochs": num_epochs, "learning_rate": learning_rate, "warm_up": warm_up} | families
-    values = build.DEFAULTS[dataset] | {key: value for key, value in given.items() if value is not None}
+    values = DEFAULTS[dataset] | {key: value for key, value in given.items() if value is not None}
     if pair is not None:
         words.check_pair_words(pair, families)
         values |= dict.fromkeys(build.FAMILIES)
@@ -107,6 +134,7 @@ def train(
     first = infer.launched()[0] == 0  # of the processes that torchrun started, the one that speaks
     if resume is not None:
         config = words.to_go_on(context, out, overwrite, config)
+    words.check_likelihood(config)
     folder = out or Path("runs") / dataset
     if first:  # it writes for all
         folder = context.with_resource(reserved(folder, numbered=out is None))
@@ -119,7 +147,14 @@ def train(
     own = build.build_pair(config, train_data)
     say = report.say if first else lambda _: None
     say(f"{train_data}, {len(test)} held out -> {folder}")
-    with infer.torchrun(device):
+    other = {"--device": device if device != "cpu" else None, "--every": every, "--threads": threads}
+    go_on = _own(pair, data_dir) + [word for key, value in other.items() if value is not None for word in (key, value)]
+
+    def left() -> str:
+        return runs.left(folder, go_on) or _nothing_left()
+
+    largest = words.largest_product(own, config.batch_size * config.num_particles)
+    with words.threads(threads, largest), infer.torchrun(device), report.interrupted(left, first):
         run = runs.train(
             folder, config, own, train_data, test, device=device, overwrite=overwrite, every=every,
             resume=resume, say=say,
@@ -128,11 +163,12 @@ def train(
         return
     epochs = run.history()
     with run.loaded(test.x[:2]) as trained:
-        report.draw(runs.with_room(run.path / "plots"), dict(runs.pictures(run, trained, test)))
-    page.write_page(run)
+        report.draw(runs.with_room(run.path / "plots"), runs.pictures(run, trained, test))
+    written = page.write_page(run)
     seconds = sum(epoch.seconds for epoch in epochs)
     result = {"run": str(run.path), "num_epochs": len(epochs), **run.kept()._asdict(), "seconds": seconds}
     report.show(result, f"{run.path}: {run.summary()}", as_json)
+    report.done(written, "evaluate", run.path, *_own(pair, data_dir))
 
 
 @app.command()
@@ -149,17 +185,18 @@ def sample(
     """Draw x from p(z) p(x|z): samples.npy, and a picture of as many E[x|z]. By default to RUN/samples, samples-2, …"""
     import torch
 
-    from pyro_vae import page, plots, runs
+    from pyro_vae import page, plots
 
-    opened = runs.open_run(run, pair)
+    opened = _opened(run, pair)
     folder = report.free(context, out, run / "samples", overwrite)
     with opened.loaded() as own:
         vae = _vae(own, "sample")
         torch.manual_seed(seed)
         x = vae.sample(n)
-        figures = {"samples": plots.plot_samples(vae, min(n, 400))} if x.dim() > 2 else report.points(samples=x)
-    report.leave(folder, {"samples": x}, figures, as_json)
-    page.write_page(opened, folder)
+        image = {"samples": lambda: plots.plot_samples(vae, min(n, 400))}
+        files = report.leave(folder, {"samples": x}, image if x.dim() > 2 else report.points(samples=x))
+    report.show_files(files, as_json)
+    report.done(page.write_page(opened, folder), "reconstruct", run, *_own(pair))
 
 
 @app.command()
@@ -178,21 +215,21 @@ def reconstruct(
     RUN/reconstructions, reconstructions-2, …"""
     import torch
 
-    from pyro_vae import build, page, plots, runs
+    from pyro_vae import build, page, plots
 
-    opened = runs.open_run(run, pair)
+    opened = _opened(run, pair)
     folder = report.free(context, out, run / "reconstructions", overwrite)
     x = build.build_data(opened.config, data_dir)[1].x[:n]
     with opened.loaded(x) as own:
         vae = _vae(own, "reconstruct")
         torch.manual_seed(seed)
         y = vae.reconstruct(x)
-    image = x.dim() > 2
-    figures = (
-        {"reconstructions": plots.plot_reconstructions(x[:100], y[:100])} if image else report.points(x=x, reconstructions=y)
+    image = {"reconstructions": lambda: plots.plot_reconstructions(x[:100], y[:100])}
+    files = report.leave(
+        folder, {"x": x, "reconstructions": y}, image if x.dim() > 2 else report.points(x=x, reconstructions=y)
     )
-    report.leave(folder, {"x": x, "reconstructions": y}, figures, as_json)
-    page.write_page(opened, folder)
+    report.show_files(files, as_json)
+    report.done(page.write_page(opened, folder), "diagnose", run, *_own(pair, data_dir))
 
 
 @app.command()
@@ -208,13 +245,13 @@ def plot(
     """Draw a run's pictures again, by default to RUN/plots-2, plots-3, …"""
     from pyro_vae import build, page, runs
 
-    opened = runs.open_run(run, pair)
+    opened = _opened(run, pair)
     folder = report.free(context, out, run / "plots", overwrite)
     _, test = build.build_data(opened.config, data_dir)
     with opened.loaded(test.x[:2]) as own:
-        figures = dict(runs.pictures(opened, own, test))
-    report.leave(folder, {}, figures, as_json)
-    page.write_page(opened, folder)
+        files = report.draw(folder, runs.pictures(opened, own, test))
+    report.show_files(files, as_json)
+    report.done(page.write_page(opened, folder), "evaluate", run, *_own(pair, data_dir))
 
 
 @app.command()
@@ -227,6 +264,7 @@ def evaluate(
     num_chains: Annotated[int, Option(min=1, help="Chains of ais and bdmc for each datum.")] = 16,
     data: Annotated[str, Option(help="Which data, such as test, train, test[:1000].")] = "test",
     seed: Seed = 0,
+    threads: Threads = None,
     data_dir: DataDir = None,
     pair: OwnPair = None,
     out: Out = None,
@@ -237,15 +275,18 @@ def evaluate(
     RUN/evaluation, evaluation-2, … An interrupted call goes on where it was when it is given again."""
     from pyro_vae import build, ladder, page, plots, runs
 
-    names = estimator.split(",")
-    if not set(names) <= set(ladder.ESTIMATORS):
-        raise typer.BadParameter(f"--estimator {estimator}: expected some of {','.join(ladder.ESTIMATORS)}")
-    opened = runs.open_run(run, pair)
+    names = words.some_of("--estimator", estimator, ladder.ESTIMATORS)
+    opened = _opened(run, pair)
     folder = report.free(context, out, run / "evaluation", overwrite, apart=".evidence")
     part = build.part_of(data, *build.build_data(opened.config, data_dir))
     kept = opened.part(".evidence") if out is None else out / ".evidence"
     rungs = []
-    with opened.loaded(part.x[:2]) as own:
+
+    def left() -> str:
+        what = "what was finished is kept" if kept.is_dir() else "nothing was finished"
+        return f"{what}; the same command goes on:\n  {report.again()}"
+
+    with opened.loaded(part.x[:2]) as own, words.threads(threads), report.interrupted(left):
         for rung in ladder.climb(
             own, part.arguments(slice(None)), names, num_particles=num_particles, num_temperatures=num_temperatures,
             num_chains=num_chains, seed=seed, kept=kept,
@@ -253,12 +294,13 @@ def evaluate(
             rungs.append(rung)
             report.say(f"{rung.found.method}: {rung.found.mean:.3f}, {rung.seconds:.1f} s")
     by_name = {name: [r.found for r in rungs if r.estimator == name] for name in dict.fromkeys(r.estimator for r in rungs)}
-    text, rows = ladder.table(rungs), {f"{i}": rung.row() for i, rung in enumerate(rungs)}
-    report.draw(folder, {"ladder": plots.figure_of(plots.plot_ladder(by_name))})
+    text, rows = ladder.table(rungs), {rung.name: rung.row() for rung in rungs}
+    report.draw(folder, {"ladder": lambda: plots.figure_of(plots.plot_ladder(by_name))})
     put(folder / "evaluation.txt", f"{text}\n".encode())
     put(folder / "evaluation.json", (json.dumps(runs.as_json(rows), indent=2) + "\n").encode())
-    page.write_page(opened, folder)
+    written = page.write_page(opened, folder)
     report.show(rows, f"{text}\n{folder}", as_json)
+    report.done(written, "diagnose", run, *_own(pair, data_dir))
 
 
 @app.command()
@@ -266,9 +308,12 @@ def diagnose(
     context: typer.Context,
     run: RunFolder,
     num_particles: Annotated[int, Option(min=1, help="Draws of z for each datum.")] = 1000,
-    num_simulations: Annotated[int, Option(min=0, help="Data to simulate for the calibration; 0 leaves it out.")] = 1000,
+    num_simulations: Annotated[
+        int, Option(min=0, help="Data to simulate for the calibration, 100 or more; 0 leaves it out.")
+    ] = 1000,
     data: Annotated[str, Option(help="Which data, such as test, train, test[:1000].")] = "test[:1000]",
     seed: Seed = 0,
+    threads: Threads = None,
     data_dir: DataDir = None,
     pair: OwnPair = None,
     out: Out = None,
@@ -277,20 +322,23 @@ def diagnose(
 ) -> None:
     """Ask whether a run's guide is good: one page, and pictures of Pareto k, the worst data and the calibration. By default to
     RUN/diagnosis, diagnosis-2, …"""
-    from pyro_vae import build, diagnostics, page, plots, runs
+    from pyro_vae import build, diagnostics, page, plots
 
-    opened = runs.open_run(run, pair)
+    if 0 < num_simulations < 100:
+        raise typer.BadParameter(f"--num-simulations: expected 100 or more, or 0 for no calibration, but got {num_simulations}")
+    opened = _opened(run, pair)
     folder = report.free(context, out, run / "diagnosis", overwrite)
     part = build.part_of(data, *build.build_data(opened.config, data_dir))
-    with opened.loaded(part.x[:2]) as own:
+    with opened.loaded(part.x[:2]) as own, words.threads(threads), report.interrupted(_nothing_left):
         found = diagnostics.diagnose(
             own.model, own.guide, *part.arguments(slice(None)), num_particles=num_particles,
             num_simulations=num_simulations, seed=seed,
         )  # fmt: skip
-    report.draw(folder, dict(plots.plot_diagnosis(found, part.x)))
+    report.draw(folder, plots.plot_diagnosis(found, part.x))
     put(folder / "diagnosis.txt", f"{found}\n".encode())
-    page.write_page(opened, folder)
+    written = page.write_page(opened, folder)
     report.show({"pareto_k": found.pareto_k.tolist(), "worst": found.worst().tolist()}, f"{found}\n{folder}", as_json)
+    report.done(written, "reconstruct" if opened.config.pair is None else "plot", run, *_own(pair, data_dir))
 
 
 @app.command()
@@ -302,6 +350,7 @@ def compare(
     num_data: Annotated[int, Option(min=2, help="Draws of the model to compare on.")] = 50,
     list_models: Annotated[bool, Option("--list", help="List the models.")] = False,
     seed: Seed = 0,
+    threads: Annotated[int | None, Option(min=1, help="Threads of torch.  [default: 1, or OMP_NUM_THREADS]")] = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -311,22 +360,28 @@ def compare(
 
     if list_models or model is None:
         about = {name: text for name, (_, text) in zoo.MODELS.items()}
-        return report.show(about, "\n".join(f"{name:16} {text}" for name, text in about.items()), as_json)
-    families = guide.split(",")
-    if model not in zoo.MODELS or not set(families) <= set(get_args(Guide)):
-        raise typer.BadParameter(f"compare {model} --guide {guide}: expected one of --list, and guides of {get_args(Guide)}")
+        report.show(about, "\n".join(f"{name:16} {text}" for name, text in about.items()), as_json)
+        return report.done(None, "compare", next(iter(about)))
+    if model not in zoo.MODELS:
+        near = words.nearest(model, zoo.MODELS)
+        raise typer.BadParameter(f"MODEL: expected one of {', '.join(zoo.MODELS)}, but got {model!r}{near}")
+    families = words.some_of("--guide", guide, get_args(Guide))
     folder = report.free(context, out, Path("runs") / f"compare-{model}", overwrite)
-    found = zoo.train_guides(zoo.MODELS[model][0](), families, num_epochs=num_epochs, num_data=num_data, seed=seed)
-    report.draw(folder, {"guides": found.plot()})
+    with words.threads(threads, zoo.LARGEST_PRODUCT), report.interrupted(_nothing_left):
+        found = zoo.train_guides(zoo.MODELS[model][0](), families, num_epochs=num_epochs, num_data=num_data, seed=seed)
+    report.draw(folder, {"guides": found.plot})
     put(folder / "comparison.txt", f"{found}\n".encode())
     result = {name: dict(one.rows()) for name, one in found.comparisons.items()}
     put(folder / "comparison.json", (json.dumps(runs.as_json(result), indent=2) + "\n").encode())
-    return report.show(result, f"{found}\n{folder}", as_json)
+    report.show(result, f"{found}\n{folder}", as_json)
+    return report.done(None, "compare", "--list")
 
 
 @app.command()
 def data(
-    dataset: Annotated[Dataset | None, Argument(help="One of them: read it, check its contents, tell its shapes.")] = None,
+    dataset: Annotated[
+        Dataset | None, Argument(**words.argument(Dataset, "Read it, check its contents, tell its shapes"))
+    ] = None,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
@@ -336,18 +391,51 @@ def data(
     if dataset is None:
         rows = {name: {"here": is_here(name, data_dir), "source": source} for name, source in SOURCES.items()}
         text = "\n".join(f"{name:14} {'here' if row['here'] else 'not here':9} {row['source']}" for name, row in rows.items())
-        return report.show(rows, text, as_json)
+        report.show(rows, text, as_json)
+        return report.done(None, "train", "digits")
     train_data, test = load(dataset, data_dir=data_dir)
     low, high = (float(end) for end in train_data.x.aminmax())
     result = {"train": len(train_data), "test": len(test), "shape": list(train_data.x.shape[1:]), "range": [low, high]}
     text = f"{dataset}: {len(train_data)} + {len(test)} held out, each {tuple(train_data.x.shape[1:])} in [{low:g}, {high:g}]"
-    return report.show(result, text, as_json)
+    report.show(result, text, as_json)
+    return report.done(None, "train", dataset, *_own(None, data_dir))
+
+
+def _opened(run: Path, pair: str | None) -> "Run":
+    from pyro_vae import runs
+
+    opened = runs.open_run(run, pair)
+    if unfinished := opened.unfinished():
+        report.say(
+            f"warning: {unfinished}; go on by\n  {report.command('train', '--out', run, '--resume', 'last', *_own(pair))}"
+        )
+    return opened
+
+
+def _own(pair: str | None, data_dir: Path | None = None) -> list[object]:
+    """The options that every command on a run needs again."""
+    return [word for key, value in (("--pair", pair), ("--data-dir", data_dir)) if value is not None for word in (key, value)]
+
+
+def _nothing_left() -> str:
+    return f"nothing was kept; begin again by\n  {report.again()}"
 
 
 def _vae(pair: "Pair", verb: str) -> "VAE":
     if pair.vae is None:
         raise ValueError(f"{verb}: the run's pair is two programs of your own; expected a factory that returns a pyro_vae.VAE")
     return pair.vae
+
+
+def _arguments() -> set[str]:
+    """The names of the commands' arguments, which their options bear."""
+    commands: list[Any] = [command.callback for command in app.registered_commands]
+    names = {name for command in commands for name in inspect.signature(command).parameters if len(name) > 1}
+    return names - {"context", "as_json", "list_models"}
+
+
+def _fail(code: int, error: Exception) -> NoReturn:
+    report.fail(code, words.as_options(str(error), _arguments()))
 
 
 def main() -> NoReturn:
@@ -360,19 +448,19 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         # stdout is for results; what a user's own code prints is progress
-        words = sys.argv[1:]
-        asks = not words or "--help" in words
-        with contextlib.nullcontext() if asks else contextlib.redirect_stdout(sys.stderr):
+        given = sys.argv[1:]
+        asks = not given or "--help" in given
+        with contextlib.nullcontext() if asks else contextlib.redirect_stdout(sys.stderr), report.shown():
             app()
     except FileExistsError as error:
-        report.fail(2, error)
+        _fail(2, error)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError) and error.errno is None  # ours, with a cause and a remedy
-        report.fail(66 if missing else 74, error)
+        _fail(66 if missing else 74, error)
     except (FloatingPointError, MemoryError) as error:
-        report.fail(70, error)
+        _fail(70, error)
     except ValueError as error:
         from pyro_vae.checkpoint import MismatchError
 
-        report.fail(78 if isinstance(error, MismatchError) else 65, error)
+        _fail(78 if isinstance(error, MismatchError) else 65, error)
     sys.exit(0)

@@ -289,7 +289,7 @@ def _idx(folder: Path, kind: Literal["MNIST", "FashionMNIST"]) -> tuple[Data, Da
     if files is None:
         raise FileNotFoundError(f"{_TITLES[kind]}: torchvision downloaded other files than {', '.join(_IDX_SHA256[kind])}")
     arrays = [torch.from_numpy(_read_idx(file, digest)) for file, digest in zip(files, _IDX_SHA256[kind].values(), strict=True)]
-    return tuple(_images(_TITLES[kind], *arrays[i : i + 2], 256) for i in (0, 2))  # type: ignore[return-value]
+    return tuple(_images(_TITLES[kind], arrays[i], arrays[i + 1], 256) for i in (0, 2))  # type: ignore[return-value]
 
 
 def _download(folder: Path, kind: str) -> None:

@@ -16,8 +16,9 @@ ESTIMATORS = ("elbo", "importance", "prior", "ais", "smc", "bdmc")
 
 @dataclass(frozen=True)
 class Rung:
-    """One estimate, and the seconds that it took."""
+    """One estimate, its name, such as ``importance-100``, and the seconds that it took."""
 
+    name: str
     estimator: str
     found: Evidence
     seconds: float
@@ -67,14 +68,14 @@ def climb(
             start = time.perf_counter()
             both = evidence.bdmc(model, *arguments, num_temperatures=num_temperatures, **chains, seed=seed)
             for side, found in (("below", both.lower), ("above", both.upper)):
-                yield Rung(f"bdmc {side}, simulated data", found, (time.perf_counter() - start) / 2)
+                yield Rung(f"bdmc-{side}", f"bdmc {side}, simulated data", found, (time.perf_counter() - start) / 2)
             continue
         for rung, way in ways[name]:
             told = repr((rung, num_particles, num_chains, seed, *(tuple(part.shape) for part in arguments)))
             file = kept / f"{rung}-{hashlib.sha256(told.encode()).hexdigest()[:12]}.safetensors"
             start = time.perf_counter()
             found = way(seed=seed, resume=file)
-            yield Rung(name, found, time.perf_counter() - start)
+            yield Rung(rung, name, found, time.perf_counter() - start)
             file.unlink(missing_ok=True)
     if kept.is_dir() and not any(kept.iterdir()):
         kept.rmdir()

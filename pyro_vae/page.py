@@ -50,16 +50,19 @@ _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_
 )
 
 
-def write_page(run: Run, changed: Path | None = None) -> None:
-    """Write ``report.html`` anew, unless ``changed`` lies outside the run. A failure is reported and ends nothing."""
+def write_page(run: Run, changed: Path | None = None) -> Path | None:
+    """Write ``report.html`` anew, unless ``changed`` lies outside the run, and return its path. A failure is reported and ends
+    nothing."""
     if changed is not None and changed.resolve().parent != run.path.resolve():
-        return
+        return None
     try:
         name, parts = run.path.resolve().name, list(_parts(run.path))
         page = _PAGE.render(name=name, summary=run.summary(), config=asdict(run.config), parts=parts)
         write_whole(run.path / "report.html", page.encode("utf-8", "replace"))
+        return run.path / "report.html"
     except (OSError, ValueError) as error:
         report.say(f"{run.path}: report.html is not written: {error}")
+        return None
 
 
 def _parts(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:

@@ -1,6 +1,6 @@
 """Pictures: results in, Axes or Figure out. Nothing is shown, nothing is written."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import matplotlib.pyplot as plt
@@ -9,6 +9,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_vae.diagnostics import Diagnosis
@@ -84,15 +85,18 @@ def plot_pareto_k(k: Tensor, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def plot_diagnosis(found: Diagnosis, x: Tensor) -> Iterator[tuple[str, Figure]]:
-    """Every picture of a diagnosis, by name: Pareto k̂, the worst data where they are images ``x``, the calibration."""
+def plot_diagnosis(found: Diagnosis, x: Tensor) -> dict[str, Callable[[], Figure]]:
+    """Every picture of a diagnosis, by name, each drawn when it is called: Pareto k̂, the worst data where they are images
+    ``x``, the calibration."""
+    pictures: dict[str, Callable[[], Figure]] = {}
     if found.pareto_k.isfinite().any():
-        yield "pareto-k", figure_of(plot_pareto_k(found.pareto_k))
+        pictures["pareto-k"] = lambda: figure_of(plot_pareto_k(found.pareto_k))
         if x.dim() in (3, 4):
-            worst = found.worst(20)
-            yield "worst", plot_images(x[worst], title="The data whose posterior the guide misses most, the worst first")
+            title = "The data whose posterior the guide misses most, the worst first"
+            pictures["worst"] = lambda: plot_images(x[found.worst(20)], title=title)
     if found.calibration is not None:
-        yield "calibration", found.calibration.plot()
+        pictures["calibration"] = found.calibration.plot
+    return pictures
 
 
 def plot_images(images: Tensor, *, columns: int = 10, title: str | None = None) -> Figure:
@@ -163,9 +167,11 @@ def plot_manifold(vae: VAE, *, steps: int = 20) -> Figure:
 
 @torch.no_grad()
 def plot_latent(vae: VAE, x: Tensor, labels: Tensor | None = None, ax: Axes | None = None) -> Axes:
-    """Means of q(z|x) of a 2-D latent, coloured by label."""
+    """Means of q(z|x) of a 2-D latent, coloured by label; draws of it, one for each datum, where its mean is not known in
+    closed form, as that of a flow."""
     ax = ax or plt.subplots(figsize=(6, 5.5), layout="constrained")[1]
-    z = vae.encode(x).mean.cpu().numpy()
+    what, points = _means(vae.encode(x))
+    z = points.cpu().numpy()
     if labels is None:
         ax.scatter(z[:, 0], z[:, 1], s=6, alpha=0.7)
     else:
@@ -173,5 +179,13 @@ def plot_latent(vae: VAE, x: Tensor, labels: Tensor | None = None, ax: Axes | No
             rows = (labels == label).cpu().numpy()
             ax.scatter(z[rows, 0], z[rows, 1], s=6, alpha=0.7, label=str(int(label)), color=f"C{int(label) % 10}")
         ax.legend(title="label", markerscale=2, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
-    ax.set(xlabel="$z_1$", ylabel="$z_2$", title="Mean of q(z|x), held-out data", aspect="equal")
+    ax.set(xlabel="$z_1$", ylabel="$z_2$", title=f"{what} of q(z|x), held-out data", aspect="equal")
     return ax
+
+
+def _means(distribution: TorchDistribution) -> tuple[str, Tensor]:
+    """``"Means"`` and the means, or ``"Draws"`` and one draw for each datum where a distribution has no mean to give."""
+    try:
+        return "Means", distribution.mean
+    except NotImplementedError:
+        return "Draws", distribution.sample()

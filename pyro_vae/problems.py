@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_vae.batches import Batch
@@ -394,10 +394,21 @@ def training_problems(pair: Structure) -> Iterator[Problem]:
                 "an earlier pair (pyro.clear_param_store())"
             )
         yield Problem(
-            f"pair: a {type(module).__name__} runs in it but is not registered, so it would never be trained; expected "
-            "pyro.module(name, net), or an attribute of a PyroModule, or net.requires_grad_(False) where it is frozen" + hint
+            f"pair: {_named(module, pair)} runs in it but is not registered, so it would never be trained; expected "
+            "pyro.module(name, net), or an attribute of a PyroModule that its forward, or a method marked @pyro_method, calls; "
+            "or net.requires_grad_(False) where it is frozen" + hint
         )
         return
+
+
+def _named(module: nn.Module, pair: Structure) -> str:
+    """The network by its name in a PyroModule whose methods the programs are, where it is a part of one."""
+    for program in (pair.model, pair.guide):
+        owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
+        for name, part in owner.named_modules() if isinstance(owner, nn.Module) else ():
+            if part is module and name:
+                return f"the network {name!r} of {type(owner).__name__}, a {type(module).__name__},"
+    return f"a {type(module).__name__}"
 
 
 def log_prob_problems(pair: Structure) -> Iterator[Problem]:

@@ -7,8 +7,9 @@ import os
 import platform
 import re
 import reprlib
+import shlex
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -104,6 +105,20 @@ class Run(NamedTuple):
         """A folder of the run. Raises ``ValueError`` where it is a symbolic link."""
         return check_no_link(self.path / name)
 
+    def own_pair(self) -> tuple[str, ...]:
+        """The words of the command line by which an own pair is named again."""
+        return () if self.config.pair is None else ("--pair", self.config.pair)
+
+    def unfinished(self) -> str | None:
+        """Where training was interrupted, how far it is and how to go on; else ``None``."""
+        try:
+            kept, behind = self.kept().epoch, len(self.history())
+        except (FileNotFoundError, ValueError):
+            return None  # whoever reads them says what is wrong
+        if behind >= self.config.num_epochs or self.config.patience is not None:
+            return None
+        return f"{self.path} was interrupted; these are the weights of epoch {kept} of {self.config.num_epochs}"
+
     def summary(self) -> str:
         """How long it trained, and how good it became."""
         kept, epochs = self.kept(), self.history()
@@ -124,6 +139,8 @@ class Run(NamedTuple):
         :param rows: some data, by which a pair shows what it consists of; a VAE does as well with zeros.
         """
         weights = self.part("weights")
+        if not os.path.lexists(weights) and (has := left(self.path, self.own_pair())):
+            raise FileNotFoundError(f"{self.path} has no weights yet, since its first epoch was interrupted; {has}")
         with nullcontext() if self.config.pair else checkpoint.within(weights):
             pair = build_pair(self.config)
         if rows is None and pair.vae is None:
@@ -216,6 +233,18 @@ def train(
     with pyro.get_param_store().scope(store):
         run.save(pair, kept.rows, best_of(run.history(), config))  # early stopping went back to the best
     return run
+
+
+def left(path: Path, options: Sequence[object] = ()) -> str | None:
+    """What an interrupted training left at ``path``, and the command that goes on; ``None`` where it left nothing.
+
+    :param options: those of the command that a run does not record.
+    """
+    checkpoints = checkpoint.Checkpoints(path / "checkpoints").paths()
+    if not checkpoints:
+        return None
+    step, go_on = int(checkpoints[-1].name.removeprefix("step-")), ["train", "--out", path, "--resume", "last", *options]
+    return f"{path} has a checkpoint after step {step}; go on by\n  {shlex.join(['pyro-vae', *map(str, go_on)])}"
 
 
 def best_of(epochs: list[Epoch], config: Config) -> Epoch:
@@ -387,22 +416,31 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def pictures(run: Run, pair: Pair, test: Data) -> Iterator[tuple[str, Figure]]:
-    """Every picture that the run's data and pair allow, by name. Of a user's own programs only the curve is known."""
-    yield "curve", plots.figure_of(plots.plot_history(run.history()))
+def pictures(run: Run, pair: Pair, test: Data) -> dict[str, Callable[[], Figure]]:
+    """Every picture that the run's data and pair allow, by name, each drawn when it is called. Of a user's own programs only
+    the curve is known."""
+    found: dict[str, Callable[[], Figure]] = {"curve": lambda: plots.figure_of(plots.plot_history(run.history()))}
     vae, image = pair.vae, test.x.dim() > 2
     if vae is None:
-        return
-    torch.manual_seed(run.config.seed)
+        return found
     if image:
-        yield "reconstructions", plots.plot_reconstructions(test.x[:30], vae.reconstruct(test.x[:30]))
-        yield "samples", plots.plot_samples(vae)
+        found["reconstructions"] = lambda: plots.plot_reconstructions(test.x[:30], vae.reconstruct(test.x[:30]))
+        found["samples"] = lambda: plots.plot_samples(vae)
     elif test.x.shape[1:] == (2,):
-        yield "samples", plots.figure_of(plots.plot_points({"data": test.x, "samples": vae.sample(len(test))}))
+        found["samples"] = lambda: plots.figure_of(plots.plot_points({"data": test.x, "samples": vae.sample(len(test))}))
     if vae.model.prior.event_shape == (2,):
-        yield "latent", plots.figure_of(plots.plot_latent(vae, test.x, test.labels))
+        found["latent"] = lambda: plots.figure_of(plots.plot_latent(vae, test.x, test.labels))
         if image and isinstance(vae.model.prior, StandardNormal):
-            yield "manifold", plots.plot_manifold(vae)
+            found["manifold"] = lambda: plots.plot_manifold(vae)
+
+    def seeded(picture: Callable[[], Figure]) -> Callable[[], Figure]:
+        def drawn() -> Figure:
+            torch.manual_seed(run.config.seed)
+            return picture()
+
+        return drawn
+
+    return {name: seeded(picture) for name, picture in found.items()}
 
 
 def as_json(result: Any) -> Any:

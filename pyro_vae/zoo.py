@@ -12,6 +12,9 @@ from pyro_vae.diagnostics import GuideComparison, compare_guides
 from pyro_vae.infer import fit
 from pyro_vae.vae import Guide
 
+_HIDDEN, _BATCH = 64, 200
+LARGEST_PRODUCT = _BATCH * _HIDDEN**2  # multiply-adds of a step
+
 
 def _loadings(d: int, k: int) -> torch.Tensor:
     """A matrix of correlated columns, so that the posterior is correlated too."""
@@ -64,8 +67,8 @@ def train_guides(
     x, test = model.sample(2000), model.sample(num_data)
     guides = {}
     for name in names:
-        guide = Guide(GUIDES[name](nets.MLP(tuple(model.event_shape), (64, 64)), event_shape=model.latent_shape))
+        guide = Guide(GUIDES[name](nets.MLP(tuple(model.event_shape), (_HIDDEN, _HIDDEN)), event_shape=model.latent_shape))
         schedule = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 5e-3}, "gamma": 0.02 ** (1 / num_epochs)}
-        fit(model, guide, x, epochs=num_epochs, batch_size=200, optim=ExponentialLR(schedule))
+        fit(model, guide, x, epochs=num_epochs, batch_size=_BATCH, optim=ExponentialLR(schedule))
         guides[name] = guide
     return compare_guides(model, guides, test)

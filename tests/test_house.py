@@ -12,7 +12,7 @@ import pyro_vae
 PACKAGE = Path(pyro_vae.__file__).parent
 # From the ground up; a module imports from lower floors only, and neighbours do not import each other.
 FLOORS = (
-    ("nets", "arrays", "numerics", "files", "signals", "simplify", "threads"),
+    ("nets", "arrays", "numerics", "files", "signals", "defaults", "simplify", "threads"),
     ("data",),
     ("batches", "conditionals", "products"),
     ("pair", "priors", "flows"),

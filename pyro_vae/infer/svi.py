@@ -317,6 +317,7 @@ class SVI(pyro.infer.SVI):
             self._compile(signature, batch)
 
     def _compile(self, signature: "_Signature", batch: Batch) -> None:
+        logger.info("compiling the step for %s …", signature.name)
         try:
             signature.step.compile(batch)
             signature.how = "compiled by Inductor"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide import AutoNormal
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, pyro_method
 from torch import nn
 from torch.distributions import constraints
 
@@ -199,3 +199,39 @@ def test_a_pair_that_fails_is_one_problem():
 
     (problem,) = pv.check_pair(model, broken, torch.randn(7)).problems
     assert "KeyError: 'w'" in problem
+
+
+class _Outside(PyroModule):
+    """Networks that run in plain methods: nothing registers them."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.decoder = torch.nn.Linear(2, 3)
+        self.encoder = encoder
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x), 1.0).to_event(1))
+
+
+class _Inside(_Outside):
+    model = pyro_method(_Outside.model)
+    guide = pyro_method(_Outside.guide)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "name"),
+    [(torch.nn.Linear(3, 2), "encoder"), (torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)), "encoder.0")],
+)
+def test_a_network_that_runs_outside_forward_is_named_with_the_remedy(encoder, name):
+    both = _Outside(encoder)
+    with pytest.raises(ValueError, match=rf"the network '{name}' of _Outside, a Linear, .*@pyro_method"):
+        pv.fit(both.model, both.guide, torch.randn(8, 3), epochs=1)
+    right = _Inside(encoder)
+    pv.fit(right.model, right.guide, torch.randn(8, 3), epochs=1)
