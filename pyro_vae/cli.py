@@ -49,7 +49,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"pyro-vae {__version__}", file=sys.__stdout__)
+        print(f"pyro-vae {__version__}", file=sys.__stdout__, flush=True)
         raise typer.Exit
 
 
@@ -148,10 +148,12 @@ def train(
     say = report.say if first else lambda _: None
     say(f"{train_data}, {len(test)} held out -> {folder}")
     other = {"--device": device if device != "cpu" else None, "--every": every, "--threads": threads}
-    go_on = _own(pair, data_dir) + [word for key, value in other.items() if value is not None for word in (key, value)]
+    options = _own(pair, data_dir) + [word for key, value in other.items() if value is not None for word in (key, value)]
 
     def left() -> str:
-        return runs.left(folder, go_on) or _nothing_left()
+        if (step := runs.last_step(folder)) is None:
+            return _nothing_left()
+        return f"{folder} has a checkpoint after step {step}; go on by\n  {runs.go_on(folder, options)}"
 
     largest = words.largest_product(own, config.batch_size * config.num_particles)
     with words.threads(threads, largest), infer.torchrun(device), report.interrupted(left, first):
@@ -406,9 +408,7 @@ def _opened(run: Path, pair: str | None) -> "Run":
 
     opened = runs.open_run(run, pair)
     if unfinished := opened.unfinished():
-        report.say(
-            f"warning: {unfinished}; go on by\n  {report.command('train', '--out', run, '--resume', 'last', *_own(pair))}"
-        )
+        report.say(f"warning: {unfinished}; go on by\n  {runs.go_on(run, _own(pair))}")
     return opened
 
 
@@ -428,10 +428,10 @@ def _vae(pair: "Pair", verb: str) -> "VAE":
 
 
 def _arguments() -> set[str]:
-    """The names of the commands' arguments, which their options bear."""
+    """The commands' arguments that are options."""
     commands: list[Any] = [command.callback for command in app.registered_commands]
     names = {name for command in commands for name in inspect.signature(command).parameters if len(name) > 1}
-    return names - {"context", "as_json", "list_models"}
+    return names - {"context", "run", "dataset", "model", "as_json", "list_models"}
 
 
 def _fail(code: int, error: Exception) -> NoReturn:

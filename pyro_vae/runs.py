@@ -9,7 +9,7 @@ import re
 import reprlib
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -105,19 +105,15 @@ class Run(NamedTuple):
         """A folder of the run. Raises ``ValueError`` where it is a symbolic link."""
         return check_no_link(self.path / name)
 
-    def own_pair(self) -> tuple[str, ...]:
-        """The words of the command line by which an own pair is named again."""
-        return () if self.config.pair is None else ("--pair", self.config.pair)
-
     def unfinished(self) -> str | None:
-        """Where training was interrupted, how far it is and how to go on; else ``None``."""
+        """How far training is, where it did not come to its end; else ``None``."""
         try:
             kept, behind = self.kept().epoch, len(self.history())
         except (FileNotFoundError, ValueError):
             return None  # whoever reads them says what is wrong
         if behind >= self.config.num_epochs or self.config.patience is not None:
             return None
-        return f"{self.path} was interrupted; these are the weights of epoch {kept} of {self.config.num_epochs}"
+        return f"{self.path} is not finished: these are the weights of epoch {kept} of {self.config.num_epochs}"
 
     def summary(self) -> str:
         """How long it trained, and how good it became."""
@@ -139,8 +135,12 @@ class Run(NamedTuple):
         :param rows: some data, by which a pair shows what it consists of; a VAE does as well with zeros.
         """
         weights = self.part("weights")
-        if not os.path.lexists(weights) and (has := left(self.path, self.own_pair())):
-            raise FileNotFoundError(f"{self.path} has no weights yet, since its first epoch was interrupted; {has}")
+        if not os.path.lexists(weights) and last_step(self.path) is not None:
+            own = () if self.config.pair is None else ("--pair", self.config.pair)
+            raise FileNotFoundError(
+                f"{self.path} has no weights: its first epoch was interrupted, or they were removed; go on by: "
+                f"{go_on(self.path, own)}"
+            )
         with nullcontext() if self.config.pair else checkpoint.within(weights):
             pair = build_pair(self.config)
         if rows is None and pair.vae is None:
@@ -235,16 +235,18 @@ def train(
     return run
 
 
-def left(path: Path, options: Sequence[object] = ()) -> str | None:
-    """What an interrupted training left at ``path``, and the command that goes on; ``None`` where it left nothing.
-
-    :param options: those of the command that a run does not record.
-    """
+def last_step(path: Path) -> int | None:
+    """The steps behind the newest checkpoint of the run at ``path``; ``None`` where there is none."""
     checkpoints = checkpoint.Checkpoints(path / "checkpoints").paths()
-    if not checkpoints:
-        return None
-    step, go_on = int(checkpoints[-1].name.removeprefix("step-")), ["train", "--out", path, "--resume", "last", *options]
-    return f"{path} has a checkpoint after step {step}; go on by\n  {shlex.join(['pyro-vae', *map(str, go_on)])}"
+    return int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else None
+
+
+def go_on(path: Path, options: Iterable[object] = ()) -> str:
+    """The command that goes on with the run at ``path``.
+
+    :param options: those of its command that a run does not record.
+    """
+    return shlex.join(["pyro-vae", "train", "--out", str(path), "--resume", "last", *map(str, options)])
 
 
 def best_of(epochs: list[Epoch], config: Config) -> Epoch:

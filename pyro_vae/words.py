@@ -152,7 +152,8 @@ def as_options(message: str, names: Collection[str]) -> str:
         return f"{spelled} {value}" if value else spelled
 
     known = "|".join(sorted(map(re.escape, {*names, *_SPELLED}), key=len, reverse=True))
-    pattern = rf'(?<![\w./-])(?<!\.json: )(?P<name>{known})(?![\w(/])(?P<assigned>=(?:"(?P<quoted>[^"]*)"|(?P<plain>[\w+-]+(?:\.\d+)?)?))?'
+    value = r'(?P<assigned>=(?:"(?P<quoted>[^"]*)"|(?P<plain>[\w+-]+(?:\.\d+)?)?))?'
+    pattern = rf"(?<![\w./-])(?<!\.json: )(?P<name>{known})(?![\w(/]){value}"
     message = message.replace(", raise min_scale", "").replace("raise min_scale, or ", "")  # no option has it
     return re.sub(r"(?<=[Ll])ower the learning rate", "ower --learning-rate", re.sub(pattern, option, message))
 
@@ -160,18 +161,21 @@ def as_options(message: str, names: Collection[str]) -> str:
 _SPELLED = {"epochs": "num_epochs"}  # arguments whose option has another name
 
 # Multiply-adds of the largest product of a step, up to which one thread is the default. {MEASURED}
-SMALL = 0
+SMALL = 2_000_000
 
 
 def largest_product(pair: "Pair", rows: int) -> int | None:
     """Multiply-adds of the largest product of a step on so many rows; ``None`` where the layers are not known to be linear."""
     import torch
 
-    modules = [program for program in (pair.model, pair.guide) if isinstance(program, torch.nn.Module)]
-    sizes = [p.shape for module in modules for p in module.parameters()]
-    if len(modules) < 2 or not sizes or any(len(shape) > 2 for shape in sizes):  # a convolution uses a weight many times
+    programs = (pair.model, pair.guide)
+    if not all(isinstance(program, torch.nn.Module) for program in programs):
         return None
-    return rows * max(shape.numel() for shape in sizes)
+    layers = [layer for program in programs for layer in program.modules()]  # type: ignore[union-attr]
+    shapes = [layer.weight.shape for layer in layers if isinstance(getattr(layer, "weight", None), torch.Tensor)]
+    if not shapes or any(len(shape) > 2 for shape in shapes):  # a convolution uses a weight many times
+        return None
+    return rows * max(shape.numel() for shape in shapes)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from matplotlib.image import imread
 
 from pyro_vae import build, cli, data, runs
+from pyro_vae.defaults import DEFAULTS
 from tests.cli.left import PAIR, weights_file, weights_of
 
 
@@ -215,5 +216,5 @@ def test_the_words_of_the_command_line_are_the_registries():
     assert set(get_args(cli.Likelihood)) == build.LIKELIHOODS.keys()
     assert set(get_args(cli.Guide)) == build.GUIDES.keys()
     assert set(get_args(cli.Prior)) == build.PRIORS.keys()
-    assert set(get_args(cli.Dataset)) == build.DEFAULTS.keys() == set(get_args(data.Name)) == data.SOURCES.keys()
+    assert set(get_args(cli.Dataset)) == DEFAULTS.keys() == set(get_args(data.Name)) == data.SOURCES.keys()
     assert get_args(cli.Binarize) == get_args(data.Binarize)
