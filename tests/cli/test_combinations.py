@@ -36,6 +36,7 @@ def test_the_pairwise_combinations_have_any_two_words_together():
 @pytest.mark.parametrize(("name", "guide", "prior", "likelihood"), PAIRWISE)
 def test_a_pair_of_every_two_families_is_trained_judged_and_drawn(name, guide, prior, likelihood, tmp_path, monkeypatch):
     """At the default latent size, on few data, to the last picture."""
+    monkeypatch.setattr(build, "PSEUDO_INPUTS", 5)
     grey = "stochastic" if likelihood == "bernoulli" else "none"
     words = {"guide": guide, "prior": prior, "likelihood": likelihood, "hidden": (20,)}
     config = build.Config(
