@@ -168,10 +168,10 @@ def largest_product(pair: "Pair", rows: int) -> int | None:
     """Multiply-adds of the largest product of a step on so many rows; ``None`` where the layers are not known to be linear."""
     import torch
 
-    programs = (pair.model, pair.guide)
-    if not all(isinstance(program, torch.nn.Module) for program in programs):
+    programs = [program for program in (pair.model, pair.guide) if isinstance(program, torch.nn.Module)]
+    if len(programs) < 2:
         return None
-    layers = [layer for program in programs for layer in program.modules()]  # type: ignore[union-attr]
+    layers = [layer for program in programs for layer in program.modules()]
     shapes = [layer.weight.shape for layer in layers if isinstance(getattr(layer, "weight", None), torch.Tensor)]
     if not shapes or any(len(shape) > 2 for shape in shapes):  # a convolution uses a weight many times
         return None
