@@ -172,7 +172,8 @@ def largest_product(pair: "Pair", rows: int) -> int | None:
     if len(programs) < 2:
         return None
     layers = [layer for program in programs for layer in program.modules()]
-    shapes = [layer.weight.shape for layer in layers if isinstance(getattr(layer, "weight", None), torch.Tensor)]
+    weights = [weight for layer in layers if isinstance(weight := getattr(layer, "weight", None), torch.Tensor)]
+    shapes = [weight.shape for weight in weights]
     if not shapes or any(len(shape) > 2 for shape in shapes):  # a convolution uses a weight many times
         return None
     return rows * max(shape.numel() for shape in shapes)
