@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+_OVERHEAD = 256  # elements that a tensor counts for beside its own: millions of tiny ones take time, too
+
+
 @contextmanager
 def bounded(stored: int, what: str) -> Iterator[None]:
     """Within the block, tensors may be made that together have some multiple of ``stored`` elements, and no more.
@@ -34,7 +37,7 @@ class _Bounded(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         for made in found if isinstance(found, tuple | list) else (found,):
             if isinstance(made, Tensor):
-                self._spend(made.numel() + 1)
+                self._spend(made.numel() + _OVERHEAD)
         return found
 
     def _spend(self, size: int, *, keep: bool = False) -> None:
