@@ -143,9 +143,9 @@ def refuse(problems: Iterable[Problem], *, verb: str, check: bool = True) -> Non
     raise ValueError("; ".join(problem.text for problem in found) + remedy)
 
 
-def check_observed(model_trace: Trace, batch: Batch, plates: frozenset[str], where: str) -> None:
-    """Raise ``ValueError`` where an observed row lies outside its likelihood's support."""
-    for problem in data_problems(model_trace, batch, plates):
+def check_observed(pair: Structure, model_trace: Trace, batch: Batch, where: str) -> None:
+    """Raise ``ValueError`` where an observed row of another run of a pair lies outside its likelihood's support."""
+    for problem in data_problems(model_trace, batch, pair.plates, None, pair.trusted[0]):
         raise ValueError(f"{where}: {problem}")
 
 

@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import constraints
 
 from pyro_vae.batches import Batch
 from pyro_vae.pair import elbo_terms, proposal, run_pair, sampled, sum_sites, untouched
@@ -31,7 +31,7 @@ def pair_problems(pair: Structure) -> Iterator[Problem]:
     yield from _site_problems(pair)
     yield from _plate_problems(pair)
     yield from _support_problems(pair)
-    outside = [Problem(text) for text in data_problems(pair.traces[0], pair.batch, pair.plates)]
+    outside = [Problem(text) for text in data_problems(pair.traces[0], pair.batch, pair.plates, None, pair.trusted[0])]
     yield from outside or _density_problems(pair)
 
 
@@ -175,7 +175,7 @@ def _support_problems(pair: Structure) -> Iterator[Problem]:
     for name in model.keys() & guide.keys():
         p, q = model[name]["fn"], guide[name]["fn"]
         value = guide[name]["value"]
-        if p.event_shape == q.event_shape and not is_trusted(p) and not _inside(p, lambda value=value: value):  # type: ignore[misc]
+        if p.event_shape == q.event_shape and name not in pair.trusted[0] and not _inside(p, lambda value=value: value):  # type: ignore[misc]
             yield Problem(
                 f"guide: it draws {name!r} outside the model's support, {p.support}; expected a guide on that support, such as "
                 f"one of {family(p)}"
@@ -188,23 +188,11 @@ def reach_problems(pair: Structure) -> Iterator[Problem]:
     model, guide = pair.latents, pair.guide_latents
     for name in model.keys() & guide.keys():
         p, q = model[name]["fn"], guide[name]["fn"]
-        if p.event_shape == q.event_shape and not is_trusted(q) and not _inside(q, p.sample):
+        if p.event_shape == q.event_shape and name not in pair.trusted[1] and not _inside(q, p.sample):
             yield Problem(
                 f"guide: {name!r} has support {q.support} but the model {p.support}, so the guide cannot reach the whole "
                 f"posterior; expected a guide on the model's support, such as one of {family(p)}"
             )
-
-
-def is_trusted(distribution: Any) -> bool:
-    """Whether a distribution was built with ``validate_args=False`` while validation is on by default: its author knows."""
-    if not Distribution._validate_args:
-        return False
-    while True:
-        if vars(distribution).get("_validate_args") is False:
-            return True
-        if not hasattr(distribution, "base_dist"):
-            return False
-        distribution = distribution.base_dist
 
 
 def _inside(distribution: Any, draw: Callable[[], Tensor]) -> bool:
@@ -214,7 +202,13 @@ def _inside(distribution: Any, draw: Callable[[], Tensor]) -> bool:
         return True
 
 
-def data_problems(model_trace: Trace, batch: Batch, plates: frozenset[str], whole: Batch | None = None) -> Iterator[str]:
+def data_problems(
+    model_trace: Trace,
+    batch: Batch,
+    plates: frozenset[str],
+    whole: Batch | None = None,
+    trusted: frozenset[str] = frozenset(),
+) -> Iterator[str]:
     """Rows of the data outside the likelihood's support.
 
     :param whole: all data, looked at where an observed site is an argument as it is, and its support is a fixed one: that of
@@ -222,7 +216,7 @@ def data_problems(model_trace: Trace, batch: Batch, plates: frozenset[str], whol
     """
     for name, site in sampled(model_trace):
         value, fn = site["value"], site["fn"]
-        if not site["is_observed"] or not value.numel() or is_trusted(fn):  # pyro.factor observes nothing
+        if not site["is_observed"] or not value.numel() or name in trusted:  # pyro.factor observes nothing
             continue
         try:
             support = _elementwise(fn.support)
@@ -304,7 +298,7 @@ def _density_problems(pair: Structure) -> Iterator[Problem]:
     """Observed sites whose log-probability is not a finite number."""
     for side, trace in zip(("model", "guide"), pair.traces, strict=True):
         for name, site in sampled(trace):
-            if side == "model" and site["is_observed"] and not is_trusted(site["fn"]):
+            if side == "model" and site["is_observed"] and name not in pair.trusted[0]:
                 for row, value, count in improbable_rows(site, pair.plates):
                     if value == -math.inf and not _always(pair, name, row):
                         continue  # a likelihood that vanishes at this draw of the latents

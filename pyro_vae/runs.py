@@ -420,8 +420,9 @@ def environment(device: str) -> dict[str, Any]:
 
 def pictures(run: Run, pair: Pair, test: Data) -> dict[str, Callable[[], Figure]]:
     """Every picture that the run's data and pair allow, by name, each drawn when it is called. Of a user's own programs only
-    the curve is known."""
-    found: dict[str, Callable[[], Figure]] = {"curve": lambda: plots.figure_of(plots.plot_history(run.history()))}
+    the curve is known. Raises ``ValueError`` for a record of epochs that is damaged."""
+    history = run.history()
+    found: dict[str, Callable[[], Figure]] = {"curve": lambda: plots.figure_of(plots.plot_history(history))}
     vae, image = pair.vae, test.x.dim() > 2
     if vae is None:
         return found

@@ -17,6 +17,7 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +37,7 @@ from pyro_vae.pair import (
 from pyro_vae.particles import PARTICLES, Held, is_enumerated, max_nesting
 
 Traces = tuple[Trace, Trace]
+_OFF: Any = 0  # of the default validation
 LESS_MEMORY = "lower the batch size (--batch-size), or the number of particles"
 
 
@@ -75,6 +77,7 @@ class Structure:
     row_parameters: tuple[str, ...]
     scaled: tuple[Mapping[str, float], Mapping[str, float]]
     made: Mapping[str, Tensor]
+    trusted: tuple[frozenset[str], frozenset[str]]  # sites of model and of guide built with validate_args=False
     other_traces: Traces | None  # of the run on other rows, and which they are
     other: Tensor | None
     particles: Particles | None = None
@@ -185,6 +188,7 @@ def inspect(
         row_parameters=_row_parameters(num_rows, first, second, plates),
         scaled=_scaled(num_rows, len(rows), first, second, plates),
         made={name: value for name, value in first.parameters.items() if name not in pyro.get_param_store()},
+        trusted=first.trusted,
         other_traces=None if second is None else second.traces,
         other=None if second is None or isinstance(rows, str) else rows,
     )
@@ -192,10 +196,25 @@ def inspect(
 
 def structure_of_run(model: Program, guide: Program, batch: Batch, traces: Traces, ran: Mapping[nn.Module, bool]) -> Structure:
     """What a run that was recorded shows by itself: no other rows, so a plate is known by its size alone."""
+    known = bool(Distribution._validate_args)  # else it is not told from the default
+    trusted = (_trusted(traces[0]), _trusted(traces[1])) if known else (frozenset(), frozenset())
     run = _Run(ran, {}, traces)
     plates = _data_plates(batch.num_rows if batch.tensors else 0, run, None)
     return Structure(
-        model, guide, batch, traces, ran, None, plates, "the pair ran once", (), ({}, {}), {}, other_traces=None, other=None
+        model,
+        guide,
+        batch,
+        traces,
+        ran,
+        None,
+        plates,
+        "the pair ran once",
+        (),
+        ({}, {}),
+        {},
+        trusted,
+        other_traces=None,
+        other=None,
     )
 
 
@@ -240,6 +259,7 @@ class _Run:
     ran: Mapping[nn.Module, bool]
     parameters: dict[str, Tensor]
     traces: Any = None
+    trusted: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
     error: str = ""
     cause: Exception | None = None
 
@@ -256,9 +276,12 @@ def _run(model: Program, guide: Program, batch: Batch, training: bool, *, log_pr
     recorded = _Parameters()
     with untouched(training=None if training else False) as ran, torch.set_grad_enabled(training), recorded:
         run = _Run(ran, recorded.values)
+        # another false value than the one that validate_args=False leaves in a distribution: expand copies the default
+        Distribution._validate_args = Distribution._validate_args or _OFF
         try:
             with enough_memory(LESS_MEMORY):
                 run.traces = run_pair(model, guide, *batch.args, **batch.kwargs)
+                run.trusted = _trusted(run.traces[0]), _trusted(run.traces[1])
                 # now: a transform may know the density of its latest draws only. Where bad data raise, the checks say it
                 for trace in run.traces:
                     with nullcontext() if log_probs else suppress(Exception):
@@ -268,6 +291,19 @@ def _run(model: Program, guide: Program, batch: Batch, training: bool, *, log_pr
         except Exception as error:  # whatever the code of a pair raises
             run.error, run.cause = f"{type(error).__name__}: {first_line(error)}", error
     return run
+
+
+def _trusted(trace: Trace) -> frozenset[str]:
+    """The sites whose distribution was built with ``validate_args=False``: its author knows what is in its support."""
+    return frozenset(name for name, site in sampled(trace) if _is_unvalidated(site["fn"]))
+
+
+def _is_unvalidated(distribution: Any) -> bool:
+    while vars(distribution).get("_validate_args") is not False:
+        if not hasattr(distribution, "base_dist"):
+            return False
+        distribution = distribution.base_dist
+    return True
 
 
 def first_line(error: Exception) -> str:

@@ -746,7 +746,11 @@ def test_a_plate_without_a_size_whose_site_has_one_draw_for_all_is_refused():
         pv.evaluate(model, guide, torch.randn(9))
 
 
-def test_a_distribution_without_validation_is_trusted():
+@pytest.mark.parametrize("default", [True, False])
+def test_a_distribution_without_validation_is_trusted(default, monkeypatch):
+    """Whatever validation is by default: libraries turn it off for the process."""
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", default)
+
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
@@ -758,6 +762,15 @@ def test_a_distribution_without_validation_is_trusted():
     assert pv.evaluate(model, trainable_anew(), x).elbo.isfinite().all()
     with pytest.raises(ValueError, match="grey"):
         pv.evaluate(grey_model, trainable_anew(), x)
+
+    def expanded(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Bernoulli(logits=z.mean()).expand([len(x)]), obs=x)
+
+    with pytest.raises(ValueError, match="grey"):
+        pv.evaluate(expanded, trainable_anew(), x)
+    assert torch.distributions.Distribution._validate_args is default
 
 
 # ---------------------------------------------------------------- G2 and the count of runs

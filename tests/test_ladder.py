@@ -55,6 +55,7 @@ def test_a_diagnosis_is_printed_and_kept(call, run, tmp_path):
     assert code == 0, err
     assert (tmp_path / "d" / "diagnosis.txt").read_text() in out
     assert {file.name for file in (tmp_path / "d").iterdir()} == {
+        ".written.json",
         "diagnosis.txt", "pareto-k.png", "worst.png", "calibration.png",
     }  # fmt: skip
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
 _OVERHEAD = 256  # elements that a tensor counts for beside its own: millions of tiny ones take time, too
 
 

@@ -124,7 +124,7 @@ def _drawn(pair: Structure, batch: Batch, num_data: int, num_particles: int, *, 
     for i in range(num_particles):
         traces = run_pair(pair.model, pair.guide, *batch.args, **batch.kwargs)
         if check and not i:
-            check_observed(traces[0], batch, pair.plates, verb)
+            check_observed(pair, traces[0], batch, verb)
         draws.append(elbo_terms(*traces, pair.plates, num_data=num_data))
     return ElboTerms(*(torch.stack(part).mean(0) for part in zip(*draws, strict=True)))
 

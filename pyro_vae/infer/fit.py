@@ -272,7 +272,7 @@ def inspect_for_training(
     problems = [*pair_problems(pair), *training_problems(pair)]
     if isinstance(batches, InMemory) and not batches.drawn and pair.batch.tensors:
         whole = fitting(batches.whole.cast(pair.dtype), model, guide)
-        problems += [Problem(text) for text in data_problems(pair.traces[0], pair.batch, pair.plates, whole)]
+        problems += [Problem(text) for text in data_problems(pair.traces[0], pair.batch, pair.plates, whole, pair.trusted[0])]
     refuse(dict.fromkeys(problems), verb="fit", check=check)
     check_minibatch(pair, n, verb="fit", check=check)
     if last and (error := fails_on(pair, last)):

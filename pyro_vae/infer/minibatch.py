@@ -112,7 +112,7 @@ class MinibatchSVI(SVI):
 
     def _check_data(self) -> None:
         if self.handlers[0].traces:
-            check_observed(self.handlers[0].traces[-1], self.batch, self.plates, f"fit: {self.where}")
+            check_observed(self.pair, self.handlers[0].traces[-1], self.batch, f"fit: {self.where}")
 
     def on(self, batch: Batch, beta: float, weight: float, where: object) -> ElboTerms:
         """The step, its loss annealed by β; the terms are not.
