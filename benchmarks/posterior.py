@@ -8,8 +8,8 @@ from benchmarks.aevb import LATENT, PIXELS, make_vae
 from benchmarks.timing import measure
 from pyro_vae.batches import Batch
 from pyro_vae.graphs import compiled, trace_graph
+from pyro_vae.latents import inspect_latents
 from pyro_vae.pair import sum_sites
-from pyro_vae.particles import Latents
 
 IMPORTANCE, HMC = "Pyro's `vectorized_importance_weights`", "eager torch"
 
@@ -18,7 +18,7 @@ def importance(num_rows, num_particles, rounds):
     """Log-weights of so many draws for each datum: Pyro's are of all data together."""
     x = torch.bernoulli(torch.rand(num_rows, PIXELS))
     vae = make_vae()
-    batch, latents = Batch((x,), {}), Latents(vae.model, Batch((x,), {}))
+    latents, batch = inspect_latents(vae.model, vae.guide, Batch((x,), {}), verb="benchmark")
 
     @torch.no_grad()
     def by_pyro():
@@ -29,7 +29,7 @@ def importance(num_rows, num_particles, rounds):
     @torch.no_grad()
     def per_datum():
         z, log_q = latents.draw(vae.guide, batch, num_particles)
-        return latents.log_prob(vae.model, batch, z) - log_q
+        return latents.log_joint(vae.model, batch, z) - log_q
 
     @torch.no_grad()
     def by_hand():
@@ -47,7 +47,7 @@ def hmc(num_rows, num_chains, rounds):
     """The gradient of log p(x, z) for z, of every chain and datum: what each leapfrog step of HMC asks for."""
     x = torch.bernoulli(torch.rand(num_rows, PIXELS))
     vae = make_vae().requires_grad_(False).eval()
-    batch, latents = Batch((x,), {}), Latents(vae.model, Batch((x,), {}))
+    latents, batch = inspect_latents(vae.model, vae.guide, Batch((x,), {}), verb="benchmark")
     z = torch.randn(num_chains, num_rows, LATENT)
 
     def gradient(z):
