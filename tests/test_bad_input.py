@@ -143,6 +143,7 @@ def test_options_out_of_range(options):
         pv.fit(vae.model, vae.guide, torch.zeros(5, 2, 3), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.flags.optimize > 0, reason="this is the run under -O")
 def test_all_of_it_under_optimization():
     command = [sys.executable, "-O", "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(Path(__file__))]

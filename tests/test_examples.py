@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").rglob("*.py"))
-SLOW = {"09_amortization"}
+SLOW = {"04_restricted_family", "05_in_turn", "09_amortization"}
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def trained(toy, conditional, x):
     return guide
 
 
+@pytest.mark.slow
 def test_richer_families_come_closer_to_a_posterior_of_two_modes():
     """One Gaussian pays for a mode; a mixture does not. The families are ranked by what they cost."""
     toy = two_modes()

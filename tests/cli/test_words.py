@@ -102,7 +102,7 @@ def interrupted(command, after, number=signal.SIGINT):
     return process.returncode, err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_training_says_what_is_kept_and_its_command_goes_on(run, number):
     code, err = interrupted(("train", "-n", 300, "--out", "a b", "--seed", 3), "a b/metrics.jsonl", number)
     assert code == 128 + number

@@ -125,6 +125,7 @@ def test_ais_is_unbiased_on_every_path(options):
         assert 0.5 < found.acceptance.mean() < 0.8  # asked for: 0.65
 
 
+@pytest.mark.slow
 def test_many_temperatures_come_near_the_truth():
     """The issue's setting at fewer temperatures; `python -m benchmarks.evidence toys` runs it whole."""
     toy = exact.LinearGaussian(0.3 * seeded(100, 10), noise_scale=1.0)
@@ -196,6 +197,7 @@ def test_a_pilot_costs_no_more_than_the_weighted_run():
     assert abs(off[0].mean() - off[1].mean()) < 4 * (off[0].var() / 100 + off[1].var() / 100).sqrt()
 
 
+@pytest.mark.slow
 def test_constrained_latents_and_labels():
     """Gamma–Poisson by its exact evidence, and a mixture whose label is summed out."""
     poisson = exact.GammaPoisson(4, concentration=2.5, rate=0.8)
@@ -232,6 +234,7 @@ def test_appendix_d():
         evidence.reciprocal_importance(wide, wide.sample(3))
 
 
+@pytest.mark.slow
 def test_chunks_and_resumption(tmp_path, monkeypatch):
     x, file = TOY.sample(24), tmp_path / "ais.safetensors"
     options = {"num_temperatures": 15, "num_chains": 2, "max_bytes": 20_000}

@@ -146,6 +146,7 @@ def trained():
     return vae, test.x[:20]
 
 
+@pytest.mark.slow
 def test_a_trained_vae_goes_in_as_it_is(trained):
     """Refining once more changes nothing, and the importance-weighted bound comes up to the evidence from below."""
     vae, x = trained

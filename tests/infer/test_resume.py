@@ -123,8 +123,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("compile", [False, "trace"])
+TRACED = {"many particles", "some buffers in some steps", "a DataLoader"}  # in the default run; the others are slow
+
+
+@pytest.mark.parametrize(
+    ("compile", "name"),
+    [(False, name) for name in CASES]
+    + [pytest.param("trace", name, marks=[] if name in TRACED else pytest.mark.slow) for name in CASES],
+)
 def test_it_goes_on_to_the_last_bit(tmp_path, monkeypatch, name, compile):
     given = CASES[name] | {"compile": compile}
     whole = run(**given)
@@ -134,6 +140,7 @@ def test_it_goes_on_to_the_last_bit(tmp_path, monkeypatch, name, compile):
         assert_same(run(checkpoint=folder, resume="last", seed=77, **given), whole)
 
 
+@pytest.mark.slow
 def test_by_inductor(tmp_path, monkeypatch):
     whole = run(compile=True, epochs=3)
     stopped_after(monkeypatch, 7, checkpoint=tmp_path, compile=True, epochs=3)

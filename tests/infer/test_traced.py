@@ -169,7 +169,7 @@ class Narrowing(pyro.optim.PyroOptim):
         super().__call__(params, *args, **kwargs)
 
 
-@pytest.mark.parametrize("compile", ["trace", True])
+@pytest.mark.parametrize("compile", ["trace", pytest.param(True, marks=pytest.mark.slow)])
 def test_fit_sees_what_an_optimizer_of_the_users_changes(compile):
     def fitted(compile):
         pyro.set_rng_seed(0)
