@@ -10,7 +10,6 @@ import pyro
 import torch
 from pyro.distributions.util import is_identically_zero
 from torch import Tensor, fx
-from torch._functorch.compile_utils import fx_graph_cse  # stands for a pass of torch.fx
 from torch._inductor.compile_fx import compile_fx  # torch.compile, which traces the graph once more by Dynamo
 from torch._inductor.fx_passes.joint_graph import constant_fold_uniform_value  # stands for a pass of torch.fx
 from torch._subclasses import FakeTensorMode
@@ -20,7 +19,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import TorchDispatchMode  # torch.overrides sees no calls that torch makes itself
 
-__all__ = ["FakeTensorMode", "FakeTensorProp", "TorchDispatchMode", "compile_graph", "fx_graph_cse", "make_fx"]
+__all__ = ["FakeTensorMode", "FakeTensorProp", "TorchDispatchMode", "compile_graph", "make_fx"]
 
 # torch.optim.Adam(fused=True), whose call is one for all parameters of one optimizer; Pyro has an optimizer for each
 fused_adam, fused_adamw, add_to_all = torch._fused_adam_, torch._fused_adamw_, torch._foreach_add_

@@ -64,11 +64,6 @@ def fold_constants(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def merge_common_subexpressions(module: fx.GraphModule) -> fx.GraphModule:
-    """Compute once what is computed twice."""
-    return fx.GraphModule(module, internals.fx_graph_cse(module.graph))
-
-
 def use_onednn(module: fx.GraphModule) -> fx.GraphModule:
     """Multiply large matrices of single precision by oneDNN."""
     if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
@@ -79,11 +74,7 @@ def use_onednn(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-PASSES: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
-    "constants": fold_constants,
-    "subexpressions": merge_common_subexpressions,
-    "onednn": use_onednn,
-}
+PASSES: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {"constants": fold_constants, "onednn": use_onednn}
 
 
 def _replace_product(graph: fx.Graph, node: Any) -> None:
