@@ -177,13 +177,11 @@ def test_verbs_agree_at_one_seed():
 
 def test_draws_and_weights_are_those_of_one_run_in_whatever_chunks(monkeypatch):
     """Chunks of particles, and chunks by a graph: each weight is that of its draw."""
-    expected = lambda mu: (
-        mean_evidence(X)
-        + dist.Normal(  # noqa: E731
-            X.sum() / (0.25 + N), (0.25 + N) ** -0.5
-        ).log_prob(mu)
-        - dist.Normal(X.sum() / (0.25 + N), 2 * (0.25 + N) ** -0.5).log_prob(mu)
-    )
+    loc, scale = X.sum() / (0.25 + N), (0.25 + N) ** -0.5
+
+    def expected(mu):
+        return mean_evidence(X) + dist.Normal(loc, scale).log_prob(mu) - dist.Normal(loc, 2 * scale).log_prob(mu)
+
     for graph_from in (10**9, 5):
         monkeypatch.setattr(pv.weights, "_GRAPH_FROM", graph_from)
         found = pv.joint_log_weights(mean_model, lambda x: mean_guide(x, 2.0), X, num_particles=403, max_bytes=40_000)
@@ -249,9 +247,7 @@ def test_eight_schools_without_a_plate(model, autoguide):
 
 
 def test_joint_ais_of_eight_schools_is_the_log_evidence():
-    found = evidence.ais(
-        eight_schools_from_the_right, *SCHOOLS, num_temperatures=60, num_chains=60, joint=True, progress=False
-    )
+    found = evidence.ais(eight_schools_from_the_right, *SCHOOLS, num_temperatures=60, num_chains=60, joint=True, progress=False)
     assert (found.log_evidence - eight_schools_evidence()).abs() < 4 * found.standard_error
 
 
