@@ -51,7 +51,8 @@ def joint_problems(pair: Structure) -> Iterator[Problem]:
 def _no_data_plate(side: str, name: str) -> str:
     return (
         f"{side}: {name!r} lies in no data plate, so there is no evidence per datum; expected it within "
-        'pyro.plate("data", len(x)) over the rows of the data (joint_log_weights takes latents that all data share)'
+        'pyro.plate("data", len(x)) over the rows of the data. For latents that all data share: joint_log_weights, or '
+        "joint=True in evidence.importance, elbo, prior_monte_carlo, ais, and in diagnose, posterior_draws, to_arviz"
     )
 
 

@@ -4,7 +4,7 @@ stand on. They are made in chunks, so that memory is bounded whatever the number
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 from pyro_vae.batches import Batch, as_arguments, check_count, slices
 from pyro_vae.check import inspect_checked
 from pyro_vae.graphs import CannotTrace, compiled, has_compiler, trace_graph
+from pyro_vae.latents import Latents
+from pyro_vae.numerics import effective_sample_size, log_mean_error, log_mean_exp, pareto_k
 from pyro_vae.pair import Program, proposal, run_pair, sampled, untouched
-from pyro_vae.particles import PARTICLES, sum_out
+from pyro_vae.particles import PARTICLES, sum_out, values_of
 from pyro_vae.structure import Particles, Structure, agree, log_weight, run_particles
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,48 @@ def log_weights(
         return torch.cat([weigher.of(rows, num_particles) for rows in weigher.chunks(num_particles)], 1)
 
 
+@dataclass(frozen=True)
+class JointLogWeights:
+    """Log-weights of all data together, from :func:`joint_log_weights`, in nats.
+
+    log_weights: log p(x₁…x_N, z) − log q(z|x), ``(num_particles,)``. draws: the z of each latent site at which they were
+    taken, ``(num_particles, *shape)``, with a dimension for each plate of the site. Sites that are summed out have none, nor
+    have those that a guide draws once for each value of what it sums out.
+    """
+
+    log_weights: Tensor
+    draws: dict[str, Tensor]
+
+    @property
+    def log_evidence(self) -> float:
+        """log (1/K) Σ exp(log w): a lower bound of log p(x₁…x_N) in expectation."""
+        return log_mean_exp(self.log_weights.double()).item()
+
+    @property
+    def log_evidence_se(self) -> float:
+        """Its Monte Carlo error by the jackknife, see :func:`~pyro_vae.numerics.log_mean_error`."""
+        return log_mean_error(self.log_weights.double()).item()
+
+    @property
+    def ess(self) -> float:
+        """Effective sample size of the weights, between 1 and their number."""
+        return effective_sample_size(self.log_weights.double()).item()
+
+    @property
+    def pareto_k(self) -> float:
+        """k̂ of their tail, see :func:`~pyro_vae.numerics.pareto_k`."""
+        return pareto_k(self.log_weights).item()
+
+    def __str__(self) -> str:
+        rows = {
+            "log evidence of all data": f"{self.log_evidence:.3f} ± {self.log_evidence_se:.2g} nats",
+            "mean log-weight (ELBO)": f"{self.log_weights.double().mean():.3f} nats",
+            "effective sample size": f"{self.ess:.1f} of {len(self.log_weights)}",
+            "Pareto k": f"{self.pareto_k:.2f}",
+        }
+        return "\n".join(f"{name:24}  {value}" for name, value in rows.items())
+
+
 def joint_log_weights(
     model: Program,
     guide: Program,
@@ -67,18 +111,20 @@ def joint_log_weights(
     seed: int = 0,
     check: bool = True,
     **kwargs: Any,
-) -> Tensor:
-    """log p(x₁…x_N, z) − log q(z|x) of all data together, in nats: ``(num_particles,)``.
+) -> JointLogWeights:
+    """log p(x₁…x_N, z) − log q(z|x) of all data together, in nats, and the draws z: :class:`JointLogWeights`.
 
-    For pairs with latents that all data share, such as the weights of a regression; log-mean-exp of it estimates the evidence
-    of the whole data set. Arguments as for :func:`log_weights`.
+    For pairs with latents that all data share, such as the weights of a regression; the log-mean-exp estimates the evidence
+    of the whole data set. Arguments as for :func:`log_weights`. All draws are kept; where latents of each datum make them
+    too large, ``evidence.importance(…, joint=True)`` keeps none.
     """
     check_particles("joint_log_weights", num_particles)
     batch = as_arguments(args, kwargs)
     with untouched(training=False, seed=seed), torch.no_grad():
         weigher = weigh(model, guide, batch, verb="joint_log_weights", check=check, max_bytes=max_bytes, joint=True)
         (rows,) = weigher.chunks(num_particles)
-        return weigher.of(rows, num_particles)
+        weights, draws = weigher.with_draws(rows, num_particles)
+    return JointLogWeights(weights[:, 0], draws)
 
 
 def weigh(
@@ -93,30 +139,29 @@ def weigh(
 ) -> "Weigher":
     """The log-weights of a pair, after a look at what it is made of. Raises ``ValueError`` for what is wrong with it."""
     pair = inspect_checked(model, guide, batch, verb=verb, check=check, per_datum=not joint, joint=joint, particles=True)
-    if joint:
-        pair = replace(pair, plates=frozenset())
     if joint and not pair.has_density:
         logger.warning(
             "%s: the guide has points (Delta), which have no density, so the weights bound nothing: each is log p(x, z) at "
             "the point", verb,
         )  # fmt: skip
-    return Weigher(pair, max_bytes=max_bytes, joint=joint)
+    return Weigher(pair, max_bytes=max_bytes)
 
 
 class Weigher:
     """The log-weights of a pair, chunk by chunk. Modules are expected in evaluation mode, gradients off.
 
-    :param pair: inspected with ``particles``.
-    :param joint: one weight for all data together, in place of one for each datum.
+    :param pair: inspected with ``particles``. Where it is joint, all data together are one datum: its rows are 1.
     """
 
-    def __init__(self, pair: Structure, *, max_bytes: int = MAX_BYTES, joint: bool = False) -> None:
+    def __init__(self, pair: Structure, *, max_bytes: int = MAX_BYTES) -> None:
         if pair.particles is None:
             raise ValueError("pair: expected a structure inspected with particles=True")
-        self.pair, self.batch, self.max_bytes, self.joint = pair, pair.batch, max_bytes, joint
+        self.pair, self.batch, self.max_bytes = pair, pair.batch, max_bytes
         self.particles: Particles = pair.particles
         self.plates, self.nesting = pair.plates, pair.nesting
-        self.vectorized, self.divides = self.particles.vectorized, self.particles.divides and not joint
+        self.vectorized, self.divides = self.particles.vectorized, self.particles.divides
+        self.latents: Latents | None = None  # whose draws are kept
+        self.sites: list[str] = []  # those that have draws
         self.graphs = _Graphs(self)
 
     def chunks(self, num_particles: int) -> list[slice]:
@@ -127,22 +172,32 @@ class Weigher:
         return chunks
 
     def of(self, rows: slice, num_particles: int) -> Tensor:
-        """All log-weights of one chunk of the data: ``(num_particles, rows)``, the joint ones ``(num_particles,)``. Raises
-        ``ValueError`` for a datum all of whose weights are 0, or one of whose weights is NaN or infinite."""
+        """All log-weights of one chunk of the data: ``(num_particles, rows)``. Raises ``ValueError`` for a datum all of whose
+        weights are 0, or one of whose weights is NaN or infinite."""
+        return self._of(rows, num_particles)[0]
+
+    def with_draws(self, rows: slice, num_particles: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`of` all data of a joint pair, and the draws of each site, ``(num_particles, *shape)``."""
+        self.latents = Latents(self.pair)
+        weights, *draws = self._of(rows, num_particles)
+        return weights, dict(zip(self.sites, draws, strict=True))
+
+    def _of(self, rows: slice, num_particles: int) -> tuple[Tensor, ...]:
         part = self.batch.rows(rows)
         # Pyro's own validation sees each datum once
         drawn = [self.weigh(part, num_particles % self.at_once or self.at_once)]
         rest = (num_particles - 1) // self.at_once
         weigh = self.graphs.of(part, self.at_once, rest * self.alike[rows.stop - rows.start]) if rest else self.weigh
-        found = torch.cat(drawn + [weigh(part, self.at_once) for _ in range(rest)])
-        self._check_finite(found, rows)
+        drawn += [weigh(part, self.at_once) for _ in range(rest)]
+        found = tuple(map(torch.cat, zip(*drawn, strict=True)))
+        self._check_finite(found[0], rows)
         return found
 
     def _check_finite(self, weights: Tensor, rows: slice) -> None:
         bad = (weights.isnan() | (weights == torch.inf)).any(0) | (weights == -torch.inf).all(0)
         if bad.any():
-            what = "of all data" if self.joint else f"of row {rows.start + int(bad.nonzero()[0])}"
-            value = weights if self.joint else weights[:, int(bad.nonzero()[0])]
+            at = int(bad.nonzero()[0])
+            what, value = "of all data" if self.pair.joint else f"of row {rows.start + at}", weights[:, at]
             raise ValueError(
                 f"log-weights: those {what} are {float(value[~value.isfinite()][0])}{self._where(rows)}; expected "
                 "finite log-probabilities: check this row of the data, and the parameters of the pair"
@@ -150,7 +205,7 @@ class Weigher:
 
     def _where(self, rows: slice) -> str:
         """The site whose log-probability is not finite, in a run on these rows."""
-        batch = self.batch if self.joint else self.batch.rows(rows)
+        batch = self.batch.rows(rows)
         with untouched(seed=0):
             traces = run_pair(self.pair.model, self.pair.guide, *batch.args, **batch.kwargs)
         for side, trace in zip(("model", "guide"), traces, strict=True):
@@ -159,11 +214,11 @@ class Weigher:
                     return f": the log-probability of {name!r} in the {side} is not finite"
         return ""
 
-    def weigh(self, batch: Batch, num_particles: int) -> Tensor:
-        """Log-weights of some data, by eager Pyro: ``(num_particles, rows)``, the joint ones ``(num_particles,)``."""
+    def weigh(self, batch: Batch, num_particles: int) -> tuple[Tensor, ...]:
+        """Log-weights of some data, by eager Pyro: ``(num_particles, rows)``, and draws where they are kept."""
         if self.vectorized:
             return self._once(batch, num_particles)
-        return torch.cat([self._once(batch) for _ in range(num_particles)])
+        return tuple(map(torch.cat, zip(*(self._once(batch) for _ in range(num_particles)), strict=True)))
 
     def at(self, batch: Batch, values: Mapping[str, Tensor]) -> Tensor:
         """Log-weights at given latents, that come as the sites take them: ``(rows,)``.
@@ -177,14 +232,25 @@ class Weigher:
             )
         return log_weight(run_particles(self.pair, batch, None, values), self.plates).expand(batch.num_rows)
 
-    def _once(self, batch: Batch, num_particles: int | None = None) -> Tensor:
+    def _once(self, batch: Batch, num_particles: int | None = None) -> tuple[Tensor, ...]:
         """One run of the pair, in a plate of particles if their number is given."""
         p, q = run_particles(self.pair, batch, num_particles)
-        shape = (num_particles or 1,) if self.joint else (num_particles or 1, batch.num_rows)
         if self.pair.enumerates:
-            return sum_out([(q, proposal, -1), (p, sampled, 1)], self.plates | {PARTICLES}).expand(shape)
-        dim = None if num_particles is None else -1 - self.nesting
-        return log_weight((p, q), self.plates, particle_dim=dim).expand(shape)
+            weights = sum_out([(q, proposal, -1), (p, sampled, 1)], self.plates | {PARTICLES})
+        else:
+            weights = log_weight((p, q), self.plates, particle_dim=None if num_particles is None else -1 - self.nesting)
+        if self.pair.joint:
+            weights = weights.unsqueeze(-1)
+        shape = num_particles or 1, 1 if self.pair.joint else batch.num_rows
+        if self.latents is None:
+            return (weights.expand(shape),)
+        most, values, draws = self.nesting + (num_particles is not None), values_of(q), {}
+        for name, site in self.latents.sites.items():
+            # further dimensions are of what the guide sums out, or declared by no plate
+            if name in values and values[name].dim() <= most + len(site.event):
+                draws[name] = self.latents.part(name, values[name], shape[0], 1)[:, 0]
+        self.sites = list(draws)
+        return weights.expand(shape), *draws.values()
 
     def _sizes(self, num_particles: int) -> tuple[int, int]:
         """Rows and particles of a chunk."""
@@ -199,28 +265,31 @@ class Weigher:
         return rows, min(num_particles, max(1, at_once // rows)) if self.vectorized else 1
 
 
+Way = Callable[[Batch, int], tuple[Tensor, ...]]  # log-weights of so many particles, and draws where they are kept
+
+
 class _Graphs:
     """Log-weights by graphs of tensor operations, for chunks of one shape that come again and again: a graph is held against
     eager Pyro at the same noise, and what cannot be one goes on as eager Pyro."""
 
     def __init__(self, weigher: Weigher) -> None:
         self.weigher = weigher
-        self.ways: dict[Any, Callable[[Batch, int], Tensor]] = {}
+        self.ways: dict[Any, Way] = {}
 
-    def of(self, batch: Batch, num_particles: int, times: int) -> Callable[[Batch, int], Tensor]:
+    def of(self, batch: Batch, num_particles: int, times: int) -> Way:
         """How data like these are weighed best, if that is done so many times."""
         key = num_particles, *(tensor.shape for tensor in batch.leaves())
         if key not in self.ways:
             self.ways[key] = self._best(batch, num_particles, times)
         return self.ways[key]
 
-    def _best(self, batch: Batch, num_particles: int, times: int) -> Callable[[Batch, int], Tensor]:
+    def _best(self, batch: Batch, num_particles: int, times: int) -> Way:
         if times < _GRAPH_FROM:
             return self.weigher.weigh
         tensors = batch.leaves()
 
-        def eager(*given: Tensor) -> tuple[Tensor]:
-            return (self.weigher.weigh(batch.with_leaves(given), num_particles),)
+        def eager(*given: Tensor) -> tuple[Tensor, ...]:
+            return self.weigher.weigh(batch.with_leaves(given), num_particles)
 
         try:
             graph = trace_graph(eager, tensors)
@@ -229,7 +298,7 @@ class _Graphs:
         except Exception as reason:  # what serves goes on to serve
             logger.info("log-weights run as eager Pyro: %s", reason)
             return self.weigher.weigh
-        return lambda batch, _: way(*batch.leaves())[0]
+        return lambda batch, _: way(*batch.leaves())
 
     def _held(self, way: Callable[..., Any], eager: Callable[..., Any], tensors: list[Tensor]) -> Callable[..., Any]:
         """``way``, where it says what eager Pyro says at the same noise."""

@@ -652,7 +652,7 @@ def test_what_a_guide_observes_is_no_part_of_q(mark):
     torch.testing.assert_close(log_weights(treated, guide, x, t, num_particles=3), exact.expand(3, 8))
     torch.testing.assert_close(evidence.importance(treated, guide, x, t, num_particles=5).log_evidence, exact.double())
     torch.testing.assert_close(pv.evaluate(treated, guide, (x, t)).elbo, exact)
-    torch.testing.assert_close(joint_log_weights(treated, guide, x, t), exact.sum().unsqueeze(0))
+    torch.testing.assert_close(joint_log_weights(treated, guide, x, t).log_weights, exact.sum().unsqueeze(0))
     if mark == "auxiliary draw":
         with pytest.raises(ValueError, match="'u' is not in the model"):
             pv.free_energy(treated, guide, x, t)
@@ -895,7 +895,7 @@ def test_joint_weights_of_a_pair_whose_parameters_follow_the_rows(in_store):
 
     if in_store:
         guide(x)
-    found = joint_log_weights(model, guide, x, num_particles=4)
+    found = joint_log_weights(model, guide, x, num_particles=4).log_weights
     torch.testing.assert_close(found, log_evidence(x).sum().expand(4))
     assert len(pyro.get_param_store()) == in_store
 
