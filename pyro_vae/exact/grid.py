@@ -22,7 +22,7 @@ from pyro_vae.particles import values_of
 
 logger = logging.getLogger(__name__)
 _NODES = 13  # points of a cell along an axis: 4 k + 1
-_CELLS = {1: 32, 2: 8}  # cells along an axis at first
+_CELLS = {1: 128, 2: 8}  # cells along an axis at first
 _MOST = {1: 2**17, 2: 2**21}  # points of a datum at most
 
 

@@ -233,7 +233,7 @@ def test_a_warning_is_of_an_error_above_the_tolerance(monkeypatch, caplog):
     """There is a warning if and only if the largest number of points leaves an error above the tolerance."""
     model = MODELS["NormalNormal"]
     x = model.sample(1)
-    for most, warned in ((2**17, False), (1000, False), (450, True)):
+    for most, warned in ((2**17, False), (4000, False), (1700, True)):
         monkeypatch.setattr("pyro_vae.exact.grid._MOST", {1: most})
         caplog.clear()
         solution = exact.Grid(model).solve(x)
@@ -271,9 +271,9 @@ def check_against_closed_form(model, x, tolerance=1e-7):
         ([[-2.0, -2.0], [2.0, 2.0]], [0.1, 0.05], 100_000),
         ([[0.0, 0.0], [2.5, 1.0]], [1.0, 0.05], 100_000),
         ([[0.0, 0.0], [2.5, 1.0]], [1.0, 0.01], 100_000),
-        ([[-2.0], [2.5]], [0.05, 0.05], 2000),
-        ([[0.0], [2.5]], [1.0, 0.01], 2000),
-        ([[0.0], [2.5]], [1.0, 0.001], 2000),
+        ([[-2.0], [2.5]], [0.05, 0.05], 4000),
+        ([[0.0], [2.5]], [1.0, 0.01], 4000),
+        ([[0.0], [2.5]], [1.0, 0.001], 4000),
     ],
 )
 def test_narrow_modes_take_points_around_them_only(locs, scales, most):
@@ -297,7 +297,7 @@ def test_each_datum_has_its_own_modes():
 
 
 def test_a_datum_that_takes_too_many_points_leaves_the_others_exact(monkeypatch, caplog):
-    monkeypatch.setattr("pyro_vae.exact.grid._MOST", {1: 700})
+    monkeypatch.setattr("pyro_vae.exact.grid._MOST", {1: 3000})
 
     def model(x):
         with pyro.plate("data", len(x)):
