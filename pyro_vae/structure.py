@@ -201,7 +201,9 @@ def inspect(
     )
 
 
-def structure_of_run(model: Program, guide: Program, batch: Batch, traces: Traces, ran: Mapping[nn.Module, bool]) -> Structure:
+def structure_of_run(
+    model: Program, guide: Program, batch: Batch, traces: Traces, ran: Mapping[nn.Module, bool], made: Mapping[str, Tensor]
+) -> Structure:
     """What a run that was recorded shows by itself: no other rows, so a plate is known by its size alone."""
     known = bool(Distribution._validate_args)  # else it is not told from the default
     trusted = (_trusted(traces[0]), _trusted(traces[1])) if known else (frozenset(), frozenset())
@@ -218,7 +220,7 @@ def structure_of_run(model: Program, guide: Program, batch: Batch, traces: Trace
         "the pair ran once",
         (),
         ({}, {}),
-        {},
+        made,
         trusted,
         other_traces=None,
         other=None,

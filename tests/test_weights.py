@@ -250,6 +250,26 @@ def subsampled_guide(x):
         pyro.sample("z", TOY.posterior(x[rows]))
 
 
+def hierarchical(x):
+    a, b = (pyro.sample(name, dist.Normal(0.0, 1.0)) for name in "ab")
+    with pyro.plate("groups", 6, subsample_size=2):
+        c, d = (pyro.sample(name, dist.Normal(a, 1.0)) for name in "cd")
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(b + c.sum() + d.sum(), 1.0), obs=x[:, 0])
+
+
+def test_sites_that_are_refused_for_one_reason_are_named_in_one_sentence():
+    guide = poutine.block(hierarchical, hide=["x"])
+    reasons = (
+        r"^pair: 'a', 'b', 'c' and 'd' lie in no data plate[^;]*; expected[^;]*; pair: 'c' and 'd' lie in plate 'groups'[^;]*;"
+    )
+    with pytest.raises(ValueError, match=reasons) as raised:
+        log_weights(hierarchical, guide, X)
+    assert str(raised.value).count("no data plate") == str(raised.value).count("'groups'") == 1
+    with pytest.raises(ValueError, match=r"^pair: 'c' and 'd' lie in plate 'groups' that draws 2 of its 6 rows"):
+        joint_log_weights(hierarchical, guide, X)
+
+
 @pytest.mark.parametrize(
     ("model", "guide", "message"),
     [

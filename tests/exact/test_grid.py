@@ -213,7 +213,7 @@ def nothing(x):
     ("model", "message"),
     [
         (global_latent, "'w' lies in no data plate"),
-        (no_plate, "'z' lies in no data plate"),
+        (no_plate, "'z' and 'x' lie in no data plate"),
         (three, "3 latent dimensions"),
         (discrete, "'z' is discrete"),
         (simplex, "fewer dimensions than its event"),
