@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pyro_vae.diagnostics import compare, compare_guides, diagnose, free_energy, split_gap
     from pyro_vae.infer import SVI, Epoch, History, PairReport, check_pair, evaluate, fit, train
     from pyro_vae.vae import CVAE, VAE, Guide, Model
-    from pyro_vae.weights import joint_log_weights, log_weights
+    from pyro_vae.weights import JointLogWeights, joint_log_weights, log_weights
 
 __version__ = "0.1.0"
 logging.getLogger(__name__).addHandler(logging.NullHandler())
@@ -40,6 +40,7 @@ _HOME = {
     "Epoch": "infer",
     "Guide": "vae",
     "History": "infer",
+    "JointLogWeights": "weights",
     "Model": "vae",
     "PairReport": "infer",
     "SVI": "infer",
@@ -80,6 +81,7 @@ __all__ = [
     "Epoch",
     "Guide",
     "History",
+    "JointLogWeights",
     "Model",
     "PairReport",
     "batches",

@@ -119,7 +119,8 @@ def inspect_checked(
     """:func:`inspect` a pair for a verb that evaluates it. Raises ``ValueError`` for what is wrong with it.
 
     :param check: ``False`` allows what is judged wrong, not what does not exist.
-    :param per_datum: the verb needs log-weights per datum; ``joint``: of all data together.
+    :param per_datum: the verb needs log-weights per datum.
+    :param joint: the verb needs log-weights of all data together, which are one datum of the pair returned.
     :param whole: the batch is all data, so that rounding it to the pair's dtype must not lose what distinguishes its rows.
     """
     pair = inspect(model, guide, batch)
@@ -131,7 +132,8 @@ def inspect_checked(
     if not problems and joint:
         problems += joint_problems(pair)
     refuse(problems, verb=verb, check=check)
-    return probe_particles(pair) if particles else pair
+    pair = probe_particles(pair) if particles else pair
+    return pair.as_one_datum() if joint else pair
 
 
 def refuse(problems: Iterable[Problem], *, verb: str, check: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""The latents of each datum, end to end in one vector, at many draws at once."""
+"""The latents of each datum, or of all data as one datum, end to end in one vector, at many draws at once."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -35,11 +35,13 @@ def inspect_latents(
 
 class Site(NamedTuple):
     """A latent of each datum: its event shape, the sizes of the plates within the datum (1 where there is none) with that of
-    the data at ``rows``, its distribution in the model, its dtype."""
+    the data at ``rows``, the dimensions of the plates within the datum, its distribution in the model, its dtype. Where all
+    data are one datum, its dimension, of size 1, is to the left of all plates."""
 
     event: torch.Size
     plates: tuple[int, ...]
     rows: int
+    dims: tuple[int, ...]
     fn: Any
     dtype: torch.dtype
 
@@ -51,19 +53,22 @@ class Site(NamedTuple):
     @property
     def shape(self) -> torch.Size:
         """Of the values of one datum."""
-        return torch.Size([size for size in self.inner if size > 1]) + self.event
+        return torch.Size([self.plates[dim] for dim in self.dims]) + self.event
 
 
 class Latents:
     """The latents of a model on some data, each datum's end to end in a vector z: ``(particles, batch, dim)``. Sites that the
     model enumerates in parallel are not among them: they are summed out.
 
-    :param pair: of :func:`~pyro_vae.check.inspect_checked` with ``per_datum``.
-    :raises ValueError: for a latent in a sequential plate.
+    Where the pair is joint, all data are one datum: z has all latents, shared or not, the batch is 1, and log-probabilities
+    are sums over all data.
+
+    :param pair: of :func:`~pyro_vae.check.inspect_checked` with ``per_datum`` or ``joint``.
+    :raises ValueError: for a latent of each datum in a sequential plate.
     """
 
     def __init__(self, pair: Structure) -> None:
-        self.pair, self.plates, self.nesting = pair, pair.plates, pair.nesting
+        self.pair, self.plates, self.nesting, self.joint = pair, pair.plates, pair.nesting, pair.joint
         self.enumerates = any(map(is_enumerated, pair.latents.values()))
         self.sites: dict[str, Site] = {}
         for name, site in pair.latents.items():
@@ -73,14 +78,23 @@ class Latents:
 
     def _site(self, name: str, site: dict) -> Site:
         frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
-        if len(frames) < len(site["cond_indep_stack"]):
+        if len(frames) < len(site["cond_indep_stack"]) and not self.joint:
             raise ValueError(f"model: {name!r} lies in a sequential plate; expected a vectorized one, pyro.plate(…, dim=-2)")
-        rows, sizes = row_dim(site, self.plates), [1] * self.nesting
+        rows, sizes = -1 - self.nesting if self.joint else row_dim(site, self.plates), [1] * (self.nesting + self.joint)
         if rows is None:
             raise ValueError(f"model: {name!r} lies in no data plate; expected it within pyro.plate over the rows of the data")
+        event, value = site["fn"].event_shape, site["value"]
+        batch_shape = value.shape[max(0, value.dim() - len(event) - self.nesting) : value.dim() - len(event)]
+        sizes[len(sizes) - len(batch_shape) :] = batch_shape  # dimensions that no plate declares too
         for frame in frames:
             sizes[frame.dim] = self.pair.num_rows if frame.dim == rows else frame.size
-        return Site(site["fn"].event_shape, tuple(sizes), rows, site["fn"], site["value"].dtype)
+        declared = {frame.dim for frame in frames}
+        dims = [dim for dim in range(-self.nesting, 0) if dim != rows and (dim in declared or sizes[dim] > 1)]
+        return Site(event, tuple(sizes), rows, tuple(dims), site["fn"], value.dtype)
+
+    def num_rows(self, batch: Batch) -> int:
+        """The number of data of a batch: 1 where all of it is one datum."""
+        return 1 if self.joint else batch.num_rows
 
     def split(self, z: Tensor) -> Iterator[tuple[str, Site, Tensor]]:
         """Each site's part of z ``(*batch, dim)``, ``(*batch, *shape)``."""
@@ -93,23 +107,27 @@ class Latents:
         values = {}
         for name, site, part in self.split(z):
             rows = part.reshape(*z.shape[:2], *site.inner, *site.event)  # (particles, batch, plates within, event)
-            values[name] = rows.movedim(1, 1 + self.nesting + site.rows).to(site.dtype)
+            value = rows[:, 0] if self.joint else rows.movedim(1, 1 + self.nesting + site.rows)
+            values[name] = value.to(site.dtype)
         return values
 
     def flat(self, values: Mapping[str, Tensor], num_particles: int, num_rows: int) -> Tensor:
         """The vector of each datum, from values as sites have them, with particles or without: ``(particles, batch, dim)``."""
         if not self.sites:
             raise ValueError("model: it has no latent of each datum that is not summed out; expected one")
-        parts = []
-        for name, site in self.sites.items():
+        for name in self.sites:
             if name not in values:
                 raise ValueError(f"guide: it has no site {name!r}, which the model samples; expected pyro.sample({name!r}, …)")
-            value = values[name]
-            value = value.reshape((1,) * (1 + self.nesting + len(site.event) - value.dim()) + value.shape)
-            rows = value.movedim(1 + self.nesting + site.rows, 1)
-            rows = rows.expand(num_particles, num_rows, *site.inner, *site.event)
-            parts.append(rows.reshape(num_particles, num_rows, site.shape.numel()))
-        return torch.cat([part.to(parts[0].dtype) for part in parts], -1)
+        parts = (self.part(name, values[name], num_particles, num_rows) for name in self.sites)
+        return torch.cat([part.reshape(num_particles, num_rows, -1) for part in parts], -1)
+
+    def part(self, name: str, value: Tensor, num_particles: int, num_rows: int) -> Tensor:
+        """The value of a site as it has it, with particles or without, ``(particles, batch, *shape)``."""
+        site = self.sites[name]
+        value = value.reshape((1,) * (1 + self.nesting + len(site.event) - value.dim()) + value.shape)
+        rows = value.unsqueeze(1) if self.joint else value.movedim(1 + self.nesting + site.rows, 1)
+        rows = rows.expand(num_particles, num_rows, *site.inner, *site.event)
+        return rows.reshape(num_particles, num_rows, *site.shape)
 
     def run(self, program: Program, batch: Batch, num_particles: int, values: Mapping[str, Tensor] | None = None) -> Trace:
         """A trace of ``num_particles`` runs at once: of draws, or with the named sites held at ``values``, and what is
@@ -130,9 +148,16 @@ class Latents:
     def draw(self, guide: Program, batch: Batch, num_particles: int) -> tuple[Tensor, Tensor]:
         """Draws z of a guide ``(particles, batch, dim)``, and log q(z|x) of them ``(particles, batch)``."""
         trace = self.run(guide, batch, num_particles)
-        z = self.flat(values_of(trace), num_particles, batch.num_rows)
-        log_q = self.log_q(guide, batch, z) if self.enumerates else self._local(trace, proposal)
-        return z, log_q.expand(num_particles, batch.num_rows)
+        shape = num_particles, self.num_rows(batch)
+        z = self.flat(values_of(trace), *shape)
+        if any(is_enumerated(site) for _, site in sampled(trace)):  # of the guide: it drew what is to be summed out
+            return z, self.log_q(guide, batch, z).expand(shape)
+        latent, observed = self._sums(trace, proposal)
+        return z, (latent + observed).expand(shape)
+
+    def by_site(self, z: Tensor) -> dict[str, Tensor]:
+        """Draws z ``(particles, batch, dim)`` of each site, ``(particles, batch, *shape)``."""
+        return {name: part.to(site.dtype) for name, site, part in self.split(z)}
 
     def distribution(self, guide: Program, batch: Batch) -> Any:
         """q(z|x) itself, of a guide of one site; ``None`` of several, which may depend on each other."""
@@ -143,7 +168,7 @@ class Latents:
 
     def log_joint(self, model: Program, batch: Batch, z: Tensor) -> Tensor:
         """log p(x, z). z: ``(particles, batch, dim)`` → ``(particles, batch)``."""
-        return self._local(self.run(model, batch, len(z), self.values(z)), sampled).expand(len(z), z.shape[1])
+        return self._total(self.run(model, batch, len(z), self.values(z)), sampled).expand(len(z), z.shape[1])
 
     def log_q(self, guide: Program, batch: Batch, z: Tensor) -> Tensor:
         """log q(z|x). z: ``(particles, batch, dim)`` → ``(particles, batch)``. Raises ``NotImplementedError`` for a guide that
@@ -151,7 +176,7 @@ class Latents:
         if self.pair.guide is guide and self.pair.has_auxiliary:
             raise NotImplementedError("guide: it has auxiliary sites, so its density at given latents is not known")
         try:
-            return self._local(self.run(guide, batch, len(z), self.values(z)), proposal).expand(len(z), z.shape[1])
+            return self._total(self.run(guide, batch, len(z), self.values(z)), proposal).expand(len(z), z.shape[1])
         except KeyError as error:  # of a transform that inverts its own draws only
             raise NotImplementedError(
                 f"guide: its density at given latents is not known: {first_line(error)}; a planar flow has no inverse"
@@ -165,16 +190,28 @@ class Latents:
             for name, site in trace.nodes.items():
                 if site["type"] == "sample" and site["is_observed"]:
                     prior.remove_node(name)
-            parts = [sum_out([(each, sampled, 1)], self.plates | {PARTICLES}) for each in (prior, trace)]
+            parts = [self._sum_out(each, sampled) for each in (prior, trace)]
         else:
-            sums = sum_sites(sampled(trace), self.plates, particle_dim=-1 - self.nesting)
-            parts = [sums.latent, sums.latent + sums.observed]
+            latent, observed = self._sums(trace, sampled)
+            parts = [latent, latent + observed]
         log_prior, log_joint = (part.expand(len(z), z.shape[1]) for part in parts)
         return log_prior, log_joint
 
-    def _local(self, trace: Trace, sites: Sites) -> Tensor:
+    def _total(self, trace: Trace, sites: Sites) -> Tensor:
         """log-probability of all sites, ``(particles, batch)`` or what broadcasts to it."""
         if self.enumerates:
-            return sum_out([(trace, sites, 1)], self.plates | {PARTICLES})
+            return self._sum_out(trace, sites)
+        latent, observed = self._sums(trace, sites)
+        return latent + observed
+
+    def _sum_out(self, trace: Trace, sites: Sites) -> Tensor:
+        total = sum_out([(trace, sites, 1)], self.plates | {PARTICLES})
+        return total.unsqueeze(-1) if self.joint else total
+
+    def _sums(self, trace: Trace, sites: Sites) -> tuple[Tensor, Tensor]:
+        """log-probabilities of the latent and of the observed sites, ``(particles, batch)`` or what broadcasts to it."""
         sums = sum_sites(sites(trace), self.plates, particle_dim=-1 - self.nesting)
-        return sums.latent + sums.observed
+        if not self.joint:
+            return sums.latent, sums.observed
+        latent, observed = (part.unsqueeze(-1) if part.dim() else part for part in (sums.shared_latent, sums.shared_observed))
+        return latent, observed

@@ -31,8 +31,8 @@ Program = Callable[..., Any]
 class MeanElbo(NamedTuple):
     """The ELBO of a data set: means over its data in nats per datum, elbo = reconstruction − kl.
 
-    ``standard_error`` is that of the mean ``elbo`` over data. Where a pair has enumerated sites, ``reconstruction`` and
-    ``kl`` are not told apart and are ``nan``.
+    ``standard_error`` is that of the mean ``elbo`` over data; ``nan`` for one datum, and where all data carry one ELBO of their
+    batch. Where a pair has enumerated sites, ``reconstruction`` and ``kl`` are not told apart and are ``nan``.
     """
 
     elbo: float
@@ -41,10 +41,9 @@ class MeanElbo(NamedTuple):
     standard_error: float
 
     def __str__(self) -> str:
-        return (
-            f"ELBO {self.elbo:.2f} ± {self.standard_error:.2f} nats per datum "
-            f"(reconstruction {self.reconstruction:.2f}, KL {self.kl:.2f})"
-        )
+        error = "" if math.isnan(self.standard_error) else f" ± {self.standard_error:.2f}"
+        parts = "" if math.isnan(self.kl) else f" (reconstruction {self.reconstruction:.2f}, KL {self.kl:.2f})"
+        return f"ELBO {self.elbo:.2f}{error} nats per datum{parts}"
 
 
 class ElboTerms(NamedTuple):
@@ -67,7 +66,9 @@ class ElboTerms(NamedTuple):
 
     def mean(self) -> MeanElbo:
         n = len(self.elbo)
-        error = (self.elbo.double().std() / n**0.5).item() if n > 1 else float("nan")
+        # terms of a whole batch say nothing of the spread over data
+        varies = n > 1 and not self.kl.isnan().any() and not (self.elbo == self.elbo[0]).all()
+        error = (self.elbo.double().std() / n**0.5).item() if varies else math.nan
         elbo, reconstruction, kl = (part.double().mean().item() for part in self)
         return MeanElbo(elbo, reconstruction, kl, standard_error=error)
 

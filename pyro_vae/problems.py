@@ -1,7 +1,7 @@
 """What can be wrong with a pair, one generator of problems for each kind; :mod:`pyro_vae.check` asks them."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import pyro
@@ -37,9 +37,19 @@ def pair_problems(pair: Structure) -> Iterator[Problem]:
 
 def per_datum_problems(pair: Structure) -> Iterator[Problem]:
     """Why there are no log-weights per datum."""
-    for side, name, site in pair.sites:
-        if row_dim(site, pair.plates) is None and (not site["is_observed"] or site["fn"].log_prob(site["value"]).any()):
-            yield Problem(_no_data_plate(side, name), judged=False)
+    outside = {
+        name: bool(site["infer"].get("is_auxiliary"))
+        for _, name, site in pair.sites
+        if row_dim(site, pair.plates) is None and (not site["is_observed"] or site["fn"].log_prob(site["value"]).any())
+    }
+    if outside:
+        named = [name for name, is_auxiliary in outside.items() if not is_auxiliary] or outside  # those that the user wrote
+        yield Problem(
+            f"pair: {_lie(named)} in no data plate, so there is no evidence per datum; expected all sites within "
+            'pyro.plate("data", len(x)) over the rows of the data. For latents that all data share: joint_log_weights, or '
+            "joint=True in evidence.importance, elbo, prior_monte_carlo, ais, and in diagnose, posterior_draws, to_arviz",
+            judged=False,
+        )
     yield from _subsample_problems(pair)
 
 
@@ -48,45 +58,68 @@ def joint_problems(pair: Structure) -> Iterator[Problem]:
     yield from _subsample_problems(pair)
 
 
-def _no_data_plate(side: str, name: str) -> str:
-    return (
-        f"{side}: {name!r} lies in no data plate, so there is no evidence per datum; expected it within "
-        'pyro.plate("data", len(x)) over the rows of the data (joint_log_weights takes latents that all data share)'
-    )
-
-
 def _subsample_problems(pair: Structure) -> Iterator[Problem]:
-    for side, name, site in pair.sites:
+    inside: dict[tuple[str, int, int], list[str]] = {}
+    for _, name, site in pair.sites:
         for frame in site["cond_indep_stack"]:
-            if frame.name in pair.plates and frame.size not in (pair.num_rows, -1):
-                yield Problem(
-                    f"{side}: plate {frame.name!r} draws {frame.size} of the {pair.num_rows} rows by itself, others at each "
-                    "run, so no datum has a weight; expected a plate over the rows that are given",
-                    judged=False,
-                )
-            elif frame.name not in pair.plates and frame.full_size != frame.size:
-                yield Problem(
-                    f"{side}: {name!r} lies in plate {frame.name!r} that draws {frame.size} of its {frame.full_size} rows, "
-                    "and no weight of them estimates the evidence of all; expected all of its rows",
-                    judged=False,
-                )
+            inside.setdefault((frame.name, frame.size, frame.full_size), []).append(name)
+    for (plate, size, full_size), names in inside.items():
+        if plate in pair.plates and size not in (pair.num_rows, -1):
+            yield Problem(
+                f"pair: plate {plate!r} draws {size} of the {pair.num_rows} rows by itself, others at each run, so no datum "
+                "has a weight; expected a plate over the rows that are given",
+                judged=False,
+            )
+        elif plate not in pair.plates and full_size != size:
+            yield Problem(
+                f"pair: {_lie(names)} in plate {plate!r} that draws {size} of its {full_size} rows, and no weight of them "
+                "estimates the evidence of all; expected all of its rows",
+                judged=False,
+            )
+
+
+def _lie(sites: Iterable[str]) -> str:
+    """The subject of a sentence on where these sites lie, and its verb."""
+    names = [repr(name) for name in dict.fromkeys(sites)]
+    listed = names if len(names) <= 5 else [*names[:4], f"{len(names) - 4} more sites"]
+    return f"{listed[0]} lies" if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]} lie"
 
 
 def rows_problem(pair: Structure) -> Problem | None:
     """Rows of the data along another dimension than the first, where a plate of the model has them."""
-    if pair.plates or not pair.batch.tensors:
+    if not pair.batch.tensors:
         return None
     for name, site in sampled(pair.traces[0]):
         for frame in site["cond_indep_stack"] if site["is_observed"] else ():
             for key, part in pair.batch.tensors.items():
-                if frame.vectorized and frame.size > 1 and frame.size in part.shape[1:] and frame.size != len(part):
-                    return Problem(
-                        f"model: {name!r} lies in plate {frame.name!r} of {frame.size} rows, and no plate follows the "
-                        f"{len(part)} rows of the data: dimension {part.shape[1:].index(frame.size) + 1} of {key} has "
-                        f"{frame.size}. Data are counted along dimension 0, so a mean per datum would be one of something "
-                        f"else; pass the data with rows first, such as x.transpose(0, {part.shape[1:].index(frame.size) + 1})"
-                    )
+                size = frame.full_size
+                if not frame.vectorized or size <= 1 or size == len(part) or size not in part.shape[1:]:
+                    continue
+                if pair.plates and not _is_within(pair, frame.name):
+                    continue
+                dim = part.shape[1:].index(size) + 1
+                rows = f"no plate follows the {len(part)} rows of the data"
+                remedy = f"pass the data with rows first, such as x.transpose(0, {dim})"
+                if pair.plates:
+                    inner = min(pair.plates)
+                    rows = f"all sites of plate {inner!r} of the data's {len(part)} rows lie in it too"
+                    remedy += f", or give plate {inner!r} the size len(x) where its rows are the data"
+                return Problem(
+                    f"model: {name!r} lies in plate {frame.name!r} of {size} rows, and {rows}: dimension {dim} of {key} "
+                    f"has {size}. Data are counted along dimension 0, so a mean per datum would be one of something "
+                    f"else; {remedy}"
+                )
     return None
+
+
+def _is_within(pair: Structure, outer: str) -> bool:
+    """Whether data plates, known by their size alone since the pair fails on other rows, lie within a plate that has sites of
+    its own."""
+    if pair.other is not None or any(len(part) != pair.num_rows for part in pair.batch.tensors.values()):
+        return False
+    sites = list(sampled(pair.traces[0]))
+    within = {name for name, site in sites if outer in plates_of(site)}
+    return {name for name, site in sites if row_dim(site, pair.plates) is not None} < within
 
 
 def plates_of(site: dict) -> tuple[str, ...]:
@@ -364,10 +397,10 @@ def training_problems(pair: Structure) -> Iterator[Problem]:
         for name, site in trace.nodes.items()
         if site["type"] == "param"
     }
-    store = pyro.get_param_store()
-    # an autoguide asks for its parameters out of sight when it sets itself up
-    stored = [value for _, value in store.named_parameters()]
-    if not any(value.requires_grad for value in [*parameters.values(), *stored]):
+    # a guide that is a handler asks for its parameters out of sight
+    stored = [value for _, value in pyro.get_param_store().named_parameters()]
+    used = [*parameters.values(), *pair.made.values(), *(stored if pair.is_handler else ())]
+    if not any(value.requires_grad for value in used):
         yield Problem(
             "pair: it has nothing to train; expected parameters with requires_grad: use PyroModules, "
             "pyro.module(name, net) or pyro.param(name, start)"
@@ -378,21 +411,35 @@ def training_problems(pair: Structure) -> Iterator[Problem]:
         own = {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad and with_gradients}
         if not own or any(id(p) in registered for p in own.values()):
             continue
-        name, p = next(iter(own.items()))
-        others = [key for key, value in store.named_parameters() if key.endswith(name) and value.shape == p.shape]
-        others += [key for key, value in parameters.items() if key.endswith(name) and value.shape == p.shape]
-        hint = ""
-        if others:
-            hint = (
-                f". The param store has another tensor as {others[0]!r}: two networks may share that name, or it is left by "
-                "an earlier pair (pyro.clear_param_store())"
-            )
         yield Problem(
-            f"pair: {_named(module, pair)} runs in it but is not registered, so it would never be trained; expected "
-            "pyro.module(name, net), or an attribute of a PyroModule that its forward, or a method marked @pyro_method, calls; "
-            "or net.requires_grad_(False) where it is frozen" + hint
+            _replaced(own.values(), pair)
+            or f"pair: {_named(module, pair)} runs in it but is not registered, so it would never be trained; expected "
+            "pyro.module(name, net) with a name of its own, or an attribute of a PyroModule that its forward, or a method "
+            "marked @pyro_method, calls; or net.requires_grad_(False) where it is frozen"
         )
         return
+
+
+def _replaced(own: Collection[Tensor], pair: Structure) -> str:
+    """Why the param store holds another tensor under the name of one of these parameters, ``""`` where it does not."""
+    model, guide = pair.traces
+    for side, trace, other in (("model", model, guide), ("guide", guide, model)):
+        for key, site in trace.nodes.items():
+            if site["type"] != "param" or not any(start is p for start in site["args"][1:2] for p in own):
+                continue
+            name = key.partition("$$$")[0] if "$$$" in key else key.rpartition(".")[0]
+            starts = other.nodes[key]["args"][1:2] if key in other.nodes else ()
+            if any(start is not site["args"][1] for start in starts):
+                return (
+                    f"pair: model and guide register different networks under one name in Pyro's param store, {name!r}, so "
+                    f"that of the {side} would never be trained; expected two names: rename the attribute, or the name that is "
+                    "given to pyro.module, on one side"
+                )
+            return (
+                f"pair: Pyro's param store holds a network of an earlier pair as {name!r}, so that of the {side} would never "
+                "be trained; expected pyro.clear_param_store() before the first run of this pair, or a param store of its own"
+            )
+    return ""
 
 
 def _named(module: nn.Module, pair: Structure) -> str:

@@ -64,6 +64,7 @@ class Structure:
     names of the data plates, which have one row for each row of the batch. other_rows: why the pair does not run on another
     number of rows, else ``""``. row_parameters: parameters with an entry for each row of this batch. scaled: sites of model
     and of guide in data plates that the pair itself scales by M/rows, with M. made: the parameters that this run created.
+    joint: the whole batch is one datum, see :meth:`as_one_datum`.
     """
 
     model: Program
@@ -81,10 +82,16 @@ class Structure:
     other_traces: Traces | None  # of the run on other rows, and which they are
     other: Tensor | None
     particles: Particles | None = None
+    joint: bool = False
 
     @property
     def num_rows(self) -> int:
         return self.batch.num_rows
+
+    def as_one_datum(self) -> "Structure":
+        """The pair with the whole batch as one datum: no plate is a data plate, and the batch is not divided."""
+        particles = self.particles and replace(self.particles, divides=False)
+        return replace(self, plates=frozenset(), particles=particles, joint=True)
 
     @cached_property
     def latents(self) -> dict[str, dict]:
@@ -194,7 +201,9 @@ def inspect(
     )
 
 
-def structure_of_run(model: Program, guide: Program, batch: Batch, traces: Traces, ran: Mapping[nn.Module, bool]) -> Structure:
+def structure_of_run(
+    model: Program, guide: Program, batch: Batch, traces: Traces, ran: Mapping[nn.Module, bool], made: Mapping[str, Tensor]
+) -> Structure:
     """What a run that was recorded shows by itself: no other rows, so a plate is known by its size alone."""
     known = bool(Distribution._validate_args)  # else it is not told from the default
     trusted = (_trusted(traces[0]), _trusted(traces[1])) if known else (frozenset(), frozenset())
@@ -211,7 +220,7 @@ def structure_of_run(model: Program, guide: Program, batch: Batch, traces: Trace
         "the pair ran once",
         (),
         ({}, {}),
-        {},
+        made,
         trusted,
         other_traces=None,
         other=None,

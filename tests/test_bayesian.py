@@ -151,7 +151,7 @@ def test_joint_log_weights_of_a_bayesian_decoder_under_its_exact_posterior_are_t
 
     covariance = 1.25 * torch.eye(N, dtype=torch.double) + 1
     exact = dist.MultivariateNormal(torch.zeros(N, dtype=torch.double), covariance).log_prob(x[:, 0])
-    weights = pv.joint_log_weights(vae.model, guide, x, num_particles=5)
+    weights = pv.joint_log_weights(vae.model, guide, x, num_particles=5).log_weights
     torch.testing.assert_close(weights, exact.expand(5), rtol=0, atol=1e-10)
 
 

@@ -552,6 +552,34 @@ def test_rows_in_another_dimension_are_refused():
     assert pv.evaluate(sequences, lambda x: None, x, check=False).elbo.shape == (6,)
 
 
+def features_of(num_rows):
+    """x[n, d] ~ N(m[d], 1): the means m lie in a plate of the features, and nothing but x lies in that of the rows."""
+
+    def model(x):
+        with pyro.plate("features", x.shape[1]):
+            m = pyro.sample("m", dist.Normal(0.0, 1.0))
+            with pyro.plate("rows", num_rows(x)):
+                pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("features", x.shape[1]):
+            pyro.sample("m", dist.Normal(pyro.param("shift", torch.zeros(())) + x.mean(0), 1.0))
+
+    return model, guide
+
+
+def test_rows_of_a_plate_of_fixed_size_within_another_are_refused_unless_they_follow_the_data():
+    x = torch.randn(6, 50)
+    fixed = features_of(lambda _: 6)
+    message = r"plate 'features' of 50 rows, and all sites of plate 'rows' of the data's 6 rows.*size len\(x\)"
+    with pytest.raises(ValueError, match=message):
+        pv.evaluate(*fixed, x)
+    assert any("plate 'rows'" in problem for problem in pv.check_pair(*fixed, x).problems)
+    following = features_of(len)
+    assert pv.check_pair(*following, x).problems == ()
+    torch.testing.assert_close(pv.evaluate(*following, x).elbo, pv.evaluate(*fixed, x, check=False).elbo)
+
+
 # ---------------------------------------------------------------- A11: loaders
 
 
@@ -652,7 +680,7 @@ def test_what_a_guide_observes_is_no_part_of_q(mark):
     torch.testing.assert_close(log_weights(treated, guide, x, t, num_particles=3), exact.expand(3, 8))
     torch.testing.assert_close(evidence.importance(treated, guide, x, t, num_particles=5).log_evidence, exact.double())
     torch.testing.assert_close(pv.evaluate(treated, guide, (x, t)).elbo, exact)
-    torch.testing.assert_close(joint_log_weights(treated, guide, x, t), exact.sum().unsqueeze(0))
+    torch.testing.assert_close(joint_log_weights(treated, guide, x, t).log_weights, exact.sum().unsqueeze(0))
     if mark == "auxiliary draw":
         with pytest.raises(ValueError, match="'u' is not in the model"):
             pv.free_energy(treated, guide, x, t)
@@ -895,7 +923,7 @@ def test_joint_weights_of_a_pair_whose_parameters_follow_the_rows(in_store):
 
     if in_store:
         guide(x)
-    found = joint_log_weights(model, guide, x, num_particles=4)
+    found = joint_log_weights(model, guide, x, num_particles=4).log_weights
     torch.testing.assert_close(found, log_evidence(x).sum().expand(4))
     assert len(pyro.get_param_store()) == in_store
 

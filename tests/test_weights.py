@@ -218,9 +218,9 @@ def test_a_regression_has_one_joint_weight():
 
     guide = AutoDiagonalNormal(model, init_scale=0.15)
     pv.fit(model, guide, (design, y), epochs=300, batch_size=None, optim=pyro.optim.Adam({"lr": 0.02}))
-    w = joint_log_weights(model, guide, design, y, num_particles=20_000)
-    assert w.shape == (20_000,)
-    assert (log_mean_exp(w) - truth.log_evidence(y.unsqueeze(0))[0]).abs() < 4 * log_mean_error(w)
+    found = joint_log_weights(model, guide, design, y, num_particles=20_000)
+    assert found.log_weights.shape == (20_000,)
+    assert (found.log_evidence - truth.log_evidence(y.unsqueeze(0))[0]).abs() < 4 * found.log_evidence_se
     with pytest.raises(ValueError, match=r"'w' lies in no data plate.*joint_log_weights"):
         log_weights(model, guide, design, y)
 
@@ -248,6 +248,26 @@ def subsampled(x):
 def subsampled_guide(x):
     with pyro.plate("data", len(x), subsample_size=4) as rows:
         pyro.sample("z", TOY.posterior(x[rows]))
+
+
+def hierarchical(x):
+    a, b = (pyro.sample(name, dist.Normal(0.0, 1.0)) for name in "ab")
+    with pyro.plate("groups", 6, subsample_size=2):
+        c, d = (pyro.sample(name, dist.Normal(a, 1.0)) for name in "cd")
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(b + c.sum() + d.sum(), 1.0), obs=x[:, 0])
+
+
+def test_sites_that_are_refused_for_one_reason_are_named_in_one_sentence():
+    guide = poutine.block(hierarchical, hide=["x"])
+    reasons = (
+        r"^pair: 'a', 'b', 'c' and 'd' lie in no data plate[^;]*; expected[^;]*; pair: 'c' and 'd' lie in plate 'groups'[^;]*;"
+    )
+    with pytest.raises(ValueError, match=reasons) as raised:
+        log_weights(hierarchical, guide, X)
+    assert str(raised.value).count("no data plate") == str(raised.value).count("'groups'") == 1
+    with pytest.raises(ValueError, match=r"^pair: 'c' and 'd' lie in plate 'groups' that draws 2 of its 6 rows"):
+        joint_log_weights(hierarchical, guide, X)
 
 
 @pytest.mark.parametrize(

@@ -27,15 +27,15 @@ fold_constants = constant_fold_uniform_value
 asks_if_zero = is_identically_zero.__code__  # Pyro reads whole numbers to skip terms that are zero
 
 
-# torch.nn.functional.linear, which multiplies by MKL: on CPUs that are not Intel's it is half as fast as oneDNN. As an operation
-# of our own, since Inductor takes torch's only with weights that are constant.
+# torch.nn.functional.linear, which multiplies by MKL: on CPUs that are not Intel's it is half as fast as oneDNN. An operation of
+# our own, since Inductor takes that of torch only with weights that are constant.
 _library = torch.library.Library("pyro_vae", "DEF")
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     tags=torch.Tag.needs_contiguous_strides,  # oneDNN takes a thousand times as long for columns cut out of a matrix
 )
 _library.impl("linear", lambda x, w, b: torch.ops.mkldnn._linear_pointwise.default(x, w, b, "none", [], ""), "CPU")
-torch.library.register_fake("pyro_vae::linear", lambda x, w, b: x.new_empty(len(x), len(w)), lib=_library)
+torch.library.register_fake("pyro_vae::linear", lambda x, w, _: x.new_empty(len(x), len(w)), lib=_library)
 onednn_linear = torch.ops.pyro_vae.linear.default
 
 

@@ -10,40 +10,70 @@ from pyro_vae.batches import as_arguments
 from pyro_vae.latents import inspect_latents
 from pyro_vae.numerics import pareto_k
 from pyro_vae.pair import Program, untouched
+from pyro_vae.weights import joint_log_weights
 
 
 def posterior_draws(
-    model: Program, guide: Program, *args: Any, num_draws: int = 1000, seed: int = 0, check: bool = True, **kwargs: Any
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_draws: int = 1000,
+    seed: int = 0,
+    check: bool = True,
+    joint: bool = False,
+    **kwargs: Any,
 ) -> dict[str, Tensor]:
-    """Draws z ~ q(z|x) of each latent site, ``(num_draws, batch, *shape)``."""
+    """Draws z ~ q(z|x) of each latent site, ``(num_draws, batch, *shape)``.
+
+    :param joint: all data together as one datum, for models with latents that all data share: ``(num_draws, *shape)``, where
+        the shape has a dimension for each plate of the site, that of the data too.
+    :raises ValueError: for latents in no data plate unless ``joint``.
+    """
+    if joint:
+        return joint_log_weights(model, guide, *args, num_particles=num_draws, seed=seed, check=check, **kwargs).draws
     batch = as_arguments(args, kwargs)
     with untouched(training=False, seed=seed), torch.no_grad():
         latents, batch = inspect_latents(model, guide, batch, verb="posterior_draws", check=check)
         z, _ = latents.draw(guide, batch, num_draws)
-        return {name: part for name, _, part in latents.split(z)}
+        return latents.by_site(z)
 
 
 def to_arviz(
-    model: Program, guide: Program, *args: Any, num_draws: int = 1000, seed: int = 0, check: bool = True, **kwargs: Any
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_draws: int = 1000,
+    seed: int = 0,
+    check: bool = True,
+    joint: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """A guide's draws as ArviZ has them (a ``DataTree``): group ``posterior``, one chain, with the dimension ``data``; group
     ``sample_stats`` with the log-weight log p(x, z) − log q(z|x) of each draw, and k̂ of each datum.
 
+    :param joint: all data together as one datum, for models with latents that all data share: no dimension ``data``, a
+        log-weight of each draw, one k̂.
     :raises ImportError: where ``arviz-base`` is not installed.
+    :raises ValueError: for latents in no data plate unless ``joint``.
     """
     try:
         from arviz_base import from_dict
     except ImportError as error:
         raise ImportError("to_arviz: arviz-base is not installed; pip install arviz-base") from error
-    batch = as_arguments(args, kwargs)
-    with untouched(training=False, seed=seed), torch.no_grad():
-        latents, batch = inspect_latents(model, guide, batch, verb="to_arviz", check=check)
-        z, log_q = latents.draw(guide, batch, num_draws)
-        log_weight = latents.log_joint(model, batch, z) - log_q
-    sites = {name: part.cpu().numpy()[np.newaxis] for name, _, part in latents.split(z)}
+    if joint:
+        found = joint_log_weights(model, guide, *args, num_particles=num_draws, seed=seed, check=check, **kwargs)
+        log_weight, draws = found.log_weights, found.draws
+    else:
+        batch = as_arguments(args, kwargs)
+        with untouched(training=False, seed=seed), torch.no_grad():
+            latents, batch = inspect_latents(model, guide, batch, verb="to_arviz", check=check)
+            z, log_q = latents.draw(guide, batch, num_draws)
+            log_weight, draws = latents.log_joint(model, batch, z) - log_q, latents.by_site(z)
+    data = [] if joint else ["data"]
+    sites = {name: part.cpu().numpy()[np.newaxis] for name, part in draws.items()}
     stats = {"log_weight": log_weight.cpu().numpy()[np.newaxis]}
-    dims = {name: ["data", *(f"{name}_{i}" for i in range(part.ndim - 3))] for name, part in sites.items()}
-    tree = from_dict({"posterior": sites, "sample_stats": stats}, dims=dims | {"log_weight": ["data"]})
+    dims = {name: [*data, *(f"{name}_{i}" for i in range(part.ndim - 2 - len(data)))] for name, part in sites.items()}
+    tree = from_dict({"posterior": sites, "sample_stats": stats}, dims=dims | {"log_weight": data})
     tree["posterior"].attrs["pareto_k"] = pareto_k(log_weight).tolist()
     return tree
 

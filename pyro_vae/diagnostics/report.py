@@ -13,6 +13,11 @@ from pyro_vae.diagnostics.usage import LatentUsage, latent_usage
 from pyro_vae.evidence import Evidence, elbo, importance
 from pyro_vae.pair import Program
 
+_JOINT = (
+    "latent dimensions: not computed: their use is compared between data, and with joint=True all data are one datum",
+    "calibration: not computed: simulated data sets need a guide that is amortized over data sets, and this is of one",
+)
+
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -38,15 +43,24 @@ class Diagnosis:
         k, gap = self.pareto_k, self.importance.log_evidence - self.elbo.log_evidence
         edges = (-torch.inf, 0.5, 0.7, torch.inf)
         good, usable, bad = (((k >= a) & (k < b)).double().mean().item() for a, b in itertools.pairwise(edges))
+        data = "nats, all data together" if self.importance.joint else f"nats per datum, {len(k)} data"
         lines = [
             "EVIDENCE",
-            f"ELBO {self.elbo.mean:.2f}, IWAE-{self.importance.num_particles} {self.importance.mean:.2f} nats per datum, "
-            f"{len(k)} data: KL(q||p) is {gap.double().mean():.2f} or more",
+            f"ELBO {self.elbo.mean:.2f}, IWAE-{self.importance.num_particles} {self.importance.mean:.2f} {data}: "
+            f"KL(q||p) is {gap.double().mean():.2f} or more",
             "GUIDE AS A PROPOSAL",
-            f"Pareto k: good (below 0.5) {good:.0%}, usable (below 0.7) {usable:.0%}, bad {bad:.0%}; "
-            f"median {k.nanmedian():.2f}",
-            "worst data: " + ", ".join(f"{i} ({k[i]:.2f})" for i in self.worst(8).tolist()),
         ]
+        if self.importance.joint:
+            lines.append(
+                f"Pareto k: {k.item():.2f} (good below 0.5, usable below 0.7); "
+                f"effective sample size {self.importance.ess.item():.1f} of {self.importance.num_particles}"
+            )
+        else:
+            lines += [
+                f"Pareto k: good (below 0.5) {good:.0%}, usable (below 0.7) {usable:.0%}, bad {bad:.0%}; "
+                f"median {k.nanmedian():.2f}",
+                "worst data: " + ", ".join(f"{i} ({k[i]:.2f})" for i in self.worst(8).tolist()),
+            ]
         if self.usage is not None:
             lines += ["LATENT DIMENSIONS", str(self.usage)]
         if self.calibration is not None:
@@ -62,6 +76,7 @@ def diagnose(
     num_simulations: int = 1000,
     seed: int = 0,
     check: bool = True,
+    joint: bool = False,
     **kwargs: Any,
 ) -> Diagnosis:
     """The cheap diagnostics of a pair: ELBO and importance-weighted bound, Pareto k̂ per datum, the use of the latent
@@ -70,12 +85,17 @@ def diagnose(
     :param args: the arguments of model and guide, ``(batch, *event)``.
     :param num_particles: draws for each datum.
     :param num_simulations: of the calibration; 0 leaves it out.
+    :param joint: all data together as one datum, for models with latents that all data share. ``usage`` and ``calibration``
+        are ``None`` then.
+    :raises ValueError: for a pair that is wrong; latents in no data plate unless ``joint``.
     """
     batch = as_arguments(args, kwargs)
     notes: list[str] = []
     options: dict[str, Any] = {"seed": seed, "check": check, **batch.kwargs}
-    lower = elbo(model, guide, *batch.args, num_particles=num_particles, **options)
-    weighted = importance(model, guide, *batch.args, num_particles=num_particles, **options)
+    lower = elbo(model, guide, *batch.args, num_particles=num_particles, joint=joint, **options)
+    weighted = importance(model, guide, *batch.args, num_particles=num_particles, joint=joint, **options)
+    if joint:
+        return Diagnosis(lower, weighted, None, None, _JOINT)
     usage: LatentUsage | None = None
     calibrated: Calibration | None = None
     try:

@@ -37,6 +37,7 @@ def ais(
     max_bytes: int = MAX_BYTES,
     seed: int = 0,
     check: bool = True,
+    joint: bool = False,
     progress: bool | None = None,
     resume: FilePath | str | None = None,
     **kwargs: Any,
@@ -56,9 +57,11 @@ def ais(
     :param transition: a Markov move, :class:`HMC` by default.
     :param max_bytes: of the tensors that one evaluation makes; data are taken in chunks of that size.
     :param check: ``False`` runs a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
+    :param joint: all data together as one datum, for models with latents that all data share: log p(x₁…x_N), ``(1,)``.
     :param progress: a bar on stderr; by default only where that is a terminal.
     :param resume: a file that keeps finished chunks of the data, from which an interrupted run goes on.
-    :raises ValueError: for a model without a data plate, discrete latents that cannot be summed out, a schedule that is none.
+    :raises ValueError: for latents in no data plate unless ``joint``, discrete latents that cannot be summed out, a schedule
+        that is none.
     """
     batch = as_arguments(args, kwargs)
 
@@ -68,8 +71,9 @@ def ais(
     found = run_chains(
         model, batch, start, forward, num_temperatures=num_temperatures, num_chains=num_chains, schedule=schedule,
         transition=transition, max_bytes=max_bytes, seed=seed, check=check, progress=progress, resume=resume, name="AIS",
+        joint=joint,
     )  # fmt: skip
-    return _evidence("AIS", "lower", found, schedule, num_temperatures, num_chains, start, transition)
+    return _evidence("AIS", "lower", found, schedule, num_temperatures, num_chains, start, transition, joint=joint)
 
 
 def reverse_ais(
@@ -228,12 +232,13 @@ def run_chains(
     progress: bool | None,
     resume: FilePath | str | None,
     name: str,
+    joint: bool = False,
 ) -> dict[str, Tensor]:
     """Chains over all data, chunk by chunk: a pilot run finds schedule and settings, then a weighted run."""
     check_particles(name, num_chains)
     transition, coarse = transition or HMC(), temperatures(schedule, num_temperatures)
     with untouched(training=False, seed=seed), torch.no_grad():
-        whole = Path(model, start, batch, verb=name, check=check)
+        whole = Path(model, start, batch, verb=name, check=check, joint=joint)
         batch = whole.batch
         chunks = _chunks(whole, num_chains, max_bytes)
         mark = ""
@@ -262,7 +267,7 @@ def _chunks(path: Path, num_chains: int, max_bytes: int) -> list[slice]:
         raise ValueError(
             f"model: it does not run in a plate of particles ({particles.reason if particles else 'not tried'}), so chains "
             "cannot run side by side; expected code that counts dimensions from the right: z[..., 0], dim=-1, "
-            "reshape(*z.shape[:-1], …)"
+            "reshape(*z.shape[:-1], …), z.unsqueeze(-1) for a number beside a vector"
         )
     probe = path.on(slice(0, 8)) if particles.divides else path
     made = [counted_bytes(partial(probe.draw, k)) for k in (2, 4)]
@@ -279,10 +284,12 @@ def _evidence(
     num_chains: int,
     start: Program | None,
     transition: Transition | None,
+    *,
+    joint: bool = False,
 ) -> Evidence:
     origin, steps = "the prior" if start is None else "the guide", len(temperatures(schedule, num_temperatures)) - 1
     found = {key: value for key, value in found.items() if key != "pareto_k"}
     return Evidence(
         f"{name}, {steps} temperatures, {num_chains} chains from {origin}", bound, **found,
-        num_particles=num_chains, cost=steps * num_chains * (transition or HMC()).cost,
+        num_particles=num_chains, cost=steps * num_chains * (transition or HMC()).cost, joint=joint,
     )  # fmt: skip

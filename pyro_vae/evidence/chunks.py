@@ -72,8 +72,8 @@ def _read(path: Path, fingerprint: str) -> list[dict[str, Tensor]]:
         raise ValueError(f"resume: {path} is no file of an evidence run, or it is cut short ({error}); delete it") from error
     if metadata.get("fingerprint") != fingerprint:
         raise ValueError(
-            f"resume: {path} is of another run: its pair, data, seed or settings differ from these; name another file, or "
-            "delete it"
+            f"resume: {path} is of another run: its pair, data, seed or settings, max_bytes among them, differ from these; "
+            "name another file, or delete it"
         )
     done: list[dict[str, Tensor]] = [{} for _ in range(int(metadata["chunks"]))]
     for name, value in tensors.items():

@@ -25,6 +25,7 @@ def importance(
     max_bytes: int = MAX_BYTES,
     seed: int = 0,
     check: bool = True,
+    joint: bool = False,
     progress: bool | None = None,
     resume: Path | str | None = None,
     **kwargs: Any,
@@ -39,13 +40,14 @@ def importance(
     :param max_bytes: of the tensors that one run makes; memory does not grow with K.
     :param seed: of the draws.
     :param check: ``False`` runs a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
+    :param joint: all data together as one datum, for models with latents that all data share: log p(x₁…x_N), ``(1,)``.
     :param progress: a bar on stderr; by default only where that is a terminal.
     :param resume: a file that keeps finished chunks of the data, from which an interrupted run goes on.
     :raises ValueError: as ``log_weights``; for a file of another run.
     """
     return _weighed(
         "importance", summary, model, guide, *args, num_particles=num_particles, max_bytes=max_bytes, seed=seed,
-        check=check, progress=progress, resume=resume, **kwargs,
+        check=check, joint=joint, progress=progress, resume=resume, **kwargs,
     )  # fmt: skip
 
 
@@ -95,7 +97,7 @@ def importance_upper(
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return Evidence(
         f"importance sampling, {num_particles} draws, the first from the posterior", "upper", **found,
-        num_particles=num_particles, cost=num_particles,
+        num_particles=num_particles, cost=num_particles, joint=False,
     )  # fmt: skip
 
 
@@ -109,6 +111,7 @@ def _weighed(
     max_bytes: int = MAX_BYTES,
     seed: int = 0,
     check: bool = True,
+    joint: bool = False,
     progress: bool | None = None,
     resume: Path | str | None = None,
     **kwargs: Any,
@@ -117,7 +120,7 @@ def _weighed(
     check_particles(name, num_particles)
     batch = as_arguments(args, kwargs)
     with untouched(training=False, seed=seed), torch.no_grad():
-        weigher = weigh(model, guide, batch, verb=name, check=check, max_bytes=max_bytes)
+        weigher = weigh(model, guide, batch, verb=name, check=check, max_bytes=max_bytes, joint=joint)
         batch = weigher.batch
         chunks = weigher.chunks(num_particles)
         settings = {"name": name, "particles": num_particles, "seed": seed, "chunks": len(chunks)}
@@ -134,7 +137,7 @@ def _weighed(
     bound: Bound = "lower" if weigher.pair.has_density else "none"  # a point has no density beside the model's
     return Evidence(
         f"importance sampling, {num_particles} draw{plural} from the guide", bound, **found,
-        num_particles=num_particles, cost=num_particles,
+        num_particles=num_particles, cost=num_particles, joint=joint,
     )  # fmt: skip
 
 

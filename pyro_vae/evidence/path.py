@@ -60,18 +60,23 @@ class Path:
     with a finite support are summed out.
 
     :param start: ``None`` for the prior, or a guide.
+    :param joint: all data together are one datum.
     :raises ValueError: for latents that have no unconstrained space, or no data plate.
     """
 
-    def __init__(self, model: Program, start: Program | None, batch: Batch, *, verb: str, check: bool = True) -> None:
+    def __init__(
+        self, model: Program, start: Program | None, batch: Batch, *, verb: str, check: bool = True, joint: bool = False
+    ) -> None:
         self.model: Program = config_enumerate(model, default="parallel")
         self.start: Program | None = start and config_enumerate(start, default="parallel")
         guide = self.start or prior_of(self.model)
-        self.pair = inspect_checked(self.model, guide, batch, verb=verb, check=check, per_datum=True, particles=True)
+        self.pair = inspect_checked(
+            self.model, guide, batch, verb=verb, check=check, per_datum=not joint, joint=joint, particles=True
+        )
         self.batch = self.pair.batch
         self.latents = Latents(self.pair)
         if not self.latents.sites:
-            raise ValueError("model: it has no continuous latent in the data plate; expected one to run chains in")
+            raise ValueError("model: it has no continuous latent to run chains in; expected one or more")
         trace = self.latents.run(self.model, self.batch, 1)
         self.transforms = {name: _transform(name, site, trace.nodes[name]["fn"]) for name, site in self.latents.sites.items()}
         self.shapes = {
@@ -92,7 +97,7 @@ class Path:
         """Chains at draws from the base."""
         if self.start is None:
             drawn = values_of(self.latents.run(self.model, self.batch, num_chains))
-            z = self.latents.flat(drawn, num_chains, self.batch.num_rows)
+            z = self.latents.flat(drawn, num_chains, self.latents.num_rows(self.batch))
         else:
             z, _ = self.latents.draw(self.start, self.batch, num_chains)
         return self.at(self.unconstrained(z))

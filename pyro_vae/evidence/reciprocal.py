@@ -93,6 +93,7 @@ def reciprocal_importance(
     return Evidence(
         f"reciprocal importance sampling, {num_samples} {how} of the posterior", "none" if exact is None else "upper", **found,
         num_particles=num_samples - num_samples // 2, cost=num_samples * (1 if exact is not None else thinning),
+        joint=False,
     )  # fmt: skip
 
 

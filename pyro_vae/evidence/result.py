@@ -19,7 +19,7 @@ class Evidence:
     :func:`~pyro_vae.numerics.log_mean_error`. bound: ``"lower"`` where E ŵ = p(x), so that E log ŵ ≤ log p(x);
     ``"upper"`` where E 1/ŵ = 1/p(x); ``"none"`` where neither is certain. ess: effective number of the ``num_particles``
     weights. pareto_k: k̂ of their tail, where there are enough of them. acceptance: mean rate of the accepted moves, where
-    there were moves. cost: evaluations of the model for one datum.
+    there were moves. cost: evaluations of the model for one datum. joint: all data are one datum, so this is log p(x₁…x_N).
     """
 
     method: str
@@ -31,6 +31,7 @@ class Evidence:
     cost: int
     pareto_k: Tensor | None = None
     acceptance: Tensor | None = None
+    joint: bool = False
 
     @property
     def mean(self) -> float:
@@ -62,14 +63,15 @@ class Evidence:
         return math.inf if self.bound == "none" else -math.log(probability) / len(self.log_evidence)
 
     def __str__(self) -> str:
-        n = len(self.log_evidence)
-        lines = [
-            f"log p(x) {_sign(self.bound)} {self.mean:.3f} ± {self.mean_error:.3f} nats per datum, {n} data; {self.method}"
-        ]
+        n, sign = len(self.log_evidence), _sign(self.bound)
+        what, truth = f"± {self.mean_error:.3f} nats per datum, {n} data", "the mean truth"
+        if self.joint:
+            what, truth = "nats, all data together", "the truth"
+        lines = [f"log p({'x₁…x_N' if self.joint else 'x'}) {sign} {self.mean:.3f} {what}; {self.method}"]
         if self.bound != "none":
             side = "above" if self.bound == "lower" else "below"
             lines.append(
-                f"{self.bound} bound: {side} the mean truth by more than {self.margin():.2g} nats with probability at most 1e-6"
+                f"{self.bound} bound: {side} {truth} by more than {self.margin():.2g} nats with probability at most 1e-6"
             )
         ess = self.ess.double()
         error = f"{self.noise:.2g}"
@@ -77,16 +79,13 @@ class Evidence:
             error = "unknown (one weight is all there is)"
         elif not self.is_reliable:
             error += " (not reliable: few weights outweigh the rest)"
-        lines.append(
-            f"Monte Carlo error {error}; effective sample size {ess.median():.1f} of {self.num_particles} "
-            f"(median; least {ess.min():.1f})"
-        )
+        spread = "" if self.joint else f" (median; least {ess.min():.1f})"
+        lines.append(f"Monte Carlo error {error}; effective sample size {ess.median():.1f} of {self.num_particles}{spread}")
         if self.pareto_k is not None and not self.pareto_k.isnan().all():
             k = self.pareto_k[~self.pareto_k.isnan()]
             unknown = f", unknown for {len(self.pareto_k) - len(k)}" if len(k) < len(self.pareto_k) else ""
-            lines.append(
-                f"Pareto k {k.median():.2f} (median), above 0.7 for {(k > 0.7).double().mean():.0%} of the data{unknown}"
-            )
+            share = f" (median), above 0.7 for {(k > 0.7).double().mean():.0%} of the data{unknown}"
+            lines.append(f"Pareto k {k.median():.2f}{'' if self.joint else share}")
         if self.acceptance is not None:
             lines.append(f"accepted {self.acceptance.double().mean():.0%} of the moves")
         return "\n".join(lines)

@@ -55,7 +55,7 @@ def smc(
     origin = "the prior" if start is None else "the guide"
     return Evidence(
         f"SMC, {steps} temperatures, {num_particles} particles from {origin}", "lower", **found,
-        num_particles=num_particles, cost=steps * num_particles * (transition or HMC()).cost,
+        num_particles=num_particles, cost=steps * num_particles * (transition or HMC()).cost, joint=False,
     )  # fmt: skip
 
 

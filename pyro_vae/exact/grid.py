@@ -1,13 +1,13 @@
 """Exact posteriors of any Pyro model with one or two latent dimensions for each datum, by quadrature.
 
-The trapezoid rule on the whole line converges faster than any power of the spacing for smooth integrands (Trefethen &
-Weideman 2014), so a grid over the box that holds all the mass, refined until it agrees with itself, is exact to rounding.
+A box that holds all the mass is divided into cells, each with a Clenshaw–Curtis rule. The difference to the rule of half the
+nodes estimates the error of a cell, and the cells with the largest errors are halved until the sum is below the tolerance, so
+that points concentrate around each mode of the posterior.
 """
 
 import logging
 import math
 from copy import copy, deepcopy
-from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import pyro.distributions as dist
@@ -21,16 +21,18 @@ from pyro_vae.pair import Program, untouched
 from pyro_vae.particles import values_of
 
 logger = logging.getLogger(__name__)
-_NEGLIGIBLE = 45.0  # nats below the highest point: e^-45 is below the rounding of the sum
-_LEVELS = {1: (513, 2**17 + 1), 2: (65, 2**11 + 1)}  # points along an axis at first and at most
+_NODES = 13  # points of a cell along an axis: 4 k + 1
+_CELLS = {1: 128, 2: 8}  # cells along an axis at first
+_MOST = {1: 2**17, 2: 2**21}  # points of a datum at most
 
 
 class Solution(NamedTuple):
-    """The quadrature of some data, per datum. ``error``: an estimate of the error of ``log_evidence`` in nats, the change at
-    the last halving of the spacing plus the mass in the box's outermost cells. It knows nothing of a mode so narrow that no
-    point of the first grid was near it.
+    """The quadrature of some data, per datum. ``error``: an estimate of the error of ``log_evidence`` in nats, the sum of the
+    errors of all cells plus the mass at the edges of the box. It does not include a mode so narrow that no point of the cells
+    around it was near it.
 
-    points: ``(batch, G, d)`` in unconstrained space; weights: ``(batch, G)``, summing to 1.
+    points: ``(batch, G, d)`` in unconstrained space; weights: ``(batch, G)``, summing to 1; spacing: ``(batch, G, d)``, the
+    sides of the small box around each point.
     """
 
     log_evidence: Tensor
@@ -45,7 +47,8 @@ class Grid:
 
     :param model: any Pyro program whose latents lie in the data plate and have one or two continuous dimensions for each datum
         between them: a vector of two, or two numbers. Its networks run in evaluation mode.
-    :param tolerance: nats; the spacing is halved until log p(x) of every datum changes by less, twice in a row.
+    :param tolerance: nats; cells are halved until the error of log p(x) of every datum is estimated as less, twice in a row. If
+        that takes too many points, a warning gives the error that is left.
     :param max_points: model evaluations at a time, which bounds the memory.
 
     A module is evaluated in double precision; a plain function in that of its own tensors, so give it double ones where the
@@ -86,100 +89,154 @@ class Grid:
 
     @torch.no_grad()
     def _solve(self, joint: "_Joint") -> Solution:
-        chunk = max(1, self.max_points // (16 * _LEVELS[joint.dim][0] ** joint.dim))
+        chunk = max(1, self.max_points // (4 * (_CELLS[joint.dim] * _NODES) ** joint.dim))
         parts = [self._solve_rows(joint.rows(i, i + chunk)) for i in range(0, joint.num_rows, chunk)]
         largest = max(part.points.shape[1] for part in parts)
         padded = [_padded(part, largest) for part in parts]
         return Solution(*(torch.cat(column) for column in zip(*padded, strict=True)))
 
     def _solve_rows(self, joint: "_Joint") -> Solution:
-        first, most = _LEVELS[joint.dim]
-        n, widenings = first, 0
-        low, high = self._box(joint, n)
-        levels = [self._level(joint, low, high, n)]
-        while True:
-            changes = [(a.log_evidence - b.log_evidence).abs() for a, b in pairwise(levels)]
-            agree = len(changes) == 2 and all((change < self.tolerance).all() for change in changes)
-            if agree and (levels[-1].error > self.tolerance).any() and widenings < 6:
-                # the box cut mass off: widen it, and begin again
-                middle, half = (low + high) / 2, high - low
-                low, high, widenings = middle - half, middle + half, widenings + 1
-                n, levels = first, [self._level(joint, low, high, first)]
-                continue
-            if agree or 2 * n - 1 > most:
-                if not (changes[-1] < self.tolerance).all():
-                    logger.warning("Grid: at %d points an axis log p(x) still changes by %.1e nats", n, changes[-1].max())
-                # the middle one of three that agree is as good as the finest, and smaller
-                return levels[-2]._replace(log_evidence=levels[-1].log_evidence, error=changes[-1] + levels[-1].error)
-            n = 2 * n - 1
-            levels = [*levels[-2:], self._level(joint, low, high, n)]
-
-    def _level(self, joint: "_Joint", low: Tensor, high: Tensor, n: int) -> Solution:
-        """The trapezoid rule on one grid; its ``error`` is the mass in the outermost cells."""
-        points, log_f, spacing = self._evaluate(joint, low, high, n)
-        log_mass = log_f + spacing.log().sum(-1, keepdim=True)
-        log_evidence = log_mass.logsumexp(-1)
-        weights = (log_mass - log_evidence.unsqueeze(-1)).exp()
-        edge = ((points == low.unsqueeze(1)) | (points == high.unsqueeze(1))).any(-1)
-        return Solution(log_evidence, (weights * edge).sum(-1), points, weights, spacing)
-
-    def _box(self, joint: "_Joint", n: int) -> tuple[Tensor, Tensor]:
-        """The box that holds all but a negligible part of each datum's mass: ``(batch, d)`` corners."""
         draws = joint.prior_draws(1000).clamp(-700.0, 700.0)  # a draw that underflowed lies at infinity
         centre, scale = draws.mean(0), draws.std(0).clamp_min(1e-6)
-        for reach in (10.0, 20.0, 40.0, 80.0, 160.0):
-            low, high = centre - reach * scale, centre + reach * scale
-            outer_low, outer_high = low, high
-            # before anything is cut off, the grid must see every mode: neighbours of the highest point within some nats of it
-            fine = n
-            points, log_f, spacing = self._evaluate(joint, low, high, fine)
-            while 2 * fine - 1 <= _LEVELS[joint.dim][1] // joint.dim and not _resolved(log_f, fine, joint.dim):
-                fine = 2 * fine - 1
-                points, log_f, spacing = self._evaluate(joint, low, high, fine)
-            for step in range(40):
-                if step:
-                    points, log_f, spacing = self._evaluate(joint, low, high, n)
-                kept = log_f > log_f.max(-1, keepdim=True).values - _NEGLIGIBLE
-                inside = torch.where(kept.unsqueeze(-1), points, math.nan)
-                new_low = torch.maximum(inside.nan_to_num(math.inf).amin(1) - spacing, outer_low)
-                new_high = torch.minimum(inside.nan_to_num(-math.inf).amax(1) + spacing, outer_high)
-                settled = ((new_high - new_low) > 0.7 * (high - low)).all()
-                low, high = new_low, new_high
-                if settled:
-                    break
-            if (low > outer_low).all() and (high < outer_high).all():
-                return low, high
+        reach = torch.full_like(scale, 10.0)
+        while (reach <= 160).all():
+            solution, edge = self._refined(_Box(joint, centre, reach * scale, self.max_points))
+            cut = edge > 1e-6 * self.tolerance  # the mass beyond the edge may be much more than that at its nodes
+            if not cut.any():
+                if (solution.error > self.tolerance).any():
+                    logger.warning(
+                        "Grid: with %d points the error of log p(x) is still %.1e nats",
+                        solution.points.shape[1],
+                        solution.error.max(),
+                    )
+                return solution._replace(error=solution.error + edge.sum(1))
+            reach = torch.where(cut, 2 * reach, reach)
         raise ValueError(
             "Grid: the posterior reaches further than 160 prior standard deviations, so no box holds it; expected a posterior "
             "with exponential tails (in the unconstrained space of its latents)"
         )
 
-    def _evaluate(self, joint: "_Joint", low: Tensor, high: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Points ``(batch, G, d)``, log integrand ``(batch, G)`` and spacing ``(batch, d)`` of a grid of n points an axis."""
-        steps = torch.linspace(0, 1, n, dtype=low.dtype, device=low.device)
-        unit = torch.stack(torch.meshgrid(*[steps] * joint.dim, indexing="ij"), -1).reshape(-1, joint.dim)
-        points = low.unsqueeze(1) + unit * (high - low).unsqueeze(1)
-        size = max(1, self.max_points // joint.num_rows)
-        log_f = torch.cat([joint.unconstrained(part) for part in points.split(size, 1)], 1)
-        return points, log_f, (high - low) / (n - 1)
+    def _refined(self, box: "_Box") -> tuple[Solution, Tensor]:
+        """The quadrature over a box, and the mass at its edges along each axis, ``(batch, d)``."""
+        cells, most = box.first_cells(), _MOST[box.dim] // _NODES**box.dim
+        while True:
+            log_evidence = cells.log_mass.logsumexp((1, 2))
+            log_error = torch.maximum(cells.log_error.logsumexp(-1), cells.log_before.squeeze(-1))
+            error = (log_error - log_evidence.unsqueeze(-1)).exp()
+            split = _largest(error, self.tolerance)
+            split &= (cells.used.sum(1) + split.sum(1) <= most).unsqueeze(-1)
+            if not split.any():
+                break
+            parts = [cells.select(~split & cells.used), *box.halves(cells.select(split))]
+            cells = _Cells(*(torch.cat(column, 1) for column in zip(*parts, strict=True)))
+        points, spacing = box.nodes(cells.low, cells.width)
+        weights = (cells.log_mass - log_evidence[:, None, None]).exp().flatten(1)
+        outermost = (points - box.centre).abs() + spacing / 2 >= box.scale
+        edge = (weights.unsqueeze(-1) * outermost).sum(1)
+        return Solution(log_evidence, error.sum(1), points, weights, spacing), edge
 
 
-def _resolved(log_f: Tensor, n: int, dim: int) -> bool:
-    """Whether the highest point of every datum has a neighbour along each axis less than 5 nats below it."""
-    field = log_f.reshape(len(log_f), *[n] * dim)
-    top = log_f.max(-1)
-    for axis in range(1, dim + 1):
-        beside = torch.maximum(field.roll(1, axis), field.roll(-1, axis)).reshape(len(log_f), -1)
-        if (top.values - beside.gather(1, top.indices.unsqueeze(1)).squeeze(1) > 5).any():
-            return False
-    return True
+class _Cells(NamedTuple):
+    """Cells of the box [−1, 1]^d of each datum, C of them.
+
+    low, width: the corner and the sides, ``(batch, C, d)``.
+    log_mass: log of weight times integrand at each node, ``(batch, C, nodes)``; −∞ for cells that are padding.
+    log_error: log of the estimated error along each axis, ``(batch, C, d)``.
+    log_before: log of the estimated error one refinement earlier, ``(batch, C, 1)``.
+    """
+
+    low: Tensor
+    width: Tensor
+    log_mass: Tensor
+    log_error: Tensor
+    log_before: Tensor
+
+    @property
+    def used(self) -> Tensor:
+        """Where a cell has mass: ``(batch, C)``."""
+        return (self.log_mass > -math.inf).any(-1)
+
+    def only(self, mask: Tensor) -> "_Cells":
+        """The same cells, those outside the mask as padding."""
+        return _Cells(self.low, self.width, *(part.masked_fill(~mask.unsqueeze(-1), -math.inf) for part in self[2:]))
+
+    def select(self, mask: Tensor) -> "_Cells":
+        """The cells in the mask, padded to the largest number of them in a datum."""
+        first = mask.byte().sort(dim=1, descending=True, stable=True).indices[:, : int(mask.sum(1).max())]
+        parts = (part.gather(1, first.unsqueeze(-1).expand(-1, -1, part.shape[-1])) for part in self)
+        return _Cells(*parts).only(mask.gather(1, first))
+
+
+class _Box:
+    """A product Clenshaw–Curtis rule on each cell of a box in unconstrained space, centre ± scale, both ``(batch, d)``."""
+
+    def __init__(self, joint: "_Joint", centre: Tensor, scale: Tensor, max_points: int) -> None:
+        self.joint, self.dim, self.max_points = joint, joint.dim, max_points
+        self.centre, self.scale = centre.unsqueeze(1), scale.unsqueeze(1)
+        self.steps, self.shares = (part.to(centre) for part in _clenshaw_curtis(_NODES - 1))
+        coarse = torch.zeros_like(self.shares)
+        coarse[::2] = _clenshaw_curtis(_NODES // 2)[1].to(centre)
+        self.difference = 1 - coarse / self.shares  # times the weights of the rule: the rule minus the one of half the nodes
+
+    def nodes(self, low: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+        """The points of cells and the lengths that they are weighted by: ``(batch, C · nodes, d)`` each."""
+        steps, shares = (torch.cartesian_prod(*[part] * self.dim).view(-1, self.dim) for part in (self.steps, self.shares))
+        at, length = (low.unsqueeze(2) + width.unsqueeze(2) * steps).flatten(1, 2), (width.unsqueeze(2) * shares).flatten(1, 2)
+        return self.centre + self.scale * at, self.scale * length
+
+    def cells(self, low: Tensor, width: Tensor) -> _Cells:
+        """Evaluate the model at the nodes of cells."""
+        points, spacing = self.nodes(low, width)
+        size = max(1, self.max_points // self.joint.num_rows)
+        log_f = torch.cat([self.joint.unconstrained(part) for part in points.split(size, 1)], 1)
+        log_mass = (log_f + spacing.log().sum(-1)).unflatten(1, (low.shape[1], -1))
+        top = log_mass.amax(-1, keepdim=True).clamp_min(torch.finfo(log_mass.dtype).min)
+        bottom = log_mass.masked_fill(log_mass == -math.inf, math.inf).amin(-1, keepdim=True)
+        mass = (log_mass - top).exp().unflatten(2, (_NODES,) * self.dim)
+        along = [mass.movedim(2 + axis, 2).reshape(*low.shape[:2], _NODES, -1) for axis in range(self.dim)]
+        log_error = torch.stack([(self.difference @ part).sum(-1).abs().log() for part in along], -1)
+        # a peak between the nodes of a cell is higher than they are: if it is Gaussian, by less than this
+        log_error = log_error + top + (top - bottom).clamp_min(0) / _NODES
+        return _Cells(low, width, log_mass, log_error, log_mass.logsumexp(-1, keepdim=True))
+
+    def first_cells(self) -> _Cells:
+        count = _CELLS[self.dim]
+        corners = torch.linspace(-1, 1, count + 1, dtype=self.scale.dtype, device=self.scale.device)[:-1]
+        low = torch.cartesian_prod(*[corners] * self.dim).view(1, -1, self.dim).repeat(len(self.scale), 1, 1)
+        return self.cells(low, torch.full_like(low, 2 / count))
+
+    def halves(self, cells: _Cells) -> list[_Cells]:
+        """The two halves of each cell along its axis of larger error."""
+        axis = torch.nn.functional.one_hot(cells.log_error.argmax(-1), self.dim)
+        width, before = cells.width * (1 - axis / 2), cells.log_error.logsumexp(-1, keepdim=True) - math.log(2)
+        both = [self.cells(low, width) for low in (cells.low, cells.low + axis * width)]
+        return [half._replace(log_before=before).only(cells.used) for half in both]
+
+
+def _clenshaw_curtis(n: int) -> tuple[Tensor, Tensor]:
+    """n + 1 nodes and weights on [0, 1], n even; every second node is one of the rule for n / 2 (Clenshaw & Curtis 1960)."""
+    angle = math.pi / n * torch.arange(n + 1, dtype=torch.double)
+    k = torch.arange(1, n // 2 + 1, dtype=torch.double)
+    factors = torch.where(k < n / 2, 2.0, 1.0) / (4 * k**2 - 1)
+    weights = (1 - ((2 * k * angle.unsqueeze(-1)).cos() * factors).sum(-1)) / n
+    weights[[0, -1]] /= 2
+    return (1 - angle.cos()) / 2, weights
+
+
+def _largest(error: Tensor, tolerance: float) -> Tensor:
+    """The largest errors, without which the others sum to at most half the tolerance; none if all sum to the tolerance."""
+    rising = error.sort(1)
+    sums = rising.values.cumsum(1)
+    large = (sums > tolerance / 2) & (sums[:, -1:] > tolerance)
+    return torch.zeros_like(large).scatter(1, rising.indices, large)
 
 
 def _padded(part: Solution, size: int) -> Solution:
     """Data that needed fewer points carry points of no weight."""
     batch, have, dim = part.points.shape
     points = torch.cat([part.points, part.points[:, :1].expand(batch, size - have, dim)], 1)
-    return part._replace(points=points, weights=torch.nn.functional.pad(part.weights, (0, size - have)))
+    spacing = torch.nn.functional.pad(part.spacing, (0, 0, 0, size - have))
+    return part._replace(points=points, weights=torch.nn.functional.pad(part.weights, (0, size - have)), spacing=spacing)
 
 
 class _Joint:
@@ -251,7 +308,7 @@ def _transform(name: str, site: Site) -> Any:
 
 class GridPosterior(dist.TorchDistribution):
     """p(z|x) of a :class:`Grid`: its density is log p(x, z) − log p(x), by the model itself; its moments are sums over the
-    grid; its draws are uniform within the grid's cells, whose size is that of the last refinement."""
+    grid; its draws are uniform within the small box around a point, whose size is that of the last refinement."""
 
     arg_constraints: ClassVar[dict] = {}
     support = constraints.real_vector
@@ -273,8 +330,10 @@ class GridPosterior(dist.TorchDistribution):
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         n = torch.Size(sample_shape).numel()
         cell = torch.multinomial(self.solution.weights, n, replacement=True).unsqueeze(-1)
-        at = self.solution.points.gather(1, cell.expand(-1, -1, self.joint.dim))
-        at = at + (torch.rand_like(at) - 0.5) * self.solution.spacing.unsqueeze(1)
+        at, length = (
+            part.gather(1, cell.expand(-1, -1, self.joint.dim)) for part in (self.solution.points, self.solution.spacing)
+        )
+        at = at + (torch.rand_like(at) - 0.5) * length
         z = self.joint.constrained(at.movedim(1, 0))
         return z.reshape(*sample_shape, *self.shape())
 

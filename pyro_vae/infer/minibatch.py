@@ -17,7 +17,16 @@ from pyro_vae.check import check_observed
 from pyro_vae.infer.group import Group
 from pyro_vae.infer.losses import kind_of, scaled_sites
 from pyro_vae.infer.svi import SVI, Traces
-from pyro_vae.pair import ElboTerms, Program, Reweighted, elbo_terms, sampled, subsampling_scale
+from pyro_vae.pair import (
+    ElboTerms,
+    Program,
+    Reweighted,
+    elbo_terms,
+    prior_of,
+    sampled,
+    subsampling_scale,
+    untouched,
+)
 from pyro_vae.problems import has_fixed_support, improbable_rows
 from pyro_vae.structure import Structure
 
@@ -146,8 +155,10 @@ class MinibatchSVI(SVI):
         models, guides = (list(handler.traces)[-runs:] for handler in self.handlers)
         seen = len(models) == len(guides) > 0  # a guide that is a handler of its model runs it unseen
         if isinstance(self.elbo, TraceEnum_ELBO) or not seen:
-            # the loss alone knows; one that is annealed, or scaled by the pair, is computed again without that
-            if self.beta is not None or self._is_scaled() or not isinstance(value, float):
+            # the loss alone knows; one that is annealed, scaled by the pair, or holds what the guide observes, is computed
+            # again without that
+            observes = any(site["is_observed"] for trace in guides for _, site in sampled(trace))
+            if self.beta is not None or self._is_scaled() or observes or not isinstance(value, float):
                 value = self._plain_loss()
             return ElboTerms.of_batch(-value / self.num_data, self.batch.num_rows)
         return self._drawn(list(zip(models, guides, strict=True)))
@@ -168,13 +179,18 @@ class MinibatchSVI(SVI):
         return self.num_data / rows if found else 1.0
 
     def _plain_loss(self) -> Any:
-        """The loss without annealing and ``poutine.scale``."""
+        """The loss without annealing, ``poutine.scale`` and what the guide observes, at the noise of the step to come, which
+        is not moved."""
         if self.beta is not None:
             self.beta.fill_(1.0)
         for handler in self.handlers:
             handler.strip = True
+        model, guide = self.programs
+        if isinstance(self.elbo, TraceEnum_ELBO):
+            guide = prior_of(guide)
         try:
-            return self.elbo.loss(*self.programs, *self.batch.args, **self.batch.kwargs)
+            with untouched():
+                return self.elbo.loss(model, guide, *self.batch.args, **self.batch.kwargs)
         finally:
             for handler in self.handlers:
                 handler.strip = False

@@ -241,6 +241,12 @@ class Keeper:
             logger.info("resume: there is no checkpoint yet, so the fit begins")
             return
         path, content = found
+        missing = [name for name in _entries(self.group.size) if not _has(content, name)]
+        if missing:
+            raise MismatchError(
+                f"resume: {path} lacks {', '.join(missing[:5])}, which fit writes in this version of pyro_vae; begin anew in "
+                "another folder"
+            )
         for key, was in content["config"].items():
             if self.config.get(key) != was:
                 raise MismatchError(
@@ -302,3 +308,22 @@ class Keeper:
         if found is None:
             raise FileNotFoundError(f"resume: {self.checkpoints.folder} has no checkpoint of an epoch with validation data")
         return found
+
+
+def _entries(num_processes: int) -> list[str]:
+    """What :meth:`Keeper.save` writes and :meth:`Keeper._resume` reads, by dotted names."""
+    return [
+        "config", "weights", "moved", "optim", "history", "planned", "batch", "steps", "beta", "seconds", "graphs",
+        "max_plate_nesting", "best.elbo", "best.epochs_since", "best.weights",
+        *(f"ranks.{i}.{name}" for i in range(num_processes) for name in ("began", "now", "terms")),
+    ]  # fmt: skip
+
+
+def _has(content: Any, name: str) -> bool:
+    """Whether dictionaries and lists of them hold a dotted name."""
+    for key in name.split("."):
+        try:
+            content = content[int(key) if isinstance(content, list) else key]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return True

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from inspect import signature as signature_of
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from pyro.optim import PyroOptim
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_struct import Trace
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 
@@ -25,7 +25,7 @@ from pyro_vae.graphs import can_compile
 from pyro_vae.pair import KeepFrozen, Program, Recorded, modules_that_run, sampled
 from pyro_vae.problems import Problem, pair_problems, training_problems
 from pyro_vae.signals import interruptible
-from pyro_vae.structure import structure_of_run
+from pyro_vae.structure import Structure, structure_of_run
 
 logger = logging.getLogger(__name__)
 Compile = Literal["auto", "trace"] | bool
@@ -117,6 +117,7 @@ class SVI(pyro.infer.SVI):
         check = self._check and not isinstance(poutine.unwrap(guide), GuideMessenger)
         failure: Exception | None = None
         value: Any = None
+        before = dict(pyro.get_param_store().named_parameters())
         with modules_that_run() as ran:
             try:
                 value = self.loss_and_grads(*(programs if check else (model, guide)), *args, **kwargs)
@@ -125,7 +126,10 @@ class SVI(pyro.infer.SVI):
         problems: list[Problem] = []
         if check and all(handler.traces for handler in handlers):
             traces = handlers[0].traces[-1], handlers[1].traces[-1]
-            problems = self._problems(Batch(args, kwargs), traces, ran, whole=failure is None)
+            now = pyro.get_param_store().named_parameters()
+            made = {name: value for name, value in now if before.get(name) is not value}
+            pair = structure_of_run(self.model, self.guide, Batch(args, kwargs), traces, ran, made)
+            problems = self._problems(pair, whole=failure is None)
         if problems:
             self.loss_and_grads = self._first_loss_and_grads
             pyro.infer.util.zero_grads(p for _, p in pyro.get_param_store().named_parameters())
@@ -134,12 +138,9 @@ class SVI(pyro.infer.SVI):
             raise failure
         return value
 
-    def _problems(
-        self, batch: Batch, traces: tuple[Trace, Trace], ran: Mapping[nn.Module, bool], *, whole: bool
-    ) -> list[Problem]:
+    def _problems(self, pair: Structure, *, whole: bool) -> list[Problem]:
         """What is wrong with the pair, by the traces of its first step."""
-        pair = structure_of_run(self.model, self.guide, batch, traces, ran)
-        sites = [site for trace in traces for _, site in sampled(trace)]
+        sites = [site for trace in pair.traces for _, site in sampled(trace)]
         if any(site["infer"].get("_enumerate_dim") is not None for site in sites):
             return []  # its values have dimensions for what is enumerated
         try:

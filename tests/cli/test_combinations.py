@@ -7,6 +7,7 @@ from typing import get_args
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from pyro.optim import Adam
 
@@ -72,7 +73,10 @@ def test_a_pair_of_every_two_families_is_trained_judged_and_drawn(name, guide, p
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "guide", "prior", "likelihood"), EVERY)
-def test_every_combination_goes_from_training_to_the_last_picture(run, name, guide, prior, likelihood):
+def test_every_combination_goes_from_training_to_the_last_picture(run, name, guide, prior, likelihood, monkeypatch):
+    monkeypatch.setattr(build, "PSEUDO_INPUTS", 20)  # of 100: a density of z costs as many of the guide
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **given: savefig(self, *args, **given | {"dpi": 40}))
     words = ("--guide", guide, "--prior", prior, "--likelihood", likelihood)
     commands = [
         ("train", name, *words, "-n", 1, "--out", "a"),

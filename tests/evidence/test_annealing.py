@@ -254,6 +254,8 @@ def test_chunks_and_resumption(tmp_path, monkeypatch):
     assert torch.equal(found.log_evidence, whole.log_evidence)
     with pytest.raises(ValueError, match="is of another run"):
         evidence.ais(TOY, x, resume=file, **options | {"num_temperatures": 16})
+    with pytest.raises(ValueError, match=rf"{file.name} is of another run.*max_bytes"):  # other chunks
+        evidence.ais(TOY, x, resume=file, **options | {"max_bytes": 40_000})
 
 
 @pytest.mark.parametrize("schedule", ["uniform", "sigmoid"])

@@ -168,6 +168,8 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch
         evidence.importance(TOY, Gaussian(TOY, TOY.precision), x, resume=file, **options)
     with pytest.raises(ValueError, match="is of another run"):
         evidence.importance(TOY, guide, x + 1, resume=file, **options)
+    with pytest.raises(ValueError, match=rf"{file.name} is of another run.*max_bytes"):  # other chunks
+        evidence.importance(TOY, guide, x, resume=file, **options | {"max_bytes": 100_000})
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(ValueError, match="cut short"):
         evidence.importance(TOY, guide, x, resume=file, **options)

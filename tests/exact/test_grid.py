@@ -213,7 +213,7 @@ def nothing(x):
     ("model", "message"),
     [
         (global_latent, "'w' lies in no data plate"),
-        (no_plate, "'z' lies in no data plate"),
+        (no_plate, "'z' and 'x' lie in no data plate"),
         (three, "3 latent dimensions"),
         (discrete, "'z' is discrete"),
         (simplex, "fewer dimensions than its event"),
@@ -230,14 +230,131 @@ def test_bad_data():
         exact.Grid(discrete).log_evidence(torch.tensor([0.0, math.nan]))
 
 
-def test_a_warning_is_of_a_change_above_the_tolerance(monkeypatch, caplog):
-    """At the finest grid that is allowed: there is a warning if and only if the last halving changed log p(x) by more."""
+def test_a_warning_is_of_an_error_above_the_tolerance(monkeypatch, caplog):
+    """There is a warning if and only if the largest number of points leaves an error above the tolerance."""
     model = MODELS["NormalNormal"]
     x = model.sample(1)
-    for first, most, warned in ((33, 65, False), (17, 65, False), (5, 9, True)):
-        monkeypatch.setattr("pyro_vae.exact.grid._LEVELS", {1: (first, most)})
+    for most, warned in ((2**17, False), (4000, False), (1700, True)):
+        monkeypatch.setattr("pyro_vae.exact.grid._MOST", {1: most})
         caplog.clear()
         solution = exact.Grid(model).solve(x)
-        assert bool(caplog.records) == warned
+        assert solution.points.shape[1] <= most
+        assert bool(caplog.records) == warned == bool(solution.error > 1e-7)
         off = (solution.log_evidence - model.log_evidence(x)).abs()
-        assert off < (1 if warned else 1e-7)
+        assert off <= solution.error + 1e-12
+
+
+def mixture(locs, scales, noise_scale=5.0):
+    """A mixture prior with round components, of equal weights, and a likelihood that observes z."""
+    locs, scales = torch.tensor(locs, dtype=torch.double), torch.tensor(scales, dtype=torch.double)
+    eye = torch.eye(locs.shape[1], dtype=torch.double)
+    return exact.MixturePrior(
+        torch.ones(len(locs)), locs, scales[:, None, None] * eye, weight=eye, noise_scale=noise_scale
+    ).double()
+
+
+def check_against_closed_form(model, x, tolerance=1e-7):
+    grid = exact.Grid(model, tolerance=tolerance)
+    solution, q, p = grid.solve(x), grid.posterior(x), model.posterior(x)
+    off = (solution.log_evidence - model.log_evidence(x)).abs()
+    assert (off <= solution.error + 1e-12).all()
+    assert (solution.error < 1.01 * tolerance).all()
+    torch.testing.assert_close(q.mean, p.mean, rtol=0, atol=10 * tolerance)
+    torch.testing.assert_close(q.variance, p.variance, rtol=0, atol=100 * tolerance)
+    return solution.points.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("locs", "scales", "most"),
+    [
+        ([[-2.0, -0.3], [2.0, 0.4]], [0.05, 0.05], 100_000),
+        ([[-3.0, 0.0], [3.0, 0.0]], [0.1, 0.1], 100_000),
+        ([[-2.0, -2.0], [2.0, 2.0]], [0.1, 0.05], 100_000),
+        ([[0.0, 0.0], [2.5, 1.0]], [1.0, 0.05], 100_000),
+        ([[0.0, 0.0], [2.5, 1.0]], [1.0, 0.01], 100_000),
+        ([[-2.0], [2.5]], [0.05, 0.05], 4000),
+        ([[0.0], [2.5]], [1.0, 0.01], 4000),
+        ([[0.0], [2.5]], [1.0, 0.001], 4000),
+    ],
+)
+def test_narrow_modes_take_points_around_them_only(locs, scales, most):
+    model = mixture(locs, scales)
+    x = torch.full((1, len(locs[0])), 0.1, dtype=torch.double)
+    assert check_against_closed_form(model, x) <= most
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-4, 1e-9])
+def test_the_error_bounds_the_error_at_any_tolerance(tolerance):
+    check_against_closed_form(mixture([[-2.0, -0.3], [2.0, 0.4]], [0.05, 0.3]), torch.zeros(1, 2).double(), tolerance)
+
+
+def test_each_datum_has_its_own_modes():
+    """Some data have one narrow mode, some two that lie apart, and some a broad one."""
+    model = mixture([[-3.0, 0.0], [3.0, 0.0], [0.0, 3.0], [0.0, -3.0]], [0.1, 0.05, 0.1, 0.7], noise_scale=0.7)
+    x = torch.tensor([[0.0, 0.0], [-3.0, 0.0], [2.0, 2.0], [0.0, -3.0], [-1.5, 1.5]], dtype=torch.double)
+    assert check_against_closed_form(model, x) <= 150_000
+    alone = torch.cat([exact.Grid(model).log_evidence(row) for row in x.split(1)])
+    torch.testing.assert_close(exact.Grid(model).log_evidence(x), alone, rtol=0, atol=2e-7)
+
+
+def test_a_datum_that_takes_too_many_points_leaves_the_others_exact(monkeypatch, caplog):
+    monkeypatch.setattr("pyro_vae.exact.grid._MOST", {1: 3000})
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(torch.where(x < 0, 100 * (20 * z).sin(), z), 1.0), obs=x)
+
+    x = torch.tensor([-1.0, 0.3], dtype=torch.double)
+    error = exact.Grid(model).solve(x).error
+    assert caplog.records
+    assert error[0] > 1e-7 >= error[1]
+
+
+@pytest.mark.parametrize(("model", "most"), [(exact.Funnel(1, scale=1.0), 200_000), (exact.Banana(scale=2.0), 400_000)])
+def test_curved_densities_in_two_dimensions(model, most):
+    model, x = model.double(), torch.zeros(1, 1, dtype=torch.double)
+    grid = exact.Grid(model)
+    solution = grid.solve(x)
+    assert (solution.log_evidence.abs() <= solution.error).all()
+    assert (solution.error < 1.01e-7).all()
+    assert solution.points.shape[1] <= most
+    q, p = grid.posterior(x), model.posterior(x)
+    torch.testing.assert_close(q.mean, p.mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(q.covariance_matrix, p.covariance_matrix, rtol=0, atol=1e-5)
+
+
+def laplace_prior(x):
+    """Its density has a kink at the prior mean."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Laplace(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0).mask(False), obs=x)
+
+
+def uniform_likelihood(x):
+    """The density jumps at z = x. ∫ₓ^∞ z e^{−z} / z dz = e^{−x}."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Gamma(x.new_tensor(2.0), 1.0))
+        pyro.sample("x", dist.Uniform(torch.zeros_like(z), z, validate_args=False), obs=x)
+
+
+@pytest.mark.parametrize(("model", "log_evidence"), [(laplace_prior, torch.zeros_like), (uniform_likelihood, torch.neg)])
+def test_kinks_and_jumps_are_refined(model, log_evidence):
+    x = torch.tensor([1.0, 2.3, 0.2, 0.7], dtype=torch.double)
+    solution = exact.Grid(model).solve(x)
+    assert ((solution.log_evidence - log_evidence(x)).abs() <= solution.error).all()
+    assert (solution.error < 1.01e-7).all()
+
+
+def test_draws_of_narrow_modes_have_their_moments_and_shares():
+    model, n = mixture([[-2.0, -0.3], [2.0, 0.4]], [0.05, 0.3]), 40_000
+    x = torch.tensor([[1.0, 0.2]], dtype=torch.double)
+    draws, p = exact.Grid(model).posterior(x).sample((n,))[:, 0], model.posterior(x)
+    right = draws[:, 0] > 0
+    share = p.mixture_distribution.probs[0, 1]
+    assert (right.double().mean() - share).abs() < 5 * (share * (1 - share) / n) ** 0.5
+    for k, part in enumerate((draws[~right], draws[right])):
+        component = p.component_distribution
+        mean, variance = component.mean[0, k], component.variance[0, k]
+        assert ((part.mean(0) - mean).abs() < 5 * (variance / len(part)) ** 0.5).all()
+        assert ((part.var(0) / variance - 1).abs() < 5 * (2 / len(part)) ** 0.5).all()

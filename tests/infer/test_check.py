@@ -1,11 +1,13 @@
 """check_pair says what is wrong with a pair, and says nothing of one that is right."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import config_enumerate
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer import Trace_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, AutoNormalMessenger
 from pyro.nn import PyroModule, pyro_method
 from torch import nn
 from torch.distributions import constraints
@@ -142,6 +144,70 @@ def infinite_model(x):
 def test_what_is_wrong(pair, x, message):
     report = pv.check_pair(*pair, x)
     assert any(message in problem for problem in report.problems), str(report)
+
+
+def test_what_others_left_in_the_param_store_does_not_hide_that_there_is_nothing_to_train():
+    x = torch.randn(7)
+    with pyro.get_param_store().scope({"params": {}, "constraints": {}}):
+        pyro.param("left", torch.zeros(3))
+        assert any("nothing to train" in problem for problem in pv.check_pair(model, frozen, x).problems)
+        with pytest.raises(ValueError, match="nothing to train"):
+            pv.SVI(model, frozen, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(x)
+        guide(x)  # its own parameters are there before the first step
+        assert math.isfinite(pv.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(x))
+
+
+@pytest.mark.parametrize("make", [AutoNormal, AutoMultivariateNormal, AutoNormalMessenger], ids=lambda make: make.__name__)
+def test_autoguides_have_something_to_train_at_the_first_step_and_later(make):
+    autoguide, x = make(model), torch.randn(7)
+    with pyro.get_param_store().scope({"params": {}, "constraints": {}}):
+        for _ in range(2):
+            assert math.isfinite(pv.SVI(model, autoguide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(x))
+            assert pv.check_pair(model, autoguide, x).problems == ()
+
+
+def normal_of(name, net, site, **options):
+    """A site of a network that a function registers under a name."""
+    pyro.module(name, net)
+    pyro.sample(site, dist.Normal(net(torch.ones(1))[0], 1.0), **options)
+
+
+def test_networks_of_functions_that_share_a_name_are_named():
+    nets = [nn.Linear(1, 1), nn.Linear(1, 1)]
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            normal_of("net", nets[0], "x", obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            normal_of("net", nets[1], "z")
+
+    (problem,) = pv.check_pair(model, guide, torch.randn(7)).problems
+    assert "model and guide register different networks under one name in Pyro's param store, 'net'" in problem
+    nets[1] = nets[0]
+    assert pv.check_pair(model, guide, torch.randn(7)).problems == ()
+
+
+def test_a_network_of_an_earlier_pair_in_the_param_store_is_named():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide_with(net):
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                normal_of("net", net, "z")
+
+        return guide
+
+    with pyro.get_param_store().scope({"params": {}, "constraints": {}}):
+        guide_with(nn.Linear(1, 1))(torch.randn(7))
+        (problem,) = pv.check_pair(model, guide_with(nn.Linear(1, 1)), torch.randn(7)).problems
+        assert "holds a network of an earlier pair as 'net', so that of the guide" in problem
+        assert "pyro.clear_param_store()" in problem
 
 
 def test_the_data_row_outside_the_support():

@@ -1,6 +1,7 @@
 """The ELBO of pairs that are not simple: what is reported is Pyro's own loss, however the data are cut and scaled."""
 
 import math
+import re
 
 import pyro
 import pyro.distributions as dist
@@ -41,6 +42,39 @@ def test_enumerated_pairs_with_a_shared_latent_have_one_elbo_however_the_data_ar
     elbo = pv.evaluate(mixture, mixture_guide, x, loss=TraceEnum_ELBO(), batch_size=batch_size)
     assert elbo.elbo.shape == (60,)
     assert elbo.mean().elbo == pytest.approx(exact.item(), rel=1e-5)
+
+
+def test_no_standard_error_is_printed_where_none_is_known():
+    """An enumerated loss has one number for a batch, and one datum has no spread."""
+    x = torch.randn(60, generator=torch.manual_seed(0))
+    for batch_size in (25, None):
+        terms = pv.evaluate(mixture, mixture_guide, x, loss=TraceEnum_ELBO(), batch_size=batch_size)
+        assert math.isnan(terms.mean().standard_error)
+        assert re.fullmatch(r"ELBO -\d\.\d\d nats per datum, 60 data", str(terms))
+    rows = torch.randn(60, 3, generator=torch.manual_seed(0))
+    assert re.fullmatch(r"ELBO \S+ nats per datum \(reconstruction .*\), 1 data", str(pv.evaluate(model, guide, rows[:1])))
+    terms = pv.evaluate(model, guide, rows)
+    assert terms.mean().standard_error == pytest.approx(terms.elbo.double().std().item() / 60**0.5)
+    assert f" ± {terms.mean().standard_error:.2f} nats" in str(terms)
+
+
+def observing_guide(x):
+    """Its ELBO is a number: what it draws is a point."""
+    mixture_guide(x)
+    with pyro.plate("data", len(x)):
+        label = dist.Bernoulli(logits=pyro.param("logit", torch.zeros(())))
+        pyro.sample("label", label, obs=(x > 0).float(), infer={"is_auxiliary": True})
+    pyro.factor("penalty", pyro.param("logit").square() - 7.0, has_rsample=False)
+
+
+@pytest.mark.parametrize("batch_size", [20, None])
+def test_the_history_of_an_enumerated_fit_leaves_out_what_the_guide_observes_as_evaluate_does(batch_size):
+    x = torch.randn(60, generator=torch.manual_seed(0))
+    options = {"loss": TraceEnum_ELBO(), "optim": pyro.optim.SGD({"lr": 0.0}), "batch_size": batch_size}
+    history = pv.fit(mixture, observing_guide, x, validation=x, epochs=1, **options)
+    expected = pv.evaluate(mixture, mixture_guide, x, loss=TraceEnum_ELBO()).mean().elbo
+    assert history.epochs[0].validation.elbo == pytest.approx(expected, rel=1e-5)
+    assert history.epochs[0].train.elbo == pytest.approx(expected, rel=1e-5)
 
 
 def nested(x, size=100):

@@ -1,6 +1,7 @@
 """A fit that stops anywhere and goes on is, to the last bit, the fit that never stopped."""
 
 import logging
+import math
 import re
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_vae as pv
 from pyro_vae import conditionals, nets, priors
 from pyro_vae.checkpoint import Checkpoints, MismatchError, read_checkpoint
+from pyro_vae.checkpoint.folder import write
 from pyro_vae.infer import snapshot
 from pyro_vae.infer import state as states
 from pyro_vae.pair import MeanElbo
@@ -264,6 +266,21 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     tensors.write_bytes(tensors.read_bytes()[:-1])
     with pytest.raises(ValueError, match="damaged"):
         read_checkpoint(newest)
+
+
+@pytest.mark.parametrize("name", ["weights", "seconds", "best.epochs_since", "ranks.0.terms", "ranks"])
+def test_a_sound_checkpoint_that_lacks_an_entry_is_refused_by_its_name(tmp_path, name):
+    run(epochs=1, checkpoint=tmp_path)
+    (path, content) = Checkpoints(tmp_path).last()
+    *parents, last = name.split(".")
+    part = content
+    for key in parents:
+        part = part[int(key) if isinstance(part, list) else key]
+    del part[last]
+    write(path, "training run", content, score=-math.inf)
+    for resume in ("last", path):
+        with pytest.raises(MismatchError, match=rf"{path.name} lacks {re.escape(name)}.*begin anew"):
+            run(checkpoint=tmp_path, resume=resume)
 
 
 def test_going_back_sets_the_later_ones_aside(tmp_path):
