@@ -1,6 +1,7 @@
 """Run functions of tensors as graphs where the optional compiler can be imported, and as they are where not."""
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ logger = logging.getLogger(__name__)
 def can_compile() -> bool:
     """Whether ``pyro_vae.compiler`` can be imported, which depends on unstable parts of torch."""
     try:
-        import pyro_vae.compiler  # noqa: F401
+        importlib.import_module("pyro_vae.compiler")
     except Exception as error:
         logger.warning("everything runs as eager Pyro, since pyro_vae.compiler cannot be imported: %s", error)
         return False

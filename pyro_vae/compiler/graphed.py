@@ -51,6 +51,11 @@ class Graphed:
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
         return self.run(*tensors)
 
+    @property
+    def held(self) -> Sequence[Tensor]:
+        """The tensors that the graph closes over."""
+        return () if self.graph is None else self.graph.held
+
     def prepare(self, tensors: Sequence[Tensor], *, calls: int = 1, thresholds: Thresholds | None = None) -> None:
         """Trace or compile the function for tensors like these where so many more calls pay for it. What fails runs on as it
         did, with one logged line."""
@@ -70,9 +75,10 @@ class Graphed:
 
     def compile(self, tensors: Sequence[Tensor]) -> None:
         """Run compiled by Inductor from now on; on a GPU as a CUDA graph. Raises :class:`CannotTrace`."""
-        assert self.graph is not None
+        if self.graph is None:
+            self.trace(tensors)
         try:
-            run = self.graph.compiled(tensors)
+            run = self.graph.compiled(tensors)  # type: ignore[union-attr] # trace() has made it
         except Exception as error:
             raise CannotTrace(f"Inductor: {describe(error)}") from error
         self._adopt(run, tensors, "compiled by Inductor")

@@ -27,8 +27,8 @@ fold_constants = constant_fold_uniform_value
 asks_if_zero = is_identically_zero.__code__  # Pyro reads whole numbers to skip terms that are zero
 
 
-# torch.nn.functional.linear, which multiplies by MKL: on CPUs that are not Intel's it is half as fast as oneDNN. An operation of
-# our own, since Inductor takes that of torch only with weights that are constant.
+# torch.nn.functional.linear, which multiplies by MKL: on CPUs that are not Intel's it is half as fast as oneDNN. An operation
+# of our own, since Inductor takes that of torch only with weights that are constant.
 _library = torch.library.Library("pyro_vae", "DEF")
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",

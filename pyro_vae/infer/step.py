@@ -92,9 +92,8 @@ class GraphStep:
         self.zeros: list[tuple[Tensor, Tensor, int]] = []  # the gradients that a step left, and their versions
         with self._moved(tensors):
             self.graphed.trace(tensors)
-        assert self.graphed.graph is not None
-        self.guards.keep([*self.graphed.graph.held, *self.params])
-        self._check_held(self.graphed.graph.held)
+        self.guards.keep([*self.graphed.held, *self.params])
+        self._check_held(self.graphed.held)
         self.written, self.written_inputs = self._find_written(tensors)
 
     def _find_parameters(self, tensors: Sequence[Tensor]) -> Mapping[nn.Module, bool]:
@@ -105,7 +104,7 @@ class GraphStep:
         with restored(written), untouched(), modules_that_run() as ran, poutine.trace(param_only=True) as capture, KeepFrozen():
             batch = self.arguments([tensor.detach().clone() for tensor in tensors])  # a pair may write to them
             self.elbo.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs)
-        self.named = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
+            self.named = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
         found = [p for p in dict.fromkeys(self.named.values()) if p.requires_grad]  # one may have two names
         self.params = [p for p in found if p.grad is not None]  # Pyro moves them, be it by the momentum of an earlier step
         self.idle = [p for p in found if p.grad is None]

@@ -47,7 +47,8 @@ class SVI(pyro.infer.SVI):
     again when parameters or buffers are replaced, frozen or moved, when training flags or hooks change, and when plain values
     (numbers, strings) change: attributes of the modules that ran, and what functions of the pair close over or read as
     globals. After any other change call :meth:`retrace`. The graph is compared with eager Pyro at the same noise when it is
-    made, at its 10th and 100th step and at every 1000th; where they differ, a line is logged and eager Pyro runs on.
+    made, at its 10th and 100th step and at every 1000th; where they differ, a line is logged and eager Pyro runs on. Making
+    and comparing a graph runs the pair a few times more: a pair that counts its own runs counts those too.
 
     :param optim: one of Pyro's optimizers, or a ``torch.optim.Optimizer`` over the pair's parameters.
     :param loss: one of Pyro's ELBO objects; ``Trace_ELBO`` and ``TraceMeanField_ELBO`` are traced.
