@@ -14,6 +14,7 @@ import torch
 import pyro_vae as pv
 from benchmarks import epoch, posterior, step
 from benchmarks.timing import print_table
+from pyro_vae.compiler.passes import PASSES
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -22,7 +23,10 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=5, help="rounds of the epochs")
     parser.add_argument("--num-data", type=int, default=60_000, help="images of MNIST in an epoch")
     parser.add_argument("--data-dir")
+    parser.add_argument("--without", nargs="*", default=[], choices=list(PASSES), help="passes of the compiler to leave out")
     args = parser.parse_args()
+    for name in args.without:
+        del PASSES[name]
     tables = args.tables or ["step", "epoch", "posterior"]
 
     pyro.set_rng_seed(0)

@@ -7,7 +7,7 @@ from pyro.infer.importance import vectorized_importance_weights
 from benchmarks.aevb import LATENT, PIXELS, make_vae
 from benchmarks.timing import measure
 from pyro_vae.batches import Batch
-from pyro_vae.graphs import compiled, trace_graph
+from pyro_vae.compiler.trace import trace
 from pyro_vae.latents import inspect_latents
 from pyro_vae.pair import sum_sites
 
@@ -57,8 +57,8 @@ def hmc(num_rows, num_chains, rounds):
         return log_prob.detach(), torch.autograd.grad(log_prob.sum(), z)[0]
 
     with pyro.validation_enabled(False):
-        graph = trace_graph(gradient, [z])
-    by_inductor = compiled(graph, [z])
+        graph = trace(gradient, [z])
+    by_inductor = graph.compiled([z])
 
     def run(f):
         def call():

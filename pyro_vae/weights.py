@@ -3,7 +3,7 @@ stand on. They are made in chunks, so that memory is bounded whatever the number
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +12,16 @@ from torch import Tensor
 
 from pyro_vae.batches import Batch, as_arguments, check_count, slices
 from pyro_vae.check import inspect_checked
-from pyro_vae.graphs import CannotTrace, compiled, has_compiler, trace_graph
+from pyro_vae.graphs import graphed
 from pyro_vae.latents import Latents
 from pyro_vae.numerics import effective_sample_size, log_mean_error, log_mean_exp, pareto_k
 from pyro_vae.pair import Program, proposal, run_pair, sampled, untouched
 from pyro_vae.particles import PARTICLES, sum_out, values_of
-from pyro_vae.structure import Particles, Structure, agree, log_weight, run_particles
+from pyro_vae.structure import Particles, Structure, log_weight, run_particles
 
 logger = logging.getLogger(__name__)
 MAX_BYTES = 2**24  # of the tensors that one run of a pair makes: what stays in a processor's cache is fastest
 _PARTICLES_AT_ONCE = 64  # enough that an encoder, which runs once for all of them, costs little
-_GRAPH_FROM = 100  # chunks of one shape, from which on a graph of them is worth its half second
-_INDUCTOR_FROM = 300  # likewise, from which on Inductor is worth its seconds
 
 
 def log_weights(
@@ -162,7 +160,7 @@ class Weigher:
         self.vectorized, self.divides = self.particles.vectorized, self.particles.divides
         self.latents: Latents | None = None  # whose draws are kept
         self.sites: list[str] = []  # those that have draws
-        self.graphs = _Graphs(self)
+        self.graphs: dict[Any, Any] = {}  # of chunks of one shape that come again and again
 
     def chunks(self, num_particles: int) -> list[slice]:
         """The rows of the data that are to be taken at a time."""
@@ -187,11 +185,25 @@ class Weigher:
         # Pyro's own validation sees each datum once
         drawn = [self.weigh(part, num_particles % self.at_once or self.at_once)]
         rest = (num_particles - 1) // self.at_once
-        weigh = self.graphs.of(part, self.at_once, rest * self.alike[rows.stop - rows.start]) if rest else self.weigh
-        drawn += [weigh(part, self.at_once) for _ in range(rest)]
+        if rest:
+            run = self._graphed(part, calls=rest * self.alike[rows.stop - rows.start])
+            drawn += [tuple(run(*part.leaves())) for _ in range(rest)]
         found = tuple(map(torch.cat, zip(*drawn, strict=True)))
         self._check_finite(found[0], rows)
         return found
+
+    def _graphed(self, part: Batch, calls: int) -> Callable[..., Sequence[Tensor]]:
+        """The log-weights of ``at_once`` particles as a function of the tensors of a chunk; a graph where so many calls pay for
+        it."""
+
+        def eager(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return self.weigh(part.with_leaves(tensors), self.at_once)
+
+        key = tuple(tensor.shape for tensor in part.leaves())
+        if key not in self.graphs:
+            self.graphs[key] = graphed(eager, kind="log-weights")
+            self.graphs[key].prepare(part.leaves(), calls=calls)
+        return self.graphs[key]
 
     def _check_finite(self, weights: Tensor, rows: slice) -> None:
         bad = (weights.isnan() | (weights == torch.inf)).any(0) | (weights == -torch.inf).all(0)
@@ -263,52 +275,6 @@ class Weigher:
             wanted = max(1, min(at_once // few, kept, n // 2))
             rows = wanted if self.divides else n
         return rows, min(num_particles, max(1, at_once // rows)) if self.vectorized else 1
-
-
-Way = Callable[[Batch, int], tuple[Tensor, ...]]  # log-weights of so many particles, and draws where they are kept
-
-
-class _Graphs:
-    """Log-weights by graphs of tensor operations, for chunks of one shape that come again and again: a graph is held against
-    eager Pyro at the same noise, and what cannot be one goes on as eager Pyro."""
-
-    def __init__(self, weigher: Weigher) -> None:
-        self.weigher = weigher
-        self.ways: dict[Any, Way] = {}
-
-    def of(self, batch: Batch, num_particles: int, times: int) -> Way:
-        """How data like these are weighed best, if that is done so many times."""
-        key = num_particles, *(tensor.shape for tensor in batch.leaves())
-        if key not in self.ways:
-            self.ways[key] = self._best(batch, num_particles, times)
-        return self.ways[key]
-
-    def _best(self, batch: Batch, num_particles: int, times: int) -> Way:
-        if times < _GRAPH_FROM:
-            return self.weigher.weigh
-        tensors = batch.leaves()
-
-        def eager(*given: Tensor) -> tuple[Tensor, ...]:
-            return self.weigher.weigh(batch.with_leaves(given), num_particles)
-
-        try:
-            graph = trace_graph(eager, tensors)
-            by_inductor = times >= _INDUCTOR_FROM and has_compiler()
-            way = self._held(compiled(graph, tensors) if by_inductor else graph, eager, tensors)
-        except Exception as reason:  # what serves goes on to serve
-            logger.info("log-weights run as eager Pyro: %s", reason)
-            return self.weigher.weigh
-        return lambda batch, _: way(*batch.leaves())
-
-    def _held(self, way: Callable[..., Any], eager: Callable[..., Any], tensors: list[Tensor]) -> Callable[..., Any]:
-        """``way``, where it says what eager Pyro says at the same noise."""
-        found = []
-        for each in (way, eager):
-            with untouched(seed=1):
-                found.append(each(*tensors)[0])
-        if not agree(*found):
-            raise CannotTrace("a graph of the log-weights differs from eager Pyro, as with noise that is not torch's")
-        return way
 
 
 def check_particles(verb: str, num_particles: int) -> None:

@@ -12,12 +12,12 @@ import pyro_vae
 PACKAGE = Path(pyro_vae.__file__).parent
 # From the ground up; a module imports from lower floors only, and neighbours do not import each other.
 FLOORS = (
-    ("nets", "arrays", "numerics", "files", "signals", "defaults", "simplify", "threads"),
+    ("nets", "arrays", "numerics", "files", "signals", "defaults", "threads"),
     ("data",),
-    ("batches", "conditionals", "products"),
+    ("batches", "conditionals"),
     ("pair", "priors", "flows"),
-    ("vae", "particles", "graphs"),
-    ("structure",),
+    ("vae", "particles", "compiler"),
+    ("structure", "graphs"),
     ("problems",),
     ("check",),
     ("latents",),

@@ -12,6 +12,7 @@ from pyro.ops.indexing import Vindex
 
 import pyro_vae as pv
 from pyro_vae import diagnostics, evidence, exact
+from pyro_vae.compiler import THRESHOLDS, Thresholds
 
 N = 12
 X = 0.5 + torch.randn(N, generator=torch.manual_seed(1), dtype=torch.double)
@@ -183,7 +184,7 @@ def test_draws_and_weights_are_those_of_one_run_in_whatever_chunks(monkeypatch):
         return mean_evidence(X) + dist.Normal(loc, scale).log_prob(mu) - dist.Normal(loc, 2 * scale).log_prob(mu)
 
     for graph_from in (10**9, 5):
-        monkeypatch.setattr(pv.weights, "_GRAPH_FROM", graph_from)
+        monkeypatch.setitem(THRESHOLDS, "log-weights", Thresholds(graph_from, 10**9))
         found = pv.joint_log_weights(mean_model, lambda x: mean_guide(x, 2.0), X, num_particles=403, max_bytes=40_000)
         assert found.draws["mu"].unique().shape == (403,)
         torch.testing.assert_close(found.log_weights, expected(found.draws["mu"]), rtol=0, atol=1e-9)

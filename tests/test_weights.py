@@ -10,7 +10,7 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 
 import pyro_vae as pv
 from pyro_vae import exact, weights
-from pyro_vae.graphs import trace_graph
+from pyro_vae.compiler import THRESHOLDS, Graphed, Thresholds
 from pyro_vae.numerics import log_mean_error, log_mean_exp
 from pyro_vae.weights import joint_log_weights, log_weights
 from tests.oracles import seeded
@@ -174,16 +174,13 @@ def test_graphs_weigh_as_pyro_does(monkeypatch):
     )
     x = torch.bernoulli(torch.rand(10, 6))
     eager = log_weights(vae.model, vae.guide, x, num_particles=64, max_bytes=2**13)
-    built = []
-    monkeypatch.setattr(weights, "_GRAPH_FROM", 3)
-    monkeypatch.setattr(weights, "trace_graph", lambda *given: built.append(trace_graph(*given)) or built[-1])
-    torch.testing.assert_close(log_weights(vae.model, vae.guide, x, num_particles=64, max_bytes=2**13), eager)
-    assert built
-    compiled = []
-    monkeypatch.setattr(weights, "_INDUCTOR_FROM", 3)
-    monkeypatch.setattr(weights, "compiled", lambda graph, tensors: compiled.append(graph) or graph)
-    torch.testing.assert_close(log_weights(vae.model, vae.guide, x, num_particles=64, max_bytes=2**13), eager)
-    assert compiled
+    for limits, how in ((Thresholds(3, 10**9), "traced"), (Thresholds(3, 3), "compiled by Inductor")):
+        made = []
+        monkeypatch.setitem(THRESHOLDS, "log-weights", limits)
+        monkeypatch.setattr(weights, "graphed", lambda f, kind, made=made: made.append(Graphed(f, kind=kind)) or made[-1])
+        torch.testing.assert_close(log_weights(vae.model, vae.guide, x, num_particles=64, max_bytes=2**13), eager)
+        assert {each.how for each in made} <= {how, "traced"}
+        assert made
 
 
 def test_a_pair_that_knows_no_particles():

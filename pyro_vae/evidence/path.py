@@ -1,7 +1,5 @@
 """The path from a base to the posterior, for Markov chains: densities and their gradients in unconstrained space."""
 
-import logging
-from collections import Counter
 from collections.abc import Callable
 from copy import copy
 from typing import Any, NamedTuple
@@ -14,17 +12,10 @@ from torch.distributions import biject_to, constraints
 
 from pyro_vae.batches import Batch
 from pyro_vae.check import inspect_checked
-from pyro_vae.graphs import CannotTrace, compiled, has_compiler, trace_graph
+from pyro_vae.graphs import graphed
 from pyro_vae.latents import Latents, Site
-from pyro_vae.pair import Program, prior_of, untouched
+from pyro_vae.pair import Program, prior_of
 from pyro_vae.particles import values_of
-from pyro_vae.structure import counted_bytes
-
-logger = logging.getLogger(__name__)
-_GRAPH_AFTER = 20  # evaluations, before a graph is worth its second
-_INDUCTOR_AFTER = 5000  # likewise, before Inductor is worth its seconds: sooner, where much memory is moved
-_INDUCTOR_BYTES = 2 * 10**10
-
 
 _BOUNDED: dict[type, Callable[[Any], Any]] = {  # with numbers for bounds, which go with any number of data
     type(constraints.interval(0.0, 1.0)): lambda c: constraints.interval(
@@ -94,11 +85,7 @@ class Path:
         }
         self.dim = sum(shape.numel() for shape in self.shapes.values())
         self.rows = slice(0, self.batch.num_rows)
-        # how it is evaluated, by the shapes of u and the data: shared by the chunks of the data
-        self.calls: Counter = Counter()
-        self.graphs: dict[Any, Any] = {}
-        self.compile_at: dict[Any, int] = {}
-        self.ways: dict[Any, Callable[..., Any]] = {}
+        self.graphs: dict[Any, Any] = {}  # by the shapes of u and the data: shared by the chunks of the data
 
     def on(self, rows: slice) -> "Path":
         """The same for some of the data, whose ``rows`` it keeps."""
@@ -116,17 +103,17 @@ class Path:
         return self.at(self.unconstrained(z))
 
     def at(self, u: Tensor) -> Point:
-        """Densities and gradients at u. By a graph once that pays; it is held against eager Pyro."""
+        """Densities and gradients at u. By a graph once that pays."""
+
+        def evaluate(u: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+            return self._evaluate(u, self.batch.with_leaves(parts))
+
         tensors = [u, *self.batch.leaves()]
         key = tuple(tensor.shape for tensor in tensors)
-        self.calls[key] += 1
-        if self.calls[key] == _GRAPH_AFTER:
-            self._trace(key, tensors)
-        if key in self.graphs and self.calls[key] == self.compile_at[key] and has_compiler():
-            self._compile(key, tensors)
-        if key not in self.ways:
-            return Point(u, *self._evaluate(u, self.batch))
-        return Point(u, *self.ways[key](*tensors))
+        if key not in self.graphs:
+            self.graphs[key] = graphed(evaluate, kind="gradient of HMC")
+        self.graphs[key].prepare(tensors)
+        return Point(u, *self.graphs[key](*tensors))
 
     def constrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """z, ``(chains, batch, dim)``, and log |dz/du|, ``(chains, batch)``."""
@@ -155,38 +142,6 @@ class Path:
             densities = log_base + flat, log_joint + flat
             gradients = [torch.autograd.grad(density.sum(), u, retain_graph=True)[0] for density in densities]
         return *(density.detach() for density in densities), *gradients
-
-    def _trace(self, key: Any, tensors: list[Tensor]) -> None:
-        def evaluate(u: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
-            return self._evaluate(u, self.batch.with_leaves(parts))
-
-        try:
-            graph = trace_graph(evaluate, tensors)
-            self._hold(key, graph, tensors)
-            self.graphs[key] = graph
-            moved = counted_bytes(lambda: self._evaluate(tensors[0], self.batch))
-            self.compile_at[key] = max(2 * _GRAPH_AFTER, min(_INDUCTOR_AFTER, _INDUCTOR_BYTES // max(1, moved)))
-        except CannotTrace as reason:
-            logger.info("chains run as eager Pyro: %s", reason)
-
-    def _compile(self, key: Any, tensors: list[Tensor]) -> None:
-        try:
-            self._hold(key, compiled(self.graphs[key], tensors), tensors)
-        except Exception as reason:
-            logger.info("chains run by the graph as it is: %s", reason)
-
-    def _hold(self, key: Any, way: Callable[..., Any], tensors: list[Tensor]) -> None:
-        """Hold another way of evaluating against eager Pyro, and take it where they agree."""
-        with untouched(seed=0):
-            found = way(*tensors)
-        with untouched(seed=1):
-            expected = self._evaluate(tensors[0], self.batch)
-        tolerance = 1e-9 if tensors[0].dtype == torch.double else 1e-3
-        for a, b in zip(found, expected, strict=True):
-            scale = b[b.isfinite()].abs().max() if b.isfinite().any() else 0.0
-            if not torch.allclose(a, b, rtol=tolerance, atol=float(tolerance * scale), equal_nan=True):
-                raise CannotTrace("a graph of the densities differs from eager Pyro")
-        self.ways[key] = way
 
 
 def _transform(name: str, site: Site, again: Any) -> Any:

@@ -22,7 +22,7 @@ from pyro_vae.batches import Batches, InMemory, as_batches, check_count, fitting
 from pyro_vae.check import refuse
 from pyro_vae.checkpoint import Checkpoints
 from pyro_vae.data import Data
-from pyro_vae.graphs import has_compiler
+from pyro_vae.graphs import can_compile
 from pyro_vae.infer.evaluate import check_minibatch, evaluate_batches
 from pyro_vae.infer.group import Group
 from pyro_vae.infer.losses import check_loss, scale_problem
@@ -38,7 +38,6 @@ from pyro_vae.threads import training
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 Beta = float | Callable[[float], float]
-_TRACE_FROM, _INDUCTOR_FROM = 300, 5000  # steps of a fit, where a graph and where Inductor are worth their seconds
 
 
 @dataclass(frozen=True)
@@ -226,7 +225,6 @@ def train(
         bar.update(at.steps)
         while at.epoch <= epochs and not best.waited(patience):
             with store.scope(state), keeper.safe(), enough_memory(LESS_MEMORY):
-                step.begin_epoch(quiet=isinstance(batches, InMemory) and not callable(beta))
                 for batch in at.rest(batches):
                     elapsed = at.epoch - 1 + at.batch / batches.num_batches
                     at.beta = _check_beta(beta(elapsed), f"beta({elapsed:g})") if callable(beta) else float(beta)
@@ -358,11 +356,12 @@ def _check_beta(value: Any, name: str) -> float:
 
 def _pays(compile: Compile, num_steps: int) -> Compile:
     """How so many steps on batches of one size are to run."""
-    if compile != "auto":
+    if compile != "auto" or not can_compile():
         return compile
-    if num_steps < _TRACE_FROM:
-        return False
-    return True if num_steps >= _INDUCTOR_FROM and has_compiler() else "trace"
+    from pyro_vae.compiler import THRESHOLDS, has_compiler
+
+    limits = THRESHOLDS["fit"]
+    return False if num_steps < limits.trace else True if num_steps >= limits.compile and has_compiler() else "trace"
 
 
 def _check_annealing(pair: Structure) -> None:

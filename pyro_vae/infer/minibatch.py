@@ -16,8 +16,7 @@ from pyro_vae.batches import Batch, Batches, InMemory
 from pyro_vae.check import check_observed
 from pyro_vae.infer.group import Group
 from pyro_vae.infer.losses import kind_of, scaled_sites
-from pyro_vae.infer.svi import SVI
-from pyro_vae.infer.traced import Traces
+from pyro_vae.infer.svi import SVI, Traces
 from pyro_vae.pair import (
     ElboTerms,
     Program,
@@ -64,10 +63,6 @@ class MinibatchSVI(SVI):
         super().__init__(*self.programs, optim, loss, check=False)
         self._later_loss_and_grads = self._checked
 
-    def begin_epoch(self, *, quiet: bool) -> None:
-        """:param quiet: whether no code of the user's runs between steps, so that one look at the guards does for the epoch."""
-        self._quiet = object() if quiet else None
-
     def _checked(self, *args: Any, **kwargs: Any) -> Any:
         """Pyro's own, between the checks that must come before the optimizer moves."""
         try:
@@ -93,13 +88,13 @@ class MinibatchSVI(SVI):
             factor = self.num_data / self.batch.num_rows
             torch._foreach_mul_(_entries(p.grad for p in trained if p.grad is not None), factor)
             value = value * factor
-        self.accept(trained, [p.grad for p in trained if p.grad is not None])
+        self._accept(trained, [p.grad for p in trained if p.grad is not None])
         return value
 
-    def accept(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    def _accept(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Average the gradients over processes, raise ``FloatingPointError`` where they are not finite, and clip them."""
         self.group.average(params, gradients, self.weight)
-        total = _total(gradients) if self.reported is None or self.group.size > 1 else self.reported[-1]
+        total = _total(gradients) if self._reported is None or self.group.size > 1 else self._reported[-1]
         if not cmath.isfinite(total.item()) and (bad := _not_finite(params, gradients)):
             raise FloatingPointError(
                 f"fit: the loss is finite but its gradient is not, at {self.where}: that of {bad}; no parameter was moved by "
@@ -138,14 +133,14 @@ class MinibatchSVI(SVI):
             handler.num_rows, handler.num_data = num_rows, num_rows if self.on_objective else self.num_data
             handler.traces.clear()
         try:
-            self.step_on(batch)
+            self._step(batch)
         except Exception:
             pyro.infer.util.zero_grads(p for _, p in pyro.get_param_store().named_parameters())  # as a step leaves them
             raise
-        terms = self.terms if self.reported is None else ElboTerms(*self.reported[:-1])
+        terms = self.terms if self._reported is None else ElboTerms(*self._reported[:-1])
         return terms if weight else ElboTerms(*(part[:0] for part in terms))
 
-    def report(self, traces: Traces, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _report(self, traces: Traces, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return *self._drawn(traces), _total(gradients)
 
     def _drawn(self, traces: Traces) -> ElboTerms:

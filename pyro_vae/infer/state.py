@@ -213,7 +213,7 @@ class Keeper:
             "moved": [name for name, p in pyro.get_param_store().named_parameters() if p.grad is not None],
             "optim": optim_state(self.step.optim),
             "best": {"elbo": self.best.elbo, "epochs_since": self.best.epochs_since, "weights": self.best.kept},
-            "graphs": self.step.graphs(), "max_plate_nesting": self.step.elbo.max_plate_nesting,
+            "graphs": self.step._graphs(), "max_plate_nesting": self.step.elbo.max_plate_nesting,
         }  # fmt: skip
         self.checkpoints.save(at.steps, content, score=-math.inf if validation is None else validation.elbo)
         self.group.wait()  # none goes on before it is there
@@ -271,7 +271,7 @@ class Keeper:
         self.best.elbo, self.best.epochs_since, self.best.kept = best["elbo"], best["epochs_since"], best["weights"]
         if self.checkpoints is not None and not self.group.rank:
             self.checkpoints.go_on_from(path)
-        self.step.resume(content["graphs"])
+        self.step._resume(content["graphs"])
         self.step.elbo.max_plate_nesting = content["max_plate_nesting"]  # or Pyro draws again to guess it
         logger.info("resume: from %s, after step %d", path, at.steps)
 

@@ -1,4 +1,4 @@
-"""Pyro's SVI, its step a graph where it can be one."""
+"""Pyro's SVI, its step run as a graph where it can be one."""
 
 import logging
 import math
@@ -14,47 +14,47 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 
 from pyro_vae.batches import Batch
 from pyro_vae.check import refuse
-from pyro_vae.graphs import CannotTrace, has_compiler, said
-from pyro_vae.infer.adam import FusedAdam
-from pyro_vae.infer.guards import SIMPLE, Watch, layout, watching
-from pyro_vae.infer.traced import Step, Traces
-from pyro_vae.pair import KeepFrozen, Program, Recorded, modules_that_run, sampled, untouched
+from pyro_vae.graphs import can_compile
+from pyro_vae.pair import KeepFrozen, Program, Recorded, modules_that_run, sampled
 from pyro_vae.problems import Problem, pair_problems, training_problems
 from pyro_vae.signals import interruptible
 from pyro_vae.structure import Structure, structure_of_run
 
 logger = logging.getLogger(__name__)
 Compile = Literal["auto", "trace"] | bool
+Traces = list[tuple[Trace, Trace]]
 
-_TRACE_AFTER = 100  # steps of one signature, before the second that a graph takes is worth it
-_CHECK_EVERY = 1000  # steps between two looks at eager Pyro
-_INDUCTOR_AFTER = 5 * _CHECK_EVERY  # steps of one signature, before the seconds that Inductor takes; where it is looked at
-_MAX_BUILDS = 16  # graphs built for one pair, before it is left to eager Pyro
+_COMPARE_AT, _COMPARE_EVERY = (10, 100), 1000  # steps of a graph at which it is compared with eager Pyro
+_MAX_BUILDS = 16  # graphs of one pair, after which it runs as eager Pyro
 _MAX_SIGNATURES = 64  # likewise, of arguments that are new each time
 
 
 class SVI(pyro.infer.SVI):
-    """``pyro.infer.SVI``, as fast as the hardware: the same constructor, ``step`` and ``evaluate_loss``.
+    """``pyro.infer.SVI`` with a faster step: the same constructor, ``step`` and ``evaluate_loss``.
 
-    Loss and gradients are traced through Pyro's handlers into a graph of tensor operations, one for each signature (shapes,
-    dtypes and devices of the tensors, values of other arguments), which is held against eager Pyro at the same noise, and run
-    in the place of it; Adam and AdamW go over all parameters in one call. What cannot be traced runs as eager Pyro, with one
-    logged line that says why. A graph is built anew when something changes that Python could have read: training flags,
-    attributes, globals, what functions close over, parameters that are frozen or replaced; what is out of sight is found when
-    the graph is held against eager Pyro again, every 1000 steps. What a pair does beside its loss, such as to print, is done
-    only while it is traced.
+    Loss and gradients are traced through Pyro's handlers into a graph of tensor operations, one for each signature of the
+    arguments (shapes, dtypes and devices of tensors, values of others but floating numbers), and Adam and AdamW update all
+    parameters in one call. What cannot be traced runs as eager Pyro, with one logged line that says why.
+
+    **Contract**, the same as that of ``jax.jit``: the Python code of a pair runs once for each signature. The graph is traced
+    again when parameters or buffers are replaced, frozen or moved, when training flags or hooks change, and when plain values
+    (numbers, strings) change: attributes of the modules that ran, and what functions of the pair close over or read as
+    globals. After any other change call :meth:`retrace`. The graph is compared with eager Pyro at the same noise when it is
+    made, at its 10th and 100th step and at every 1000th; where they differ, a line is logged and eager Pyro runs on. Making
+    and comparing a graph runs the pair a few times more: a pair that counts its own runs counts those too.
 
     :param optim: one of Pyro's optimizers, or a ``torch.optim.Optimizer`` over the pair's parameters.
     :param loss: one of Pyro's ELBO objects; ``Trace_ELBO`` and ``TraceMeanField_ELBO`` are traced.
-    :param compile: ``"trace"``: the graph as it is, ready in a second; ``True``: compiled by Inductor at once, some seconds or
-        a minute; ``"auto"``: the graph after 100 steps of one signature, and Inductor after 5000 where there is a C++ compiler;
-        ``False``: eager Pyro.
+    :param compile: ``"trace"``: a graph from the second step on, ready in a second; ``True``: compiled by Inductor as well,
+        which takes some seconds to a minute; ``"auto"``: the graph after 100 steps of one signature, and Inductor after 5000
+        where there is a C++ compiler; ``False``: eager Pyro.
     :param check: raise ``ValueError`` at the first step, before a parameter moves, for a pair that is judged wrong (see
         :func:`~pyro_vae.check_pair`).
     :raises ValueError: for another ``compile``, an optimizer whose step needs a closure (LBFGS), or a torch optimizer that
@@ -82,19 +82,33 @@ class SVI(pyro.infer.SVI):
         self._check, self._is_elbo = check, isinstance(loss, ELBO)  # Pyro calls anything else as a function
         self._later_loss_and_grads: Any = self.loss_and_grads
         self.loss_and_grads: Any = self._first_loss_and_grads
-        self._signatures: dict[Hashable, _Signature] = {}
-        self._eager_steps: Counter[str] = Counter()  # steps that no graph was looked for, by the reason
-        self._builds = 0
-        self._quiet: object | None = None  # while it is the same object, nothing but the data changes between two steps
-        self._latest: tuple[tuple, _Signature] | None = None  # that object with the shapes of the data, and what ran on them
+        self._eager_steps: Counter[str] = Counter()  # steps for which no graph was tried, by the reason
         self._resumed: frozenset[str] = frozenset()
+        self._floats_by_value = False
+        self.retrace()
+
+    def retrace(self) -> None:
+        """Drop all graphs: call it after a change that no guard sees (see the contract above)."""
+        self._signatures: dict[Hashable, _Signature] = {}
+        self._num_builds = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_signatures": {}, "_eager_steps": Counter(), "_latest": None}  # a copy makes graphs of its own
+        return vars(self) | {"_signatures": {}, "_eager_steps": Counter()}  # a copy makes graphs of its own
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the optimizer on the loss; the loss, an estimate of −ELBO in nats."""
-        return self.step_on(Batch(args, kwargs))
+        return self._step(Batch(args, kwargs))
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss, an estimate of −ELBO in nats, without gradients."""
+        with KeepFrozen():
+            return super().evaluate_loss(*args, **kwargs)
+
+    def explain(self) -> str:
+        """What runs how, and why: a line for each signature, and for each reason for steps without a signature."""
+        lines = [f"{signature.name}: {signature.how}, {signature.count} steps" for signature in self._signatures.values()]
+        lines += [f"eager Pyro: {reason}, {count} steps" for reason, count in self._eager_steps.items()]
+        return "\n".join(lines) or ("eager Pyro: compile=False" if self.compile is False else "no step has run yet")
 
     def _first_loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
         """Loss and gradients of the first step, whose traces are checked before a parameter moves."""
@@ -132,194 +146,165 @@ class SVI(pyro.infer.SVI):
             return []  # its values have dimensions for what is enumerated
         try:
             return [*pair_problems(pair), *(training_problems(pair) if whole else ())]
-        except Exception as error:  # a run that ended in an error, which says what is wrong
+        except Exception as error:  # a run that ended in an error, which is raised later
             logger.debug("SVI: the pair was not checked: %s", error)
             return []
 
-    def step_on(self, batch: Batch) -> Any:
-        """:meth:`step` on these arguments."""
-        self.reported: Sequence[Tensor] | None = None
-        latest, self._latest = self._latest, None
-        replaced = not self._is_elbo or getattr(self.loss_and_grads, "__self__", None) not in (self.elbo, self)
-        if self.compile is False or replaced or _PYRO_STACK:  # a handler around the step is not in the graph
-            self._eager_steps[self._why_eager(replaced)] += 1
-            return self._eager_step(batch)
-        kind = None if self._quiet is None else (self._quiet, [leaf.shape for leaf in batch.leaves()])
-        if latest is not None and latest[0] == kind and latest[1].repeats():
-            return self._by_graph(latest[1], batch, kind, again=True)
-        signature = self._signature(batch)
+    def _step(self, batch: Batch) -> Any:
+        self._reported: Sequence[Tensor] | None = None  # what _report gave; None where eager Pyro ran
+        reason = self._why_eager()
+        signature = None if reason else self._signature(batch)
         if signature is None:
-            self._eager_steps[f"more than {_MAX_SIGNATURES} kinds of arguments"] += 1
+            self._eager_steps[reason or f"more than {_MAX_SIGNATURES} signatures of arguments"] += 1
             return self._eager_step(batch)
-        if not self._ready(signature, batch):
-            return self._watched(signature, batch)
-        return self._by_graph(signature, batch, kind, again=False)
+        failure = self._prepare(signature, batch)
+        if signature.step is not None and signature.step.has_no_gradients():
+            return self._graph_step(signature, batch)
+        value = self._eager_step(batch)
+        if failure:  # of the graph and not of the pair, which ran
+            signature.refuse(failure)
+        return value
 
     def _eager_step(self, batch: Batch) -> Any:
         with KeepFrozen():
             return super().step(*batch.args, **batch.kwargs)
 
-    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss, an estimate of −ELBO in nats, without gradients."""
-        with KeepFrozen():
-            return super().evaluate_loss(*args, **kwargs)
-
-    def _by_graph(self, signature: "_Signature", batch: Batch, kind: tuple | None, *, again: bool) -> Any:
-        """
-        :param kind: what the step after this one is held against, to go the same way at once.
-        :param again: this one did.
-        """
+    def _graph_step(self, signature: "_Signature", batch: Batch) -> Any:
+        tensors = signature.inputs(batch)
         state = torch.get_rng_state()
-        before = signature.step.before(batch)
+        before = signature.step.before(tensors)
         failure: Exception | None = None
         try:
-            loss, gradients, reported = signature.step(batch)
+            loss, gradients, reported = signature.step(tensors)
             value = loss.item()
         except Exception as error:  # such as of a matrix that has no Cholesky factor
             failure, value = error, math.nan
-        if not math.isfinite(value):  # Pyro's own checks say what is wrong, before anything is moved
+        if not math.isfinite(value):  # Pyro's own checks raise, before a parameter moves
             torch.set_rng_state(state)
             with torch.no_grad():
-                for value, was in before:
-                    value.copy_(was)
+                for written, was in before:
+                    written.copy_(was)
             value = self._eager_step(batch)
             if failure is not None:
-                signature.refuse(f"its graph failed where that does not: {said(failure)}")
+                from pyro_vae.compiler import describe
+
+                signature.refuse(f"its graph failed where eager Pyro does not: {describe(failure)}")
             return value
-        self.reported = reported
-        self.accept(signature.step.params, gradients)
-        signature.move(gradients, again=again)
-        if kind is not None and signature.move.groups is not None:  # or else the optimizer's code ran, which may be the user's
-            self._latest = kind, signature
+        self._reported = reported
+        self._accept(signature.step.params, gradients)
+        signature.move(gradients)
         return value
 
-    def _watched(self, signature: "_Signature", batch: Batch) -> Any:
-        """A step of eager Pyro, which registers parameters and shows what a graph is to be made of."""
-        if signature.refused or (self.compile == "auto" and signature.count < _TRACE_AFTER):
-            return self._eager_step(batch)
-        failure, signature.failure = signature.failure, None
-        with watching() as seen:
-            loss = self._eager_step(batch)
-        signature.seen = seen
-        if failure is not None:  # that of a graph, not of the pair
-            signature.refuse(failure)
-        return loss
-
-    def accept(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    def _accept(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Called before the optimizer moves: a subclass may change the gradients in place, or raise."""
 
-    def graphs(self) -> list[str]:
-        """The arguments whose next step is, or may be, that of a graph."""
-        met = {signature.name: signature.seen is not None for signature in self._signatures.values()}
-        return [name for name, has_one in (dict.fromkeys(self._resumed, True) | met).items() if has_one]
-
-    def resume(self, graphs: Collection[str]) -> None:
-        """Go on where another process was: arguments of these names have graphs from their first step on, which says the
-        same in other last bits than eager Pyro."""
-        self._resumed = frozenset(graphs)
-
-    def _look(self, batch: Batch) -> Watch:
-        """What :meth:`_watched` sees, of a step that is not taken."""
-        with untouched(), watching() as seen:
-            self.elbo.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs)
-        pyro.infer.util.zero_grads(seen.params.values())
-        return seen
-
-    def report(self, traces: Traces, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:  # noqa: ARG002
-        """What else a graph is to yield, from the traces of model and guide and the gradients: a subclass finds it in
-        ``reported`` from ``accept`` on, which is ``None`` where eager Pyro ran."""
+    def _report(self, traces: Traces, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:  # noqa: ARG002
+        """Further outputs of a graph, from the traces of model and guide and the gradients: a subclass finds them in
+        ``_reported``."""
         return ()
 
-    def explain(self) -> str:
-        """What runs how, and why: a line for each signature, and for each reason for steps that none was looked for."""
-        lines = [f"{signature.name}: {signature.how}, {signature.count} steps" for signature in self._signatures.values()]
-        lines += [f"eager Pyro: {reason}, {count} steps" for reason, count in self._eager_steps.items()]
-        if not lines:
-            return "eager Pyro: compile=False" if self.compile is False else "nothing has run yet"
-        return "\n".join(lines)
+    def _graphs(self) -> list[str]:
+        """The signatures whose next step is, or may be, that of a graph."""
+        met = {signature.name: signature.count > 0 and not signature.refused for signature in self._signatures.values()}
+        return [name for name, has_graph in (dict.fromkeys(self._resumed, True) | met).items() if has_graph]
 
-    def _why_eager(self, replaced: bool) -> str:
+    def _resume(self, graphs: Collection[str]) -> None:
+        """Continue in the state of another process: these signatures have graphs from their first step on, whose last bits
+        differ from those of eager Pyro."""
+        self._resumed = frozenset(graphs)
+
+    def _why_eager(self) -> str:
+        """Why no graph is tried for a step; ``""`` where one is."""
         if self.compile is False:
             return "compile=False"
-        if not replaced:
-            return "a handler is around the step, which a graph would not see"
-        if self._is_elbo:
+        if not self._is_elbo:
+            return "the loss is a function; Trace_ELBO and TraceMeanField_ELBO are traced"
+        if getattr(self.loss_and_grads, "__self__", None) not in (self.elbo, self):
             return "loss_and_grads is not that of the loss"
-        return "the loss is a function; Trace_ELBO and TraceMeanField_ELBO are traced"
+        if _PYRO_STACK:
+            return "a handler is around the step, which is not in a graph"
+        return "" if can_compile() else "pyro_vae.compiler cannot be imported"
 
     def _signature(self, batch: Batch) -> "_Signature | None":
-        leaves: Any
-        structure: Any
-        leaves, structure = batch.args, len(batch.args)
-        if not batch.plain:
-            leaves, structure = pytree.tree_flatten(tuple(batch))
+        leaves, structure = pytree.tree_flatten(tuple(batch))
         modes = (
             *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
             torch.get_default_dtype(),
             torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), Distribution._validate_args,
         )  # fmt: skip
-        key = (modes, structure, *map(_key, leaves))
+        key = (modes, structure, *(_key(leaf, self._floats_by_value) for leaf in leaves))
         found = self._signatures.get(key)
         if found is None and len(self._signatures) < _MAX_SIGNATURES:
-            found = self._signatures[key] = _Signature(", ".join(map(_name, leaves)))
-            for leaf in leaves:
-                if not isinstance(leaf, (Tensor, *SIMPLE)):
-                    found.refuse(f"an argument is of type {type(leaf).__name__}, which may change unseen; pass tensors")
-                elif isinstance(leaf, Tensor) and (leaf.requires_grad or leaf.layout is not torch.strided):
-                    found.refuse("an argument is sparse, or asks for its gradient, which a graph does not leave in it")
+            found = self._signatures[key] = _Signature(leaves, self._floats_by_value)
             if len(self._signatures) == _MAX_SIGNATURES:
-                logger.warning("SVI: %d kinds of arguments: others run as eager Pyro; pass numbers as tensors", _MAX_SIGNATURES)
+                logger.warning(
+                    "SVI: %d signatures of arguments: others run as eager Pyro; pass numbers as tensors", _MAX_SIGNATURES
+                )
         return found
 
-    def _ready(self, signature: "_Signature", batch: Batch) -> bool:
-        """Whether a graph serves for this step."""
+    def _prepare(self, signature: "_Signature", batch: Batch) -> str:
+        """Trace, compile or compare the graph of a signature where that is due; returns why that failed, ``""`` where a graph
+        may be tried again."""
+        from pyro_vae.compiler import THRESHOLDS, CannotTrace, describe
+
         signature.count += 1
-        if signature.count == 1 and signature.name in self._resumed:
-            signature.seen = self._look(batch)
-        if signature.refused or signature.seen is None:
-            return False
-        if signature.step is not None and not self._holds(signature):
-            signature.step = signature.seen = None
-            signature.how = "eager Pyro: something changed, a graph is built at the next step"
-            return False
+        due = signature.name in self._resumed or signature.count > (
+            THRESHOLDS["step of SVI"].trace if self.compile == "auto" else 1
+        )
+        if signature.refused or not due:
+            return ""
         try:
-            if signature.step is None:
+            if signature.step is not None:
+                changed = "a program, the loss or the optimizer" if self._is_replaced(signature) else signature.step.changed()
+                if changed:
+                    signature.step, signature.how = None, f"eager Pyro: {changed} changed; traced again at the next step"
+                    return ""
+            else:
                 with interruptible():
                     self._build(signature, batch)
-            elif signature.count % _CHECK_EVERY == 0:
-                signature.step.check(batch)
+            signature.num_graph_steps += 1
+            if signature.num_graph_steps in _COMPARE_AT or signature.num_graph_steps % _COMPARE_EVERY == 0:
+                signature.step.compare(signature.inputs(batch))
+            if self.compile == "auto" and signature.count == THRESHOLDS["step of SVI"].compile:
+                with interruptible():
+                    self._compile(signature, batch)
         except CannotTrace as reason:
-            signature.refuse(str(reason))
-            return False
-        except Exception as error:  # if the pair itself fails on these data, eager Pyro is about to say so
-            signature.step, signature.seen, signature.failure = None, None, said(error)
-            signature.how = f"eager Pyro: {signature.failure}"
-            return False
-        if self.compile == "auto" and signature.count == _INDUCTOR_AFTER and has_compiler():
-            with interruptible():
-                self._compile(signature, batch)
-        return signature.step.alone()
+            if not self._floats_by_value and signature.has_floats:  # Python may branch on one: a graph for each value
+                self._floats_by_value = True
+                del self._signatures[next(key for key, value in self._signatures.items() if value is signature)]
+            else:
+                signature.refuse(str(reason))
+        except Exception as error:  # where the pair fails on these data, eager Pyro is about to raise
+            signature.step, signature.how = None, f"eager Pyro: {describe(error)}"
+            return describe(error)
+        return ""
 
-    def _holds(self, signature: "_Signature") -> bool:
-        """Whether all is as it was when the graph was traced."""
-        kept = signature.step
-        now = self.model, self.guide, self.elbo, self.optim
-        return now == (kept.model, kept.guide, kept.elbo, signature.move.optim) and kept.holds()
+    def _is_replaced(self, signature: "_Signature") -> bool:
+        step = signature.step
+        return (self.model, self.guide, self.elbo, self.optim) != (step.model, step.guide, step.elbo, signature.move.optim)
 
     def _build(self, signature: "_Signature", batch: Batch) -> None:
-        self._builds += 1
-        if self._builds > _MAX_BUILDS:
-            raise CannotTrace(f"{_MAX_BUILDS} graphs were built, and what they depend on changed again")
-        step = Step(self.elbo, self.model, self.guide, batch, signature.seen, self.report)
-        signature.step, signature.move = step, FusedAdam(self.optim, step.params)
-        signature.how = "traced"
+        from pyro_vae.compiler import CannotTrace
+        from pyro_vae.compiler.optim import FusedAdam
+        from pyro_vae.infer.step import GraphStep
+
+        self._num_builds += 1
+        if self._num_builds > _MAX_BUILDS:
+            raise CannotTrace(f"{_MAX_BUILDS} graphs were traced, and what they depend on changed again")
+        tensors, arguments = signature.inputs(batch), signature.arguments(batch)
+        step = GraphStep(self.elbo, self.model, self.guide, tensors, arguments, self._report)
+        signature.step, signature.move, signature.how = step, FusedAdam(self.optim, step.params), "traced"
         if self.compile is True:
             self._compile(signature, batch)
 
     def _compile(self, signature: "_Signature", batch: Batch) -> None:
+        from pyro_vae.compiler import CannotTrace, has_compiler
+
+        if self.compile == "auto" and not has_compiler():
+            return
         logger.info("compiling the step for %s …", signature.name)
         try:
-            signature.step.compile(batch)
+            signature.step.compile(signature.inputs(batch))
             signature.how = "compiled by Inductor"
         except CannotTrace as reason:
             signature.how = f"traced ({reason})"
@@ -327,31 +312,59 @@ class SVI(pyro.infer.SVI):
 
 
 class _Signature:
-    """What runs for arguments of one kind."""
+    """Arguments of one kind, and how steps on them run.
 
-    def __init__(self, name: str) -> None:
-        self.name, self.count = name, 0
-        self.seen: Any = None  # what its last step of eager Pyro showed
+    :param floats_by_value: whether floating numbers are part of the signature, and not inputs of the graph.
+    """
+
+    def __init__(self, leaves: Sequence[Any], floats_by_value: bool) -> None:
+        self.name = ", ".join(map(_name, leaves))
+        self.inputs_at = [
+            i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) or (type(leaf) is float and not floats_by_value)
+        ]
+        self.has_floats = any(type(leaf) is float for leaf in leaves)
+        self.count = self.num_graph_steps = 0
         self.step: Any = None
         self.move: Any = None
         self.how, self.refused = "eager Pyro: the first steps", False
-        self.failure: str | None = None  # of the latest attempt, until eager Pyro runs on the same arguments
+        for leaf in leaves:
+            if not isinstance(leaf, (Tensor, *_PLAIN)):
+                self.refuse(f"an argument is of type {type(leaf).__name__}, which may change unseen; pass tensors")
+            elif isinstance(leaf, Tensor) and (leaf.requires_grad or leaf.layout is not torch.strided):
+                self.refuse("an argument is sparse or requires a gradient, which a graph does not leave in it")
 
-    def repeats(self) -> bool:
-        """Count a step that is as the one before, unless a look at eager Pyro is due."""
-        due = (self.count + 1) % _CHECK_EVERY == 0
-        self.count += not due
-        return not due
+    def inputs(self, batch: Batch) -> list[Tensor]:
+        """The tensors that a graph is given: the tensors among the arguments, and floating numbers as tensors."""
+        leaves = pytree.tree_leaves(tuple(batch))
+        return [
+            torch.as_tensor(leaves[i], dtype=None if isinstance(leaves[i], Tensor) else torch.double) for i in self.inputs_at
+        ]
+
+    def arguments(self, batch: Batch) -> Any:
+        """The function that puts such tensors back among the arguments."""
+        leaves, structure = pytree.tree_flatten(tuple(batch))
+
+        def arguments(tensors: Sequence[Tensor]) -> Batch:
+            given = list(leaves)
+            for i, tensor in zip(self.inputs_at, tensors, strict=True):
+                given[i] = tensor
+            return Batch(*pytree.tree_unflatten(given, structure))
+
+        return arguments
 
     def refuse(self, reason: str) -> None:
         self.step, self.refused, self.how = None, True, f"eager Pyro: {reason}"
         logger.warning("SVI: %s runs as eager Pyro: %s", self.name, reason)
 
 
-def _key(leaf: Any) -> Hashable:
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+
+
+def _key(leaf: Any, floats_by_value: bool) -> Hashable:
     if isinstance(leaf, Tensor):
-        return *layout(leaf), leaf.requires_grad
-    return type(leaf), leaf if isinstance(leaf, SIMPLE) else None
+        strided = leaf.layout is torch.strided
+        return leaf.shape, leaf.stride() if strided else leaf.layout, leaf.dtype, leaf.device, leaf.requires_grad
+    return type(leaf), leaf if isinstance(leaf, _PLAIN) and (floats_by_value or type(leaf) is not float) else None
 
 
 def _name(leaf: Any) -> str:

@@ -12,7 +12,6 @@ from pyro.nn.module import to_pyro_module_
 from torch import nn
 from torch.distributions import Distribution
 
-from pyro_vae.infer import traced as traced_module
 from pyro_vae.infer.svi import SVI as CompiledSVI
 from tests.steps import D, K, Regression, adam, assert_equal_runs, data, functions, trained
 
@@ -52,7 +51,7 @@ def test_buffers_of_every_dtype_are_no_hindrance(dtype):
     ours, pyros = trained(make, CompiledSVI, steps=10, compile="trace"), trained(make, SVI, steps=10)
     assert_equal_runs(ours, pyros)
     assert ": traced, 10 steps" in ours[2].explain()
-    assert ours[2]._builds == 1
+    assert ours[2]._num_builds == 1
 
 
 class ComplexPhase(Masked):
@@ -83,10 +82,10 @@ def test_a_build_that_fails_is_tried_once(monkeypatch, caplog):
     def fails(*_, **__):
         raise NotImplementedError("no such kernel")
 
-    monkeypatch.setattr(traced_module, "trace_graph", fails)
+    monkeypatch.setattr("pyro_vae.compiler.graphed.trace", fails)
     ours, pyros = trained(functions, CompiledSVI, steps=8, compile="trace"), trained(functions, SVI, steps=8)
     assert_equal_runs(ours, pyros)
-    assert ours[2]._builds == 1
+    assert ours[2]._num_builds == 1
     assert "eager Pyro: NotImplementedError" in ours[2].explain()
     assert "no such kernel, 8 steps" in ours[2].explain()
     assert len([record for record in caplog.records if record.name == "pyro_vae.infer.svi"]) == 1
@@ -285,7 +284,7 @@ def test_a_loss_that_is_a_function_is_the_reason():
 def test_every_step_of_eager_pyro_has_its_reason():
     with pyro.get_param_store().scope():
         svi = CompiledSVI(*functions(), adam(), Trace_ELBO(), compile="trace")
-        assert svi.explain() == "nothing has run yet"
+        assert svi.explain() == "no step has run yet"
         for _ in range(3):
             svi.step(data())
         with poutine.scale(scale=0.5):

@@ -75,9 +75,9 @@ def test_arguments_of_any_structure():
 
 def test_arguments_that_are_new_each_time_end_in_eager_pyro(caplog):
     model, guide = functions()
-    svi = CompiledSVI(lambda x, beta: model(x), lambda x, beta: guide(x), adam(), Trace_ELBO(), compile="auto")
+    svi = CompiledSVI(lambda x, step: model(x), lambda x, step: guide(x), adam(), Trace_ELBO(), compile="auto")
     for i in range(70):
-        svi.step(data(), 1 / (i + 1))
+        svi.step(data(), i)
     assert len(svi._signatures) == 64
     assert "pass numbers as tensors" in caplog.text
 

@@ -1,17 +1,12 @@
 """The graph of a step: what it takes in other shapes, what it asks, and what is no difference from eager Pyro."""
 
-from types import SimpleNamespace
-
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
-from pyro_vae.infer.fit import fit
 from pyro_vae.infer.svi import SVI as CompiledSVI
 from tests.steps import D, K, adam, assert_equal_runs, data, trained, vae
 
@@ -132,7 +127,7 @@ def test_a_graph_that_fails_where_pyro_does_not_is_left(caplog):
         pyro.set_rng_seed(5)
         expected = Trace_ELBO().loss(model, guide, data())
         (signature,) = svi._signatures.values()
-        signature.step.run = fails
+        signature.step.graphed.run = fails
         pyro.set_rng_seed(5)
         assert svi.step(data()) == pytest.approx(expected, rel=1e-9)
         assert "no such kernel" in svi.explain()
@@ -155,32 +150,3 @@ def test_views_changed_in_place_leave_arguments_as_they_are():
             svi.step(x)
             assert x.shape == data().shape
     assert "traced, 5 steps" in svi.explain()
-
-
-class Narrowing(pyro.optim.PyroOptim):
-    """An optimizer of the user's, which changes the model as it moves."""
-
-    def __init__(self, pair):
-        super().__init__(torch.optim.Adam, {"lr": 1e-3})
-        self.pair = pair
-
-    def __call__(self, params, *args, **kwargs):
-        self.pair.width *= 0.99
-        super().__call__(params, *args, **kwargs)
-
-
-@pytest.mark.parametrize("compile", ["trace", pytest.param(True, marks=pytest.mark.slow)])
-def test_fit_sees_what_an_optimizer_of_the_users_changes(compile):
-    def fitted(compile):
-        pyro.set_rng_seed(0)
-        pair = SimpleNamespace(width=1.0)
-        model, guide = vae()
-
-        def narrowed(x):
-            with poutine.scale(scale=pair.width):
-                model(x)
-
-        history = fit(narrowed, guide, data(64), optim=Narrowing(pair), epochs=3, batch_size=8, compile=compile, progress=False)
-        return [epoch.train.elbo for epoch in history.epochs]
-
-    np.testing.assert_allclose(fitted(compile), fitted(False), rtol=1e-9)
