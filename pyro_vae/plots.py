@@ -107,17 +107,29 @@ def plot_images(images: Tensor, *, columns: int = 10, title: str | None = None) 
             f"plot_images: expected (n, height, width), or (n, channels, height, width) with 1, 3 or 4 channels, but got "
             f"{tuple(images.shape)}"
         )
+    sheet = _tiled(images.detach().cpu().double(), columns, gap=max(1, images.shape[-1] // 16))
+    low, high = np.nanmin(sheet), np.nanmax(sheet)
+    sheet = (sheet - low) / max(high - low, 1e-12)
     rows = -(-len(images) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(columns * 0.8, rows * 0.8 + 0.4), squeeze=False, layout="constrained")
-    pictures = images.detach().cpu().double().numpy()
-    low, high = np.nanmin(pictures), np.nanmax(pictures)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    for ax, picture in zip(axes.flat, (pictures - low) / max(high - low, 1e-12), strict=False):
-        ax.imshow(np.moveaxis(picture, 0, -1).squeeze() if picture.ndim == 3 else picture, cmap="gray", vmin=0, vmax=1)
+    fig, ax = plt.subplots(figsize=(columns * 0.8, rows * 0.8 + 0.4), layout="constrained")
+    # what is empty is white; NaN is drawn so in grey images alone
+    ax.imshow(sheet if sheet.ndim == 2 else np.nan_to_num(sheet, nan=1.0), cmap="gray", vmin=0, vmax=1)
+    ax.set_axis_off()
     if title:
         fig.suptitle(title)
     return fig
+
+
+def _tiled(images: Tensor, columns: int, *, gap: int = 0) -> np.ndarray:
+    """Images ``(n, height, width)`` or ``(n, channels, height, width)`` as one, row by row, with NaN in the gaps."""
+    images = images.unsqueeze(1) if images.dim() == 3 else images
+    empty = images.new_full((-len(images) % columns, *images.shape[1:]), torch.nan)
+    images = torch.nn.functional.pad(torch.cat([images, empty]), (0, gap, 0, gap), value=torch.nan)
+    # (row, column, channel, height, width) → (row · height, column · width, channel)
+    tiles = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)
+    sheet = tiles.reshape(tiles.shape[0] * tiles.shape[1], -1, tiles.shape[4])
+    sheet = sheet[: len(sheet) - gap, : sheet.shape[1] - gap]
+    return sheet.squeeze(-1).numpy()
 
 
 def plot_reconstructions(x: Tensor, reconstructions: Tensor, *, columns: int = 10) -> Figure:
@@ -154,11 +166,7 @@ def plot_manifold(vae: VAE, *, steps: int = 20) -> Figure:
     z = torch.distributions.Normal(0.0, 1.0).icdf(q)
     parameter = next(vae.parameters())
     grid = torch.stack(torch.meshgrid(-z, z, indexing="ij")[::-1], -1).reshape(-1, 2).to(parameter)
-    images = vae.decode(grid).mean.cpu()
-    images = images.unsqueeze(1) if images.dim() == 3 else images
-    # (row, column, channel, height, width) → (row · height, column · width, channel)
-    tiles = images.unflatten(0, (steps, steps)).permute(0, 3, 1, 4, 2)
-    sheet = tiles.reshape(steps * tiles.shape[1], steps * tiles.shape[3], -1).squeeze(-1).numpy()
+    sheet = _tiled(vae.decode(grid).mean.cpu(), steps)
     fig, ax = plt.subplots(figsize=(7, 7 * sheet.shape[0] / sheet.shape[1]), layout="constrained")
     ax.imshow(sheet, cmap="gray", extent=(0, 1, 0, 1), aspect="auto")
     ax.set(xlabel="quantile of $z_1$", ylabel="quantile of $z_2$", title="E[x|z] over the latent plane")

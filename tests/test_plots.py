@@ -30,11 +30,24 @@ def test_images_of_every_kind(image):
     x = vae.sample(13)
     plots.plot_samples(vae, 7)
     figure = plots.plot_reconstructions(x, vae.reconstruct(x))
-    shown = [ax.images[0].get_array() for ax in figure.axes if ax.images]
+    shown = np.asarray(figure.axes[0].images[0].get_array())
     expected = x[0].movedim(0, -1).squeeze() if x.dim() == 4 else x[0]
-    np.testing.assert_allclose(np.asarray(shown[0]), expected.double().numpy(), atol=1e-12)
+    np.testing.assert_allclose(shown[:9, :11], expected.double().numpy(), atol=1e-12)
     sheet = plots.plot_manifold(vae, steps=5).axes[0].images[0].get_array()
     assert sheet.shape[:2] == (45, 55)
+
+
+def test_what_is_empty_is_white():
+    """The gaps, and the places of a last row that is not full."""
+    for images in (torch.zeros(3, 5, 5), torch.zeros(3, 3, 5, 5)):
+        images[0] = 1.0
+        image = plots.plot_images(images, columns=2).axes[0].images[0]
+        drawn = image.to_rgba(image.get_array(), bytes=True)
+        sheet, alpha = drawn[..., 0], drawn[..., 3]
+        assert sheet.shape == (11, 11)
+        assert (sheet[:5, :5] == 255).all()  # the first image, which is white
+        assert (sheet[:5, 6:] == 0).all()
+        assert ((sheet == 255) | (alpha == 0))[6:, 6:].all()
 
 
 def test_the_manifold_is_the_decoded_grid_of_quantiles():
