@@ -255,7 +255,6 @@ def _one_step(model, guide, whole, x, optim, loss):
     pair = inspect_for_training(model, guide, batches, loss, annealed=False, check=True)
     step = MinibatchSVI(model, guide, loss, optim, pair, batches, annealed=False, clip_norm=None, group=Group())
     step.compile = False
-    step.begin_epoch(quiet=False)
     step.on(Batch((x,), {}), 1.0, 1.0, "here")
 
 

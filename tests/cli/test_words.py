@@ -9,14 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import pyro
 import pytest
 import torch
 
 import pyro_vae
+import pyro_vae as pv
 from pyro_vae import build, cli, plots, report, runs, words
 from pyro_vae.build import Pair
 from pyro_vae.defaults import DEFAULTS
+from pyro_vae.infer.step import GraphStep
 from tests.cli.left import PAIR
+from tests.steps import vae
 
 
 def last_lines(err):
@@ -314,13 +318,11 @@ def test_warnings_are_lines_and_those_of_other_libraries_are_left_out(capfd):
     assert capfd.readouterr().err.splitlines() == ["warning: own", "warning: a user's", "warning: of fit"]
 
 
-def test_a_long_training_says_that_it_compiles(capfd):
-    from pyro_vae import infer
-
-    with report.shown():
-        svi = object.__new__(infer.SVI)
-        signature = type(
-            "Signature", (), {"name": "float32[3]", "step": type("Step", (), {"compile": lambda self, b: None})()}
-        )()
-        svi._compile(signature, None)
-    assert capfd.readouterr().err == "compiling the step for float32[3] …\n"
+def test_a_long_training_says_that_it_compiles(capfd, monkeypatch):
+    model, guide = vae()
+    monkeypatch.setattr(GraphStep, "compile", lambda *_: None)
+    with report.shown(), pyro.get_param_store().scope():
+        svi = pv.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO(), compile=True)
+        for _ in range(2):
+            svi.step(torch.ones(4, 6))
+    assert capfd.readouterr().err == "compiling the step for float32[4, 6] …\n"
