@@ -19,7 +19,7 @@ Function = Callable[..., Sequence[Tensor]]
 
 
 class Thresholds(NamedTuple):
-    """From which call on a graph pays for its second, and Inductor for its seconds or minute."""
+    """Number of calls from which on tracing (about a second) and Inductor (seconds to a minute) pay."""
 
     trace: int
     compile: int
@@ -56,10 +56,10 @@ class Graphed:
         """The tensors that the graph closes over."""
         return () if self.graph is None else self.graph.held
 
-    def prepare(self, tensors: Sequence[Tensor], *, calls: int = 1, thresholds: Thresholds | None = None) -> None:
-        """Trace or compile the function for tensors like these where so many more calls pay for it. What fails runs on as it
-        did, with one logged line."""
-        limits = thresholds or THRESHOLDS[self.kind]
+    def prepare(self, tensors: Sequence[Tensor], *, calls: int = 1) -> None:
+        """Trace or compile the function for tensors like these if that many further calls pay for it. If it fails, the function
+        runs as before, and a line is logged."""
+        limits = THRESHOLDS[self.kind]
         before, self.calls = self.calls, self.calls + calls
         try:
             if before < limits.trace <= self.calls:
@@ -99,12 +99,13 @@ class Graphed:
             with untouched(), restored([*self.writes, *tensors]):
                 outputs = each(*tensors)
                 results.append([value.detach().clone() for value in (*self.writes, *outputs)])
-        if (i := first_difference(*results)) is not None:
+        if (i := first_difference(*results, num_written=len(self.writes))) is not None:
             output = results[1][i]
             what = "an output" if i >= len(self.writes) else "a tensor that is written,"
             raise CannotTrace(
-                f"{what} of shape {tuple(output.shape)} differs from eager Pyro at the same noise: the pair reads or writes "
-                "something in Python (an attribute, noise that is not torch's) that is not in the graph"
+                f"{what} of shape {tuple(output.shape)} differs from eager Pyro at the same noise by up to "
+                f"{_largest(results[0][i] - output):.2g}: the pair reads or writes something in Python (an attribute, noise "
+                "that is not torch's) that is not in the graph"
             )
 
 
@@ -119,15 +120,19 @@ def restored(values: Sequence[Tensor]) -> Iterator[None]:
         pyro.util.set_rng_state(state)
         with torch.no_grad():
             for value, was in zip(values, before, strict=True):
-                if not torch.equal(value, was):  # what was not written may not bear it, such as an expanded number
+                if not torch.equal(value, was):  # an expanded tensor, which was not written, cannot be written
                     value.data.copy_(was)
 
 
-def first_difference(ours: Sequence[Tensor], eager: Sequence[Tensor]) -> int | None:
-    """The first output that differs by more than rounding: relative to its own largest number, or, where that is itself the
-    rounding error of larger terms, by some roundings of the largest of all outputs."""
+def first_difference(ours: Sequence[Tensor], eager: Sequence[Tensor], *, num_written: int = 0) -> int | None:
+    """The first tensor that differs by more than rounding. The tolerance is relative to its largest entry plus a twentieth of
+    the largest entry of all outputs but single numbers: a small gradient can be the rounding error of large terms.
+
+    :param num_written: the number of tensors that are no outputs, the first ones.
+    """
     scales = [_largest(value) if value.is_floating_point() or value.is_complex() else 0.0 for value in eager]
-    largest = max(filter(math.isfinite, scales), default=0.0)
+    outputs = [scale for scale, value in zip(scales[num_written:], eager[num_written:], strict=True) if value.dim()]
+    largest = max(filter(math.isfinite, outputs), default=0.0)
     for i, (a, b, scale) in enumerate(zip(ours, eager, scales, strict=False)):
         if not (b.is_floating_point() or b.is_complex()):
             differs = not torch.equal(a, b)
@@ -135,7 +140,7 @@ def first_difference(ours: Sequence[Tensor], eager: Sequence[Tensor]) -> int | N
             differs = bool(a.isfinite().all())
         else:
             tolerance = max(_tolerance(a), _tolerance(b))
-            differs = not _largest(a - b) <= tolerance * (scale + largest / 20) + 1e-12
+            differs = not _largest(a - b) <= tolerance * (scale + (largest / 20 if b.dim() else 0.0)) + 1e-12
         if differs:
             return i
     return None

@@ -65,17 +65,22 @@ def compile_graph(graph: fx.GraphModule, tensors: Sequence[Tensor], *, cuda_grap
 
 @contextmanager
 def without_validation() -> Iterator[None]:
-    """Neither Pyro nor torch validates distributions in the block, since that reads the values of tensors. Distributions that
-    were made before, such as priors of a module, were told to validate and are not asked to."""
+    """Turn off the validation of distributions in the block, since it reads the values of tensors. Distributions made earlier,
+    such as priors of a module, keep ``_validate_args=True``, so ``_validate_sample`` is replaced too."""
     default, of_values = Distribution._validate_args, Distribution._validate_sample
     with pyro.validation_enabled(False):
-        Distribution._validate_args = None  # type: ignore[assignment] # off, and not as of one that was told to be off
+        Distribution._validate_args = None  # type: ignore[assignment] # off, and distinguishable from an explicit False
         Distribution._validate_sample = lambda *_: None  # type: ignore[method-assign]
         try:
             yield
         finally:
             Distribution._validate_sample = of_values  # type: ignore[method-assign]
     Distribution._validate_args = default  # Pyro restores its own setting, which may differ from torch's
+
+
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Note for schedules of the learning rate, which warn where no step of the optimizer went before theirs."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 def has_hooks(optimizer: torch.optim.Optimizer) -> bool:

@@ -1,4 +1,4 @@
-"""One call of Adam over all parameters, in the place of one of Pyro's optimizers for each."""
+"""One fused Adam call for all parameters instead of one of Pyro's optimizers per parameter."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -42,8 +42,14 @@ class FusedAdam:
                 )  # fmt: skip
 
     def _groups(self) -> dict[tuple, list[tuple[int, dict[str, Tensor]]]] | None:
-        """The places and states of the parameters by their settings; ``None`` where one is not plain Adam's, or is new."""
+        """The places and states of the parameters by their settings; ``None`` where one is not plain Adam's, or has no state
+        yet."""
         groups: dict[tuple, list[tuple[int, dict[str, Tensor]]]] = {}
+        whole: Any = getattr(self.optim, "optimizer", None)
+        if whole is not None:  # a torch optimizer, whose step moves all that has a gradient
+            own = {id(p) for p in self.params}
+            if any(p.grad is not None and id(p) not in own for group in whole.param_groups for p in group["params"]):
+                return None
         for i, p in enumerate(self.params):
             found = self._find(p)
             if found is None:
@@ -64,12 +70,15 @@ class FusedAdam:
             return None
         group, *others = optimizer.param_groups
         if others:
-            group = next(group for group in optimizer.param_groups if any(p is q for q in group["params"]))
+            group = next((group for group in optimizer.param_groups if any(p is q for q in group["params"])), group)
         state = optimizer.state.get(p)
         if not state or internals.has_hooks(optimizer) or group.get("differentiable") or group.get("capturable"):
             return None
         if group["amsgrad"] or p.is_complex() or isinstance(group["lr"], Tensor) or not isinstance(state["step"], Tensor):
             return None
+        if not all(value.is_contiguous() for value in (p, state["exp_avg"], state["exp_avg_sq"])):
+            return None  # fused kernels take the numbers in the order of memory
+        internals.mark_stepped(optimizer)
         if state["step"].device != p.device:  # fused kernels count where the parameter is
             state["step"] = state["step"].to(p.device)
         decoupled = group.get("decoupled_weight_decay") or kind is torch.optim.AdamW

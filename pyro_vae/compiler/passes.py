@@ -11,7 +11,7 @@ from pyro_vae.compiler import internals
 
 logger = logging.getLogger(__name__)
 _aten = torch.ops.aten
-_LARGE = 2_000_000  # multiplications of a matrix product, from which on oneDNN is faster in spite of its longer call
+_LARGE = 2_000_000  # multiplications of a matrix product, from which on oneDNN is faster despite its call overhead
 _NARROW = 64  # columns, below which it is not
 _FILLED = {_aten.ones_like.default: 1, _aten.ones.default: 1, _aten.new_ones.default: 1}
 _FILLED |= {_aten.zeros_like.default: 0, _aten.zeros.default: 0, _aten.new_zeros.default: 0}
@@ -30,7 +30,7 @@ def improve(module: fx.GraphModule, tensors: Sequence[Tensor]) -> fx.GraphModule
         improved, memory = module, _shared_memory(module, tensors)
         for run_pass in PASSES.values():
             improved = run_pass(fx.GraphModule(improved, _copy(improved.graph)))
-            if _shared_memory(improved, tensors) != memory:  # a result that was the caller's own is an input now
+            if _shared_memory(improved, tensors) != memory:  # an output aliases an input now
                 return module
         return improved
     except Exception as error:  # of a private function of torch
@@ -39,7 +39,7 @@ def improve(module: fx.GraphModule, tensors: Sequence[Tensor]) -> fx.GraphModule
 
 
 def _shared_memory(module: fx.GraphModule, tensors: Sequence[Tensor]) -> list[int]:
-    """For each output of a graph the first among inputs and outputs whose memory it is in. Checks the shapes on the way."""
+    """For each input and output of a graph the index of the first of them that shares its storage. Checks the shapes too."""
     mode = internals.FakeTensorMode(allow_non_fake_inputs=True)
     with torch.no_grad():
         outputs = internals.FakeTensorProp(module, mode).propagate(*tensors)
@@ -48,8 +48,7 @@ def _shared_memory(module: fx.GraphModule, tensors: Sequence[Tensor]) -> list[in
 
 
 def fold_constants(module: fx.GraphModule) -> fx.GraphModule:
-    """Compute what follows from numbers alone, and drop x·1, x/1 and x + 0: the gradient of a loss begins as a tensor of ones,
-    which passes through many operations before it meets another tensor."""
+    """Fold constants, and drop x·1, x/1 and x + 0: the gradient of a loss begins as a tensor of ones."""
     for target, number in _FILLED.items():
         for node in module.graph.find_nodes(op="call_function", target=target):
             value = node.meta["val"]
@@ -99,7 +98,7 @@ def _contiguous(graph: fx.Graph, part: Any, value: Tensor) -> Any:
 
 
 def _writes(node: fx.Node) -> bool:
-    """Whether an operation writes to one of its arguments; noise is written to a tensor that is new."""
+    """Whether an operation writes to one of its arguments; random operations write to a tensor that was just made."""
     if node.op != "call_function" or not hasattr(node.target, "_schema"):
         return False
     first: Any = node.args[0] if node.args else None

@@ -1,5 +1,6 @@
 """Record the tensor operations of a function."""
 
+import random
 import sys
 import sysconfig
 import traceback
@@ -19,10 +20,10 @@ from pyro_vae.pair import untouched
 
 # Operations whose result has a shape that depends on the values of tensors, or that read a value.
 _DYNAMIC = ("nonzero", "masked_select", "_local_scalar_dense", "unique", "repeat_interleave.Tensor", "equal.default")
-# Ways for the value of a tensor to become a number of Python.
+# Functions that read the value of a tensor into Python.
 _READS = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero"}
 _READS |= {"__array__", "__bool__", "__int__", "__float__", "__complex__", "__index__"}
-_READS |= {"__contains__", "__format__", "__repr__", "__dlpack__"}
+_READS |= {"__contains__", "__format__", "__repr__", "__dlpack__", "to_dlpack"}
 
 
 class CannotTrace(Exception):
@@ -106,11 +107,19 @@ def describe(error: Exception) -> str:
 def _record(f: Callable[..., Any], tensors: Sequence[Tensor], seed: int) -> fx.GraphModule:
     try:
         with untouched(seed=seed), internals.without_validation(), _NoReads() as reads, _NoHiddenReads(reads):
-            return internals.make_fx(f)(*(tensor.detach() for tensor in tensors))  # two may be the same tensor
+            noise = _other_noise()
+            graph = internals.make_fx(f)(*(tensor.detach() for tensor in tensors))  # one tensor may be passed twice
+            if _other_noise() != noise:
+                raise CannotTrace("the pair draws noise from Python's or numpy's generator; draw it by torch")
+            return graph
     except CannotTrace:
         raise
     except Exception as error:
         raise CannotTrace(describe(error)) from error
+
+
+def _other_noise() -> tuple[Any, str]:
+    return random.getstate(), str(np.random.get_state())  # noqa: NPY002
 
 
 class _NoReads(TorchFunctionMode):
@@ -179,7 +188,7 @@ _FOLDERS += [str(Path(__file__).parent.parent), sysconfig.get_path("stdlib")]
 
 
 def _line(frames: traceback.StackSummary) -> str:
-    """The innermost line outside of libraries; of libraries but torch, where there is no other."""
+    """The innermost line outside of libraries; if there is none, outside of torch."""
     for skip in (_is_library, lambda name: name.startswith(_FOLDERS[0])):
         for frame in reversed(frames):
             if not skip(frame.filename):

@@ -9,7 +9,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero, scale_and_mask
-from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, TraceMeanField_ELBO
 from pyro.infer.trace_elbo import _compute_log_r
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
@@ -22,6 +22,19 @@ from pyro_vae.infer.validation import conditions
 from pyro_vae.pair import KeepFrozen, Program, modules_that_run, untouched
 
 Traces = list[tuple[Trace, Trace]]
+
+
+@contextmanager
+def without_gradients(params: Sequence[Tensor]) -> Iterator[dict[int, Tensor | None]]:
+    """Take the gradients away in the block, and restore them. Yields them by the ``id`` of their parameters."""
+    before = {id(p): p.grad for p in params}
+    for p in params:
+        p.grad = None
+    try:
+        yield before
+    finally:
+        for p in params:
+            p.grad = before[id(p)]
 
 
 def surrogate(elbo: ELBO, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
@@ -64,12 +77,19 @@ def _mean_field(model_trace: Trace, guide_trace: Trace) -> Tensor:
     return total
 
 
+class NewParameters(Exception):
+    """The pair makes parameters that are not in the param store yet: eager Pyro is to run once more."""
+
+
 class GraphStep:
     """Loss and gradients of a pair for arguments of one signature, as a graph.
 
+    :param tensors: the inputs of the graph.
+    :param arguments: the function that puts such tensors back among the arguments; with ``as_floats`` those that stand for
+        floats as floats.
     :param report: from the traces of a run and its gradients, further outputs of a step.
-    :param inputs: from the arguments, the tensors that a graph reads, and the function that puts them back.
     :raises CannotTrace: where it cannot be a graph, or differs from eager Pyro.
+    :raises NewParameters: where the pair makes parameters.
     """
 
     def __init__(
@@ -78,42 +98,48 @@ class GraphStep:
         model: Program,
         guide: Program,
         tensors: Sequence[Tensor],
-        arguments: Callable[[Sequence[Tensor]], Batch],
+        arguments: Callable[..., Batch],
         report: Callable[[Traces, list[Tensor]], tuple[Tensor, ...]],
     ) -> None:
-        if type(elbo) not in (Trace_ELBO, TraceMeanField_ELBO):
-            raise CannotTrace(f"the loss is {type(elbo).__name__}; Trace_ELBO and TraceMeanField_ELBO are traced")
         self.elbo, self.model, self.guide, self.arguments, self.report = elbo, model, guide, arguments, report
         self.validate = Distribution._validate_args
         ran = self._find_parameters(tensors)
         self.guards = Guards([model, guide, *ran, elbo], self.params)
         writes = [*self.guards.buffers(), *self.params]
         self.graphed = Graphed(self._loss_and_gradients, kind="step of SVI", eager=self._eager, writes=writes)
-        self.zeros: list[tuple[Tensor, Tensor, int]] = []  # the gradients that a step left, and their versions
-        with self._moved(tensors):
+        self.num_steps = self.num_comparisons = 0
+        self.zeros: list[tuple[Tensor, Tensor, int]] = []  # the zero gradients that a step left, and their versions
+        with self._perturbed(tensors):
             self.graphed.trace(tensors)
-        self.guards.keep([*self.graphed.held, *self.params])
+        self.guards.restrict([*self.graphed.held, *self.params])
         self._check_held(self.graphed.held)
         self.written, self.written_inputs = self._find_written(tensors)
 
     def _find_parameters(self, tensors: Sequence[Tensor]) -> Mapping[nn.Module, bool]:
         """Run the pair for the parameters that it trains; returns the modules that ran."""
         stored = [p for _, p in pyro.get_param_store().named_parameters()]
-        before = {p: p.grad.clone() for p in stored if p.grad is not None}
-        written = [*Guards([self.model, self.guide], stored).buffers(), *stored]
-        with restored(written), untouched(), modules_that_run() as ran, poutine.trace(param_only=True) as capture, KeepFrozen():
-            batch = self.arguments([tensor.detach().clone() for tensor in tensors])  # a pair may write to them
+        roots = Guards([self.model, self.guide], stored)
+        self.trainable = [value for value, _ in roots.tensors if value.is_leaf and value.requires_grad]
+        with (
+            restored([*roots.buffers(), *stored]), without_gradients(self.trainable) as before,
+            untouched(), modules_that_run() as ran, poutine.trace(param_only=True) as capture, KeepFrozen(),
+        ):  # fmt: skip
+            batch = self.arguments([tensor.detach().clone() for tensor in tensors], as_floats=True)  # a pair may write them
             self.elbo.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs)
             self.named = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
-        found = [p for p in dict.fromkeys(self.named.values()) if p.requires_grad]  # one may have two names
-        self.params = [p for p in found if p.grad is not None]  # Pyro moves them, be it by the momentum of an earlier step
-        self.idle = [p for p in found if p.grad is None]
-        for p in self.params:
-            p.grad = before.get(p, torch.zeros_like(p))
+            found = [p for p in dict.fromkeys(self.named.values()) if p.requires_grad]  # one may have two names
+            moved = {id(p) for p in found if p.grad is not None or before.get(id(p)) is not None}
+        self.params = [p for p in found if id(p) in moved]  # Pyro updates these, if only by momentum
+        self.idle = [p for p in found if id(p) not in moved]
+        now = dict(pyro.get_param_store().named_parameters())
+        for name, p in self.named.items():
+            if now.get(name) is not p:
+                raise NewParameters(name)
         return ran
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
         """The loss ``()``, NaN where Pyro's validation would raise; the gradient of each of ``params``; the reported."""
+        self.num_steps += 1
         loss, *others = self.graphed(*tensors)
         reported = others[len(self.params) :]
         if loss.is_cuda:  # the next replay of a CUDA graph writes over them
@@ -149,21 +175,22 @@ class GraphStep:
 
     def compile(self, tensors: Sequence[Tensor]) -> None:
         """Compile the graph by Inductor. Raises ``CannotTrace`` where that fails; the graph itself serves on."""
-        with self._moved(tensors):
+        with self._perturbed(tensors):
             self.graphed.compile(tensors)
 
     def compare(self, tensors: Sequence[Tensor]) -> None:
         """Compare the graph with eager Pyro at the same noise. Raises ``CannotTrace`` where they differ."""
-        with self._moved(tensors):
+        with self._perturbed(tensors):
             self.graphed.compare(tensors)
 
     @contextmanager
-    def _moved(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """Move the parameters by some percents in the block: at an optimum a gradient is nothing but rounding errors. The
-        noise is other than that of the trace, since noise that the graph keeps must not agree by chance."""
+    def _perturbed(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Perturb the parameters by about one percent in the block: at an optimum a gradient is nothing but rounding errors.
+        The seed is another at each comparison, so that what a graph stores as a constant differs."""
         noise = torch.Generator().manual_seed(1)
+        self.num_comparisons += 1
         with restored([*self.graphed.writes, *tensors]):
-            pyro.set_rng_seed(2)
+            pyro.set_rng_seed(1 + self.num_comparisons)
             for p in self.params:
                 p.data.add_(0.01 * (p.data.abs() + 0.1) * torch.randn(p.shape, generator=noise).to(p))
             yield
@@ -184,23 +211,16 @@ class GraphStep:
             gradients = [_owned(p, gradient, taken) for p, gradient in zip(self.params, found, strict=True)]
             reported = self.report(traces, gradients)
             asked = list(conditions(traces, default=self.validate))
-            if asked:  # eager Pyro raises the error
+            if asked:  # at NaN SVI repeats the step by eager Pyro, which raises
                 total = torch.where(torch.stack(asked).all(), total, torch.nan)
         return total, *gradients, *reported
 
     def _eager(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Loss and gradients of eager Pyro."""
-        before = [p.grad for p in self.params]
-        for p in self.params:
-            p.grad = None
-        batch = self.arguments(tensors)
-        try:
-            with KeepFrozen():
-                loss = self.elbo.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs)
+        batch = self.arguments(tensors, as_floats=True)
+        with without_gradients(self.trainable), KeepFrozen():
+            loss = self.elbo.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs)
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-        finally:
-            for p, grad in zip(self.params, before, strict=True):
-                p.grad = grad
         return torch.tensor(float(loss), dtype=torch.double), *gradients
 
     def _check_held(self, held: Sequence[Tensor]) -> None:
@@ -222,7 +242,8 @@ class GraphStep:
                 value._version != version or not torch.equal(value, was)
                 for value, (version, was) in zip(values, before, strict=True)
             ]
-        return list(compress(values, written[: -len(tensors)])), list(compress(count(), written[-len(tensors) :]))
+        n = len(self.graphed.writes)
+        return list(compress(values, written[:n])), list(compress(count(), written[n:]))
 
 
 def _owned(p: Tensor, gradient: Tensor | None, taken: set[int]) -> Tensor:

@@ -7,10 +7,11 @@ from collections.abc import Collection, Hashable, Sequence
 from inspect import signature as signature_of
 from typing import Any, Literal
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import PyroOptim
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -32,8 +33,10 @@ Compile = Literal["auto", "trace"] | bool
 Traces = list[tuple[Trace, Trace]]
 
 _COMPARE_AT, _COMPARE_EVERY = (10, 100), 1000  # steps of a graph at which it is compared with eager Pyro
-_MAX_BUILDS = 16  # graphs of one pair, after which it runs as eager Pyro
-_MAX_SIGNATURES = 64  # likewise, of arguments that are new each time
+_MAX_BUILDS = 16  # graphs of one signature, after which it runs as eager Pyro
+_MAX_SIGNATURES = 64  # signatures, after which others run as eager Pyro
+_NUM_FLOATS = 3  # values of floating arguments at which a graph is compared with eager Pyro
+_TRACED = (Trace_ELBO, TraceMeanField_ELBO)
 
 
 class SVI(pyro.infer.SVI):
@@ -84,13 +87,13 @@ class SVI(pyro.infer.SVI):
         self.loss_and_grads: Any = self._first_loss_and_grads
         self._eager_steps: Counter[str] = Counter()  # steps for which no graph was tried, by the reason
         self._resumed: frozenset[str] = frozenset()
-        self._floats_by_value = False
+        self._logged: set[str] = set()
         self.retrace()
 
     def retrace(self) -> None:
         """Drop all graphs: call it after a change that no guard sees (see the contract above)."""
         self._signatures: dict[Hashable, _Signature] = {}
-        self._num_builds = 0
+        self._floats_by_value = False  # whether floats are part of a signature, and not inputs of a graph
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_signatures": {}, "_eager_steps": Counter()}  # a copy makes graphs of its own
@@ -155,14 +158,17 @@ class SVI(pyro.infer.SVI):
         reason = self._why_eager()
         signature = None if reason else self._signature(batch)
         if signature is None:
-            self._eager_steps[reason or f"more than {_MAX_SIGNATURES} signatures of arguments"] += 1
+            reason = reason or f"more than {_MAX_SIGNATURES} signatures of arguments"
+            if self.compile is not False and can_compile():
+                self._log(f"runs as eager Pyro: {reason}")
+            self._eager_steps[reason] += 1
             return self._eager_step(batch)
         failure = self._prepare(signature, batch)
         if signature.step is not None and signature.step.has_no_gradients():
             return self._graph_step(signature, batch)
         value = self._eager_step(batch)
-        if failure:  # of the graph and not of the pair, which ran
-            signature.refuse(failure)
+        if failure:  # the eager step succeeded, so the graph is at fault
+            self._refuse(signature, failure)
         return value
 
     def _eager_step(self, batch: Batch) -> Any:
@@ -171,7 +177,8 @@ class SVI(pyro.infer.SVI):
 
     def _graph_step(self, signature: "_Signature", batch: Batch) -> Any:
         tensors = signature.inputs(batch)
-        state = torch.get_rng_state()
+        on_gpu = any(tensor.is_cuda for tensor in signature.step.params)
+        state = torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_gpu else []
         before = signature.step.before(tensors)
         failure: Exception | None = None
         try:
@@ -180,7 +187,9 @@ class SVI(pyro.infer.SVI):
         except Exception as error:  # such as of a matrix that has no Cholesky factor
             failure, value = error, math.nan
         if not math.isfinite(value):  # Pyro's own checks raise, before a parameter moves
-            torch.set_rng_state(state)
+            torch.set_rng_state(state[0])
+            if on_gpu:
+                torch.cuda.set_rng_state_all(state[1])
             with torch.no_grad():
                 for written, was in before:
                     written.copy_(was)
@@ -188,7 +197,7 @@ class SVI(pyro.infer.SVI):
             if failure is not None:
                 from pyro_vae.compiler import describe
 
-                signature.refuse(f"its graph failed where eager Pyro does not: {describe(failure)}")
+                self._refuse(signature, f"its graph failed where eager Pyro does not: {describe(failure)}")
             return value
         self._reported = reported
         self._accept(signature.step.params, gradients)
@@ -204,13 +213,13 @@ class SVI(pyro.infer.SVI):
         return ()
 
     def _graphs(self) -> list[str]:
-        """The signatures whose next step is, or may be, that of a graph."""
+        """The signatures that have or may get a graph; needed to resume to the last bit."""
         met = {signature.name: signature.count > 0 and not signature.refused for signature in self._signatures.values()}
         return [name for name, has_graph in (dict.fromkeys(self._resumed, True) | met).items() if has_graph]
 
     def _resume(self, graphs: Collection[str]) -> None:
-        """Continue in the state of another process: these signatures have graphs from their first step on, whose last bits
-        differ from those of eager Pyro."""
+        """Continue in the state of another process: these signatures have graphs from their first step on, since the rounding
+        of a graph differs."""
         self._resumed = frozenset(graphs)
 
     def _why_eager(self) -> str:
@@ -219,6 +228,8 @@ class SVI(pyro.infer.SVI):
             return "compile=False"
         if not self._is_elbo:
             return "the loss is a function; Trace_ELBO and TraceMeanField_ELBO are traced"
+        if type(self.elbo) not in _TRACED:
+            return f"the loss is {type(self.elbo).__name__}; Trace_ELBO and TraceMeanField_ELBO are traced"
         if getattr(self.loss_and_grads, "__self__", None) not in (self.elbo, self):
             return "loss_and_grads is not that of the loss"
         if _PYRO_STACK:
@@ -236,10 +247,10 @@ class SVI(pyro.infer.SVI):
         found = self._signatures.get(key)
         if found is None and len(self._signatures) < _MAX_SIGNATURES:
             found = self._signatures[key] = _Signature(leaves, self._floats_by_value)
+            if reason := _why_no_input(leaves):
+                self._refuse(found, reason)
             if len(self._signatures) == _MAX_SIGNATURES:
-                logger.warning(
-                    "SVI: %d signatures of arguments: others run as eager Pyro; pass numbers as tensors", _MAX_SIGNATURES
-                )
+                self._log(f"{_MAX_SIGNATURES} signatures of arguments: others run as eager Pyro; pass numbers as tensors")
         return found
 
     def _prepare(self, signature: "_Signature", batch: Batch) -> str:
@@ -248,9 +259,8 @@ class SVI(pyro.infer.SVI):
         from pyro_vae.compiler import THRESHOLDS, CannotTrace, describe
 
         signature.count += 1
-        due = signature.name in self._resumed or signature.count > (
-            THRESHOLDS["step of SVI"].trace if self.compile == "auto" else 1
-        )
+        limits = THRESHOLDS["step of SVI"]
+        due = signature.count > (limits.trace if self.compile == "auto" else 1) or signature.name in self._resumed
         if signature.refused or not due:
             return ""
         try:
@@ -262,21 +272,21 @@ class SVI(pyro.infer.SVI):
             else:
                 with interruptible():
                     self._build(signature, batch)
-            signature.num_graph_steps += 1
-            if signature.num_graph_steps in _COMPARE_AT or signature.num_graph_steps % _COMPARE_EVERY == 0:
-                signature.step.compare(signature.inputs(batch))
-            if self.compile == "auto" and signature.count == THRESHOLDS["step of SVI"].compile:
-                with interruptible():
-                    self._compile(signature, batch)
-        except CannotTrace as reason:
-            if not self._floats_by_value and signature.has_floats:  # Python may branch on one: a graph for each value
-                self._floats_by_value = True
-                del self._signatures[next(key for key, value in self._signatures.items() if value is signature)]
-            else:
-                signature.refuse(str(reason))
-        except Exception as error:  # where the pair fails on these data, eager Pyro is about to raise
+            if signature.step is not None:
+                n = signature.step.num_steps + 1
+                if signature.has_new_floats(batch) or n in _COMPARE_AT or n % _COMPARE_EVERY == 0:
+                    signature.step.compare(signature.inputs(batch))
+                if self.compile == "auto" and signature.count == limits.compile:
+                    with interruptible():
+                        self._compile(signature, batch)
+        except Exception as error:
             signature.step, signature.how = None, f"eager Pyro: {describe(error)}"
-            return describe(error)
+            if signature.has_floats:  # Python may branch on one
+                self._floats_by_value = True
+            elif isinstance(error, CannotTrace):
+                self._refuse(signature, str(error))
+            else:  # if the pair itself fails on these data, the eager step raises
+                return describe(error)
         return ""
 
     def _is_replaced(self, signature: "_Signature") -> bool:
@@ -286,13 +296,17 @@ class SVI(pyro.infer.SVI):
     def _build(self, signature: "_Signature", batch: Batch) -> None:
         from pyro_vae.compiler import CannotTrace
         from pyro_vae.compiler.optim import FusedAdam
-        from pyro_vae.infer.step import GraphStep
+        from pyro_vae.infer.step import GraphStep, NewParameters
 
-        self._num_builds += 1
-        if self._num_builds > _MAX_BUILDS:
+        signature.num_builds += 1
+        if signature.num_builds > _MAX_BUILDS:
             raise CannotTrace(f"{_MAX_BUILDS} graphs were traced, and what they depend on changed again")
         tensors, arguments = signature.inputs(batch), signature.arguments(batch)
-        step = GraphStep(self.elbo, self.model, self.guide, tensors, arguments, self._report)
+        try:
+            step = GraphStep(self.elbo, self.model, self.guide, tensors, arguments, self._report)
+        except NewParameters as name:
+            signature.how = f"eager Pyro: the pair made the parameter {str(name)!r}; traced at the next step"
+            return
         signature.step, signature.move, signature.how = step, FusedAdam(self.optim, step.params), "traced"
         if self.compile is True:
             self._compile(signature, batch)
@@ -310,61 +324,86 @@ class SVI(pyro.infer.SVI):
             signature.how = f"traced ({reason})"
             logger.warning("SVI: %s: not compiled: %s", signature.name, reason)
 
+    def _refuse(self, signature: "_Signature", reason: str) -> None:
+        """Run steps of this signature as eager Pyro from now on."""
+        signature.step, signature.refused, signature.how = None, True, f"eager Pyro: {reason}"
+        self._log(f"{signature.name} runs as eager Pyro: {reason}", reason)
+
+    def _log(self, text: str, reason: str = "") -> None:
+        """Log a line once for each reason."""
+        if (reason or text) not in self._logged:
+            self._logged.add(reason or text)
+            logger.warning("SVI: %s", text)
+
 
 class _Signature:
-    """Arguments of one kind, and how steps on them run.
-
-    :param floats_by_value: whether floating numbers are part of the signature, and not inputs of the graph.
-    """
+    """State of one signature of arguments: the number of steps, the graph, or why there is none."""
 
     def __init__(self, leaves: Sequence[Any], floats_by_value: bool) -> None:
-        self.name = ", ".join(map(_name, leaves))
-        self.inputs_at = [
-            i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) or (type(leaf) is float and not floats_by_value)
-        ]
-        self.has_floats = any(type(leaf) is float for leaf in leaves)
-        self.count = self.num_graph_steps = 0
+        is_input = [isinstance(leaf, Tensor) or (_is_float(leaf) and not floats_by_value) for leaf in leaves]
+        self.inputs_at = [i for i, each in enumerate(is_input) if each]
+        self.has_floats = any(each and _is_float(leaf) for leaf, each in zip(leaves, is_input, strict=True))
+        self.floats: set[tuple[float, ...]] = set()  # values at which the graph was compared with eager Pyro
+        self.name = ", ".join(
+            "float" if each and _is_float(leaf) else _name(leaf) for leaf, each in zip(leaves, is_input, strict=True)
+        )
+        self.count = self.num_builds = 0
         self.step: Any = None
-        self.move: Any = None
+        self.move: Any = None  # the update of the parameters by the optimizer
         self.how, self.refused = "eager Pyro: the first steps", False
-        for leaf in leaves:
-            if not isinstance(leaf, (Tensor, *_PLAIN)):
-                self.refuse(f"an argument is of type {type(leaf).__name__}, which may change unseen; pass tensors")
-            elif isinstance(leaf, Tensor) and (leaf.requires_grad or leaf.layout is not torch.strided):
-                self.refuse("an argument is sparse or requires a gradient, which a graph does not leave in it")
 
     def inputs(self, batch: Batch) -> list[Tensor]:
         """The tensors that a graph is given: the tensors among the arguments, and floating numbers as tensors."""
         leaves = pytree.tree_leaves(tuple(batch))
-        return [
-            torch.as_tensor(leaves[i], dtype=None if isinstance(leaves[i], Tensor) else torch.double) for i in self.inputs_at
-        ]
+        given = (leaves[i] for i in self.inputs_at)
+        return [leaf if isinstance(leaf, Tensor) else torch.tensor(float(leaf), dtype=torch.double) for leaf in given]
+
+    def has_new_floats(self, batch: Batch) -> bool:
+        """Whether floats among the arguments have other values than before, for the first few: Python may look them up."""
+        if not self.has_floats or len(self.floats) == _NUM_FLOATS:
+            return False
+        num_known = len(self.floats)
+        self.floats.add(tuple(float(leaf) for leaf in pytree.tree_leaves(tuple(batch)) if _is_float(leaf)))
+        return len(self.floats) > num_known
 
     def arguments(self, batch: Batch) -> Any:
-        """The function that puts such tensors back among the arguments."""
+        """The function that puts such tensors back among the arguments; with ``as_floats`` those of floats as floats."""
         leaves, structure = pytree.tree_flatten(tuple(batch))
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # keeps no batch
 
-        def arguments(tensors: Sequence[Tensor]) -> Batch:
-            given = list(leaves)
+        def arguments(tensors: Sequence[Tensor], *, as_floats: bool = False) -> Batch:
+            given = list(others)
             for i, tensor in zip(self.inputs_at, tensors, strict=True):
-                given[i] = tensor
+                given[i] = tensor.item() if as_floats and _is_float(others[i]) else tensor
             return Batch(*pytree.tree_unflatten(given, structure))
 
         return arguments
 
-    def refuse(self, reason: str) -> None:
-        self.step, self.refused, self.how = None, True, f"eager Pyro: {reason}"
-        logger.warning("SVI: %s runs as eager Pyro: %s", self.name, reason)
-
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, float | np.floating)
+
+
+def _why_no_input(leaves: Sequence[Any]) -> str:
+    """Why a graph cannot be given these arguments, or ``""``."""
+    for leaf in leaves:
+        if not isinstance(leaf, (Tensor, np.floating, *_PLAIN)):
+            return f"an argument is of type {type(leaf).__name__}, which may change unseen; pass tensors"
+        if isinstance(leaf, Tensor) and (leaf.requires_grad or leaf.layout is not torch.strided):
+            return "an argument is sparse or requires a gradient, which a graph does not compute"
+    return ""
 
 
 def _key(leaf: Any, floats_by_value: bool) -> Hashable:
     if isinstance(leaf, Tensor):
         strided = leaf.layout is torch.strided
         return leaf.shape, leaf.stride() if strided else leaf.layout, leaf.dtype, leaf.device, leaf.requires_grad
-    return type(leaf), leaf if isinstance(leaf, _PLAIN) and (floats_by_value or type(leaf) is not float) else None
+    if _is_float(leaf):
+        return float, float(leaf) if floats_by_value else None
+    return type(leaf), leaf if isinstance(leaf, _PLAIN) else None
 
 
 def _name(leaf: Any) -> str:

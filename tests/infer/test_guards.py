@@ -3,6 +3,7 @@
 import functools
 import os
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pyro
@@ -13,6 +14,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
+from pyro_vae.infer.step import GraphStep
 from pyro_vae.infer.svi import SVI as CompiledSVI
 from tests.steps import PAIRS, Annealed, D, K, adam, changes, data, functions, vae
 
@@ -154,7 +156,7 @@ def test_numbers_that_are_arguments_are_inputs_of_one_graph():
 
     (ours, svi), (pyros, _) = run(CompiledSVI, compile="trace"), run(SVI)
     np.testing.assert_allclose(ours, pyros, rtol=1e-9)
-    assert len(svi._signatures) == svi._num_builds == 1
+    assert [each.num_builds for each in svi._signatures.values()] == [1]
     assert "traced, 12 steps" in svi.explain()
 
 
@@ -345,3 +347,87 @@ def test_thawed_parameters_train():
         return model, guide
 
     changes(make, lambda model, _, i: model.requires_grad_(i == 6).train(i == 6))
+
+
+class Limits(NamedTuple):
+    low: float
+    high: float
+
+
+class Bounded(Annealed):
+    """A guide whose temperature is in a tuple, and in an attribute of its class, which a method reads."""
+
+    factor = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.limits = Limits(0.0, 1.0)
+        self.handle = self.net.register_forward_hook(lambda *_: None)
+
+    def scale(self):
+        return self.limits.high * self.factor * NUMBER
+
+    def forward(self, x):
+        self.temperature = 1.0
+        pyro.module("net", self.net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.net(x), self.scale()).to_event(1))
+
+
+def replace_hook(guide, i):
+    guide.handle.remove()
+    guide.handle = guide.net.register_forward_hook(lambda _, __, out: out / i)
+
+
+MORE_WAYS = {
+    "a tuple": lambda guide, i: setattr(guide, "limits", Limits(0.0, 1 / i)),
+    "a class attribute": lambda guide, i: setattr(Bounded, "factor", 1 / i),
+    "a global that a method reads": lambda guide, i: set_global(None, 1 / i),
+    "a hook in the place of another": replace_hook,
+}
+
+
+@pytest.mark.parametrize("way", MORE_WAYS)
+def test_attributes_of_any_kind_are_seen(way):
+    def make():
+        Bounded.factor = 1.0
+        set_global(None, 1.0)
+        return vae()[0], Bounded()
+
+    try:
+        changes(make, lambda _, guide, i: MORE_WAYS[way](guide, i))
+    finally:
+        Bounded.factor = 1.0
+        set_global(None, 1.0)
+
+
+DATA = data()
+
+
+def test_a_global_tensor_of_which_only_the_size_is_read_is_seen(monkeypatch):
+    module = __import__(__name__, fromlist=["DATA"])
+
+    def make():
+        module.DATA = data()
+        model, guide = functions()
+
+        def scaled(x):
+            with poutine.scale(scale=len(DATA) / len(x)):
+                model(x)
+
+        return scaled, guide
+
+    changes(make, lambda _, __, i: setattr(module, "DATA", data(n=3 * i)))
+
+
+def test_a_rebuilt_graph_is_compared_at_its_own_tenth_step(monkeypatch):
+    compared = []
+    monkeypatch.setattr(GraphStep, "compare", lambda self, _: compared.append(self.num_steps))
+    model, guide = vae()
+    with pyro.get_param_store().scope():
+        svi = CompiledSVI(model, guide, adam(), Trace_ELBO(), compile="trace")
+        for i in range(40):
+            if i == 15:
+                model.requires_grad_(False).train(False)
+            svi.step(data())
+    assert compared == [9, 9]

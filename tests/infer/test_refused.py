@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
@@ -171,3 +172,63 @@ def test_hooks_on_gradients_run(kind):
             return losses + [svi.step(data(seed=i)) for i in range(4)]
 
     np.testing.assert_allclose(run(CompiledSVI, compile="trace"), run(SVI), rtol=1e-9)
+
+
+def scaled_by(read):
+    """A model under a scale that Python finds from an argument."""
+
+    def make():
+        model, guide = functions()
+
+        def scaled(x, beta):
+            with poutine.scale(scale=read(beta)):
+                model(x)
+
+        return scaled, lambda x, beta: guide(x)
+
+    return make
+
+
+FLOATS = {
+    "looked up": lambda beta: {1.0: 0.3}.get(beta, 1.0),
+    "by its type": lambda beta: 0.3 if isinstance(beta, float) else 1.0,
+    "rounded": lambda beta: round(beta, 1),
+    "printed": lambda beta: float(f"{beta:.1f}"),
+    "in a tensor": lambda beta: torch.tensor(beta) * 2,
+}
+
+
+@pytest.mark.parametrize("way", FLOATS)
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
+def test_whatever_python_does_with_a_float_is_done(way):
+    def run(svi_class, **options):
+        pyro.set_rng_seed(0)
+        with pyro.get_param_store().scope():
+            svi = svi_class(*scaled_by(FLOATS[way])(), adam(), Trace_ELBO(), **options)
+            return [svi.step(data(seed=i), [1.0, 0.5][i % 2]) for i in range(12)], svi
+
+    (ours, svi), (pyros, _) = run(CompiledSVI, compile="trace"), run(SVI)
+    np.testing.assert_allclose(ours, pyros, rtol=1e-9)
+    assert "traced" in svi.explain()
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: np.random.rand()], ids=["random", "numpy"])  # noqa: NPY002
+def test_noise_of_python_that_decides_a_branch_is_refused(draw):
+    _, guide = functions()
+    model = scaled_by(lambda _: 0.1 if draw() < 0.01 else 1.0)()[0]
+    with pyro.get_param_store().scope():
+        svi = CompiledSVI(lambda x: model(x, 1.0), guide, adam(), Trace_ELBO(), compile="trace")
+        for _ in range(4):
+            svi.step(data())
+    assert "draws noise from Python's or numpy's generator" in svi.explain()
+
+
+def test_many_shapes_have_graphs():
+    """What changes is the data, so no graph is one too many."""
+    model, guide = functions()
+    with pyro.get_param_store().scope():
+        svi = CompiledSVI(model, guide, adam(), Trace_ELBO(), compile="trace")
+        for n in range(2, 20):
+            for _ in range(2):
+                svi.step(data(n))
+    assert svi.explain().count("traced") == 18

@@ -1,14 +1,16 @@
 """The graph of a step: what it takes in other shapes, what it asks, and what is no difference from eager Pyro."""
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
 from pyro_vae.infer.svi import SVI as CompiledSVI
-from tests.steps import D, K, adam, assert_equal_runs, data, trained, vae
+from tests.steps import D, K, adam, assert_equal_runs, data, functions, trained, vae
 
 
 @pytest.fixture(autouse=True)
@@ -150,3 +152,105 @@ def test_views_changed_in_place_leave_arguments_as_they_are():
             svi.step(x)
             assert x.shape == data().shape
     assert "traced, 5 steps" in svi.explain()
+
+
+@pytest.mark.filterwarnings("ignore:grad and param do not obey")
+def test_parameters_that_are_laid_out_otherwise_than_adams_state():
+    def run(svi_class, **options):
+        pyro.set_rng_seed(0)
+        with pyro.get_param_store().scope():
+            heads = Heads()
+            svi = svi_class(heads.model, heads.guide, adam(), Trace_ELBO(), **options)
+            losses = []
+            for i in range(10):
+                if i == 4:
+                    heads.encoder.weight.data = heads.encoder.weight.data.t().contiguous().t()
+                losses.append(svi.step(data(seed=i)))
+            return losses
+
+    np.testing.assert_allclose(run(CompiledSVI, compile="trace"), run(SVI), rtol=1e-9)
+
+
+def test_a_torch_optimizer_moves_what_else_has_a_gradient():
+    def run(compile):
+        pyro.set_rng_seed(0)
+        with pyro.get_param_store().scope():
+            model, guide = vae()
+            other = nn.Parameter(torch.ones(3))
+            optimizer = torch.optim.Adam([*model.parameters(), *guide.parameters(), other], lr=0.05)
+            svi = CompiledSVI(model, guide, optimizer, Trace_ELBO(), compile=compile)
+            for i in range(8):
+                other.grad = None
+                other.square().sum().backward()
+                svi.step(data(seed=i))
+            return other.detach()
+
+    torch.testing.assert_close(run("trace"), run(False), rtol=1e-9, atol=1e-9)
+
+
+def test_parameters_that_are_made_just_before_a_graph():
+    def run(svi_class, **options):
+        pyro.set_rng_seed(0)
+        with pyro.get_param_store().scope():
+            model, guide = functions()
+            svi = svi_class(model, guide, adam(), Trace_ELBO(), **options)
+            losses = []
+            for i in range(8):
+                if i == 1:
+                    pyro.clear_param_store()
+                losses.append(svi.step(data(seed=i)))
+            return losses
+
+    np.testing.assert_allclose(run(CompiledSVI, compile="trace"), run(SVI), rtol=1e-9)
+
+
+def test_a_pair_without_arguments_whose_network_keeps_statistics():
+    def run(svi_class, **options):
+        pyro.set_rng_seed(0)
+        heads, x = Standardized(), data()
+        with pyro.get_param_store().scope():
+            svi = svi_class(lambda: heads.model(x), lambda: heads.guide(x), adam(), Trace_ELBO(), **options)
+            return [svi.step() for _ in range(5)], svi
+
+    (ours, svi), (pyros, _) = run(CompiledSVI, compile="trace"), run(SVI)
+    np.testing.assert_allclose(ours, pyros, rtol=1e-9)
+    assert "traced, 5 steps" in svi.explain()
+
+
+def test_gradients_of_networks_outside_the_store_are_as_after_one_step():
+    def run(svi_class, **options):
+        pyro.set_rng_seed(0)
+        net, other = nn.Linear(D, K), nn.Linear(D, K)
+        model, _ = vae()
+
+        def guide(x):
+            pyro.module("net", net)
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(net(x) + other(x), 1.0).to_event(1))
+
+        with pyro.get_param_store().scope():
+            svi = svi_class(model, guide, adam(), Trace_ELBO(), **options)
+            for i in range(3):
+                svi.step(data(seed=i))
+        return other.weight.grad
+
+    torch.testing.assert_close(run(CompiledSVI, compile="trace", check=False), run(SVI), rtol=1e-9, atol=1e-9)
+
+
+def test_single_precision_does_not_hide_a_difference_behind_a_large_loss():
+    torch.set_default_dtype(torch.float)
+    settings = {"scale": 1.0}
+    heads = Heads()
+
+    def model(x):
+        pyro.factor("constant", torch.tensor(1e6))
+        with poutine.scale(scale=settings["scale"]):
+            heads.model(x)
+
+    with pyro.get_param_store().scope():
+        svi = CompiledSVI(model, heads.guide, adam(), Trace_ELBO(), compile="trace", check=False)
+        for i in range(15):
+            if i == 5:
+                settings["scale"] = 0.5
+            svi.step(data(seed=i).float())
+    assert "differs from eager Pyro" in svi.explain()

@@ -160,8 +160,8 @@ def branching():
 @pytest.mark.parametrize(
     ("make", "reason", "loss"),
     [
-        (numpy_noise, "differs at each run", Trace_ELBO),
-        (numpy_number, "other operations each time", Trace_ELBO),
+        (numpy_noise, "numpy's generator", Trace_ELBO),
+        (numpy_number, "numpy's generator", Trace_ELBO),
         (splines, "depends on values", Trace_ELBO),
         (branching, "reads the value of a tensor", Trace_ELBO),
         (enumerated, "TraceEnum_ELBO", lambda: TraceEnum_ELBO(max_plate_nesting=1)),
