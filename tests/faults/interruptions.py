@@ -170,6 +170,7 @@ def make_pair():
 
 def _signalled(number, phase, times, words):
     """The command line, which sends itself a signal in some phase of its work."""
+    from pyro_vae.compiler import THRESHOLDS, Thresholds
     from pyro_vae.infer import fit as _  # noqa: F401
     from pyro_vae.infer.minibatch import MinibatchSVI
     from pyro_vae.infer.svi import SVI
@@ -194,7 +195,7 @@ def _signalled(number, phase, times, words):
         fit.evaluate_batches = sent(fit.evaluate_batches, 1)
     elif phase == "building a graph":
         SVI._build = sent(SVI._build, 0)
-    fit._TRACE_FROM = 0  # a graph even for so few steps
+    THRESHOLDS["fit"] = Thresholds(0, 10**9)  # a graph even for so few steps
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a script runs this in the background
     small.command(*words)
 
