@@ -193,8 +193,8 @@ class Weigher:
         return found
 
     def _graphed(self, part: Batch, calls: int) -> Callable[..., Sequence[Tensor]]:
-        """The log-weights of ``at_once`` particles as a function of the tensors of a chunk; a graph where so many calls pay for
-        it."""
+        """The log-weights of ``at_once`` particles as a function of the tensors of a chunk; a graph if ``calls`` calls pay for
+        one."""
 
         def eager(*tensors: Tensor) -> tuple[Tensor, ...]:
             return self.weigh(part.with_leaves(tensors), self.at_once)

@@ -105,7 +105,7 @@ def to_go_on(context: typer.Context, out: Path | None, overwrite: bool, config: 
     from pyro_vae import runs
 
     if out is None or overwrite:
-        raise typer.BadParameter("--resume goes on with the run at --out RUN, and replaces nothing; expected --out alone")
+        raise typer.BadParameter("--resume continues the run at --out RUN and replaces nothing; expected --out alone")
     if not runs.is_run(out):
         return config
     sources = {name: context.get_parameter_source(name) for name in context.params}

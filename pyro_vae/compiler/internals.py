@@ -27,8 +27,8 @@ fold_constants = constant_fold_uniform_value
 asks_if_zero = is_identically_zero.__code__  # Pyro reads whole numbers to skip terms that are zero
 
 
-# torch.nn.functional.linear, which multiplies by MKL: on CPUs that are not Intel's it is half as fast as oneDNN. An operation
-# of our own, since Inductor takes that of torch only with weights that are constant.
+# torch.nn.functional.linear, which multiplies by MKL: on CPUs that are not Intel's it is half as fast as oneDNN. It is
+# wrapped in a new operation, since Inductor takes torch's only with constant weights.
 _library = torch.library.Library("pyro_vae", "DEF")
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
@@ -84,7 +84,7 @@ def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
 
 
 def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether code of the user's runs with a step of an optimizer: hooks, or a ``step`` of its own."""
+    """Whether a user's code runs with a step of an optimizer: hooks, or a replaced ``step``."""
     own = vars(optimizer).get("step")
     return any(
         (

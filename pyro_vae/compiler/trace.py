@@ -157,7 +157,7 @@ def _check_node(graph: fx.GraphModule, other: fx.GraphModule, node: fx.Node) -> 
     if by_mask or any(name in target for name in _DYNAMIC):
         raise CannotTrace(f"the result of {target} has a shape that depends on values")
     if any(isinstance(part, torch.Generator) for part in (*node.args, *node.kwargs.values())):
-        raise CannotTrace(f"{target} draws from a generator of its own")
+        raise CannotTrace(f"{target} draws from another generator than torch's default")
     if node.op == "get_attr":
         value, again = getattr(graph, target), getattr(other, target)
         if value is not again and not torch.equal(value, again):

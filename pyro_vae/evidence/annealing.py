@@ -60,8 +60,8 @@ def ais(
     :param joint: all data together as one datum, for models with latents that all data share: log p(x₁…x_N), ``(1,)``.
     :param progress: a bar on stderr; by default only where that is a terminal.
     :param resume: a file that keeps finished chunks of the data, from which an interrupted run goes on.
-    :raises ValueError: for latents in no data plate unless ``joint``, discrete latents that cannot be summed out, a schedule
-        that is none.
+    :raises ValueError: for latents in no data plate unless ``joint``, discrete latents that cannot be summed out, an invalid
+        schedule.
     """
     batch = as_arguments(args, kwargs)
 

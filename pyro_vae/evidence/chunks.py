@@ -29,7 +29,7 @@ def in_chunks(
 ) -> dict[str, Tensor]:
     """What ``compute`` says of each chunk of the data, end to end: tensors whose last dimension is that of the data.
 
-    Each chunk has random numbers of its own, so that a run that goes on says what one that was never interrupted says.
+    Each chunk has its own seed, so that a resumed run gives the numbers of an uninterrupted one.
 
     :param resume: a file that keeps the chunks that are done; where it is there, the run goes on from it.
     :param fingerprint: of all that the result depends on.

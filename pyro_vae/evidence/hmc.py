@@ -27,7 +27,7 @@ class Transition(ABC):
         return self
 
     def limited(self, num_moves: int) -> "Transition":  # noqa: ARG002
-        """The same, with a pilot run of ``num_moves`` moves of a chain or fewer where step sizes can be found in so many, so
+        """The same, with a pilot run of at most ``num_moves`` moves of a chain, if step sizes can be found in that many, so
         that it costs no more than the weighted run."""
         return self
 
@@ -43,7 +43,7 @@ class HMC(Transition):
     The step size is found for each temperature and datum by a pilot run that aims at ``target_acceptance``, by a stochastic
     approximation, and is frozen before the weighted run.
 
-    num_pilot: chains of the pilot; pilot_moves: moves at each of its temperatures; pilot_temperatures: at most so many. A
+    num_pilot: chains of the pilot; pilot_moves: moves at each of its temperatures; pilot_temperatures: their maximal number. A
     weighted run that takes fewer moves than this pilot gets a smaller one.
     """
 

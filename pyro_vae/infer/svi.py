@@ -96,7 +96,7 @@ class SVI(pyro.infer.SVI):
         self._floats_by_value = False  # whether floats are part of a signature, and not inputs of a graph
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_signatures": {}, "_eager_steps": Counter()}  # a copy makes graphs of its own
+        return vars(self) | {"_signatures": {}, "_eager_steps": Counter()}  # a copy traces its own graphs
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the optimizer on the loss; the loss, an estimate of −ELBO in nats."""
@@ -254,8 +254,7 @@ class SVI(pyro.infer.SVI):
         return found
 
     def _prepare(self, signature: "_Signature", batch: Batch) -> str:
-        """Trace, compile or compare the graph of a signature where that is due; returns why that failed, ``""`` where a graph
-        may be tried again."""
+        """Trace, compile or compare the graph of a signature if it is time to. Returns why that failed, or ``""``."""
         from pyro_vae.compiler import THRESHOLDS, CannotTrace, describe
 
         signature.count += 1
@@ -425,7 +424,7 @@ def check_optimizer(optim: Any) -> None:
 
 
 class OneOptimizer(PyroOptim):
-    """A torch optimizer over a pair's parameters, where Pyro expects one of its own."""
+    """Adapter: a torch optimizer over a pair's parameters as one of Pyro's."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(type(optimizer), {})
