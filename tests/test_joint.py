@@ -115,6 +115,7 @@ def test_joint_ais_is_within_its_error_of_the_log_evidence(name, start):
         torch.testing.assert_close(found.log_evidence, truth.unsqueeze(0), rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_joint_ais_of_few_chains_is_a_lower_bound_on_average():
     found = [
         evidence.ais(mean_model, X, num_temperatures=4, num_chains=2, schedule="uniform", joint=True, seed=s, progress=False)
@@ -247,6 +248,7 @@ def test_eight_schools_without_a_plate(model, autoguide):
     assert tree["posterior"].attrs["pareto_k"] == pytest.approx(bound.pareto_k.item())
 
 
+@pytest.mark.slow
 def test_joint_ais_of_eight_schools_is_the_log_evidence():
     found = evidence.ais(eight_schools_from_the_right, *SCHOOLS, num_temperatures=60, num_chains=60, joint=True, progress=False)
     assert (found.log_evidence - eight_schools_evidence()).abs() < 4 * found.standard_error

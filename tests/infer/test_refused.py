@@ -223,6 +223,7 @@ def test_noise_of_python_that_decides_a_branch_is_refused(draw):
     assert "draws noise from Python's or numpy's generator" in svi.explain()
 
 
+@pytest.mark.slow
 def test_many_shapes_have_graphs():
     """What changes is the data, so no graph is one too many."""
     model, guide = functions()

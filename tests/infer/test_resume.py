@@ -125,7 +125,7 @@ CASES = {
 }
 
 
-TRACED = {"many particles", "some buffers in some steps", "a DataLoader"}  # in the default run; the others are slow
+TRACED = {"some buffers in some steps", "a DataLoader"}  # in the default run; the others are slow
 
 
 @pytest.mark.parametrize(
