@@ -221,7 +221,8 @@ class Ranges:
 
     def see(self, name: str, x: Tensor | SparseRows) -> None:
         for _, part in pieces(x):
-            low, high = part.detach().amin(0), part.detach().amax(0)
+            part = part.detach() if part.is_floating_point() else part.detach().to(torch.int64)  # uint32 has no minimum
+            low, high = part.amin(0), part.amax(0)
             if name in self.of and self.of[name][0].shape == low.shape:
                 low, high = torch.minimum(low, self.of[name][0]), torch.maximum(high, self.of[name][1])
             self.of[name] = low, high
@@ -233,7 +234,8 @@ class Ranges:
         info = torch.finfo(dtype)
         for name, (low, high) in self.of.items():
             size, spread = torch.maximum(low.abs(), high.abs()).double(), high.double() - low.double()
-            constant = spread <= 1000 * torch.finfo(low.dtype).eps * size  # but for rounding errors of their own
+            eps = torch.finfo(low.dtype).eps if low.dtype.is_floating_point else 0.0
+            constant = spread <= 1000 * eps * size  # but for rounding errors of their own
             for bad, cause, remedy in (
                 (size > info.max, f"beyond its largest number {info.max:.3g}", "rescale it"),
                 (
@@ -254,7 +256,9 @@ class Ranges:
 
 def loses_precision(x: Any, dtype: torch.dtype | None) -> bool:
     """Whether ``dtype`` has fewer digits than ``x``, or a smaller range."""
-    if dtype is None or not isinstance(x, Tensor | SparseRows) or not x.dtype.is_floating_point:
+    if dtype is None or not isinstance(x, Tensor | SparseRows) or x.dtype.is_complex or x.dtype is torch.bool:
         return False
+    if not x.dtype.is_floating_point:
+        return torch.iinfo(x.dtype).max > 1 / torch.finfo(dtype).eps
     have, get = torch.finfo(x.dtype), torch.finfo(dtype)
     return get.eps > have.eps or get.max < have.max

@@ -182,6 +182,8 @@ def _has_rows(part: Any) -> bool:
 def _cast_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     if tensor.dtype in _WIDENED:
         return torch.int64
+    if dtype is None and tensor.dtype in (torch.half, torch.bfloat16):  # in which a pair without parameters would compute
+        return torch.get_default_dtype()
     return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 

@@ -15,7 +15,7 @@ from torch.distributions import constraints
 
 from pyro_vae.batches import Batch
 from pyro_vae.pair import elbo_terms, proposal, run_pair, sampled, sum_sites, untouched
-from pyro_vae.structure import Structure, row_dim, trained_parameters
+from pyro_vae.structure import Structure, first_line, row_dim, trained_parameters
 
 
 class Problem(NamedTuple):
@@ -56,6 +56,27 @@ def per_datum_problems(pair: Structure) -> Iterator[Problem]:
 def joint_problems(pair: Structure) -> Iterator[Problem]:
     """Why there are no log-weights of all data together."""
     yield from _subsample_problems(pair)
+    full = {f.name: f.full_size for _, _, site in pair.sites for f in site["cond_indep_stack"] if f.name in pair.plates}
+    for plate, size in full.items():
+        if size not in (pair.num_rows, -1):
+            yield Problem(
+                f"pair: plate {plate!r} declares {size} data, of which {pair.num_rows} are given, and no weight of them "
+                "estimates the evidence of all; expected all data, or a plate of the rows that are given",
+                judged=False,
+            )
+
+
+def outside_of_plates(pair: Structure) -> str:
+    """The first site of the model whose shape follows the rows of the data and that lies in no data plate, or ``""``."""
+    if pair.other_traces is None:
+        return ""
+    others = dict(sampled(pair.other_traces[0]))
+    for name, site in sampled(pair.traces[0]):
+        if row_dim(site, pair.plates) is None and name in others:
+            shapes = [(tuple(each["value"].shape), tuple(each["fn"].batch_shape)) for each in (site, others[name])]
+            if shapes[0] != shapes[1]:
+                return name
+    return ""
 
 
 def _subsample_problems(pair: Structure) -> Iterator[Problem]:
@@ -135,10 +156,10 @@ def family(distribution: Any) -> str:
 def _site_problems(pair: Structure) -> Iterator[Problem]:
     model, guide = pair.latents, pair.guide_latents
     for name, site in model.items():
-        if name not in guide and not site["infer"].get("enumerate"):
-            yield Problem(
-                f"guide: it has no site {name!r}, which the model samples; expected pyro.sample({name!r}, …)", judged=False
-            )
+        if name not in guide and site["infer"].get("enumerate") != "parallel":
+            is_summed = site["infer"].get("enumerate") is not None
+            remedy = 'infer={"enumerate": "parallel"} in the model' if is_summed else f"pyro.sample({name!r}, …)"
+            yield Problem(f"guide: it has no site {name!r}, which the model samples; expected {remedy}", judged=False)
     for name, site in guide.items():
         if name not in model and not site["infer"].get("is_auxiliary"):
             yield Problem(
@@ -332,6 +353,15 @@ def _density_problems(pair: Structure) -> Iterator[Problem]:
     for side, trace in zip(("model", "guide"), pair.traces, strict=True):
         for name, site in sampled(trace):
             if side == "model" and site["is_observed"] and name not in pair.trusted[0]:
+                try:
+                    site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+                except RuntimeError as error:  # torch's Bernoulli takes no whole numbers
+                    yield Problem(
+                        f"model: the log-probability of {name!r} cannot be computed for data of {site['value'].dtype}: "
+                        f"{first_line(error)}; expected floating data: x.float()",
+                        judged=False,
+                    )
+                    continue
                 for row, value, count in improbable_rows(site, pair.plates):
                     if value == -math.inf and not _always(pair, name, row):
                         continue  # a likelihood that vanishes at this draw of the latents

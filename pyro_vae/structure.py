@@ -37,6 +37,7 @@ from pyro_vae.pair import (
 from pyro_vae.particles import PARTICLES, Held, is_enumerated, max_nesting
 
 Traces = tuple[Trace, Trace]
+_PROBE_SEED = 2**31 - 1
 _OFF: Any = 0  # of the default validation
 LESS_MEMORY = "lower the batch size (--batch-size), or the number of particles"
 
@@ -481,7 +482,8 @@ def probe_particles(pair: Structure) -> Structure:
     try:
         dims = {name: pair.nesting + site["fn"].event_dim for name, site in sites.items()}
         values = {name: torch.stack([_padded(draw[name], dim) for draw in (*draws, draws[0])]) for name, dim in dims.items()}
-        with untouched(seed=0):  # what a run on few rows leaves in the param store is not for the weighted draws
+        # another seed than a verb's, whose draws would be repeated; nothing that this leaves in the param store is kept
+        with untouched(seed=_PROBE_SEED):
             weights = log_weight(run_particles(pair, batch, 3, values), pair.plates, particle_dim=-1 - pair.nesting)
         vectorized = agree(weights[1], log_weight(second, pair.plates))
         divides = agree(weights[0], before)
@@ -490,7 +492,7 @@ def probe_particles(pair: Structure) -> Structure:
         reason = f"{type(error).__name__}: {first_line(error)}"
     if not vectorized and at is not None:
         try:
-            with untouched(seed=0):
+            with untouched(seed=_PROBE_SEED):
                 divides = agree(log_weight(run_particles(pair, batch, None, draws[0]), pair.plates), before)
         except Exception:  # then the rows are not divided, which is always right
             divides = False

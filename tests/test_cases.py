@@ -939,3 +939,153 @@ def test_probes_leave_no_parameters_for_the_weighted_draws():
 
     log_weights(local_model, guide, x, num_particles=3)
     assert starts[-1] == x.mean().item()
+
+
+def test_a_likelihood_outside_the_data_plate_is_refused_in_minibatches():
+    """Its term would be that of the minibatch beside latents that are scaled."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.5)) * x, pyro.param("s", torch.tensor(0.7))))
+
+    x = torch.randn(100)
+    for verb in (
+        lambda: pv.fit(model, guide, x, batch_size=10, epochs=1, progress=False),
+        lambda: pv.evaluate(model, guide, x, batch_size=10),
+    ):
+        with pytest.raises(ValueError, match=r"'x' lies in no plate of the batch's 10 rows.*batch_size=None"):
+            verb()
+    with pyro.get_param_store().scope():
+        pv.fit(model, guide, x, batch_size=None, epochs=1, progress=False)
+
+
+def test_entries_in_a_plate_of_their_own_are_refused_in_minibatches():
+    def model(x, y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+        with pyro.plate("entries", y.numel()):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y.reshape(-1))
+
+    def guide(x, y):
+        pyro.sample("mu", dist.Normal(pyro.param("m", torch.tensor(0.0)), 0.1))
+
+    with pytest.raises(ValueError, match="'y' lies in no plate"):
+        pv.fit(model, guide, (torch.randn(40), torch.randn(40, 3)), batch_size=10, epochs=1, progress=False)
+
+
+def test_a_plate_that_declares_more_data_has_no_joint_evidence():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 60, subsample_size=len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("mu", dist.Normal(0.0, 0.2))
+
+    x = torch.randn(20)
+    for verb in (pv.joint_log_weights, lambda *args: evidence.importance(*args, joint=True)):
+        with pytest.raises(ValueError, match="declares 60 data, of which 20 are given"):
+            verb(model, guide, x)
+
+
+def test_a_guide_of_points_with_a_density_draws_each_particle(monkeypatch):
+    """At the default seed too, whose draws a probe must not repeat."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            q = dist.Normal(x / 2, 0.6)
+            z = q.sample()
+            pyro.sample("z", dist.Delta(z, log_density=q.log_prob(z)))
+
+    x = torch.tensor([0.5, -1.0, 0.2])
+    for seed in (0, 1):
+        w = pv.log_weights(model, guide, x, num_particles=2000, seed=seed)
+        assert (w.std(0) > 0).all()
+        truth = dist.Normal(0.0, 2**0.5).log_prob(x)
+        assert ((w.logsumexp(0) - math.log(2000) - truth).abs() < 4 * w.exp().std(0) / w.exp().mean(0) / 2000**0.5).all()
+
+
+def test_check_false_does_not_allow_what_is_undefined():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0))  # judged wrong: no plate declares its dimension
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu + w.sum(), 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("w", dist.Normal(torch.zeros(2), 1.0))
+
+    with pytest.raises(ValueError, match="no data plate"):
+        evidence.importance(model, guide, torch.randn(4), check=False)
+
+
+def test_a_latent_that_is_to_be_summed_out_one_value_at_a_time_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.ones(2)), infer={"enumerate": "sequential"})
+            pyro.sample("x", dist.Normal(k.float(), 1.0), obs=x)
+
+    with pytest.raises(ValueError, match=r"no site 'k'.*parallel"):
+        evidence.importance(model, lambda x: None, torch.randn(4))
+
+
+def test_whole_numbers_that_differ_by_roundings_are_refused():
+    x = 1_700_000_000 + torch.tensor([0, 10, 20, 30, 40])
+    loc = torch.nn.Parameter(torch.tensor(1.7e9))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(pyro.param("loc", loc), 20.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="differ by few roundings"):
+        evidence.importance(model, guide, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
+def test_half_precision_data_of_a_pair_without_parameters_are_computed_in_the_default_dtype(dtype):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    x = torch.randn(3000).to(dtype)
+    w = pv.log_weights(model, guide, x)
+    torch.testing.assert_close(w.sum(), dist.Normal(0.0, 2**0.5).log_prob(x.float()).sum(), rtol=1e-5, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_whole_numbers_under_a_bernoulli_are_told_what_to_do(dtype):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Bernoulli(logits=z), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    x = (torch.rand(6) > 0.5).to(dtype)
+    assert "x.float()" in " ".join(pv.check_pair(model, guide, x).problems)
+    with pytest.raises(ValueError, match=r"x\.float\(\)"):
+        evidence.importance(model, guide, x)

@@ -10,7 +10,7 @@ from pyro_vae.check import check_observed, inspect_checked, refuse
 from pyro_vae.data import Data
 from pyro_vae.infer.losses import kind_of, reports_elbo
 from pyro_vae.pair import ElboTerms, Program, Reweighted, elbo_terms, prior_of, run_pair, untouched
-from pyro_vae.problems import rows_problem
+from pyro_vae.problems import outside_of_plates, rows_problem
 from pyro_vae.signals import poll
 from pyro_vae.structure import Structure, row_dim
 from pyro_vae.weights import check_particles
@@ -109,6 +109,12 @@ def check_minibatch(pair: Structure, num_data: int, *, verb: str, check: bool = 
         raise ValueError(
             f"pair: the model has no vectorized plate of the batch's {pair.num_rows} rows, so a minibatch cannot be scaled to "
             f'the {num_data} data; put what each datum has in `with pyro.plate("data", len(x))`, or pass batch_size=None'
+        )
+    if pair.num_rows < num_data and (name := outside_of_plates(pair)):
+        raise ValueError(
+            f"model: {name!r} lies in no plate of the batch's {pair.num_rows} rows, but its shape follows them, so a minibatch "
+            f"cannot be scaled to the {num_data} data; put it within the data plate, with a batch dimension for the rows and "
+            "the others declared by .to_event(k), or pass batch_size=None"
         )
     if pair.row_parameters and pair.num_rows < num_data:
         name = next((name for name in pair.latents if row_dim(pair.latents[name], pair.plates) is not None), "z")
