@@ -132,6 +132,55 @@ def test_a_scale_by_another_number_of_data_is_refused():
         pv.fit(model, global_guide, torch.randn(40), epochs=1, batch_size=10)
 
 
+def scaled_constantly(x):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)), poutine.scale(scale=4.0):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+
+def scaled_by_row(x):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)), poutine.scale(scale=torch.ones(len(x)) * 40 / len(x)):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+
+def prior_scaled_down(x):
+    with poutine.scale(scale=len(x) / 40):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("model", [scaled_constantly, scaled_by_row, prior_scaled_down])
+def test_other_ways_to_scale_a_minibatch_are_refused(model):
+    x = torch.randn(40)
+    with pytest.raises(ValueError, match=r"is scaled by .* as minibatches of 10 of 40 data are"):
+        pv.fit(model, global_guide, x, epochs=1, batch_size=10, progress=False)
+    with pyro.get_param_store().scope():
+        pv.fit(model, global_guide, x, epochs=1, batch_size=None, progress=False)
+        pv.fit(model, global_guide, x, epochs=1, batch_size=10, check=False, progress=False)
+
+
+def test_a_pair_that_scales_itself_is_refused_under_a_loss_of_weights():
+    def model(x):
+        with pyro.plate("data", len(x)), poutine.scale(scale=40 / len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        scale = pyro.param("s", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("data", len(x)), poutine.scale(scale=40 / len(x)):
+            pyro.sample("z", dist.Normal(0.0, scale))
+
+    def mixed(x):  # one site with a scale of its own, so that the factor is not common to all
+        model(x)
+        pyro.factor("regularizer", torch.tensor(0.0))
+
+    loss = RenyiELBO(alpha=0, num_particles=5)
+    with pytest.raises(ValueError, match="power of the importance weights"):
+        pv.fit(mixed, guide, torch.randn(40), loss=loss, epochs=1, batch_size=10, check=False, progress=False)
+
+
 # ---------------------------------------------------------------- A2: frozen parameters
 
 

@@ -279,8 +279,8 @@ def inspect_for_training(
             f"another remainder of {n} data, or leave rows out"
         )
     check_loss(loss, pair, n, check=check)
-    if (problem := scale_problem(pair, n)) is not None:
-        refuse([problem], verb="fit")
+    if (problem := scale_problem(loss, pair, n)) is not None:
+        refuse([problem], verb="fit", check=check)
     if annealed:
         _check_annealing(pair)
     return pair

@@ -1,7 +1,9 @@
 """What each loss is: where the factor N/B of a minibatch goes, and what a verb may do with it."""
 
+import math
 from typing import Any, Literal, NamedTuple
 
+import torch
 from pyro.infer import (
     ELBO,
     EnergyDistance,
@@ -20,8 +22,9 @@ from pyro.infer import (
     TraceTMC_ELBO,
 )
 
+from pyro_vae.pair import subsampling_scale
 from pyro_vae.problems import Problem
-from pyro_vae.structure import Structure
+from pyro_vae.structure import Structure, row_dim
 
 Factor = Literal["sites", "objective", "none"]
 
@@ -103,12 +106,12 @@ def reports_elbo(loss: Any) -> bool:
     return loss is None or kind_of(loss).bound.startswith("the ELBO") or kind_of(loss) is _UNKNOWN
 
 
-def scale_problem(pair: Structure, num_data: int) -> Problem | None:
-    """Sites that the pair scales by M/rows, where M is not the number of data."""
+def scale_problem(loss: Any, pair: Structure, num_data: int) -> Problem | None:
+    """Sites that the pair scales by M/rows, where M is not the number of data, or in a way that would count N/B twice."""
     if pair.other_rows or not pair.batch.tensors or pair.num_rows == num_data:
         return None
-    sites = [(side, name, site["scale"]) for side, name, site in pair.sites]
-    if len({float(scale) for _, _, scale in sites if not hasattr(scale, "shape") or not scale.shape}) <= 1:
+    scales = [torch.as_tensor(site["scale"]) for _, _, site in pair.sites]
+    if all(not scale.dim() and scale == scales[0] for scale in scales):
         return None  # a common factor of the whole loss
     for side, scaled in zip(("model", "guide"), pair.scaled, strict=True):
         for name, m in scaled.items():
@@ -118,6 +121,22 @@ def scale_problem(pair: Structure, num_data: int) -> Problem | None:
                     "itself, so remove the poutine.scale, or scale by the number of data over the rows",
                     judged=False,
                 )
+            if kind_of(loss).factor == "objective":
+                return Problem(
+                    f"{side}: {name!r} is scaled by {m:g}/rows, and under {type(loss).__name__} that is a power of the "
+                    "importance weights; remove the poutine.scale: fit multiplies the objective",
+                    judged=False,
+                )
+    own = scaled_sites(pair, num_data)
+    ratio = num_data / pair.num_rows
+    for side, name, site in pair.sites:
+        scale = torch.as_tensor(site["scale"]).double().mean().item() / subsampling_scale(site)
+        factor = 1 / ratio if row_dim(site, pair.plates) is None else ratio  # of the likelihood up, or of a global prior down
+        if name not in own[side == "guide"] and math.isclose(scale, factor, rel_tol=1e-3):
+            return Problem(
+                f"{side}: {name!r} is scaled by {scale:g}, as minibatches of {pair.num_rows} of {num_data} data are; fit "
+                "scales them itself, so remove the poutine.scale; if it means something else pass check=False"
+            )
     return None
 
 
