@@ -10,8 +10,6 @@ import pyro
 import torch
 from pyro.distributions.util import is_identically_zero
 from torch import Tensor, fx
-from torch._inductor.compile_fx import compile_fx  # torch.compile, which traces the graph once more by Dynamo
-from torch._inductor.fx_passes.joint_graph import constant_fold_uniform_value  # stands for a pass of torch.fx
 from torch._subclasses import FakeTensorMode
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx  # torch.export, which does not close over live parameters
@@ -23,7 +21,6 @@ __all__ = ["FakeTensorMode", "FakeTensorProp", "TorchDispatchMode", "compile_gra
 
 # torch.optim.Adam(fused=True), whose call is one for all parameters of one optimizer; Pyro has an optimizer for each
 fused_adam, fused_adamw, add_to_all = torch._fused_adam_, torch._fused_adamw_, torch._foreach_add_
-fold_constants = constant_fold_uniform_value
 asks_if_zero = is_identically_zero.__code__  # Pyro reads whole numbers to skip terms that are zero
 
 
@@ -57,6 +54,9 @@ def memory_of(tensor: Tensor) -> int:
 
 def compile_graph(graph: fx.GraphModule, tensors: Sequence[Tensor], *, cuda_graphs: bool) -> Callable[..., list[Tensor]]:
     """The graph compiled by Inductor for tensors like these; its noise is that of eager torch."""
+    # instead of torch.compile, which traces the graph once more by Dynamo; imported here, since the import takes seconds
+    from torch._inductor.compile_fx import compile_fx
+
     options = {"fallback_random": True, "triton.cudagraphs": cuda_graphs}
     with torch.no_grad():
         compiled: Any = compile_fx(graph, list(tensors), config_patches=options)

@@ -13,14 +13,10 @@ logger = logging.getLogger(__name__)
 _aten = torch.ops.aten
 _LARGE = 2_000_000  # multiplications of a matrix product, from which on oneDNN is faster despite its call overhead
 _NARROW = 64  # columns, below which it is not
-_FILLED = {_aten.ones_like.default: 1, _aten.ones.default: 1, _aten.new_ones.default: 1}
-_FILLED |= {_aten.zeros_like.default: 0, _aten.zeros.default: 0, _aten.new_zeros.default: 0}
 
 
 def improve(module: fx.GraphModule, tensors: Sequence[Tensor]) -> fx.GraphModule:
     """A graph after all passes; the graph itself where it writes to a tensor or has complex numbers, or where a pass fails.
-
-    The passes are torch's own, which Inductor runs too. A result may differ in the sign of a zero.
 
     :param tensors: its inputs.
     """
@@ -47,22 +43,6 @@ def _shared_memory(module: fx.GraphModule, tensors: Sequence[Tensor]) -> list[in
     return [places.index(place) for place in places]
 
 
-def fold_constants(module: fx.GraphModule) -> fx.GraphModule:
-    """Fold constants, and drop x·1, x/1 and x + 0: the gradient of a loss begins as a tensor of ones."""
-    for target, number in _FILLED.items():
-        for node in module.graph.find_nodes(op="call_function", target=target):
-            value = node.meta["val"]
-            if value.is_contiguous():
-                with module.graph.inserting_before(node):
-                    options = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
-                    filled = module.graph.call_function(_aten.full.default, (list(value.shape), number), options)
-                filled.meta = dict(node.meta)
-                node.replace_all_uses_with(filled)
-                module.graph.erase_node(node)
-    internals.fold_constants(module)
-    return module
-
-
 def use_onednn(module: fx.GraphModule) -> fx.GraphModule:
     """Multiply large matrices of single precision by oneDNN."""
     if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
@@ -73,7 +53,7 @@ def use_onednn(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-PASSES: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {"constants": fold_constants, "onednn": use_onednn}
+PASSES: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {"onednn": use_onednn}
 
 
 def _replace_product(graph: fx.Graph, node: Any) -> None:
