@@ -235,7 +235,7 @@ class Ranges:
         for name, (low, high) in self.of.items():
             size, spread = torch.maximum(low.abs(), high.abs()).double(), high.double() - low.double()
             eps = torch.finfo(low.dtype).eps if low.dtype.is_floating_point else 0.0
-            constant = spread <= 1000 * eps * size  # but for rounding errors of their own
+            constant = spread <= 1000 * eps * size  # up to the rounding of the data's dtype
             for bad, cause, remedy in (
                 (size > info.max, f"beyond its largest number {info.max:.3g}", "rescale it"),
                 (

@@ -183,6 +183,24 @@ def test_graphs_weigh_as_pyro_does(monkeypatch):
         assert made
 
 
+def test_a_graph_that_fails_leaves_log_weights_to_eager_pyro(monkeypatch, caplog):
+    def fails(*_):
+        raise RuntimeError("no such kernel")
+
+    caplog.set_level("INFO", logger="pyro_vae")
+    vae = pv.VAE(
+        pv.priors.StandardNormal(2),
+        pv.conditionals.Bernoulli(pv.nets.MLP(2, (8,)), event_shape=6),
+        pv.conditionals.Normal(pv.nets.MLP(6, (8,)), event_shape=2),
+    )
+    x, options = torch.bernoulli(torch.rand(10, 6)), {"num_particles": 64, "max_bytes": 2**13}
+    eager = log_weights(vae.model, vae.guide, x, **options)
+    monkeypatch.setitem(THRESHOLDS, "log-weights", Thresholds(2, 10**9))
+    monkeypatch.setattr("pyro_vae.compiler.trace.Graph.__call__", fails)
+    torch.testing.assert_close(log_weights(vae.model, vae.guide, x, **options), eager)
+    assert "no such kernel" in caplog.text
+
+
 def test_a_pair_that_knows_no_particles():
     """A network that flattens to as many rows as there are data."""
 

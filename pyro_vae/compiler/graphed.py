@@ -66,8 +66,9 @@ class Graphed:
                 self.trace(tensors)
             if self.graph is not None and before < limits.compile <= self.calls and has_compiler():
                 self.compile(tensors)
-        except CannotTrace as reason:
-            logger.info("the %s runs %s: %s", self.kind, self.how, reason)
+        except Exception as error:  # if the function itself fails on these tensors, the call raises
+            reason = str(error) if isinstance(error, CannotTrace) else describe(error)
+            logger.info("%s: %s, since %s", self.kind, self.how, reason)
 
     def trace(self, tensors: Sequence[Tensor]) -> None:
         """Run as a graph from now on. Raises :class:`CannotTrace`."""

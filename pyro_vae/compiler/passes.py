@@ -16,11 +16,11 @@ _NARROW = 64  # columns, below which it is not
 
 
 def improve(module: fx.GraphModule, tensors: Sequence[Tensor]) -> fx.GraphModule:
-    """A graph after all passes; the graph itself where it writes to a tensor or has complex numbers, or where a pass fails.
+    """A graph after all passes; the graph itself where it writes to a tensor, or where a pass fails.
 
     :param tensors: its inputs.
     """
-    if any(_writes(node) or _is_complex(node) for node in module.graph.nodes):
+    if any(_writes(node) for node in module.graph.nodes):
         return module
     try:
         improved, memory = module, _shared_memory(module, tensors)
@@ -86,11 +86,6 @@ def _writes(node: fx.Node) -> bool:
         return False
     silent = "batch_norm" in str(node.target)  # its schema does not list the running statistics
     return silent or node.target._schema.is_mutable
-
-
-def _is_complex(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_complex()
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:

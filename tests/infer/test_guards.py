@@ -179,7 +179,7 @@ def test_numbers_that_python_branches_on_have_a_graph_for_each_value():
 
 
 class Counting(nn.Module):
-    """A guide that writes a number of its own as it runs."""
+    """A guide that counts its runs in an attribute."""
 
     def __init__(self):
         super().__init__()
