@@ -5,9 +5,11 @@ by item; a ``DataLoader`` keeps its own ways.
 """
 
 import inspect
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from difflib import get_close_matches
+from functools import cache, partial
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -24,12 +26,14 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     TensorDataset,
+    WeightedRandomSampler,
     default_collate,
 )
 
 from pyro_vae.arrays import Ranges, SparseRows, as_tensor, check_rows, is_nested, loses_precision
 from pyro_vae.data import Data
 
+logger = logging.getLogger(__name__)
 _WIDENED = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.uint64)
 
 
@@ -328,12 +332,18 @@ class Loaded(Batches):
 
     def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
         loader = self.shuffled if shuffle else self.ordered
+        sizes = _batch_sizes(loader)
         own = self.generators()
         states = [generator.get_state() for generator in own]
         seen = 0
         try:
             for i, items in enumerate(_iterate(loader)):
                 batch = as_batch(items).checked(f"data, batch {i}")
+                if sizes is not None and batch.num_rows != (size := next(sizes, 0)):
+                    raise ValueError(
+                        f"data: batch {i} of the loader has {batch.num_rows} rows, made of {size} items of its data set, so "
+                        "the number of data is not known; expected a collate_fn that gives one row for each item"
+                    )
                 seen += batch.num_rows
                 if self._exact and seen > self.num_rows:
                     break
@@ -385,6 +395,18 @@ def _length(sized: Any, cause: str) -> int:
         ) from error
 
 
+def _batch_sizes(loader: DataLoader) -> Iterator[int] | None:
+    """How many items of its data set each batch of a loader has; ``None`` where a sampler of its own decides."""
+    batching: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if isinstance(loader.dataset, IterableDataset) or type(batching) is not BatchSampler:
+        return None
+    try:
+        n = len(batching.sampler)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    return (min(batching.batch_size, n - start) for start in range(0, n, batching.batch_size))
+
+
 def _rows_of(loader: DataLoader) -> int:
     return _length(loader.dataset, f"the data set, of type {type(loader.dataset).__name__}, has no length")
 
@@ -405,6 +427,8 @@ def _count(loader: DataLoader, batching: Any, sampler: Any) -> int:
         )
     if isinstance(sampler, RandomSampler):
         return len(sampler.data_source)
+    if isinstance(sampler, WeightedRandomSampler):  # an epoch has num_samples draws of these data
+        return len(sampler.weights)
     if isinstance(batching, BatchSampler):
         return _length(sampler, "the loader's sampler has no length")
     if isinstance(batching, list | tuple):  # of indices
@@ -539,10 +563,19 @@ def fitting(batch: Batch, *programs: Callable[..., Any]) -> Batch:
     args = batch.args[: max(room)] if room else batch.args
     kwargs = {key: part for key, part in batch.kwargs.items() if not names or any(key in taken for taken in names)}
     cut = Batch(args, kwargs)
+    for name in batch.kwargs.keys() - kwargs.keys():
+        optional = {key for signature in known for key in _keywords(signature) or () if key not in kwargs}
+        if close := get_close_matches(name, optional, n=1):
+            _warn_of_name(name, close[0])
     for side, signature in zip(("model", "guide"), signatures, strict=False):
         if signature is not None:
             _check_call(side, signature, cut, batch)
     return cut
+
+
+@cache
+def _warn_of_name(name: str, taken: str) -> None:
+    logger.warning("data: neither model nor guide takes %r, so it is left out; they take %r", name, taken)
 
 
 def _signature(program: Callable[..., Any]) -> inspect.Signature | None:

@@ -1,16 +1,19 @@
 """What is wrong with a pair: one function over its structure, for every verb."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pyro.poutine.trace_struct import Trace
+from torch import Tensor
 
 from pyro_vae.batches import Batch, as_arguments
 from pyro_vae.pair import Program, sampled, untouched
 from pyro_vae.problems import (
     Problem,
+    coupled_latents_problems,
     coupling_problems,
     data_problems,
     family,
@@ -25,6 +28,8 @@ from pyro_vae.problems import (
     training_problems,
 )
 from pyro_vae.structure import Structure, inspect, probe_particles
+
+logger = logging.getLogger(__name__)
 
 
 class SiteReport(NamedTuple):
@@ -114,7 +119,6 @@ def inspect_checked(
     check: bool = True,
     per_datum: bool = False,
     joint: bool = False,
-    particles: bool = False,
     whole: bool = True,
 ) -> Structure:
     """:func:`inspect` a pair for a verb that evaluates it. Raises ``ValueError`` for what is wrong with it.
@@ -132,7 +136,15 @@ def inspect_checked(
         with suppress(RuntimeError, ValueError) if problems else nullcontext():
             problems += [*(per_datum_problems(pair) if per_datum else ()), *(joint_problems(pair) if joint else ())]
     refuse(problems, verb=verb, check=check)
-    pair = probe_particles(pair) if particles else pair
+    for side, name, site in pair.sites:
+        if isinstance(site["scale"], Tensor) and site["scale"].numel() > 1 and not (site["scale"] == 1).all():
+            logger.warning(
+                "%s: the weights of %r in the %s (poutine.scale) are for training, and left out here", verb, name, side
+            )
+    if not per_datum and not joint:
+        return pair
+    pair = probe_particles(pair)
+    refuse(coupled_latents_problems(pair) if per_datum else (), verb=verb, check=check)
     return pair.as_one_datum() if joint else pair
 
 

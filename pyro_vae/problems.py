@@ -9,13 +9,15 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.inspect import TrackProvenance
+from pyro.ops.provenance import get_provenance
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_vae.batches import Batch
 from pyro_vae.pair import elbo_terms, proposal, run_pair, sampled, sum_sites, untouched
-from pyro_vae.structure import Structure, first_line, row_dim, trained_parameters
+from pyro_vae.structure import Structure, first_line, is_point, row_dim, trained_parameters
 
 
 class Problem(NamedTuple):
@@ -29,6 +31,7 @@ class Problem(NamedTuple):
 def pair_problems(pair: Structure) -> Iterator[Problem]:
     """What is wrong with a pair whatever it is used for."""
     yield from _site_problems(pair)
+    yield from _auxiliary_problems(pair)
     yield from _plate_problems(pair)
     yield from _support_problems(pair)
     outside = [Problem(text) for text in data_problems(pair.traces[0], pair.batch, pair.plates, None, pair.trusted[0])]
@@ -40,7 +43,7 @@ def per_datum_problems(pair: Structure) -> Iterator[Problem]:
     outside = {
         name: bool(site["infer"].get("is_auxiliary"))
         for _, name, site in pair.sites
-        if row_dim(site, pair.plates) is None and (not site["is_observed"] or site["fn"].log_prob(site["value"]).any())
+        if row_dim(site, pair.plates) is None and (not site["is_observed"] or _counts(pair, name, site))
     }
     if outside:
         named = [name for name, is_auxiliary in outside.items() if not is_auxiliary] or outside  # those that the user wrote
@@ -50,12 +53,22 @@ def per_datum_problems(pair: Structure) -> Iterator[Problem]:
             "joint=True in evidence.importance, elbo, prior_monte_carlo, ais, and in diagnose, posterior_draws, to_arviz",
             judged=False,
         )
-    yield from _subsample_problems(pair)
+    for side, name, site in pair.sites:
+        around = [f"{frame.name!r}" for frame in site["cond_indep_stack"] if frame.name in pair.plates and frame.vectorized]
+        if len(around) > 1:
+            yield Problem(
+                f"{side}: {name!r} lies in the plates {' and '.join(around)}, which both have {pair.num_rows} rows, so it is "
+                "not known which are the data; expected a pair that runs on another number of rows "
+                f"({pair.other_rows or 'both plates follow the data'}), or the joint evidence of all data, joint=True",
+                judged=False,
+            )
+            break
+    yield from subsample_problems(pair)
 
 
 def joint_problems(pair: Structure) -> Iterator[Problem]:
     """Why there are no log-weights of all data together."""
-    yield from _subsample_problems(pair)
+    yield from subsample_problems(pair)
     full = {f.name: f.full_size for _, _, site in pair.sites for f in site["cond_indep_stack"] if f.name in pair.plates}
     for plate, size in full.items():
         if size not in (pair.num_rows, -1):
@@ -64,6 +77,42 @@ def joint_problems(pair: Structure) -> Iterator[Problem]:
                 "estimates the evidence of all; expected all data, or a plate of the rows that are given",
                 judged=False,
             )
+
+
+def _counts(pair: Structure, name: str, site: dict) -> bool:
+    """Whether an observed site has a log-probability at all: one that is masked, or a factor of 0, has none."""
+    sites = [site]
+    if pair.other_traces is not None and name in pair.other_traces[0].nodes:
+        sites.append(pair.other_traces[0].nodes[name])
+    return any(bool(scale_and_mask(each["fn"].log_prob(each["value"]), mask=each["mask"]).any()) for each in sites)
+
+
+def coupled_latents_problems(pair: Structure) -> Iterator[Problem]:
+    """Latents of one datum that other data depend on, as in a random walk over the rows.
+
+    :param pair: with its particles.
+    """
+    if pair.particles is not None and pair.particles.coupled:
+        yield Problem(
+            "pair: the log-weight of a row moves when the latents of another row are replaced, so there is no evidence per "
+            "datum; expected rows that are independent given their own latents and what all share. For data that depend on "
+            "each other, such as the steps of one series: joint_log_weights, or joint=True in evidence.importance, elbo, "
+            "prior_monte_carlo, ais, and in diagnose, posterior_draws, to_arviz; or a series for each row of the data"
+        )
+
+
+def dividing_problems(pair: Structure, num_data: int) -> Iterator[Problem]:
+    """Why a minibatch of a pair is no part of the whole: terms of a row that follow the other rows of the batch.
+
+    :param pair: with its particles.
+    """
+    if pair.particles is not None and pair.particles.rows_independent is False:
+        yield Problem(
+            "pair: at the same latents, the log-probabilities of a row change when other rows are left out, so minibatches of "
+            f"{pair.num_rows} of the {num_data} data give other numbers than all data at once; expected terms of a row that "
+            "depend on that row and on what all data share: no statistics of the batch, no parameters indexed by the position "
+            "in it, no shared term that depends on len(x); or pass batch_size=None"
+        )
 
 
 def outside_of_plates(pair: Structure) -> str:
@@ -79,7 +128,7 @@ def outside_of_plates(pair: Structure) -> str:
     return ""
 
 
-def _subsample_problems(pair: Structure) -> Iterator[Problem]:
+def subsample_problems(pair: Structure) -> Iterator[Problem]:
     inside: dict[tuple[str, int, int], list[str]] = {}
     for _, name, site in pair.sites:
         for frame in site["cond_indep_stack"]:
@@ -179,12 +228,31 @@ def _site_problems(pair: Structure) -> Iterator[Problem]:
         yield Problem("model: it observes nothing; expected pyro.sample(name, distribution, obs=x)")
 
 
+def _auxiliary_problems(pair: Structure) -> Iterator[Problem]:
+    """Auxiliary sites that no point of the guide is computed from, beside points: see :func:`~pyro_vae.pair.proposal`."""
+    auxiliary = {name for name, site in pair.guide_latents.items() if site["infer"].get("is_auxiliary")}
+    points = {name for name, site in pair.guide_latents.items() if is_point(site)} - auxiliary
+    if not auxiliary or not points or pair.is_handler:
+        return
+    with untouched(training=False, seed=0), torch.no_grad(), TrackProvenance():
+        trace = poutine.trace(pair.guide).get_trace(*pair.batch.args, **pair.batch.kwargs)
+    behind = {name for point in points for name in get_provenance(trace.nodes[point]["value"])}
+    if others := sorted(auxiliary - behind):
+        yield Problem(
+            f"guide: {min(points)!r} is a point (Delta) that is not computed from the auxiliary site {others[0]!r}, so it is "
+            "not known whether log q(z|x) counts that site; expected auxiliary sites that the points are computed from, as in "
+            "autoguides, or no points beside them",
+            judged=False,
+        )
+
+
 def _plate_problems(pair: Structure) -> Iterator[Problem]:
     model, guide = pair.latents, pair.guide_latents
     for name in model.keys() & guide.keys():
         plates = [plates_of(sites[name]) for sites in (model, guide)]
+        common = [_common_names(sites[name], pair) for sites in (model, guide)]
         dims = [sorted(f.dim for f in sites[name]["cond_indep_stack"] if f.vectorized) for sites in (model, guide)]
-        if set(plates[0]) != set(plates[1]):
+        if common[0] != common[1]:
             yield Problem(
                 f"guide: {name!r} is in plates {plates[1]} but in the model in {plates[0]}; expected the same plates on both "
                 "sides"
@@ -208,6 +276,13 @@ def _plate_problems(pair: Structure) -> Iterator[Problem]:
                         f"share one draw; give the plate its size, pyro.plate({frame.name!r}, len(x)), or expand the "
                         "distribution"
                     )
+
+
+def _common_names(site: dict, pair: Structure) -> set[str]:
+    """Names of a site's plates, one for all data plates, whose names model and guide may choose; not where sites are summed
+    out, which Pyro does by the names."""
+    data = pair.plates if pair.other is not None and not pair.enumerates else ()
+    return {"data" if name in data else name for name in plates_of(site)}
 
 
 def _undeclared(side: str, name: str, site: dict) -> Iterator[Problem]:

@@ -1,8 +1,8 @@
 """What a model/guide pair is made of: a few runs, once, for every verb."""
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -46,12 +46,15 @@ LESS_MEMORY = "lower the batch size (--batch-size), or the number of particles"
 class Particles:
     """What a run in a plate of particles shows.
 
-    vectorized: log-weights in the plate equal those of single runs; ``reason`` says why not. divides: the log-weight of a
-    row does not depend on the other rows. bytes: of the tensors that one particle of one row makes.
+    vectorized: log-weights in the plate equal those of single runs; ``reason`` says why not. rows_independent: at the same
+    latents, the log-weight of a row does not depend on the data of other rows, nor on their number; ``None`` where the pair
+    does not run on other rows, or cannot be run at given latents. coupled: the log-weight of a row moves with the latents of
+    another. bytes: of the tensors that one particle of one row makes.
     """
 
     vectorized: bool
-    divides: bool
+    rows_independent: bool | None
+    coupled: bool
     bytes: int
     reason: str = ""
 
@@ -91,7 +94,7 @@ class Structure:
 
     def as_one_datum(self) -> "Structure":
         """The pair with the whole batch as one datum: no plate is a data plate, and the batch is not divided."""
-        particles = self.particles and replace(self.particles, divides=False)
+        particles = self.particles and replace(self.particles, rows_independent=False)
         return replace(self, plates=frozenset(), particles=particles, joint=True)
 
     @cached_property
@@ -448,19 +451,29 @@ def _scaled(
 def log_weight(traces: Traces, plates: frozenset[str], *, particle_dim: int | None = None) -> Tensor:
     """log p(x, z) − log q(z|x) of a run without enumeration, in nats: ``(batch,)``, with the terms that all data share
     added to each; ``()`` without data plates; with particles ``(particles, …)``."""
+    likelihood, prior, posterior = _terms(traces, plates, particle_dim)
+    return likelihood + prior - posterior
+
+
+def _terms(traces: Traces, plates: frozenset[str], particle_dim: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """log p(x|z), log p(z) and log q(z|x), each with the shape of a log-weight or one that broadcasts to it."""
+
+    def whole(local: Tensor, shared: Tensor) -> Tensor:
+        return local + (shared.unsqueeze(-1) if plates and shared.dim() else shared)
+
     p = sum_sites(sampled(traces[0]), plates, particle_dim=particle_dim)
     q = sum_sites(proposal(traces[1]), plates, particle_dim=particle_dim)
-    local = p.observed + p.latent - q.latent
-    shared = p.shared_observed + p.shared_latent - q.shared_latent
-    return local + (shared.unsqueeze(-1) if plates and shared.dim() else shared)
+    return whole(p.observed, p.shared_observed), whole(p.latent, p.shared_latent), whole(q.latent, q.shared_latent)
 
 
 def probe_particles(pair: Structure) -> Structure:
-    """The pair with its ``particles``: the latents of two runs are held in a plate of particles, and the log-weights compared
-    with those of the runs. Two runs of the pair, or three where it does not run in the plate or on other rows."""
+    """The pair with its ``particles``: the latents of two runs are held in a plate of particles, and the log-probabilities
+    compared with those of the runs. Two runs of the pair, or up to five where they are not the same in the plate or on other
+    rows."""
     if pair.is_handler:
         made = counted_bytes(lambda: run_pair(pair.model, pair.guide, *pair.batch.args, **pair.batch.kwargs))
-        return replace(pair, particles=Particles(False, False, max(1, made // pair.num_rows), "the guide handles its model"))
+        bytes = max(1, made // pair.num_rows)
+        return replace(pair, particles=Particles(False, None, False, bytes, "the guide handles its model"))
     second, at, batch = pair.other_traces, None, pair.batch
     if second is not None and pair.other is not None and pair.plates:
         at = pair.other.to(pair.batch.leaves()[0].device)
@@ -470,37 +483,69 @@ def probe_particles(pair: Structure) -> Structure:
         if run.error:
             raise ValueError(f"pair: it ran on the data once and then failed: {run.error}") from run.cause
         second = run.traces
-    before = log_weight(pair.traces, pair.plates)
+
+    def terms(traces: Traces, particle_dim: int | None = None) -> Tensor:
+        return torch.stack(torch.broadcast_tensors(*_terms(traces, pair.plates, particle_dim)))
+
+    def held(values: Mapping[str, Tensor], num_particles: int | None = None, seed: int = _PROBE_SEED) -> Tensor:
+        # another seed than a verb's, whose draws would be repeated; nothing that this leaves in the param store is kept
+        with untouched(seed=seed):
+            return terms(run_particles(pair, batch, num_particles, values), num_particles and -1 - pair.nesting)
+
+    before, other = terms(pair.traces), terms(second)
     if at is not None:
-        before = before.expand(pair.num_rows)[at]
-    sites = _latent_sites(pair.traces)
+        before = before.expand(3, pair.num_rows)[:, at]
+    mixed = torch.rand(other.shape[1:] or 1, generator=torch.Generator().manual_seed(0)) < 0.5
+    mixed[0], mixed[-1] = True, False  # some rows with the latents of the second run, and some with those of the first
+    sites = latent_sites(pair.traces)
     draws = [
         {name: _take_rows(site, at, pair) for name, site in sites.items()},
-        {name: site["value"] for name, site in _latent_sites(second).items()},
+        {name: site["value"] for name, site in latent_sites(second).items()},
     ]
-    vectorized, divides, reason = False, False, ""
+    draws.append({name: _mixed(draws[1][name], draws[0][name], mixed, site, pair) for name, site in sites.items()})
+    vectorized, reason = False, ""
     try:
         dims = {name: pair.nesting + site["fn"].event_dim for name, site in sites.items()}
-        values = {name: torch.stack([_padded(draw[name], dim) for draw in (*draws, draws[0])]) for name, dim in dims.items()}
-        # another seed than a verb's, whose draws would be repeated; nothing that this leaves in the param store is kept
-        with untouched(seed=_PROBE_SEED):
-            weights = log_weight(run_particles(pair, batch, 3, values), pair.plates, particle_dim=-1 - pair.nesting)
-        vectorized = agree(weights[1], log_weight(second, pair.plates))
-        divides = agree(weights[0], before)
+        values = {name: torch.stack([_padded(draw[name], dim) for draw in draws]) for name, dim in dims.items()}
+        one, again, both = held(values, len(draws)).unbind(1)
+        vectorized = agree(again, other)
         reason = "" if vectorized else "its log-weights in a plate of particles differ from those of single runs"
     except Exception as error:  # a network that takes no dimension to the left of the data's
         reason = f"{type(error).__name__}: {first_line(error)}"
-    if not vectorized and at is not None:
-        try:
-            with untouched(seed=_PROBE_SEED):
-                divides = agree(log_weight(run_particles(pair, batch, None, draws[0]), pair.plates), before)
-        except Exception:  # then the rows are not divided, which is always right
-            divides = False
+    independent, coupled = None, False
+    with suppress(Exception):  # a guide that knows the density of its own draws only
+        if not vectorized:
+            one, both = held(draws[0]), held(draws[2])
+        independent = agree(one, before) if at is not None else None
+        coupled = bool(pair.plates) and not pair.shared and not agree(both, torch.where(mixed.to(one.device), other, one))
+        if (coupled or independent is False) and not agree(held(draws[0]), held(draws[0], seed=_PROBE_SEED - 1)):
+            independent, coupled = None, False  # noise of its own hides what the rows do
     num_particles = 4 if vectorized else None
     made = counted_bytes(lambda: run_particles(pair, batch, num_particles))
     num_rows = batch.num_rows if batch.tensors else 1
     bytes = max(1, made // (num_rows * (num_particles or 1)))
-    return replace(pair, particles=Particles(vectorized, divides and at is not None, bytes, reason))
+    return replace(pair, particles=Particles(vectorized, independent, coupled, bytes, reason))
+
+
+@contextmanager
+def moved_parameters(model: Program, guide: Program, batch: Batch) -> Iterator[None]:
+    """Run the block in evaluation mode, with every entry of the parameters moved by another small amount: entries that start
+    equal are told apart. Afterwards they are as they were."""
+    noise = torch.Generator().manual_seed(_PROBE_SEED)
+    with untouched(training=False) as ran, torch.no_grad():
+        run_pair(model, guide, *batch.args, **batch.kwargs)  # which makes the parameters
+        found = [p for _, p in pyro.get_param_store().named_parameters()]
+        found += [p for module in ran for p in module.parameters()]
+        saved = {id(p): (p, p.clone()) for p in found if not is_lazy(p) and p.is_floating_point()}
+        try:
+            for p, before in saved.values():
+                with suppress(RuntimeError):  # one that is an expanded number
+                    p.add_(0.01 * (1 + before.abs()) * torch.randn(p.shape, generator=noise, dtype=torch.double).to(p))
+            yield
+        finally:
+            for p, before in saved.values():
+                if not torch.equal(p, before):
+                    p.copy_(before)
 
 
 def run_particles(
@@ -553,7 +598,8 @@ def agree(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def _latent_sites(traces: Traces) -> dict[str, dict]:
+def latent_sites(traces: Traces) -> dict[str, dict]:
+    """The latent sites of model and guide, auxiliary ones too."""
     return {name: site for trace in traces for name, site in sampled(trace) if not site["is_observed"]}
 
 
@@ -564,6 +610,15 @@ def _take_rows(site: dict, at: Tensor | None, pair: Structure) -> Tensor:
         return value
     dim -= site["fn"].event_dim
     return value.index_select(dim, at) if value.dim() >= -dim and value.shape[dim] == pair.num_rows else value
+
+
+def _mixed(other: Tensor, value: Tensor, rows: Tensor, site: dict, pair: Structure) -> Tensor:
+    """The value of a site, with some rows of another value; that of a site without rows as it is."""
+    dim = row_dim(site, pair.plates)
+    if dim is None or value.shape != other.shape or value.dim() < site["fn"].event_dim - dim:
+        return value
+    dims = len(rows), *(1,) * (site["fn"].event_dim - dim - 1)
+    return torch.where(rows.to(value.device).reshape(dims), other, value)
 
 
 def _padded(value: Tensor, dim: int) -> Tensor:

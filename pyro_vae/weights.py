@@ -136,7 +136,7 @@ def weigh(
     joint: bool = False,
 ) -> "Weigher":
     """The log-weights of a pair, after a look at what it is made of. Raises ``ValueError`` for what is wrong with it."""
-    pair = inspect_checked(model, guide, batch, verb=verb, check=check, per_datum=not joint, joint=joint, particles=True)
+    pair = inspect_checked(model, guide, batch, verb=verb, check=check, per_datum=not joint, joint=joint)
     if joint and not pair.has_density:
         logger.warning(
             "%s: the guide has points (Delta), which have no density, so the weights bound nothing: each is log p(x, z) at "
@@ -153,11 +153,11 @@ class Weigher:
 
     def __init__(self, pair: Structure, *, max_bytes: int = MAX_BYTES) -> None:
         if pair.particles is None:
-            raise ValueError("pair: expected a structure inspected with particles=True")
+            raise ValueError("pair: expected a structure with its particles, of probe_particles")
         self.pair, self.batch, self.max_bytes = pair, pair.batch, max_bytes
         self.particles: Particles = pair.particles
         self.plates, self.nesting = pair.plates, pair.nesting
-        self.vectorized, self.divides = self.particles.vectorized, self.particles.divides
+        self.vectorized, self.divides = self.particles.vectorized, self.particles.rows_independent
         self.latents: Latents | None = None  # whose draws are kept
         self.sites: list[str] = []  # those that have draws
         self.graphs: dict[Any, Any] = {}  # of chunks of one shape that come again and again

@@ -269,10 +269,10 @@ def _chunks(path: Path, num_chains: int, max_bytes: int) -> list[slice]:
             "cannot run side by side; expected code that counts dimensions from the right: z[..., 0], dim=-1, "
             "reshape(*z.shape[:-1], …), z.unsqueeze(-1) for a number beside a vector"
         )
-    probe = path.on(slice(0, 8)) if particles.divides else path
+    probe = path.on(slice(0, 8)) if particles.rows_independent else path
     made = [counted_bytes(partial(probe.draw, k)) for k in (2, 4)]
     at_once = max(1, max_bytes * 2 * probe.batch.num_rows // max(1, made[1] - made[0]) // num_chains)
-    return slices(n, at_once if at_once < n and particles.divides else n)
+    return slices(n, at_once if at_once < n and particles.rows_independent else n)
 
 
 def _evidence(

@@ -70,9 +70,7 @@ class Path:
         self.model: Program = config_enumerate(model, default="parallel")
         self.start: Program | None = start and config_enumerate(start, default="parallel")
         guide = self.start or prior_of(self.model)
-        self.pair = inspect_checked(
-            self.model, guide, batch, verb=verb, check=check, per_datum=not joint, joint=joint, particles=True
-        )
+        self.pair = inspect_checked(self.model, guide, batch, verb=verb, check=check, per_datum=not joint, joint=joint)
         self.batch = self.pair.batch
         self.latents = Latents(self.pair)
         if not self.latents.sites:

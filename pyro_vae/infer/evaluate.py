@@ -10,9 +10,10 @@ from pyro_vae.check import check_observed, inspect_checked, refuse
 from pyro_vae.data import Data
 from pyro_vae.infer.losses import kind_of, reports_elbo
 from pyro_vae.pair import ElboTerms, Program, Reweighted, elbo_terms, prior_of, run_pair, untouched
-from pyro_vae.problems import outside_of_plates, rows_problem
+from pyro_vae.particles import is_enumerated
+from pyro_vae.problems import dividing_problems, outside_of_plates, rows_problem, subsample_problems
 from pyro_vae.signals import poll
-from pyro_vae.structure import Structure, row_dim
+from pyro_vae.structure import Structure, probe_particles, row_dim
 from pyro_vae.weights import check_particles
 
 
@@ -79,7 +80,10 @@ def evaluate_batches(
             poll()
             if pair is None:
                 pair = inspect_checked(model, guide, batch, verb=verb, check=check, whole=False)
+                _check_summed_out(pair, loss, verb)
                 check_minibatch(pair, batches.num_rows, verb=verb, check=check)
+                if check:
+                    check_rows(pair, batches.num_rows, verb=verb)
                 batches.cast(pair.dtype)
             batch = fitting(batch.cast(pair.dtype), model, guide)
             row = sum(len(part.elbo) for part in parts)
@@ -96,6 +100,17 @@ def evaluate_batches(
             parts.append(terms)
     empty = torch.zeros(0)  # where other processes have all rows
     return ElboTerms(*(torch.cat(part) for part in zip(*parts, strict=True))) if parts else ElboTerms(empty, empty, empty)
+
+
+def _check_summed_out(pair: Structure, loss: ELBO | None, verb: str) -> None:
+    """Raise ``ValueError`` for sites that the model alone has, to be summed out, where nothing sums them out."""
+    if not isinstance(loss, TraceEnum_ELBO):
+        for name, site in pair.latents.items():
+            if is_enumerated(site) and name not in pair.guide_latents:
+                raise ValueError(
+                    f"{verb}: the model sums {name!r} out, and the guide has no such site, so a draw of it bounds nothing; "
+                    "expected loss=TraceEnum_ELBO(max_plate_nesting=…), or evidence.elbo, which sums it out for each datum"
+                )
 
 
 def check_minibatch(pair: Structure, num_data: int, *, verb: str, check: bool = True) -> None:
@@ -123,6 +138,12 @@ def check_minibatch(pair: Structure, num_data: int, *, verb: str, check: bool = 
             f"rows of a minibatch, so other rows would share it; with {num_data} data pass batch_size=None, or a guide that "
             "computes its parameters from the data"
         )
+
+
+def check_rows(pair: Structure, num_data: int, *, verb: str) -> None:
+    """Raise ``ValueError`` where the terms of a row follow the other rows of its minibatch."""
+    if pair.num_rows < num_data and pair.other is not None and not any(subsample_problems(pair)):
+        refuse(dividing_problems(probe_particles(pair), num_data), verb=verb)
 
 
 def _drawn(pair: Structure, batch: Batch, num_data: int, num_particles: int, *, check: bool, verb: str) -> ElboTerms:

@@ -23,7 +23,7 @@ from pyro_vae.check import refuse
 from pyro_vae.checkpoint import Checkpoints
 from pyro_vae.data import Data
 from pyro_vae.graphs import can_compile
-from pyro_vae.infer.evaluate import check_minibatch, evaluate_batches
+from pyro_vae.infer.evaluate import check_minibatch, check_rows, evaluate_batches
 from pyro_vae.infer.group import Group
 from pyro_vae.infer.losses import check_loss, scale_problem
 from pyro_vae.infer.minibatch import MinibatchSVI
@@ -32,7 +32,15 @@ from pyro_vae.infer.state import Best, Epoch, Keeper, Position, Weights
 from pyro_vae.infer.svi import Compile
 from pyro_vae.pair import MeanElbo, Program, enough_memory
 from pyro_vae.problems import Problem, data_problems, pair_problems, training_problems
-from pyro_vae.structure import LESS_MEMORY, Structure, fails_on, inspect, remember_trained, trained_parameters
+from pyro_vae.structure import (
+    LESS_MEMORY,
+    Structure,
+    fails_on,
+    inspect,
+    moved_parameters,
+    remember_trained,
+    trained_parameters,
+)
 from pyro_vae.threads import training
 
 logger = logging.getLogger(__name__)
@@ -283,6 +291,13 @@ def inspect_for_training(
         refuse([problem], verb="fit", check=check)
     if annealed:
         _check_annealing(pair)
+    if check and pair.num_rows < n and pair.other is not None:
+        with moved_parameters(model, guide, pair.batch):
+            try:
+                moved = inspect(model, guide, pair.batch)
+            except ValueError:  # it does not run with these parameters, which nobody chose
+                return pair
+            check_rows(moved, n, verb="fit")
     return pair
 
 

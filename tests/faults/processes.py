@@ -148,27 +148,28 @@ def death(folder):
     """``torchrun`` with two workers, one killed: the job ends in less than 30 s. With a restart it goes on, to the
     parameters of a job that nothing happened to."""
     whole, ended, restarted = (Path(folder, name) for name in ("whole", "ended", "restarted"))
+    log = Path(folder, "log")
     words = ["train", "ring", "-n", 6, "-b", 50, "--every", 5]
-    assert torchrun([*words, "--out", whole]).wait(120) == 0
+    assert torchrun([*words, "--out", whole], log).wait(120) == 0, log.read_text()
     expected = _weights(whole)
-    job = torchrun([*words, "--out", ended])
+    job = torchrun([*words, "--out", ended], log)
     _kill_a_worker(ended)
     start = time.perf_counter()
     code = job.wait(60)
     yield f"ended after {time.perf_counter() - start:.1f} s with {code}", code != 0 and time.perf_counter() - start < 30
-    code = torchrun([*words, "--out", ended, "--resume", "last"]).wait(120)
-    yield f"resumed: {code}", code == 0 and _weights(ended) == expected
-    job = torchrun([*words, "--out", restarted, "--resume", "last"], "--max-restarts=1")
+    code = torchrun([*words, "--out", ended, "--resume", "last"], log).wait(120)
+    yield f"resumed: {code}, {log.read_text()}", code == 0 and _weights(ended) == expected
+    job = torchrun([*words, "--out", restarted, "--resume", "last"], log, "--max-restarts=1")
     _kill_a_worker(restarted)
     code = job.wait(120)
-    yield f"restarted by torchrun: {code}", code == 0 and _weights(restarted) == expected
+    yield f"restarted by torchrun: {code}, {log.read_text()}", code == 0 and _weights(restarted) == expected
 
 
-def torchrun(words, *options):
+def torchrun(words, log, *options):
+    """Start the command line on two processes; what they print goes into a file."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
-    return subprocess.Popen(
-        [*command, "-m", "pyro_vae", *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    with open(log, "w") as file:
+        return subprocess.Popen([*command, "-m", "pyro_vae", *map(str, words)], stdout=file, stderr=file)
 
 
 def _kill_a_worker(run):
