@@ -516,8 +516,9 @@ def probe_particles(pair: Structure) -> Structure:
     with suppress(Exception):  # a guide that knows the density of its own draws only
         if not vectorized:
             one, both = held(draws[0]), held(draws[2])
-        independent = agree(one, before) if at is not None else None
-        coupled = bool(pair.plates) and not pair.shared and not agree(both, torch.where(mixed.to(one.device), other, one))
+        if not before.isfinite().all() or one.isfinite().all():  # else a point that is nowhere but at its own draw
+            independent = agree(one, before) if at is not None else None
+            coupled = bool(pair.plates) and not pair.shared and not agree(both, torch.where(mixed.to(one.device), other, one))
         if (coupled or independent is False) and not agree(held(draws[0]), held(draws[0], seed=_PROBE_SEED - 1)):
             independent, coupled = None, False  # noise of its own hides what the rows do
     num_particles = 4 if vectorized else None
