@@ -6,10 +6,10 @@ from pyro.infer.importance import vectorized_importance_weights
 
 from benchmarks.aevb import LATENT, PIXELS, make_vae
 from benchmarks.timing import measure
-from pyro_vae.batches import Batch
 from pyro_vae.compiler.trace import trace
-from pyro_vae.latents import inspect_latents
-from pyro_vae.pair import sum_sites
+from pyro_vae.data.batches import Batch
+from pyro_vae.pairs.latents import inspect_latents
+from pyro_vae.pairs.traces import sum_sites
 
 IMPORTANCE, HMC = "Pyro's `vectorized_importance_weights`", "eager torch"
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyro_vae import (
-        batches,
         checkpoint,
         conditionals,
         data,
@@ -19,16 +18,17 @@ if TYPE_CHECKING:
         flows,
         infer,
         nets,
-        pair,
+        numerics,
+        pairs,
         plots,
         priors,
         vae,
     )
     from pyro_vae.data import Data, load
     from pyro_vae.diagnostics import compare, compare_guides, diagnose, free_energy, split_gap
-    from pyro_vae.infer import SVI, Epoch, History, PairReport, check_pair, evaluate, fit, train
+    from pyro_vae.infer import SVI, Epoch, History, evaluate, fit, train
+    from pyro_vae.pairs import JointLogWeights, PairReport, check_pair, joint_log_weights, log_weights
     from pyro_vae.vae import CVAE, VAE, Guide, Model
-    from pyro_vae.weights import JointLogWeights, joint_log_weights, log_weights
 
 __version__ = "0.1.0"
 logging.getLogger(__name__).addHandler(logging.NullHandler())
@@ -40,11 +40,11 @@ _HOME = {
     "Epoch": "infer",
     "Guide": "vae",
     "History": "infer",
-    "JointLogWeights": "weights",
+    "JointLogWeights": "pairs",
     "Model": "vae",
-    "PairReport": "infer",
+    "PairReport": "pairs",
     "SVI": "infer",
-    "check_pair": "infer",
+    "check_pair": "pairs",
     "compare": "diagnostics",
     "compare_guides": "diagnostics",
     "diagnose": "diagnostics",
@@ -52,13 +52,12 @@ _HOME = {
     "split_gap": "diagnostics",
     "evaluate": "infer",
     "fit": "infer",
-    "joint_log_weights": "weights",
+    "joint_log_weights": "pairs",
     "load": "data",
-    "log_weights": "weights",
+    "log_weights": "pairs",
     "train": "infer",
 }
 _MODULES = (
-    "batches",
     "checkpoint",
     "conditionals",
     "data",
@@ -68,7 +67,8 @@ _MODULES = (
     "flows",
     "infer",
     "nets",
-    "pair",
+    "numerics",
+    "pairs",
     "plots",
     "priors",
     "vae",
@@ -84,7 +84,6 @@ __all__ = [
     "JointLogWeights",
     "Model",
     "PairReport",
-    "batches",
     "check_pair",
     "checkpoint",
     "compare",
@@ -104,7 +103,8 @@ __all__ = [
     "load",
     "log_weights",
     "nets",
-    "pair",
+    "numerics",
+    "pairs",
     "plots",
     "priors",
     "split_gap",

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_vae as pv
 from pyro_vae import conditionals, evidence, nets, priors
 from pyro_vae.diagnostics import latent_usage, posterior_draws
-from pyro_vae.weights import joint_log_weights, log_weights
+from pyro_vae.pairs.log_weights import joint_log_weights, log_weights
 
 
 def local_model(x):
@@ -295,9 +295,9 @@ def test_minibatch_gradients_are_plain_pyros_times_n_over_b(loss):
 
 
 def _one_step(model, guide, whole, x, optim, loss):
-    from pyro_vae.batches import Batch, as_batches
+    from pyro_vae.data.batches import Batch, as_batches
+    from pyro_vae.infer.distributed import Group
     from pyro_vae.infer.fit import inspect_for_training
-    from pyro_vae.infer.group import Group
     from pyro_vae.infer.minibatch import MinibatchSVI
 
     batches = as_batches(whole, len(x))

@@ -58,7 +58,7 @@ def built(clone, kind):
 
 def test_wheel_and_sdist_hold_every_file_of_the_package(clone):
     files = {str(path.relative_to(clone)) for path in (clone / "pyro_vae").rglob("*") if path.is_file()}
-    assert {"pyro_vae/digits.npz", "pyro_vae/py.typed"} < files
+    assert {"pyro_vae/data/digits.npz", "pyro_vae/py.typed"} < files
     with zipfile.ZipFile(built(clone, "wheel")) as wheel:
         assert {name for name in wheel.namelist() if ".dist-info/" not in name} == files
     with tarfile.open(built(clone, "sdist")) as sdist:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import plain
+from tests.support import plain
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -10,7 +10,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 
 import pyro_vae as pv
 from pyro_vae import conditionals, nets, priors
-from pyro_vae.pair import elbo_terms, run_pair
+from pyro_vae.pairs.traces import elbo_terms, run_pair
 
 
 def make_vae(latent_dim=3, event_shape=(4, 4)):

@@ -9,12 +9,13 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.batches import as_arguments
 from pyro_vae.checkpoint.blueprint import build, describe
 from pyro_vae.checkpoint.budget import bounded
 from pyro_vae.checkpoint.folder import read, read_manifest, write
+from pyro_vae.data.batches import as_arguments
 from pyro_vae.files import is_file
-from pyro_vae.pair import Program, closed_over, make_parameters
+from pyro_vae.pairs.preserve import closed_over, make_parameters
+from pyro_vae.pairs.traces import Program
 
 _KIND = "pair"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_vae.compiler.internals import has_compiler
 from pyro_vae.compiler.trace import CannotTrace, Graph, describe, trace
-from pyro_vae.pair import untouched
+from pyro_vae.pairs.preserve import untouched
 
 logger = logging.getLogger(__name__)
 Function = Callable[..., Sequence[Tensor]]

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_vae.compiler import internals
 from pyro_vae.compiler.passes import improve
-from pyro_vae.pair import untouched
+from pyro_vae.pairs.preserve import untouched
 
 # Operations whose result has a shape that depends on the values of tensors, or that read a value.
 _DYNAMIC = ("nonzero", "masked_select", "_local_scalar_dense", "unique", "repeat_interleave.Tensor", "equal.default")

@@ -10,11 +10,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae.batches import Batch, as_arguments, slices
+from pyro_vae.data.batches import Batch, as_arguments, slices
 from pyro_vae.diagnostics.compare import LEVELS
 from pyro_vae.evidence import simulate
-from pyro_vae.latents import inspect_latents
-from pyro_vae.pair import Program, untouched
+from pyro_vae.pairs.latents import inspect_latents
+from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.traces import Program
 
 _BINS = 20
 _ROWS = 50  # data at a time

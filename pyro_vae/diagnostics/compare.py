@@ -9,13 +9,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae.batches import Batch, as_arguments
+from pyro_vae.data.batches import Batch, as_arguments
 from pyro_vae.diagnostics.drawing import draw_posteriors, draw_ranking
 from pyro_vae.diagnostics.families import UnknownFamily, as_gaussian, wasserstein
 from pyro_vae.diagnostics.gap import GapSplit, split_gap
-from pyro_vae.latents import inspect_latents
 from pyro_vae.numerics import covariance
-from pyro_vae.pair import Program, untouched
+from pyro_vae.pairs.latents import inspect_latents
+from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.traces import Program
 
 LEVELS = (0.5, 0.9, 0.95)
 _MAX_DRAWS = 2**21

@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae.batches import Batch
-from pyro_vae.latents import inspect_latents
-from pyro_vae.pair import Program, untouched
+from pyro_vae.data.batches import Batch
+from pyro_vae.pairs.latents import inspect_latents
+from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.traces import Program
 
 _MASSES = (0.95, 0.5)
 

@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.batches import as_arguments
-from pyro_vae.latents import inspect_latents
+from pyro_vae.data.batches import as_arguments
 from pyro_vae.numerics import pareto_k
-from pyro_vae.pair import Program, untouched
-from pyro_vae.weights import joint_log_weights
+from pyro_vae.pairs.latents import inspect_latents
+from pyro_vae.pairs.log_weights import joint_log_weights
+from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.traces import Program
 
 
 def posterior_draws(

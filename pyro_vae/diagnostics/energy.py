@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.batches import as_arguments
-from pyro_vae.latents import inspect_latents
-from pyro_vae.pair import Program, untouched
+from pyro_vae.data.batches import as_arguments
+from pyro_vae.pairs.latents import inspect_latents
+from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.traces import Program
 
 
 class FreeEnergy(NamedTuple):

@@ -14,7 +14,7 @@ from torch.distributions.transforms import identity_transform
 
 from pyro_vae.conditionals import Conditional, LogNormal, MultivariateNormal, Normal
 from pyro_vae.nets import as_shape
-from pyro_vae.pair import unwrapped
+from pyro_vae.pairs.traces import unwrapped
 
 # Families that are known by the names of their parameters; those of a guide's distribution are read from its attributes.
 _PARAMETERS: dict[type, tuple[str, ...]] = {

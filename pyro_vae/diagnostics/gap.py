@@ -11,12 +11,13 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from pyro_vae.batches import Batch, as_arguments
 from pyro_vae.conditionals import Conditional
+from pyro_vae.data.batches import Batch, as_arguments
 from pyro_vae.diagnostics.families import Family, Freed, as_gaussian, is_same
 from pyro_vae.exact import ExactModel
-from pyro_vae.latents import inspect_latents
-from pyro_vae.pair import Program, untouched
+from pyro_vae.pairs.latents import inspect_latents
+from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.traces import Program
 
 logger = logging.getLogger(__name__)
 Shifts = Mapping[str, dict[str, Tensor]]

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.batches import as_arguments
+from pyro_vae.data.batches import as_arguments
 from pyro_vae.diagnostics.calibration import Calibration, calibration
 from pyro_vae.diagnostics.usage import LatentUsage, latent_usage
 from pyro_vae.evidence import Evidence, elbo, importance
-from pyro_vae.pair import Program
+from pyro_vae.pairs.traces import Program
 
 _JOINT = (
     "latent dimensions: not computed: their use is compared between data, and with joint=True all data are one datum",

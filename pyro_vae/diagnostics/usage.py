@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vae.batches import as_arguments
-from pyro_vae.latents import inspect_latents
-from pyro_vae.pair import Program, untouched, unwrapped
+from pyro_vae.data.batches import as_arguments
+from pyro_vae.pairs.latents import inspect_latents
+from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.traces import Program, unwrapped
 
 _DRAWS = 100
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae.batches import Batch, as_arguments, slices
+from pyro_vae.data.batches import Batch, as_arguments, slices
 from pyro_vae.evidence.chunks import fingerprint, in_chunks, progress_bar
 from pyro_vae.evidence.hmc import HMC, Transition
 from pyro_vae.evidence.importance import summary
@@ -17,9 +17,10 @@ from pyro_vae.evidence.path import Path
 from pyro_vae.evidence.result import Bound, Evidence, Sandwich
 from pyro_vae.evidence.simulate import Simulated, simulate
 from pyro_vae.numerics import log_mean_exp
-from pyro_vae.pair import Program, untouched
-from pyro_vae.structure import counted_bytes
-from pyro_vae.weights import check_particles
+from pyro_vae.pairs.log_weights import check_particles
+from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.structure import counted_bytes
+from pyro_vae.pairs.traces import Program
 
 Schedule = Literal["uniform", "sigmoid", "fitted"] | Tensor
 Walk = Callable[[Path, Tensor, Transition, tqdm], dict[str, Tensor]]

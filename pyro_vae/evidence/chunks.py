@@ -14,7 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae.batches import Batch, bytes_of
+from pyro_vae.data.batches import Batch, bytes_of
 from pyro_vae.files import write_whole
 
 

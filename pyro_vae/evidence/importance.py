@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.batches import as_arguments
+from pyro_vae.data.batches import as_arguments
 from pyro_vae.evidence.chunks import fingerprint, in_chunks, progress_bar
 from pyro_vae.evidence.result import Bound, Evidence
 from pyro_vae.evidence.simulate import Simulated
 from pyro_vae.numerics import effective_sample_size, log_mean_error, log_mean_exp, pareto_k
-from pyro_vae.pair import Program, prior_of, untouched
-from pyro_vae.weights import MAX_BYTES, Weigher, check_particles, weigh
+from pyro_vae.pairs.log_weights import MAX_BYTES, Weigher, check_particles, weigh
+from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.traces import Program, prior_of
 
 
 def importance(

@@ -10,12 +10,12 @@ from pyro.infer import config_enumerate
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from pyro_vae.batches import Batch
-from pyro_vae.check import inspect_checked
-from pyro_vae.graphs import graphed
-from pyro_vae.latents import Latents, Site
-from pyro_vae.pair import Program, prior_of
-from pyro_vae.particles import values_of
+from pyro_vae.data.batches import Batch
+from pyro_vae.pairs.check import inspect_checked
+from pyro_vae.pairs.enumeration import values_of
+from pyro_vae.pairs.graphs import graphed
+from pyro_vae.pairs.latents import Latents, Site
+from pyro_vae.pairs.traces import Program, prior_of
 
 _BOUNDED: dict[type, Callable[[Any], Any]] = {  # with numbers for bounds, which go with any number of data
     type(constraints.interval(0.0, 1.0)): lambda c: constraints.interval(

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae.batches import as_arguments
+from pyro_vae.data.batches import as_arguments
 from pyro_vae.evidence.annealing import MAX_BYTES, run_chains
 from pyro_vae.evidence.hmc import Transition
 from pyro_vae.evidence.path import Path, Point
 from pyro_vae.evidence.result import Evidence
 from pyro_vae.numerics import covariance, effective_sample_size, log_mean_error, log_mean_exp
-from pyro_vae.pair import Program
+from pyro_vae.pairs.traces import Program
 
 
 class _Still(Transition):

@@ -8,11 +8,12 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.batches import Batch, as_arguments
-from pyro_vae.check import inspect_checked
-from pyro_vae.latents import Latents
-from pyro_vae.pair import Program, prior_of, sampled, untouched
-from pyro_vae.particles import Held
+from pyro_vae.data.batches import Batch, as_arguments
+from pyro_vae.pairs.check import inspect_checked
+from pyro_vae.pairs.enumeration import Held
+from pyro_vae.pairs.latents import Latents
+from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.traces import Program, prior_of, sampled
 
 
 @dataclass(frozen=True)

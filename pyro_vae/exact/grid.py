@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from pyro_vae.batches import Batch, as_arguments
-from pyro_vae.latents import Site, inspect_latents
-from pyro_vae.pair import Program, untouched
-from pyro_vae.particles import values_of
+from pyro_vae.data.batches import Batch, as_arguments
+from pyro_vae.pairs.enumeration import values_of
+from pyro_vae.pairs.latents import Site, inspect_latents
+from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.traces import Program
 
 logger = logging.getLogger(__name__)
 _NODES = 13  # points of a cell along an axis: 4 k + 1

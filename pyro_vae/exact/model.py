@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.arrays import check_rows
+from pyro_vae.data.arrays import check_rows
 from pyro_vae.nets import Shape, as_shape
 
 T = TypeVar("T", float, Tensor, float | Tensor)

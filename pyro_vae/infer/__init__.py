@@ -1,10 +1,9 @@
-"""Verbs on any pair: train it, evaluate it, check it."""
+"""Verbs on any pair: train it, evaluate it."""
 
-from pyro_vae.check import PairReport, SiteReport, check_pair
+from pyro_vae.infer.distributed import Group, launched, torchrun
 from pyro_vae.infer.evaluate import evaluate
 from pyro_vae.infer.fit import History, fit, train
-from pyro_vae.infer.group import Group, launched, torchrun
-from pyro_vae.infer.state import Epoch
+from pyro_vae.infer.resume import Epoch
 from pyro_vae.infer.svi import SVI
 
 __all__ = [
@@ -12,9 +11,6 @@ __all__ = [
     "Epoch",
     "Group",
     "History",
-    "PairReport",
-    "SiteReport",
-    "check_pair",
     "evaluate",
     "fit",
     "launched",

@@ -5,16 +5,17 @@ from typing import Any
 import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
 
-from pyro_vae.batches import Batch, Batches, as_batches, fitting
-from pyro_vae.check import check_observed, inspect_checked, refuse
-from pyro_vae.data import Data
+from pyro_vae.data.batches import Batch, Batches, as_batches, fitting
+from pyro_vae.data.datasets import Data
 from pyro_vae.infer.losses import kind_of, reports_elbo
-from pyro_vae.pair import ElboTerms, Program, Reweighted, elbo_terms, prior_of, run_pair, untouched
-from pyro_vae.particles import is_enumerated
-from pyro_vae.problems import dividing_problems, outside_of_plates, rows_problem, subsample_problems
-from pyro_vae.signals import poll
-from pyro_vae.structure import Structure, probe_particles, row_dim
-from pyro_vae.weights import check_particles
+from pyro_vae.infer.signals import poll
+from pyro_vae.pairs.check import check_observed, inspect_checked, refuse
+from pyro_vae.pairs.enumeration import is_enumerated
+from pyro_vae.pairs.log_weights import check_particles
+from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.problems import dividing_problems, outside_of_plates, rows_problem, subsample_problems
+from pyro_vae.pairs.structure import Structure, probe_particles, row_dim
+from pyro_vae.pairs.traces import ElboTerms, Program, Reweighted, elbo_terms, prior_of, run_pair
 
 
 def evaluate(
@@ -39,7 +40,7 @@ def evaluate(
     :param seed: seed of the draws, the same at each call, so that two evaluations differ by the pair alone.
     :param batch_size: data at a time, ``None`` for all of them (a guide with parameters for each datum needs that).
     :param check: ``False`` runs a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
-    :return: :class:`~pyro_vae.pair.ElboTerms`, tensors ``(n,)`` in the order of the data; its ``mean()`` has the standard
+    :return: :class:`~pyro_vae.pairs.ElboTerms`, tensors ``(n,)`` in the order of the data; its ``mean()`` has the standard
         error over data. A model that draws a subsample itself has terms for those rows alone.
     :raises ValueError: for empty or non-finite data, a pair that is wrong, a model without a data plate to tell minibatches
         by, a loss that is no ELBO, a loader that gives the data in an order of its own, or a datum whose ELBO is not finite.

@@ -18,21 +18,20 @@ from pyro.optim import Adam, PyroLRScheduler, PyroOptim
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae.batches import Batches, InMemory, as_batches, check_count, fitting
-from pyro_vae.check import refuse
 from pyro_vae.checkpoint import Checkpoints
-from pyro_vae.data import Data
-from pyro_vae.graphs import can_compile
+from pyro_vae.data.batches import Batches, InMemory, as_batches, check_count, fitting
+from pyro_vae.data.datasets import Data
+from pyro_vae.infer.distributed import Group
 from pyro_vae.infer.evaluate import check_minibatch, check_rows, evaluate_batches
-from pyro_vae.infer.group import Group
 from pyro_vae.infer.losses import check_loss, scale_problem
 from pyro_vae.infer.minibatch import MinibatchSVI
+from pyro_vae.infer.resume import Best, Epoch, Keeper, Position, Weights
 from pyro_vae.infer.snapshot import configuration
-from pyro_vae.infer.state import Best, Epoch, Keeper, Position, Weights
 from pyro_vae.infer.svi import Compile
-from pyro_vae.pair import MeanElbo, Program, enough_memory
-from pyro_vae.problems import Problem, data_problems, pair_problems, training_problems
-from pyro_vae.structure import (
+from pyro_vae.pairs.check import refuse
+from pyro_vae.pairs.graphs import can_compile
+from pyro_vae.pairs.problems import Problem, data_problems, pair_problems, training_problems
+from pyro_vae.pairs.structure import (
     LESS_MEMORY,
     Structure,
     fails_on,
@@ -41,7 +40,8 @@ from pyro_vae.structure import (
     remember_trained,
     trained_parameters,
 )
-from pyro_vae.threads import training
+from pyro_vae.pairs.threads import training
+from pyro_vae.pairs.traces import MeanElbo, Program, enough_memory
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")

@@ -22,9 +22,9 @@ from pyro.infer import (
     TraceTMC_ELBO,
 )
 
-from pyro_vae.pair import subsampling_scale
-from pyro_vae.problems import Problem
-from pyro_vae.structure import Structure, row_dim
+from pyro_vae.pairs.problems import Problem
+from pyro_vae.pairs.structure import Structure, row_dim
+from pyro_vae.pairs.traces import subsampling_scale
 
 Factor = Literal["sites", "objective", "none"]
 

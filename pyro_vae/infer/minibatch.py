@@ -12,23 +12,15 @@ from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from pyro_vae.batches import Batch, Batches, InMemory
-from pyro_vae.check import check_observed
-from pyro_vae.infer.group import Group
+from pyro_vae.data.batches import Batch, Batches, InMemory
+from pyro_vae.infer.distributed import Group
 from pyro_vae.infer.losses import kind_of, scaled_sites
 from pyro_vae.infer.svi import SVI, Traces
-from pyro_vae.pair import (
-    ElboTerms,
-    Program,
-    Reweighted,
-    elbo_terms,
-    prior_of,
-    sampled,
-    subsampling_scale,
-    untouched,
-)
-from pyro_vae.problems import has_fixed_support, improbable_rows
-from pyro_vae.structure import Structure
+from pyro_vae.pairs.check import check_observed
+from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.problems import has_fixed_support, improbable_rows
+from pyro_vae.pairs.structure import Structure
+from pyro_vae.pairs.traces import ElboTerms, Program, Reweighted, elbo_terms, prior_of, sampled, subsampling_scale
 
 
 class MinibatchSVI(SVI):

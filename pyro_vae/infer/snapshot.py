@@ -8,8 +8,8 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vae.batches import Batches, InMemory, bytes_of
-from pyro_vae.infer.group import Group
+from pyro_vae.data.batches import Batches, InMemory, bytes_of
+from pyro_vae.infer.distributed import Group
 from pyro_vae.infer.svi import OneOptimizer
 
 

@@ -15,11 +15,12 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
-from pyro_vae.batches import Batch
 from pyro_vae.compiler import CannotTrace, Graphed, restored
 from pyro_vae.compiler.guards import Guards
+from pyro_vae.data.batches import Batch
 from pyro_vae.infer.validation import conditions
-from pyro_vae.pair import KeepFrozen, Program, modules_that_run, untouched
+from pyro_vae.pairs.preserve import KeepFrozen, modules_that_run, untouched
+from pyro_vae.pairs.traces import Program
 
 Traces = list[tuple[Trace, Trace]]
 

@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 
-from pyro_vae.batches import Batch
-from pyro_vae.check import refuse
-from pyro_vae.graphs import can_compile
-from pyro_vae.pair import KeepFrozen, Program, Recorded, modules_that_run, sampled
-from pyro_vae.problems import Problem, pair_problems, training_problems
-from pyro_vae.signals import interruptible
-from pyro_vae.structure import Structure, structure_of_run
+from pyro_vae.data.batches import Batch
+from pyro_vae.infer.signals import interruptible
+from pyro_vae.pairs.check import refuse
+from pyro_vae.pairs.graphs import can_compile
+from pyro_vae.pairs.preserve import KeepFrozen, modules_that_run
+from pyro_vae.pairs.problems import Problem, pair_problems, training_problems
+from pyro_vae.pairs.structure import Structure, structure_of_run
+from pyro_vae.pairs.traces import Program, Recorded, sampled
 
 logger = logging.getLogger(__name__)
 Compile = Literal["auto", "trace"] | bool

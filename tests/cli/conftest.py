@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pyro_vae import cli
+from pyro_vae.cli import app
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def run(monkeypatch, capfd):
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["pyro-vae", *map(str, words)])
         with pytest.raises(SystemExit) as exit_:
-            cli.main()
+            app.main()
         out, err = capfd.readouterr()
         return exit_.value.code, out, err
 

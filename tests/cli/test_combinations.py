@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from pyro.optim import Adam
 
-from pyro_vae import build, cli, diagnostics, evidence, infer, plots, runs
-from pyro_vae.defaults import DEFAULTS
+from pyro_vae import diagnostics, evidence, infer, plots
+from pyro_vae.cli import app, build, runs
+from pyro_vae.cli.defaults import DEFAULTS
 
-GUIDES, PRIORS, LIKELIHOODS = map(get_args, (cli.Guide, cli.Prior, cli.Likelihood))
+GUIDES, PRIORS, LIKELIHOODS = map(get_args, (app.Guide, app.Prior, app.Likelihood))
 OF_DATA = {"digits": LIKELIHOODS, "ring": ("normal", "laplace", "student-t")}
 REFUSED = [("ring", likelihood) for likelihood in LIKELIHOODS if likelihood not in OF_DATA["ring"]]
 EVERY = [(name, *words) for name, own in OF_DATA.items() for words in itertools.product(GUIDES, PRIORS, own)]

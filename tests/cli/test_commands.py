@@ -12,9 +12,10 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from pyro_vae import build, cli, data, runs
-from pyro_vae.defaults import DEFAULTS
-from tests.cli.left import PAIR, weights_file, weights_of
+from pyro_vae.cli import app, build, runs
+from pyro_vae.cli.defaults import DEFAULTS
+from pyro_vae.data import datasets
+from tests.support.runs import PAIR, weights_file, weights_of
 
 
 def test_train_leaves_a_whole_run_folder(run, tmp_path):
@@ -59,7 +60,7 @@ def test_sample_reconstruct_and_plot_go_by_the_weights(run):
     assert np.array_equal(first, np.load("a/samples-2/samples.npy"))
     run("reconstruct", "a", "-n", 5, "--out", "r")
     x, y = np.load("r/x.npy"), np.load("r/reconstructions.npy")
-    assert np.array_equal(x, data.load("digits")[1].x[:5].numpy())
+    assert np.array_equal(x, datasets.load("digits")[1].x[:5].numpy())
     assert y.shape == x.shape
     assert 0 < y.min() < y.max() < 1
     assert run("plot", "a", "--json")[0] == 0
@@ -140,7 +141,7 @@ def test_the_ring_and_the_other_data_sets(run, data_dir):
     code, out, _ = run("data", "frey-faces", "--json")
     assert code == 0
     assert json.loads(out)["shape"] == [28, 20]
-    assert {line.split()[0] for line in run("data")[1].splitlines()} == set(data.SOURCES)
+    assert {line.split()[0] for line in run("data")[1].splitlines()} == set(datasets.SOURCES)
 
 
 def test_compare(run, tmp_path):
@@ -213,8 +214,8 @@ def test_a_run_goes_on(run, tmp_path):
 
 
 def test_the_words_of_the_command_line_are_the_registries():
-    assert set(get_args(cli.Likelihood)) == build.LIKELIHOODS.keys()
-    assert set(get_args(cli.Guide)) == build.GUIDES.keys()
-    assert set(get_args(cli.Prior)) == build.PRIORS.keys()
-    assert set(get_args(cli.Dataset)) == DEFAULTS.keys() == set(get_args(data.Name)) == data.SOURCES.keys()
-    assert get_args(cli.Binarize) == get_args(data.Binarize)
+    assert set(get_args(app.Likelihood)) == build.LIKELIHOODS.keys()
+    assert set(get_args(app.Guide)) == build.GUIDES.keys()
+    assert set(get_args(app.Prior)) == build.PRIORS.keys()
+    assert set(get_args(app.Dataset)) == DEFAULTS.keys() == set(get_args(datasets.Name)) == datasets.SOURCES.keys()
+    assert get_args(app.Binarize) == get_args(datasets.Binarize)

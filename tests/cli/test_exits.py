@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from pyro_vae import data, infer, runs
-from tests.cli.left import PAIR, weights_file
+from pyro_vae import data, infer
+from pyro_vae.cli import runs
+from tests.support.runs import PAIR, weights_file
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,7 @@ def test_overwrite_takes_only_what_is_ours(run, tmp_path):
 
 def test_help_does_not_wait_for_torch():
     program = (
-        "import sys; from pyro_vae import cli\ntry: cli.main()\nfinally: assert not {'torch', 'pyro'} & sys.modules.keys()"
+        "import sys; from pyro_vae.cli import app\ntry: app.main()\nfinally: assert not {'torch', 'pyro'} & sys.modules.keys()"
     )
     done = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pyro_vae import files, runs
-from tests.cli.left import PAIR, weights_file
+from pyro_vae import files
+from pyro_vae.cli import runs
+from tests.support.runs import PAIR, weights_file
 
 
 @pytest.fixture

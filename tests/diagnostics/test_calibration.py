@@ -10,8 +10,8 @@ import torch
 from pyro_vae import diagnostics, exact
 from pyro_vae.diagnostics import calibration, diagnose, latent_usage, two_sample_test
 from pyro_vae.numerics import pareto_k
-from pyro_vae.weights import log_weights
-from tests.oracles import seeded
+from pyro_vae.pairs.log_weights import log_weights
+from tests.support.oracles import seeded
 
 TOY = exact.LinearGaussian(torch.tensor([[1.0, 0.8], [0.5, 1.0], [0.2, 0.9]]).double(), noise_scale=0.5)
 with torch.random.fork_rng():

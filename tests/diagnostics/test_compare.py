@@ -14,8 +14,8 @@ import pyro_vae as pv
 from pyro_vae import exact
 from pyro_vae.diagnostics import pointwise_identity
 from pyro_vae.diagnostics.families import wasserstein
-from tests import oracles
-from tests.oracles import guide_of, seeded
+from tests.support import oracles
+from tests.support.oracles import guide_of, seeded
 
 MODELS = oracles.make_models()
 FA = MODELS["factor analysis"]

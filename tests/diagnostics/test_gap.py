@@ -11,11 +11,11 @@ from torch.distributions import constraints
 
 import pyro_vae as pv
 from pyro_vae import conditionals, exact, flows, nets
-from pyro_vae.batches import Batch
+from pyro_vae.data.batches import Batch
 from pyro_vae.diagnostics.families import as_gaussian
 from pyro_vae.diagnostics.gap import _keep_better, _Pair, _search
-from tests import oracles
-from tests.oracles import guide_of, seeded
+from tests.support import oracles
+from tests.support.oracles import guide_of, seeded
 
 MODELS = oracles.make_models()
 FA = MODELS["factor analysis"]

@@ -7,8 +7,8 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 
 from pyro_vae.diagnostics.families import as_gaussian
-from tests import oracles
-from tests.oracles import seeded
+from tests.support import oracles
+from tests.support.oracles import seeded
 
 MODELS = oracles.make_models()
 

@@ -11,7 +11,7 @@ from pyro.infer import config_enumerate
 
 from pyro_vae import evidence, exact
 from pyro_vae.evidence import HMC, Transition
-from tests.oracles import seeded
+from tests.support.oracles import seeded
 
 TOY = exact.LinearGaussian(seeded(4, 2), noise_scale=0.9)
 PLAIN = exact.LinearGaussian(torch.tensor([[1.0], [0.5]]).double(), noise_scale=1.0)

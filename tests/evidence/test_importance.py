@@ -9,8 +9,8 @@ import torch
 
 from pyro_vae import evidence, exact
 from pyro_vae.numerics import log_mean_exp
-from pyro_vae.weights import log_weights
-from tests.oracles import seeded
+from pyro_vae.pairs.log_weights import log_weights
+from tests.support.oracles import seeded
 
 TOY = exact.LinearGaussian(seeded(6, 2), noise_scale=0.8)
 
@@ -145,7 +145,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch
     guide, x, file = Gaussian(TOY, 0.7 * TOY.precision), TOY.sample(40), tmp_path / "a" / "run.safetensors"
     options = {"num_particles": 50, "max_bytes": 50_000}
     whole = evidence.importance(TOY, guide, x, **options)
-    from pyro_vae.weights import Weigher
+    from pyro_vae.pairs.log_weights import Weigher
 
     calls, of = [], Weigher.of
 

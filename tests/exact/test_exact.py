@@ -10,9 +10,9 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 
 import pyro_vae as pv
 from pyro_vae import exact
-from pyro_vae.pair import run_pair
-from tests import oracles
-from tests.oracles import seeded
+from pyro_vae.pairs.traces import run_pair
+from tests.support import oracles
+from tests.support.oracles import seeded
 
 MODELS = oracles.make_models()
 DISCRETE = {"FiniteMixture", "SigmoidBeliefNet"}

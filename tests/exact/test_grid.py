@@ -9,8 +9,8 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae import conditionals, exact, nets, priors
-from tests import oracles
-from tests.oracles import seeded
+from tests.support import oracles
+from tests.support.oracles import seeded
 
 MODELS = oracles.make_models()
 

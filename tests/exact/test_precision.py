@@ -7,7 +7,7 @@ from scipy import stats
 
 import pyro_vae as pv
 from pyro_vae import exact
-from tests.oracles import seeded
+from tests.support.oracles import seeded
 
 
 def beta_bernoulli(double):

@@ -19,8 +19,10 @@ import numpy as np
 import torch
 
 import pyro_vae as pv
-from pyro_vae import checkpoint, conditionals, data, nets, priors, runs
+from pyro_vae import checkpoint, conditionals, nets, priors
 from pyro_vae.checkpoint import Checkpoints, MismatchError, read_checkpoint
+from pyro_vae.cli import runs
+from pyro_vae.data import datasets
 from tests.faults import small
 
 GOLDEN = Path(__file__).parent.parent / "checkpoint" / "golden"
@@ -80,7 +82,7 @@ def untrusted_pickle(folder):
             yield f"pickle {i} {name}", refused and not (folder / "it ran").exists()
     np.savez(folder / "frey_faces.npz", images=np.array([_Malice()], dtype=object))
     try:
-        data.load("frey-faces", data_dir=folder)
+        datasets.load("frey-faces", data_dir=folder)
         refused = False
     except ValueError:
         refused = True
@@ -93,7 +95,7 @@ def _readings(place, tensors, content):
         "as tensors": lambda: (tensors.write_bytes(content), checkpoint.load(pair)),
         "as manifest": lambda: ((pair / "manifest.json").write_bytes(content), checkpoint.load(pair)),
         "as a path to resume": lambda: small.train(resume=place / "a.pt", epochs=1),
-        "as data": lambda: data.load("frey-faces", data_dir=place),
+        "as data": lambda: datasets.load("frey-faces", data_dir=place),
     }
 
 
@@ -289,7 +291,7 @@ def dataset_integrity(folder):
             mutant += noise.randbytes(noise.randrange(1, 50))
         path.write_bytes(mutant)
         try:
-            data._read_idx(path, digest)
+            datasets._read_idx(path, digest)
             said = ""
         except ValueError as error:
             said = str(error)
@@ -310,7 +312,7 @@ def bombs(folder):
             file.write(bytes(2**20))
     raw = place / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for name in data._IDX_SHA256["MNIST"]:
+    for name in datasets._IDX_SHA256["MNIST"]:
         with (raw / name).open("wb") as file:  # as large on paper, and with a header that agrees
             file.write(struct.pack(">4B3I", 0, 0, 8, 3, 2**14, 2**8, 2**8))
             file.truncate(16 + 2**30)
@@ -327,7 +329,7 @@ def _load_and_weigh(name, folder):
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        data.load(name, data_dir=folder)
+        datasets.load(name, data_dir=folder)
     except ValueError as error:
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
         print(error, f"; {grown:.0f} MB")

@@ -39,7 +39,7 @@ def exact_resume(folder):
 
 def _killed(delay, loss, **options):
     """Train, and die at a random moment after the first step of this process."""
-    from pyro_vae.infer.state import Keeper
+    from pyro_vae.infer.resume import Keeper
 
     stepped = Keeper.stepped
 

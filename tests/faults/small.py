@@ -13,7 +13,8 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from tqdm import tqdm
 
 import pyro_vae as pv
-from pyro_vae import cli, conditionals, nets, priors
+from pyro_vae import conditionals, nets, priors
+from pyro_vae.cli import app
 
 LOSSES = {
     "Trace_ELBO": Trace_ELBO,
@@ -22,7 +23,9 @@ LOSSES = {
 }
 # processes that have torch and Pyro loaded, and no threads yet
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch._dynamo", "torch.fx.experimental.proxy_tensor", "pyro_vae.runs", "tests.faults.small"])
+CONTEXT.set_forkserver_preload(
+    ["torch._dynamo", "torch.fx.experimental.proxy_tensor", "pyro_vae.cli.runs", "tests.faults.small"]
+)
 
 
 def make_vae(seed=0, **kwargs):
@@ -89,4 +92,4 @@ def command(*words):
     """The command line, in this process."""
     torch.set_num_threads(1)
     sys.argv = ["pyro-vae", *map(str, words)]
-    cli.main()
+    app.main()

@@ -13,7 +13,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import conditionals, nets, priors
-from tests.fits import data, run, vae
+from tests.support.fits import data, run, vae
 
 
 def moved(clip_norm, compile, epochs):

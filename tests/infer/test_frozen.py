@@ -9,7 +9,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
 import pyro_vae as pv
-from tests.steps import D, K, data
+from tests.support.steps import D, K, data
 
 
 class Guide(PyroModule):

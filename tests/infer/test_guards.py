@@ -16,7 +16,7 @@ from torch import nn
 
 from pyro_vae.infer.step import GraphStep
 from pyro_vae.infer.svi import SVI as CompiledSVI
-from tests.steps import PAIRS, Annealed, D, K, adam, changes, data, functions, vae
+from tests.support.steps import PAIRS, Annealed, D, K, adam, changes, data, functions, vae
 
 
 @pytest.fixture(autouse=True)

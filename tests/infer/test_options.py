@@ -9,7 +9,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import evidence
-from tests.fits import data, vae
+from tests.support.fits import data, vae
 
 WRONG = [
     ({"epochs": 2.5}, "fit: epochs: expected a whole number, 1 or more, but got 2.5"),

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributions import Distribution
 
 from pyro_vae.infer.svi import SVI as CompiledSVI
-from tests.steps import D, K, Regression, adam, assert_equal_runs, data, functions, trained
+from tests.support.steps import D, K, Regression, adam, assert_equal_runs, data, functions, trained
 
 
 @pytest.fixture(autouse=True)

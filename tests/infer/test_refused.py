@@ -17,7 +17,7 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae import conditionals, nets, priors
 from pyro_vae.infer.svi import SVI as CompiledSVI
-from tests.steps import D, K, adam, data, functions, vae
+from tests.support.steps import D, K, adam, data, functions, vae
 
 
 @pytest.fixture(autouse=True)

@@ -18,10 +18,10 @@ import pyro_vae as pv
 from pyro_vae import conditionals, nets, priors
 from pyro_vae.checkpoint import Checkpoints, MismatchError, read_checkpoint
 from pyro_vae.checkpoint.folder import write
+from pyro_vae.infer import resume as resume_module
 from pyro_vae.infer import snapshot
-from pyro_vae.infer import state as states
-from pyro_vae.pair import MeanElbo
-from tests.fits import assert_same, data, functions, run, stopped_after
+from pyro_vae.pairs.traces import MeanElbo
+from tests.support.fits import assert_same, data, functions, run, stopped_after
 
 
 def labelled():
@@ -300,8 +300,8 @@ def test_going_back_sets_the_later_ones_aside(tmp_path):
 
 
 def test_epochs_are_read_as_they_were():
-    record = states.Epoch(3, 0.5, MeanElbo(-1.0, -0.5, 0.5, 0.1), None, 2.0)
-    assert states.Epoch.of(tuple(record)) == record
+    record = pv.Epoch(3, 0.5, MeanElbo(-1.0, -0.5, 0.5, 0.1), None, 2.0)
+    assert pv.Epoch.of(tuple(record)) == record
 
 
 def test_workers_that_live_on_are_told_of(tmp_path):
@@ -315,7 +315,7 @@ def test_workers_that_live_on_are_told_of(tmp_path):
 def test_another_version_is_a_warning_and_the_fit_continues(tmp_path, monkeypatch, package):
     whole = run(epochs=3)
     with monkeypatch.context() as patch:
-        patch.setattr(states, "versions", lambda: snapshot.versions() | {package: "0.0.7"})
+        patch.setattr(resume_module, "versions", lambda: snapshot.versions() | {package: "0.0.7"})
         run(epochs=1, checkpoint=tmp_path)
     with pytest.warns(UserWarning, match=re.escape(f"{package} 0.0.7 (now {snapshot.versions()[package]})")):
         assert_same(run(epochs=3, checkpoint=tmp_path, resume="last"), whole)
@@ -324,6 +324,6 @@ def test_another_version_is_a_warning_and_the_fit_continues(tmp_path, monkeypatc
 
 def test_a_checkpoint_that_names_no_versions_is_no_warning(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(states, "versions", dict)
+        patch.setattr(resume_module, "versions", dict)
         run(epochs=1, checkpoint=tmp_path)
     assert_same(run(epochs=2, checkpoint=tmp_path, resume="last"), run(epochs=2))

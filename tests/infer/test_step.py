@@ -10,7 +10,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
 from pyro_vae.infer.svi import SVI as CompiledSVI
-from tests.steps import D, K, adam, assert_equal_runs, data, functions, trained, vae
+from tests.support.steps import D, K, adam, assert_equal_runs, data, functions, trained, vae
 
 
 @pytest.fixture(autouse=True)

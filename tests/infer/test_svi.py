@@ -15,7 +15,7 @@ from torch import nn
 
 from pyro_vae import flows
 from pyro_vae.infer.svi import SVI as CompiledSVI
-from tests.steps import PAIRS, Annealed, D, K, adam, assert_equal_runs, data, functions, subsampled, trained, vae
+from tests.support.steps import PAIRS, Annealed, D, K, adam, assert_equal_runs, data, functions, subsampled, trained, vae
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.infer.svi import SVI as CompiledSVI
-from tests.steps import D, K, adam, assert_equal_runs, data
+from tests.support.steps import D, K, adam, assert_equal_runs, data
 
 HOW = {"trace": ": traced, 5 steps", True: ": compiled by Inductor, 5 steps"}
 

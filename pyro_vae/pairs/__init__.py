@@ -1,0 +1,21 @@
+"""Reading any pair of a Pyro model and guide: what it is made of, what is wrong with it, its log-weights."""
+
+from pyro_vae.pairs.check import PairReport, SiteReport, check_pair
+from pyro_vae.pairs.log_weights import JointLogWeights, joint_log_weights, log_weights
+from pyro_vae.pairs.structure import Structure, inspect
+from pyro_vae.pairs.traces import ElboTerms, MeanElbo, elbo_terms, run_pair
+
+__all__ = [
+    "ElboTerms",
+    "JointLogWeights",
+    "MeanElbo",
+    "PairReport",
+    "SiteReport",
+    "Structure",
+    "check_pair",
+    "elbo_terms",
+    "inspect",
+    "joint_log_weights",
+    "log_weights",
+    "run_pair",
+]

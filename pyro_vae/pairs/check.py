@@ -1,0 +1,173 @@
+"""What is wrong with a pair: one function over its structure, for every verb."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_vae.data.batches import Batch, as_arguments
+from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.problems import (
+    Problem,
+    coupled_latents_problems,
+    coupling_problems,
+    data_problems,
+    family,
+    joint_problems,
+    log_prob_problems,
+    lost_parameters,
+    pair_problems,
+    per_datum_problems,
+    plates_of,
+    reach_problems,
+    rows_problem,
+    training_problems,
+)
+from pyro_vae.pairs.structure import Structure, inspect, probe_particles
+from pyro_vae.pairs.traces import Program, sampled
+
+logger = logging.getLogger(__name__)
+
+
+class SiteReport(NamedTuple):
+    """One random variable of a pair. ``plates`` from the outside in; ``programs`` are those that have the site."""
+
+    name: str
+    observed: bool
+    programs: tuple[str, ...]
+    plates: tuple[str, ...]
+    event_shape: tuple[int, ...]
+    distribution: str
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """What :func:`check_pair` found: the sites of the pair, its data plates, and what is wrong with it, if anything."""
+
+    sites: tuple[SiteReport, ...]
+    data_plates: frozenset[str]
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        header = ("site", "", "in", "plates", "event_shape", "distribution")
+        rows = [header] + [
+            (s.name, "observed" if s.observed else "latent", ", ".join(s.programs), ", ".join(s.plates) or "-",
+             str(s.event_shape), s.distribution)
+            for s in self.sites
+        ]  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        verdict = [f"- {problem}" for problem in self.problems] or ["Nothing is wrong with this pair."]
+        return "\n".join([*table, "", *verdict])
+
+
+def check_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> PairReport:
+    """Run a pair on a batch and report what is wrong with it. Nothing is changed by it.
+
+    Looked at: sites missing on one side; event shapes and plates that differ between model and guide; batch dimensions that
+    no plate declares; data that are not finite, or outside the likelihood's support, with the row; draws of the guide
+    outside the model's support and of the model outside the guide's; log-probabilities that are not finite, with the row;
+    networks that run but are not registered; rows along another dimension than the first; and data that are not independent
+    given the latents that they share: terms of one datum that change when another is replaced, as under batch normalization
+    in training mode.
+
+    :param args: the arguments of model and guide, tensors or arrays ``(batch, *event)``.
+    :return: :class:`PairReport`; ``print(check_pair(...))`` is a table of the sites and the list of problems.
+
+    >>> import pyro, pyro.distributions as dist, torch
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> def guide(x):
+    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(())), 1.0))
+    >>> print(check_pair(model, guide, torch.ones(5)))
+    site            in            plates  event_shape  distribution
+    z     latent    model, guide  data    ()           Normal
+    x     observed  model         data    ()           Normal
+    <BLANKLINE>
+    - guide: 'z' is in plates () but in the model in ('data',); expected the same plates on both sides
+    """
+    try:
+        pair = inspect(model, guide, as_arguments(args, kwargs), training=True)
+    except ValueError as error:
+        return PairReport((), frozenset(), (str(error),))
+    with untouched():
+        problems = [*pair_problems(pair), *_trainable_problems(pair), *reach_problems(pair)]
+    if (transposed := rows_problem(pair)) is not None:
+        problems.append(transposed)
+    if not problems and pair.batch.tensors:
+        problems += [*log_prob_problems(pair), *coupling_problems(pair)]
+    return PairReport(tuple(_sites(*pair.traces)), pair.plates, tuple(problem.text for problem in problems))
+
+
+def _trainable_problems(pair: Structure) -> Iterable[Problem]:
+    """Those of training, unless all parameters are frozen: such a pair is there to be evaluated."""
+    parameters = [p for module in pair.ran for p in module.parameters(recurse=False)]
+    return () if parameters and not any(p.requires_grad for p in parameters) else training_problems(pair)
+
+
+def inspect_checked(
+    model: Program,
+    guide: Program,
+    batch: Batch,
+    *,
+    verb: str,
+    check: bool = True,
+    per_datum: bool = False,
+    joint: bool = False,
+    whole: bool = True,
+) -> Structure:
+    """:func:`inspect` a pair for a verb that evaluates it. Raises ``ValueError`` for what is wrong with it.
+
+    :param check: ``False`` allows what is judged wrong, not what does not exist.
+    :param per_datum: the verb needs log-weights per datum.
+    :param joint: the verb needs log-weights of all data together, which are one datum of the pair returned.
+    :param whole: the batch is all data, so that rounding it to the pair's dtype must not lose what distinguishes its rows.
+    """
+    pair = inspect(model, guide, batch)
+    if whole:
+        batch.check_cast(pair.dtype)
+    problems: list[Problem] = [*pair_problems(pair), *lost_parameters(pair)]
+    if not problems or not check:  # a pair that is wrong may fail where these look at it
+        with suppress(RuntimeError, ValueError) if problems else nullcontext():
+            problems += [*(per_datum_problems(pair) if per_datum else ()), *(joint_problems(pair) if joint else ())]
+    refuse(problems, verb=verb, check=check)
+    for side, name, site in pair.sites:
+        if isinstance(site["scale"], Tensor) and site["scale"].numel() > 1 and not (site["scale"] == 1).all():
+            logger.warning(
+                "%s: the weights of %r in the %s (poutine.scale) are for training, and left out here", verb, name, side
+            )
+    if not per_datum and not joint:
+        return pair
+    pair = probe_particles(pair)
+    refuse(coupled_latents_problems(pair) if per_datum else (), verb=verb, check=check)
+    return pair.as_one_datum() if joint else pair
+
+
+def refuse(problems: Iterable[Problem], *, verb: str, check: bool = True) -> None:
+    """Raise ``ValueError`` for these problems, of those judged wrong only where they are checked."""
+    found = [problem for problem in problems if check or not problem.judged]
+    if not found:
+        return
+    remedy = f" (to run {verb} all the same: check=False)" if all(problem.judged for problem in found) else ""
+    raise ValueError("; ".join(problem.text for problem in found) + remedy)
+
+
+def check_observed(pair: Structure, model_trace: Trace, batch: Batch, where: str) -> None:
+    """Raise ``ValueError`` where an observed row of another run of a pair lies outside its likelihood's support."""
+    for problem in data_problems(model_trace, batch, pair.plates, None, pair.trusted[0]):
+        raise ValueError(f"{where}: {problem}")
+
+
+def _sites(model_trace: Trace, guide_trace: Trace) -> Iterator[SiteReport]:
+    model, guide = dict(sampled(model_trace)), dict(sampled(guide_trace))
+    for name in model | guide:
+        programs = tuple(side for side, sites in (("model", model), ("guide", guide)) if name in sites)
+        site = model[name] if name in model else guide[name]
+        fn = site["fn"]
+        yield SiteReport(name, site["is_observed"], programs, plates_of(site), tuple(fn.event_shape), family(fn))

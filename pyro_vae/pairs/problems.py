@@ -1,0 +1,604 @@
+"""What can be wrong with a pair, one generator of problems for each kind; :mod:`pyro_vae.pairs.check` asks them."""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.inspect import TrackProvenance
+from pyro.ops.provenance import get_provenance
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyro_vae.data.batches import Batch
+from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.structure import Structure, first_line, is_point, row_dim, trained_parameters
+from pyro_vae.pairs.traces import elbo_terms, proposal, run_pair, sampled, sum_sites
+
+
+class Problem(NamedTuple):
+    """What is wrong with a pair. ``judged``: the numbers exist and are believed to be wrong, so ``check=False`` allows them;
+    otherwise they do not exist."""
+
+    text: str
+    judged: bool = True
+
+
+def pair_problems(pair: Structure) -> Iterator[Problem]:
+    """What is wrong with a pair whatever it is used for."""
+    yield from _site_problems(pair)
+    yield from _auxiliary_problems(pair)
+    yield from _plate_problems(pair)
+    yield from _support_problems(pair)
+    outside = [Problem(text) for text in data_problems(pair.traces[0], pair.batch, pair.plates, None, pair.trusted[0])]
+    yield from outside or _density_problems(pair)
+
+
+def per_datum_problems(pair: Structure) -> Iterator[Problem]:
+    """Why there are no log-weights per datum."""
+    outside = {
+        name: bool(site["infer"].get("is_auxiliary"))
+        for _, name, site in pair.sites
+        if row_dim(site, pair.plates) is None and (not site["is_observed"] or _counts(pair, name, site))
+    }
+    if outside:
+        named = [name for name, is_auxiliary in outside.items() if not is_auxiliary] or outside  # those that the user wrote
+        yield Problem(
+            f"pair: {_lie(named)} in no data plate, so there is no evidence per datum; expected all sites within "
+            'pyro.plate("data", len(x)) over the rows of the data. For latents that all data share: joint_log_weights, or '
+            "joint=True in evidence.importance, elbo, prior_monte_carlo, ais, and in diagnose, posterior_draws, to_arviz",
+            judged=False,
+        )
+    for side, name, site in pair.sites:
+        around = [f"{frame.name!r}" for frame in site["cond_indep_stack"] if frame.name in pair.plates and frame.vectorized]
+        if len(around) > 1:
+            yield Problem(
+                f"{side}: {name!r} lies in the plates {' and '.join(around)}, which both have {pair.num_rows} rows, so it is "
+                "not known which are the data; expected a pair that runs on another number of rows "
+                f"({pair.other_rows or 'both plates follow the data'}), or the joint evidence of all data, joint=True",
+                judged=False,
+            )
+            break
+    yield from subsample_problems(pair)
+
+
+def joint_problems(pair: Structure) -> Iterator[Problem]:
+    """Why there are no log-weights of all data together."""
+    yield from subsample_problems(pair)
+    full = {f.name: f.full_size for _, _, site in pair.sites for f in site["cond_indep_stack"] if f.name in pair.plates}
+    for plate, size in full.items():
+        if size not in (pair.num_rows, -1):
+            yield Problem(
+                f"pair: plate {plate!r} declares {size} data, of which {pair.num_rows} are given, and no weight of them "
+                "estimates the evidence of all; expected all data, or a plate of the rows that are given",
+                judged=False,
+            )
+
+
+def _counts(pair: Structure, name: str, site: dict) -> bool:
+    """Whether an observed site has a log-probability at all: one that is masked, or a factor of 0, has none."""
+    sites = [site]
+    if pair.other_traces is not None and name in pair.other_traces[0].nodes:
+        sites.append(pair.other_traces[0].nodes[name])
+    return any(bool(scale_and_mask(each["fn"].log_prob(each["value"]), mask=each["mask"]).any()) for each in sites)
+
+
+def coupled_latents_problems(pair: Structure) -> Iterator[Problem]:
+    """Latents of one datum that other data depend on, as in a random walk over the rows.
+
+    :param pair: with its particles.
+    """
+    if pair.particles is not None and pair.particles.coupled:
+        yield Problem(
+            "pair: the log-weight of a row moves when the latents of another row are replaced, so there is no evidence per "
+            "datum; expected rows that are independent given their own latents and what all share. For data that depend on "
+            "each other, such as the steps of one series: joint_log_weights, or joint=True in evidence.importance, elbo, "
+            "prior_monte_carlo, ais, and in diagnose, posterior_draws, to_arviz; or a series for each row of the data"
+        )
+
+
+def dividing_problems(pair: Structure, num_data: int) -> Iterator[Problem]:
+    """Why a minibatch of a pair is no part of the whole: terms of a row that follow the other rows of the batch.
+
+    :param pair: with its particles.
+    """
+    if pair.particles is not None and pair.particles.rows_independent is False:
+        yield Problem(
+            "pair: at the same latents, the log-probabilities of a row change when other rows are left out, so minibatches of "
+            f"{pair.num_rows} of the {num_data} data give other numbers than all data at once; expected terms of a row that "
+            "depend on that row and on what all data share: no statistics of the batch, no parameters indexed by the position "
+            "in it, no shared term that depends on len(x); or pass batch_size=None"
+        )
+
+
+def outside_of_plates(pair: Structure) -> str:
+    """The first site of the model whose shape follows the rows of the data and that lies in no data plate, or ``""``."""
+    if pair.other_traces is None:
+        return ""
+    others = dict(sampled(pair.other_traces[0]))
+    for name, site in sampled(pair.traces[0]):
+        if row_dim(site, pair.plates) is None and name in others:
+            shapes = [(tuple(each["value"].shape), tuple(each["fn"].batch_shape)) for each in (site, others[name])]
+            if shapes[0] != shapes[1]:
+                return name
+    return ""
+
+
+def subsample_problems(pair: Structure) -> Iterator[Problem]:
+    inside: dict[tuple[str, int, int], list[str]] = {}
+    for _, name, site in pair.sites:
+        for frame in site["cond_indep_stack"]:
+            inside.setdefault((frame.name, frame.size, frame.full_size), []).append(name)
+    for (plate, size, full_size), names in inside.items():
+        if plate in pair.plates and size not in (pair.num_rows, -1):
+            yield Problem(
+                f"pair: plate {plate!r} draws {size} of the {pair.num_rows} rows by itself, others at each run, so no datum "
+                "has a weight; expected a plate over the rows that are given",
+                judged=False,
+            )
+        elif plate not in pair.plates and full_size != size:
+            yield Problem(
+                f"pair: {_lie(names)} in plate {plate!r} that draws {size} of its {full_size} rows, and no weight of them "
+                "estimates the evidence of all; expected all of its rows",
+                judged=False,
+            )
+
+
+def _lie(sites: Iterable[str]) -> str:
+    """The subject of a sentence on where these sites lie, and its verb."""
+    names = [repr(name) for name in dict.fromkeys(sites)]
+    listed = names if len(names) <= 5 else [*names[:4], f"{len(names) - 4} more sites"]
+    return f"{listed[0]} lies" if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]} lie"
+
+
+def rows_problem(pair: Structure) -> Problem | None:
+    """Rows of the data along another dimension than the first, where a plate of the model has them."""
+    if not pair.batch.tensors:
+        return None
+    for name, site in sampled(pair.traces[0]):
+        for frame in site["cond_indep_stack"] if site["is_observed"] else ():
+            for key, part in pair.batch.tensors.items():
+                size = frame.full_size
+                if not frame.vectorized or size <= 1 or size == len(part) or size not in part.shape[1:]:
+                    continue
+                if pair.plates and not _is_within(pair, frame.name):
+                    continue
+                dim = part.shape[1:].index(size) + 1
+                rows = f"no plate follows the {len(part)} rows of the data"
+                remedy = f"pass the data with rows first, such as x.transpose(0, {dim})"
+                if pair.plates:
+                    inner = min(pair.plates)
+                    rows = f"all sites of plate {inner!r} of the data's {len(part)} rows lie in it too"
+                    remedy += f", or give plate {inner!r} the size len(x) where its rows are the data"
+                return Problem(
+                    f"model: {name!r} lies in plate {frame.name!r} of {size} rows, and {rows}: dimension {dim} of {key} "
+                    f"has {size}. Data are counted along dimension 0, so a mean per datum would be one of something "
+                    f"else; {remedy}"
+                )
+    return None
+
+
+def _is_within(pair: Structure, outer: str) -> bool:
+    """Whether data plates, known by their size alone since the pair fails on other rows, lie within a plate that has sites of
+    its own."""
+    if pair.other is not None or any(len(part) != pair.num_rows for part in pair.batch.tensors.values()):
+        return False
+    sites = list(sampled(pair.traces[0]))
+    within = {name for name, site in sites if outer in plates_of(site)}
+    return {name for name, site in sites if row_dim(site, pair.plates) is not None} < within
+
+
+def plates_of(site: dict) -> tuple[str, ...]:
+    return tuple(frame.name for frame in site["cond_indep_stack"])
+
+
+def family(distribution: Any) -> str:
+    while isinstance(distribution, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        distribution = distribution.base_dist
+    return type(distribution).__name__
+
+
+def _site_problems(pair: Structure) -> Iterator[Problem]:
+    model, guide = pair.latents, pair.guide_latents
+    for name, site in model.items():
+        if name not in guide and site["infer"].get("enumerate") != "parallel":
+            is_summed = site["infer"].get("enumerate") is not None
+            remedy = 'infer={"enumerate": "parallel"} in the model' if is_summed else f"pyro.sample({name!r}, …)"
+            yield Problem(f"guide: it has no site {name!r}, which the model samples; expected {remedy}", judged=False)
+    for name, site in guide.items():
+        if name not in model and not site["infer"].get("is_auxiliary"):
+            yield Problem(
+                f"guide: its site {name!r} is not in the model, so log q(z|x) is not known; expected one of {sorted(model)}, "
+                'or mark the site infer={"is_auxiliary": True}',
+                judged=False,
+            )
+    for name in model.keys() & guide.keys():
+        shapes = [tuple(sites[name]["fn"].event_shape) for sites in (model, guide)]
+        if shapes[0] != shapes[1]:
+            yield Problem(
+                f"guide: {name!r} has event_shape {shapes[1]} but in the model {shapes[0]}; declare the same event "
+                "dimensions with .to_event(k)",
+                judged=False,
+            )
+    if not any(site["is_observed"] for _, site in sampled(pair.traces[0])):
+        yield Problem("model: it observes nothing; expected pyro.sample(name, distribution, obs=x)")
+
+
+def _auxiliary_problems(pair: Structure) -> Iterator[Problem]:
+    """Auxiliary sites that no point of the guide is computed from, beside points: see :func:`.proposal`."""
+    auxiliary = {name for name, site in pair.guide_latents.items() if site["infer"].get("is_auxiliary")}
+    points = {name for name, site in pair.guide_latents.items() if is_point(site)} - auxiliary
+    if not auxiliary or not points or pair.is_handler:
+        return
+    with untouched(training=False, seed=0), torch.no_grad(), TrackProvenance():
+        trace = poutine.trace(pair.guide).get_trace(*pair.batch.args, **pair.batch.kwargs)
+    behind = {name for point in points for name in get_provenance(trace.nodes[point]["value"])}
+    if others := sorted(auxiliary - behind):
+        yield Problem(
+            f"guide: {min(points)!r} is a point (Delta) that is not computed from the auxiliary site {others[0]!r}, so it is "
+            "not known whether log q(z|x) counts that site; expected auxiliary sites that the points are computed from, as in "
+            "autoguides, or no points beside them",
+            judged=False,
+        )
+
+
+def _plate_problems(pair: Structure) -> Iterator[Problem]:
+    model, guide = pair.latents, pair.guide_latents
+    for name in model.keys() & guide.keys():
+        plates = [plates_of(sites[name]) for sites in (model, guide)]
+        common = [_common_names(sites[name], pair) for sites in (model, guide)]
+        dims = [sorted(f.dim for f in sites[name]["cond_indep_stack"] if f.vectorized) for sites in (model, guide)]
+        if common[0] != common[1]:
+            yield Problem(
+                f"guide: {name!r} is in plates {plates[1]} but in the model in {plates[0]}; expected the same plates on both "
+                "sides"
+            )
+        elif dims[0] != dims[1]:
+            yield Problem(
+                f"guide: the plates of {name!r} have dimensions {dims[1]} but in the model {dims[0]}; expected the same on "
+                "both sides: pyro.plate(…, dim=…)",
+                judged=False,
+            )
+    for side, trace in zip(("model", "guide"), pair.traces, strict=True):
+        for name, site in sampled(trace):
+            yield from _undeclared(side, name, site)
+            shape = site["fn"].batch_shape
+            for frame in site["cond_indep_stack"]:
+                if frame.name not in pair.plates or not frame.vectorized or frame.size >= 0:
+                    continue
+                if (len(shape) < -frame.dim or shape[frame.dim] == 1) and pair.num_rows > 1 and site["value"].numel():
+                    yield Problem(
+                        f"{side}: plate {frame.name!r} has no size and {name!r} has batch_shape {tuple(shape)}, so all data "
+                        f"share one draw; give the plate its size, pyro.plate({frame.name!r}, len(x)), or expand the "
+                        "distribution"
+                    )
+
+
+def _common_names(site: dict, pair: Structure) -> set[str]:
+    """Names of a site's plates, one for all data plates, whose names model and guide may choose; not where sites are summed
+    out, which Pyro does by the names."""
+    data = pair.plates if pair.other is not None and not pair.enumerates else ()
+    return {"data" if name in data else name for name in plates_of(site)}
+
+
+def _undeclared(side: str, name: str, site: dict) -> Iterator[Problem]:
+    """Batch dimensions that no plate declares."""
+    declared = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+    fn = site["fn"]
+    for dim in range(-len(fn.batch_shape), 0):
+        if fn.batch_shape[dim] > 1 and dim not in declared:
+            yield Problem(
+                f"{side}: {name!r} has batch_shape {tuple(fn.batch_shape)}, whose dimension {dim} lies in no plate; declare it "
+                f"as part of the event with .to_event({len(fn.event_shape) - dim}), or put the site in a pyro.plate"
+            )
+            return
+
+
+def _support_problems(pair: Structure) -> Iterator[Problem]:
+    """Draws of the guide to which the model gives no probability."""
+    model, guide = pair.latents, pair.guide_latents
+    for name in model.keys() & guide.keys():
+        p, q = model[name]["fn"], guide[name]["fn"]
+        value = guide[name]["value"]
+        if p.event_shape == q.event_shape and name not in pair.trusted[0] and not _inside(p, lambda value=value: value):  # type: ignore[misc]
+            yield Problem(
+                f"guide: it draws {name!r} outside the model's support, {p.support}; expected a guide on that support, such as "
+                f"one of {family(p)}"
+            )
+
+
+def reach_problems(pair: Structure) -> Iterator[Problem]:
+    """Draws of the model to which the guide gives no probability. Training allows them: a guide may be truncated on
+    purpose."""
+    model, guide = pair.latents, pair.guide_latents
+    for name in model.keys() & guide.keys():
+        p, q = model[name]["fn"], guide[name]["fn"]
+        if p.event_shape == q.event_shape and name not in pair.trusted[1] and not _inside(q, p.sample):
+            yield Problem(
+                f"guide: {name!r} has support {q.support} but the model {p.support}, so the guide cannot reach the whole "
+                f"posterior; expected a guide on the model's support, such as one of {family(p)}"
+            )
+
+
+def _inside(distribution: Any, draw: Callable[[], Tensor]) -> bool:
+    try:
+        return bool(distribution.support.check(draw()).all())
+    except (NotImplementedError, RuntimeError, AttributeError):  # one that does not tell, as Delta, or cannot be drawn from
+        return True
+
+
+def data_problems(
+    model_trace: Trace,
+    batch: Batch,
+    plates: frozenset[str],
+    whole: Batch | None = None,
+    trusted: frozenset[str] = frozenset(),
+) -> Iterator[str]:
+    """Rows of the data outside the likelihood's support.
+
+    :param whole: all data, looked at where an observed site is an argument as it is, and its support is a fixed one: that of
+        a ``Multinomial``, say, follows from the batch.
+    """
+    for name, site in sampled(model_trace):
+        value, fn = site["value"], site["fn"]
+        if not site["is_observed"] or not value.numel() or name in trusted:  # pyro.factor observes nothing
+            continue
+        try:
+            support = _elementwise(fn.support)
+            if whole is not None and is_fixed(support):
+                for key, part in batch.tensors.items():
+                    if part.shape == value.shape and torch.equal(part.to(value), value):
+                        value = whole.tensors[key].to(value)
+            outside = ~support.check(value)
+            for mask in _masks(site):
+                outside = outside & mask
+        except (NotImplementedError, RuntimeError):
+            continue
+        bad = _by_row(outside, row_dim(site, plates), len(fn.event_shape))
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            yield _outside(name, support, value, outside, row, int(bad.sum()))
+
+
+def is_fixed(support: Any) -> bool:
+    """Whether a support is one of torch's that hold no parameters of the distribution."""
+    return any(support is each for each in vars(constraints).values())
+
+
+def has_fixed_support(model_trace: Trace) -> bool:
+    """Whether no support of an observed site follows from the batch."""
+    for _, site in sampled(model_trace):
+        if site["is_observed"] and site["value"].numel():
+            try:
+                if not is_fixed(_elementwise(site["fn"].support)):
+                    return False
+            except NotImplementedError:
+                continue
+    return True
+
+
+def _by_row(elements: Tensor, dim: int | None, event_dim: int) -> Tensor:
+    """Whether a boolean of a site is true anywhere in each row of the data: ``(rows,)``; ``(1,)`` without a data plate."""
+    if dim is None or elements.dim() < event_dim - dim:
+        return elements.reshape(len(elements), -1).any(1) if elements.dim() else elements.reshape(1)
+    rows = elements.movedim(dim - event_dim, 0)
+    return rows.reshape(len(rows), -1).any(1)
+
+
+def _elementwise(support: Any) -> Any:
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
+def _masks(site: dict) -> Iterator[Tensor]:
+    """Masks on a site, by handlers and by its distribution: what is masked may hold anything."""
+    if isinstance(site["mask"], Tensor):
+        yield site["mask"].reshape(site["mask"].shape + (1,) * len(site["fn"].event_shape))
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution) and isinstance(fn._mask, Tensor):
+            yield fn._mask.reshape(fn._mask.shape + (1,) * len(fn.event_shape))
+        fn = fn.base_dist
+
+
+def _outside(name: str, support: Any, value: Tensor, outside: Tensor, row: int, count: int) -> str:
+    found = value.expand(torch.broadcast_shapes(value.shape, outside.shape))[outside] if outside.shape == value.shape else value
+    low, high = (float(end) for end in found.aminmax())
+    cause = (
+        f"data: row {row} ({count} in all) lies outside the support of {name!r}, {support}: such values are in "
+        f"[{low:g}, {high:g}]"
+    )
+    if support is not constraints.boolean:
+        return f"{cause}; rescale the data or use another conditional"
+    if low >= 0 and high <= 1:
+        return (
+            f'{cause}, grey; binarize them with load(…, binarize="threshold") or "stochastic", or keep "none" and use a '
+            "continuous conditional such as ContinuousBernoulli or Normal"
+        )
+    return f"{cause}; divide by the largest (255 for bytes), then binarize, or use another conditional"
+
+
+def _density_problems(pair: Structure) -> Iterator[Problem]:
+    """Observed sites whose log-probability is not a finite number."""
+    for side, trace in zip(("model", "guide"), pair.traces, strict=True):
+        for name, site in sampled(trace):
+            if side == "model" and site["is_observed"] and name not in pair.trusted[0]:
+                try:
+                    site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+                except RuntimeError as error:  # torch's Bernoulli takes no whole numbers
+                    yield Problem(
+                        f"model: the log-probability of {name!r} cannot be computed for data of {site['value'].dtype}: "
+                        f"{first_line(error)}; expected floating data: x.float()",
+                        judged=False,
+                    )
+                    continue
+                for row, value, count in improbable_rows(site, pair.plates):
+                    if value == -math.inf and not _always(pair, name, row):
+                        continue  # a likelihood that vanishes at this draw of the latents
+                    yield Problem(
+                        f"model: the log-probability of {name!r} is {value} at row {row} ({count} such rows); expected a "
+                        "finite number: check this row, or use another conditional",
+                        judged=False,
+                    )
+                    break
+
+
+def improbable_rows(site: dict, plates: frozenset[str]) -> Iterator[tuple[int, float, int]]:
+    """The rows of a site whose log-probability is not finite: row, value, number of such rows."""
+    with torch.no_grad():
+        log_prob = scale_and_mask(
+            site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]).detach(), mask=site["mask"]
+        )
+    dim = row_dim(site, plates)
+    bad = ~log_prob.isfinite()
+    if not bad.any():
+        return
+    rows = _by_row(bad, dim, 0)
+    by_row = log_prob.movedim(dim, 0).reshape(len(rows), -1) if dim is not None and log_prob.dim() >= -dim else (
+        log_prob.reshape(len(rows), -1)
+    )  # fmt: skip
+    for row in rows.nonzero().flatten().tolist():
+        values = by_row[row]
+        yield row, float(values[~values.isfinite()][0]), int(rows.sum())
+
+
+def _always(pair: Structure, name: str, row: int) -> bool:
+    """Whether a log-probability of −∞ stays so at other draws of the latents."""
+    if not pair.latents:
+        return True
+    for seed in range(4):
+        with untouched(training=False, seed=seed), torch.no_grad():
+            trace, _ = run_pair(pair.model, pair.guide, *pair.batch.args, **pair.batch.kwargs)
+        site = trace.nodes[name]
+        if row not in {found for found, _, _ in improbable_rows(site, pair.plates)}:
+            return False
+    return True
+
+
+def lost_parameters(pair: Structure) -> Iterator[Problem]:
+    """Parameters that this run created though a fit trained them: Pyro's param store of the fit is not in force."""
+    for program, trace in zip((pair.model, pair.guide), pair.traces, strict=True):
+        trained, asked = trained_parameters(program), set(trace.param_nodes)
+        lost = [name for name in asked & trained.keys() & pair.made.keys() if trained[name]() is not pair.made[name]]
+        if lost:
+            yield Problem(
+                f"pair: it created the parameter {min(lost)!r} anew, though a fit in this process trained it, so its numbers "
+                "would be those of an untrained pair; expected `with history.scope():` around the call, with the History that "
+                "the fit returned"
+            )
+            return
+
+
+def training_problems(pair: Structure) -> Iterator[Problem]:
+    """Why a pair, or a part of it, would not be trained. Only training asks: a frozen pair is evaluated like any other."""
+    parameters = {
+        name: value.unconstrained() if hasattr(value := site["value"], "unconstrained") else value
+        for trace in pair.traces
+        for name, site in trace.nodes.items()
+        if site["type"] == "param"
+    }
+    # a guide that is a handler asks for its parameters out of sight
+    stored = [value for _, value in pyro.get_param_store().named_parameters()]
+    used = [*parameters.values(), *pair.made.values(), *(stored if pair.is_handler else ())]
+    if not any(value.requires_grad for value in used):
+        yield Problem(
+            "pair: it has nothing to train; expected parameters with requires_grad: use PyroModules, "
+            "pyro.module(name, net) or pyro.param(name, start)"
+        )
+        return
+    registered = {id(value) for value in [*parameters.values(), *stored]}
+    for module, with_gradients in pair.ran.items():
+        own = {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad and with_gradients}
+        if not own or any(id(p) in registered for p in own.values()):
+            continue
+        yield Problem(
+            _replaced(own.values(), pair)
+            or f"pair: {_named(module, pair)} runs in it but is not registered, so it would never be trained; expected "
+            "pyro.module(name, net) with a name of its own, or an attribute of a PyroModule that its forward, or a method "
+            "marked @pyro_method, calls; or net.requires_grad_(False) where it is frozen"
+        )
+        return
+
+
+def _replaced(own: Collection[Tensor], pair: Structure) -> str:
+    """Why the param store holds another tensor under the name of one of these parameters, ``""`` where it does not."""
+    model, guide = pair.traces
+    for side, trace, other in (("model", model, guide), ("guide", guide, model)):
+        for key, site in trace.nodes.items():
+            if site["type"] != "param" or not any(start is p for start in site["args"][1:2] for p in own):
+                continue
+            name = key.partition("$$$")[0] if "$$$" in key else key.rpartition(".")[0]
+            starts = other.nodes[key]["args"][1:2] if key in other.nodes else ()
+            if any(start is not site["args"][1] for start in starts):
+                return (
+                    f"pair: model and guide register different networks under one name in Pyro's param store, {name!r}, so "
+                    f"that of the {side} would never be trained; expected two names: rename the attribute, or the name that is "
+                    "given to pyro.module, on one side"
+                )
+            return (
+                f"pair: Pyro's param store holds a network of an earlier pair as {name!r}, so that of the {side} would never "
+                "be trained; expected pyro.clear_param_store() before the first run of this pair, or a param store of its own"
+            )
+    return ""
+
+
+def _named(module: nn.Module, pair: Structure) -> str:
+    """The network by its name in a PyroModule whose methods the programs are, where it is a part of one."""
+    for program in (pair.model, pair.guide):
+        owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
+        for name, part in owner.named_modules() if isinstance(owner, nn.Module) else ():
+            if part is module and name:
+                return f"the network {name!r} of {type(owner).__name__}, a {type(module).__name__},"
+    return f"a {type(module).__name__}"
+
+
+def log_prob_problems(pair: Structure) -> Iterator[Problem]:
+    with torch.no_grad():
+        terms = elbo_terms(*pair.traces, pair.plates, num_data=pair.num_rows)
+    for name in ("reconstruction", "kl"):
+        term = getattr(terms, name)
+        bad = (~torch.isfinite(term)).nonzero().flatten().tolist()
+        if bad:
+            yield Problem(
+                f"pair: the {name} term of row {bad[0]} is {float(term[bad[0]])} ({len(bad)} such rows); "
+                "expected finite log-probabilities: raise min_scale, or check the networks' output"
+            )
+
+
+def coupling_problems(pair: Structure) -> Iterator[Problem]:
+    """Local terms of other data that move when one datum is replaced by its neighbour, at the same draws of the latents."""
+    model, guide, batch, plates = pair.model, pair.guide, pair.batch, pair.plates
+    n = batch.num_rows if batch.tensors else 0
+    if n < 2:
+        return
+    i = n // 2
+    rows = torch.arange(n)
+    rows[i] = i - 1
+    with untouched(), torch.no_grad():
+        drawn = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
+
+    def sums(of: Batch) -> dict[str, Tensor]:
+        # the same latents in both runs: a sampler that rejects would hand the noise on to other rows
+        with untouched(seed=0), torch.no_grad():
+            traces = run_pair(model, poutine.replay(guide, trace=drawn), *of.args, **of.kwargs)
+        p, q = sum_sites(sampled(traces[0]), plates), sum_sites(proposal(traces[1]), plates)
+        local = {"log p(x|z)": p.observed, "log p(z)": p.latent, "log q(z|x)": q.latent}
+        return {name: term for name, term in local.items() if term.shape == (n,)}  # not those of a subsample of the rows
+
+    before, after = sums(batch), sums(batch.map(lambda part: part[rows]))
+    for name, one in before.items():
+        moved = ((one - after[name]).abs() > 1e-4 * (1 + one.abs())).nonzero().flatten()
+        others = moved[moved != i]
+        if len(others):
+            j = int(others[0])
+            yield Problem(
+                f"pair: in training mode {name} of row {j} moves by {float((one - after[name])[j]):.2g} when row {i} is "
+                "replaced, so an ELBO per datum does not exist; expected data that are independent given what they share: "
+                "LayerNorm or GroupNorm in place of batch normalization"
+            )

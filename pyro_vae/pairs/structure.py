@@ -1,0 +1,618 @@
+"""What a model/guide pair is made of: a few runs, once, for every verb."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_vae.data.batches import Batch, fitting
+from pyro_vae.pairs.enumeration import PARTICLES, Held, is_enumerated, max_nesting
+from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.traces import Program, enough_memory, proposal, run_pair, sampled, subsampling_scale, sum_sites, unwrapped
+
+Traces = tuple[Trace, Trace]
+_PROBE_SEED = 2**31 - 1
+_OFF: Any = 0  # of the default validation
+LESS_MEMORY = "lower the batch size (--batch-size), or the number of particles"
+
+
+@dataclass(frozen=True, eq=False)
+class Particles:
+    """What a run in a plate of particles shows.
+
+    vectorized: log-weights in the plate equal those of single runs; ``reason`` says why not. rows_independent: at the same
+    latents, the log-weight of a row does not depend on the data of other rows, nor on their number; ``None`` where the pair
+    does not run on other rows, or cannot be run at given latents. coupled: the log-weight of a row moves with the latents of
+    another. bytes: of the tensors that one particle of one row makes.
+    """
+
+    vectorized: bool
+    rows_independent: bool | None
+    coupled: bool
+    bytes: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """What a pair is made of, as a few runs on a batch show it. Made by :func:`inspect`.
+
+    batch: the arguments of model and guide, cast to ``dtype``. traces: of one run of model and guide. ran: the modules that
+    ran, and whether gradients were on. dtype: of the pair's parameters, ``None`` for several or none. plates:
+    names of the data plates, which have one row for each row of the batch. other_rows: why the pair does not run on another
+    number of rows, else ``""``. row_parameters: parameters with an entry for each row of this batch. scaled: sites of model
+    and of guide in data plates that the pair itself scales by M/rows, with M. made: the parameters that this run created.
+    joint: the whole batch is one datum, see :meth:`as_one_datum`.
+    """
+
+    model: Program
+    guide: Program
+    batch: Batch
+    traces: Traces
+    ran: Mapping[nn.Module, bool]
+    dtype: torch.dtype | None
+    plates: frozenset[str]
+    other_rows: str
+    row_parameters: tuple[str, ...]
+    scaled: tuple[Mapping[str, float], Mapping[str, float]]
+    made: Mapping[str, Tensor]
+    trusted: tuple[frozenset[str], frozenset[str]]  # sites of model and of guide built with validate_args=False
+    other_traces: Traces | None  # of the run on other rows, and which they are
+    other: Tensor | None
+    particles: Particles | None = None
+    joint: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        return self.batch.num_rows
+
+    def as_one_datum(self) -> "Structure":
+        """The pair with the whole batch as one datum: no plate is a data plate, and the batch is not divided."""
+        particles = self.particles and replace(self.particles, rows_independent=False)
+        return replace(self, plates=frozenset(), particles=particles, joint=True)
+
+    @cached_property
+    def latents(self) -> dict[str, dict]:
+        """The latent sites of the model."""
+        return {name: site for name, site in sampled(self.traces[0]) if not site["is_observed"]}
+
+    @cached_property
+    def guide_latents(self) -> dict[str, dict]:
+        """The latent sites of the guide, auxiliary ones too."""
+        return {name: site for name, site in sampled(self.traces[1]) if not site["is_observed"]}
+
+    @cached_property
+    def sites(self) -> list[tuple[str, str, dict]]:
+        """``(side, name, site)`` of all random variables that are part of p or q."""
+        model, guide = self.traces
+        named = [("model", name, site) for name, site in sampled(model)]
+        return named + [("guide", name, site) for name, site in proposal(guide)]
+
+    @cached_property
+    def enumerates(self) -> bool:
+        """Whether sites are summed out."""
+        return any(is_enumerated(site) for _, _, site in self.sites)
+
+    @cached_property
+    def nesting(self) -> int:
+        """The number of dimensions that plates take."""
+        return max_nesting([site for trace in self.traces for _, site in sampled(trace)])
+
+    @cached_property
+    def shared(self) -> tuple[str, ...]:
+        """Latents that all data share: they lie in no data plate."""
+        return tuple(name for name, site in self.latents.items() if row_dim(site, self.plates) is None)
+
+    @cached_property
+    def is_handler(self) -> bool:
+        """Whether the guide is a handler of its model, which runs one draw at a time on all data at once."""
+        return isinstance(poutine.unwrap(self.guide), GuideMessenger)
+
+    @cached_property
+    def has_auxiliary(self) -> bool:
+        return any(site["infer"].get("is_auxiliary") for site in self.guide_latents.values())
+
+    @cached_property
+    def has_density(self) -> bool:
+        """Whether the guide has a density: a point has none."""
+        return self.has_auxiliary or not any(
+            is_point(self.guide_latents[name]) and not is_point(site)
+            for name, site in self.latents.items()
+            if name in self.guide_latents
+        )
+
+
+def is_point(site: dict) -> bool:
+    return isinstance(unwrapped(site["fn"]), dist.Delta)
+
+
+def row_dim(site: dict, plates: frozenset[str]) -> int | None:
+    """The batch dimension of a site's data plate."""
+    for frame in site["cond_indep_stack"]:
+        if frame.name in plates and frame.vectorized:
+            return frame.dim
+    return None
+
+
+def inspect(
+    model: Program,
+    guide: Program,
+    batch: Batch,
+    *,
+    training: bool = False,
+) -> Structure:
+    """Run a pair a few times and record what it is made of. Nothing is changed by it, see :func:`untouched`.
+
+    The runs: one on the batch, and one on another number of rows, which shows the data plates; another one where the batch
+    is not in the dtype of the parameters.
+
+    :param training: run as in training, with gradients and in the modules' own mode; else in evaluation mode.
+    :raises ValueError: for what is no program, an argument that is missing, or a pair that fails on the batch.
+    """
+    for name, program in (("model", model), ("guide", guide)):
+        if not callable(program):
+            raise ValueError(f"{name}: expected a Pyro program, called with the data, but got {program!r:.80}")
+    batch = fitting(batch, model, guide)
+    batch, dtype, first = _first_run(model, guide, batch, training)
+    rows, second = _other_rows(batch), None
+    reason = rows if isinstance(rows, str) else ""
+    if isinstance(rows, Tensor):
+        run = _run(model, guide, batch.map(lambda part: part[rows.to(part.device)]), False, log_probs=True)
+        second, reason = None if run.error else run, run.error
+    num_rows = batch.num_rows if batch.tensors else _rows_of_nested(batch)
+    plates = _data_plates(num_rows, first, second)
+    return Structure(
+        model,
+        guide,
+        batch,
+        first.traces,
+        first.ran,
+        dtype,
+        plates,
+        other_rows=reason,
+        row_parameters=_row_parameters(num_rows, first, second, plates),
+        scaled=_scaled(num_rows, len(rows), first, second, plates),
+        made={name: value for name, value in first.parameters.items() if name not in pyro.get_param_store()},
+        trusted=first.trusted,
+        other_traces=None if second is None else second.traces,
+        other=None if second is None or isinstance(rows, str) else rows,
+    )
+
+
+def structure_of_run(
+    model: Program, guide: Program, batch: Batch, traces: Traces, ran: Mapping[nn.Module, bool], made: Mapping[str, Tensor]
+) -> Structure:
+    """What a run that was recorded shows by itself: no other rows, so a plate is known by its size alone."""
+    known = bool(Distribution._validate_args)  # else it is not told from the default
+    trusted = (_trusted(traces[0]), _trusted(traces[1])) if known else (frozenset(), frozenset())
+    run = _Run(ran, {}, traces)
+    plates = _data_plates(batch.num_rows if batch.tensors else 0, run, None)
+    return Structure(
+        model,
+        guide,
+        batch,
+        traces,
+        ran,
+        None,
+        plates,
+        "the pair ran once",
+        (),
+        ({}, {}),
+        made,
+        trusted,
+        other_traces=None,
+        other=None,
+    )
+
+
+class _Parameters(Messenger):
+    """Records the parameters that a pair asks Pyro for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, Tensor] = {}
+
+    def _pyro_post_param(self, msg: dict) -> None:
+        value = msg["value"]
+        if isinstance(value, Tensor):
+            self.values[msg["name"]] = value.unconstrained() if hasattr(value, "unconstrained") else value
+
+
+class _Counted(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        before = {leaf.untyped_storage().data_ptr() for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)}
+        for leaf in pytree.tree_leaves(made):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in before:
+                self.bytes += leaf.untyped_storage().nbytes()
+        return made
+
+
+def counted_bytes(run: Callable[[], Any]) -> int:
+    """Bytes of the tensors that a run makes. Nothing is changed by it."""
+    with untouched(), _Counted() as counted:
+        run()
+    return counted.bytes
+
+
+@dataclass
+class _Run:
+    """One run of a pair: its traces, or the error that it ended in."""
+
+    ran: Mapping[nn.Module, bool]
+    parameters: dict[str, Tensor]
+    traces: Any = None
+    trusted: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
+    error: str = ""
+    cause: Exception | None = None
+
+
+def fails_on(pair: Structure, num_rows: int) -> str:
+    """Why the pair fails in training on the first rows of its batch, ``""`` where it does not."""
+    return _run(pair.model, pair.guide, pair.batch.first(num_rows), True, log_probs=True).error
+
+
+def _run(model: Program, guide: Program, batch: Batch, training: bool, *, log_probs: bool = False) -> _Run:
+    """
+    :param log_probs: compute log-probabilities too, which shows shapes that do not fit.
+    """
+    recorded = _Parameters()
+    with untouched(training=None if training else False) as ran, torch.set_grad_enabled(training), recorded:
+        run = _Run(ran, recorded.values)
+        # another false value than the one that validate_args=False leaves in a distribution: expand copies the default
+        Distribution._validate_args = Distribution._validate_args or _OFF
+        try:
+            with enough_memory(LESS_MEMORY):
+                run.traces = run_pair(model, guide, *batch.args, **batch.kwargs)
+                run.trusted = _trusted(run.traces[0]), _trusted(run.traces[1])
+                # now: a transform may know the density of its latest draws only. Where bad data raise, the checks say it
+                for trace in run.traces:
+                    with nullcontext() if log_probs else suppress(Exception):
+                        trace.compute_log_prob()
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever the code of a pair raises
+            run.error, run.cause = f"{type(error).__name__}: {first_line(error)}", error
+    return run
+
+
+def _trusted(trace: Trace) -> frozenset[str]:
+    """The sites whose distribution was built with ``validate_args=False``: its author knows what is in its support."""
+    return frozenset(name for name, site in sampled(trace) if _is_unvalidated(site["fn"]))
+
+
+def _is_unvalidated(distribution: Any) -> bool:
+    while vars(distribution).get("_validate_args") is not False:
+        if not hasattr(distribution, "base_dist"):
+            return False
+        distribution = distribution.base_dist
+    return True
+
+
+def first_line(error: Exception) -> str:
+    """What an error says; Pyro appends the shapes of the whole trace."""
+    return (str(error) or repr(error)).split("\n", 1)[0].removesuffix(":")
+
+
+def _first_run(model: Program, guide: Program, batch: Batch, training: bool) -> tuple[Batch, torch.dtype | None, _Run]:
+    """A run on the batch in the dtype of the pair's parameters, its small whole numbers widened."""
+    batch = batch.cast(None)
+    run = _run(model, guide, batch, training)
+    dtype = _dtype(run)
+    floating = {leaf.dtype for leaf in batch.leaves() if leaf.is_floating_point()}
+    wanted = dtype or (torch.get_default_dtype() if run.error else None)
+    if wanted is not None and floating - {wanted}:
+        cast = batch.cast(wanted)
+        again = _run(model, guide, cast, training)
+        if not again.error or dtype is not None:
+            batch, dtype, run = cast, wanted, again
+    if run.error:
+        shapes = {name: tuple(part.shape) for name, part in batch.tensors.items()}
+        hint = ""
+        if any(isinstance(part, list) for part in (*batch.args, *batch.kwargs.values())):
+            hint = ". A list of tensors is handed on as it is; where it holds the rows of the data pass torch.stack(rows)"
+        if "plate(" in run.error:
+            hint = (
+                ". A guide with parameters for each datum, such as an autoguide of a local latent, runs on the data it was "
+                "built for, all at once: batch_size=None"
+            )
+        raise ValueError(f"pair: it fails on a batch of shape {shapes}: {run.error}{hint}") from run.cause
+    return batch, dtype, run
+
+
+def _dtype(run: _Run) -> torch.dtype | None:
+    """The one floating dtype of the parameters that a run used."""
+    own = [p for module in run.ran for p in module.parameters(recurse=False)]
+    found = {p.dtype for p in (*run.parameters.values(), *own) if not is_lazy(p) and p.is_floating_point()}
+    return found.pop() if len(found) == 1 else None
+
+
+def _other_rows(batch: Batch) -> Tensor | str:
+    """The rows of a batch of another size, or why there is none."""
+    if not batch.tensors:
+        return "it is given no tensor with rows"
+    if len(batch.leaves()) > len(batch.tensors):
+        return "its arguments are more than tensors with rows, so they cannot be divided"
+    n = batch.num_rows
+    if any(len(part) != n for part in batch.tensors.values()):
+        return "its arguments have different numbers of rows"
+    # not one row: it would broadcast; nor as many as the batch has
+    m = 2 if n != 2 else 3
+    return torch.arange(n - m, n).clamp_min(0)
+
+
+def _rows_of_nested(batch: Batch) -> int:
+    """The rows of arguments that are no tensors, such as packed sequences; 0 where they do not say."""
+    try:
+        return batch.num_rows
+    except ValueError:
+        return 0
+
+
+def _plate_sizes(run: _Run) -> dict[str, tuple[int, int]]:
+    """``(size, full size)`` of the vectorized plates of model and guide; of one without a size the batch shape's."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for trace in run.traces:
+        for site in trace.nodes.values():
+            if site["type"] != "sample":
+                continue
+            shape = getattr(site["fn"], "batch_shape", ())
+            for frame in site["cond_indep_stack"]:
+                if frame.vectorized and frame.size >= 0:
+                    sizes[frame.name] = frame.size, frame.full_size
+                elif frame.vectorized:
+                    size = shape[frame.dim] if len(shape) >= -frame.dim else 1
+                    sizes[frame.name] = max(sizes.get(frame.name, (1, 1)), (size, size))
+    return sizes
+
+
+def _data_plates(num_rows: int, first: _Run, second: _Run | None) -> frozenset[str]:
+    """Names of the data plates: those with one row for each row of the batch.
+
+    A plate over something else may have that size by accident, but only a data plate follows the data.
+    """
+    sizes = _plate_sizes(first)
+    plates = {name for name, size in sizes.items() if num_rows in size}
+    if second is not None:
+        others = _plate_sizes(second)
+        plates = {name for name in plates if others.get(name) != sizes[name]}
+    return frozenset(plates)
+
+
+def _row_parameters(n: int, first: _Run, second: _Run | None, plates: frozenset[str]) -> tuple[str, ...]:
+    """Parameters with an entry for each of the n rows: another run makes others, or the pair runs on these rows alone."""
+    if not plates or n < 2:
+        return ()
+    suspects = [name for name, value in first.parameters.items() if n in value.shape]
+    if second is not None:
+        others = second.parameters
+        return tuple(name for name in suspects if name in others and others[name].shape != first.parameters[name].shape)
+    if not suspects:  # those of all latents in one vector
+        suspects = [name for name, value in first.parameters.items() if value.numel() and value.numel() % n == 0]
+    return tuple(suspects)
+
+
+def _scaled(
+    n: int, m: int, first: _Run, second: _Run | None, plates: frozenset[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Sites of model and guide in data plates whose scale is M/rows, with M: their author scales minibatches.
+
+    :param n: rows of the first run; m: of the second.
+    """
+
+    def scales(run: _Run, side: int) -> dict[str, float]:
+        return {
+            name: float(site["scale"]) / subsampling_scale(site)
+            for name, site in sampled(run.traces[side])
+            if row_dim(site, plates) is not None and not (isinstance(site["scale"], Tensor) and site["scale"].numel() > 1)
+        }
+
+    found: tuple[dict[str, float], dict[str, float]] = ({}, {})
+    for side in (0, 1) if plates else ():
+        one = scales(first, side)
+        two = scales(second, side) if second is not None else {}
+        for name, scale in one.items():
+            follows = name in two and scale != two[name] and math.isclose(scale * n, two[name] * m, rel_tol=1e-4)
+            if scale != 1.0 and (follows or second is None):
+                found[side][name] = scale * n
+    return found
+
+
+def log_weight(traces: Traces, plates: frozenset[str], *, particle_dim: int | None = None) -> Tensor:
+    """log p(x, z) − log q(z|x) of a run without enumeration, in nats: ``(batch,)``, with the terms that all data share
+    added to each; ``()`` without data plates; with particles ``(particles, …)``."""
+    likelihood, prior, posterior = _terms(traces, plates, particle_dim)
+    return likelihood + prior - posterior
+
+
+def _terms(traces: Traces, plates: frozenset[str], particle_dim: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """log p(x|z), log p(z) and log q(z|x), each with the shape of a log-weight or one that broadcasts to it."""
+
+    def whole(local: Tensor, shared: Tensor) -> Tensor:
+        return local + (shared.unsqueeze(-1) if plates and shared.dim() else shared)
+
+    p = sum_sites(sampled(traces[0]), plates, particle_dim=particle_dim)
+    q = sum_sites(proposal(traces[1]), plates, particle_dim=particle_dim)
+    return whole(p.observed, p.shared_observed), whole(p.latent, p.shared_latent), whole(q.latent, q.shared_latent)
+
+
+def probe_particles(pair: Structure) -> Structure:
+    """The pair with its ``particles``: the latents of two runs are held in a plate of particles, and the log-probabilities
+    compared with those of the runs. Two runs of the pair, or up to five where they are not the same in the plate or on other
+    rows."""
+    if pair.is_handler:
+        made = counted_bytes(lambda: run_pair(pair.model, pair.guide, *pair.batch.args, **pair.batch.kwargs))
+        bytes = max(1, made // pair.num_rows)
+        return replace(pair, particles=Particles(False, None, False, bytes, "the guide handles its model"))
+    second, at, batch = pair.other_traces, None, pair.batch
+    if second is not None and pair.other is not None and pair.plates:
+        at = pair.other.to(pair.batch.leaves()[0].device)
+        batch = pair.batch.map(lambda part: part[at.to(part.device)])
+    else:  # the pair runs on these rows alone, or has no data plate to divide it by
+        run = _run(pair.model, pair.guide, pair.batch, False)
+        if run.error:
+            raise ValueError(f"pair: it ran on the data once and then failed: {run.error}") from run.cause
+        second = run.traces
+
+    def terms(traces: Traces, particle_dim: int | None = None) -> Tensor:
+        return torch.stack(torch.broadcast_tensors(*_terms(traces, pair.plates, particle_dim)))
+
+    def held(values: Mapping[str, Tensor], num_particles: int | None = None, seed: int = _PROBE_SEED) -> Tensor:
+        # another seed than a verb's, whose draws would be repeated; nothing that this leaves in the param store is kept
+        with untouched(seed=seed):
+            return terms(run_particles(pair, batch, num_particles, values), num_particles and -1 - pair.nesting)
+
+    before, other = terms(pair.traces), terms(second)
+    if at is not None:
+        before = before.expand(3, pair.num_rows)[:, at]
+    mixed = torch.rand(other.shape[1:] or 1, generator=torch.Generator().manual_seed(0)) < 0.5
+    mixed[0], mixed[-1] = True, False  # some rows with the latents of the second run, and some with those of the first
+    sites = latent_sites(pair.traces)
+    draws = [
+        {name: _take_rows(site, at, pair) for name, site in sites.items()},
+        {name: site["value"] for name, site in latent_sites(second).items()},
+    ]
+    draws.append({name: _mixed(draws[1][name], draws[0][name], mixed, site, pair) for name, site in sites.items()})
+    vectorized, reason = False, ""
+    try:
+        dims = {name: pair.nesting + site["fn"].event_dim for name, site in sites.items()}
+        values = {name: torch.stack([_padded(draw[name], dim) for draw in draws]) for name, dim in dims.items()}
+        one, again, both = held(values, len(draws)).unbind(1)
+        vectorized = agree(again, other)
+        reason = "" if vectorized else "its log-weights in a plate of particles differ from those of single runs"
+    except Exception as error:  # a network that takes no dimension to the left of the data's
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    independent, coupled = None, False
+    with suppress(Exception):  # a guide that knows the density of its own draws only
+        if not vectorized:
+            one, both = held(draws[0]), held(draws[2])
+        if not before.isfinite().all() or one.isfinite().all():  # else a point that is nowhere but at its own draw
+            independent = agree(one, before) if at is not None else None
+            coupled = bool(pair.plates) and not pair.shared and not agree(both, torch.where(mixed.to(one.device), other, one))
+        if (coupled or independent is False) and not agree(held(draws[0]), held(draws[0], seed=_PROBE_SEED - 1)):
+            independent, coupled = None, False  # noise of its own hides what the rows do
+    num_particles = 4 if vectorized else None
+    made = counted_bytes(lambda: run_particles(pair, batch, num_particles))
+    num_rows = batch.num_rows if batch.tensors else 1
+    bytes = max(1, made // (num_rows * (num_particles or 1)))
+    return replace(pair, particles=Particles(vectorized, independent, coupled, bytes, reason))
+
+
+@contextmanager
+def moved_parameters(model: Program, guide: Program, batch: Batch) -> Iterator[None]:
+    """Run the block in evaluation mode, with every entry of the parameters moved by another small amount: entries that start
+    equal are told apart. Afterwards they are as they were."""
+    noise = torch.Generator().manual_seed(_PROBE_SEED)
+    with untouched(training=False) as ran, torch.no_grad():
+        run_pair(model, guide, *batch.args, **batch.kwargs)  # which makes the parameters
+        found = [p for _, p in pyro.get_param_store().named_parameters()]
+        found += [p for module in ran for p in module.parameters()]
+        saved = {id(p): (p, p.clone()) for p in found if not is_lazy(p) and p.is_floating_point()}
+        try:
+            for p, before in saved.values():
+                with suppress(RuntimeError):  # one that is an expanded number
+                    p.add_(0.01 * (1 + before.abs()) * torch.randn(p.shape, generator=noise, dtype=torch.double).to(p))
+            yield
+        finally:
+            for p, before in saved.values():
+                if not torch.equal(p, before):
+                    p.copy_(before)
+
+
+def run_particles(
+    pair: Structure, batch: Batch, num_particles: int | None, values: Mapping[str, Tensor] | None = None
+) -> Traces:
+    """Traces of a run in a plate of particles (of a single run for ``None``), for log-weights: of draws, with enumeration,
+    or with the latents held at ``values``, without."""
+    model, guide = pair.model, pair.guide
+    if values is not None:
+        model, guide = (Held(values)(program) for program in (model, guide))
+    elif pair.enumerates:  # the model's dimensions lie to the left of the guide's
+        guide = EnumMessenger(first_available_dim=-2 - pair.nesting)(guide)
+        model = EnumMessenger()(model)
+    if num_particles is not None:
+        plate = pyro.plate(PARTICLES, num_particles, dim=-1 - pair.nesting)
+        model, guide = plate(model), plate(guide)
+    return run_pair(model, guide, *batch.args, **batch.kwargs)
+
+
+_trained: "WeakKeyDictionary[Any, dict[str, ref[Tensor]]]" = WeakKeyDictionary()
+
+
+def remember_trained(pair: Structure, parameters: Mapping[str, Tensor]) -> None:
+    """Note that a fit trained these parameters of the param store, each for the program that asks for it."""
+    for program, trace in zip((pair.model, pair.guide), pair.traces, strict=True):
+        names = trace.param_nodes
+        try:
+            _trained[_identity(program)] = {name: ref(parameters[name]) for name in names if name in parameters}
+        except TypeError:  # a program without weak references
+            continue
+
+
+def trained_parameters(program: Program) -> Mapping[str, "ref[Tensor]"]:
+    """The parameters that the latest fit of this program in this process trained, by name."""
+    try:
+        return _trained.get(_identity(program), {})
+    except TypeError:
+        return {}
+
+
+def _identity(program: Program) -> Any:
+    """The program, or the object whose method it is: a bound method is another object at each access."""
+    return getattr(program, "__self__", program)
+
+
+def agree(a: Tensor, b: Tensor) -> bool:
+    """Whether log-weights are equal up to rounding."""
+    tolerance = 1e-9 if a.dtype == torch.double else 1e-4
+    a, b = torch.broadcast_tensors(a, b)
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def latent_sites(traces: Traces) -> dict[str, dict]:
+    """The latent sites of model and guide, auxiliary ones too."""
+    return {name: site for trace in traces for name, site in sampled(trace) if not site["is_observed"]}
+
+
+def _take_rows(site: dict, at: Tensor | None, pair: Structure) -> Tensor:
+    """The value of a site at some rows of the data."""
+    value, dim = site["value"], row_dim(site, pair.plates)
+    if at is None or dim is None:
+        return value
+    dim -= site["fn"].event_dim
+    return value.index_select(dim, at) if value.dim() >= -dim and value.shape[dim] == pair.num_rows else value
+
+
+def _mixed(other: Tensor, value: Tensor, rows: Tensor, site: dict, pair: Structure) -> Tensor:
+    """The value of a site, with some rows of another value; that of a site without rows as it is."""
+    dim = row_dim(site, pair.plates)
+    if dim is None or value.shape != other.shape or value.dim() < site["fn"].event_dim - dim:
+        return value
+    dims = len(rows), *(1,) * (site["fn"].event_dim - dim - 1)
+    return torch.where(rows.to(value.device).reshape(dims), other, value)
+
+
+def _padded(value: Tensor, dim: int) -> Tensor:
+    """A value with a dimension for each plate, so that particles lie to the left of them."""
+    return value.reshape((1,) * (dim - value.dim()) + value.shape)

@@ -1,0 +1,254 @@
+"""What any model/guide pair is: two Pyro programs, run together, whose log-probabilities belong to data.
+
+The terms of the ELBO are defined here, once; training reports them, evaluation averages them.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+
+Program = Callable[..., Any]
+
+
+class MeanElbo(NamedTuple):
+    """The ELBO of a data set: means over its data in nats per datum, elbo = reconstruction − kl.
+
+    ``standard_error`` is that of the mean ``elbo`` over data; ``nan`` for one datum, and where all data carry one ELBO of their
+    batch. Where a pair has enumerated sites, ``reconstruction`` and ``kl`` are not told apart and are ``nan``.
+    """
+
+    elbo: float
+    reconstruction: float
+    kl: float
+    standard_error: float
+
+    def __str__(self) -> str:
+        error = "" if math.isnan(self.standard_error) else f" ± {self.standard_error:.2f}"
+        parts = "" if math.isnan(self.kl) else f" (reconstruction {self.reconstruction:.2f}, KL {self.kl:.2f})"
+        return f"ELBO {self.elbo:.2f}{error} nats per datum{parts}"
+
+
+class ElboTerms(NamedTuple):
+    """The ELBO of each datum in nats, log p(x|z) + log p(z) − log q(z|x) at the guide's draws: a lower bound of log p(x)
+    in expectation. Never annealed, never scaled: not to a data set, not by ``poutine.scale``.
+
+    elbo: ``(batch,)``; reconstruction: log p(x|z), ``(batch,)``; kl: log q(z|x) − log p(z), ``(batch,)``. A latent that all
+    data share gives each datum its equal share.
+    """
+
+    elbo: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+
+    @classmethod
+    def of_batch(cls, elbo: float, num_rows: int) -> "ElboTerms":
+        """Where only the ELBO of a whole batch is known, each of its data carries the mean."""
+        unknown = torch.full((num_rows,), torch.nan)
+        return cls(torch.full((num_rows,), elbo), unknown, unknown)
+
+    def mean(self) -> MeanElbo:
+        n = len(self.elbo)
+        # terms of a whole batch say nothing of the spread over data
+        varies = n > 1 and not self.kl.isnan().any() and not (self.elbo == self.elbo[0]).all()
+        error = (self.elbo.double().std() / n**0.5).item() if varies else math.nan
+        elbo, reconstruction, kl = (part.double().mean().item() for part in self)
+        return MeanElbo(elbo, reconstruction, kl, standard_error=error)
+
+    def __str__(self) -> str:
+        return f"{self.mean()}, {len(self.elbo)} data"
+
+
+@contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Raise ``MemoryError`` with that remedy where the block runs out of memory, of the machine or of a GPU."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        cause = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in cause
+        if short and remedy not in cause:
+            raise MemoryError(f"out of memory; {remedy} ({cause})") from error
+        raise
+
+
+def run_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> tuple[Trace, Trace]:
+    """Traces of the model and of the guide, the model replayed against the guide's latents."""
+    messenger = poutine.unwrap(guide)
+    if isinstance(messenger, GuideMessenger):  # a guide that is a handler of its model
+        guide(*args, **kwargs)
+        return messenger.get_traces()
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    return model_trace, guide_trace
+
+
+def prior_of(model: Program) -> Program:
+    """A guide that draws the latents as the model does."""
+    return poutine.block(model, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
+
+
+def sampled(trace: Trace) -> Iterator[tuple[str, dict]]:
+    """The random variables of a trace, observed and latent, by name; not subsamples of plates, nor deterministic sites."""
+    for name, site in prune_subsample_sites(trace).nodes.items():
+        if site["type"] == "sample" and not site["infer"].get("_deterministic"):
+            yield name, site
+
+
+def unwrapped(distribution: Any) -> Any:
+    """The distribution under ``to_event`` and ``expand``."""
+    while isinstance(distribution, torch.distributions.Independent | dist.ExpandedDistribution):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def proposal(guide_trace: Trace) -> Iterator[tuple[str, dict]]:
+    """The sites of a guide whose log-probabilities make up log q(z|x): its latent sites.
+
+    What a guide observes (``obs=``, ``pyro.factor``) shapes its training and is no part of q. An auxiliary site u is one
+    only where latents are points given u, as in autoguides; elsewhere q(z|x) is q(z|x, u), and log p(x, z) − log q(z|x, u)
+    is the log-weight.
+    """
+    latents = [(name, site) for name, site in sampled(guide_trace) if not site["is_observed"]]
+    points = any(isinstance(unwrapped(s["fn"]), dist.Delta) for _, s in latents if not s["infer"].get("is_auxiliary"))
+    for name, site in latents:
+        if points or not site["infer"].get("is_auxiliary"):
+            yield name, site
+
+
+def elbo_terms(
+    model_trace: Trace, guide_trace: Trace, plates: frozenset[str], *, num_data: int, num_particles: int = 1
+) -> ElboTerms:
+    """The terms of one run of a pair, one per datum.
+
+    :param plates: names of the data plates, whose rows are data. Without one the run must be over all data at once.
+    :param num_data: N; sites outside the data plates are divided evenly among the N data.
+    :param num_particles: particles in the traces, if they are vectorized: terms are averaged over them.
+    """
+    model, guide = sum_sites(sampled(model_trace), plates), sum_sites(proposal(guide_trace), plates)
+    reconstruction = (model.observed + model.shared_observed / num_data) / num_particles
+    kl = (guide.latent - model.latent + (guide.shared_latent - model.shared_latent) / num_data) / num_particles
+    reconstruction, kl = torch.broadcast_tensors(torch.atleast_1d(reconstruction), torch.atleast_1d(kl))
+    if not plates:
+        reconstruction, kl = reconstruction.expand(num_data), kl.expand(num_data)
+    return ElboTerms(reconstruction - kl, reconstruction, kl)
+
+
+class SiteSums(NamedTuple):
+    """Log-probabilities of a trace in nats, summed over its sites: of the observed and of the latent sites in data plates,
+    ``(batch,)``, and of those that all data share, ``()``. Particles are summed over, or kept: ``(particles, …)``."""
+
+    observed: Tensor
+    latent: Tensor
+    shared_observed: Tensor
+    shared_latent: Tensor
+
+
+def sum_sites(sites: Iterable[tuple[str, dict]], plates: frozenset[str], *, particle_dim: int | None = None) -> SiteSums:
+    """Sums of log-probabilities, one for each datum where sites lie in data plates.
+
+    A plate within a datum that subsamples counts for its full size. Other scales (N/B of the data set, annealing,
+    ``poutine.scale``) are stripped.
+
+    :param sites: of a trace: :func:`sampled` or :func:`proposal`.
+    :param particle_dim: batch dimension of the particles, which is kept.
+    """
+    sums = dict.fromkeys(SiteSums._fields, torch.zeros(()))
+    for _, site in sites:
+        log_prob = site.get("unscaled_log_prob")  # a loss may have asked for it before
+        if log_prob is None:
+            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        log_prob = scale_and_mask(log_prob, mask=site["mask"])
+        kept = [] if particle_dim is None else [particle_dim]
+        kind = "observed" if site["is_observed"] else "latent"
+        rows = None
+        for frame in site["cond_indep_stack"]:
+            if frame.name in plates and frame.vectorized:
+                rows = frame.dim
+            elif frame.dim != particle_dim:
+                log_prob = log_prob * (frame.full_size / frame.size)
+        if rows is None:
+            kind = f"shared_{kind}"
+        else:
+            kept.append(rows)
+        log_prob = sum_to(log_prob, kept)
+        sums[kind] = sums[kind].to(log_prob) + log_prob
+    return SiteSums(**sums)
+
+
+def sum_to(log_prob: Tensor, kept: list[int]) -> Tensor:
+    """Sum over all dimensions but those, which come in that order."""
+    missing = max((-dim - log_prob.dim() for dim in kept), default=0)
+    log_prob = log_prob.reshape((1,) * max(missing, 0) + log_prob.shape).movedim(kept, tuple(range(-len(kept), 0)))
+    return log_prob.reshape(-1, *log_prob.shape[log_prob.dim() - len(kept) :]).sum(0)
+
+
+class Recorded(Messenger):
+    """A handler that keeps the traces of its runs, parameters too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traces: deque[Trace] = deque()
+
+    def __enter__(self) -> "Recorded":
+        self.traces.append(Trace())
+        return super().__enter__()
+
+    def _pyro_post_sample(self, msg: dict) -> None:
+        self.traces[-1].add_node(msg["name"], **msg.copy())
+
+    def _pyro_post_param(self, msg: dict) -> None:
+        if msg["name"] not in self.traces[-1].nodes:
+            self.traces[-1].add_node(msg["name"], **msg.copy())
+
+
+class Reweighted(Recorded):
+    """A handler that makes a minibatch stand for the whole data set, and anneals: sites in data plates are scaled by N/B,
+    latent sites by β. It keeps the traces of its runs.
+
+    A plate that subsamples from a larger size scales its sites itself and is left alone, and so is a site that the pair
+    scales by N/B itself.
+
+    :param scaled: names of the sites that the pair scales by N/B itself, see :attr:`Structure.scaled`.
+    :param strip: remove ``poutine.scale`` of the pair: what is reported is never annealed.
+    """
+
+    def __init__(
+        self,
+        plates: frozenset[str],
+        *,
+        num_rows: int,
+        num_data: int,
+        beta: float | Tensor = 1.0,
+        scaled: frozenset[str] = frozenset(),
+        strip: bool = False,
+    ) -> None:
+        super().__init__()
+        self.plates, self.num_rows, self.num_data, self.beta = plates, num_rows, num_data, beta
+        self.scaled, self.strip = scaled, strip
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if self.strip:
+            msg["scale"] = subsampling_scale(msg)
+        if self.strip or msg["name"] not in self.scaled:
+            for frame in msg["cond_indep_stack"]:
+                if frame.name in self.plates and frame.full_size in (self.num_rows, -1):
+                    msg["scale"] = msg["scale"] * (self.num_data / self.num_rows)
+        if not msg["is_observed"]:
+            msg["scale"] = msg["scale"] * self.beta
+
+
+def subsampling_scale(site: dict) -> float:
+    """The scale that plates give a site by subsampling: the product of full size over size."""
+    return math.prod(frame.full_size / frame.size for frame in site["cond_indep_stack"])
