@@ -209,7 +209,7 @@ class Latents:
         return total.unsqueeze(-1) if self.joint else total
 
     def _sums(self, trace: Trace, sites: Sites) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the latent and of the observed sites, ``(particles, batch)`` or a shape that broadcasts to it."""
+        """Log-probabilities of latent and of observed sites, ``(particles, batch)`` or a shape that broadcasts to it."""
         sums = sum_sites(sites(trace), self.plates, particle_dim=-1 - self.nesting)
         if not self.joint:
             return sums.latent, sums.observed
