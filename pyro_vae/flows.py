@@ -17,11 +17,11 @@ import torch
 from pyro.distributions import transforms as T
 from torch import Tensor, nn
 
-from pyro_vae.conditionals import Conditional, scale_floor, vector_size
+from pyro_vae.conditionals import FromTrunk, scale_floor, vector_size
 from pyro_vae.nets import Shape, as_shape
 
 
-class Flow(Conditional):
+class Flow(FromTrunk):
     """y = μ + σ · f_K ∘ … ∘ f₁(ε), ε ~ N(0, I): invertible transforms fₖ that read a context from the trunk, between standard
     noise and an affine read-out as that of a Gaussian (Rezende & Mohamed 2015).
 
@@ -86,7 +86,7 @@ class NeuralSpline(Flow):
         return T.conditional_spline_autoregressive(dim, context_dim, hidden, bound=5.0)
 
 
-class NormalMixture(Conditional):
+class NormalMixture(FromTrunk):
     """Σₖ πₖ N(μₖ, diag σₖ²), all read from the trunk: several modes, with pathwise gradients (Jankowiak & Karaletsos 2019).
 
     :param event_shape: one number d ≥ 2.
@@ -116,7 +116,7 @@ class _Mixture(dist.MixtureOfDiagNormals):
         return self.expand(torch.Size(sample_shape) + self.batch_shape).rsample()
 
 
-class Zuko(Conditional):
+class Zuko(FromTrunk):
     """Any flow of the library zuko, given features of the trunk: ``zuko.flows.NSF(features=2, context=32)``.
 
     :param flow: a ``zuko.lazy.LazyDistribution`` whose ``context`` is ``context_dim``.

@@ -4,6 +4,7 @@ Every trunk takes any leading batch shape, ``(particles, batch, ...)`` say, flat
 names what it returns by ``out_shape``, so that a conditional can size its own read-out.
 """
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -78,6 +79,16 @@ def out_shape(trunk: nn.Module) -> torch.Size:
     )
 
 
+def num_inputs(module: nn.Module) -> int | None:
+    """How many tensors ``module(...)`` takes: its ``num_inputs``, or the positional arguments of its ``forward``; ``None`` for
+    any number."""
+    if hasattr(module, "num_inputs"):
+        return module.num_inputs  # type: ignore[return-value]
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return None if inspect.Parameter.VAR_POSITIONAL in kinds else sum(kind in positional for kind in kinds)
+
+
 class Part(nn.Module):
     """A module that remembers the arguments it was built from, so that a stored pair can be built again."""
 
@@ -118,6 +129,7 @@ class MLP(Part):
         several = not isinstance(in_shape, int) and any(not isinstance(size, int) for size in in_shape)
         shapes = in_shape if several else (in_shape,)
         self.in_shapes: list[Shape] = [s if isinstance(s, int) else as_shape(s) for s in shapes]  # type: ignore[union-attr, arg-type]
+        self.num_inputs = len(self.in_shapes)
         widths = [sum(math.prod(as_shape(shape)) for shape in self.in_shapes), *as_shape(tuple(hidden))]
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
         self.activation = activation
@@ -125,10 +137,11 @@ class MLP(Part):
         self.out_shape = torch.Size(widths[-1:])
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        if len(inputs) != len(self.in_shapes):
+        if len(inputs) != self.num_inputs:
             raise ValueError(
-                f"MLP: got {len(inputs)} inputs but was built for {len(self.in_shapes)}, of shape "
-                f"{[s if isinstance(s, int) else tuple(s) for s in self.in_shapes]}; give in_shape one shape per input"
+                f"MLP: got {len(inputs)} inputs but was built for {self.num_inputs}, of shape "
+                f"{[s if isinstance(s, int) else tuple(s) for s in self.in_shapes]}; pass as many, each condition after x "
+                "or z, or give in_shape one shape per input"
             )
         batches = [split_shape(x, shape) for x, shape in zip(inputs, self.in_shapes, strict=True)]
         batch = torch.broadcast_shapes(*batches)
@@ -210,6 +223,7 @@ class ConvDecoder(Part):
         factor = 2 ** len(channels)
         self.coarse_shape = (maps[0], math.ceil(height / factor), math.ceil(width / factor))
         self.project = MLP(in_shape, (math.prod(self.coarse_shape),), activation=activation)
+        self.num_inputs = self.project.num_inputs
         self.layers = nn.ModuleList(
             nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1) for before, after in pairwise(maps)
         )
