@@ -764,7 +764,7 @@ def test_joint_log_weights_of_a_subsample_are_refused():
                 pyro.sample("x", dist.Normal(k, 1.0), obs=x[rows])
 
         guide = (lambda x: None) if enumerate_it else poutine.block(model, hide=["x"])
-        with pytest.raises(ValueError, match="draws 5 of the 30 rows by itself"):
+        with pytest.raises(ValueError, match="subsamples 5 of the 30 rows"):
             joint_log_weights(model, guide, torch.randn(30))
 
 

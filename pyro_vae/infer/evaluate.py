@@ -13,8 +13,9 @@ from pyro_vae.pairs.check import check_observed, inspect_checked, refuse
 from pyro_vae.pairs.enumeration import is_enumerated
 from pyro_vae.pairs.log_weights import check_particles
 from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.probe import probe_particles
 from pyro_vae.pairs.problems import dividing_problems, outside_of_plates, rows_problem, subsample_problems
-from pyro_vae.pairs.structure import Structure, probe_particles, row_dim
+from pyro_vae.pairs.structure import Structure, row_dim
 from pyro_vae.pairs.traces import ElboTerms, Program, Reweighted, elbo_terms, prior_of, run_pair
 
 
@@ -83,7 +84,7 @@ def evaluate_batches(
                 pair = inspect_checked(model, guide, batch, verb=verb, check=check, whole=False)
                 _check_summed_out(pair, loss, verb)
                 check_minibatch(pair, batches.num_rows, verb=verb, check=check)
-                if check:
+                if check and verb != "validation":  # the fit has looked at its own minibatches
                     check_rows(pair, batches.num_rows, verb=verb)
                 batches.cast(pair.dtype)
             batch = fitting(batch.cast(pair.dtype), model, guide)
@@ -134,10 +135,11 @@ def check_minibatch(pair: Structure, num_data: int, *, verb: str, check: bool = 
         )
     if pair.row_parameters and pair.num_rows < num_data:
         name = next((name for name in pair.latents if row_dim(pair.latents[name], pair.plates) is not None), "z")
+        cause = f" (the pair runs on this number of rows only: {pair.other_rows})" if pair.other_rows else ""
         raise ValueError(
             f"guide: the parameter {pair.row_parameters[0]!r} (latent {name!r}) has an entry for each of the {pair.num_rows} "
-            f"rows of a minibatch, so other rows would share it; with {num_data} data pass batch_size=None, or a guide that "
-            "computes its parameters from the data"
+            f"rows of a minibatch{cause}, so other rows would share it; with {num_data} data pass batch_size=None and an "
+            "autoguide that has not run yet, or a guide that computes its parameters from the data"
         )
 
 

@@ -30,13 +30,13 @@ from pyro_vae.infer.snapshot import configuration
 from pyro_vae.infer.svi import Compile
 from pyro_vae.pairs.check import refuse
 from pyro_vae.pairs.graphs import can_compile
+from pyro_vae.pairs.probe import moved_parameters
 from pyro_vae.pairs.problems import Problem, data_problems, pair_problems, training_problems
 from pyro_vae.pairs.structure import (
     LESS_MEMORY,
     Structure,
     fails_on,
     inspect,
-    moved_parameters,
     remember_trained,
     trained_parameters,
 )
@@ -295,8 +295,9 @@ def inspect_for_training(
         with moved_parameters(model, guide, pair.batch):
             try:
                 moved = inspect(model, guide, pair.batch)
-            except ValueError:  # it does not run with these parameters, which nobody chose
-                return pair
+            except ValueError as error:
+                logger.info("fit: rows were not tested with moved parameters, since the pair fails with them: %s", error)
+                moved = inspect(model, guide, pair.batch)
             check_rows(moved, n, verb="fit")
     return pair
 

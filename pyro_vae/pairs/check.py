@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_vae.data.batches import Batch, as_arguments
 from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.probe import probe_particles
 from pyro_vae.pairs.problems import (
     Problem,
     coupled_latents_problems,
@@ -27,7 +28,7 @@ from pyro_vae.pairs.problems import (
     rows_problem,
     training_problems,
 )
-from pyro_vae.pairs.structure import Structure, inspect, probe_particles
+from pyro_vae.pairs.structure import Structure, inspect
 from pyro_vae.pairs.traces import Program, sampled
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from pyro_vae.pairs.enumeration import PARTICLES, sum_out, values_of
 from pyro_vae.pairs.graphs import graphed
 from pyro_vae.pairs.latents import Latents
 from pyro_vae.pairs.preserve import untouched
-from pyro_vae.pairs.structure import Particles, Structure, log_weight, run_particles
+from pyro_vae.pairs.probe import log_weight, run_particles
+from pyro_vae.pairs.structure import Particles, Structure
 from pyro_vae.pairs.traces import Program, proposal, run_pair, sampled
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def weigh(
 ) -> "Weigher":
     """The log-weights of a pair, after a look at what it is made of. Raises ``ValueError`` for what is wrong with it."""
     pair = inspect_checked(model, guide, batch, verb=verb, check=check, per_datum=not joint, joint=joint)
-    if joint and not pair.has_density:
+    if not pair.has_density:
         logger.warning(
             "%s: the guide has points (Delta), which have no density, so the weights bound nothing: each is log p(x, z) at "
             "the point", verb,
@@ -238,7 +239,7 @@ class Weigher:
 
         :raises ValueError: where sites are summed out, or the guide does not tell its density at other values than its draws.
         """
-        if self.pair.enumerates or not self.pair.has_density or self.pair.has_auxiliary:
+        if self.pair.enumerates or self.pair.points or self.pair.has_auxiliary:
             raise ValueError(
                 "guide: its density at given latents is not known, since it (or the model) has sites that are summed out, "
                 "points, or auxiliary variables, as autoguides have; expected pyro.sample of a distribution for each latent"

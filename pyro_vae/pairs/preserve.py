@@ -1,6 +1,6 @@
 """Run a pair without side effects: parameters, buffers, flags and random states are restored."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,7 +59,7 @@ def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Mo
     references = {p: p.__dict__["unconstrained"] for p in store._params.values() if "unconstrained" in p.__dict__}
     torch.clear_autocast_cache()
     try:
-        with torch.random.fork_rng(), store.scope(store.get_state()):
+        with torch.random.fork_rng(), store.scope(store.get_state()), _TransformModules(enter):
             if seed is not None:
                 pyro.set_rng_seed(seed)
             yield ran
@@ -80,6 +80,22 @@ def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Mo
                 # copy only if it was written: an expanded tensor cannot be
                 if buffer is not None and kept is not None and not torch.equal(buffer, kept):
                     buffer.copy_(kept)
+
+
+class _TransformModules(Messenger):
+    """Calls ``enter`` for modules that are transforms of a site's distribution, which run without forward hooks."""
+
+    def __init__(self, enter: Callable[[nn.Module, Any], None]) -> None:
+        super().__init__()
+        self.enter = enter
+
+    def _pyro_sample(self, msg: dict) -> None:
+        distribution = msg["fn"]
+        while distribution is not None:
+            for transform in getattr(distribution, "transforms", ()):
+                for module in transform.modules() if isinstance(transform, nn.Module) else ():
+                    self.enter(module, None)
+            distribution = getattr(distribution, "base_dist", None)
 
 
 class KeepFrozen(Messenger):

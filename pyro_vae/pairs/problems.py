@@ -110,9 +110,9 @@ def dividing_problems(pair: Structure, num_data: int) -> Iterator[Problem]:
     if pair.particles is not None and pair.particles.rows_independent is False:
         yield Problem(
             "pair: at the same latents, the log-probabilities of a row change when other rows are left out, so minibatches of "
-            f"{pair.num_rows} of the {num_data} data give other numbers than all data at once; expected terms of a row that "
-            "depend on that row and on what all data share: no statistics of the batch, no parameters indexed by the position "
-            "in it, no shared term that depends on len(x); or pass batch_size=None"
+            f"{pair.num_rows} of the {num_data} data give other results than all data at once. Usual causes: a statistic of "
+            "the batch (x.mean()), a parameter indexed by the position in it (loc[:len(x)]), a prior that uses len(x). Pass "
+            "batch_size=None to take all data at once"
         )
 
 
@@ -225,14 +225,20 @@ def _site_problems(pair: Structure) -> Iterator[Problem]:
                 "dimensions with .to_event(k)",
                 judged=False,
             )
+    for name in model.keys() & guide.keys():
+        if not _same_mask(model[name]["mask"], guide[name]["mask"]):
+            yield Problem(
+                f"guide: {name!r} is masked differently than in the model, so p and q count different entries of it; "
+                "expected the same poutine.mask on both sides"
+            )
     if not any(site["is_observed"] for _, site in sampled(pair.traces[0])):
         yield Problem("model: it observes nothing; expected pyro.sample(name, distribution, obs=x)")
 
 
 def _auxiliary_problems(pair: Structure) -> Iterator[Problem]:
     """Auxiliary sites of a guide with points (Delta) that no point is computed from, see :func:`.proposal`."""
-    auxiliary = {name for name, site in pair.guide_latents.items() if site["infer"].get("is_auxiliary")}
-    points = {name for name, site in pair.guide_latents.items() if is_point(site)} - auxiliary
+    auxiliary = {name for name, site in pair.guide_latents.items() if site["infer"].get("is_auxiliary") and not is_point(site)}
+    points = {n for n, site in pair.guide_latents.items() if is_point(site) and not site["infer"].get("is_auxiliary")}
     if not auxiliary or not points or pair.is_handler:
         return
     with untouched(training=False, seed=0), torch.no_grad(), TrackProvenance():
@@ -241,10 +247,18 @@ def _auxiliary_problems(pair: Structure) -> Iterator[Problem]:
     if others := sorted(auxiliary - behind):
         yield Problem(
             f"guide: {min(points)!r} is a point (Delta) that is not computed from the auxiliary site {others[0]!r}, so it is "
-            "not known whether log q(z|x) counts that site; expected auxiliary sites that the points are computed from, as in "
-            "autoguides, or no points beside them",
+            "not known whether log q(z|x) counts that site; compute the point from the auxiliary site, as autoguides do, or "
+            "use no Delta",
             judged=False,
         )
+
+
+def _same_mask(a: Tensor | bool | None, b: Tensor | bool | None) -> bool:
+    one, two = (torch.as_tensor(True if mask is None else mask) for mask in (a, b))
+    try:
+        return bool((one == two.to(one.device)).all())
+    except RuntimeError:  # shapes that do not broadcast
+        return False
 
 
 def _plate_problems(pair: Structure) -> Iterator[Problem]:
@@ -430,10 +444,12 @@ def _density_problems(pair: Structure) -> Iterator[Problem]:
             if side == "model" and site["is_observed"] and name not in pair.trusted[0]:
                 try:
                     site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-                except RuntimeError as error:  # such as Bernoulli for integer tensors
+                except (RuntimeError, ValueError) as error:  # such as Bernoulli for integer tensors
+                    is_integer = not site["value"].is_floating_point()
+                    remedy = "floating data: x.float()" if is_integer else "data and parameters of matching shapes"
                     yield Problem(
                         f"model: the log-probability of {name!r} cannot be computed for data of {site['value'].dtype}: "
-                        f"{first_line(error)}; expected floating data: x.float()",
+                        f"{first_line(error)}; expected {remedy}",
                         judged=False,
                     )
                     continue
@@ -590,7 +606,10 @@ def coupling_problems(pair: Structure) -> Iterator[Problem]:
         local = {"log p(x|z)": p.observed, "log p(z)": p.latent, "log q(z|x)": q.latent}
         return {name: term for name, term in local.items() if term.shape == (n,)}  # without subsampled rows
 
-    before, after = sums(batch), sums(batch.map(lambda part: part[rows]))
+    try:
+        before, after = sums(batch), sums(batch.map(lambda part: part[rows]))
+    except KeyError:  # a transform that can invert its own draws only
+        return
     for name, one in before.items():
         moved = ((one - after[name]).abs() > 1e-4 * (1 + one.abs())).nonzero().flatten()
         others = moved[moved != i]

@@ -1,8 +1,8 @@
 """Inspect a pair: run it a few times and record its plates, latents, parameters and particles, once for every verb."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
@@ -23,12 +22,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae.data.batches import Batch, fitting
-from pyro_vae.pairs.enumeration import PARTICLES, Held, is_enumerated, max_nesting
+from pyro_vae.pairs.enumeration import is_enumerated, max_nesting
 from pyro_vae.pairs.preserve import untouched
-from pyro_vae.pairs.traces import Program, enough_memory, proposal, run_pair, sampled, subsampling_scale, sum_sites, unwrapped
+from pyro_vae.pairs.traces import Program, enough_memory, proposal, run_pair, sampled, subsampling_scale, unwrapped
 
 Traces = tuple[Trace, Trace]
-_PROBE_SEED = 2**31 - 1
+_MAX_OTHER_ROWS = 16
+_OTHER_SEED = 2**31 - 4  # of a second run, whose draws must differ from those of the first
 _VALIDATION_OFF: Any = 0  # false, but not the False that validate_args=False leaves in a distribution
 LESS_MEMORY = "lower the batch size (--batch-size), or the number of particles"
 
@@ -132,13 +132,16 @@ class Structure:
         return any(site["infer"].get("is_auxiliary") for site in self.guide_latents.values())
 
     @cached_property
+    def points(self) -> tuple[str, ...]:
+        """The latents at which the guide has a point (Delta), and the model a distribution."""
+        guide = self.guide_latents
+        return tuple(n for n, site in self.latents.items() if n in guide and is_point(guide[n]) and not is_point(site))
+
+    @cached_property
     def has_density(self) -> bool:
-        """Whether q(z|x) has a density. A Delta over a continuous latent has none."""
-        return self.has_auxiliary or not any(
-            is_point(self.guide_latents[name]) and not is_point(site)
-            for name, site in self.latents.items()
-            if name in self.guide_latents
-        )
+        """Whether q(z|x) has a density. A point has none, unless it is computed from auxiliary sites, or states its own."""
+        stated = [unwrapped(self.guide_latents[name]["fn"]).log_density for name in self.points]
+        return self.has_auxiliary or all(bool(torch.as_tensor(density).any()) for density in stated)
 
 
 def is_point(site: dict) -> bool:
@@ -176,7 +179,9 @@ def inspect(
     rows, second = _other_rows(batch), None
     reason = rows if isinstance(rows, str) else ""
     if isinstance(rows, Tensor):
-        run = _run(model, guide, batch.map(lambda part: part[rows.to(part.device)]), False, log_probs=True)
+        run = run_once(
+            model, guide, batch.map(lambda part: part[rows.to(part.device)]), False, log_probs=True, seed=_OTHER_SEED
+        )
         second, reason = None if run.error else run, run.error
     num_rows = batch.num_rows if batch.tensors else _rows_of_nested(batch)
     plates = _data_plates(num_rows, first, second)
@@ -204,7 +209,7 @@ def structure_of_run(
     """The structure that one recorded run shows. Data plates are recognized by their size alone."""
     known = bool(Distribution._validate_args)  # if the default is off, validate_args=False cannot be told from it
     trusted = (_trusted(traces[0]), _trusted(traces[1])) if known else (frozenset(), frozenset())
-    run = _Run(ran, {}, traces)
+    run = Run(ran, {}, traces)
     plates = _data_plates(batch.num_rows if batch.tensors else 0, run, None)
     return Structure(
         model,
@@ -259,7 +264,7 @@ def counted_bytes(run: Callable[[], Any]) -> int:
 
 
 @dataclass
-class _Run:
+class Run:
     """One run of a pair: its traces, or its error."""
 
     ran: Mapping[nn.Module, bool]
@@ -272,16 +277,18 @@ class _Run:
 
 def fails_on(pair: Structure, num_rows: int) -> str:
     """The error of the pair in training on the first rows of its batch, ``""`` if there is none."""
-    return _run(pair.model, pair.guide, pair.batch.first(num_rows), True, log_probs=True).error
+    return run_once(pair.model, pair.guide, pair.batch.first(num_rows), True, log_probs=True).error
 
 
-def _run(model: Program, guide: Program, batch: Batch, training: bool, *, log_probs: bool = False) -> _Run:
+def run_once(
+    model: Program, guide: Program, batch: Batch, training: bool, *, log_probs: bool = False, seed: int | None = None
+) -> Run:
     """
     :param log_probs: raise errors of log-probabilities too, such as shapes that do not match.
     """
     recorded = _Parameters()
-    with untouched(training=None if training else False) as ran, torch.set_grad_enabled(training), recorded:
-        run = _Run(ran, recorded.values)
+    with untouched(training=None if training else False, seed=seed) as ran, torch.set_grad_enabled(training), recorded:
+        run = Run(ran, recorded.values)
         # ExpandedDistribution copies the default, which must not look like a distribution built with validate_args=False
         Distribution._validate_args = Distribution._validate_args or _VALIDATION_OFF
         try:
@@ -317,16 +324,16 @@ def first_line(error: Exception) -> str:
     return (str(error) or repr(error)).split("\n", 1)[0].removesuffix(":")
 
 
-def _first_run(model: Program, guide: Program, batch: Batch, training: bool) -> tuple[Batch, torch.dtype | None, _Run]:
+def _first_run(model: Program, guide: Program, batch: Batch, training: bool) -> tuple[Batch, torch.dtype | None, Run]:
     """A run on the batch, cast to the dtype of the parameters; small integer types become int64."""
     batch = batch.cast(None)
-    run = _run(model, guide, batch, training)
+    run = run_once(model, guide, batch, training)
     dtype = _dtype(run)
     floating = {leaf.dtype for leaf in batch.leaves() if leaf.is_floating_point()}
     wanted = dtype or (torch.get_default_dtype() if run.error else None)
     if wanted is not None and floating - {wanted}:
         cast = batch.cast(wanted)
-        again = _run(model, guide, cast, training)
+        again = run_once(model, guide, cast, training)
         if not again.error or dtype is not None:
             batch, dtype, run = cast, wanted, again
     if run.error:
@@ -343,7 +350,7 @@ def _first_run(model: Program, guide: Program, batch: Batch, training: bool) -> 
     return batch, dtype, run
 
 
-def _dtype(run: _Run) -> torch.dtype | None:
+def _dtype(run: Run) -> torch.dtype | None:
     """The floating dtype of the parameters of a run, ``None`` if there is not exactly one."""
     own = [p for module in run.ran for p in module.parameters(recurse=False)]
     found = {p.dtype for p in (*run.parameters.values(), *own) if not is_lazy(p) and p.is_floating_point()}
@@ -354,14 +361,15 @@ def _other_rows(batch: Batch) -> Tensor | str:
     """Rows for a batch of another size, or the reason why there are none."""
     if not batch.tensors:
         return "it is given no tensor with rows"
-    if len(batch.leaves()) > len(batch.tensors):
-        return "its arguments are more than tensors with rows, so they cannot be divided"
+    if sum(leaf.dim() > 0 for leaf in batch.leaves()) > len(batch.tensors):
+        return "one of its arguments is a container of tensors, so rows cannot be taken"
     n = batch.num_rows
     if any(len(part) != n for part in batch.tensors.values()):
         return "its arguments have different numbers of rows"
-    # not one row, which would broadcast, and not the number of rows of the batch
-    m = 2 if n != 2 else 3
-    return torch.arange(n - m, n).clamp_min(0)
+    if n <= 2:  # not one row, which would broadcast, and not the number of rows of the batch
+        return torch.tensor([0, 0, 1] if n == 2 else [0, 0])
+    # in their order, which may be that of their lengths, and without the last one, since a pair may treat it differently
+    return torch.randperm(n - 1, generator=torch.Generator().manual_seed(0))[:_MAX_OTHER_ROWS].sort().values
 
 
 def _rows_of_nested(batch: Batch) -> int:
@@ -372,7 +380,7 @@ def _rows_of_nested(batch: Batch) -> int:
         return 0
 
 
-def _plate_sizes(run: _Run) -> dict[str, tuple[int, int]]:
+def _plate_sizes(run: Run) -> dict[str, tuple[int, int]]:
     """``(size, full_size)`` of the vectorized plates; for a plate without a size, taken from the batch shape."""
     sizes: dict[str, tuple[int, int]] = {}
     for trace in run.traces:
@@ -389,7 +397,7 @@ def _plate_sizes(run: _Run) -> dict[str, tuple[int, int]]:
     return sizes
 
 
-def _data_plates(num_rows: int, first: _Run, second: _Run | None) -> frozenset[str]:
+def _data_plates(num_rows: int, first: Run, second: Run | None) -> frozenset[str]:
     """Names of the data plates: those whose size is the number of rows, in both runs."""
     sizes = _plate_sizes(first)
     plates = {name for name, size in sizes.items() if num_rows in size}
@@ -399,28 +407,35 @@ def _data_plates(num_rows: int, first: _Run, second: _Run | None) -> frozenset[s
     return frozenset(plates)
 
 
-def _row_parameters(n: int, first: _Run, second: _Run | None, plates: frozenset[str]) -> tuple[str, ...]:
+def _row_parameters(n: int, first: Run, second: Run | None, plates: frozenset[str]) -> tuple[str, ...]:
     """Parameters with an entry for each of the n rows: they change shape with the rows, or the pair runs on no others."""
     if not plates or n < 2:
         return ()
-    suspects = [name for name, value in first.parameters.items() if n in value.shape]
+    layers = {
+        id(p)
+        for module in first.ran
+        if type(module).__module__.startswith("torch.nn.")
+        for p in module.parameters(recurse=False)
+    }
+    parameters = {name: value for name, value in first.parameters.items() if id(value) not in layers}
+    suspects = [name for name, value in parameters.items() if n in value.shape]
     if second is not None:
         others = second.parameters
         return tuple(name for name in suspects if name in others and others[name].shape != first.parameters[name].shape)
     if not suspects:  # autoguides keep all latents in one vector
-        suspects = [name for name, value in first.parameters.items() if value.numel() and value.numel() % n == 0]
+        suspects = [name for name, value in parameters.items() if value.numel() and value.numel() % n == 0]
     return tuple(suspects)
 
 
 def _scaled(
-    n: int, m: int, first: _Run, second: _Run | None, plates: frozenset[str]
+    n: int, m: int, first: Run, second: Run | None, plates: frozenset[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Sites of model and guide in data plates whose scale is M/rows, and M: the pair itself scales minibatches.
 
     :param n: number of rows in the first run; m: in the second.
     """
 
-    def scales(run: _Run, side: int) -> dict[str, float]:
+    def scales(run: Run, side: int) -> dict[str, float]:
         return {
             name: float(site["scale"]) / subsampling_scale(site)
             for name, site in sampled(run.traces[side])
@@ -436,129 +451,6 @@ def _scaled(
             if scale != 1.0 and (follows or second is None):
                 found[side][name] = scale * n
     return found
-
-
-def log_weight(traces: Traces, plates: frozenset[str], *, particle_dim: int | None = None) -> Tensor:
-    """log p(x, z) − log q(z|x) of a run without enumeration, in nats: ``(batch,)``, or ``()`` without data plates; with
-    particles ``(particles, …)``. Terms outside of the data plates are added to every row."""
-    likelihood, prior, posterior = _terms(traces, plates, particle_dim)
-    return likelihood + prior - posterior
-
-
-def _terms(traces: Traces, plates: frozenset[str], particle_dim: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """log p(x|z), log p(z) and log q(z|x), each of a shape that broadcasts to that of the log-weight."""
-
-    def whole(local: Tensor, shared: Tensor) -> Tensor:
-        return local + (shared.unsqueeze(-1) if plates and shared.dim() else shared)
-
-    p = sum_sites(sampled(traces[0]), plates, particle_dim=particle_dim)
-    q = sum_sites(proposal(traces[1]), plates, particle_dim=particle_dim)
-    return whole(p.observed, p.shared_observed), whole(p.latent, p.shared_latent), whole(q.latent, q.shared_latent)
-
-
-def probe_particles(pair: Structure) -> Structure:
-    """The structure with its ``particles``.
-
-    The latents of the two runs of :func:`inspect`, and a mixture of both, are held fixed in a plate of particles on the rows
-    of the second run, and the log-probabilities are compared with those of the two runs. Takes two runs of the pair, up to
-    five if the pair cannot be vectorized or its rows depend on each other.
-    """
-    if pair.is_handler:
-        made = counted_bytes(lambda: run_pair(pair.model, pair.guide, *pair.batch.args, **pair.batch.kwargs))
-        bytes = max(1, made // pair.num_rows)
-        return replace(pair, particles=Particles(False, None, False, bytes, "the guide handles its model"))
-    second, at, batch = pair.other_traces, None, pair.batch
-    if second is not None and pair.other is not None and pair.plates:
-        at = pair.other.to(pair.batch.leaves()[0].device)
-        batch = pair.batch.map(lambda part: part[at.to(part.device)])
-    else:  # the pair runs on these rows only, or has no data plate
-        run = _run(pair.model, pair.guide, pair.batch, False)
-        if run.error:
-            raise ValueError(f"pair: its first run succeeded and its second failed: {run.error}") from run.cause
-        second = run.traces
-
-    def terms(traces: Traces, particle_dim: int | None = None) -> Tensor:
-        return torch.stack(torch.broadcast_tensors(*_terms(traces, pair.plates, particle_dim)))
-
-    def held(values: Mapping[str, Tensor], num_particles: int | None = None, seed: int = _PROBE_SEED) -> Tensor:
-        # not the seed of a verb, whose draws would be repeated
-        with untouched(seed=seed):
-            return terms(run_particles(pair, batch, num_particles, values), num_particles and -1 - pair.nesting)
-
-    before, other = terms(pair.traces), terms(second)
-    if at is not None:
-        before = before.expand(3, pair.num_rows)[:, at]
-    mixed = torch.rand(other.shape[1:] or 1, generator=torch.Generator().manual_seed(0)) < 0.5
-    mixed[0], mixed[-1] = True, False  # rows that take their latents from the second run
-    sites = latent_sites(pair.traces)
-    draws = [
-        {name: _take_rows(site, at, pair) for name, site in sites.items()},
-        {name: site["value"] for name, site in latent_sites(second).items()},
-    ]
-    draws.append({name: _mixed(draws[1][name], draws[0][name], mixed, site, pair) for name, site in sites.items()})
-    vectorized, reason = False, ""
-    try:
-        dims = {name: pair.nesting + site["fn"].event_dim for name, site in sites.items()}
-        values = {name: torch.stack([_padded(draw[name], dim) for draw in draws]) for name, dim in dims.items()}
-        one, again, both = held(values, len(draws)).unbind(1)
-        vectorized = agree(again, other)
-        reason = "" if vectorized else "its log-weights in a plate of particles differ from those of single runs"
-    except Exception as error:  # such as a network that takes no batch dimension to the left of the data
-        reason = f"{type(error).__name__}: {first_line(error)}"
-    independent, coupled = None, False
-    with suppress(Exception):  # such as a guide that knows the density of its own draws only
-        if not vectorized:
-            one, both = held(draws[0]), held(draws[2])
-        if not before.isfinite().all() or one.isfinite().all():  # a Delta has no density at other values than its own
-            independent = agree(one, before) if at is not None else None
-            coupled = bool(pair.plates) and not pair.shared and not agree(both, torch.where(mixed.to(one.device), other, one))
-        if (coupled or independent is False) and not agree(held(draws[0]), held(draws[0], seed=_PROBE_SEED - 1)):
-            independent, coupled = None, False  # the pair draws noise outside of its sites
-    num_particles = 4 if vectorized else None
-    made = counted_bytes(lambda: run_particles(pair, batch, num_particles))
-    num_rows = batch.num_rows if batch.tensors else 1
-    bytes = max(1, made // (num_rows * (num_particles or 1)))
-    return replace(pair, particles=Particles(vectorized, independent, coupled, bytes, reason))
-
-
-@contextmanager
-def moved_parameters(model: Program, guide: Program, batch: Batch) -> Iterator[None]:
-    """Run the block in evaluation mode with small noise added to all parameters, which tells entries that are equal at the
-    start apart. The parameters are restored afterwards."""
-    noise = torch.Generator().manual_seed(_PROBE_SEED)
-    with untouched(training=False) as ran, torch.no_grad():
-        run_pair(model, guide, *batch.args, **batch.kwargs)  # creates the parameters
-        found = [p for _, p in pyro.get_param_store().named_parameters()]
-        found += [p for module in ran for p in module.parameters()]
-        saved = {id(p): (p, p.clone()) for p in found if not is_lazy(p) and p.is_floating_point()}
-        try:
-            for p, before in saved.values():
-                with suppress(RuntimeError):  # an expanded tensor cannot be written
-                    p.add_(0.01 * (1 + before.abs()) * torch.randn(p.shape, generator=noise, dtype=torch.double).to(p))
-            yield
-        finally:
-            for p, before in saved.values():
-                if not torch.equal(p, before):
-                    p.copy_(before)
-
-
-def run_particles(
-    pair: Structure, batch: Batch, num_particles: int | None, values: Mapping[str, Tensor] | None = None
-) -> Traces:
-    """Traces of a run in a plate of particles, or of a single run for ``None``.
-
-    :param values: hold these latents fixed, without enumeration; otherwise they are drawn, with enumeration.
-    """
-    model, guide = pair.model, pair.guide
-    if values is not None:
-        model, guide = (Held(values)(program) for program in (model, guide))
-    elif pair.enumerates:  # enumeration dimensions of the model are to the left of those of the guide
-        guide = EnumMessenger(first_available_dim=-2 - pair.nesting)(guide)
-        model = EnumMessenger()(model)
-    if num_particles is not None:
-        plate = pyro.plate(PARTICLES, num_particles, dim=-1 - pair.nesting)
-        model, guide = plate(model), plate(guide)
-    return run_pair(model, guide, *batch.args, **batch.kwargs)
 
 
 _trained: "WeakKeyDictionary[Any, dict[str, ref[Tensor]]]" = WeakKeyDictionary()
@@ -587,36 +479,6 @@ def _identity(program: Program) -> Any:
     return getattr(program, "__self__", program)
 
 
-def agree(a: Tensor, b: Tensor) -> bool:
-    """Whether log-weights are equal up to rounding."""
-    tolerance = 1e-9 if a.dtype == torch.double else 1e-4
-    a, b = torch.broadcast_tensors(a, b)
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
-
-
 def latent_sites(traces: Traces) -> dict[str, dict]:
     """The latent sites of model and guide, auxiliary ones too."""
     return {name: site for trace in traces for name, site in sampled(trace) if not site["is_observed"]}
-
-
-def _take_rows(site: dict, at: Tensor | None, pair: Structure) -> Tensor:
-    """The value of a site at some rows."""
-    value, dim = site["value"], row_dim(site, pair.plates)
-    if at is None or dim is None:
-        return value
-    dim -= site["fn"].event_dim
-    return value.index_select(dim, at) if value.dim() >= -dim and value.shape[dim] == pair.num_rows else value
-
-
-def _mixed(other: Tensor, value: Tensor, rows: Tensor, site: dict, pair: Structure) -> Tensor:
-    """The value of a site with some of its rows from another value. A site outside of the data plates keeps its value."""
-    dim = row_dim(site, pair.plates)
-    if dim is None or value.shape != other.shape or value.dim() < site["fn"].event_dim - dim:
-        return value
-    dims = len(rows), *(1,) * (site["fn"].event_dim - dim - 1)
-    return torch.where(rows.to(value.device).reshape(dims), other, value)
-
-
-def _padded(value: Tensor, dim: int) -> Tensor:
-    """A value with a dimension for each plate, so that the particle dimension is to the left of them."""
-    return value.reshape((1,) * (dim - value.dim()) + value.shape)

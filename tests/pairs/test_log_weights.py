@@ -284,7 +284,7 @@ def test_sites_that_are_refused_for_one_reason_are_named_in_one_sentence():
     with pytest.raises(ValueError, match=reasons) as raised:
         log_weights(hierarchical, guide, X)
     assert str(raised.value).count("no data plate") == str(raised.value).count("'groups'") == 1
-    with pytest.raises(ValueError, match=r"^pair: 'c' and 'd' lie in plate 'groups' that draws 2 of its 6 rows"):
+    with pytest.raises(ValueError, match=r"^pair: 'c' and 'd' lie in plate 'groups', which subsamples 2 of its 6 rows"):
         joint_log_weights(hierarchical, guide, X)
 
 
@@ -293,7 +293,7 @@ def test_sites_that_are_refused_for_one_reason_are_named_in_one_sentence():
     [
         (TOY, lambda x: None, "guide: it has no site 'z'"),
         (TOY, more, "guide: its site 'other' is not in the model"),
-        (subsampled, subsampled_guide, "draws 4 of the 12 rows by itself"),
+        (subsampled, subsampled_guide, "subsamples 4 of the 12 rows"),
     ],
 )
 def test_what_has_no_weight_says_so(model, guide, message):
@@ -340,7 +340,7 @@ def word_guide(x):
     [
         (summed, elsewhere, r"'z' has event_shape \(3,\) but in the model \(2,\)"),
         (words, flat_guide, r"the plates of 'z' have dimensions \[-1\] but in the model \[-2\]"),
-        (some_words, word_guide, "draws 2 of its 5 rows"),
+        (some_words, word_guide, "subsamples 2 of its 5 rows"),
     ],
     ids=["another shape", "another plate", "some of the words"],
 )
