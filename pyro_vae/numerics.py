@@ -20,7 +20,7 @@ def effective_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
     return size.nan_to_num(nan=0.0)
 
 
-def log_mean_error(log_weights: Tensor, *, num_fixed: int = 0) -> Tensor:
+def log_mean_exp_se(log_weights: Tensor, *, num_fixed: int = 0) -> Tensor:
     """Standard error of log ŵ, ŵ the mean of the weights, by the jackknife: SE² = (n−1)/n Σᵢ (θᵢ − θ̄)² in nats, θᵢ the log
     mean without the i-th of the n weights that vary, ``(K, *batch)`` → ``(*batch)``.
 
