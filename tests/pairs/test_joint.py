@@ -97,7 +97,7 @@ def test_under_the_exact_posterior_each_joint_weight_is_the_log_evidence_of_all_
     assert found.log_evidence_se == pytest.approx(0, abs=1e-10)
     assert found.pareto_k == -math.inf
     for estimate in (evidence.importance, evidence.elbo):
-        bound = estimate(model, guide, *data, num_particles=50, joint=True)
+        bound = estimate(model, guide, data, num_particles=50, joint=True)
         torch.testing.assert_close(bound.log_evidence, truth.unsqueeze(0), rtol=0, atol=1e-10)
         torch.testing.assert_close(bound.ess, torch.full((1,), 50.0).double())
 

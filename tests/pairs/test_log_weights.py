@@ -365,4 +365,4 @@ def test_bad_numbers_say_so():
     with pytest.raises(ValueError, match="expected a whole number of particles or chains, 1 or more, but got 0"):
         log_weights(TOY, exact_guide, X, num_particles=0)
     with pytest.raises(ValueError, match="data"):
-        log_weights(TOY, exact_guide)
+        log_weights(TOY, exact_guide, ())
