@@ -855,7 +855,7 @@ def test_a_distribution_without_validation_is_trusted(default, monkeypatch):
 @pytest.mark.parametrize("verb", ["ais", "smc", "bdmc", "reciprocal_importance", "prior_monte_carlo"])
 def test_evidence_refuses_data_outside_the_support(verb):
     x = torch.full((6,), 0.5)
-    options = {} if verb in ("reciprocal_importance", "prior_monte_carlo") else {"num_temperatures": 3}
+    options = {} if verb in ("reciprocal_importance", "prior_monte_carlo") else {"annealing": evidence.Annealing(3)}
     with pytest.raises(ValueError, match=r"data: row 0 \(6 in all\) lies outside the support of 'x'"):
         getattr(evidence, verb)(grey_model, x, **options)
 

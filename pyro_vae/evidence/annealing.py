@@ -53,10 +53,11 @@ class Annealing:
             betas = self.schedule.double()
             if betas.dim() != 1 or len(betas) < 2 or betas[0] != 0 or betas[-1] != 1 or not (betas.diff() >= 0).all():
                 raise ValueError(
-                    f"schedule: expected β from 0 to 1, rising, of shape (K + 1,), but got {self.schedule.tolist()}"
+                    "schedule: expected β from 0 to 1, rising, of shape (K + 1,), but got a tensor of shape "
+                    f"{tuple(betas.shape)}"
                 )
             object.__setattr__(self, "num_temperatures", len(betas) - 1)
-        elif self.schedule not in ("uniform", "sigmoid", "fitted"):
+        elif not isinstance(self.schedule, str) or self.schedule not in ("uniform", "sigmoid", "fitted"):
             raise ValueError(
                 f'schedule: expected "uniform", "sigmoid", "fitted" or a tensor of β from 0 to 1 but got {self.schedule!r}'
             )

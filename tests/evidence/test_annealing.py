@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -330,6 +331,7 @@ def test_a_schedule_of_ones_own_has_its_own_number_of_temperatures():
     ("options", "message"),
     [
         ({"schedule": "cosine"}, """schedule: expected "uniform", "sigmoid", "fitted" or a tensor .* but got 'cosine'"""),
+        ({"schedule": np.linspace(0, 1, 4)}, "schedule: expected .* or a tensor"),
         ({"schedule": torch.tensor([0.1, 1.0])}, "schedule: expected β from 0 to 1"),
         ({"schedule": torch.tensor([0.0, 0.9, 0.5, 1.0])}, "schedule: expected β from 0 to 1"),
         ({"schedule": torch.tensor([0.0, math.nan, 1.0])}, "schedule: expected β from 0 to 1"),
