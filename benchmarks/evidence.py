@@ -40,10 +40,16 @@ def ladder(args):
         "ELBO": lambda: evidence.importance(vae.model, vae.guide, x, num_particles=1),
         "IWAE-100": lambda: evidence.importance(vae.model, vae.guide, x, num_particles=100),
         "IWAE-5000": lambda: evidence.importance(vae.model, vae.guide, x, num_particles=5000),
-        "AIS, 1000 temperatures": lambda: evidence.ais(vae.model, x, num_temperatures=1000),
-        "AIS from the guide, 1000": lambda: evidence.ais(vae.model, x, start=vae.guide, num_temperatures=1000),
-        "AIS, 10000 temperatures": lambda: evidence.ais(vae.model, x[:20], num_temperatures=10_000),
-        "AIS, 1000, first 20 data": lambda: evidence.ais(vae.model, x[:20], num_temperatures=1000),
+        "AIS, 1000 temperatures": lambda: evidence.ais(vae.model, x, annealing=evidence.Annealing(num_temperatures=1000)),
+        "AIS from the guide, 1000": lambda: evidence.ais(
+            vae.model, x, annealing=evidence.Annealing(num_temperatures=1000), start=vae.guide
+        ),
+        "AIS, 10000 temperatures": lambda: evidence.ais(
+            vae.model, x[:20], annealing=evidence.Annealing(num_temperatures=10_000)
+        ),
+        "AIS, 1000, first 20 data": lambda: evidence.ais(
+            vae.model, x[:20], annealing=evidence.Annealing(num_temperatures=1000)
+        ),
     }
     for name, rung in rungs.items():
         start = time.perf_counter()
@@ -51,7 +57,7 @@ def ladder(args):
         print(f"\n{name}, {time.perf_counter() - start:.0f} s\n{found}", flush=True)
     for temperatures in (1000, 10_000):
         start = time.perf_counter()
-        found = evidence.bdmc(vae.model, x[:20], num_temperatures=temperatures)
+        found = evidence.bdmc(vae.model, x[:20], annealing=evidence.Annealing(num_temperatures=temperatures))
         print(f"\nBDMC, {temperatures} temperatures, {time.perf_counter() - start:.0f} s\n{found}", flush=True)
 
 

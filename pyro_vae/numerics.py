@@ -10,19 +10,20 @@ _MIN_TAIL = 5  # draws in a tail that a Pareto distribution is fitted to
 
 
 def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:
-    """log (1/K) Σ exp(log w): ``(K, *batch)`` → ``(*batch)``."""
+    """Log of the mean weight, log (1/K) Σ exp(log w), in nats: ``(K, *batch)`` → ``(*batch)``. −∞ where all weights are 0."""
     return log_weights.logsumexp(dim) - math.log(log_weights.shape[dim])
 
 
 def effective_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
-    """(Σ w)² / Σ w² (Kish 1965), between 1 and K: ``(K, *batch)`` → ``(*batch)``. 0 where all weights are 0."""
+    """Effective sample size (Σ w)² / Σ w² (Kish 1965), between 1 and K, 0 where all weights are 0: ``(K, *batch)`` →
+    ``(*batch)``."""
     size = (2 * log_weights.logsumexp(dim) - (2 * log_weights).logsumexp(dim)).exp()
     return size.nan_to_num(nan=0.0)
 
 
-def log_mean_error(log_weights: Tensor, *, num_fixed: int = 0) -> Tensor:
-    """Standard error of log ŵ, ŵ the mean of the weights, by the jackknife: SE² = (n−1)/n Σᵢ (θᵢ − θ̄)² in nats, θᵢ the log
-    mean without the i-th of the n weights that vary, ``(K, *batch)`` → ``(*batch)``.
+def log_mean_exp_se(log_weights: Tensor, *, num_fixed: int = 0) -> Tensor:
+    """Standard error of :func:`log_mean_exp` by the jackknife, SE² = (n−1)/n Σᵢ (θᵢ − θ̄)² in nats, θᵢ the log mean without
+    the i-th of the n weights that vary: ``(K, *batch)`` → ``(*batch)``.
 
     On average SE² is not below the variance over seeds (Efron and Stein 1981). That holds where one weight outweighs the rest
     too, but the SE of one datum then rests on few weights: see :func:`is_reliable`. The delta method √(1/ESS − 1/K) is the same
@@ -45,9 +46,9 @@ def log_mean_error(log_weights: Tensor, *, num_fixed: int = 0) -> Tensor:
 
 
 def is_reliable(standard_error: Tensor, ess: Tensor, pareto_k: Tensor | None) -> bool:
-    """Whether the standard error of a mean over data is to be trusted: it is known, and less than a fifth of its variance
-    comes from data with Pareto k̂ above .7 or an effective sample size below 10, where it rests on few weights. All
-    ``(batch,)``."""
+    """Whether the standard error of a mean over N data, √(Σᵢ SEᵢ²)/N, is to be trusted: it is known, and less than a fifth of
+    its variance, Σ_bad SEᵢ² ≤ 0.2 Σᵢ SEᵢ², comes from data with Pareto k̂ above .7 or an effective sample size below 10, where
+    it rests on few weights. All ``(batch,)``; SEᵢ in nats."""
     bad = ess < 10
     if pareto_k is not None:
         bad = bad | (pareto_k > 0.7)
@@ -56,7 +57,7 @@ def is_reliable(standard_error: Tensor, ess: Tensor, pareto_k: Tensor | None) ->
 
 
 def covariance(draws: Tensor) -> Tensor:
-    """Of draws ``(K, batch, dim)``, for each datum: ``(batch, dim, dim)``."""
+    """Covariance of K draws of each datum, (1/(K−1)) Σ (z_k − z̄)(z_k − z̄)ᵀ: ``(K, batch, dim)`` → ``(batch, dim, dim)``."""
     centred = draws - draws.mean(0)
     return torch.einsum("kbi,kbj->bij", centred, centred) / (len(draws) - 1)
 

@@ -70,7 +70,7 @@ VERBS = {
     "split_gap": lambda m, g, x: pv.split_gap(m, g, x, num_particles=10, max_steps=1),
     "usage": latent_usage,
     "draws": lambda m, g, x: posterior_draws(m, g, x, num_draws=3),
-    "ais": lambda m, g, x: evidence.ais(m, x, start=g, num_temperatures=2, num_chains=2),
+    "ais": lambda m, g, x: evidence.ais(m, x, annealing=evidence.Annealing(num_temperatures=2, num_chains=2), start=g),
     "free_energy": lambda m, g, x: pv.free_energy(m, g, x, num_particles=10),
 }
 
@@ -693,7 +693,7 @@ def test_a_likelihood_that_vanishes_at_some_draws_is_right():
     x = torch.zeros(5)
     found = evidence.importance(model, prior_guide, x, num_particles=20_000)
     expected = math.log(0.5 * (2 * dist.Normal(0.0, 1.0).cdf(torch.tensor(1.0)) - 1))
-    assert ((found.log_evidence - expected).abs() < 4 * found.standard_error).all()
+    assert ((found.log_evidence - expected).abs() < 4 * found.log_evidence_se).all()
 
 
 # ---------------------------------------------------------------- F: what guides observe, scales, subsampling
@@ -725,10 +725,10 @@ def test_what_a_guide_observes_is_no_part_of_q(mark):
     x, t = torch.randn(8, generator=torch.manual_seed(0)), torch.ones(8)
     guide = lambda x, t: observing(x, t, MARKS[mark])  # noqa: E731
     exact = log_evidence(x) + math.log(0.5)
-    torch.testing.assert_close(log_weights(treated, guide, x, t, num_particles=3), exact.expand(3, 8))
-    torch.testing.assert_close(evidence.importance(treated, guide, x, t, num_particles=5).log_evidence, exact.double())
+    torch.testing.assert_close(log_weights(treated, guide, (x, t), num_particles=3), exact.expand(3, 8))
+    torch.testing.assert_close(evidence.importance(treated, guide, (x, t), num_particles=5).log_evidence, exact.double())
     torch.testing.assert_close(pv.evaluate(treated, guide, (x, t)).elbo, exact)
-    torch.testing.assert_close(joint_log_weights(treated, guide, x, t).log_weights, exact.sum().unsqueeze(0))
+    torch.testing.assert_close(joint_log_weights(treated, guide, (x, t)).log_weights, exact.sum().unsqueeze(0))
     if mark == "auxiliary draw":
         with pytest.raises(ValueError, match="'u' is not in the model"):
             pv.free_energy(treated, guide, x, t)
@@ -855,7 +855,7 @@ def test_a_distribution_without_validation_is_trusted(default, monkeypatch):
 @pytest.mark.parametrize("verb", ["ais", "smc", "bdmc", "reciprocal_importance", "prior_monte_carlo"])
 def test_evidence_refuses_data_outside_the_support(verb):
     x = torch.full((6,), 0.5)
-    options = {} if verb in ("reciprocal_importance", "prior_monte_carlo") else {"num_temperatures": 3}
+    options = {} if verb in ("reciprocal_importance", "prior_monte_carlo") else {"annealing": evidence.Annealing(3)}
     with pytest.raises(ValueError, match=r"data: row 0 \(6 in all\) lies outside the support of 'x'"):
         getattr(evidence, verb)(grey_model, x, **options)
 
@@ -950,7 +950,7 @@ def test_a_prior_without_support_is_named_by_ais():
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     with pytest.raises(ValueError, match="NoSupport of 'z' tells no support"):
-        evidence.ais(model, torch.randn(4), num_temperatures=3, num_chains=2)
+        evidence.ais(model, torch.randn(4), annealing=evidence.Annealing(num_temperatures=3, num_chains=2))
 
 
 # ---------------------------------------------------------------- probes and the param store

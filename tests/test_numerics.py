@@ -8,7 +8,7 @@ from arviz_stats.base import array_stats
 
 from pyro_vae.evidence import Evidence
 from pyro_vae.evidence.importance import summary
-from pyro_vae.numerics import effective_sample_size, log_mean_error, log_mean_exp, pareto_k
+from pyro_vae.numerics import effective_sample_size, log_mean_exp, log_mean_exp_se, pareto_k
 
 
 def weights(n, scale, seed=0):
@@ -44,7 +44,7 @@ def test_effective_sample_size():
 def test_the_error_of_a_log_mean_is_that_of_many():
     """The delta method against the spread over replicates."""
     w = 0.7 * torch.randn(400, 20_000, dtype=torch.double)
-    found, stated = log_mean_exp(w), log_mean_error(w)
+    found, stated = log_mean_exp(w), log_mean_exp_se(w)
     assert found.std().item() == pytest.approx(stated.square().mean().sqrt().item(), rel=0.03)  # 3 SE of the spread: 1.5 %
     assert found.mean().item() == pytest.approx(0.7**2 / 2, abs=2e-3)
 
@@ -73,7 +73,7 @@ def test_the_printed_error_is_the_spread_over_seeds_or_said_to_be_unreliable(sd,
 def test_the_error_of_a_log_mean_is_the_spread_over_seeds(sd, num_particles):
     """1000 seeds; the delta method √(1/ESS − 1/K) is too small by a factor of 4 to 150 from a deviation of 10 on."""
     w = sd * torch.randn(num_particles, 1000, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    spread, stated = log_mean_exp(w).std(), log_mean_error(w).square().mean().sqrt()
+    spread, stated = log_mean_exp(w).std(), log_mean_exp_se(w).square().mean().sqrt()
     assert 1 / 1.25 < stated / spread < 1.25
 
 
@@ -82,7 +82,7 @@ def test_the_error_beside_a_fixed_weight_is_the_spread_over_seeds(sd):
     w = sd * torch.randn(100, 1000, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     for fixed in (0.0, sd, 4 * sd):
         w[0] = fixed
-        spread, stated = log_mean_exp(w).std(), log_mean_error(w, num_fixed=1).square().mean().sqrt()
+        spread, stated = log_mean_exp(w).std(), log_mean_exp_se(w, num_fixed=1).square().mean().sqrt()
         assert 1 / 1.3 < stated / spread < 1.3
 
 
@@ -91,19 +91,19 @@ def test_the_error_of_a_log_mean_is_its_definition():
     w = weights(7, 2.0)
     without = torch.stack([log_mean_exp(w[torch.arange(7) != i]) for i in range(7)])
     expected = (6 / 7 * (without - without.mean(0)).square().sum(0)).sqrt()
-    torch.testing.assert_close(log_mean_error(w), expected)
-    torch.testing.assert_close(log_mean_error(w + 1e5), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(log_mean_exp_se(w), expected)
+    torch.testing.assert_close(log_mean_exp_se(w + 1e5), expected, rtol=1e-6, atol=0)
     without = torch.stack([w[torch.arange(7) != i].logsumexp(0) for i in range(1, 7)])
     expected = (5 / 6 * (without - without.mean(0)).square().sum(0)).sqrt()
-    torch.testing.assert_close(log_mean_error(w, num_fixed=1), expected)
+    torch.testing.assert_close(log_mean_exp_se(w, num_fixed=1), expected)
 
 
 def test_the_error_of_a_log_mean_at_the_edge():
-    assert (log_mean_error(torch.zeros(9, 2).double()) < 1e-14).all()
-    assert log_mean_error(torch.zeros(1, 2)).isnan().all()
-    assert log_mean_error(torch.tensor([0.0, -math.inf, -math.inf])).item() == math.inf
-    assert log_mean_error(torch.full((3,), -math.inf)).item() == math.inf
-    assert log_mean_error(torch.tensor([0.0, 0.0, -math.inf])).item() == pytest.approx(2 / 3 * math.log(2))
+    assert (log_mean_exp_se(torch.zeros(9, 2).double()) < 1e-14).all()
+    assert log_mean_exp_se(torch.zeros(1, 2)).isnan().all()
+    assert log_mean_exp_se(torch.tensor([0.0, -math.inf, -math.inf])).item() == math.inf
+    assert log_mean_exp_se(torch.full((3,), -math.inf)).item() == math.inf
+    assert log_mean_exp_se(torch.tensor([0.0, 0.0, -math.inf])).item() == pytest.approx(2 / 3 * math.log(2))
 
 
 def test_the_error_with_a_fixed_weight_is_that_of_the_others():
@@ -113,8 +113,8 @@ def test_the_error_with_a_fixed_weight_is_that_of_the_others():
     drawn = 0.5 * torch.randn(99, 1000, generator=generator, dtype=torch.double)
     both = torch.cat([fixed, drawn])
     spread = log_mean_exp(both).std()
-    assert log_mean_error(both, num_fixed=1).mean() == pytest.approx(spread.item(), rel=0.1)
-    assert log_mean_error(both).mean() > 2 * spread  # as if w* had been drawn
+    assert log_mean_exp_se(both, num_fixed=1).mean() == pytest.approx(spread.item(), rel=0.1)
+    assert log_mean_exp_se(both).mean() > 2 * spread  # as if w* had been drawn
 
 
 def test_pareto_k_of_weights_that_vanish_is_known():

@@ -1,6 +1,7 @@
 """Pairs of the shape of Pyro's examples and tutorials: each verb works on them, with plain Pyro's numbers, or refuses with a
 reason that is true."""
 
+import inspect
 import logging
 
 import pyro
@@ -78,6 +79,13 @@ def adam():
 def as_data(example):
     """The arguments as ``fit`` takes them."""
     return example.args if len(example.args) > 1 else example.args[0]
+
+
+def named(example):
+    """All arguments by name, where some are keyword arguments."""
+    if not example.kwargs:
+        return example.args
+    return dict(inspect.signature(example.model).bind(*example.args, **example.kwargs).arguments)
 
 
 def parameters():
@@ -195,10 +203,10 @@ def test_log_weights_of_each_datum_sum_to_the_joint_ones(name, reason):
     example = build(name)
     if reason is not OK:
         with refused(reason):
-            pv.log_weights(example.model, example.guide, *example.args, num_particles=3, **example.kwargs)
+            pv.log_weights(example.model, example.guide, named(example), num_particles=3)
         return
     apart, joint = (
-        verb(example.model, example.guide, *example.args, num_particles=3, seed=1)
+        verb(example.model, example.guide, example.args, num_particles=3, seed=1)
         for verb in (pv.log_weights, pv.joint_log_weights)
     )
     torch.testing.assert_close(apart.sum(1), joint.log_weights, rtol=1e-4, atol=1e-3)
@@ -209,10 +217,10 @@ def test_joint_log_weights_estimate_the_elbo_of_pyro(name, reason):
     example = build(name)
     if reason is not OK:
         with refused(reason):
-            pv.joint_log_weights(example.model, example.guide, *example.args, num_particles=3, **example.kwargs)
+            pv.joint_log_weights(example.model, example.guide, named(example), num_particles=3)
         return
     draws = 2 if "hmm" in name else 20  # a guide of points draws nothing
-    weights = pv.joint_log_weights(example.model, example.guide, *example.args, num_particles=draws).log_weights.double()
+    weights = pv.joint_log_weights(example.model, example.guide, example.args, num_particles=draws).log_weights.double()
     plain = torch.tensor([plain_elbo(name, example, seed) for seed in range(draws)], dtype=torch.double)
     error = torch.hypot(weights.std(), plain.std()) / draws**0.5
     assert (weights.mean() - plain.mean()).abs() <= 5 * error + 1e-4 * plain.mean().abs()
@@ -225,10 +233,10 @@ def test_importance_is_no_lower_than_the_elbo(name, reason):
     options = {"num_particles": 20, "progress": False}
     if reason is not OK:
         with refused(reason):
-            evidence.importance(example.model, example.guide, *example.args, **options)
+            evidence.importance(example.model, example.guide, example.args, **options)
         return
-    bound = evidence.importance(example.model, example.guide, *example.args, **options).log_evidence
-    elbo = evidence.elbo(example.model, example.guide, *example.args, **options).log_evidence
+    bound = evidence.importance(example.model, example.guide, example.args, **options).log_evidence
+    elbo = evidence.elbo(example.model, example.guide, example.args, **options).log_evidence
     assert (bound >= elbo - 1e-4).all()
 
 
@@ -250,15 +258,15 @@ def test_diagnose_gives_its_page_or_the_reason(name, reason):
 def test_ais_is_above_the_elbo_or_refuses(name, reason):
     """Few temperatures, chains from the prior: both are lower bounds, and moves towards the posterior raise this one."""
     example = build(name)
-    options = {"num_temperatures": 3, "num_chains": 4, "schedule": "uniform", "progress": False}
+    options = {"annealing": evidence.Annealing(3, num_chains=4, schedule="uniform"), "progress": False}
     if reason is not OK:
         with refused(reason):
-            evidence.ais(example.model, *example.args, **options)
+            evidence.ais(example.model, example.args, **options)
         return
-    found = evidence.ais(example.model, *example.args, **options).log_evidence
+    found = evidence.ais(example.model, example.args, **options).log_evidence
     assert found.isfinite().all()
     if name not in ("ss_vae_unsupervised", "scanvi_unlabelled"):  # their guides draw what the model sums out
-        elbo = evidence.elbo(example.model, example.guide, *example.args, num_particles=50).log_evidence
+        elbo = evidence.elbo(example.model, example.guide, example.args, num_particles=50).log_evidence
         assert found.mean() > elbo.mean() - 1
 
 
@@ -319,5 +327,5 @@ def test_no_message_prints_the_data():
 def test_joint_log_weights_of_a_point_say_that_it_has_no_density(name, caplog):
     example = build(name)
     with caplog.at_level(logging.WARNING, logger="pyro_vae"):
-        pv.joint_log_weights(example.model, example.guide, *example.args, num_particles=2)
+        pv.joint_log_weights(example.model, example.guide, example.args, num_particles=2)
     assert "density" in caplog.text

@@ -9,7 +9,7 @@ from typing import Any
 
 from pyro_vae import evidence
 from pyro_vae.cli.build import Pair
-from pyro_vae.evidence import Evidence
+from pyro_vae.evidence import Annealing, Evidence
 
 ESTIMATORS = ("elbo", "importance", "prior", "ais", "smc", "bdmc")
 
@@ -28,7 +28,7 @@ class Rung:
         heavy = None if one.pareto_k is None else (one.pareto_k > 0.7).double().mean().item()
         return {
             "estimator": self.estimator, "method": one.method, "bound": one.bound, "log_evidence": one.mean,
-            "standard_error": one.mean_error, "noise": one.noise, "margin": one.margin(), "ess": one.ess.median().item(),
+            "standard_error": one.mean_se, "noise": one.noise, "margin": one.margin(), "ess": one.ess.median().item(),
             "num_particles": one.num_particles, "pareto_k_above_0.7": heavy, "cost": one.cost, "seconds": self.seconds,
         }  # fmt: skip
 
@@ -49,24 +49,24 @@ def climb(
     :param kept: a folder for finished chunks, from which the same call goes on; what is finished is removed.
     """
     model, guide = pair.model, pair.guide
-    chains: dict[str, Any] = {"num_chains": num_chains}
-    steps = _tens(num_temperatures, 100)
+    steps, particles = _tens(num_temperatures, 100), Annealing(min(100, num_temperatures), num_chains=100)
     ways: dict[str, list[tuple[str, Callable[..., Any]]]] = {
-        "elbo": [("elbo", lambda **o: evidence.elbo(model, guide, *arguments, num_particles=min(100, num_particles), **o))],
+        "elbo": [("elbo", lambda **o: evidence.elbo(model, guide, arguments, num_particles=min(100, num_particles), **o))],
         "importance": [
-            (f"importance-{k}", lambda k=k, **o: evidence.importance(model, guide, *arguments, num_particles=k, **o))
+            (f"importance-{k}", lambda k=k, **o: evidence.importance(model, guide, arguments, num_particles=k, **o))
             for k in _tens(num_particles, 10)
         ],
-        "prior": [("prior", lambda **o: evidence.prior_monte_carlo(model, *arguments, num_particles=num_particles, **o))],
+        "prior": [("prior", lambda **o: evidence.prior_monte_carlo(model, arguments, num_particles=num_particles, **o))],
         "ais": [
-            (f"ais-{t}", lambda t=t, **o: evidence.ais(model, *arguments, num_temperatures=t, **chains, **o)) for t in steps
+            (f"ais-{t}", lambda t=t, **o: evidence.ais(model, arguments, annealing=Annealing(t, num_chains), **o))
+            for t in steps
         ],
-        "smc": [("smc", lambda **o: evidence.smc(model, *arguments, num_temperatures=min(100, num_temperatures), **o))],
+        "smc": [("smc", lambda **o: evidence.smc(model, arguments, annealing=particles, **o))],
     }
     for name in names:
         if name == "bdmc":
             start = time.perf_counter()
-            both = evidence.bdmc(model, *arguments, num_temperatures=num_temperatures, **chains, seed=seed)
+            both = evidence.bdmc(model, arguments, annealing=Annealing(num_temperatures, num_chains), seed=seed)
             for side, found in (("below", both.lower), ("above", both.upper)):
                 yield Rung(f"bdmc-{side}", f"bdmc {side}, simulated data", found, (time.perf_counter() - start) / 2)
             continue
@@ -91,7 +91,7 @@ def table(rungs: Sequence[Rung]) -> str:
         heavy = "" if row["pareto_k_above_0.7"] is None else f"{row['pareto_k_above_0.7']:.0%}"
         where = f"{one.method} {sign}" if "simulated" not in rung.estimator else f"{one.method} (simulated) {sign}"
         lines.append(
-            f"{where:52}{one.mean:9.3f}{one.mean_error:7.3f}{one.noise:8.3f}{row['ess']:8.1f}{heavy:>9}{one.cost:9d}"
+            f"{where:52}{one.mean:9.3f}{one.mean_se:7.3f}{one.noise:8.3f}{row['ess']:8.1f}{heavy:>9}{one.cost:9d}"
             f"{rung.seconds:7.1f}"
         )
     n = len(rungs[0].found.log_evidence)

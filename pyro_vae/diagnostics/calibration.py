@@ -124,7 +124,7 @@ def calibration(
             f"more, but got {num_draws} and {num_simulations}"
         )
     whole = as_arguments(args, kwargs).map(lambda part: part[torch.arange(num_simulations) % len(part)])
-    data = simulate(model, *whole.args, seed=seed, check=check, **whole.kwargs)
+    data = simulate(model, whole.args or whole.kwargs, seed=seed, check=check)
     with untouched(training=False, seed=seed + 1), torch.no_grad():
         latents, given = inspect_latents(model, guide, data.batch, verb="calibration", check=check)
         true = latents.flat(data.latents, 1, num_simulations)[0]

@@ -31,7 +31,7 @@ def posterior_draws(
     :raises ValueError: for latents in no data plate unless ``joint``.
     """
     if joint:
-        return joint_log_weights(model, guide, *args, num_particles=num_draws, seed=seed, check=check, **kwargs).draws
+        return joint_log_weights(model, guide, args or kwargs, num_particles=num_draws, seed=seed, check=check).draws
     batch = as_arguments(args, kwargs)
     with untouched(training=False, seed=seed), torch.no_grad():
         latents, batch = inspect_latents(model, guide, batch, verb="posterior_draws", check=check)
@@ -62,7 +62,7 @@ def to_arviz(
     except ImportError as error:
         raise ImportError("to_arviz: arviz-base is not installed; pip install arviz-base") from error
     if joint:
-        found = joint_log_weights(model, guide, *args, num_particles=num_draws, seed=seed, check=check, **kwargs)
+        found = joint_log_weights(model, guide, args or kwargs, num_particles=num_draws, seed=seed, check=check)
         log_weight, draws = found.log_weights, found.draws
     else:
         batch = as_arguments(args, kwargs)

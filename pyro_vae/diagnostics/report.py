@@ -92,8 +92,9 @@ def diagnose(
     batch = as_arguments(args, kwargs)
     notes: list[str] = []
     options: dict[str, Any] = {"seed": seed, "check": check, **batch.kwargs}
-    lower = elbo(model, guide, *batch.args, num_particles=num_particles, joint=joint, **options)
-    weighted = importance(model, guide, *batch.args, num_particles=num_particles, joint=joint, **options)
+    data = batch.args or batch.kwargs
+    lower = elbo(model, guide, data, num_particles=num_particles, joint=joint, seed=seed, check=check)
+    weighted = importance(model, guide, data, num_particles=num_particles, joint=joint, seed=seed, check=check)
     if joint:
         return Diagnosis(lower, weighted, None, None, _JOINT)
     usage: LatentUsage | None = None

@@ -1,6 +1,6 @@
 """How good is the model? Bounds of log p(x) in nats per datum, for any pair."""
 
-from pyro_vae.evidence.annealing import ais, bdmc, reverse_ais, temperatures
+from pyro_vae.evidence.annealing import Annealing, ais, bdmc, reverse_ais
 from pyro_vae.evidence.hmc import HMC, Transition
 from pyro_vae.evidence.importance import elbo, importance, importance_upper, prior_monte_carlo
 from pyro_vae.evidence.path import Path, Point
@@ -11,6 +11,7 @@ from pyro_vae.evidence.smc import smc
 
 __all__ = [
     "HMC",
+    "Annealing",
     "Evidence",
     "Path",
     "Point",
@@ -27,5 +28,4 @@ __all__ = [
     "reverse_ais",
     "simulate",
     "smc",
-    "temperatures",
 ]

@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.data.batches import as_arguments
 from pyro_vae.evidence.chunks import fingerprint, in_chunks, progress_bar
 from pyro_vae.evidence.result import Bound, Evidence
-from pyro_vae.evidence.simulate import Simulated
-from pyro_vae.numerics import effective_sample_size, log_mean_error, log_mean_exp, pareto_k
+from pyro_vae.evidence.simulate import Simulated, check_simulated
+from pyro_vae.numerics import effective_sample_size, log_mean_exp, log_mean_exp_se, pareto_k
 from pyro_vae.pairs.log_weights import MAX_BYTES, Weigher, check_particles, weigh
-from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.preserve import read_whole, untouched
 from pyro_vae.pairs.traces import Program, prior_of
 
 
 def importance(
     model: Program,
     guide: Program,
-    *args: Any,
+    data: Any,
+    *,
     num_particles: int = 1000,
     max_bytes: int = MAX_BYTES,
     seed: int = 0,
@@ -29,14 +29,13 @@ def importance(
     joint: bool = False,
     progress: bool | None = None,
     resume: Path | str | None = None,
-    **kwargs: Any,
 ) -> Evidence:
     """log (1/K) Σ p(x, z_k) / q(z_k|x), z_k ~ q(z|x): the importance-weighted bound IWAE_K (Burda et al. 2016), per datum.
 
     A lower bound for any pair and any K, the tighter the larger K: its bias tends to −χ²(p‖q)/(2K) where that is finite, which
     Pareto k̂ below .5 says. K = 1 is the ELBO. Takes the pairs that :func:`~pyro_vae.log_weights` takes.
 
-    :param args: the arguments of model and guide, ``(batch, *event)``.
+    :param data: the arguments of model and guide, ``(batch, *event)``, as :func:`~pyro_vae.log_weights` takes them.
     :param num_particles: K.
     :param max_bytes: of the tensors that one run makes; memory does not grow with K.
     :param seed: of the draws.
@@ -47,26 +46,55 @@ def importance(
     :raises ValueError: as ``log_weights``; for a file of another run.
     """
     return _weighed(
-        "importance", summary, model, guide, *args, num_particles=num_particles, max_bytes=max_bytes, seed=seed,
-        check=check, joint=joint, progress=progress, resume=resume, **kwargs,
+        "importance", summary, model, guide, data, num_particles=num_particles, max_bytes=max_bytes, seed=seed,
+        check=check, joint=joint, progress=progress, resume=resume,
     )  # fmt: skip
 
 
-def elbo(model: Program, guide: Program, *args: Any, num_particles: int = 100, **options: Any) -> Evidence:
+def elbo(
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    num_particles: int = 100,
+    max_bytes: int = MAX_BYTES,
+    seed: int = 0,
+    check: bool = True,
+    joint: bool = False,
+    progress: bool | None = None,
+    resume: Path | str | None = None,
+) -> Evidence:
     """The mean of log p(x, z) − log q(z|x) over draws z ~ q(z|x): a lower bound, E_q[log ŵ₁]. Arguments as for
     :func:`importance`; more draws make it less noisy, not tighter."""
-    found = _weighed("elbo", _mean_log, model, guide, *args, num_particles=num_particles, **options)
+    found = _weighed(
+        "elbo", _mean_log, model, guide, data, num_particles=num_particles, max_bytes=max_bytes, seed=seed,
+        check=check, joint=joint, progress=progress, resume=resume,
+    )  # fmt: skip
     plural = "" if num_particles == 1 else "s"
     return Evidence(**vars(found) | {"method": f"ELBO, {num_particles} draw{plural} from the guide", "pareto_k": None})
 
 
-def prior_monte_carlo(model: Program, *args: Any, num_particles: int = 1000, **options: Any) -> Evidence:
+def prior_monte_carlo(
+    model: Program,
+    data: Any,
+    *,
+    num_particles: int = 1000,
+    max_bytes: int = MAX_BYTES,
+    seed: int = 0,
+    check: bool = True,
+    joint: bool = False,
+    progress: bool | None = None,
+    resume: Path | str | None = None,
+) -> Evidence:
     """log (1/K) Σ p(x|z_k), z_k ~ p(z): importance sampling from the prior, a lower bound.
 
     Hopeless once KL(p(z|x)‖p(z)) exceeds log K: the effective sample size, then near 1, says so. Arguments as for
     :func:`importance`.
     """
-    found = importance(model, prior_of(model), *args, num_particles=num_particles, **options)
+    found = importance(
+        model, prior_of(model), data, num_particles=num_particles, max_bytes=max_bytes, seed=seed, check=check,
+        joint=joint, progress=progress, resume=resume,
+    )  # fmt: skip
     return Evidence(**vars(found) | {"method": f"prior Monte Carlo, {num_particles} draws"})
 
 
@@ -86,6 +114,7 @@ def importance_upper(
     :param simulated: from :func:`~pyro_vae.evidence.simulate`.
     """
     check_particles("importance_upper", num_particles)
+    check_simulated("importance_upper", simulated)
     batch = simulated.batch
     with untouched(training=False, seed=seed), torch.no_grad():
         weigher = weigh(model, guide, batch, verb="importance_upper", check=check, max_bytes=max_bytes)
@@ -107,19 +136,19 @@ def _weighed(
     summarize: Callable[[Tensor], dict[str, Tensor]],
     model: Program,
     guide: Program,
-    *args: Any,
+    data: Any,
+    *,
     num_particles: int,
-    max_bytes: int = MAX_BYTES,
-    seed: int = 0,
-    check: bool = True,
-    joint: bool = False,
-    progress: bool | None = None,
-    resume: Path | str | None = None,
-    **kwargs: Any,
+    max_bytes: int,
+    seed: int,
+    check: bool,
+    joint: bool,
+    progress: bool | None,
+    resume: Path | str | None,
 ) -> Evidence:
     """What the log-weights of each datum, ``(K, rows)``, say in sum."""
     check_particles(name, num_particles)
-    batch = as_arguments(args, kwargs)
+    batch = read_whole(data, seed=seed)
     with untouched(training=False, seed=seed), torch.no_grad():
         weigher = weigh(model, guide, batch, verb=name, check=check, max_bytes=max_bytes, joint=joint)
         batch = weigher.batch
@@ -145,7 +174,7 @@ def _weighed(
 def _mean_log(weights: Tensor) -> dict[str, Tensor]:
     weights = weights.double()
     error = weights.std(0) / len(weights) ** 0.5 if len(weights) > 1 else torch.full_like(weights[0], math.nan)
-    return summary(weights) | {"log_evidence": weights.mean(0), "standard_error": error}
+    return summary(weights) | {"log_evidence": weights.mean(0), "log_evidence_se": error}
 
 
 def summary(weights: Tensor, *, num_fixed: int = 0) -> dict[str, Tensor]:
@@ -153,7 +182,7 @@ def summary(weights: Tensor, *, num_fixed: int = 0) -> dict[str, Tensor]:
     weights = weights.double()
     return {
         "log_evidence": log_mean_exp(weights),
-        "standard_error": log_mean_error(weights, num_fixed=num_fixed),
+        "log_evidence_se": log_mean_exp_se(weights, num_fixed=num_fixed),
         "ess": effective_sample_size(weights),
         "pareto_k": pareto_k(weights),
     }

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae.data.batches import as_arguments
-from pyro_vae.evidence.annealing import MAX_BYTES, run_chains
+from pyro_vae.evidence.annealing import MAX_BYTES, Annealing, run_chains
 from pyro_vae.evidence.hmc import Transition
 from pyro_vae.evidence.path import Path, Point
 from pyro_vae.evidence.result import Evidence
-from pyro_vae.numerics import covariance, effective_sample_size, log_mean_error, log_mean_exp
+from pyro_vae.numerics import covariance, effective_sample_size, log_mean_exp, log_mean_exp_se
+from pyro_vae.pairs.preserve import read_whole
 from pyro_vae.pairs.traces import Program
 
 
@@ -23,20 +23,19 @@ class _Still(Transition):
 
 
 _MAX_DIM = 4  # where the paper stops, and a density fitted to draws begins to fail
+ANNEALING = Annealing(num_temperatures=100, num_chains=20, schedule="sigmoid")
 
 
 def reciprocal_importance(
     model: Program,
-    *args: Any,
+    data: Any,
+    *,
     num_samples: int = 1000,
-    num_chains: int = 20,
-    num_temperatures: int = 100,
+    annealing: Annealing = ANNEALING,
     thinning: int = 2,
-    transition: Transition | None = None,
     seed: int = 0,
     check: bool = True,
     progress: bool | None = None,
-    **kwargs: Any,
 ) -> Evidence:
     """1/p̂(x) = mean of q(z) / p(x, z) over draws z of the posterior, q a density fitted to other draws of it (Kingma & Welling
     2013, appendix D; Gelfand & Dey 1994), per datum.
@@ -46,12 +45,14 @@ def reciprocal_importance(
     prior, give no bound. For up to four latent dimensions: beyond, or where q has heavier tails than the posterior, the
     variance is infinite.
 
-    :param args: the arguments of the model, ``(batch, *event)``.
+    :param data: the arguments of the model, ``(batch, *event)``, as :func:`~pyro_vae.log_weights` takes them.
     :param num_samples: draws of the posterior for each datum; half of them fit q.
+    :param annealing: the walk from the prior to the posterior by ``num_chains`` ≥ 2 chains; unused where draws are exact.
+    :param thinning: moves from one draw of a chain to the next.
     :raises ValueError: for five latent dimensions or more.
     """
-    batch = as_arguments(args, kwargs)
     exact = getattr(model, "posterior", None)
+    num_chains = annealing.num_chains
     per_chain = -(-num_samples // num_chains)
     if num_samples < 20 or num_chains < 2:
         raise ValueError(
@@ -75,19 +76,19 @@ def reciprocal_importance(
         u, log_joint = (torch.stack(part).double() for part in zip(*((p.u, p.log_joint) for p in points), strict=True))
         half = u.shape[1] // 2
         log_ratio = _fitted(u[:, :half].flatten(0, 1)).log_prob(u[:, half:]) - log_joint[:, half:]
-        error = log_mean_error(log_mean_exp(log_ratio))
+        error = log_mean_exp_se(log_mean_exp(log_ratio))
         log_ratio = log_ratio.flatten(0, 1)
         return {
             "log_evidence": -log_mean_exp(log_ratio),
-            "standard_error": error,
+            "log_evidence_se": error,
             "ess": effective_sample_size(log_ratio),
         }
 
+    if exact is not None:
+        annealing = Annealing(num_temperatures=1, num_chains=num_samples, schedule="uniform", transition=_Still())
     found = run_chains(
-        model, batch, None, walk, num_temperatures=num_temperatures, num_chains=num_samples if exact else num_chains,
-        schedule="sigmoid", transition=transition if exact is None else _Still(), max_bytes=MAX_BYTES, seed=seed,
-        check=check, progress=progress, resume=None,
-        name="reciprocal importance sampling",
+        model, read_whole(data, seed=seed), walk, annealing, start=None, max_bytes=MAX_BYTES, seed=seed, check=check,
+        progress=progress, resume=None, name="reciprocal importance sampling",
     )  # fmt: skip
     how = "exact draws" if exact is not None else "draws by HMC"
     return Evidence(

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from pyro_vae.numerics import is_reliable
@@ -15,8 +16,8 @@ Bound = Literal["lower", "upper", "none"]
 class Evidence:
     """An estimate of log p(x) in nats, per datum: tensors ``(batch,)``.
 
-    log_evidence: log ŵ, where ŵ is an average of weights. standard_error: its Monte Carlo error by the jackknife, see
-    :func:`~pyro_vae.numerics.log_mean_error`. bound: ``"lower"`` where E ŵ = p(x), so that E log ŵ ≤ log p(x);
+    log_evidence: log ŵ, where ŵ is an average of weights. log_evidence_se: its Monte Carlo error by the jackknife, see
+    :func:`~pyro_vae.numerics.log_mean_exp_se`. bound: ``"lower"`` where E ŵ = p(x), so that E log ŵ ≤ log p(x);
     ``"upper"`` where E 1/ŵ = 1/p(x); ``"none"`` where neither is certain. ess: effective number of the ``num_particles``
     weights. pareto_k: k̂ of their tail, where there are enough of them. acceptance: mean rate of the accepted moves, where
     there were moves. cost: evaluations of the model for one datum. joint: all data are one datum, so this is log p(x₁…x_N).
@@ -25,7 +26,7 @@ class Evidence:
     method: str
     bound: Bound
     log_evidence: Tensor
-    standard_error: Tensor
+    log_evidence_se: Tensor
     ess: Tensor
     num_particles: int
     cost: int
@@ -39,21 +40,20 @@ class Evidence:
         return self.log_evidence.double().mean().item()
 
     @property
-    def mean_error(self) -> float:
+    def mean_se(self) -> float:
         """Standard error of the mean: the spread over data, Monte Carlo error in it; ``nan`` for one datum."""
-        n = len(self.log_evidence)
-        return (self.log_evidence.double().std() / math.sqrt(n)).item() if n > 1 else math.nan
+        return _mean_se(self.log_evidence)
 
     @property
     def noise(self) -> float:
         """Monte Carlo error of the mean, as it would vary over seeds on the same data: √(Σᵢ SEᵢ²)/N in nats. Where
         ``is_reliable`` is false, a few weights decide on it."""
-        return (self.standard_error.double().square().sum().sqrt() / len(self.standard_error)).item()
+        return (self.log_evidence_se.double().square().sum().sqrt() / len(self.log_evidence_se)).item()
 
     @property
     def is_reliable(self) -> bool:
         """Whether ``noise`` is to be trusted, see :func:`~pyro_vae.numerics.is_reliable`."""
-        return is_reliable(self.standard_error, self.ess, self.pareto_k)
+        return is_reliable(self.log_evidence_se, self.ess, self.pareto_k)
 
     def margin(self, probability: float = 1e-6) -> float:
         """b, in nats per datum: a lower bound's mean exceeds the truth by more than b with at most this ``probability``, an
@@ -64,7 +64,7 @@ class Evidence:
 
     def __str__(self) -> str:
         n, sign = len(self.log_evidence), _sign(self.bound)
-        what, truth = f"± {self.mean_error:.3f} nats per datum, {n} data", "the mean truth"
+        what, truth = f"± {self.mean_se:.3f} nats per datum, {n} data", "the mean truth"
         if self.joint:
             what, truth = "nats, all data together", "the truth"
         lines = [f"log p({'x₁…x_N' if self.joint else 'x'}) {sign} {self.mean:.3f} {what}; {self.method}"]
@@ -91,6 +91,11 @@ class Evidence:
         return "\n".join(lines)
 
 
+def _mean_se(values: Tensor) -> float:
+    n = len(values)
+    return (values.double().std() / math.sqrt(n)).item() if n > 1 else math.nan
+
+
 def _sign(bound: Bound) -> str:
     return {"lower": "≥", "upper": "≤", "none": "≈"}[bound]
 
@@ -110,8 +115,22 @@ class Sandwich:
         """upper − lower in nats, ``(batch,)``: positive in expectation, with noise."""
         return self.upper.log_evidence - self.lower.log_evidence
 
+    @property
+    def gap_se(self) -> Tensor:
+        """Monte Carlo error of the gap, √(SE² of lower + SE² of upper) in nats, ``(batch,)``."""
+        return torch.hypot(self.lower.log_evidence_se, self.upper.log_evidence_se)
+
+    @property
+    def mean(self) -> float:
+        """Mean gap over data, in nats per datum."""
+        return self.gap.double().mean().item()
+
+    @property
+    def mean_se(self) -> float:
+        """Standard error of the mean: the spread over data, Monte Carlo error in it; ``nan`` for one datum."""
+        return _mean_se(self.gap)
+
     def __str__(self) -> str:
-        gap = self.gap.double()
-        error = (gap.std() / math.sqrt(len(gap))).item() if len(gap) > 1 else math.nan
-        lines = f"gap {gap.mean():.3f} ± {error:.3f} nats per datum, on {len(gap)} data simulated from the model"
+        n = len(self.gap)
+        lines = f"gap {self.mean:.3f} ± {self.mean_se:.3f} nats per datum, on {n} data simulated from the model"
         return f"{lines}\n{self.lower}\n{self.upper}"

@@ -8,30 +8,29 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.data.batches import Batch, as_arguments
+from pyro_vae.data.batches import Batch, as_batch
 from pyro_vae.pairs.check import inspect_checked
 from pyro_vae.pairs.enumeration import Held
 from pyro_vae.pairs.latents import Latents
-from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.preserve import read_whole, untouched
 from pyro_vae.pairs.traces import Program, prior_of, sampled
 
 
 @dataclass(frozen=True)
 class Simulated:
     """(x, z*) ~ p(x, z): z* is an exact draw of the posterior p(z|x). From :func:`simulate`, or pairs that are there:
-    ``Simulated((x,), {}, {"z": z})``.
+    ``Simulated(x, {"z": z})``.
 
-    args, kwargs: what model and guide are called with, the observed parts replaced by simulated ones. latents: z* by name, as
-    the sites take them, ``(batch, *event)``.
+    data: the arguments of model and guide, the observed ones simulated, as every verb takes them: a tensor, a tuple for
+    positional arguments, a dict for keyword arguments. latents: z* by name, as the sites take them, ``(batch, *event)``.
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    data: Any
     latents: dict[str, Tensor]
 
     @property
     def batch(self) -> Batch:
-        return Batch(self.args, self.kwargs)
+        return as_batch(self.data)
 
     def flat(self, latents: Latents, num_rows: int) -> Tensor:
         """z* end to end in one vector for each datum: ``(batch, dim)``.
@@ -49,14 +48,16 @@ class Simulated:
         return latents.flat(self.latents, 1, num_rows)[0]
 
 
-def simulate(model: Program, *args: Any, seed: int = 0, check: bool = True, **kwargs: Any) -> Simulated:
-    """Draw data like these from the model.
+def simulate(model: Program, data: Any, *, seed: int = 0, check: bool = True) -> Simulated:
+    """Draw data like these from the model: (x, z*) ~ p(x, z).
 
-    :param args: data of the shape and number to draw. What the model observes is replaced; conditions and masks are kept.
+    :param data: of the shape and number to draw, as :func:`~pyro_vae.log_weights` takes them. What the model observes is
+        replaced; conditions and masks are kept.
     :raises ValueError: where what the model observes is none of its arguments.
     """
+    batch = read_whole(data, seed=seed)
     with untouched(training=False, seed=seed), torch.no_grad():
-        batch = inspect_checked(model, prior_of(model), as_arguments(args, kwargs), verb="simulate", check=check).batch
+        batch = inspect_checked(model, prior_of(model), batch, verb="simulate", check=check).batch
     # another stream than that of the estimators, whose draws must be fresh
     with untouched(training=False, seed=(seed ^ 0x9E3779B9) % 2**32), torch.no_grad():
         observed = {
@@ -71,11 +72,18 @@ def simulate(model: Program, *args: Any, seed: int = 0, check: bool = True, **kw
     for name, value in observed.items():
         key = _place(name, value, given)
         arguments[key] = drawn[name].reshape(given[key].shape).to(given[key].dtype)
-    new = tuple(arguments[i] for i in range(len(batch.args)))
     latents = {name: value for name, value in drawn.items() if name not in observed}
-    simulated = Simulated(new, {key: arguments[key] for key in batch.kwargs}, latents)
+    simulated = Simulated(arguments if batch.kwargs else tuple(arguments.values()), latents)
     _check(model, simulated, trace, set(observed))
     return simulated
+
+
+def check_simulated(verb: str, simulated: Any) -> None:
+    if not isinstance(simulated, Simulated):
+        raise ValueError(
+            f"{verb}: expected data with the latents that made them, evidence.simulate(model, data), but got "
+            f"{type(simulated).__name__}"
+        )
 
 
 def _place(name: str, value: Tensor, given: dict[Any, Any]) -> Any:

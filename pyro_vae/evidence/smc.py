@@ -7,38 +7,42 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae.data.batches import as_arguments
-from pyro_vae.evidence.annealing import MAX_BYTES, Schedule, run_chains, temperatures
-from pyro_vae.evidence.hmc import HMC, Transition
+from pyro_vae.evidence.annealing import MAX_BYTES, Annealing, run_chains
+from pyro_vae.evidence.hmc import Transition
 from pyro_vae.evidence.path import Path, Point
 from pyro_vae.evidence.result import Evidence
-from pyro_vae.numerics import effective_sample_size, log_mean_error, log_mean_exp
+from pyro_vae.numerics import effective_sample_size, log_mean_exp, log_mean_exp_se
+from pyro_vae.pairs.preserve import read_whole
 from pyro_vae.pairs.traces import Program
+
+ANNEALING = Annealing(num_temperatures=100, num_chains=100)
 
 
 def smc(
     model: Program,
-    *args: Any,
+    data: Any,
+    *,
     start: Program | None = None,
-    num_temperatures: int = 100,
-    num_particles: int = 100,
+    annealing: Annealing = ANNEALING,
     threshold: float = 0.5,
-    schedule: Schedule = "fitted",
-    transition: Transition | None = None,
     max_bytes: int = MAX_BYTES,
     seed: int = 0,
     check: bool = True,
     progress: bool | None = None,
     resume: FilePath | str | None = None,
-    **kwargs: Any,
 ) -> Evidence:
     """A sequential Monte Carlo sampler (Del Moral et al. 2006): a lower bound of log p(x) per datum, for any model.
 
-    As :func:`~pyro_vae.evidence.ais`, but whenever the effective sample size of a datum's particles falls below ``threshold``
-    of their number they are resampled (systematically), and their mean weight is multiplied into ŵ. E ŵ = p(x), since
-    schedule, rule and step sizes are fixed before the weighted run. The standard error is a jackknife over the
-    particles' ancestors (Chan and Lai 2013); it is infinite where all particles have one ancestor.
+    As :func:`~pyro_vae.evidence.ais`, but the chains are particles: whenever the effective sample size of a datum's
+    particles falls below ``threshold`` of their number they are resampled (systematically), and their mean weight is
+    multiplied into ŵ. E ŵ = p(x), since schedule, rule and step sizes are fixed before the weighted run. The standard error
+    is a jackknife over the particles' ancestors (Chan and Lai 2013); it is infinite where all particles have one ancestor.
+    Arguments as for :func:`~pyro_vae.evidence.ais`.
+
+    :param annealing: its ``num_chains`` is the number of particles.
+    :param threshold: effective sample size, as a share of the particles, below which they are resampled.
     """
+    num_particles, steps = annealing.num_chains, annealing.num_temperatures
     if not 0 <= threshold <= 1:
         raise ValueError(f"smc: expected a threshold between 0 and 1 but got {threshold}")
 
@@ -46,16 +50,13 @@ def smc(
         return _walk(path, betas, move, num_particles, threshold, bar)
 
     found = run_chains(
-        model, as_arguments(args, kwargs), start, walk, num_temperatures=num_temperatures, num_chains=num_particles,
-        schedule=schedule, transition=transition, max_bytes=max_bytes, seed=seed, check=check, progress=progress,
-        resume=resume,
-        name=f"SMC, threshold {threshold:g}",
+        model, read_whole(data, seed=seed), walk, annealing, start=start, max_bytes=max_bytes, seed=seed, check=check,
+        progress=progress, resume=resume, name=f"SMC, threshold {threshold:g}",
     )  # fmt: skip
-    steps = len(temperatures(schedule, num_temperatures)) - 1
     origin = "the prior" if start is None else "the guide"
     return Evidence(
         f"SMC, {steps} temperatures, {num_particles} particles from {origin}", "lower", **found,
-        num_particles=num_particles, cost=steps * num_particles * (transition or HMC()).cost, joint=False,
+        num_particles=num_particles, cost=steps * num_particles * annealing.transition.cost, joint=False,
     )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def _walk(
     by_ancestor = torch.zeros_like(normalized).scatter_add(0, ancestor, normalized)
     return {
         "log_evidence": total + log_mean_exp(weights),
-        "standard_error": log_mean_error(by_ancestor.log()),
+        "log_evidence_se": log_mean_exp_se(by_ancestor.log()),
         "ess": effective_sample_size(weights),
         "acceptance": torch.stack(rates).mean(0).double() if rates else torch.ones_like(total),
     }

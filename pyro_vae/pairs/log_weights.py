@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.data.batches import Batch, as_arguments, check_count, slices
-from pyro_vae.numerics import effective_sample_size, log_mean_error, log_mean_exp, pareto_k
+from pyro_vae.data.batches import Batch, check_count, slices
+from pyro_vae.numerics import effective_sample_size, log_mean_exp, log_mean_exp_se, pareto_k
 from pyro_vae.pairs.check import inspect_checked
 from pyro_vae.pairs.enumeration import PARTICLES, sum_out, values_of
 from pyro_vae.pairs.graphs import graphed
 from pyro_vae.pairs.latents import Latents
-from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.preserve import read_whole, untouched
 from pyro_vae.pairs.probe import log_weight, run_particles
 from pyro_vae.pairs.structure import Particles, Structure
 from pyro_vae.pairs.traces import Program, proposal, run_pair, sampled
@@ -29,12 +29,12 @@ _PARTICLES_AT_ONCE = 64  # enough that an encoder, which runs once for all of th
 def log_weights(
     model: Program,
     guide: Program,
-    *args: Any,
+    data: Any,
+    *,
     num_particles: int = 1,
     max_bytes: int = MAX_BYTES,
     seed: int = 0,
     check: bool = True,
-    **kwargs: Any,
 ) -> Tensor:
     """log p(x, z) − log q(z|x) per datum at z ~ q(z|x), in nats: ``(num_particles, batch)``.
 
@@ -45,7 +45,9 @@ def log_weights(
     guide by a draw for each value, log Σ_y p(x, y, z_y) / q(z_y|x, y). Scales are removed: of subsampling, of annealing. What
     a guide observes (``obs=``, ``pyro.factor``) is no part of q, nor are auxiliary sites that latents are not points of.
 
-    :param args: the arguments of model and guide, ``(batch, *event)``.
+    :param data: the arguments of model and guide, ``(batch, *event)``, in whatever form :func:`~pyro_vae.fit` takes them: a
+        tensor or array, a tuple for positional arguments, a dict for keyword arguments, ``pv.Data``, a ``Dataset``, or a
+        ``DataLoader`` that keeps the order of its data set.
     :param max_bytes: of the tensors that one run makes; particles and data are taken in chunks of that size.
     :param seed: of the draws.
     :param check: ``False`` runs a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
@@ -54,7 +56,7 @@ def log_weights(
         log-probability is not finite.
     """
     check_particles("log_weights", num_particles)
-    batch = as_arguments(args, kwargs)
+    batch = read_whole(data, seed=seed)
     with untouched(training=False, seed=seed), torch.no_grad():
         weigher = weigh(model, guide, batch, verb="log_weights", check=check, max_bytes=max_bytes)
         return torch.cat([weigher.of(rows, num_particles) for rows in weigher.chunks(num_particles)], 1)
@@ -79,8 +81,8 @@ class JointLogWeights:
 
     @property
     def log_evidence_se(self) -> float:
-        """Its Monte Carlo error by the jackknife, see :func:`~pyro_vae.numerics.log_mean_error`."""
-        return log_mean_error(self.log_weights.double()).item()
+        """Its Monte Carlo error by the jackknife, see :func:`~pyro_vae.numerics.log_mean_exp_se`."""
+        return log_mean_exp_se(self.log_weights.double()).item()
 
     @property
     def ess(self) -> float:
@@ -105,12 +107,12 @@ class JointLogWeights:
 def joint_log_weights(
     model: Program,
     guide: Program,
-    *args: Any,
+    data: Any,
+    *,
     num_particles: int = 1,
     max_bytes: int = MAX_BYTES,
     seed: int = 0,
     check: bool = True,
-    **kwargs: Any,
 ) -> JointLogWeights:
     """log p(x₁…x_N, z) − log q(z|x) of all data together, in nats, and the draws z: :class:`JointLogWeights`.
 
@@ -119,7 +121,7 @@ def joint_log_weights(
     too large, ``evidence.importance(…, joint=True)`` keeps none.
     """
     check_particles("joint_log_weights", num_particles)
-    batch = as_arguments(args, kwargs)
+    batch = read_whole(data, seed=seed)
     with untouched(training=False, seed=seed), torch.no_grad():
         weigher = weigh(model, guide, batch, verb="joint_log_weights", check=check, max_bytes=max_bytes, joint=True)
         (rows,) = weigher.chunks(num_particles)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 
-from pyro_vae.data.batches import Batch
+from pyro_vae.data.batches import Batch, as_whole
 from pyro_vae.pairs.threads import exclusive
 from pyro_vae.pairs.traces import Program, run_pair
 
@@ -80,6 +80,13 @@ def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Mo
                 # copy only if it was written: an expanded tensor cannot be
                 if buffer is not None and kept is not None and not torch.equal(buffer, kept):
                     buffer.copy_(kept)
+
+
+def read_whole(data: Any, *, seed: int) -> Batch:
+    """:func:`~pyro_vae.data.batches.as_whole` of the data of a verb. What a loader draws is drawn at ``seed``, and the caller's
+    random states are unchanged."""
+    with untouched(seed=seed):
+        return as_whole(data)
 
 
 class _TransformModules(Messenger):

@@ -31,7 +31,8 @@ history = pv.fit(vae.model, vae.guide, x, epochs=2, batch_size=10, compile="trac
 assert torch.tensor([*losses, history.epochs[-1].train.elbo]).isfinite().all()
 assert pv.log_weights(vae.model, vae.guide, x, num_particles=50_000, max_bytes=2**20)[:, 0].isfinite().all()
 assert pv.evaluate(vae.model, vae.guide, x).elbo.isfinite().all()
-assert evidence.ais(vae.model, x[:2], num_temperatures=30, num_chains=2, progress=False).log_evidence.isfinite().all()
+annealing = evidence.Annealing(30, num_chains=2)
+assert evidence.ais(vae.model, x[:2], annealing=annealing, progress=False).log_evidence.isfinite().all()
 print(svi.explain())
 """
 

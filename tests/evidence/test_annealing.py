@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -10,7 +11,7 @@ import torch
 from pyro.infer import config_enumerate
 
 from pyro_vae import evidence, exact
-from pyro_vae.evidence import HMC, Transition
+from pyro_vae.evidence import HMC, Annealing, Simulated, Transition
 from tests.support.oracles import seeded
 
 TOY = exact.LinearGaussian(seeded(4, 2), noise_scale=0.9)
@@ -43,10 +44,10 @@ def expected_log_likelihood(toy, x, mean, covariance):
 def test_with_perfect_moves_the_gap_is_j_over_k():
     """The expected gap of one chain under a uniform schedule is [E_post ℓ − E_prior ℓ]/K, for each datum."""
     data = evidence.simulate(TOY, TOY.sample(4000))
-    (x,), k = data.args, 8
-    options = {"num_temperatures": k, "num_chains": 1, "schedule": "uniform", "transition": Exact(TOY)}
-    lower = evidence.ais(TOY, x, **options, seed=1)
-    upper = evidence.reverse_ais(TOY, data, **options, seed=2)
+    (x,), k = data.data, 8
+    annealing = Annealing(k, num_chains=1, schedule="uniform", transition=Exact(TOY))
+    lower = evidence.ais(TOY, x, annealing=annealing, seed=1)
+    upper = evidence.reverse_ais(TOY, data, annealing=annealing, seed=2)
     posterior = TOY.posterior(x)
     j = expected_log_likelihood(TOY, x, posterior.mean, torch.linalg.inv(TOY.precision))
     j = j - expected_log_likelihood(TOY, x, torch.zeros(1, 2).double(), torch.eye(2).double())
@@ -76,7 +77,11 @@ def weights_of_short_runs(transition, n=10_000):
     """p̂(x) / p(x) of so many runs on one datum."""
     x = torch.tensor([[2.5, 2.0]]).double().expand(n, -1)
     found = evidence.ais(
-        PLAIN, x, num_temperatures=20, num_chains=1, schedule="uniform", transition=transition, max_bytes=2**40, seed=5
+        PLAIN,
+        x,
+        annealing=Annealing(num_temperatures=20, num_chains=1, schedule="uniform", transition=transition),
+        max_bytes=2**40,
+        seed=5,
     )
     return (found.log_evidence - PLAIN.log_evidence(x[:1])).exp()
 
@@ -98,30 +103,30 @@ def test_the_test_of_unbiasedness_sees_a_run_that_adapts():
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("annealing", "from_guide"),
     [
-        {"num_temperatures": 60},
-        {"num_temperatures": 60, "schedule": "sigmoid"},
-        {"num_temperatures": 10, "start": True},
-        {"num_temperatures": 3, "schedule": torch.tensor([0.0, 0.1, 0.4, 1.0])},
+        (Annealing(60, num_chains=4), False),
+        (Annealing(60, num_chains=4, schedule="sigmoid"), False),
+        (Annealing(10, num_chains=4), True),
+        (Annealing(num_chains=4, schedule=torch.tensor([0.0, 0.1, 0.4, 1.0])), False),
     ],
     ids=["fitted", "sigmoid", "from the guide", "given"],
 )
-def test_ais_is_unbiased_on_every_path(options):
+def test_ais_is_unbiased_on_every_path(annealing, from_guide):
     guide = None
-    if options.pop("start", False):
+    if from_guide:
 
         def guide(x):
             with pyro.plate("data", len(x)):
                 pyro.sample("z", dist.Normal(TOY.posterior(x).mean, 0.7).to_event(1))
 
     x = TOY.sample(1).expand(400, -1)
-    found = evidence.ais(TOY, x, start=guide, num_chains=4, **options)
+    found = evidence.ais(TOY, x, start=guide, annealing=annealing)
     excess = found.log_evidence - TOY.log_evidence(x[:1])
     assert errors_from_one(excess.exp()) < 4
     assert excess.mean() < 4 * excess.std() / 20
     assert found.bound == "lower"
-    if options["num_temperatures"] > 3:
+    if annealing.num_temperatures > 3:
         assert 0.5 < found.acceptance.mean() < 0.8  # asked for: 0.65
 
 
@@ -130,21 +135,21 @@ def test_many_temperatures_come_near_the_truth():
     """The issue's setting at fewer temperatures; `python -m benchmarks.evidence toys` runs it whole."""
     toy = exact.LinearGaussian(0.3 * seeded(100, 10), noise_scale=1.0)
     x = toy.sample(40)
-    found = evidence.ais(toy, x, num_temperatures=200, num_chains=16)
+    found = evidence.ais(toy, x, annealing=Annealing(num_temperatures=200, num_chains=16))
     assert abs((found.log_evidence - toy.log_evidence(x)).mean()) < 0.25
 
 
 def test_smc_is_unbiased_and_knows_its_error():
     x = TOY.sample(1).expand(400, -1)
-    found = evidence.smc(TOY, x, num_temperatures=8, num_particles=20, threshold=0.7)
+    found = evidence.smc(TOY, x, annealing=Annealing(num_temperatures=8, num_chains=20), threshold=0.7)
     excess = found.log_evidence - TOY.log_evidence(x[:1])
     assert errors_from_one(excess.exp()) < 4
-    assert found.standard_error.square().mean().sqrt().item() == pytest.approx(excess.std().item(), rel=0.25)
+    assert found.log_evidence_se.square().mean().sqrt().item() == pytest.approx(excess.std().item(), rel=0.25)
 
 
 def test_bidirectional_monte_carlo_holds_the_truth_between():
-    found = evidence.bdmc(TOY, TOY.sample(60), num_temperatures=30, num_chains=4)
-    truth = TOY.log_evidence(*evidence.simulate(TOY, TOY.sample(60)).args)
+    found = evidence.bdmc(TOY, TOY.sample(60), annealing=Annealing(num_temperatures=30, num_chains=4))
+    truth = TOY.log_evidence(*evidence.simulate(TOY, TOY.sample(60)).data)
     assert found.lower.mean < found.upper.mean
     assert (found.lower.log_evidence - truth).mean() < 0.1
     assert (found.upper.log_evidence - truth).mean() > -0.1
@@ -154,11 +159,12 @@ def test_bidirectional_monte_carlo_holds_the_truth_between():
 def test_bidirectional_monte_carlo_takes_pairs_that_are_there():
     """The same bounds as of the data that it simulates itself; latents that are not the model's are refused."""
     data = evidence.simulate(TOY, TOY.sample(30))
-    x, z = data.args[0], data.latents["z"]
-    options = {"num_temperatures": 4, "num_chains": 2}
-    whole = evidence.bdmc(TOY, TOY.sample(30), **options)
-    found = evidence.bdmc(TOY, simulated=evidence.Simulated((x,), {}, {"z": z}), **options)
-    torch.testing.assert_close(found.gap, whole.gap)
+    (x,), z = data.data, data.latents["z"]
+    annealing = Annealing(4, num_chains=2)
+    whole = evidence.bdmc(TOY, TOY.sample(30), annealing=annealing)
+    for given in (x, (x,), {"x": x}):
+        found = evidence.bdmc(TOY, Simulated(given, {"z": z}), annealing=annealing)
+        torch.testing.assert_close(found.gap, whole.gap, rtol=0, atol=0)
     for latents, message in (
         ({"u": z}, r"no latent 'z', which the model samples; got \['u'\]"),
         ({"z": z[:1]}, r"'z' of shape \(30, 2\) but got \(1, 2\)"),
@@ -166,9 +172,9 @@ def test_bidirectional_monte_carlo_takes_pairs_that_are_there():
         ({"z": z[:, :1]}, r"'z' of shape \(30, 2\) but got \(30, 1\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            evidence.reverse_ais(TOY, evidence.Simulated((x,), {}, latents), **options)
-    with pytest.raises(ValueError, match="simulated= has the model's arguments in it"):
-        evidence.bdmc(TOY, x, simulated=data)
+            evidence.reverse_ais(TOY, Simulated(x, latents), annealing=annealing)
+    with pytest.raises(ValueError, match=r"reverse_ais: expected data with the latents that made them.*but got Tensor"):
+        evidence.reverse_ais(TOY, x, annealing=annealing)
 
 
 class Counting(HMC):
@@ -189,7 +195,7 @@ def test_a_pilot_costs_no_more_than_the_weighted_run():
         Counting.moves = 0
         if name == "full":
             object.__setattr__(transition, "limited", lambda num_moves, t=transition: t)
-        found[name] = evidence.ais(TOY, x, num_temperatures=100, num_chains=4, transition=transition)
+        found[name] = evidence.ais(TOY, x, annealing=Annealing(num_temperatures=100, num_chains=4, transition=transition))
         if name == "limited":
             assert Counting.moves < 2.05 * 99 * 4
         assert 0.55 < found[name].acceptance.mean() < 0.8
@@ -202,7 +208,7 @@ def test_constrained_latents_and_labels():
     """Gamma–Poisson by its exact evidence, and a mixture whose label is summed out."""
     poisson = exact.GammaPoisson(4, concentration=2.5, rate=0.8)
     x = poisson.sample(60)
-    found = evidence.ais(poisson, x, num_temperatures=40)
+    found = evidence.ais(poisson, x, annealing=Annealing(num_temperatures=40))
     assert abs((found.log_evidence - poisson.log_evidence(x)).mean()) < 0.05
     weights, locs = torch.tensor([0.3, 0.7]).double(), torch.tensor([-2.0, 1.0]).double()
 
@@ -215,9 +221,9 @@ def test_constrained_latents_and_labels():
     x = torch.linspace(-4, 4, 60).double()
     truth = torch.logsumexp(dist.Normal(locs, 1.25**0.5).log_prob(x.unsqueeze(1)) + weights.log(), 1)
     for each in (model, config_enumerate(model)):
-        found = evidence.ais(each, x, num_temperatures=40)
+        found = evidence.ais(each, x, annealing=Annealing(num_temperatures=40))
         assert abs((found.log_evidence - truth).mean()) < 0.05
-    between = evidence.bdmc(model, x, num_temperatures=20)
+    between = evidence.bdmc(model, x, annealing=Annealing(num_temperatures=20))
     assert -0.1 < between.gap.mean() < 0.3
 
 
@@ -237,7 +243,7 @@ def test_appendix_d():
 @pytest.mark.slow
 def test_chunks_and_resumption(tmp_path, monkeypatch):
     x, file = TOY.sample(24), tmp_path / "ais.safetensors"
-    options = {"num_temperatures": 15, "num_chains": 2, "max_bytes": 20_000}
+    options = {"annealing": Annealing(15, num_chains=2), "max_bytes": 20_000}
     whole = evidence.ais(TOY, x, **options)
     move, moves = HMC.move, []
 
@@ -253,14 +259,14 @@ def test_chunks_and_resumption(tmp_path, monkeypatch):
     found = evidence.ais(TOY, x, resume=file, **options)
     assert torch.equal(found.log_evidence, whole.log_evidence)
     with pytest.raises(ValueError, match="is of another run"):
-        evidence.ais(TOY, x, resume=file, **options | {"num_temperatures": 16})
+        evidence.ais(TOY, x, resume=file, **options | {"annealing": Annealing(16, num_chains=2)})
     with pytest.raises(ValueError, match=rf"{file.name} is of another run.*max_bytes"):  # other chunks
         evidence.ais(TOY, x, resume=file, **options | {"max_bytes": 40_000})
 
 
 @pytest.mark.parametrize("schedule", ["uniform", "sigmoid"])
 def test_schedules_rise_from_0_to_1(schedule):
-    betas = evidence.temperatures(schedule, 50)
+    betas = Annealing(50, schedule=schedule).betas
     assert betas.shape == (51,)
     assert (betas[0], betas[-1]) == (0, 1)
     assert (betas.diff() > 0).all()
@@ -287,7 +293,7 @@ def test_supports():
     x = torch.linspace(-1, 2, 30).double()
     normal = torch.distributions.Normal(0.0, 1.0)
     truth = ((normal.cdf((2 - x) / 0.5) - normal.cdf((-1 - x) / 0.5)) / 3).log()
-    found = evidence.ais(model, x, num_temperatures=40)
+    found = evidence.ais(model, x, annealing=Annealing(num_temperatures=40))
     assert abs((found.log_evidence - truth).mean()) < 0.05
 
     def moving(x, top):
@@ -296,7 +302,7 @@ def test_supports():
             pyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
     with pytest.raises(ValueError, match="the support of 'z' is another for each datum"):
-        evidence.ais(moving, x, x + 2)
+        evidence.ais(moving, (x, x + 2))
 
 
 def test_chains_out_of_bounds_are_rejected():
@@ -307,23 +313,43 @@ def test_chains_out_of_bounds_are_rejected():
             z = pyro.sample("z", dist.Dirichlet(torch.full((5,), 0.1)))
             pyro.sample("x", dist.Categorical(z), obs=x)
 
-    found = evidence.ais(model, torch.tensor([0, 1, 2, 4]), num_temperatures=60, num_chains=64)
-    assert ((found.log_evidence - math.log(1 / 5)).abs() < 5 * found.standard_error + 0.05).all()
+    found = evidence.ais(model, torch.tensor([0, 1, 2, 4]), annealing=Annealing(num_temperatures=60, num_chains=64))
+    assert ((found.log_evidence - math.log(1 / 5)).abs() < 5 * found.log_evidence_se + 0.05).all()
 
 
-def test_bad_words_say_so():
-    x = TOY.sample(3)
-    for options, message in (
-        ({"schedule": "cosine"}, "schedule: expected"),
+def test_a_schedule_of_ones_own_has_its_own_number_of_temperatures():
+    betas = torch.tensor([0.0, 0.1, 0.1, 1.0])
+    annealing = Annealing(schedule=betas)
+    assert annealing.num_temperatures == 3
+    assert torch.equal(annealing.betas, betas.double())
+    found = evidence.ais(TOY, TOY.sample(2), annealing=Annealing(num_chains=2, schedule=betas))
+    assert found.cost == 3 * 2 * HMC().cost
+    assert "3 temperatures, 2 chains" in found.method
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "cosine"}, """schedule: expected "uniform", "sigmoid", "fitted" or a tensor .* but got 'cosine'"""),
+        ({"schedule": np.linspace(0, 1, 4)}, "schedule: expected .* or a tensor"),
         ({"schedule": torch.tensor([0.1, 1.0])}, "schedule: expected β from 0 to 1"),
+        ({"schedule": torch.tensor([0.0, 0.9, 0.5, 1.0])}, "schedule: expected β from 0 to 1"),
         ({"schedule": torch.tensor([0.0, math.nan, 1.0])}, "schedule: expected β from 0 to 1"),
-        ({"num_temperatures": 0}, "schedule: expected"),
-        ({"num_chains": 0}, "AIS: expected a whole number of particles or chains, 1 or more, but got 0"),
-        ({"num_chains": 2.5}, "1 or more, but got 2.5"),
-        ({"seed": -1}, "seed: expected a whole number"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            evidence.ais(TOY, x, **options)
+        ({"num_temperatures": 0}, "num_temperatures: expected a whole number, 1 or more, but got 0"),
+        ({"num_temperatures": True}, "num_temperatures: expected a whole number, 1 or more, but got True"),
+        ({"num_chains": 0}, "num_chains: expected a whole number, 1 or more, but got 0"),
+        ({"num_chains": 2.5}, "num_chains: expected a whole number, 1 or more, but got 2.5"),
+        ({"transition": None}, "transition: expected a Transition, such as .*, but got None"),
+    ],
+)
+def test_invalid_annealing_raises(options, message):
+    with pytest.raises(ValueError, match=message):
+        Annealing(**options)
+
+
+def test_invalid_arguments_raise():
+    with pytest.raises(ValueError, match="seed: expected a whole number"):
+        evidence.ais(TOY, TOY.sample(3), seed=-1)
     with pytest.raises(ValueError, match="HMC: expected num_leapfrog ≥ 1"):
         HMC(num_leapfrog=0)
 

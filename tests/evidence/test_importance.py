@@ -78,8 +78,8 @@ def test_the_upper_bound_is_one():
     guide = Gaussian(TOY, 0.7 * TOY.precision)
     data = evidence.simulate(TOY, TOY.sample(5000))
     upper = evidence.importance_upper(TOY, guide, data, num_particles=5)
-    lower = evidence.importance(TOY, guide, *data.args, num_particles=5)
-    truth = TOY.log_evidence(*data.args)
+    lower = evidence.importance(TOY, guide, data.data, num_particles=5)
+    truth = TOY.log_evidence(*data.data)
     inverse = (truth - upper.log_evidence).exp()  # E 1/ŵ = 1/p
     assert abs(inverse.mean() - 1) < 4 * inverse.std() / 5000**0.5
     for gap in (upper.log_evidence - truth, truth - lower.log_evidence):
@@ -91,8 +91,8 @@ def test_the_upper_bound_is_one():
 def test_simulated_data_share_no_noise_with_the_estimators():
     """At one seed for all, z* must not be among the draws."""
     data = evidence.simulate(TOY, TOY.sample(6000))
-    found = evidence.prior_monte_carlo(TOY, *data.args, num_particles=3, max_bytes=2**40)
-    weight = (found.log_evidence - TOY.log_evidence(*data.args)).exp()
+    found = evidence.prior_monte_carlo(TOY, data.data, num_particles=3, max_bytes=2**40)
+    weight = (found.log_evidence - TOY.log_evidence(*data.data)).exp()
     assert abs(weight.mean() - 1) < 5 * weight.std() / 6000**0.5
 
 
@@ -121,7 +121,7 @@ def test_prior_monte_carlo_is_importance_sampling_from_the_prior():
 
 def test_simulated_data_are_the_models():
     data = evidence.simulate(TOY, TOY.sample(20_000), seed=4)
-    (x,), z = data.args, data.latents["z"]
+    (x,), z = data.data, data.latents["z"]
     residual = x - z @ TOY.weight.mT
     torch.testing.assert_close(residual.std(0), torch.full((6,), 0.8).double(), rtol=0.02, atol=0)
     assert (torch.cov(z.mT) - torch.eye(2)).abs().max() < 5 * (2 / 20_000) ** 0.5
@@ -135,10 +135,10 @@ def test_simulated_data_are_the_models():
             pyro.sample("b", dist.Normal(5 * a, 0.1), obs=b)
 
     with pytest.raises(ValueError, match="the distribution of 'b' depends on data that were simulated too"):
-        evidence.simulate(chain, seeded(9), seeded(9, seed=1))
+        evidence.simulate(chain, (seeded(9), seeded(9, seed=1)))
     twins = torch.zeros(5).double()
     with pytest.raises(ValueError, match=r"may be any of its arguments \[0, 1\]"):
-        evidence.simulate(lambda a, b: chain(a + 0, b), twins, twins.clone())
+        evidence.simulate(lambda a, b: chain(a + 0, b), (twins, twins.clone()))
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch):
@@ -200,7 +200,7 @@ def test_the_error_of_the_elbo_is_that_of_a_mean():
     x = TOY.sample(5)
     found = evidence.elbo(TOY, Gaussian(TOY, 2 * TOY.precision), x, num_particles=50)
     w = log_weights(TOY, Gaussian(TOY, 2 * TOY.precision), x, num_particles=50)
-    torch.testing.assert_close(found.standard_error, w.std(0) / 50**0.5)
+    torch.testing.assert_close(found.log_evidence_se, w.std(0) / 50**0.5)
 
 
 def test_an_error_that_is_unknown_is_said_to_be():

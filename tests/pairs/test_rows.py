@@ -64,7 +64,7 @@ VERBS = {
     "importance": lambda model, x: evidence.importance(model, make_guide(), x, num_particles=10),
     "elbo": lambda model, x: evidence.elbo(model, make_guide(), x),
     "prior_monte_carlo": lambda model, x: evidence.prior_monte_carlo(model, x, num_particles=10),
-    "ais": lambda model, x: evidence.ais(model, x, num_chains=2, num_temperatures=3),
+    "ais": lambda model, x: evidence.ais(model, x, annealing=evidence.Annealing(num_chains=2, num_temperatures=3)),
     "diagnose": lambda model, x: pv.diagnose(model, make_guide(), x),
     "posterior_draws": lambda model, x: posterior_draws(model, make_guide(), x),
     "latent_usage": lambda model, x: latent_usage(model, make_guide(), x),
@@ -87,7 +87,7 @@ def test_the_joint_evidence_of_a_random_walk():
             pyro.sample("z", dist.Normal(0.8, 1.0).expand([len(x)]))
 
     found = evidence.importance(make_model(MIXES["random walk"]), wide, X, num_particles=50_000, joint=True)
-    assert abs(float(found.log_evidence) - truth) < 4 * float(found.standard_error)
+    assert abs(float(found.log_evidence) - truth) < 4 * float(found.log_evidence_se)
 
 
 @pytest.mark.parametrize("mix", ["random walk", "random walk from the end", "mean"])
@@ -321,7 +321,7 @@ def test_a_misspelt_optional_argument_is_said_to_be_left_out(caplog):
     def guide(x, weights=None):
         exact_guide(x)
 
-    pv.log_weights(model, guide, X, weight=torch.ones(4), label=torch.ones(4))
+    pv.log_weights(model, guide, {"x": X, "weight": torch.ones(4), "label": torch.ones(4)})
     assert "takes 'weight', so it is left out; they take 'weights'" in caplog.text
     assert "label" not in caplog.text
 

@@ -1,0 +1,134 @@
+"""Every verb takes its data in the forms that ``fit`` takes, with the same numbers."""
+
+import inspect
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
+
+import pyro_vae as pv
+from pyro_vae import evidence
+from pyro_vae.evidence import Annealing
+from tests.support.oracles import seeded
+
+N = 12
+X, SHIFT = seeded(N), seeded(N, seed=1)
+ANNEALING = Annealing(3, num_chains=2)
+
+
+def model(x, shift):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+        pyro.sample("x", dist.Normal(z + shift, 1.0), obs=x)
+
+
+def guide(x, shift):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal((x - shift) / 2, 0.9))
+
+
+VERBS = {
+    "log_weights": lambda data: pv.log_weights(model, guide, data, num_particles=5),
+    "joint_log_weights": lambda data: pv.joint_log_weights(model, guide, data, num_particles=5).log_weights,
+    "importance": lambda data: evidence.importance(model, guide, data, num_particles=5).log_evidence,
+    "elbo": lambda data: evidence.elbo(model, guide, data, num_particles=5).log_evidence,
+    "prior_monte_carlo": lambda data: evidence.prior_monte_carlo(model, data, num_particles=5).log_evidence,
+    "importance_upper": lambda data: (
+        evidence.importance_upper(model, guide, evidence.simulate(model, data), num_particles=5).log_evidence
+    ),
+    "ais": lambda data: evidence.ais(model, data, annealing=ANNEALING).log_evidence,
+    "reverse_ais": lambda data: evidence.reverse_ais(model, evidence.simulate(model, data), annealing=ANNEALING).log_evidence,
+    "smc": lambda data: evidence.smc(model, data, annealing=Annealing(3, num_chains=5)).log_evidence,
+    "bdmc": lambda data: evidence.bdmc(model, data, annealing=ANNEALING).gap,
+    "reciprocal_importance": lambda data: (
+        evidence.reciprocal_importance(model, data, num_samples=20, annealing=ANNEALING).log_evidence
+    ),
+    "simulate": lambda data: evidence.simulate(model, data).latents["z"],
+}
+every_verb = pytest.mark.parametrize("verb", VERBS)
+
+
+def test_every_verb_is_tested():
+    public = {name for name in evidence.__all__ if inspect.isfunction(getattr(evidence, name))}
+    assert public | {"log_weights", "joint_log_weights"} == set(VERBS)
+
+
+@every_verb
+def test_the_form_of_the_data_changes_no_number(verb):
+    rows = TensorDataset(X, SHIFT)
+    found = VERBS[verb]((X, SHIFT))
+    for data in (
+        (X.numpy(), SHIFT.numpy()),
+        {"x": X, "shift": SHIFT},
+        {"shift": SHIFT, "x": X, "unused": SHIFT},
+        pv.Data(X, labels=torch.arange(N), condition=SHIFT),
+        rows,
+        DataLoader(rows, batch_size=5),
+        DataLoader(rows, batch_size=5, shuffle=True),  # read in the order of its data set
+    ):
+        torch.testing.assert_close(VERBS[verb](data), found, rtol=0, atol=0)
+
+
+def test_a_tensor_is_the_one_argument():
+    one, other = (lambda x, f=f: f(x, torch.zeros_like(x)) for f in (model, guide))
+    found = [pv.log_weights(one, other, data) for data in (X, X.numpy(), (X,), {"x": X}, pv.Data(X), DataLoader(X, 5))]
+    for each in found[1:]:
+        torch.testing.assert_close(each, found[0], rtol=0, atol=0)
+
+
+@every_verb
+def test_a_loader_with_an_order_of_its_own_is_refused(verb):
+    loader = DataLoader(TensorDataset(X, SHIFT), 5, sampler=SubsetRandomSampler(range(N)))
+    with pytest.raises(ValueError, match=r"data: the loader's sampler gives the data in an order of its own"):
+        VERBS[verb](loader)
+
+
+class Noisy(Dataset):
+    """A data set that draws its rows anew each time."""
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        return X[index] + torch.randn((), dtype=X.dtype), SHIFT[index]
+
+
+@every_verb
+def test_data_that_are_drawn_are_drawn_at_the_seed_of_the_verb(verb):
+    torch.manual_seed(1)
+    first = VERBS[verb](DataLoader(Noisy(), 5))
+    state = torch.get_rng_state()
+    second = VERBS[verb](DataLoader(Noisy(), 5))
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_simulated_data_set_has_the_form_of_its_data():
+    by_position = evidence.simulate(model, (X, SHIFT))
+    by_name = evidence.simulate(model, {"x": X, "shift": SHIFT})
+    assert isinstance(by_position.data, tuple)
+    assert by_name.data.keys() == {"x", "shift"}
+    for part, same, old in zip(by_position.data, by_name.data.values(), (X, SHIFT), strict=True):
+        assert torch.equal(part, same)
+        assert part.shape == old.shape
+    assert torch.equal(by_position.data[1], SHIFT)
+    assert not torch.equal(by_position.data[0], X)
+
+
+def test_data_are_one_argument():
+    with pytest.raises(TypeError):
+        evidence.importance(model, guide, X, SHIFT)
+    with pytest.raises(ValueError, match="expected tensors or arrays of shape"):
+        evidence.simulate(model, ())
+    with pytest.raises(ValueError, match=r"importance_upper: expected data with the latents that made them.*got tuple"):
+        evidence.importance_upper(model, guide, (X, SHIFT))
+
+
+def test_the_standard_error_of_a_gap_is_that_of_both_sides():
+    found = evidence.bdmc(model, (X, SHIFT), annealing=ANNEALING)
+    square = found.lower.log_evidence_se**2 + found.upper.log_evidence_se**2
+    torch.testing.assert_close(found.gap_se, square.sqrt())
+    assert found.mean_se == pytest.approx(found.gap.std().item() / N**0.5)
+    assert f"gap {found.mean:.3f} ± {found.mean_se:.3f}" in str(found)
