@@ -139,7 +139,7 @@ def test_a_diagnosis_says_what_it_leaves_out():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", TOY.prior())
-            pyro.sample("x", TOY.likelihood(z), obs=x + 1)
+            pyro.sample("x", TOY.decoder(z), obs=x + 1)
 
     found = diagnose(model, EXACT, X, num_particles=50)
     assert found.calibration is None

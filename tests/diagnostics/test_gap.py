@@ -119,7 +119,7 @@ def test_without_a_known_evidence_only_the_amortization_is_told():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", FA.prior())
-            pyro.sample("x", FA.likelihood(z), obs=x)
+            pyro.sample("x", FA.decoder(z), obs=x)
 
     split = pv.split_gap(model, diagonal(0.3), FA.sample(4))
     assert split.approximation.isnan().all()
@@ -260,7 +260,7 @@ def test_a_data_plate_further_left():
         def forward(self, x):
             with pyro.plate("data", len(x), dim=-2):
                 z = pyro.sample("z", self.prior())
-                pyro.sample("x", self.likelihood(z), obs=x.unsqueeze(1))
+                pyro.sample("x", self.decoder(z), obs=x.unsqueeze(1))
 
     def guide(x):
         with pyro.plate("data", len(x), dim=-2):
