@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.data.batches import as_arguments
+from pyro_vae.data.batches import as_whole
 from pyro_vae.diagnostics.calibration import Calibration, calibration
 from pyro_vae.diagnostics.usage import LatentUsage, latent_usage
 from pyro_vae.evidence import Evidence, elbo, importance
@@ -71,40 +71,40 @@ class Diagnosis:
 def diagnose(
     model: Program,
     guide: Program,
-    *args: Any,
+    data: Any,
+    *,
     num_particles: int = 1000,
     num_simulations: int = 1000,
     seed: int = 0,
     check: bool = True,
     joint: bool = False,
-    **kwargs: Any,
 ) -> Diagnosis:
     """The cheap diagnostics of a pair: ELBO and importance-weighted bound, Pareto k̂ per datum, the use of the latent
     dimensions, calibration on data simulated from the model. ``print`` gives one page.
 
-    :param args: the arguments of model and guide, ``(batch, *event)``.
+    :param data: as for :func:`~pyro_vae.fit`.
     :param num_particles: draws for each datum.
     :param num_simulations: of the calibration; 0 leaves it out.
     :param joint: all data together as one datum, for models with latents that all data share. ``usage`` and ``calibration``
         are ``None`` then.
     :raises ValueError: for a pair that is wrong; latents in no data plate unless ``joint``.
     """
-    batch = as_arguments(args, kwargs)
+    batch = as_whole(data)
     notes: list[str] = []
-    options: dict[str, Any] = {"seed": seed, "check": check, **batch.kwargs}
-    lower = elbo(model, guide, *batch.args, num_particles=num_particles, joint=joint, **options)
-    weighted = importance(model, guide, *batch.args, num_particles=num_particles, joint=joint, **options)
+    options: dict[str, Any] = {"seed": seed, "check": check}
+    lower = elbo(model, guide, *batch.args, num_particles=num_particles, joint=joint, **options, **batch.kwargs)
+    weighted = importance(model, guide, *batch.args, num_particles=num_particles, joint=joint, **options, **batch.kwargs)
     if joint:
         return Diagnosis(lower, weighted, None, None, _JOINT)
     usage: LatentUsage | None = None
     calibrated: Calibration | None = None
     try:
-        usage = latent_usage(model, guide, *batch.args, **options)
+        usage = latent_usage(model, guide, batch, **options)
     except Exception as reason:  # of the user's pair; the other parts are computed all the same
         notes.append(f"latent dimensions: not computed: {type(reason).__name__}: {reason}")
     if num_simulations:
         try:
-            calibrated = calibration(model, guide, *batch.args, num_simulations=num_simulations, **options)
+            calibrated = calibration(model, guide, batch, num_simulations=num_simulations, **options)
         except Exception as reason:
             notes.append(f"calibration: not computed: {type(reason).__name__}: {reason}")
     return Diagnosis(lower, weighted, usage, calibrated, tuple(notes))
