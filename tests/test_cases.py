@@ -731,9 +731,9 @@ def test_what_a_guide_observes_is_no_part_of_q(mark):
     torch.testing.assert_close(joint_log_weights(treated, guide, (x, t)).log_weights, exact.sum().unsqueeze(0))
     if mark == "auxiliary draw":
         with pytest.raises(ValueError, match="'u' is not in the model"):
-            pv.free_energy(treated, guide, x, t)
+            pv.free_energy(treated, guide, (x, t))
         return
-    found = pv.free_energy(treated, guide, x, t, num_particles=5000).free_energy
+    found = pv.free_energy(treated, guide, (x, t), num_particles=5000).free_energy
     torch.testing.assert_close(found, -exact, atol=0.1, rtol=0.1)
 
 

@@ -105,9 +105,9 @@ def test_the_gap_of_a_flow_is_split_by_its_read_outs():
     guide = trained(toy, flows.NormalMixture(nets.MLP(2, (32,)), event_shape=2), toy.sample(200))
     report = pv.compare(toy, guide, toy.sample(6), num_particles=4000)
     split = report.split
-    error = torch.hypot(split.approximation_error, torch.hypot(split.amortization_error, report.gap_error))
+    error = torch.hypot(split.approximation_se, torch.hypot(split.amortization_se, report.gap_se))
     assert ((split.approximation + split.amortization - report.gap).abs() < 4.5 * error).all()
-    assert (split.amortization > -4.5 * split.amortization_error).all()
+    assert (split.amortization > -4.5 * split.amortization_se).all()
 
 
 @pytest.mark.parametrize(

@@ -47,13 +47,13 @@ def test_the_identity_holds_everywhere_and_the_correction_has_either_sign():
     this = page("walkthrough/02_pointwise_identity")
     model, x = this.make_model(), this.X
     z = 3 * torch.randn(500, 1, 1, dtype=torch.double)
-    identity = pointwise_identity(model, this.guide, x, z).log_evidence
+    identity = pointwise_identity(model, this.guide, x, z=z).log_evidence
     torch.testing.assert_close(identity, model.log_evidence(x).expand(500, 1), rtol=0, atol=1e-9)
     n = 20_000
     under_q, under_p = this.corrections(model, x, n)
     # the divergences by quadrature over z
     line = torch.linspace(-6, 6, 40_001, dtype=torch.double).reshape(-1, 1, 1)
-    correction = pointwise_identity(model, this.guide, x, line).correction[:, 0]
+    correction = pointwise_identity(model, this.guide, x, z=line).correction[:, 0]
     p = model.posterior(x).log_prob(line)[:, 0].exp()
     q = p * correction.exp()
     for values, density in ((under_q, q), (under_p, p)):
@@ -69,8 +69,8 @@ def test_free_energy_is_equal_at_the_exact_posterior_only():
     for shift, factor in ((0.0, 1.0), (0.7, 1.0), (0.0, 0.5), (0.0, 1.6)):
         energy = pv.free_energy(model, this.make_guide(model, shift, factor), x, num_particles=40_000)
         above = energy.free_energy + model.log_evidence(x)
-        assert (above - this.divergence(model, shift, factor)).abs() < 4.5 * energy.error
-        assert (above > 10 * energy.error) == ((shift, factor) != (0.0, 1.0))
+        assert (above - this.divergence(model, shift, factor)).abs() < 4.5 * energy.free_energy_se
+        assert (above > 10 * energy.free_energy_se) == ((shift, factor) != (0.0, 1.0))
 
 
 @pytest.mark.slow
@@ -201,9 +201,9 @@ def test_a_wider_encoder_pays_less_for_amortization():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert narrow.amortization.mean() > wide.amortization.mean() > 0
     # the family does not know the encoder
-    error = torch.hypot(narrow.approximation_error, wide.approximation_error)
+    error = torch.hypot(narrow.approximation_se, wide.approximation_se)
     assert ((narrow.approximation - wide.approximation).abs() < 4.5 * error + 5e-3).all()
-    assert (narrow.approximation > -4.5 * narrow.approximation_error).all()
+    assert (narrow.approximation > -4.5 * narrow.approximation_se).all()
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def digits():
 def log_weights(model, x, num_draws):
     """log p(x|z_s) at draws of the prior, of each datum its own: ``(num_draws, batch)``."""
     z = model.prior().sample((num_draws, len(x)))
-    return model.likelihood(z).log_prob(x)
+    return model.decoder(z).log_prob(x)
 
 
 def log_mean_exp(log_w):

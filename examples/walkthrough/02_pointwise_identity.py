@@ -39,12 +39,12 @@ def corrections(model, x, num_draws):
     """log q(z|x) − log p(z|x) at draws of q, and at draws of p."""
     q = dist.Normal(0.5 * x[:, :1], 0.6).to_event(1)
     draws = q.sample((num_draws,)), model.posterior(x).sample((num_draws,))
-    return [pointwise_identity(model, guide, x, z).correction[:, 0] for z in draws]
+    return [pointwise_identity(model, guide, x, z=z).correction[:, 0] for z in draws]
 
 
 def draw(model, x):
     z = torch.linspace(-2.2, 2.2, 500, dtype=torch.double)
-    identity = pointwise_identity(model, guide, x, z.reshape(-1, 1, 1))
+    identity = pointwise_identity(model, guide, x, z=z.reshape(-1, 1, 1))
     log_p = model.posterior(x).log_prob(z.reshape(-1, 1, 1))[:, 0]
     weight, correction, evidence = (part[:, 0] for part in (identity.log_weight, identity.correction, identity.log_evidence))
     fig, (top, bottom) = plt.subplots(2, 1, figsize=(7, 7), sharex=True, layout="constrained")
@@ -72,7 +72,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     model = make_model()
     z = 3 * torch.randn(1000, 1, 1, dtype=torch.double)
-    identity = pointwise_identity(model, guide, X, z).log_evidence
+    identity = pointwise_identity(model, guide, X, z=z).log_evidence
     print(f"log p(x) = {model.log_evidence(X).item():.6f} nats per datum")
     print(f"log p(x, z) − log p(z|x) at 1000 random z: {identity.min():.6f} … {identity.max():.6f}")
     under_q, under_p = corrections(model, X, 1000 if args.smoke_test else 100_000)

@@ -59,7 +59,7 @@ def draw(model, shifts, factors, measured):
         ax.errorbar(
             points,
             [e.free_energy.item() for e in energies],
-            [2 * e.error.item() for e in energies],
+            [2 * e.free_energy_se.item() for e in energies],
             fmt="C0o",
             label="free energy",
         )
@@ -90,5 +90,5 @@ if __name__ == "__main__":
     print(f"{'shift':>6} {'factor':>6} {'F(q)':>16} {'−log p(x) + KL':>15}")
     for (shift, factor), energy in measured.items():
         expected = -model.log_evidence(X).item() + divergence(model, shift, factor)
-        print(f"{shift:6} {factor:6} {energy.free_energy.item():8.4f} ± {energy.error.item():.4f} {expected:15.4f}")
+        print(f"{shift:6} {factor:6} {energy.free_energy.item():8.4f} ± {energy.free_energy_se.item():.4f} {expected:15.4f}")
     draw(model, shifts, factors, measured).savefig(args.out, dpi=150)

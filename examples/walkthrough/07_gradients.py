@@ -53,7 +53,7 @@ def with_baseline(model, baseline):
     def program(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", model.prior())
-            pyro.sample("x", model.likelihood(z), obs=x)
+            pyro.sample("x", model.decoder(z), obs=x)
             pyro.factor("baseline", x.new_full((len(x),), -baseline))
 
     return program

@@ -41,7 +41,7 @@ def make_q(model, x, factor):
 def estimators(model, x, q):
     """Of one draw of q for each row of x, in nats: ``(batch,)`` each."""
     z = q.rsample()
-    log_joint, log_likelihood = model.log_joint(x, z), model.likelihood(z).log_prob(x)
+    log_joint, log_likelihood = model.log_joint(x, z), model.decoder(z).log_prob(x)
     kl = kl_divergence(q.base_dist, dist.Normal(model.prior_loc, model.prior_scale)).sum(-1)
     return {
         "plain": log_joint - q.log_prob(z),

@@ -339,9 +339,8 @@ def diagnose(
     part = build.part_of(data, *build.build_data(opened.config, data_dir))
     with opened.loaded(part.x[:2]) as own, options.threads(threads), output.interrupted(_nothing_left):
         found = diagnostics.diagnose(
-            own.model, own.guide, *part.arguments(slice(None)), num_particles=num_particles,
-            num_simulations=num_simulations, seed=seed,
-        )  # fmt: skip
+            own.model, own.guide, part, num_particles=num_particles, num_simulations=num_simulations, seed=seed
+        )
     output.draw(folder, plots.plot_diagnosis(found, part.x))
     put(folder / "diagnosis.txt", f"{found}\n".encode())
     written = report.write_page(opened, folder)

@@ -498,9 +498,12 @@ def as_batch(items: Any, *, share: bool = False) -> Batch:
 def as_whole(data: Any) -> Batch:
     """All data as one batch, in their own order: what a verb that takes them at once is given.
 
-    :param data: as for :func:`as_batches`; stochastically binarized data are binarized once.
+    :param data: as for :func:`as_batches`; stochastically binarized data are binarized once. A :class:`Batch`, as verbs pass
+        it to each other, is returned as it is.
     :raises ValueError: as :func:`as_batches` does, and for a loader that gives the data in an order of its own.
     """
+    if isinstance(data, Batch):
+        return data
     batches = as_batches(data.fixed() if isinstance(data, Data) else data, None)
     if not batches.in_data_order:
         raise ValueError(

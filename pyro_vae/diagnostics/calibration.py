@@ -10,11 +10,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae.data.batches import Batch, as_arguments, slices
+from pyro_vae.data.batches import Batch, slices
 from pyro_vae.diagnostics.compare import LEVELS
 from pyro_vae.evidence import simulate
 from pyro_vae.pairs.latents import inspect_latents
-from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.preserve import read_whole, untouched
 from pyro_vae.pairs.traces import Program
 
 _BINS = 20
@@ -45,7 +45,7 @@ class Calibration:
         return torch.special.gammaincc(torch.tensor((_BINS - 1) / 2).double(), square / 2)
 
     @property
-    def coverage_error(self) -> Tensor:
+    def coverage_se(self) -> Tensor:
         """Standard errors of a calibrated guide's coverage, by the binomial, ``(3,)``."""
         level = torch.tensor(LEVELS).double()
         return (level * (1 - level) / len(self.ranks)).sqrt()
@@ -76,7 +76,7 @@ class Calibration:
         ]
         means = ", ".join(
             f"{level:.0%}: {c:.1%} ± {e:.1%}"
-            for level, c, e in zip(LEVELS, self.coverage.mean(0).tolist(), self.coverage_error.tolist(), strict=True)
+            for level, c, e in zip(LEVELS, self.coverage.mean(0).tolist(), self.coverage_se.tolist(), strict=True)
         )
         lines.append(f"coverage of central intervals, mean over dimensions: {means}")
         bad = self.rejected()
@@ -102,19 +102,20 @@ class Calibration:
 def calibration(
     model: Program,
     guide: Program,
-    *args: Any,
+    data: Any,
+    *,
     num_simulations: int = 1000,
     num_draws: int = 99,
     seed: int = 0,
     check: bool = True,
-    **kwargs: Any,
 ) -> Calibration:
     """Simulation-based calibration (Talts et al. 2018), interval coverage and TARP, of an amortized guide.
 
     (x, z*) are drawn from the model, and z* ranked among draws z ~ q(z|x). No refit: the guide is asked for data that it has
     not seen. q = prior passes in every latent dimension, but not in ``log p(x|z)``.
 
-    :param args: data of the shape to simulate (see :func:`~pyro_vae.evidence.simulate`); rows are repeated to the number.
+    :param data: as for :func:`~pyro_vae.fit`, of the shape to simulate, see :func:`~pyro_vae.evidence.simulate`. Their rows
+        are repeated to ``num_simulations``.
     :param num_draws: L, with L + 1 a multiple of 20.
     :raises ValueError: for another L, or fewer than 100 simulations.
     """
@@ -123,11 +124,11 @@ def calibration(
             f"calibration: expected num_draws + 1 to be a multiple of {_BINS}, such as 99, and {5 * _BINS} simulations or "
             f"more, but got {num_draws} and {num_simulations}"
         )
-    whole = as_arguments(args, kwargs).map(lambda part: part[torch.arange(num_simulations) % len(part)])
-    data = simulate(model, whole.args or whole.kwargs, seed=seed, check=check)
+    whole = read_whole(data, seed=seed).map(lambda part: part[torch.arange(num_simulations) % len(part)])
+    simulated = simulate(model, whole, seed=seed, check=check)
     with untouched(training=False, seed=seed + 1), torch.no_grad():
-        latents, given = inspect_latents(model, guide, data.batch, verb="calibration", check=check)
-        true = latents.flat(data.latents, 1, num_simulations)[0]
+        latents, given = inspect_latents(model, guide, simulated.batch, verb="calibration", check=check)
+        true = latents.flat(simulated.latents, 1, num_simulations)[0]
         names = []
         for name, site in latents.sites.items():
             size = site.shape.numel()

@@ -2,20 +2,22 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae.data.batches import Batch, as_arguments
+from pyro_vae.data.batches import Batch, fitting, slices
 from pyro_vae.diagnostics.drawing import draw_posteriors, draw_ranking
 from pyro_vae.diagnostics.families import UnknownFamily, as_gaussian, wasserstein
 from pyro_vae.diagnostics.gap import GapSplit, split_gap
+from pyro_vae.diagnostics.tables import over_data, table
+from pyro_vae.exact.grid import log_evidence_of, posterior_of
 from pyro_vae.numerics import covariance
 from pyro_vae.pairs.latents import inspect_latents
-from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.preserve import read_whole, untouched
 from pyro_vae.pairs.traces import Program
 
 LEVELS = (0.5, 0.9, 0.95)
@@ -24,7 +26,7 @@ _MAX_DRAWS = 2**21
 
 @dataclass(frozen=True)
 class Comparison:
-    """A guide q beside the exact posterior p, per datum, in nats: tensors ``(batch,)``; ``*_error`` are standard errors, 0
+    """A guide q beside the exact posterior p, per datum, in nats: tensors ``(batch,)``; ``*_se`` are standard errors, 0
     where a quantity is in closed form.
 
     elbo: E_q[log p(x, z) − log q(z|x)], a lower bound of log_evidence = log p(x). gap = KL(q‖p) = log p(x) − ELBO.
@@ -35,18 +37,18 @@ class Comparison:
     """
 
     elbo: Tensor
-    elbo_error: Tensor
+    elbo_se: Tensor
     log_evidence: Tensor
     gap: Tensor
-    gap_error: Tensor
+    gap_se: Tensor
     forward_kl: Tensor
-    forward_kl_error: Tensor
+    forward_kl_se: Tensor
     mean_error: Tensor
     covariance_error: Tensor
     w2: Tensor
     coverage: Tensor
     split: GapSplit | None
-    _pair: tuple[Any, Program, Tensor] = field(repr=False)
+    _pair: tuple[Any, Program, Batch] = field(repr=False)
 
     def rows(self) -> dict[str, tuple[float, float]]:
         """Means over data, each with its standard error: the spread over data, Monte Carlo error in it."""
@@ -63,16 +65,15 @@ class Comparison:
         if self.split is not None:
             parts["gap: approximation"] = self.split.approximation
             parts["gap: amortization"] = self.split.amortization
-        return {name: _mean(value) for name, value in parts.items()}
+        return {name: over_data(value) for name, value in parts.items()}
 
     def __str__(self) -> str:
-        lines = [f"{name:24} {mean:10.4f} ± {error:.4f}" for name, (mean, error) in self.rows().items() if not math.isnan(mean)]
-        return "\n".join([f"{len(self.elbo)} data, means in nats per datum", *lines])
+        return table(f"{len(self.elbo)} data, means in nats per datum", self.rows())
 
     def plot(self, num_data: int = 4) -> Figure:
         """The exact posterior under the guide for the first data, side by side; of more than two dimensions the first two."""
-        exact_model, guide, x = self._pair
-        return draw_posteriors(exact_model, {"guide": guide}, x[:num_data])
+        exact_model, guide, batch = self._pair
+        return draw_posteriors(exact_model, {"guide": guide}, batch.first(num_data))
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,16 @@ class GuideComparison:
 
     def plot(self, num_data: int = 3) -> Figure:
         """Every guide over the exact posterior, and their gaps, split where they were."""
-        exact_model, _, x = next(iter(self.comparisons.values()))._pair
+        exact_model, _, batch = next(iter(self.comparisons.values()))._pair
         guides = {name: comparison._pair[1] for name, comparison in self.comparisons.items()}
         gaps = {name: (comparison.gap, comparison.split) for name, comparison in self.comparisons.items()}
-        return draw_ranking(exact_model, guides, x[:num_data], gaps)
+        return draw_ranking(exact_model, guides, batch.first(num_data), gaps)
 
 
 def compare(
     exact_model: Any,
     guide: Program,
-    x: Tensor,
+    data: Any,
     *,
     num_particles: int = 10_000,
     split: bool = True,
@@ -114,8 +115,9 @@ def compare(
     Between Gaussians the divergences and moments are in closed form; otherwise they are estimated on ``num_particles`` draws
     of q and of p.
 
-    :param exact_model: a model of :mod:`pyro_vae.exact`, or any Pyro model with ``posterior(x)`` and ``log_evidence(x)``.
-    :param x: ``(batch, *event)``.
+    :param exact_model: a model of :mod:`pyro_vae.exact`, or any Pyro model with ``posterior(x)`` and ``log_evidence(x)``,
+        which take the arguments of the model.
+    :param data: as for :func:`~pyro_vae.fit`.
     :param split: split the gap too (see :func:`split_gap`), for families that it knows.
     :raises ValueError: for a model that knows no posterior, discrete latents, or a guide that misses a site.
     """
@@ -126,29 +128,29 @@ def compare(
         )
     if num_particles < 2:
         raise ValueError(f"compare: expected num_particles ≥ 2, for standard errors, but got {num_particles}")
-    (x,) = as_arguments((x,), {}).args
-    rows = x.split(max(1, _MAX_DRAWS // num_particles))  # data are independent, and the draws of all might not fit in memory
-    parts = [_compare_rows(exact_model, guide, part, num_particles, split, seed, check) for part in rows]
+    batch = fitting(read_whole(data, seed=seed), exact_model, guide)
+    # data are independent, and the draws of all might not fit in memory
+    rows = slices(batch.num_rows, max(1, _MAX_DRAWS // num_particles))
+    parts = [_compare_rows(exact_model, guide, batch.rows(part), num_particles, split, seed, check) for part in rows]
     splits = [part.pop("split") for part in parts]
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return Comparison(**columns, split=_joined(splits), _pair=(exact_model, guide, x))
+    return Comparison(**columns, split=_joined(splits), _pair=(exact_model, guide, batch))
 
 
 def _joined(splits: list[GapSplit | None]) -> GapSplit | None:
     known = [split for split in splits if split is not None]
     if not known:
         return None
-    names = GapSplit._fields[:-1]
+    names = [part.name for part in fields(GapSplit) if part.name != "steps"]
     joined = {name: torch.cat([getattr(split, name) for split in known]) for name in names}
     return GapSplit(**joined, steps=max(split.steps for split in known))
 
 
 def _compare_rows(
-    exact_model: Any, guide: Program, x: Tensor, num_particles: int, split: bool, seed: int, check: bool
+    exact_model: Any, guide: Program, batch: Batch, num_particles: int, split: bool, seed: int, check: bool
 ) -> dict[str, Any]:
     """The fields of a :class:`Comparison` for some data."""
-    batch = Batch((x,), {})
-    log_evidence, posterior = exact_model.log_evidence(x), exact_model.posterior(x)
+    given, log_evidence, posterior = batch, log_evidence_of(exact_model, batch), posterior_of(exact_model, batch)
     if getattr(posterior.support, "is_discrete", False):
         raise ValueError("compare: the posterior is discrete; expected continuous latents")
     with untouched(training=False, seed=seed), torch.no_grad():
@@ -156,53 +158,61 @@ def _compare_rows(
         z_q, log_q = latents.draw(guide, batch, num_particles)
         log_p = latents.log_joint(exact_model, batch, z_q) - log_evidence
         drawn = posterior.sample((num_particles,))
-        z_p = drawn.reshape(num_particles, len(x), -1)
+        z_p = drawn.reshape(num_particles, batch.num_rows, -1)
         try:
             forward = posterior.log_prob(drawn) - latents.log_q(guide, batch, z_p)
         except (KeyError, NotImplementedError):  # a guide that tells the density of its own draws only, as planar flows do
             forward = torch.full_like(log_p, math.nan)
         gaussians = _gaussians(latents.distribution(guide, batch), posterior, z_q[:2], log_q[:2])
-    gap, gap_error = _over_draws(log_q - log_p)
-    forward_kl, forward_kl_error = _over_draws(forward)
+    gap, gap_se = _over_draws(log_q - log_p)
+    forward_kl, forward_kl_se = _over_draws(forward)
     moments = [(z.mean(0), covariance(z)) for z in (z_q, z_p)]
     w2 = torch.full_like(log_evidence, math.nan)
     if gaussians is not None:
         q, p = gaussians
         gap, forward_kl = (torch.distributions.kl_divergence(a, b) for a, b in ((q, p), (p, q)))
-        gap_error = forward_kl_error = torch.zeros_like(gap)
+        gap_se = forward_kl_se = torch.zeros_like(gap)
         moments = [(g.loc, g.covariance_matrix) for g in (q, p)]
         w2 = wasserstein(q, p)
     gap, forward_kl, w2 = (part.to(log_evidence) for part in (gap, forward_kl, w2))
     return {
         "elbo": log_evidence - gap,
-        "elbo_error": gap_error,
+        "elbo_se": gap_se,
         "log_evidence": log_evidence,
         "gap": gap,
-        "gap_error": gap_error,
+        "gap_se": gap_se,
         "forward_kl": forward_kl,
-        "forward_kl_error": forward_kl_error,
+        "forward_kl_se": forward_kl_se,
         "mean_error": (moments[0][0] - moments[1][0]).norm(dim=-1),
         "covariance_error": (moments[0][1] - moments[1][1]).flatten(1).norm(dim=-1),
         "w2": w2,
         "coverage": torch.stack([_coverage(z_q, z_p, level) for level in LEVELS], -1),
-        "split": _split(exact_model, guide, x, log_evidence, num_particles, seed) if split else None,
+        "split": _split(exact_model, guide, given, log_evidence, num_particles, seed) if split else None,
     }
 
 
-def compare_guides(exact_model: Any, guides: Mapping[str, Program], x: Tensor, **options: Any) -> GuideComparison:
+def compare_guides(
+    exact_model: Any,
+    guides: Mapping[str, Program],
+    data: Any,
+    *,
+    num_particles: int = 10_000,
+    split: bool = True,
+    seed: int = 0,
+    check: bool = True,
+) -> GuideComparison:
     """:func:`compare` of several guides of one model on the same data, ranked by mean gap. Trains nothing.
 
-    :param guides: by name, such as ``{"mean-field": g1, "full covariance": g2}``.
+    :param guides: by name, such as ``{"mean-field": g1, "full covariance": g2}``. Other arguments as for :func:`compare`.
     """
     if not guides:
         raise ValueError("compare_guides: there are no guides; expected a dict of name to guide")
-    each = {name: compare(exact_model, guide, x, **options) for name, guide in guides.items()}
+    batch = read_whole(data, seed=seed)
+    each = {
+        name: compare(exact_model, guide, batch, num_particles=num_particles, split=split, seed=seed, check=check)
+        for name, guide in guides.items()
+    }
     return GuideComparison(dict(sorted(each.items(), key=lambda item: item[1].gap.mean().item())))
-
-
-def _mean(value: Tensor) -> tuple[float, float]:
-    error = value.std() / math.sqrt(len(value)) if len(value) > 1 else torch.tensor(math.nan)
-    return value.mean().item(), error.item()
 
 
 def _over_draws(terms: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,8 +236,8 @@ def _gaussians(distribution: Any, posterior: Any, z: Tensor, log_q: Tensor) -> t
     return q, p
 
 
-def _split(model: Any, guide: Program, x: Tensor, log_evidence: Tensor, num_particles: int, seed: int) -> GapSplit | None:
+def _split(model: Any, guide: Program, batch: Batch, log_evidence: Tensor, num_particles: int, seed: int) -> GapSplit | None:
     try:
-        return split_gap(model, guide, x, log_evidence=log_evidence, num_particles=num_particles, seed=seed)
+        return split_gap(model, guide, batch, log_evidence=log_evidence, num_particles=num_particles, seed=seed)
     except UnknownFamily:
         return None

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_vae.data.batches import Batch
+from pyro_vae.exact.grid import posterior_of
 from pyro_vae.pairs.latents import inspect_latents
 from pyro_vae.pairs.preserve import untouched
 from pyro_vae.pairs.traces import Program
@@ -18,17 +19,19 @@ from pyro_vae.pairs.traces import Program
 _MASSES = (0.95, 0.5)
 
 
-def draw_posteriors(exact_model: Any, guides: Mapping[str, Program], x: Tensor) -> Figure:
-    """One panel for each datum of x: p(z|x) and every q(z|x)."""
-    fig, axes = plt.subplots(1, len(x), figsize=(3.2 * len(x), 3.4), squeeze=False, layout="constrained")
-    _draw_row(list(axes[0]), exact_model, guides, x)
+def draw_posteriors(exact_model: Any, guides: Mapping[str, Program], batch: Batch) -> Figure:
+    """One panel for each datum: p(z|x) and every q(z|x)."""
+    n = batch.num_rows
+    fig, axes = plt.subplots(1, n, figsize=(3.2 * n, 3.4), squeeze=False, layout="constrained")
+    _draw_row(list(axes[0]), exact_model, guides, batch)
     return fig
 
 
-def draw_ranking(exact_model: Any, guides: Mapping[str, Program], x: Tensor, gaps: Mapping[str, Any]) -> Figure:
+def draw_ranking(exact_model: Any, guides: Mapping[str, Program], batch: Batch, gaps: Mapping[str, Any]) -> Figure:
     """The posteriors of :func:`draw_posteriors`, and a bar for the mean gap of each guide."""
-    fig, axes = plt.subplots(1, len(x) + 1, figsize=(3.2 * (len(x) + 1), 3.4), squeeze=False, layout="constrained")
-    _draw_row(list(axes[0][:-1]), exact_model, guides, x)
+    n = batch.num_rows + 1
+    fig, axes = plt.subplots(1, n, figsize=(3.2 * n, 3.4), squeeze=False, layout="constrained")
+    _draw_row(list(axes[0][:-1]), exact_model, guides, batch)
     ax = axes[0][-1]
     for i, (gap, split) in enumerate(gaps.values()):
         if split is None:
@@ -45,12 +48,11 @@ def draw_ranking(exact_model: Any, guides: Mapping[str, Program], x: Tensor, gap
 
 
 @torch.no_grad()
-def _draw_row(axes: list[Axes], exact_model: Any, guides: Mapping[str, Program], x: Tensor) -> None:
-    batch, n = Batch((x,), {}), 4000
-    posterior = exact_model.posterior(x)
+def _draw_row(axes: list[Axes], exact_model: Any, guides: Mapping[str, Program], batch: Batch) -> None:
+    n, posterior = 4000, posterior_of(exact_model, batch)
     with untouched(training=False, seed=0):
         latents, batch = inspect_latents(exact_model, None, batch, verb="plot")
-        z = posterior.sample((n,)).reshape(n, len(x), -1)
+        z = posterior.sample((n,)).reshape(n, batch.num_rows, -1)
         draws = {name: latents.draw(guide, batch, n)[0] for name, guide in guides.items()}
         if latents.dim > 2:
             return _draw_scatter(axes, z, draws)

@@ -1,59 +1,56 @@
 """Draws of a guide, for other tools: by site, as ArviZ has them, and held against draws of the posterior by a classifier."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.data.batches import as_arguments
+from pyro_vae.data.batches import Batch
 from pyro_vae.numerics import pareto_k
 from pyro_vae.pairs.latents import inspect_latents
 from pyro_vae.pairs.log_weights import joint_log_weights
-from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.preserve import read_whole, untouched
 from pyro_vae.pairs.traces import Program
 
 
 def posterior_draws(
     model: Program,
     guide: Program,
-    *args: Any,
+    data: Any,
+    *,
     num_draws: int = 1000,
     seed: int = 0,
     check: bool = True,
     joint: bool = False,
-    **kwargs: Any,
 ) -> dict[str, Tensor]:
     """Draws z ~ q(z|x) of each latent site, ``(num_draws, batch, *shape)``.
 
+    :param data: as for :func:`~pyro_vae.fit`.
     :param joint: all data together as one datum, for models with latents that all data share: ``(num_draws, *shape)``, where
         the shape has a dimension for each plate of the site, that of the data too.
     :raises ValueError: for latents in no data plate unless ``joint``.
     """
-    if joint:
-        return joint_log_weights(model, guide, args or kwargs, num_particles=num_draws, seed=seed, check=check).draws
-    batch = as_arguments(args, kwargs)
-    with untouched(training=False, seed=seed), torch.no_grad():
-        latents, batch = inspect_latents(model, guide, batch, verb="posterior_draws", check=check)
-        z, _ = latents.draw(guide, batch, num_draws)
-        return latents.by_site(z)
+    batch = read_whole(data, seed=seed)
+    return _draws("posterior_draws", model, guide, batch, num_draws, seed, check, joint, weighted=False)[0]
 
 
 def to_arviz(
     model: Program,
     guide: Program,
-    *args: Any,
+    data: Any,
+    *,
     num_draws: int = 1000,
     seed: int = 0,
     check: bool = True,
     joint: bool = False,
-    **kwargs: Any,
 ) -> Any:
     """A guide's draws as ArviZ has them (a ``DataTree``): group ``posterior``, one chain, with the dimension ``data``; group
     ``sample_stats`` with the log-weight log p(x, z) − log q(z|x) of each draw, and k̂ of each datum.
 
-    :param joint: all data together as one datum, for models with latents that all data share: no dimension ``data``, a
-        log-weight of each draw, one k̂.
+    Arguments as for :func:`posterior_draws`; with ``joint`` there is no dimension ``data``, and one k̂.
+
     :raises ImportError: where ``arviz-base`` is not installed.
     :raises ValueError: for latents in no data plate unless ``joint``.
     """
@@ -61,30 +58,49 @@ def to_arviz(
         from arviz_base import from_dict
     except ImportError as error:
         raise ImportError("to_arviz: arviz-base is not installed; pip install arviz-base") from error
-    if joint:
-        found = joint_log_weights(model, guide, args or kwargs, num_particles=num_draws, seed=seed, check=check)
-        log_weight, draws = found.log_weights, found.draws
-    else:
-        batch = as_arguments(args, kwargs)
-        with untouched(training=False, seed=seed), torch.no_grad():
-            latents, batch = inspect_latents(model, guide, batch, verb="to_arviz", check=check)
-            z, log_q = latents.draw(guide, batch, num_draws)
-            log_weight, draws = latents.log_joint(model, batch, z) - log_q, latents.by_site(z)
-    data = [] if joint else ["data"]
+    batch = read_whole(data, seed=seed)
+    draws, log_weight = _draws("to_arviz", model, guide, batch, num_draws, seed, check, joint, weighted=True)
+    data_dims = [] if joint else ["data"]
     sites = {name: part.cpu().numpy()[np.newaxis] for name, part in draws.items()}
     stats = {"log_weight": log_weight.cpu().numpy()[np.newaxis]}
-    dims = {name: [*data, *(f"{name}_{i}" for i in range(part.ndim - 2 - len(data)))] for name, part in sites.items()}
-    tree = from_dict({"posterior": sites, "sample_stats": stats}, dims=dims | {"log_weight": data})
+    dims = {name: [*data_dims, *(f"{name}_{i}" for i in range(part.ndim - 2 - len(data_dims)))] for name, part in sites.items()}
+    tree = from_dict({"posterior": sites, "sample_stats": stats}, dims=dims | {"log_weight": data_dims})
     tree["posterior"].attrs["pareto_k"] = pareto_k(log_weight).tolist()
     return tree
 
 
-class TwoSample(NamedTuple):
-    """Accuracy of a classifier that tells two sets of draws apart, over held-out folds: ½ where it cannot. ``error`` is the
-    binomial standard error of an accuracy of ½."""
+def _draws(
+    verb: str,
+    model: Program,
+    guide: Program,
+    batch: Batch,
+    num_draws: int,
+    seed: int,
+    check: bool,
+    joint: bool,
+    *,
+    weighted: bool,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Draws of each site, and their log-weights; log q(z|x) alone unless ``weighted``, which runs the model at every draw."""
+    if joint:
+        found = joint_log_weights(model, guide, batch, num_particles=num_draws, seed=seed, check=check)
+        return found.draws, found.log_weights
+    with untouched(training=False, seed=seed), torch.no_grad():
+        latents, batch = inspect_latents(model, guide, batch, verb=verb, check=check)
+        z, log_q = latents.draw(guide, batch, num_draws)
+        return latents.by_site(z), latents.log_joint(model, batch, z) - log_q if weighted else log_q
+
+
+@dataclass(frozen=True)
+class TwoSample:
+    """Accuracy of a classifier that tells two sets of draws apart, over held-out folds: ½ where it cannot. ``accuracy_se`` is
+    the binomial standard error of an accuracy of ½."""
 
     accuracy: float
-    error: float
+    accuracy_se: float
+
+    def __str__(self) -> str:
+        return f"accuracy {self.accuracy:.3f} ± {self.accuracy_se:.3f}; 0.5 where the two sets cannot be told apart"
 
 
 def two_sample_test(a: Tensor, b: Tensor, *, num_folds: int = 5, seed: int = 0) -> TwoSample:

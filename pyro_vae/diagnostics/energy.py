@@ -1,37 +1,50 @@
 """The variational free energy in its parts, and the identity behind it."""
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_vae.data.batches import as_arguments
+from pyro_vae.diagnostics.tables import over_data, table
+from pyro_vae.exact.grid import posterior_of
 from pyro_vae.pairs.latents import inspect_latents
-from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.preserve import read_whole, untouched
 from pyro_vae.pairs.traces import Program
 
 
-class FreeEnergy(NamedTuple):
+@dataclass(frozen=True)
+class FreeEnergy:
     """F = E_q[−log p(x, z)] − H(q) = −log p(x) + KL(q‖p(z|x)), in nats, each ``(batch,)``: the negative ELBO.
 
-    expected_energy: E_q[−log p(x, z)], with its standard error; entropy: H(q), analytic where the guide's distribution has
-    one, else estimated on the same draws; bits_per_dimension: F / (D ln 2), a code length for discrete x of D dimensions, by
-    bits back (Hinton & van Camp 1993).
+    expected_energy: E_q[−log p(x, z)]; entropy: H(q), analytic where the guide's distribution has one, else estimated on the
+    same draws; free_energy_se: the Monte Carlo standard error of F; bits_per_dimension: F / (D ln 2), a code length for
+    discrete x of D dimensions, by bits back (Hinton & van Camp 1993).
     """
 
     expected_energy: Tensor
     entropy: Tensor
     free_energy: Tensor
-    error: Tensor
+    free_energy_se: Tensor
     bits_per_dimension: Tensor
+
+    def __str__(self) -> str:
+        rows = {
+            "expected energy": self.expected_energy,
+            "entropy": self.entropy,
+            "free energy": self.free_energy,
+            "bits per dimension": self.bits_per_dimension,
+        }
+        title = f"{len(self.free_energy)} data, means in nats per datum"
+        return table(title, {name: over_data(value) for name, value in rows.items()})
 
 
 def free_energy(
-    model: Program, guide: Program, *args: Any, num_particles: int = 1000, seed: int = 0, check: bool = True, **kwargs: Any
+    model: Program, guide: Program, data: Any, *, num_particles: int = 1000, seed: int = 0, check: bool = True
 ) -> FreeEnergy:
-    """The free energy of a pair per datum. args: those of model and guide, ``(batch, *event)``."""
-    batch = as_arguments(args, kwargs)
+    """The free energy of a pair per datum. data: as for :func:`~pyro_vae.fit`."""
+    batch = read_whole(data, seed=seed)
     with untouched(training=False, seed=seed), torch.no_grad():
         latents, batch = inspect_latents(model, guide, batch, verb="free_energy", check=check)
         z, log_q = latents.draw(guide, batch, num_particles)
@@ -47,7 +60,7 @@ def free_energy(
         expected_energy=energy,
         entropy=entropy,
         free_energy=energy - entropy,
-        error=terms.std(0) / math.sqrt(num_particles),
+        free_energy_se=terms.std(0) / math.sqrt(num_particles),
         bits_per_dimension=(energy - entropy) / (dimensions * math.log(2)),
     )
 
@@ -60,7 +73,8 @@ def _entropy(distribution: Any, num_rows: int) -> Tensor | None:
         return None
 
 
-class PointwiseIdentity(NamedTuple):
+@dataclass(frozen=True)
+class PointwiseIdentity:
     """log p(x) = log p(x, z) − log p(z|x) for every z, in nats, each ``(particles, batch)``.
 
     ``log_weight`` is log p(x, z) − log q(z|x), what a guide puts in the posterior's place, and ``correction`` is
@@ -72,15 +86,27 @@ class PointwiseIdentity(NamedTuple):
     log_weight: Tensor
     correction: Tensor
 
+    def __str__(self) -> str:
+        particles, n = self.log_evidence.shape
+        rows = {"log evidence": self.log_evidence, "log-weight": self.log_weight, "correction": self.correction}
+        lines = [f"{particles} z for each of {n} data, in nats", f"{'':16}{'smallest':>12}{'mean':>12}{'largest':>12}"]
+        for name, value in rows.items():
+            lines.append(f"{name:16}{value.min():12.4f}{value.mean():12.4f}{value.max():12.4f}")
+        return "\n".join(lines)
 
-def pointwise_identity(exact_model: Any, guide: Program, x: Tensor, z: Tensor) -> PointwiseIdentity:
-    """The identity at any z: ``(particles, batch, *latent)``. ``log_evidence`` is the same number in every row."""
-    batch = as_arguments((x,), {})
+
+def pointwise_identity(exact_model: Any, guide: Program, data: Any, *, z: Tensor) -> PointwiseIdentity:
+    """The identity at any z: ``log_evidence`` is the same number in every row.
+
+    :param exact_model: as for :func:`~pyro_vae.compare`.
+    :param data: as for :func:`~pyro_vae.fit`.
+    :param z: ``(particles, batch, *latent)``.
+    """
+    batch = read_whole(data, seed=0)
     with untouched(training=False), torch.no_grad():
         latents, batch = inspect_latents(exact_model, guide, batch, verb="pointwise_identity")
-        (x,) = batch.args
         flat = z.reshape(*z.shape[:2], -1)
         log_joint = latents.log_joint(exact_model, batch, flat)
         log_q = latents.log_q(guide, batch, flat)
-        log_posterior = exact_model.posterior(x).log_prob(z)
+        log_posterior = posterior_of(exact_model, batch).log_prob(z)
     return PointwiseIdentity(log_joint - log_posterior, log_joint - log_q, log_q - log_posterior)

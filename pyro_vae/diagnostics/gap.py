@@ -4,7 +4,8 @@ import logging
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -12,18 +13,21 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from pyro_vae.conditionals import FromTrunk
-from pyro_vae.data.batches import Batch, as_arguments
+from pyro_vae.data.batches import Batch, fitting
 from pyro_vae.diagnostics.families import Family, Freed, as_gaussian, is_same
+from pyro_vae.diagnostics.tables import over_data, table
 from pyro_vae.exact import ExactModel
+from pyro_vae.exact.grid import log_evidence_of
 from pyro_vae.pairs.latents import inspect_latents
-from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.preserve import read_whole, untouched
 from pyro_vae.pairs.traces import Program
 
 logger = logging.getLogger(__name__)
 Shifts = Mapping[str, dict[str, Tensor]]
 
 
-class GapSplit(NamedTuple):
+@dataclass(frozen=True)
+class GapSplit:
     """gap = approximation + amortization, in nats, each ``(batch,)`` with its standard error.
 
     approximation = log p(x) − L[q*], with q* the best of the guide's family for that datum; amortization = L[q*] − L[q].
@@ -33,23 +37,28 @@ class GapSplit(NamedTuple):
     """
 
     approximation: Tensor
-    approximation_error: Tensor
+    approximation_se: Tensor
     amortization: Tensor
-    amortization_error: Tensor
+    amortization_se: Tensor
     steps: int
+
+    def __str__(self) -> str:
+        rows = {"gap: approximation": over_data(self.approximation), "gap: amortization": over_data(self.amortization)}
+        how = f"searched in {self.steps} steps" if self.steps else "in closed form"
+        return table(f"{len(self.amortization)} data, means in nats per datum; q* {how}", rows)
 
 
 def split_gap(
     model: Program,
     guide: Program,
-    *args: Any,
+    data: Any,
+    *,
     log_evidence: Tensor | None = None,
     num_particles: int = 1000,
     tolerance: float = 1e-3,
     max_steps: int = 5000,
     seed: int = 0,
     check: bool = True,
-    **kwargs: Any,
 ) -> GapSplit:
     """Split the gap of a guide per datum (Cremer et al. 2018).
 
@@ -65,7 +74,7 @@ def split_gap(
     ``tolerance`` nats per datum; when that has happened eight times, q* is the mean of five hundred steps more, or the guide
     itself where that is better.
 
-    :param args: the arguments of model and guide, ``(batch, *event)``.
+    :param data: as for :func:`~pyro_vae.fit`.
     :param log_evidence: log p(x) per datum; by default ``model.log_evidence`` where the model knows it.
     :param num_particles: draws for each ELBO that has no closed form, 2 or more.
     :param tolerance: nats per datum that a hundred steps must gain.
@@ -74,11 +83,11 @@ def split_gap(
     :param check: ``False`` runs a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
     :raises ValueError: for a guide whose family is not known by its parameters, or ``log_evidence`` of another length.
     """
-    batch = as_arguments(args, kwargs)
+    batch = fitting(read_whole(data, seed=seed), model, guide)
     if num_particles < 2:
         raise ValueError(f"split_gap: expected num_particles ≥ 2, for standard errors, but got {num_particles}")
     if log_evidence is None and hasattr(model, "log_evidence"):
-        log_evidence = model.log_evidence(*batch.args, **batch.kwargs)
+        log_evidence = log_evidence_of(model, batch)
     if log_evidence is not None and log_evidence.shape != (batch.num_rows,):
         raise ValueError(
             f"split_gap: log_evidence has shape {tuple(log_evidence.shape)}; expected ({batch.num_rows},), one number a datum"
@@ -95,9 +104,9 @@ def split_gap(
     unknown = torch.full_like(amortization, math.nan)
     return GapSplit(
         approximation=unknown if log_evidence is None else log_evidence - at_best.mean(0),
-        approximation_error=errors[0],
+        approximation_se=errors[0],
         amortization=amortization,
-        amortization_error=torch.hypot(*errors),
+        amortization_se=torch.hypot(*errors),
         steps=steps,
     )
 

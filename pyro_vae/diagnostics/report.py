@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.data.batches import as_arguments
 from pyro_vae.diagnostics.calibration import Calibration, calibration
 from pyro_vae.diagnostics.usage import LatentUsage, latent_usage
 from pyro_vae.evidence import Evidence, elbo, importance
+from pyro_vae.pairs.preserve import read_whole
 from pyro_vae.pairs.traces import Program
 
 _JOINT = (
@@ -71,41 +71,43 @@ class Diagnosis:
 def diagnose(
     model: Program,
     guide: Program,
-    *args: Any,
+    data: Any,
+    *,
     num_particles: int = 1000,
     num_simulations: int = 1000,
     seed: int = 0,
     check: bool = True,
     joint: bool = False,
-    **kwargs: Any,
 ) -> Diagnosis:
     """The cheap diagnostics of a pair: ELBO and importance-weighted bound, Pareto k̂ per datum, the use of the latent
     dimensions, calibration on data simulated from the model. ``print`` gives one page.
 
-    :param args: the arguments of model and guide, ``(batch, *event)``.
+    :param data: as for :func:`~pyro_vae.fit`.
     :param num_particles: draws for each datum.
     :param num_simulations: of the calibration; 0 leaves it out.
     :param joint: all data together as one datum, for models with latents that all data share. ``usage`` and ``calibration``
         are ``None`` then.
     :raises ValueError: for a pair that is wrong; latents in no data plate unless ``joint``.
     """
-    batch = as_arguments(args, kwargs)
+    batch = read_whole(data, seed=seed)
     notes: list[str] = []
-    options: dict[str, Any] = {"seed": seed, "check": check, **batch.kwargs}
-    data = batch.args or batch.kwargs
-    lower = elbo(model, guide, data, num_particles=num_particles, joint=joint, seed=seed, check=check)
-    weighted = importance(model, guide, data, num_particles=num_particles, joint=joint, seed=seed, check=check)
+    lower = elbo(model, guide, batch, num_particles=num_particles, joint=joint, seed=seed, check=check)
+    weighted = importance(model, guide, batch, num_particles=num_particles, joint=joint, seed=seed, check=check)
+    if weighted.bound == "none":
+        notes.append("the guide has points (Delta) without a density: ELBO, KL and Pareto k do not measure it")
     if joint:
-        return Diagnosis(lower, weighted, None, None, _JOINT)
+        return Diagnosis(lower, weighted, None, None, (*notes, *_JOINT))
     usage: LatentUsage | None = None
     calibrated: Calibration | None = None
     try:
-        usage = latent_usage(model, guide, *batch.args, **options)
+        usage = latent_usage(model, guide, batch, seed=seed, check=check)
     except Exception as reason:  # of the user's pair; the other parts are computed all the same
         notes.append(f"latent dimensions: not computed: {type(reason).__name__}: {reason}")
     if num_simulations:
         try:
-            calibrated = calibration(model, guide, *batch.args, num_simulations=num_simulations, **options)
+            calibrated = calibration(
+                model, guide, batch, num_simulations=num_simulations, seed=seed, check=check
+            )
         except Exception as reason:
             notes.append(f"calibration: not computed: {type(reason).__name__}: {reason}")
     return Diagnosis(lower, weighted, usage, calibrated, tuple(notes))

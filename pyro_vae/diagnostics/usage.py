@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vae.data.batches import as_arguments
 from pyro_vae.pairs.latents import inspect_latents
-from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.preserve import read_whole, untouched
 from pyro_vae.pairs.traces import Program, unwrapped
 
 _DRAWS = 100
@@ -61,16 +60,16 @@ class LatentUsage:
         return "\n".join(lines)
 
 
-def latent_usage(model: Program, guide: Program, *args: Any, seed: int = 0, check: bool = True, **kwargs: Any) -> LatentUsage:
+def latent_usage(model: Program, guide: Program, data: Any, *, seed: int = 0, check: bool = True) -> LatentUsage:
     """What the guide of a pair with one latent site uses it for, on these data.
 
     The aggregate posterior is the mixture of q(z|x_n) over the N data that are given, evaluated at a draw for each of them: N²
     densities.
 
-    :param args: the arguments of model and guide, ``(batch, *event)``.
+    :param data: as for :func:`~pyro_vae.fit`.
     :raises ValueError: for several latent sites, or fewer than two data.
     """
-    batch = as_arguments(args, kwargs)
+    batch = read_whole(data, seed=seed)
     n = batch.num_rows
     if n < 2:
         raise ValueError(f"latent_usage: expected two data or more but got {n}")

@@ -35,7 +35,7 @@ class SigmoidBeliefNet(ExactModel):
     def prior(self) -> dist.TorchDistribution:
         return dist.Bernoulli(logits=self.prior_logits).to_event(1)
 
-    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+    def decoder(self, z: Tensor) -> dist.TorchDistribution:
         return dist.Bernoulli(logits=z @ self.weight.mT + self.bias).to_event(1)
 
     def index(self, z: Tensor) -> Tensor:

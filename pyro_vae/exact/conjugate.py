@@ -24,7 +24,7 @@ class BetaBernoulli(ExactModel):
     def prior(self) -> dist.TorchDistribution:
         return dist.Beta(self.concentration1, self.concentration0).to_event(1)
 
-    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+    def decoder(self, z: Tensor) -> dist.TorchDistribution:
         return dist.Bernoulli(z.expand(*z.shape[:-1], *self.event_shape)).to_event(1)
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
@@ -52,7 +52,7 @@ class GammaPoisson(ExactModel):
     def prior(self) -> dist.TorchDistribution:
         return dist.Gamma(self.concentration, self.rate).to_event(1)
 
-    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+    def decoder(self, z: Tensor) -> dist.TorchDistribution:
         return dist.Poisson(z.expand(*z.shape[:-1], *self.event_shape)).to_event(1)
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:

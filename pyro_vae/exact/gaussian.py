@@ -58,7 +58,7 @@ class LinearGaussian(ExactModel):
     def prior(self) -> dist.TorchDistribution:
         return dist.Normal(self.prior_loc, self.prior_scale).to_event(1)
 
-    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+    def decoder(self, z: Tensor) -> dist.TorchDistribution:
         return dist.Normal(z @ self.weight.mT + self.bias, self.noise_scale).to_event(1)
 
     @property

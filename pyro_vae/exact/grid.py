@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from pyro_vae.data.batches import Batch, as_arguments
+from pyro_vae.data.batches import Batch, as_whole
 from pyro_vae.pairs.enumeration import values_of
 from pyro_vae.pairs.latents import Site, inspect_latents
 from pyro_vae.pairs.preserve import untouched
@@ -54,7 +54,7 @@ class Grid:
 
     A module is evaluated in double precision; a plain function in that of its own tensors, so give it double ones where the
     digits matter. Mass that lies closer to the upper end of an interval than its numbers can tell, as that of a Beta(0.1, 0.1)
-    next to 1, is lost. Arguments are those of the model. Raises ``ValueError`` for a model that has no such posterior.
+    next to 1, is lost. Data are what :func:`~pyro_vae.fit` takes. Raises ``ValueError`` for a model that has no such posterior.
 
     >>> import pyro
     >>> def model(x):
@@ -75,18 +75,18 @@ class Grid:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
-    def log_evidence(self, *args: Any, **kwargs: Any) -> Tensor:
+    def log_evidence(self, data: Any) -> Tensor:
         """log p(x) in nats, ``(batch,)``."""
-        return self.solve(*args, **kwargs).log_evidence
+        return self.solve(data).log_evidence
 
-    def posterior(self, *args: Any, **kwargs: Any) -> "GridPosterior":
+    def posterior(self, data: Any) -> "GridPosterior":
         """p(z|x), of ``batch_shape (batch,)``; two numbers z₁, z₂ come as one vector, in the order the model draws them."""
-        joint = _Joint(self.model, as_arguments(args, kwargs))
+        joint = _Joint(self.model, as_whole(data))
         return GridPosterior(joint, self._solve(joint))
 
-    def solve(self, *args: Any, **kwargs: Any) -> Solution:
+    def solve(self, data: Any) -> Solution:
         """The evidence with an estimate of its error, and the grid that it came from."""
-        return self._solve(_Joint(self.model, as_arguments(args, kwargs)))
+        return self._solve(_Joint(self.model, as_whole(data)))
 
     @torch.no_grad()
     def _solve(self, joint: "_Joint") -> Solution:
@@ -135,6 +135,20 @@ class Grid:
         outermost = (points - box.centre).abs() + spacing / 2 >= box.scale
         edge = (weights.unsqueeze(-1) * outermost).sum(1)
         return Solution(log_evidence, error.sum(1), points, weights, spacing), edge
+
+
+def posterior_of(exact_model: Any, batch: Batch) -> Any:
+    """p(z|x) of a model that knows it: a :class:`Grid` takes the data, any other the arguments of its program."""
+    if isinstance(exact_model, Grid):
+        return exact_model.posterior(batch)
+    return exact_model.posterior(*batch.args, **batch.kwargs)
+
+
+def log_evidence_of(exact_model: Any, batch: Batch) -> Tensor:
+    """log p(x) in nats of a model that knows it, ``(batch,)``; arguments as for :func:`posterior_of`."""
+    if isinstance(exact_model, Grid):
+        return exact_model.log_evidence(batch)
+    return exact_model.log_evidence(*batch.args, **batch.kwargs)
 
 
 class _Cells(NamedTuple):

@@ -33,7 +33,7 @@ class FiniteMixture(ExactModel):
     def prior(self) -> dist.TorchDistribution:
         return dist.Categorical(self.weights)
 
-    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+    def decoder(self, z: Tensor) -> dist.TorchDistribution:
         return dist.MultivariateNormal(self.locs[z.long()], scale_tril=self.scale_trils[z.long()])
 
     def _joint(self, x: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class MixturePrior(ExactModel):
         components = dist.MultivariateNormal(self.locs, scale_tril=self.scale_trils)
         return dist.MixtureSameFamily(dist.Categorical(self.weights), components)
 
-    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+    def decoder(self, z: Tensor) -> dist.TorchDistribution:
         return dist.Normal(z @ self.weight.mT + self.bias, self.noise_scale).to_event(1)
 
     def _joint(self, x: Tensor) -> Tensor:

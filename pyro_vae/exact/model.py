@@ -80,7 +80,7 @@ class ExactModel(nn.Module, ABC):
         """p(z)."""
 
     @abstractmethod
-    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+    def decoder(self, z: Tensor) -> dist.TorchDistribution:
         """p(x|z). z: ``(*batch, *latent_shape)``."""
 
     @abstractmethod
@@ -105,17 +105,17 @@ class ExactModel(nn.Module, ABC):
         model = self.like(x)
         with pyro.plate("data", 1 if x is None else len(model.checked(x)), dim=-1):
             z = pyro.sample("z", model.prior())
-            return pyro.sample("x", model.likelihood(z), obs=x)
+            return pyro.sample("x", model.decoder(z), obs=x)
 
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x, z) in nats. z: ``(*particles, batch, *latent_shape)`` → ``(*particles, batch)``."""
         model = self.like(x)
-        return model.prior().log_prob(z) + model.likelihood(z).log_prob(x)
+        return model.prior().log_prob(z) + model.decoder(z).log_prob(x)
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
         """n draws of x from p(z) p(x|z): ``(n, *event_shape)``."""
-        return self.likelihood(self.prior().sample((n,))).sample()
+        return self.decoder(self.prior().sample((n,))).sample()
 
     def checked(self, x: Tensor) -> Tensor:
         """``x`` itself. Raises ``ValueError`` for another shape than ``(batch, *event_shape)`` or rows that are not finite."""

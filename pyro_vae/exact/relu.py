@@ -62,7 +62,7 @@ class ReluDecoder(ExactModel):
     def prior(self) -> dist.TorchDistribution:
         return dist.Normal(self.weight.new_zeros(1), 1.0).to_event(1)
 
-    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+    def decoder(self, z: Tensor) -> dist.TorchDistribution:
         h = torch.relu(z * self.hidden_weight + self.hidden_bias)
         return dist.Normal(h @ self.weight.mT + self.bias, self.noise_scale).to_event(1)
 

@@ -85,7 +85,7 @@ class _BananaDistribution(_Shape):
 
 
 class _WithoutData(ExactModel):
-    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+    def decoder(self, z: Tensor) -> dist.TorchDistribution:
         return dist.Delta(torch.zeros_like(z[..., :1])).to_event(1)
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:

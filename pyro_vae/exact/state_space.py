@@ -74,7 +74,7 @@ class LinearGaussianStateSpace(ExactModel):
         precision = self._prior_precision()
         return dist.MultivariateNormal(precision.new_zeros(len(precision)), precision_matrix=precision)
 
-    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+    def decoder(self, z: Tensor) -> dist.TorchDistribution:
         states = z.unflatten(-1, (self.num_steps, -1))
         noise = torch.linalg.cholesky(self.observation_covariance)
         return dist.MultivariateNormal(states @ self.observation.mT, scale_tril=noise).to_event(1)

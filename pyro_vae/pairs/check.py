@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.data.batches import Batch, as_arguments
+from pyro_vae.data.batches import Batch, as_whole
 from pyro_vae.pairs.preserve import untouched
 from pyro_vae.pairs.probe import probe_particles
 from pyro_vae.pairs.problems import (
@@ -66,8 +66,8 @@ class PairReport:
         return "\n".join([*table, "", *verdict])
 
 
-def check_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> PairReport:
-    """Run a pair on a batch and report its problems. All state is restored afterwards.
+def check_pair(model: Program, guide: Program, data: Any) -> PairReport:
+    """Run a pair on all data at once and report its problems. All state is restored afterwards.
 
     Checked are: sites that only model or guide has; event shapes and plates that differ between them; batch dimensions that
     no plate declares; data that are not finite, or outside of the likelihood's support, with the row; draws of the guide
@@ -75,7 +75,7 @@ def check_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Pai
     not registered; rows along another dimension than the first; and rows that are not independent given the latents that
     they share, as under batch normalization in training mode.
 
-    :param args: the arguments of model and guide, tensors or arrays ``(batch, *event)``.
+    :param data: as for :func:`~pyro_vae.fit`; some of them suffice, such as 100 rows. Invalid data are reported too.
     :return: :class:`PairReport`; ``print(check_pair(...))`` is a table of the sites and the list of problems.
 
     >>> import pyro, pyro.distributions as dist, torch
@@ -93,7 +93,7 @@ def check_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Pai
     - guide: 'z' is in plates () but in the model in ('data',); expected the same plates on both sides
     """
     try:
-        pair = inspect(model, guide, as_arguments(args, kwargs), training=True)
+        pair = inspect(model, guide, as_whole(data), training=True)
     except ValueError as error:
         return PairReport((), frozenset(), (str(error),))
     with untouched():

@@ -609,6 +609,7 @@ def test_all_data_as_one_batch_are_those_of_the_minibatches():
         batch = as_whole(given)
         assert torch.equal(batch.args[0], x)
         assert torch.equal(batch.args[1], c)
+        assert as_whole(batch) is batch
     with pytest.raises(ValueError, match="an order of its own"):
         as_whole(DataLoader(data, 3, sampler=SubsetRandomSampler(range(7))))
 

@@ -39,7 +39,7 @@ def test_the_posterior_is_calibrated():
     found = calibration(TOY, EXACT, X, num_simulations=2000)
     assert found.rejected() == ()
     assert [found.shape(name) for name in found.statistics] == ["flat"] * 4
-    assert ((found.coverage.mean(0) - torch.tensor([0.5, 0.9, 0.95])).abs() < 4 * found.coverage_error).all()
+    assert ((found.coverage.mean(0) - torch.tensor([0.5, 0.9, 0.95])).abs() < 4 * found.coverage_se).all()
     assert found.ranks.shape == (2000, 4)
     assert (found.ranks.min(), found.ranks.max()) == (0, 99)
 
@@ -139,7 +139,7 @@ def test_a_diagnosis_says_what_it_leaves_out():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", TOY.prior())
-            pyro.sample("x", TOY.likelihood(z), obs=x + 1)
+            pyro.sample("x", TOY.decoder(z), obs=x + 1)
 
     found = diagnose(model, EXACT, X, num_particles=50)
     assert found.calibration is None
@@ -151,7 +151,7 @@ def test_two_samples_are_told_apart_as_well_as_they_can_be(distance):
     a, b = seeded(1500, 2), seeded(1500, 2, seed=1) + distance / 2**0.5
     best = torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor(distance / 2)).item()
     found = two_sample_test(a, b)
-    assert found.accuracy == pytest.approx(best, abs=4 * found.error)
+    assert found.accuracy == pytest.approx(best, abs=4 * found.accuracy_se)
     with pytest.raises(ValueError, match="two sets of as many draws"):
         two_sample_test(a, b[:20])
 

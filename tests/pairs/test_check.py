@@ -41,7 +41,7 @@ def test_right_pairs():
         conditionals.Bernoulli(nets.MLP(2), event_shape=(3, 3)),
         conditionals.MultivariateNormal(nets.MLP(9), event_shape=2),
     )
-    report = pv.check_pair(vae.model, vae.guide, torch.ones(7, 3, 3), mask=torch.rand(7, 3, 3) > 0.5)
+    report = pv.check_pair(vae.model, vae.guide, {"x": torch.ones(7, 3, 3), "mask": torch.rand(7, 3, 3) > 0.5})
     assert report.problems == ()
     assert [(s.name, s.programs, s.plates) for s in report.sites] == [
         ("z", ("model", "guide"), ("data",)),

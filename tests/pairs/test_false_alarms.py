@@ -120,7 +120,7 @@ def test_masked_entries_may_hold_anything():
     x, seen = torch.ones(9, 3), torch.rand(9, 3) > 0.5
     x[~seen] = -1.0
     with pyro.validation_enabled(False):
-        assert pv.check_pair(masked, lambda x, seen: None, x, seen).problems == ()
+        assert pv.check_pair(masked, lambda x, seen: None, (x, seen)).problems == ()
 
 
 def test_a_list_of_rows_is_not_a_list_of_arguments():

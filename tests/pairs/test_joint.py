@@ -150,7 +150,7 @@ def test_joint_bounds_of_the_prior_are_below_the_log_evidence(name):
 
 def test_posterior_draws_of_a_regression_have_the_moments_of_the_exact_posterior():
     n = 20_000
-    draws = diagnostics.posterior_draws(regression, regression_guide, DESIGN, Y, num_draws=n, joint=True)
+    draws = diagnostics.posterior_draws(regression, regression_guide, (DESIGN, Y), num_draws=n, joint=True)
     assert draws.keys() == {"w"}
     assert draws["w"].shape == (n, 3)
     posterior = REGRESSION.posterior(Y.unsqueeze(0))
@@ -244,14 +244,14 @@ def test_eight_schools_without_a_plate(model, autoguide):
     n = 400
     bound = evidence.importance(model, guide, SCHOOLS, num_particles=n, joint=True, progress=False)
     assert (bound.log_evidence - eight_schools_evidence()).abs() < 4 * bound.log_evidence_se
-    report = pv.diagnose(model, guide, *SCHOOLS, num_particles=n, joint=True)
+    report = pv.diagnose(model, guide, SCHOOLS, num_particles=n, joint=True)
     torch.testing.assert_close(report.importance.log_evidence, bound.log_evidence, rtol=0, atol=0)
     assert report.usage is report.calibration is None
-    draws = diagnostics.posterior_draws(model, guide, *SCHOOLS, num_draws=n, joint=True)
+    draws = diagnostics.posterior_draws(model, guide, SCHOOLS, num_draws=n, joint=True)
     assert {name: tuple(part.shape) for name, part in draws.items()} == {"mu": (n,), "tau": (n,), "eta": (n, 8)}
     assert (draws["tau"] > 0).all()
     pytest.importorskip("arviz_base")
-    tree = diagnostics.to_arviz(model, guide, *SCHOOLS, num_draws=n, joint=True)
+    tree = diagnostics.to_arviz(model, guide, SCHOOLS, num_draws=n, joint=True)
     assert tree["posterior"]["eta"].dims == ("chain", "draw", "eta_0")
     assert tree["posterior"]["mu"].dims == ("chain", "draw")
     weights = torch.from_numpy(tree["sample_stats"]["log_weight"].values.copy())

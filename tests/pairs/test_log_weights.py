@@ -144,7 +144,7 @@ def test_scales_are_stripped_and_masks_are_kept():
     def scaled(x, mask):
         with pyro.plate("data", 1000, subsample_size=len(x)), poutine.scale(scale=0.1), poutine.mask(mask=mask.any(-1)):
             z = pyro.sample("z", TOY.prior())
-            pyro.sample("x", TOY.likelihood(z).base_dist.mask(mask).to_event(1), obs=x)
+            pyro.sample("x", TOY.decoder(z).base_dist.mask(mask).to_event(1), obs=x)
 
     def guide(x, mask):
         with pyro.plate("data", 1000, subsample_size=len(x)), poutine.mask(mask=mask.any(-1)):
@@ -260,7 +260,7 @@ def more(x):
 def subsampled(x):
     with pyro.plate("data", len(x), subsample_size=4) as rows:
         z = pyro.sample("z", TOY.prior())
-        pyro.sample("x", TOY.likelihood(z), obs=x[rows])
+        pyro.sample("x", TOY.decoder(z), obs=x[rows])
 
 
 def subsampled_guide(x):

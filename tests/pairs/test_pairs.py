@@ -171,7 +171,7 @@ def test_a_plate_of_one_is_not_taken_for_the_data():
 def test_labelled_data_train_and_validate_pairs_without_labels():
     data = TensorDataset(torch.randn(40, 3), torch.zeros(40).long())
     assert pv.fit(model, guide, data, validation=data, epochs=1).epochs[0].validation
-    assert pv.check_pair(model, guide, *data.tensors).problems == ()
+    assert pv.check_pair(model, guide, data).problems == ()
 
 
 def test_a_sampler_says_how_many_data_there_are():

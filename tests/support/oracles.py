@@ -117,7 +117,7 @@ def log_evidence(name, model, x):
     if name == "SigmoidBeliefNet":
         total = 0.0
         for state in model.states:
-            total = total + (model.prior().log_prob(state) + model.likelihood(state).log_prob(x)).exp()
+            total = total + (model.prior().log_prob(state) + model.decoder(state).log_prob(x)).exp()
         return total.log()
     return torch.zeros(len(x), dtype=torch.double)  # no data
 

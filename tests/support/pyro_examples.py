@@ -5,6 +5,7 @@ from a fixed seed.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +34,12 @@ class Example(NamedTuple):
     args: tuple[Any, ...]
     loss: Any
     kwargs: dict[str, Any] = {}  # noqa: RUF012
+
+    @property
+    def data(self) -> tuple[Any, ...] | dict[str, Any]:
+        """As the verbs take them: a tuple, or by name where some of them are."""
+        names = inspect.signature(self.model).parameters
+        return dict(zip(names, self.args, strict=False)) | self.kwargs if self.kwargs else self.args
 
 
 def _mlp(n_in: int, n_out: int, *, norm: bool = False) -> nn.Sequential:
