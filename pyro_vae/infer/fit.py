@@ -80,7 +80,7 @@ def fit(
     *,
     loss: ELBO | None = None,
     optim: PyroOptim | None = None,
-    epochs: int = 10,
+    num_epochs: int = 10,
     batch_size: int | None = 100,
     validation: Any = None,
     beta: Beta = 1.0,
@@ -145,7 +145,7 @@ def fit(
     records: list[Epoch] = []
     state = _empty_store() if param_store is None else param_store
     for record in train(
-        model, guide, data, loss=loss, optim=optim, epochs=epochs, batch_size=batch_size, validation=validation,
+        model, guide, data, loss=loss, optim=optim, num_epochs=num_epochs, batch_size=batch_size, validation=validation,
         beta=beta, patience=patience, compile=compile, clip_norm=clip_norm, autocast=autocast,
         checkpoint=checkpoint, every=every, resume=resume,
         progress=progress, check=check, param_store=state,
@@ -177,7 +177,7 @@ def train(
     *,
     loss: ELBO | None = None,
     optim: PyroOptim | None = None,
-    epochs: int = 10,
+    num_epochs: int = 10,
     batch_size: int | None = 100,
     validation: Any = None,
     beta: Beta = 1.0,
@@ -201,8 +201,8 @@ def train(
     loss, optim = loss or Trace_ELBO(), optim or Adam({"lr": 1e-3})
     if isinstance(checkpoint, Path | str):  # it is none: see _alone
         checkpoint = Checkpoints(Path(checkpoint))
-    _check_options(epochs, validation, beta, patience, clip_norm, autocast, checkpoint, every, resume)
-    epochs = int(epochs)
+    _check_options(num_epochs, validation, beta, patience, clip_norm, autocast, checkpoint, every, resume)
+    num_epochs = int(num_epochs)
     batches, group = as_batches(data, batch_size), Group()
     state = _empty_store() if param_store is None else param_store
     store = pyro.get_param_store()
@@ -214,7 +214,7 @@ def train(
     first, modules = pair.batch, list(pair.ran)
     batches.cast(pair.dtype)
     step = MinibatchSVI(model, guide, loss, optim, pair, batches, annealed=beta != 1.0, clip_norm=clip_norm, group=group)
-    at, best = Position(planned=epochs), Best(Weights(model, guide, modules))
+    at, best = Position(planned=num_epochs), Best(Weights(model, guide, modules))
     settings = {"beta": beta, "patience": patience, "clip_norm": clip_norm, "autocast": autocast and str(autocast)}
     if clip_norm is not None:
         settings["clip_norm"] = f"{clip_norm} per datum"  # earlier versions meant the gradient of all data
@@ -223,15 +223,15 @@ def train(
     keeper = Keeper(checkpoint, every, at, best, step, batches, config)
     with store.scope(state):
         keeper.begin(resume, model, guide, first, held_out)
-    if at.epoch > epochs + 1:
-        raise ValueError(f"resume: the fit has {at.epoch - 1} epochs behind it but is to have {epochs}; expected no fewer")
+    if at.epoch > num_epochs + 1:
+        raise ValueError(f"resume: the fit has {at.epoch - 1} epochs behind it but is to have {num_epochs}; expected no fewer")
     yield from at.history
     quiet = not progress if progress is not None else None if group.rank == 0 else True
     precision = nullcontext() if autocast is None else torch.autocast(first.leaves()[0].device.type, autocast)
     pays, pays_last = (_pays(compile, at.planned * n) for n in (batches.num_batches, 1))
-    with tqdm(total=epochs * batches.num_batches, unit="step", disable=quiet) as bar:
+    with tqdm(total=num_epochs * batches.num_batches, unit="step", disable=quiet) as bar:
         bar.update(at.steps)
-        while at.epoch <= epochs and not best.waited(patience):
+        while at.epoch <= num_epochs and not best.waited(patience):
             with store.scope(state), keeper.safe(), enough_memory(LESS_MEMORY):
                 for batch in at.rest(batches):
                     elapsed = at.epoch - 1 + at.batch / batches.num_batches
@@ -255,7 +255,7 @@ def train(
                     best.see(reached.elbo, patience)
                 keeper.save()
             bar.set_postfix(epoch=record.epoch, train=f"{record.train.elbo:.2f}", **_shown(reached))
-            if record.epoch == epochs:
+            if record.epoch == num_epochs:
                 logger.info("fit ran as\n%s", step.explain())
             yield record
     if patience is not None:
@@ -329,7 +329,7 @@ def _warn_of_new_start(model: Program, guide: Program, state: dict) -> None:
 
 
 def _check_options(
-    epochs: int,
+    num_epochs: int,
     validation: Any,
     beta: Beta,
     patience: int | None,
@@ -339,8 +339,8 @@ def _check_options(
     every: int | None,
     resume: Any,
 ) -> None:
-    for name, value in (("epochs", epochs), ("patience", patience), ("every", every)):
-        if not (value is None and name != "epochs"):
+    for name, value in (("num_epochs", num_epochs), ("patience", patience), ("every", every)):
+        if not (value is None and name != "num_epochs"):
             check_count(f"fit: {name}", value)
     if patience is not None and validation is None:
         raise ValueError(f"fit: patience is {patience} without validation data; expected both, or patience=None")

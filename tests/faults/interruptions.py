@@ -51,7 +51,7 @@ def _killed(delay, loss, **options):
         stepped(self)
 
     Keeper.stepped = first
-    small.train(loss, epochs=8, **options)
+    small.train(loss, num_epochs=8, **options)
     time.sleep(10)  # it was faster than its death
 
 
@@ -221,7 +221,7 @@ def two_fits(folder):
     import pyro
 
     def fit(which):
-        vae, _ = small.train(compile=False, epochs=2, vae=small.make_vae(which), seed=which)
+        vae, _ = small.train(compile=False, num_epochs=2, vae=small.make_vae(which), seed=which)
         return small.sum_of(vae.parameters())
 
     alone = []
@@ -239,5 +239,5 @@ def two_fits(folder):
 
 
 def _alone(place, which):
-    vae, _ = small.train(compile=False, epochs=2, vae=small.make_vae(which), seed=which)
+    vae, _ = small.train(compile=False, num_epochs=2, vae=small.make_vae(which), seed=which)
     Path(place, "sum").write_text(small.sum_of(vae.parameters()))

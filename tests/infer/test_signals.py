@@ -69,7 +69,7 @@ def test_a_signal_that_nobody_hears_is_not_heard(tmp_path, monkeypatch):
     stepped = resume.Keeper.stepped
     monkeypatch.setattr(resume.Keeper, "stepped", lambda self: (os.kill(os.getpid(), signal.SIGINT), stepped(self)))
     try:
-        run(epochs=1, checkpoint=tmp_path)
+        run(num_epochs=1, checkpoint=tmp_path)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -77,13 +77,13 @@ def test_a_signal_that_nobody_hears_is_not_heard(tmp_path, monkeypatch):
 def test_without_a_checkpoint_signals_are_left_alone(monkeypatch):
     handlers = set()
     monkeypatch.setattr(resume.Keeper, "stepped", lambda self: handlers.add(signal.getsignal(signal.SIGINT)))
-    run(epochs=1)
+    run(num_epochs=1)
     assert handlers == {signal.getsignal(signal.SIGINT)}
 
 
 def test_outside_the_main_thread(tmp_path):
     found = []
-    thread = threading.Thread(target=lambda: found.append(run(checkpoint=tmp_path, epochs=2)))
+    thread = threading.Thread(target=lambda: found.append(run(checkpoint=tmp_path, num_epochs=2)))
     thread.start()
     thread.join()
-    assert_same(found[0], run(epochs=2))
+    assert_same(found[0], run(num_epochs=2))
