@@ -304,7 +304,7 @@ def _one_step(model, guide, whole, x, optim, loss):
     pair = inspect_for_training(model, guide, batches, loss, annealed=False, check=True)
     step = MinibatchSVI(model, guide, loss, optim, pair, batches, annealed=False, clip_norm=None, group=Group())
     step.compile = False
-    step.on(Batch((x,), {}), 1.0, 1.0, "here")
+    step.minibatch_step(Batch((x,), {}), 1.0, 1.0, "here")
 
 
 def test_a_nonlinear_loss_with_a_shared_latent_is_refused_in_minibatches():
@@ -335,7 +335,13 @@ def test_training_in_minibatches_ends_where_plain_svi_ends(loss):
         pyro.set_rng_seed(0)
         optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "gamma": 0.97})
         history = pv.fit(
-            local_model, many(loss, lambda x: amortized(x)), x, loss=NONLINEAR[loss](), num_epochs=150, batch_size=size, optim=optim
+            local_model,
+            many(loss, lambda x: amortized(x)),
+            x,
+            loss=NONLINEAR[loss](),
+            num_epochs=150,
+            batch_size=size,
+            optim=optim,
         )
         with history.scope():
             found[size] = [pyro.param("slope").item(), pyro.param("width").item()]

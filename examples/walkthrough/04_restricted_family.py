@@ -67,7 +67,9 @@ def train_linear(x, beta, num_epochs):
         conditionals.Normal(nets.MLP(x.shape[1], ()), event_shape=UNITS, scale="learned"),
     ).double()
     loss = TraceMeanField_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
-    pv.fit(vae.model, vae.guide, x, loss=loss, num_epochs=num_epochs, batch_size=None, beta=beta, optim=decayed(0.05, num_epochs))
+    pv.fit(
+        vae.model, vae.guide, x, loss=loss, num_epochs=num_epochs, batch_size=None, beta=beta, optim=decayed(0.05, num_epochs)
+    )
     return vae
 
 

@@ -212,7 +212,7 @@ def _poison(vae, step, value, sums):
     with one parameter under it: ∂√(a + b·w)/∂w = b/(2√a), 1/0 or 0/0. A graph reads a and b anew at each step."""
     from pyro_vae.infer.minibatch import MinibatchSVI
 
-    on = MinibatchSVI.on
+    minibatch_step = MinibatchSVI.minibatch_step
     count = iter(range(1, 10_000))
     layer = vae.model.decoder.readout["loc"].layer
     a, b = torch.ones(()), torch.zeros(())
@@ -225,13 +225,13 @@ def _poison(vae, step, value, sums):
     def stepping(self, *args):
         sums.append(small.sum_of(vae.parameters()))
         if next(count) == step:
-            MinibatchSVI.on = on
+            MinibatchSVI.minibatch_step = minibatch_step
             a.zero_()
             b.fill_(math.isinf(value))
-        return on(self, *args)
+        return minibatch_step(self, *args)
 
     layer.register_forward_hook(add_root)
-    MinibatchSVI.on = stepping
+    MinibatchSVI.minibatch_step = stepping
 
 
 def grey_pixels(folder):

@@ -54,8 +54,8 @@ def train(loss="Trace_ELBO", *, vae=None, seed=1, num_epochs=8, compile="trace",
     optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.9})
     pyro.set_rng_seed(seed)
     history = pv.fit(
-        vae.model, vae.guide, x[:1000], validation=x[1000:], loss=LOSSES[loss](), optim=optim, num_epochs=num_epochs, batch_size=30,
-        patience=num_epochs, compile=compile, **options,
+        vae.model, vae.guide, x[:1000], validation=x[1000:], loss=LOSSES[loss](), optim=optim, num_epochs=num_epochs,
+        batch_size=30, patience=num_epochs, compile=compile, **options,
     )  # fmt: skip
     return vae, history
 

@@ -115,7 +115,8 @@ def test_one_clip_norm_does_for_data_sets_of_every_size(loss, batch_size, compil
         optim = pyro.optim.SGD({"lr": 0.1 / n})
         num_epochs = 6 if batch_size is None else 6 * batch_size // n or 1
         x = torch.full((n,), 4.0, dtype=torch.double)
-        mu = point(x, optim, num_epochs=num_epochs, batch_size=batch_size, clip_norm=1.5, compile=compile, loss=loss(num_particles=2))
+        options = {"num_epochs": num_epochs, "batch_size": batch_size, "clip_norm": 1.5, "compile": compile}
+        mu = point(x, optim, loss=loss(num_particles=2), **options)
         taken = num_epochs * (1 if batch_size is None else n // batch_size)
         expected = 0.0
         for _ in range(taken):

@@ -1,6 +1,7 @@
 """fit: scaling, annealing, isolation, early stopping, what it refuses; evaluate moves nothing."""
 
 import math
+from inspect import signature
 
 import numpy as np
 import pyro
@@ -297,3 +298,27 @@ def test_bad_batches_of_a_loader_are_named_by_graphs_too():
         loader = DataLoader(TensorDataset(x), batch_size=10)
         with pytest.raises(error, match=message):
             pv.fit(vae.model, vae.guide, loader, compile="trace")
+
+
+def test_fit_and_train_have_the_same_visible_options():
+    ours, theirs = signature(pv.fit), signature(pv.train)
+    assert ours.parameters == theirs.parameters
+    assert ours.return_annotation is pv.infer.History
+    assert all(p.kind is p.KEYWORD_ONLY for p in list(ours.parameters.values())[3:])
+
+
+def test_the_value_of_a_finished_generator_is_the_history_of_fit():
+    def run(verb):
+        torch.manual_seed(0)
+        pyro.set_rng_seed(0)
+        return verb(mean_model, mean_guide, torch.arange(20.0), num_epochs=2, batch_size=10, progress=False)
+
+    def values(history):
+        return [epoch._replace(seconds=0.0) for epoch in history.epochs], history.param_store["params"]["loc"].item()
+
+    epochs = run(pv.train)
+    yielded = [next(epochs), next(epochs)]
+    with pytest.raises(StopIteration) as end:
+        next(epochs)
+    assert end.value.value.epochs == tuple(yielded)
+    assert values(end.value.value) == values(run(pv.fit))

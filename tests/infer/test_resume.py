@@ -247,7 +247,7 @@ def test_refusals(tmp_path):
     with pytest.raises(FileExistsError, match="holds checkpoints already"):
         run(num_epochs=2, checkpoint=tmp_path / "a", resume=stopped(tmp_path / "other"))
     run(num_epochs=3, checkpoint=tmp_path / "d")
-    with pytest.raises(ValueError, match="3 epochs behind it but is to have 1"):
+    with pytest.raises(ValueError, match="after 3 epochs but num_epochs is 1"):
         run(num_epochs=1, checkpoint=tmp_path / "d", resume="last")
     run(num_epochs=1, validation=None, checkpoint=tmp_path / "c")
     with pytest.raises(FileNotFoundError, match="validation"):
