@@ -22,18 +22,18 @@ from pyro_vae import evidence
 from pyro_vae.numerics import log_mean_exp
 
 
-def trained(data_dir, epochs):
+def trained(data_dir, num_epochs):
     pyro.set_rng_seed(0)
     train, test = pv.load("mnist", binarize="stochastic", data_dir=data_dir)
     train, test = (pv.Data(part.x.flatten(1), binarize="stochastic", name="mnist") for part in (train, test))
     vae = make_vae()
     optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 2e-3}, "gamma": 0.9})
-    print(pv.fit(vae.model, vae.guide, train, optim=optim, epochs=epochs))
+    print(pv.fit(vae.model, vae.guide, train, optim=optim, num_epochs=num_epochs))
     return vae.requires_grad_(False).eval(), test.fixed().x
 
 
 def ladder(args):
-    vae, test = trained(args.data_dir, args.epochs)
+    vae, test = trained(args.data_dir, args.num_epochs)
     x = test[: args.num_data]
     rungs = {
         "prior Monte Carlo, 5000": lambda: evidence.prior_monte_carlo(vae.model, x, num_particles=5000),
@@ -130,7 +130,7 @@ def speed(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["ladder", "memory", "speed", "toys"])
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--num-epochs", type=int, default=15)
     parser.add_argument("--num-data", type=int, default=100)
     parser.add_argument("--data-dir")
     args = parser.parse_args()

@@ -54,7 +54,7 @@ if __name__ == "__main__":
     print(pv.check_pair(model, guide, x_train[:100]), "\n")
 
     num_epochs = 2 if args.smoke_test else args.num_epochs
-    history = pv.fit(model, guide, x_train, validation=x_test, optim=Adam({"lr": 2e-3}), epochs=num_epochs)
+    history = pv.fit(model, guide, x_train, validation=x_test, optim=Adam({"lr": 2e-3}), num_epochs=num_epochs)
     print(history)
     with torch.no_grad():
         s = brightness_encoder(x_test / 16).mean.squeeze(-1)

@@ -43,7 +43,7 @@ if __name__ == "__main__":
     conditional_prior = conditionals.Normal(nets.MLP(CLASSES, (50,)), event_shape=LATENT_DIM)
     for name, prior in (("p(z)", priors.StandardNormal(LATENT_DIM)), ("p(z|c)", conditional_prior)):
         cvae = make_cvae(prior)
-        history = pv.fit(cvae.model, cvae.guide, train, validation=test, optim=Adam({"lr": 2e-3}), epochs=num_epochs)
+        history = pv.fit(cvae.model, cvae.guide, train, validation=test, optim=Adam({"lr": 2e-3}), num_epochs=num_epochs)
         print(f"{name:7} {history}")
     with torch.no_grad():
         c = torch.eye(CLASSES).repeat_interleave(CLASSES, 0)

@@ -40,6 +40,6 @@ if __name__ == "__main__":
     train, test = pv.load("frey-faces", data_dir=args.data_dir)
     vae = make_vae()
     num_epochs = 2 if args.smoke_test else args.num_epochs
-    history = pv.fit(vae.model, vae.guide, train, validation=test, optim=Adam({"lr": 1e-3}), epochs=num_epochs)
+    history = pv.fit(vae.model, vae.guide, train, validation=test, optim=Adam({"lr": 1e-3}), num_epochs=num_epochs)
     print(history)
     plots.plot_manifold(vae, steps=12).savefig(args.out, dpi=150)

@@ -35,10 +35,10 @@ def as_exact(vae):
     return exact.LinearGaussian(loc.weight.detach(), noise_scale=noise.detach(), bias=loc.bias.detach())
 
 
-def train(vae, x, epochs, loss=None):
+def train(vae, x, num_epochs, loss=None):
     """All data at once, Adam's steps ending a thousand times smaller than they began."""
-    optim = ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "gamma": 1e-3 ** (1 / epochs)})
-    return pv.fit(vae.model, vae.guide, x, loss=loss or Trace_ELBO(), optim=optim, epochs=epochs, batch_size=None)
+    optim = ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "gamma": 1e-3 ** (1 / num_epochs)})
+    return pv.fit(vae.model, vae.guide, x, loss=loss or Trace_ELBO(), optim=optim, num_epochs=num_epochs, batch_size=None)
 
 
 def active_units(vae, x, threshold=0.01):
@@ -86,7 +86,7 @@ if __name__ == "__main__":
     best = exact.LinearGaussian.ppca(x, args.num_units).log_evidence(x).mean().item()
     eigenvalues = torch.linalg.eigvalsh(torch.cov(x.mT, correction=0)).flip(0)
     vae = make_vae(x.shape[1], args.num_units)
-    history = train(vae, x, epochs=20 if args.smoke_test else args.num_epochs)
+    history = train(vae, x, num_epochs=20 if args.smoke_test else args.num_epochs)
     report = pv.compare(as_exact(vae), vae.guide, x, num_particles=2, split=False)
     print(f"maximum log-likelihood of PPCA {best:.4f} nats per datum")
     print(f"ELBO {report.elbo.mean():.4f}, {best - report.elbo.mean():.4f} short of it; gap {report.gap.mean():.4f}")

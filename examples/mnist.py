@@ -41,7 +41,7 @@ def by_svi(train, test, num_epochs):
 
 def by_fit(train, test, num_epochs):
     vae = make_vae()
-    history = pv.fit(vae.model, vae.guide, train, validation=test, optim=make_optim(), epochs=num_epochs)
+    history = pv.fit(vae.model, vae.guide, train, validation=test, optim=make_optim(), num_epochs=num_epochs)
     for record in history.epochs:
         print(f"epoch {record.epoch}: train ELBO {record.train.elbo:.2f}, held-out {record.validation}")
     return history.epochs[-1].validation

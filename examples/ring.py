@@ -46,7 +46,7 @@ if __name__ == "__main__":
         train,
         validation=test,
         optim=Adam({"lr": 2e-3}),
-        epochs=2 if args.smoke_test else args.num_epochs,
+        num_epochs=2 if args.smoke_test else args.num_epochs,
         beta=lambda epoch: min(1.0, epoch / args.warm_up) if args.warm_up else 1.0,
     )
     print(history)

@@ -56,7 +56,7 @@ def test_fit_trains_or_says_why_not(x, likelihood, as_tensor):
     with pyro.get_param_store().scope(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's, on its own casts
         try:
-            history = pv.fit(vae.model, vae.guide, x, epochs=1, batch_size=3)
+            history = pv.fit(vae.model, vae.guide, x, num_epochs=1, batch_size=3)
         except (ValueError, FloatingPointError) as error:
             # a loss beyond float32's range, from data within it, is numerical failure and no bad input
             huge = np.abs(np.asarray(x)).max(initial=0) > 1e15
@@ -107,7 +107,7 @@ def test_what_is_no_data_is_a_value_error(x):
     vae = make_vae()
     before = [p.detach().clone() for p in vae.parameters()]
     with pytest.raises(ValueError, match=r"data|pair|model"):
-        pv.fit(vae.model, vae.guide, x, epochs=1)
+        pv.fit(vae.model, vae.guide, x, num_epochs=1)
     if not all(torch.equal(p, b) for p, b in zip(vae.parameters(), before, strict=True)):
         pytest.fail("bad data moved a parameter")
 
@@ -130,12 +130,12 @@ def test_what_is_no_data_is_a_value_error(x):
 )
 def test_arrays_of_any_layout_train(x):
     vae = make_vae()
-    if not np.isfinite(pv.fit(vae.model, vae.guide, x, epochs=1).epochs[0].train.elbo):
+    if not np.isfinite(pv.fit(vae.model, vae.guide, x, num_epochs=1).epochs[0].train.elbo):
         pytest.fail("the ELBO is not finite")
 
 
 @pytest.mark.parametrize(
-    "options", [{"epochs": 0}, {"batch_size": 0}, {"patience": 2}, {"patience": 0, "validation": 1}], ids=str
+    "options", [{"num_epochs": 0}, {"batch_size": 0}, {"patience": 2}, {"patience": 0, "validation": 1}], ids=str
 )
 def test_options_out_of_range(options):
     vae = make_vae()

@@ -120,7 +120,7 @@ def test_gradients_of_minibatches_sum_to_those_of_plain_pyro_on_all_data_with_ba
     def sgd():
         return pyro.optim.SGD({"lr": 1e-9})
 
-    ours = movements(lambda model, guide, x: pv.fit(model, guide, x, optim=sgd(), epochs=1, batch_size=N // 3))
+    ours = movements(lambda model, guide, x: pv.fit(model, guide, x, optim=sgd(), num_epochs=1, batch_size=N // 3))
     plain = movements(lambda model, guide, x: SVI(model, guide, sgd(), Trace_ELBO()).step(x))
     assert any("decoder" in name for name in ours)
     for name, moved in plain.items():

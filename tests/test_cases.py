@@ -60,7 +60,7 @@ def global_guide(x):
 
 # every verb on a pair with data x; each is to raise the same error for the same wrong pair
 VERBS = {
-    "fit": lambda m, g, x: pv.fit(m, g, x, epochs=1, batch_size=None),
+    "fit": lambda m, g, x: pv.fit(m, g, x, num_epochs=1, batch_size=None),
     "SVI": lambda m, g, x: pv.SVI(m, g, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).step(x),
     "evaluate": pv.evaluate,
     "log_weights": log_weights,
@@ -109,7 +109,7 @@ def test_a_minibatch_that_the_pair_scales_is_not_scaled_again(where):
     }
     ours, guide, plain = pairs[where]
     pyro.set_rng_seed(1)
-    scaled = pv.fit(ours, guide, x, epochs=3, batch_size=size, optim=pyro.optim.SGD({"lr": 1e-4}))
+    scaled = pv.fit(ours, guide, x, num_epochs=3, batch_size=size, optim=pyro.optim.SGD({"lr": 1e-4}))
     if plain is None:
 
         def plain(x):
@@ -117,7 +117,7 @@ def test_a_minibatch_that_the_pair_scales_is_not_scaled_again(where):
                 pyro.sample("x", dist.Normal(mu_of(), 1.0), obs=x)
 
     pyro.set_rng_seed(1)
-    once = pv.fit(plain, guide, x, epochs=3, batch_size=size, optim=pyro.optim.SGD({"lr": 1e-4}))
+    once = pv.fit(plain, guide, x, num_epochs=3, batch_size=size, optim=pyro.optim.SGD({"lr": 1e-4}))
     for name, value in once.param_store["params"].items():
         torch.testing.assert_close(scaled.param_store["params"][name], value)
 
@@ -129,7 +129,7 @@ def test_a_scale_by_another_number_of_data_is_refused():
             pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
 
     with pytest.raises(ValueError, match=r"'x' is scaled by 1000/rows, but there are 40 data"):
-        pv.fit(model, global_guide, torch.randn(40), epochs=1, batch_size=10)
+        pv.fit(model, global_guide, torch.randn(40), num_epochs=1, batch_size=10)
 
 
 def scaled_constantly(x):
@@ -155,10 +155,10 @@ def prior_scaled_down(x):
 def test_other_ways_to_scale_a_minibatch_are_refused(model):
     x = torch.randn(40)
     with pytest.raises(ValueError, match=r"is scaled by .* as minibatches of 10 of 40 data are"):
-        pv.fit(model, global_guide, x, epochs=1, batch_size=10, progress=False)
+        pv.fit(model, global_guide, x, num_epochs=1, batch_size=10, progress=False)
     with pyro.get_param_store().scope():
-        pv.fit(model, global_guide, x, epochs=1, batch_size=None, progress=False)
-        pv.fit(model, global_guide, x, epochs=1, batch_size=10, check=False, progress=False)
+        pv.fit(model, global_guide, x, num_epochs=1, batch_size=None, progress=False)
+        pv.fit(model, global_guide, x, num_epochs=1, batch_size=10, check=False, progress=False)
 
 
 def test_a_pair_that_scales_itself_is_refused_under_a_loss_of_weights():
@@ -178,7 +178,7 @@ def test_a_pair_that_scales_itself_is_refused_under_a_loss_of_weights():
 
     loss = RenyiELBO(alpha=0, num_particles=5)
     with pytest.raises(ValueError, match="power of the importance weights"):
-        pv.fit(mixed, guide, torch.randn(40), loss=loss, epochs=1, batch_size=10, check=False, progress=False)
+        pv.fit(mixed, guide, torch.randn(40), loss=loss, num_epochs=1, batch_size=10, check=False, progress=False)
 
 
 # ---------------------------------------------------------------- A2: frozen parameters
@@ -221,7 +221,7 @@ def test_frozen_parameters_stay_where_they_are_in_training(compile):
         start, x, optim = guide.scale.item(), torch.randn(20), pyro.optim.Adam({"lr": 0.1})
         with pyro.get_param_store().scope():
             if train == "fit":
-                pv.fit(local_model, guide, x, epochs=3, batch_size=5, optim=optim, compile=compile)
+                pv.fit(local_model, guide, x, num_epochs=3, batch_size=5, optim=optim, compile=compile)
             else:
                 svi = pv.SVI(local_model, guide, optim, Trace_ELBO(), compile=compile)
                 for _ in range(5):
@@ -240,12 +240,12 @@ def test_losses_outside_the_table_are_refused_in_minibatches():
 
     x = torch.randn(20)
     with pytest.raises(ValueError, match=r"Mine is a loss that pyro_vae does not know.*batch_size=None"):
-        pv.fit(local_model, amortized, x, loss=Mine(), epochs=1, batch_size=5)
-    assert pv.fit(local_model, amortized, x, loss=Mine(), epochs=1, batch_size=None)
-    assert pv.fit(local_model, amortized, x, loss=Mine(), epochs=1, batch_size=5, check=False)
+        pv.fit(local_model, amortized, x, loss=Mine(), num_epochs=1, batch_size=5)
+    assert pv.fit(local_model, amortized, x, loss=Mine(), num_epochs=1, batch_size=None)
+    assert pv.fit(local_model, amortized, x, loss=Mine(), num_epochs=1, batch_size=5, check=False)
     for loss in (EnergyDistance(), ReweightedWakeSleep()):
         with pytest.raises(ValueError, match=rf"{type(loss).__name__}.*expected pyro.infer.SVI"):
-            pv.fit(local_model, amortized, x, loss=loss, epochs=1)
+            pv.fit(local_model, amortized, x, loss=loss, num_epochs=1)
 
 
 def amortized(x):
@@ -304,7 +304,7 @@ def _one_step(model, guide, whole, x, optim, loss):
     pair = inspect_for_training(model, guide, batches, loss, annealed=False, check=True)
     step = MinibatchSVI(model, guide, loss, optim, pair, batches, annealed=False, clip_norm=None, group=Group())
     step.compile = False
-    step.on(Batch((x,), {}), 1.0, 1.0, "here")
+    step.minibatch_step(Batch((x,), {}), 1.0, 1.0, "here")
 
 
 def test_a_nonlinear_loss_with_a_shared_latent_is_refused_in_minibatches():
@@ -315,8 +315,8 @@ def test_a_nonlinear_loss_with_a_shared_latent_is_refused_in_minibatches():
 
     loss = RenyiELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
     with pytest.raises(ValueError, match="'mu' is shared by all data"):
-        pv.fit(model, global_guide, torch.randn(20), loss=loss, epochs=1, batch_size=5)
-    assert pv.fit(model, global_guide, torch.randn(20), loss=loss, epochs=1, batch_size=None)
+        pv.fit(model, global_guide, torch.randn(20), loss=loss, num_epochs=1, batch_size=5)
+    assert pv.fit(model, global_guide, torch.randn(20), loss=loss, num_epochs=1, batch_size=None)
 
 
 @pytest.mark.parametrize("make", [RenyiELBO, lambda **k: TraceTailAdaptive_ELBO(**k)])
@@ -335,7 +335,13 @@ def test_training_in_minibatches_ends_where_plain_svi_ends(loss):
         pyro.set_rng_seed(0)
         optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "gamma": 0.97})
         history = pv.fit(
-            local_model, many(loss, lambda x: amortized(x)), x, loss=NONLINEAR[loss](), epochs=150, batch_size=size, optim=optim
+            local_model,
+            many(loss, lambda x: amortized(x)),
+            x,
+            loss=NONLINEAR[loss](),
+            num_epochs=150,
+            batch_size=size,
+            optim=optim,
         )
         with history.scope():
             found[size] = [pyro.param("slope").item(), pyro.param("width").item()]
@@ -364,11 +370,11 @@ def per_row(x):
 def test_parameters_for_each_datum_are_refused_in_minibatches(make, name, size):
     x = torch.randn(60)
     with pytest.raises(ValueError, match=rf"{name}.*batch_size=None"):
-        pv.fit(local_model, make(), x, epochs=1, batch_size=size)
-    history = pv.fit(local_model, make(), x, epochs=1, batch_size=None, validation=x)
+        pv.fit(local_model, make(), x, num_epochs=1, batch_size=size)
+    history = pv.fit(local_model, make(), x, num_epochs=1, batch_size=None, validation=x)
     assert math.isfinite(history.epochs[0].validation.elbo)
     with pytest.raises(ValueError, match=r"validation: the parameter .* has an entry for each of the training data"):
-        pv.fit(local_model, make(), x, epochs=1, batch_size=None, validation=torch.randn(60))
+        pv.fit(local_model, make(), x, num_epochs=1, batch_size=None, validation=torch.randn(60))
 
 
 def test_a_table_indexed_by_the_data_is_no_parameter_of_the_batch():
@@ -382,7 +388,7 @@ def test_a_table_indexed_by_the_data_is_no_parameter_of_the_batch():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(table[i], 1.0))
 
-    assert pv.fit(model, guide, (torch.randn(60), torch.arange(60)), epochs=1, batch_size=20)
+    assert pv.fit(model, guide, (torch.randn(60), torch.arange(60)), num_epochs=1, batch_size=20)
 
 
 # ---------------------------------------------------------------- A5: one check for every verb
@@ -456,7 +462,7 @@ def test_what_is_judged_wrong_can_be_allowed():
     with pyro.validation_enabled(False):  # the cross-entropy of grey values
         assert log_weights(grey_model, prior_guide, x, check=False).isfinite().all()
         assert pv.evaluate(grey_model, prior_guide, x, check=False).elbo.isfinite().all()
-        assert pv.fit(grey_model, trainable_anew(), x, epochs=1, check=False)
+        assert pv.fit(grey_model, trainable_anew(), x, num_epochs=1, check=False)
     with pytest.raises(ValueError, match="guide: it has no site 'z'"):
         log_weights(local_model, no_site, x, check=False)
 
@@ -467,7 +473,7 @@ def test_what_is_judged_wrong_can_be_allowed():
 @pytest.mark.parametrize("verb", ["evaluate", "importance", "diagnose", "log_weights", "draws"])
 def test_functions_that_a_fit_trained_need_its_param_store(verb):
     x = torch.randn(30)
-    history = pv.fit(local_model, amortized_again, x, epochs=1)
+    history = pv.fit(local_model, amortized_again, x, num_epochs=1)
     with pytest.raises(ValueError, match=r"it created the parameter '(slope|width)' anew.*with history.scope\(\):"):
         VERBS[verb](local_model, amortized_again, x)
     with history.scope():
@@ -484,7 +490,7 @@ def test_modules_need_no_param_store():
         conditionals.Normal(nets.MLP(1, (4,)), event_shape=2),
         conditionals.Normal(nets.MLP(2, (4,)), event_shape=1),
     )
-    pv.fit(vae.model, vae.guide, torch.randn(30, 2), epochs=1)
+    pv.fit(vae.model, vae.guide, torch.randn(30, 2), num_epochs=1)
     assert pv.evaluate(vae.model, vae.guide, torch.randn(30, 2)).elbo.shape == (30,)
 
 
@@ -521,7 +527,7 @@ def test_arrays_are_of_the_dtype_of_the_parameters():
     for verb in ("evaluate", "fit", "importance"):
         with pytest.raises(ValueError, match=r"column|double"):
             VERBS[verb](local_model, lambda x: amortized(x), x)  # single precision
-    assert pv.fit(local_model, lambda x: amortized(x), x - 1e8, epochs=1)
+    assert pv.fit(local_model, lambda x: amortized(x), x - 1e8, num_epochs=1)
 
 
 def test_a_double_network_takes_arrays_and_a_single_one_takes_double_tensors():
@@ -533,7 +539,7 @@ def test_a_double_network_takes_arrays_and_a_single_one_takes_double_tensors():
         ).to(dtype)
         for x in (np.random.default_rng(0).normal(size=(20, 3)), torch.randn(20, 3), torch.randn(20, 3).double()):
             assert pv.evaluate(vae.model, vae.guide, x).elbo.dtype == dtype
-            assert pv.fit(vae.model, vae.guide, x, epochs=1, batch_size=7, validation=x)
+            assert pv.fit(vae.model, vae.guide, x, num_epochs=1, batch_size=7, validation=x)
             assert log_weights(vae.model, vae.guide, x).dtype == dtype
 
 
@@ -554,8 +560,8 @@ def test_a_support_that_follows_from_the_batch_is_no_reason_to_refuse():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.0)), 1.0))
 
-    assert pv.fit(model, guide, counts, epochs=1, batch_size=10)
-    history = pv.fit(model, guide, counts.flip(0), epochs=1, batch_size=10)
+    assert pv.fit(model, guide, counts, num_epochs=1, batch_size=10)
+    history = pv.fit(model, guide, counts.flip(0), num_epochs=1, batch_size=10)
     with history.scope():
         assert pv.evaluate(model, guide, counts, batch_size=10).elbo.shape == (40,)
 
@@ -573,7 +579,7 @@ def test_a_bad_row_of_a_support_that_follows_from_the_batch_is_found_in_its_mini
     x = torch.zeros(40)
     x[33] = 5
     with pytest.raises(ValueError, match=r"row \d+ \(1 in all\) lies outside the support of 'x'"):
-        pv.fit(model, guide, x, epochs=1, batch_size=10)
+        pv.fit(model, guide, x, num_epochs=1, batch_size=10)
     with pytest.raises(ValueError, match="row 3"):
         pv.evaluate(model, guide, x, batch_size=10)
 
@@ -592,7 +598,7 @@ def test_rows_in_another_dimension_are_refused():
     message = r"plate 'seq' of 50 rows.*dimension 1 of argument 0 has 50.*x.transpose\(0, 1\)"
     for run in (
         lambda: pv.evaluate(sequences, lambda x: None, x),
-        lambda: pv.fit(sequences, lambda x: None, x, epochs=1, batch_size=None),
+        lambda: pv.fit(sequences, lambda x: None, x, num_epochs=1, batch_size=None),
     ):
         with pytest.raises(ValueError, match=message):
             run()
@@ -747,7 +753,7 @@ def test_scales_are_not_in_what_is_reported(loss):
     elbo = pv.evaluate(scaled(local_model), scaled(exact_guide), x, loss=loss).mean().elbo
     assert elbo == pytest.approx(log_evidence(x).mean().item(), rel=1e-5)
     history = pv.fit(
-        scaled(local_model), scaled(amortized), x, loss=loss, epochs=1, batch_size=4, optim=pyro.optim.SGD({"lr": 0.0})
+        scaled(local_model), scaled(amortized), x, loss=loss, num_epochs=1, batch_size=4, optim=pyro.optim.SGD({"lr": 0.0})
     )
     with history.scope():
         plain = pv.evaluate(local_model, amortized, x, num_particles=3000).mean().elbo
@@ -797,14 +803,14 @@ def test_a_plate_without_a_size_is_a_data_plate():
     torch.testing.assert_close(log_weights(unsized, unsized_guide, x, num_particles=3), log_evidence(x).expand(3, 12))
     torch.testing.assert_close(pv.evaluate(unsized, unsized_guide, x, batch_size=5).elbo, log_evidence(x))
     pyro.set_rng_seed(0)
-    ours = pv.fit(unsized, unsized_guide, x, epochs=2, batch_size=4)
+    ours = pv.fit(unsized, unsized_guide, x, num_epochs=2, batch_size=4)
     pyro.set_rng_seed(0)
 
     def sized_guide(x):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.5)) * x, math.sqrt(0.5)))
 
-    sized = pv.fit(local_model, sized_guide, x, epochs=2, batch_size=4)
+    sized = pv.fit(local_model, sized_guide, x, num_epochs=2, batch_size=4)
     assert ours.param_store["params"]["a"].item() == pytest.approx(sized.param_store["params"]["a"].item(), rel=1e-6)
 
 
@@ -834,7 +840,7 @@ def test_a_distribution_without_validation_is_trusted(default, monkeypatch):
 
     x = torch.rand(12)
     assert pv.check_pair(model, trainable, x).problems == ()
-    assert pv.fit(model, trainable_anew(), x, epochs=1, batch_size=4)
+    assert pv.fit(model, trainable_anew(), x, num_epochs=1, batch_size=4)
     assert pv.evaluate(model, trainable_anew(), x).elbo.isfinite().all()
     with pytest.raises(ValueError, match="grey"):
         pv.evaluate(grey_model, trainable_anew(), x)
@@ -1004,13 +1010,13 @@ def test_a_likelihood_outside_the_data_plate_is_refused_in_minibatches():
 
     x = torch.randn(100)
     for verb in (
-        lambda: pv.fit(model, guide, x, batch_size=10, epochs=1, progress=False),
+        lambda: pv.fit(model, guide, x, batch_size=10, num_epochs=1, progress=False),
         lambda: pv.evaluate(model, guide, x, batch_size=10),
     ):
         with pytest.raises(ValueError, match=r"'x' lies in no plate of the batch's 10 rows.*batch_size=None"):
             verb()
     with pyro.get_param_store().scope():
-        pv.fit(model, guide, x, batch_size=None, epochs=1, progress=False)
+        pv.fit(model, guide, x, batch_size=None, num_epochs=1, progress=False)
 
 
 def test_entries_in_a_plate_of_their_own_are_refused_in_minibatches():
@@ -1025,7 +1031,7 @@ def test_entries_in_a_plate_of_their_own_are_refused_in_minibatches():
         pyro.sample("mu", dist.Normal(pyro.param("m", torch.tensor(0.0)), 0.1))
 
     with pytest.raises(ValueError, match="'y' lies in no plate"):
-        pv.fit(model, guide, (torch.randn(40), torch.randn(40, 3)), batch_size=10, epochs=1, progress=False)
+        pv.fit(model, guide, (torch.randn(40), torch.randn(40, 3)), batch_size=10, num_epochs=1, progress=False)
 
 
 def test_a_plate_that_declares_more_data_has_no_joint_evidence():

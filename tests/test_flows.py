@@ -79,7 +79,7 @@ def two_modes():
 
 def trained(toy, conditional, x):
     guide = Guide(conditional)
-    pv.fit(toy, guide, x, epochs=60, batch_size=200, optim=pyro.optim.Adam({"lr": 5e-3}))
+    pv.fit(toy, guide, x, num_epochs=60, batch_size=200, optim=pyro.optim.Adam({"lr": 5e-3}))
     return guide
 
 

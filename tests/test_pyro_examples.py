@@ -124,7 +124,7 @@ def check_problems(problems):
 def test_fit_on_all_data_at_once_is_plain_svi(name, reason):
     example = build(name)
     steps = 2
-    options = {"loss": example.loss, "optim": adam(), "epochs": steps, "batch_size": None, "progress": False}
+    options = {"loss": example.loss, "optim": adam(), "num_epochs": steps, "batch_size": None, "progress": False}
     pyro.set_rng_seed(0)
     if reason is not OK:
         with refused(reason):
@@ -145,7 +145,7 @@ def test_fit_on_all_data_at_once_is_plain_svi(name, reason):
 def test_fit_in_minibatches_is_plain_svi_under_a_scale(name, reason):
     """Where all latents are local, a minibatch of B stands for N data by one factor N/B on model and guide."""
     example = build(name)
-    options = {"loss": example.loss, "optim": adam(), "epochs": 1, "batch_size": 8, "progress": False}
+    options = {"loss": example.loss, "optim": adam(), "num_epochs": 1, "batch_size": 8, "progress": False}
     pyro.set_rng_seed(0)
     if reason is not OK:
         with refused(reason):
@@ -304,7 +304,7 @@ def test_documents_in_dimension_1_are_evaluated_together_where_that_is_asked_for
 
 def test_documents_in_dimension_1_are_trained_together_where_that_is_asked_for():
     example = build("lda")
-    options = {"loss": example.loss, "optim": adam(), "epochs": 2, "batch_size": None, "progress": False, "check": False}
+    options = {"loss": example.loss, "optim": adam(), "num_epochs": 2, "batch_size": None, "progress": False, "check": False}
     pyro.set_rng_seed(0)
     with pv.fit(example.model, example.guide, example.args[0], **options).scope():
         ours = parameters()

@@ -183,7 +183,7 @@ def conditional_prior():
 def test_a_conditional_prior_without_a_condition_is_refused():
     vae, x = make_vae(), torch.bernoulli(torch.rand(5, 4, 4))
     vae = pv.VAE(conditional_prior(), vae.model.decoder, vae.guide.encoder)
-    for call in (vae.model, lambda: vae.model(x), lambda: vae.sample(5), lambda: pv.fit(vae.model, vae.guide, x, epochs=1)):
+    for call in (vae.model, lambda: vae.model(x), lambda: vae.sample(5), lambda: pv.fit(vae.model, vae.guide, x, num_epochs=1)):
         with pytest.raises(ValueError, match="Normal: it is conditional but is given nothing"):
             call()
 
@@ -240,7 +240,7 @@ def test_two_conditions():
     ).double()
     x = torch.randn(16, *event, dtype=torch.double)
     before = {name: p.detach().clone() for name, p in vae.named_parameters()}
-    pv.fit(vae.model, vae.guide, (x, a, b), epochs=1, batch_size=8)
+    pv.fit(vae.model, vae.guide, (x, a, b), num_epochs=1, batch_size=8)
     assert all((p != before[name]).any() for name, p in vae.named_parameters())
     assert vae.sample(16, a, b).shape == vae.reconstruct(x, a, b).shape == vae.model(None, a, b).shape == x.shape
     z = vae.encode(x, a, b).sample()
@@ -294,4 +294,4 @@ def test_a_condition_may_have_a_name_and_missing_entries_a_mask():
     mask = torch.rand(9, 4) > 0.3
     missing = pv.evaluate(vae.model, vae.guide, {"x": x.where(mask, torch.nan), "c": c, "mask": mask})
     assert missing.elbo.isfinite().all()
-    pv.fit(vae.model, vae.guide, {"x": x, "c": c, "mask": mask}, epochs=1, batch_size=4, progress=False)
+    pv.fit(vae.model, vae.guide, {"x": x, "c": c, "mask": mask}, num_epochs=1, batch_size=4, progress=False)

@@ -38,16 +38,16 @@ def model(x):
         pyro.sample("x", dist.Normal(z @ WEIGHT.mT, sigma).to_event(1), obs=x)
 
 
-def decayed(lr, epochs):
+def decayed(lr, num_epochs):
     """Adam whose steps end a thousand times smaller than they began."""
-    return ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": lr}, "gamma": 1e-3 ** (1 / epochs)})
+    return ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": lr}, "gamma": 1e-3 ** (1 / num_epochs)})
 
 
-def train_sigma(x, family, epochs):
+def train_sigma(x, family, num_epochs):
     """The σ that a guide of this family trains: a linear encoder is enough."""
     guide = pv.Guide(family(nets.MLP(2, ()), event_shape=2)).double()
     loss = TraceMeanField_ELBO(num_particles=10, vectorize_particles=True, max_plate_nesting=1)
-    history = pv.fit(model, guide, x, loss=loss, epochs=epochs, batch_size=None, optim=decayed(0.05, epochs))
+    history = pv.fit(model, guide, x, loss=loss, num_epochs=num_epochs, batch_size=None, optim=decayed(0.05, num_epochs))
     with history.scope():
         return pyro.param("sigma").item()
 
@@ -59,7 +59,7 @@ def curves(x, sigmas):
     return evidence, evidence - torch.stack([toy.mean_field_gap(x).mean() for toy in models])
 
 
-def train_linear(x, beta, epochs):
+def train_linear(x, beta, num_epochs):
     """A linear VAE with fixed noise, trained at weight β of the KL."""
     vae = pv.VAE(
         priors.StandardNormal(UNITS),
@@ -67,7 +67,9 @@ def train_linear(x, beta, epochs):
         conditionals.Normal(nets.MLP(x.shape[1], ()), event_shape=UNITS, scale="learned"),
     ).double()
     loss = TraceMeanField_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
-    pv.fit(vae.model, vae.guide, x, loss=loss, epochs=epochs, batch_size=None, beta=beta, optim=decayed(0.05, epochs))
+    pv.fit(
+        vae.model, vae.guide, x, loss=loss, num_epochs=num_epochs, batch_size=None, beta=beta, optim=decayed(0.05, num_epochs)
+    )
     return vae
 
 
@@ -114,9 +116,9 @@ if __name__ == "__main__":
     mpl.use("Agg")
 
     pyro.set_rng_seed(0)
-    epochs = 20 if args.smoke_test else 3000
+    num_epochs = 20 if args.smoke_test else 3000
     x = exact.LinearGaussian(WEIGHT, noise_scale=0.4).sample(500)
-    trained = {name: train_sigma(x, family, epochs) for name, family in FAMILIES.items()}
+    trained = {name: train_sigma(x, family, num_epochs) for name, family in FAMILIES.items()}
     sigmas = torch.linspace(0.1, 1.2, 2201, dtype=torch.double)
     best = dict(zip(("full covariance", "mean-field"), curves(x, sigmas), strict=True))
     for name, sigma in trained.items():
@@ -125,7 +127,7 @@ if __name__ == "__main__":
 
     x_digits = digits()
     eigenvalues = torch.linalg.eigvalsh(torch.cov(x_digits.mT, correction=0)).flip(0)
-    norms = {beta: column_norms(train_linear(x_digits, beta, epochs)) for beta in BETAS}
+    norms = {beta: column_norms(train_linear(x_digits, beta, num_epochs)) for beta in BETAS}
     for beta, values in norms.items():
         count = int((eigenvalues > beta).sum())
         print(f"β = {beta:g}: {int((values > ACTIVE).sum())} active units of {UNITS}, #{{λ > βσ²}} = {count}")

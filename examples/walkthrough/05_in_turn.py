@@ -61,7 +61,7 @@ def climb(vae, x, turns, epochs_each, every=10):
         for other, frozen in ((vae.model, part == "guide"), (vae.guide, part == "model")):
             other.requires_grad_(not frozen).train(not frozen)
         for _ in range(epochs_each // every):
-            pv.fit(vae.model, vae.guide, x, loss=TraceMeanField_ELBO(), optim=optims[part], epochs=every, batch_size=None)
+            pv.fit(vae.model, vae.guide, x, loss=TraceMeanField_ELBO(), optim=optims[part], num_epochs=every, batch_size=None)
             records.append((records[-1][0] + every, *bounds(vae, x), part))
     vae.requires_grad_(True).train()
     return records

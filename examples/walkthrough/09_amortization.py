@@ -27,17 +27,17 @@ def make_encoder(width):
     return conditionals.Normal(nets.MLP(64, (width,)), event_shape=2)
 
 
-def train_model(data, epochs):
+def train_model(data, num_epochs):
     """p(z) p(x|z), trained with an encoder of its own and frozen."""
     decoder = conditionals.Bernoulli(nets.MLP(2, (100,)), event_shape=(8, 8))
     vae = pv.VAE(priors.StandardNormal(2), decoder, make_encoder(100))
-    pv.fit(vae.model, vae.guide, data, epochs=epochs, optim=Adam({"lr": 2e-3}))
+    pv.fit(vae.model, vae.guide, data, num_epochs=num_epochs, optim=Adam({"lr": 2e-3}))
     return vae.model.requires_grad_(False).eval()
 
 
-def train_guide(model, data, width, epochs):
+def train_guide(model, data, width, num_epochs):
     guide = pv.Guide(make_encoder(width))
-    pv.fit(model, guide, data, epochs=epochs, optim=Adam({"lr": 2e-3}))
+    pv.fit(model, guide, data, num_epochs=num_epochs, optim=Adam({"lr": 2e-3}))
     return guide
 
 
@@ -72,12 +72,12 @@ if __name__ == "__main__":
     mpl.use("Agg")
 
     pyro.set_rng_seed(0)
-    epochs, rows, widths = (2, 3, WIDTHS[:2]) if args.smoke_test else (200, 50, WIDTHS)
+    num_epochs, rows, widths = (2, 3, WIDTHS[:2]) if args.smoke_test else (200, 50, WIDTHS)
     train, test = pv.load("digits", binarize="threshold")
-    model = train_model(train, epochs)
+    model = train_model(train, num_epochs)
     sets = {"data it was trained on": train.fixed().x[:rows], "new data": test.fixed().x[:rows]}
     evidence = {name: exact.Grid(model, tolerance=1e-4).log_evidence(x).to(x) for name, x in sets.items()}
-    guides = {width: train_guide(model, train, width, epochs) for width in widths}
+    guides = {width: train_guide(model, train, width, num_epochs) for width in widths}
     splits = {}
     for name, x in sets.items():
         print(f"{name}: log p(x) = {evidence[name].mean():.2f} nats per datum")

@@ -133,7 +133,7 @@ def train(
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     options.check_device(device)
-    first = infer.launched()[0] == 0  # of the processes that torchrun started, the one that speaks
+    first = infer.rank_and_world_size()[0] == 0  # only rank 0 prints
     if resume is not None:
         config = options.to_go_on(context, out, overwrite, config)
     options.check_likelihood(config)
@@ -158,7 +158,7 @@ def train(
         return f"{folder} has a checkpoint after step {step}; go on by\n  {runs.go_on(folder, repeated)}"
 
     largest = options.largest_product(own, config.batch_size * config.num_particles)
-    with options.threads(threads, largest), infer.torchrun(device), output.interrupted(left, first):
+    with options.threads(threads, largest), infer.process_group(device), output.interrupted(left, first):
         run = runs.train(
             folder, config, own, train_data, test, device=device, overwrite=overwrite, every=every,
             resume=resume, say=say,

@@ -69,6 +69,6 @@ def train_guides(
     for name in names:
         guide = Guide(GUIDES[name](nets.MLP(tuple(model.event_shape), (_HIDDEN, _HIDDEN)), event_shape=model.latent_shape))
         schedule = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 5e-3}, "gamma": 0.02 ** (1 / num_epochs)}
-        fit(model, guide, x, epochs=num_epochs, batch_size=_BATCH, optim=ExponentialLR(schedule))
+        fit(model, guide, x, num_epochs=num_epochs, batch_size=_BATCH, optim=ExponentialLR(schedule))
         guides[name] = guide
     return compare_guides(model, guides, test)

@@ -28,7 +28,7 @@ class Rung:
         heavy = None if one.pareto_k is None else (one.pareto_k > 0.7).double().mean().item()
         return {
             "estimator": self.estimator, "method": one.method, "bound": one.bound, "log_evidence": one.mean,
-            "standard_error": one.mean_se, "noise": one.noise, "margin": one.margin(), "ess": one.ess.median().item(),
+            "mean_se": one.mean_se, "noise": one.noise, "margin": one.margin(), "ess": one.ess.median().item(),
             "num_particles": one.num_particles, "pareto_k_above_0.7": heavy, "cost": one.cost, "seconds": self.seconds,
         }  # fmt: skip
 

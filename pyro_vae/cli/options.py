@@ -148,17 +148,15 @@ def as_options(message: str, names: Collection[str]) -> str:
         name, assigned, value = found["name"], found["assigned"], found["quoted"] or found["plain"] or ""
         if "_" not in name and not assigned:  # an ordinary word
             return found[0]
-        spelled = f"--{_SPELLED.get(name, name).replace('_', '-')}"
+        spelled = f"--{name.replace('_', '-')}"
         return f"{spelled} {value}" if value else spelled
 
-    known = "|".join(sorted(map(re.escape, {*names, *_SPELLED}), key=len, reverse=True))
+    known = "|".join(sorted(map(re.escape, set(names)), key=len, reverse=True))
     value = r'(?P<assigned>=(?:"(?P<quoted>[^"]*)"|(?P<plain>[\w+-]+(?:\.\d+)?)?))?'
     pattern = rf"(?<![\w./-])(?<!\.json: )(?P<name>{known})(?![\w(/]){value}"
     message = message.replace(", raise min_scale", "").replace("raise min_scale, or ", "")  # no option has it
     return re.sub(r"(?<=[Ll])ower the learning rate", "ower --learning-rate", re.sub(pattern, option, message))
 
-
-_SPELLED = {"epochs": "num_epochs"}  # arguments whose option has another name
 
 # Multiply-adds of the largest product of a step, up to which one thread is the default. {MEASURED}
 SMALL = 2_000_000

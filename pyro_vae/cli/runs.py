@@ -221,7 +221,7 @@ def train(
     kept = _Kept(path, pair, test.x[:2], lambda: create(path, config, device, overwrite=overwrite, goes_on=goes_on), goes_on)
     for epoch in infer.train(
         pair.model, pair.guide, train_data.to(device), validation=test, loss=loss,
-        optim=Adam({"lr": config.learning_rate}), epochs=config.num_epochs, batch_size=config.batch_size,
+        optim=Adam({"lr": config.learning_rate}), num_epochs=config.num_epochs, batch_size=config.batch_size,
         patience=config.patience, param_store=store, clip_norm=config.clip_norm, checkpoint=kept, every=every, resume=resume,
         beta=(lambda t: config.beta * min(1.0, t / config.warm_up)) if config.warm_up else config.beta,
     ):  # fmt: skip

@@ -1,6 +1,6 @@
 """Verbs on any pair: train it, evaluate it."""
 
-from pyro_vae.infer.distributed import Group, launched, torchrun
+from pyro_vae.infer.distributed import Group, process_group, rank_and_world_size
 from pyro_vae.infer.evaluate import evaluate
 from pyro_vae.infer.fit import History, fit, train
 from pyro_vae.infer.resume import Epoch
@@ -13,7 +13,7 @@ __all__ = [
     "History",
     "evaluate",
     "fit",
-    "launched",
-    "torchrun",
+    "process_group",
+    "rank_and_world_size",
     "train",
 ]

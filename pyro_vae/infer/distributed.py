@@ -1,7 +1,7 @@
-"""Several processes that train one pair: each takes its share of every minibatch, and all move by the same gradient.
+"""Data-parallel training of one pair: each rank computes the gradient of its rows of a minibatch; the mean is applied on all.
 
-Gradients are averaged where they are looked at before the optimizer moves, so that every ELBO object, several particles and
-the compiled step take part alike; a wrapper around ``forward``, which SVI does not call, would not see them.
+Gradients are averaged between the backward pass and the optimizer, so every ELBO object, several particles and the compiled
+step work. ``DistributedDataParallel`` does not apply: it hooks into ``forward``, which SVI does not call.
 """
 
 import os
@@ -21,10 +21,10 @@ from pyro_vae.data.batches import Batches, InMemory
 from pyro_vae.pairs.traces import ElboTerms
 
 
-def launched() -> tuple[int, int]:
-    """RANK and WORLD_SIZE of a job that ``torchrun`` started; (0, 1) where it did not.
+def rank_and_world_size() -> tuple[int, int]:
+    """RANK and WORLD_SIZE, which ``torchrun`` sets in the environment; (0, 1) without them.
 
-    :raises ValueError: where only one of the two is set, or they are no rank and size.
+    :raises ValueError: if only one of the two is set, or they are not a rank and a size.
     """
     words = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
     if not any(words.values()):
@@ -42,17 +42,17 @@ def launched() -> tuple[int, int]:
 
 
 @contextmanager
-def torchrun(device: str) -> Iterator[None]:
-    """The process group of a job that ``torchrun`` started, where it did; over gloo, or NCCL on GPUs."""
-    if launched()[1] == 1 or dist.is_initialized():
+def process_group(device: str) -> Iterator[None]:
+    """Initialize torch's process group for the block if ``torchrun`` started this process; by gloo, or by NCCL on GPUs."""
+    if rank_and_world_size()[1] == 1 or dist.is_initialized():
         yield
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     store, rank, size = next(dist.rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
-        # torchrun's store lives through restarts, with the addresses of processes that are gone (pytorch/pytorch#135712);
-        # on several machines it alone can know which start this is
+        # torchrun's store keeps the addresses of the processes before a restart (pytorch/pytorch#135712), so each start has a
+        # prefix of its own; on several machines the counts of restarts may differ
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
@@ -63,14 +63,14 @@ def torchrun(device: str) -> Iterator[None]:
 
 
 class Group:
-    """The processes of torch's default process group; where there is none, this one alone."""
+    """The ranks of torch's default process group; one rank if it is not initialized."""
 
     def __init__(self) -> None:
-        here = dist.is_available() and dist.is_initialized()
-        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if here else (0, 1)
+        initialized = dist.is_available() and dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
 
-    def share(self, batches: Batches) -> None:
-        """Give each process its rows of every minibatch, and its own noise. The order of the data is the same for all.
+    def shard(self, batches: Batches) -> None:
+        """Give each rank its rows of every minibatch, and a random seed of its own. All ranks shuffle in the same order.
 
         :raises ValueError: for data that are not in memory.
         """
@@ -78,24 +78,25 @@ class Group:
             return
         if not isinstance(batches, InMemory):
             raise ValueError(
-                f"data: {self.size} processes share out the rows of every minibatch, which a DataLoader decides by itself; "
-                "expected tensors, arrays or a pyro_vae.Data"
+                f"data: {self.size} processes cannot divide the minibatches of a DataLoader; expected tensors, arrays or a "
+                "pyro_vae.Data"
             )
-        seed = self.first(torch.randint(2**31, (1,))).item()
-        batches.share(self.rank, self.size, int(seed))
-        pyro.set_rng_seed((int(seed) + 1 + self.rank) % 2**32)
+        seed = int(self.broadcast(torch.randint(2**31, (1,))).item())
+        batches.share(self.rank, self.size, seed)
+        pyro.set_rng_seed((seed + 1 + self.rank) % 2**32)
 
-    def weight(self, batches: Batches, index: int) -> float:
-        """What the gradient of this process counts for in the mean over processes: n·W/B where it has n of B rows."""
+    def gradient_weight(self, batches: Batches, index: int) -> float:
+        """The weight of this rank's gradient in the mean over ranks: n·W/B, if it has n of the B rows of minibatch ``index``,
+        and W is the number of ranks."""
         if self.size == 1 or not isinstance(batches, InMemory):
             return 1.0
-        whole = min(batches.batch_size, batches.num_rows - index * batches.batch_size)
-        return len(range(self.rank, whole, self.size)) * self.size / whole
+        num_rows = min(batches.batch_size, batches.num_rows - index * batches.batch_size)
+        return len(range(self.rank, num_rows, self.size)) * self.size / num_rows
 
-    def average(self, params: Sequence[Tensor], gradients: Sequence[Tensor], weight: float) -> None:
-        """The weighted mean over processes, in place.
+    def average_gradients(self, params: Sequence[Tensor], gradients: Sequence[Tensor], weight: float) -> None:
+        """Replace the gradients by their weighted mean over ranks, in place.
 
-        :raises ValueError: where processes have gradients of different parameters.
+        :raises ValueError: for sparse gradients, and if ranks have gradients of different parameters.
         """
         if self.size == 1:
             return
@@ -104,73 +105,72 @@ class Group:
                 f"fit: {self.size} processes cannot average sparse gradients; expected sparse=False in the pair's embeddings"
             )
         names: dict[int, str] = {}
-        for name, p in pyro.get_param_store().named_parameters():  # one may have two
+        for name, p in pyro.get_param_store().named_parameters():  # one parameter may have two names
             names[id(p)] = min(name, names.get(id(p), name))
         order = sorted(range(len(params)), key=lambda i: names[id(params[i])])
-        gradients = [gradients[i] for i in order]  # a graph may have found them in another
-        key = zlib.crc32(repr([names[id(params[i])] for i in order]).encode())
-        found = torch.tensor([key, -key], device=self._device())
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        if found[0] != -found[1]:
+        gradients = [gradients[i] for i in order]  # the order of a graph's parameters may differ from rank to rank
+        checksum = zlib.crc32(repr([names[id(params[i])] for i in order]).encode())
+        largest = torch.tensor([checksum, -checksum], device=self._device())
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        if largest[0] != -largest[1]:
             raise ValueError(
                 f"fit: {self.size} processes have gradients of different parameters, which cannot be averaged; expected a pair "
-                "that uses the same ones whatever the rows"
+                "that uses the same parameters for all rows"
             )
         for dtype in dict.fromkeys(g.dtype for g in gradients):
-            some = [g for g in gradients if g.dtype == dtype]
-            flat = torch.cat([g.reshape(-1) for g in some]) * (weight / self.size)
+            of_dtype = [g for g in gradients if g.dtype == dtype]
+            flat = torch.cat([g.reshape(-1) for g in of_dtype]) * (weight / self.size)
             dist.all_reduce(flat)
-            for g, part in zip(some, flat.split([g.numel() for g in some]), strict=True):
+            for g, part in zip(of_dtype, flat.split([g.numel() for g in of_dtype]), strict=True):
                 g.copy_(part.view_as(g))
 
-    def first(self, tensor: Tensor) -> Tensor:
-        """That of the first process."""
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """The tensor of rank 0."""
         if self.size == 1:
             return tensor
-        there = tensor.detach().to(self._device(), copy=True)
-        dist.broadcast(there, 0)
-        return there.to(tensor.device)
+        copy = tensor.detach().to(self._device(), copy=True)
+        dist.broadcast(copy, 0)
+        return copy.to(tensor.device)
 
     @torch.no_grad()
-    def agree(self, tensors: Iterable[Tensor]) -> None:
-        """Copy those of the first process, in place."""
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the tensors of rank 0 to those of all ranks, in place."""
         if self.size > 1:
             for tensor in tensors:
-                tensor.copy_(self.first(tensor))
+                tensor.copy_(self.broadcast(tensor))
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is so in one of the processes."""
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is true on any rank."""
         if self.size == 1:
             return flag
-        found = torch.tensor([float(flag)], device=self._device())
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found.item())
+        largest = torch.tensor([float(flag)], device=self._device())
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return bool(largest.item())
 
-    def wait(self) -> None:
-        """For all processes to be here."""
+    def barrier(self) -> None:
+        """Wait until all ranks call this."""
         if self.size > 1:
             dist.barrier()
 
-    def terms(self, own: ElboTerms) -> ElboTerms:
-        """Those of all processes, end to end."""
+    def gather_terms(self, terms: ElboTerms) -> ElboTerms:
+        """The terms of all ranks, concatenated."""
         if self.size == 1:
-            return own
-        parts = [ElboTerms(*(tensor.to(own.elbo) for tensor in part)) for part in self.all(list(own))]
+            return terms
+        parts = [ElboTerms(*(tensor.to(terms.elbo) for tensor in part)) for part in self.all_gather(list(terms))]
         return ElboTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
-    def all(self, value: Any) -> list[Any]:
-        """What each process has: numbers, words and tensors, and lists and dictionaries of them."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """The value of each rank: numbers, strings, tensors, and lists and dictionaries of them."""
         if self.size == 1:
             return [value]
         content = torch.frombuffer(bytearray(pack(value)), dtype=torch.uint8).to(self._device())
         sizes = [torch.zeros(1, dtype=torch.int64, device=self._device()) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(content)], device=self._device()))
-        longest = int(max(sizes).item())
-        padded = torch.zeros(longest, dtype=torch.uint8, device=self._device())
+        padded = torch.zeros(int(max(sizes).item()), dtype=torch.uint8, device=self._device())
         padded[: len(content)] = content
-        found = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(found, padded)
-        return [unpack(one[: int(size)].cpu().numpy().tobytes()) for one, size in zip(found, sizes, strict=True)]
+        contents = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(contents, padded)
+        return [unpack(one[: int(size)].cpu().numpy().tobytes()) for one, size in zip(contents, sizes, strict=True)]
 
     def _device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -2,13 +2,14 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
+from inspect import signature
 from numbers import Real
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import pyro
@@ -25,7 +26,7 @@ from pyro_vae.infer.distributed import Group
 from pyro_vae.infer.evaluate import check_minibatch, check_rows, evaluate_batches
 from pyro_vae.infer.losses import check_loss, scale_problem
 from pyro_vae.infer.minibatch import MinibatchSVI
-from pyro_vae.infer.resume import Best, Epoch, Keeper, Position, Weights
+from pyro_vae.infer.resume import CheckpointManager, EarlyStopping, Epoch, PairState, Position
 from pyro_vae.infer.snapshot import configuration
 from pyro_vae.infer.svi import Compile
 from pyro_vae.pairs.check import refuse
@@ -45,27 +46,29 @@ from pyro_vae.pairs.traces import MeanElbo, Program, enough_memory
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
+T = TypeVar("T")
+R = TypeVar("R")
 Beta = float | Callable[[float], float]
 
 
 @dataclass(frozen=True)
 class History:
-    """What ``fit`` returns: its epochs, and the parameters it trained.
+    """The result of :func:`fit`: its epochs, and its param store.
 
-    Modules are trained in place. Plain functions keep their parameters in Pyro's param store, and a fit has a store of its
-    own: ``with history.scope():`` puts it in force.
+    Modules are trained in place. Parameters of plain functions are in Pyro's param store, and each fit has a store of its
+    own: ``with history.scope():`` makes it Pyro's current one.
     """
 
     epochs: tuple[Epoch, ...]
     param_store: Any
 
     def scope(self) -> AbstractContextManager:
-        """Pyro's param store as this fit left it, for the ``with`` block."""
+        """Make the param store of this fit Pyro's current one in the ``with`` block."""
         return pyro.get_param_store().scope(self.param_store)
 
     @property
     def best(self) -> Epoch:
-        """The epoch of the highest validation ELBO, or training ELBO where there was no validation."""
+        """The epoch of the highest validation ELBO, or of the highest training ELBO without validation data."""
         return max(self.epochs, key=lambda epoch: (epoch.validation or epoch.train).elbo)
 
     def __str__(self) -> str:
@@ -73,103 +76,14 @@ class History:
         return f"{len(self.epochs)} epochs; train: {last.train}; validation: {last.validation}"
 
 
-def fit(
-    model: Program,
-    guide: Program,
-    data: Any,
-    *,
-    loss: ELBO | None = None,
-    optim: PyroOptim | None = None,
-    epochs: int = 10,
-    batch_size: int | None = 100,
-    validation: Any = None,
-    beta: Beta = 1.0,
-    patience: int | None = None,
-    compile: Compile = "auto",
-    clip_norm: float | None = None,
-    autocast: torch.dtype | None = None,
-    checkpoint: Path | str | Checkpoints | None = None,
-    every: int | None = None,
-    resume: Path | str | None = None,
-    progress: bool | None = None,
-    check: bool = True,
-    param_store: dict | None = None,
-) -> History:
-    """Train a pair by SVI: maximize ELBO(data) = N · E_q[log p(x, z) − log q(z|x)], in nats.
-
-    The loss stands for all N data, so gradients grow with N; reports are per datum. An optimizer that divides by the size of
-    the gradient, such as Adam, takes the same steps for every N, but for its ``eps``: one that was chosen for a loss per datum
-    is to be multiplied by N here, one for the sum over a minibatch of B by N/B.
-
-    One thread of a process trains at a time, since Pyro's param store and torch's random state belong to the process.
-
-    :param model: any Pyro program.
-    :param guide: one with the same arguments and latent sites.
-    :param data: ``Tensor`` or ``ndarray`` ``(n, *event)``, a tuple of them for ``model(x, c)``, a dict for keyword
-        arguments, a :class:`~pyro_vae.data.Data`, a torch ``Dataset`` or a ``DataLoader``. A model that takes fewer
-        arguments than a batch has is given the first ones, so labelled data sets train unsupervised pairs.
-    :param loss: one of Pyro's ELBO objects, by default ``Trace_ELBO()``.
-    :param optim: one of Pyro's optimizers, by default Adam at 1e-3; a scheduler steps once an epoch.
-    :param batch_size: ``None`` takes all data at once. A minibatch of B stands for all N data: sites in the data plate are
-        scaled by N/B where the model does not subsample itself, so latents that all data share are weighted right. Several
-        processes (a process group of torch) share its rows out, and train as one would: tensors, arrays or ``Data`` only.
-        A guide with parameters for each datum, such as an autoguide of a local latent, needs ``None``.
-    :param validation: data whose ELBO is evaluated after each epoch.
-    :param beta: weight of the latent terms, log p(z) − log q(z|x), a number or a function of the epochs elapsed (a
-        fraction within an epoch). It changes what is optimized, never what is reported.
-    :param patience: stop after so many epochs without a better validation ELBO, and return to the best parameters.
-    :param compile: how the steps run, see :class:`~pyro_vae.SVI`; ``"auto"`` goes by their number: eager Pyro below 300, a
-        graph below 5000, then Inductor where there is a C++ compiler.
-    :param clip_norm: the largest norm of the gradient of all parameters together, of the loss per datum: a gradient g of the
-        loss is multiplied by min(1, N·clip_norm/‖g‖). One value serves data sets of every size.
-    :param autocast: ``torch.bfloat16`` runs what torch's autocast holds to be safe, matrix products above all, in that
-        precision; parameters, optimizer and densities stay as they are, and so does the validation ELBO.
-    :param checkpoint: a folder for checkpoints, by default none. At the end of each epoch, and after every ``every`` steps,
-        it gets one of all that the fit is made of: weights, optimizer, schedule, random states, position in the data and
-        history. SIGINT and SIGTERM wait for the end of the step that runs, and one is written before they take effect.
-    :param resume: ``"last"``: go on from the newest sound checkpoint in that folder, or begin where there is none; ``"best"``:
-        from that of the highest validation ELBO; or a checkpoint's path. The fit must be given as it was, for as many epochs
-        or more; it ends with the parameters that it would have had uninterrupted, to the last bit.
-    :param progress: a bar on stderr; by default only where that is a terminal.
-    :param check: ``False`` trains a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
-    :param param_store: ``history.param_store`` of an earlier fit to continue it; by default parameters of plain functions
-        start anew.
-    :raises ValueError: before the first step, for bad data or a pair that cannot be trained (see ``check_pair``).
-    :raises FloatingPointError: for a loss or a gradient that is not finite, before the optimizer moves.
-    :raises FileExistsError: for a ``checkpoint`` folder that holds a fit's already, without ``resume``, or that holds
-        something of others under the name of a checkpoint.
-    :raises RuntimeError: where another thread of this process trains.
-    :raises BlockingIOError: for a ``checkpoint`` folder that another fit is writing to.
-    :raises pyro_vae.checkpoint.MismatchError: where ``resume`` finds the checkpoint of another fit.
-    """
-    records: list[Epoch] = []
-    state = _empty_store() if param_store is None else param_store
-    for record in train(
-        model, guide, data, loss=loss, optim=optim, epochs=epochs, batch_size=batch_size, validation=validation,
-        beta=beta, patience=patience, compile=compile, clip_norm=clip_norm, autocast=autocast,
-        checkpoint=checkpoint, every=every, resume=resume,
-        progress=progress, check=check, param_store=state,
-    ):  # fmt: skip
-        records.append(record)
-    return History(tuple(records), state)
+@contextmanager
+def _hold(checkpoints: Checkpoints | None, group: Group) -> Iterator[None]:
+    """Refuse other threads that train, and other fits that save to the same folder, while the block runs."""
+    saves = checkpoints is not None and not group.rank  # rank 0 saves for all ranks
+    with training(), checkpoints.reserved() if saves else nullcontext():  # type: ignore[union-attr]
+        yield
 
 
-def _alone(train: Callable[P, Iterator[Epoch]]) -> Callable[P, Iterator[Epoch]]:
-    """While the fit runs, no other thread trains, and no other fit writes to its folder of checkpoints."""
-
-    @wraps(train)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Iterator[Epoch]:
-        folder = kwargs.get("checkpoint")
-        checkpoints = Checkpoints(Path(folder)) if isinstance(folder, Path | str) else folder
-        kwargs["checkpoint"] = checkpoints
-        held = checkpoints is not None and not Group().rank  # the first process writes for all
-        with training(), checkpoints.reserved() if held else nullcontext():  # type: ignore[attr-defined]
-            yield from train(*args, **kwargs)
-
-    return wrapped
-
-
-@_alone
 def train(
     model: Program,
     guide: Program,
@@ -177,7 +91,7 @@ def train(
     *,
     loss: ELBO | None = None,
     optim: PyroOptim | None = None,
-    epochs: int = 10,
+    num_epochs: int = 10,
     batch_size: int | None = 100,
     validation: Any = None,
     beta: Beta = 1.0,
@@ -191,77 +105,137 @@ def train(
     progress: bool | None = None,
     check: bool = True,
     param_store: dict | None = None,
-) -> Iterator[Epoch]:
-    """:func:`fit` one epoch at a time, for a loop of one's own: ``for epoch in train(model, guide, data): ...``.
+) -> Generator[Epoch, None, History]:
+    """:func:`fit` one epoch at a time, for a loop of your own: ``for epoch in train(model, guide, data): ...``.
 
-    A fit that goes on yields the epochs behind it first, as they were; the parameters are those after the last of them.
-
-    :param param_store: the state that the fit's param store starts from and leaves behind, empty by default.
+    The options are those of :func:`fit`. A resumed fit yields the finished epochs first, with the parameters of the
+    checkpoint. The dictionary ``param_store`` is updated after each epoch. The return value of the generator is the
+    :class:`History`.
     """
-    loss, optim = loss or Trace_ELBO(), optim or Adam({"lr": 1e-3})
-    if isinstance(checkpoint, Path | str):  # it is none: see _alone
-        checkpoint = Checkpoints(Path(checkpoint))
-    _check_options(epochs, validation, beta, patience, clip_norm, autocast, checkpoint, every, resume)
-    epochs = int(epochs)
-    batches, group = as_batches(data, batch_size), Group()
-    state = _empty_store() if param_store is None else param_store
-    store = pyro.get_param_store()
-    held_out = _held_out(validation, batch_size)
-    with store.scope(state.copy()):
-        pair = inspect_for_training(model, guide, batches, loss, annealed=beta != 1.0, check=check)
+    loss, optim, group = loss or Trace_ELBO(), optim or Adam({"lr": 1e-3}), Group()
+    checkpoints = Checkpoints(Path(checkpoint)) if isinstance(checkpoint, Path | str) else checkpoint
+    with _hold(checkpoints, group):
+        _check_options(num_epochs, validation, beta, patience, clip_norm, autocast, checkpoints, every, resume)
+        batches, held_out = as_batches(data, batch_size), _held_out_batches(validation, batch_size)
+        store, state = pyro.get_param_store(), _empty_store() if param_store is None else param_store
+        with store.scope(state.copy()):
+            pair = inspect_for_training(model, guide, batches, loss, annealed=beta != 1.0, check=check)
         _check_held_out(pair, batches, held_out)
-    _warn_of_new_start(model, guide, state)
-    first, modules = pair.batch, list(pair.ran)
-    batches.cast(pair.dtype)
-    step = MinibatchSVI(model, guide, loss, optim, pair, batches, annealed=beta != 1.0, clip_norm=clip_norm, group=group)
-    at, best = Position(planned=epochs), Best(Weights(model, guide, modules))
-    settings = {"beta": beta, "patience": patience, "clip_norm": clip_norm, "autocast": autocast and str(autocast)}
-    if clip_norm is not None:
-        settings["clip_norm"] = f"{clip_norm} per datum"  # earlier versions meant the gradient of all data
-    kept = checkpoint is not None or resume is not None
-    config = configuration(batches, held_out, loss, optim, group, settings) if kept else {}
-    keeper = Keeper(checkpoint, every, at, best, step, batches, config)
-    with store.scope(state):
-        keeper.begin(resume, model, guide, first, held_out)
-    if at.epoch > epochs + 1:
-        raise ValueError(f"resume: the fit has {at.epoch - 1} epochs behind it but is to have {epochs}; expected no fewer")
-    yield from at.history
-    quiet = not progress if progress is not None else None if group.rank == 0 else True
-    precision = nullcontext() if autocast is None else torch.autocast(first.leaves()[0].device.type, autocast)
-    pays, pays_last = (_pays(compile, at.planned * n) for n in (batches.num_batches, 1))
-    with tqdm(total=epochs * batches.num_batches, unit="step", disable=quiet) as bar:
-        bar.update(at.steps)
-        while at.epoch <= epochs and not best.waited(patience):
-            with store.scope(state), keeper.safe(), enough_memory(LESS_MEMORY):
-                for batch in at.rest(batches):
-                    elapsed = at.epoch - 1 + at.batch / batches.num_batches
-                    at.beta = _check_beta(beta(elapsed), f"beta({elapsed:g})") if callable(beta) else float(beta)
-                    batch = batch.like(first)
-                    is_usual = at.batch < batches.num_batches - 1 or batch.num_rows >= first.num_rows // group.size
-                    step.compile = pays if is_usual else pays_last
-                    with precision:
-                        at.terms.append(step.on(batch, at.beta, group.weight(batches, at.batch), at))
-                    keeper.stepped()
-                    bar.update()
-                reached = None
-                if held_out is not None:
-                    group.agree(best.weights.buffers().values())
-                    reached = group.terms(
-                        evaluate_batches(model, guide, held_out, loss=loss, seed=group.rank, check=check, verb="validation")
-                    ).mean()
-                record = at.close(reached, group)
-                _step_schedule(optim, record)
-                if reached is not None:
-                    best.see(reached.elbo, patience)
-                keeper.save()
-            bar.set_postfix(epoch=record.epoch, train=f"{record.train.elbo:.2f}", **_shown(reached))
-            if record.epoch == epochs:
-                logger.info("fit ran as\n%s", step.explain())
-            yield record
-    if patience is not None:
+        _warn_of_new_start(model, guide, state)
+        batches.cast(pair.dtype)
+        svi = MinibatchSVI(model, guide, loss, optim, pair, batches, annealed=beta != 1.0, clip_norm=clip_norm, group=group)
+        at, stopping = Position(int(num_epochs)), EarlyStopping(PairState(model, guide, list(pair.ran)), patience)
+        settings = {"beta": beta, "patience": patience, "clip_norm": clip_norm, "autocast": autocast and str(autocast)}
+        has_checkpoints = checkpoints is not None or resume is not None
+        config = configuration(batches, held_out, loss, optim, group, settings) if has_checkpoints else {}
+        manager = CheckpointManager(checkpoints, every, at, stopping, svi, batches, config)
         with store.scope(state):
-            best.restore()
-    remember_trained(pair, state["params"])
+            manager.start(resume, pair.batch, held_out)
+        _check_resumed(at, num_epochs)
+        yield from at.history
+        compile_usual, compile_last = (choose_compile(compile, at.planned_epochs * n) for n in (batches.num_batches, 1))
+        precision = nullcontext() if autocast is None else torch.autocast(pair.batch.leaves()[0].device.type, autocast)
+        with _progress_bar(progress, num_epochs * batches.num_batches, group) as bar:
+            bar.update(at.num_steps)
+            while at.epoch <= num_epochs and not stopping.should_stop():
+                with store.scope(state), manager.save_before_signals(), enough_memory(LESS_MEMORY):
+                    for batch in at.remaining_batches(batches):
+                        at.beta = _beta_at(beta, at.epoch - 1 + at.batch_index / batches.num_batches)
+                        batch, weight = batch.like(pair.batch), group.gradient_weight(batches, at.batch_index)
+                        is_last = at.batch_index >= batches.num_batches - 1
+                        is_short = is_last and batch.num_rows < pair.num_rows // group.size
+                        svi.compile = compile_last if is_short else compile_usual
+                        with precision:
+                            at.terms.append(svi.minibatch_step(batch, at.beta, weight, at))
+                        manager.after_step()
+                        bar.update()
+                    held_out_elbo = _validation_elbo(stopping.state, held_out, loss, group, check=check)
+                    record = at.end_epoch(held_out_elbo, group)
+                    _step_scheduler(optim, record)
+                    stopping.update(held_out_elbo)
+                    manager.save()
+                bar.set_postfix(_postfix(record))
+                if record.epoch == num_epochs:
+                    logger.info("fit ran as\n%s", svi.explain())
+                yield record
+        if patience is not None:
+            with store.scope(state):
+                stopping.restore_best()
+        remember_trained(pair, state["params"])
+        return History(tuple(at.history), state)
+
+
+def _with_options_of(train: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
+    """Decorate f to be called as ``f(train(...))``. The options of ``train`` are visible in ``help`` and to type checkers."""
+
+    def decorate(f: Callable[[T], R]) -> Callable[P, R]:
+        @wraps(f)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            return f(train(*args, **kwargs))
+
+        returns = signature(f).return_annotation
+        wrapper.__signature__ = signature(train).replace(return_annotation=returns)  # type: ignore[attr-defined]
+        return wrapper
+
+    return decorate
+
+
+@_with_options_of(train)
+def fit(epochs: Generator[Epoch, None, History]) -> History:
+    """Train a pair by SVI: maximize ELBO(data) = N · E_q[log p(x, z) − log q(z|x)], in nats.
+
+    The loss is that of all N data, so gradients are proportional to N; reports are per datum. The steps of Adam do not depend
+    on the scale of the gradient, except for ``eps``: multiply an ``eps`` that was chosen for a loss per datum by N, and one
+    for the sum over a minibatch of B rows by N/B.
+
+    Only one thread of a process may train at a time: Pyro's param store and torch's random state are shared by all threads.
+
+    :param model: any Pyro program.
+    :param guide: one with the same arguments and latent sites.
+    :param data: ``Tensor`` or ``ndarray`` ``(n, *event)``, a tuple of them for ``model(x, c)``, a dict for keyword
+        arguments, a :class:`~pyro_vae.data.Data`, a torch ``Dataset`` or a ``DataLoader``. If a batch has more arguments
+        than the model takes, the model gets the first ones, so an unsupervised pair can be trained on a labelled data set.
+    :param loss: one of Pyro's ELBO objects, by default ``Trace_ELBO()``.
+    :param optim: one of Pyro's optimizers, by default Adam with learning rate 1e-3. A scheduler steps once an epoch.
+    :param num_epochs: passes over the data.
+    :param batch_size: rows of a minibatch; ``None`` for all data at once. Sites in the data plate are scaled by N/B, unless the
+        model subsamples itself, so the loss of a minibatch is an unbiased estimate also for latents that all data share. With
+        a process group of torch each rank computes some of the rows; this needs tensors, arrays or ``Data``. A guide with
+        parameters for each datum, such as an autoguide of a local latent, needs ``None``.
+    :param validation: data whose ELBO is evaluated after each epoch.
+    :param beta: weight of the latent terms, log p(z) − log q(z|x): a number, or a function of the number of epochs elapsed,
+        which is a fraction within an epoch. It changes the objective; reported ELBOs do not contain it.
+    :param patience: early stopping: stop after this many epochs without a higher validation ELBO, and restore the parameters
+        of the best epoch.
+    :param compile: how steps run, see :class:`~pyro_vae.SVI`. ``"auto"`` chooses by the number of steps: eager Pyro below 300,
+        a graph below 5000, then Inductor if there is a C++ compiler.
+    :param clip_norm: the largest norm of the gradient of the loss per datum, over all parameters together: a gradient g of the
+        loss is multiplied by min(1, N·clip_norm/‖g‖).
+    :param autocast: ``torch.bfloat16`` runs training steps under ``torch.autocast``, which computes matrix products in that
+        precision. Parameters, optimizer and densities keep their precision, and the validation ELBO is not affected.
+    :param checkpoint: a folder for checkpoints, by default none. A checkpoint is saved at the end of each epoch and after
+        every ``every`` steps: parameters, optimizer, scheduler, random states, position in the data and history. At SIGINT or
+        SIGTERM the current step is finished and a checkpoint is saved before the signal takes effect.
+    :param resume: ``"last"``: resume from the newest undamaged checkpoint in that folder, or start if there is none;
+        ``"best"``: from that of the highest validation ELBO; or the path of a checkpoint. All other arguments must be the
+        same, except that ``num_epochs`` may be larger. The parameters are those of an uninterrupted fit, bit for bit.
+    :param progress: show a bar on stderr; by default only if that is a terminal.
+    :param check: ``False`` trains a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
+    :param param_store: ``history.param_store`` of an earlier fit to continue it; by default parameters of plain functions
+        start anew.
+    :raises ValueError: before the first step, for bad data or a pair that cannot be trained (see ``check_pair``).
+    :raises FloatingPointError: for a loss or a gradient that is not finite, before parameters are updated.
+    :raises FileExistsError: if the ``checkpoint`` folder has checkpoints already and ``resume`` is ``None``, or has other
+        files with the name of a checkpoint.
+    :raises RuntimeError: if another thread of this process trains.
+    :raises BlockingIOError: if another fit saves to the ``checkpoint`` folder.
+    :raises pyro_vae.checkpoint.MismatchError: if the checkpoint is of another configuration or version.
+    """
+    while True:
+        try:
+            next(epochs)
+        except StopIteration as end:
+            return end.value
 
 
 def _empty_store() -> dict:
@@ -272,9 +246,9 @@ def inspect_for_training(
     model: Program, guide: Program, batches: Batches, loss: ELBO, *, annealed: bool, check: bool
 ) -> Structure:
     """Inspect a pair on the first minibatch. Raises ``ValueError`` for what is wrong with it, or with its loss."""
-    size, n = next(iter(batches.epoch(shuffle=False))), batches.num_rows
-    last = n % size.num_rows if size.tensors else 0
-    pair = inspect(model, guide, size, training=True)
+    first, n = next(iter(batches.epoch(shuffle=False))), batches.num_rows
+    last = n % first.num_rows if first.tensors else 0
+    pair = inspect(model, guide, first, training=True)
     problems = [*pair_problems(pair), *training_problems(pair)]
     if isinstance(batches, InMemory) and not batches.drawn and pair.batch.tensors:
         whole = fitting(batches.whole.cast(pair.dtype), model, guide)
@@ -303,12 +277,12 @@ def inspect_for_training(
 
 
 def _check_held_out(pair: Structure, batches: Batches, held_out: Batches | None) -> None:
-    """Raise ``ValueError`` for parameters of each datum of the training data with other data to validate on."""
+    """Raise ``ValueError`` for a guide with parameters for each training datum and other validation data."""
     if held_out is None or not pair.row_parameters:
         return
-    same = held_out is not None and isinstance(batches, InMemory) and isinstance(held_out, InMemory)
-    if same:
-        ours, theirs = batches.whole.leaves(), held_out.whole.leaves()  # type: ignore[attr-defined]
+    same = False
+    if isinstance(batches, InMemory) and isinstance(held_out, InMemory):
+        ours, theirs = batches.whole.leaves(), held_out.whole.leaves()
         same = len(ours) == len(theirs) and all(
             a.shape == b.shape and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)
         )
@@ -330,7 +304,7 @@ def _warn_of_new_start(model: Program, guide: Program, state: dict) -> None:
 
 
 def _check_options(
-    epochs: int,
+    num_epochs: int,
     validation: Any,
     beta: Beta,
     patience: int | None,
@@ -340,14 +314,14 @@ def _check_options(
     every: int | None,
     resume: Any,
 ) -> None:
-    for name, value in (("epochs", epochs), ("patience", patience), ("every", every)):
-        if not (value is None and name != "epochs"):
+    for name, value in (("num_epochs", num_epochs), ("patience", patience), ("every", every)):
+        if value is not None or name == "num_epochs":
             check_count(f"fit: {name}", value)
     if patience is not None and validation is None:
         raise ValueError(f"fit: patience is {patience} without validation data; expected both, or patience=None")
     if not callable(beta):
         _check_beta(beta, "beta")
-    if autocast not in (None, torch.bfloat16):  # float16 needs its gradients scaled
+    if autocast not in (None, torch.bfloat16):  # float16 needs gradient scaling
         raise ValueError(f"fit: autocast is {autocast}; expected torch.bfloat16, or None")
     if clip_norm is not None and not (_is_number(clip_norm) and clip_norm > 0):
         raise ValueError(f"fit: clip_norm is {clip_norm!r}; expected a positive number, or None")
@@ -357,12 +331,25 @@ def _check_options(
         checkpoint.check_free()
 
 
+def _check_resumed(position: Position, num_epochs: int) -> None:
+    if len(position.history) > num_epochs:
+        raise ValueError(
+            f"resume: the checkpoint is after {len(position.history)} epochs but num_epochs is {num_epochs}; expected at "
+            f"least {len(position.history)}"
+        )
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def _beta_at(beta: Beta, elapsed: float) -> float:
+    """β after this many epochs."""
+    return _check_beta(beta(elapsed), f"beta({elapsed:g})") if callable(beta) else float(beta)
+
+
 def _check_beta(value: Any, name: str) -> float:
-    """β as a Python number. Raises ``ValueError`` for anything but a finite one."""
+    """β as a Python number. Raises ``ValueError`` unless it is a finite number."""
     if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
         value = value.item()
     if not _is_number(value) or not math.isfinite(value):
@@ -370,14 +357,16 @@ def _check_beta(value: Any, name: str) -> float:
     return float(value)
 
 
-def _pays(compile: Compile, num_steps: int) -> Compile:
-    """How so many steps on batches of one size are to run."""
+def choose_compile(compile: Compile, num_steps: int) -> Compile:
+    """The ``compile`` of :class:`SVI` for this many steps on batches of one size."""
     if compile != "auto" or not can_compile():
         return compile
     from pyro_vae.compiler import THRESHOLDS, has_compiler
 
     limits = THRESHOLDS["fit"]
-    return False if num_steps < limits.trace else True if num_steps >= limits.compile and has_compiler() else "trace"
+    if num_steps < limits.trace:
+        return False
+    return True if num_steps >= limits.compile and has_compiler() else "trace"
 
 
 def _check_annealing(pair: Structure) -> None:
@@ -389,20 +378,35 @@ def _check_annealing(pair: Structure) -> None:
             )
 
 
-def _step_schedule(optim: PyroOptim, record: Epoch) -> None:
-    """One step of a learning-rate schedule; one that watches a plateau is shown the loss."""
+def _step_scheduler(optim: PyroOptim, record: Epoch) -> None:
+    """One step of a learning-rate scheduler; ``ReduceLROnPlateau`` gets the loss."""
     if isinstance(optim, PyroLRScheduler):
-        watched = record.validation or record.train
-        plateau = optim.pt_scheduler_constructor is torch.optim.lr_scheduler.ReduceLROnPlateau
-        optim.step(-watched.elbo) if plateau else optim.step()
+        is_plateau = optim.pt_scheduler_constructor is torch.optim.lr_scheduler.ReduceLROnPlateau
+        optim.step(-(record.validation or record.train).elbo) if is_plateau else optim.step()
 
 
-def _held_out(validation: Any, batch_size: int | None) -> Batches | None:
+def _held_out_batches(validation: Any, batch_size: int | None) -> Batches | None:
     if validation is None:
         return None
     fixed = validation.fixed() if isinstance(validation, Data) else validation
     return as_batches(fixed, None if batch_size is None else max(batch_size, 500))
 
 
-def _shown(mean: MeanElbo | None) -> dict[str, str]:
-    return {} if mean is None else {"held_out": f"{mean.elbo:.2f}"}
+def _validation_elbo(state: PairState, held_out: Batches | None, loss: ELBO, group: Group, *, check: bool) -> MeanElbo | None:
+    """The ELBO of the validation data of all ranks, at the parameters and buffers of rank 0."""
+    if held_out is None:
+        return None
+    group.broadcast_(state.buffers().values())
+    terms = evaluate_batches(state.model, state.guide, held_out, loss=loss, seed=group.rank, check=check, verb="validation")
+    return group.gather_terms(terms).mean()
+
+
+def _progress_bar(progress: bool | None, num_steps: int, group: Group) -> tqdm:
+    """A bar on stderr. By default only rank 0 shows it, and only on a terminal."""
+    disable = not progress if progress is not None else None if group.rank == 0 else True
+    return tqdm(total=num_steps, unit="step", disable=disable)
+
+
+def _postfix(record: Epoch) -> dict[str, Any]:
+    shown = {"epoch": record.epoch, "train": f"{record.train.elbo:.2f}"}
+    return shown if record.validation is None else shown | {"held_out": f"{record.validation.elbo:.2f}"}

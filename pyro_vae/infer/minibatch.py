@@ -1,4 +1,4 @@
-"""A step of SVI on a minibatch that stands for all data."""
+"""A step of SVI whose loss on a minibatch estimates the loss on all data."""
 
 import cmath
 import math
@@ -24,7 +24,10 @@ from pyro_vae.pairs.traces import ElboTerms, Program, Reweighted, elbo_terms, pr
 
 
 class MinibatchSVI(SVI):
-    """One SVI step on a minibatch that stands for all data, and the ELBO terms it saw."""
+    """SVI on minibatches: the loss of a minibatch is scaled to all N data, and each step returns the ELBO terms of its rows.
+
+    Training calls :meth:`minibatch_step`, not ``step``.
+    """
 
     def __init__(
         self,
@@ -40,12 +43,12 @@ class MinibatchSVI(SVI):
         group: Group,
     ) -> None:
         self.pair, self.plates, self.num_data, self.clip_norm = pair, pair.plates, batches.num_rows, clip_norm
-        self.on_objective = kind_of(loss).factor == "objective"  # where the factor N/B goes
+        self.scales_objective = kind_of(loss).factor == "objective"  # else sites are scaled by N/B
         self.group, self.weight = group, 1.0
-        # data in memory were checked before the first step, unless their support follows from the batch
-        self.check_each = not isinstance(batches, InMemory) or not has_fixed_support(pair.traces[0])
-        self.batch, self.where = Batch((), {}), object()
-        self.beta = torch.ones(()) if annealed else None  # a tensor, whose value a graph reads anew at each step
+        # data in memory are checked before the first step, unless their support depends on the batch
+        self.checks_batches = not isinstance(batches, InMemory) or not has_fixed_support(pair.traces[0])
+        self.batch, self.position = Batch((), {}), object()
+        self.beta = torch.ones(()) if annealed else None  # a tensor: a graph reads its value at each step
         beta = 1.0 if self.beta is None else self.beta
         self.handlers = [
             Reweighted(pair.plates, num_rows=0, num_data=self.num_data, beta=beta, scaled=scaled)
@@ -53,53 +56,53 @@ class MinibatchSVI(SVI):
         ]
         self.programs = [handler(program) for handler, program in zip(self.handlers, (model, guide), strict=True)]
         super().__init__(*self.programs, optim, loss, check=False)
-        self._later_loss_and_grads = self._checked
+        self._loss_and_grads = self._checked_loss_and_grads
 
-    def _checked(self, *args: Any, **kwargs: Any) -> Any:
-        """Pyro's own, between the checks that must come before the optimizer moves."""
+    def _checked_loss_and_grads(self, *args: Any, **kwargs: Any) -> Any:
+        """Pyro's loss and gradients, with the checks and changes that come before the optimizer's update."""
         try:
-            value = self.elbo.loss_and_grads(*args, **kwargs)
+            value = self._elbo.loss_and_grads(*args, **kwargs)
         except ValueError as error:
             self._check_data()
             cause = str(error).split(":\n", 1)[0].split("\n", 1)[0]
             if not re.search(r"\b(nan|inf)\b", str(error)):
-                raise ValueError(f"fit: {self.where}: {cause}") from error
-            # the pair went well on the first batch, so it is a distribution that is handed NaN: Pyro's validation says which
-            raise FloatingPointError(f"fit: {self.where}: {cause}. Lower the learning rate, or check the data") from error
-        if self.check_each:
+                raise ValueError(f"fit: {self.position}: {cause}") from error
+            # the pair ran on the first batch, so a parameter of a distribution became NaN: Pyro's error names it
+            raise FloatingPointError(f"fit: {self.position}: {cause}. Lower the learning rate, or check the data") from error
+        if self.checks_batches:
             self._check_data()
-        if kind_of(self.elbo).has_value and not math.isfinite(sum(value) if isinstance(value, tuple) else value):
+        if kind_of(self._elbo).has_value and not math.isfinite(sum(value) if isinstance(value, tuple) else value):
             raise FloatingPointError(
-                f"fit: the loss is {value} at {self.where}{self._improbable()}; no parameter was moved by it. Lower the "
+                f"fit: the loss is {value} at {self.position}{self._nonfinite_site()}; parameters are unchanged. Lower the "
                 "learning rate, raise min_scale, or check the data"
             )
-        self.terms = self._terms(value)  # now, since a guide's distributions hold parameters that are about to move
-        found = dict.fromkeys(p for _, p in pyro.get_param_store().named_parameters())  # one may have two names
+        self.terms = self._terms_of_eager_step(value)  # before the update: distributions of the traces hold parameters
+        found = dict.fromkeys(p for _, p in pyro.get_param_store().named_parameters())  # a parameter may have two names
         trained = [p for p in found if p.grad is not None]
-        if self.on_objective:
+        if self.scales_objective:
             factor = self.num_data / self.batch.num_rows
-            torch._foreach_mul_(_entries(p.grad for p in trained if p.grad is not None), factor)
+            torch._foreach_mul_(_stored_values(p.grad for p in trained if p.grad is not None), factor)
             value = value * factor
-        self._accept(trained, [p.grad for p in trained if p.grad is not None])
+        self._before_update(trained, [p.grad for p in trained if p.grad is not None])
         return value
 
-    def _accept(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Average the gradients over processes, raise ``FloatingPointError`` where they are not finite, and clip them."""
-        self.group.average(params, gradients, self.weight)
-        total = _total(gradients) if self._reported is None or self.group.size > 1 else self._reported[-1]
-        if not cmath.isfinite(total.item()) and (bad := _not_finite(params, gradients)):
+    def _before_update(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Average the gradients over ranks, raise ``FloatingPointError`` if they are not finite, and clip them."""
+        self.group.average_gradients(params, gradients, self.weight)
+        total = _sum_of_entries(gradients) if self._extra is None or self.group.size > 1 else self._extra[-1]
+        if not cmath.isfinite(total.item()) and (bad := _nonfinite_parameters(params, gradients)):
             raise FloatingPointError(
-                f"fit: the loss is finite but its gradient is not, at {self.where}: that of {bad}; no parameter was moved by "
-                "it. Lower the learning rate, or check the model where it is not smooth"
+                f"fit: the loss is finite but its gradient is not, at {self.position}: that of {bad}; parameters are "
+                "unchanged. Lower the learning rate, or check the model where it is not smooth"
             )
         if self.clip_norm is not None and gradients:
-            whole = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-            norm = torch.stack([g.double().norm() for g in whole]).norm()  # squares overflow sooner than their numbers
-            longest = self.clip_norm * self.num_data  # the loss stands for all data
-            torch._foreach_mul_(_entries(gradients), (longest / norm).clamp_max(1.0).item())
+            dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+            norm = torch.stack([g.double().norm() for g in dense]).norm()  # squares overflow in single precision
+            max_norm = self.clip_norm * self.num_data  # clip_norm is per datum, the loss a sum over all data
+            torch._foreach_mul_(_stored_values(gradients), (max_norm / norm).clamp_max(1.0).item())
 
-    def _improbable(self) -> str:
-        """The site whose log-probability is not finite, and its row."""
+    def _nonfinite_site(self) -> str:
+        """For an error: the first site whose log-probability is not finite, and its row; ``""`` if there is none."""
         for side, handler in zip(("model", "guide"), self.handlers, strict=True):
             for name, site in sampled(handler.traces[-1]) if handler.traces else ():
                 for row, value, _ in improbable_rows(site, self.plates):
@@ -108,55 +111,55 @@ class MinibatchSVI(SVI):
 
     def _check_data(self) -> None:
         if self.handlers[0].traces:
-            check_observed(self.pair, self.handlers[0].traces[-1], self.batch, f"fit: {self.where}")
+            check_observed(self.pair, self.handlers[0].traces[-1], self.batch, f"fit: {self.position}")
 
-    def on(self, batch: Batch, beta: float, weight: float, where: object) -> ElboTerms:
-        """The step, its loss annealed by β; the terms are not.
+    def minibatch_step(self, batch: Batch, beta: float, weight: float, position: object) -> ElboTerms:
+        """One step of the optimizer on the loss annealed by β. Returns the ELBO terms of the rows, without β.
 
-        :param weight: of this process in the mean over all; 0 where the batch stands in for rows that it has not.
-        :param where: what its ``str`` says is where an error happened.
+        :param weight: of this rank's gradient in the mean over ranks; 0 for a rank without rows, whose batch is a stand-in.
+        :param position: its ``str`` names the step in errors.
         """
-        self.batch, self.weight, self.where = batch, weight, where
+        self.batch, self.weight, self.position = batch, weight, position
         if self.beta is not None:
             self.beta.fill_(beta)
         num_rows = batch.num_rows
         for handler in self.handlers:
-            # a loss that is not linear is multiplied as a whole, so its sites are not scaled
-            handler.num_rows, handler.num_data = num_rows, num_rows if self.on_objective else self.num_data
+            # a loss that is not linear in log-probabilities is multiplied by N/B as a whole
+            handler.num_rows, handler.num_data = num_rows, num_rows if self.scales_objective else self.num_data
             handler.traces.clear()
         try:
             self._step(batch)
         except Exception:
-            pyro.infer.util.zero_grads(p for _, p in pyro.get_param_store().named_parameters())  # as a step leaves them
+            pyro.infer.util.zero_grads(p for _, p in pyro.get_param_store().named_parameters())  # as after a step
             raise
-        terms = self.terms if self._reported is None else ElboTerms(*self._reported[:-1])
+        terms = self.terms if self._extra is None else ElboTerms(*self._extra[:-1])
         return terms if weight else ElboTerms(*(part[:0] for part in terms))
 
-    def _report(self, traces: Traces, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return *self._drawn(traces), _total(gradients)
+    def _extra_outputs(self, traces: Traces, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return *self._terms_of_traces(traces), _sum_of_entries(gradients)
 
-    def _drawn(self, traces: Traces) -> ElboTerms:
-        particles = self.elbo.num_particles // len(traces)
+    def _terms_of_traces(self, traces: Traces) -> ElboTerms:
+        particles = self._elbo.num_particles // len(traces)
         drawn = [elbo_terms(*pair, self.plates, num_data=self.num_data, num_particles=particles) for pair in traces]
         return ElboTerms(*(torch.stack(part).mean(0) for part in zip(*drawn, strict=True)))
 
     @torch.no_grad()
-    def _terms(self, value: Any) -> ElboTerms:
-        """Those of a step of eager Pyro, whose loss was that value."""
-        runs = 1 if self.elbo.vectorize_particles else self.elbo.num_particles
+    def _terms_of_eager_step(self, value: Any) -> ElboTerms:
+        """The terms of a step of eager Pyro, whose loss is ``value``."""
+        runs = 1 if self._elbo.vectorize_particles else self._elbo.num_particles
         models, guides = (list(handler.traces)[-runs:] for handler in self.handlers)
-        seen = len(models) == len(guides) > 0  # a guide that is a handler of its model runs it unseen
-        if isinstance(self.elbo, TraceEnum_ELBO) or not seen:
-            # the loss alone knows; one that is annealed, scaled by the pair, or holds what the guide observes, is computed
-            # again without that
+        traced = len(models) == len(guides) > 0  # a guide that is a handler of its model runs the model by itself
+        if isinstance(self._elbo, TraceEnum_ELBO) or not traced:
+            # traces do not have the terms, so the mean of the loss is taken. If it contains β, poutine.scale, or sites that
+            # the guide observes, it is computed again without them
             observes = any(site["is_observed"] for trace in guides for _, site in sampled(trace))
             if self.beta is not None or self._is_scaled() or observes or not isinstance(value, float):
-                value = self._plain_loss()
+                value = self._unscaled_loss()
             return ElboTerms.of_batch(-value / self.num_data, self.batch.num_rows)
-        return self._drawn(list(zip(models, guides, strict=True)))
+        return self._terms_of_traces(list(zip(models, guides, strict=True)))
 
     def _is_scaled(self) -> bool:
-        """Whether ``poutine.scale`` of the pair is in the loss."""
+        """Whether the pair scales a site by ``poutine.scale``."""
         traces = [handler.traces[-1] for handler in self.handlers if handler.traces]
         return any(
             float(torch.as_tensor(site["scale"]).max()) != subsampling_scale(site) * self._factor(site)
@@ -165,44 +168,43 @@ class MinibatchSVI(SVI):
         )
 
     def _factor(self, site: dict) -> float:
-        """N/B where the handler scales a site by it."""
+        """The factor by which :class:`Reweighted` scales a site: N/B in a data plate, else 1."""
         rows = self.batch.num_rows
-        found = any(f.name in self.plates and f.full_size in (rows, -1) for f in site["cond_indep_stack"])
-        return self.num_data / rows if found else 1.0
+        in_data_plate = any(f.name in self.plates and f.full_size in (rows, -1) for f in site["cond_indep_stack"])
+        return self.num_data / rows if in_data_plate else 1.0
 
-    def _plain_loss(self) -> Any:
-        """The loss without annealing, ``poutine.scale`` and what the guide observes, at the noise of the step to come, which
-        is not moved."""
+    def _unscaled_loss(self) -> Any:
+        """The loss without β, ``poutine.scale`` and sites that the guide observes. The random state is restored after it."""
         if self.beta is not None:
             self.beta.fill_(1.0)
         for handler in self.handlers:
             handler.strip = True
         model, guide = self.programs
-        if isinstance(self.elbo, TraceEnum_ELBO):
+        if isinstance(self._elbo, TraceEnum_ELBO):
             guide = prior_of(guide)
         try:
             with untouched():
-                return self.elbo.loss(model, guide, *self.batch.args, **self.batch.kwargs)
+                return self._elbo.loss(model, guide, *self.batch.args, **self.batch.kwargs)
         finally:
             for handler in self.handlers:
                 handler.strip = False
 
 
-def _entries(gradients: Iterable[Tensor]) -> list[Tensor]:
-    """The numbers of each, of a sparse one those that it holds; what is written to them is written to the gradients."""
+def _stored_values(gradients: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients, or of sparse ones the tensors of their stored values: writing to these changes the gradients."""
     return [g._values() if g.is_sparse else g for g in gradients]
 
 
-def _total(gradients: Sequence[Tensor]) -> Tensor:
-    """The sum of all numbers, which shows whether one is not finite, and costs less than anything else that reads them."""
+def _sum_of_entries(gradients: Sequence[Tensor]) -> Tensor:
+    """The sum of all entries: it is not finite if an entry is not. This is the cheapest such check."""
     if not gradients:
         return torch.zeros(())
-    gradients = _entries(gradients)
+    gradients = _stored_values(gradients)
     rows = [(g.sum(-1) if g.dim() > 1 else g).flatten().to(gradients[0].device) for g in gradients]
     return torch.cat(rows).sum()  # rows first: Inductor is slow to sum a whole matrix
 
 
-def _not_finite(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> str:
+def _nonfinite_parameters(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> str:
     """The names of the parameters whose gradients are not finite."""
-    bad = [p for p, g in zip(params, _entries(gradients), strict=True) if not g.isfinite().all()]
+    bad = [p for p, g in zip(params, _stored_values(gradients), strict=True) if not g.isfinite().all()]
     return ", ".join(repr(name) for name, p in pyro.get_param_store().named_parameters() if any(p is q for q in bad))

@@ -1,4 +1,4 @@
-"""All that a fit is made of between two steps, so that it can go on from there to the last bit."""
+"""The state of a fit between two steps, and its checkpoints: a resumed fit repeats the uninterrupted one bit for bit."""
 
 import logging
 import math
@@ -23,10 +23,10 @@ from pyro_vae.infer.signals import Interrupted, deferred, waiting
 from pyro_vae.infer.snapshot import (
     optim_state,
     random_state,
+    random_state_from_tensors,
+    random_state_to_tensors,
     set_optim_state,
     set_random_state,
-    stored,
-    unstored,
     versions,
 )
 from pyro_vae.pairs.preserve import closed_over, make_parameters, untouched
@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 
 
 class Epoch(NamedTuple):
-    """One epoch of training. ``train`` is averaged over the epoch's minibatches while the parameters move, ``validation``
-    is evaluated at its end; both are the ELBO itself, whatever β and the loss. ``beta`` is that of the last step."""
+    """One epoch of training. ``train`` is the mean over the epoch's minibatches, each at the parameters of its step;
+    ``validation`` is evaluated at the end of the epoch. Both are the ELBO itself, without β, whatever the loss. ``beta`` is
+    that of the last step."""
 
     epoch: int
     beta: float
@@ -47,17 +48,17 @@ class Epoch(NamedTuple):
 
     @classmethod
     def of(cls, record: Any) -> "Epoch":
-        """From what a checkpoint holds of one."""
+        """From the sequence that a checkpoint stores."""
         epoch, beta, train, validation, seconds = record
         return cls(epoch, beta, MeanElbo(*train), None if validation is None else MeanElbo(*validation), seconds)
 
 
-class Weights:
-    """The tensors that training moves: the parameters in Pyro's param store, where those of modules are too, and the buffers
-    of every module that ran."""
+class PairState:
+    """The tensors that training changes: the parameters in Pyro's param store, which include those of modules, and the
+    buffers of the modules that ran."""
 
-    def __init__(self, model: Program, guide: Program, ran: Collection[nn.Module]) -> None:
-        self.model, self.guide, self.ran = model, guide, ran
+    def __init__(self, model: Program, guide: Program, modules: Collection[nn.Module]) -> None:
+        self.model, self.guide, self.modules = model, guide, modules
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"params.{name}": value for name, value in pyro.get_param_store().named_parameters()} | self.buffers()
@@ -67,7 +68,7 @@ class Weights:
         own = {f"{side}.{name}": buffer for side, one in programs.items() for name, buffer in one.named_buffers()}
         others = {
             f"{i}.{name}": buffer
-            for i, module in enumerate(closed_over(self.model, self.guide, self.ran))
+            for i, module in enumerate(closed_over(self.model, self.guide, self.modules))
             for name, buffer in module.named_buffers(recurse=False)
         }
         return {f"buffers.{name}": buffer for name, buffer in (own | others).items()}
@@ -76,115 +77,130 @@ class Weights:
         return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
 
 
-class Best:
-    """The weights of a pair as they were at the highest validation ELBO."""
+class EarlyStopping:
+    """The highest validation ELBO so far, the number of epochs since it, and with ``patience`` a copy of the tensors there."""
 
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights
-        self.elbo, self.epochs_since = -math.inf, 0
-        self.kept: dict[str, Tensor] = {}
+    def __init__(self, state: PairState, patience: int | None) -> None:
+        self.state, self.patience = state, patience
+        self.best_elbo, self.epochs_since_best = -math.inf, 0
+        self.best_tensors: dict[str, Tensor] = {}
 
-    def see(self, elbo: float, patience: int | None) -> None:
-        self.epochs_since += 1
-        if elbo > self.elbo:
-            self.elbo, self.epochs_since = elbo, 0
-            self.kept = {} if patience is None else self.weights.copy()
+    def update(self, validation: MeanElbo | None) -> None:
+        """Record the validation ELBO of an epoch."""
+        if validation is None:
+            return
+        self.epochs_since_best += 1
+        if validation.elbo > self.best_elbo:
+            self.best_elbo, self.epochs_since_best = validation.elbo, 0
+            self.best_tensors = {} if self.patience is None else self.state.copy()
 
-    def waited(self, patience: int | None) -> bool:
-        """Whether so many epochs have brought nothing better."""
-        return patience is not None and self.epochs_since >= patience
+    def should_stop(self) -> bool:
+        return self.patience is not None and self.epochs_since_best >= self.patience
 
     @torch.no_grad()
-    def restore(self) -> None:
-        for name, tensor in self.weights.tensors().items():
-            if name in self.kept:
-                tensor.copy_(self.kept[name])
+    def restore_best(self) -> None:
+        for name, tensor in self.state.tensors().items():
+            if name in self.best_tensors:
+                tensor.copy_(self.best_tensors[name])
 
 
 @dataclass
 class Position:
-    """Where a fit is: the epochs behind it, and how far it is in the present one."""
+    """The position of a fit: the finished epochs, and the number of steps taken in the current one."""
 
+    planned_epochs: int  # num_epochs of the first call; compile="auto" depends on it, and resumed fits run as the first did
     history: list[Epoch] = field(default_factory=list)
-    planned: int = 0  # epochs when it began, by which it was chosen how steps run
-    batch: int = 0  # the next of this epoch
-    steps: int = 0
+    batch_index: int = 0  # of the next minibatch in the current epoch
+    num_steps: int = 0
     beta: float = 1.0
-    terms: list[ElboTerms] = field(default_factory=list)  # of this epoch's steps
-    seconds: float = 0.0  # of this epoch, in processes that are gone
-    began: Any = None  # random state before this epoch
-    now: Any = None  # and after its last step
+    terms: list[ElboTerms] = field(default_factory=list)  # of the steps of the current epoch
+    seconds: float = 0.0  # time of the current epoch before the fit was interrupted
+    random_before_epoch: Any = None  # random state at the start of the current epoch
+    random_after_step: Any = None  # random state after its last step
 
     @property
     def epoch(self) -> int:
         return len(self.history) + 1
 
     def __str__(self) -> str:
-        return f"epoch {self.epoch}, batch {self.batch} (step {self.steps + 1})"
+        return f"epoch {self.epoch}, batch {self.batch_index} (step {self.num_steps + 1})"
 
-    def rest(self, batches: Batches) -> Iterator[Batch]:
-        """The batches of this epoch that are to come."""
-        self.since = time.perf_counter() - self.seconds
-        if self.began is not None:
-            set_random_state(self.began, batches)
+    def remaining_batches(self, batches: Batches) -> Iterator[Batch]:
+        """The minibatches of the current epoch that no step has used."""
+        self.start_time = time.perf_counter() - self.seconds
+        if self.random_before_epoch is not None:
+            set_random_state(self.random_before_epoch, batches)
         else:
-            self.began = random_state(batches)
-        coming = batches.epoch(shuffle=True)
-        for _ in islice(coming, self.batch):  # drawn again, and passed over
+            self.random_before_epoch = random_state(batches)
+        remaining = batches.epoch(shuffle=True)
+        for _ in islice(remaining, self.batch_index):  # drawn again in the same order, and skipped
             pass
-        if self.now is not None:
-            set_random_state(self.now)
-        return coming
+        if self.random_after_step is not None:
+            set_random_state(self.random_after_step)
+        return remaining
 
-    def close(self, validation: MeanElbo | None, group: Group) -> Epoch:
-        """The record of this epoch, of all processes; the next begins."""
-        terms = group.terms(ElboTerms(*(torch.cat(part) for part in zip(*self.terms, strict=True))))
-        record = Epoch(self.epoch, self.beta, terms.mean(), validation, time.perf_counter() - self.since)
+    def end_epoch(self, validation: MeanElbo | None, group: Group) -> Epoch:
+        """Append the record of the current epoch, over all ranks, and begin the next one."""
+        terms = group.gather_terms(ElboTerms(*(torch.cat(part) for part in zip(*self.terms, strict=True))))
+        record = Epoch(self.epoch, self.beta, terms.mean(), validation, time.perf_counter() - self.start_time)
         self.history.append(record)
-        self.batch, self.terms, self.seconds, self.began, self.now = 0, [], 0.0, None, None
+        self.batch_index, self.terms, self.seconds = 0, [], 0.0
+        self.random_before_epoch = self.random_after_step = None
         return record
 
 
-class Keeper:
-    """Writes the checkpoints of a fit, and reads them."""
+class CheckpointManager:
+    """Saves and restores the checkpoints of a fit. Without ``checkpoints`` it saves none."""
 
     def __init__(
         self,
         checkpoints: Checkpoints | None,
         every: int | None,
-        at: Position,
-        best: Best,
-        step: MinibatchSVI,
+        position: Position,
+        stopping: EarlyStopping,
+        svi: MinibatchSVI,
         batches: Batches,
         config: dict[str, Any],
     ) -> None:
-        self.checkpoints, self.every, self.at, self.best = checkpoints, every, at, best
-        self.step, self.batches, self.config, self.group = step, batches, config, step.group
+        self.checkpoints, self.every, self.position, self.stopping = checkpoints, every, position, stopping
+        self.svi, self.batches, self.config = svi, batches, config
+        self.state, self.group = stopping.state, svi.group
         if checkpoints is not None and batches.persistent:
             warnings.warn(
-                "checkpoint: the loader's workers live on from epoch to epoch, and no checkpoint has their random states; if "
-                "its data set draws random numbers, a fit that goes on will draw others. Pass persistent_workers=False",
-                stacklevel=4,
+                "checkpoint: the loader's workers persist between epochs, and checkpoints do not contain their random states; "
+                "if the data set draws random numbers, a resumed fit draws others. Pass persistent_workers=False",
+                stacklevel=3,
             )
 
-    def stepped(self) -> None:
-        """After each step."""
-        self.at.batch += 1
-        self.at.steps += 1
+    def start(self, resume: str | Path | None, first: Batch, held_out: Batches | None) -> None:
+        """Give all ranks the same parameters, and restore the checkpoint that ``resume`` names."""
+        if self.group.size > 1:
+            self.group.shard(self.batches)
+            if held_out is not None:
+                self.group.shard(held_out)
+            make_parameters(self.state.model, self.state.guide, first)
+            self.group.broadcast_(self.state.tensors().values())
+        if resume is not None:
+            self._resume(resume, first)
+
+    def after_step(self) -> None:
+        """Count a step, and save if one is due. Raises ``Interrupted`` if a rank has received a signal."""
+        self.position.batch_index += 1
+        self.position.num_steps += 1
         if self.checkpoints is not None:
-            self.at.now = random_state()
-            if self.every is not None and self.at.steps % self.every == 0:
+            self.position.random_after_step = random_state()
+            if self.every is not None and self.position.num_steps % self.every == 0:
                 self.save()
-            if self.group.any(waiting()):
+            if self.group.any_rank(waiting()):
                 raise Interrupted
 
     @contextmanager
-    def safe(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM wait for a checkpoint, where there are any."""
+    def save_before_signals(self) -> Iterator[None]:
+        """Delay SIGINT and SIGTERM in the block until a checkpoint is saved. Without checkpoints they act at once."""
         if self.checkpoints is None:
             yield
             return
-        with deferred(anywhere=self.group.size == 1):  # processes that wait for one another stop together
+        with deferred(anywhere=self.group.size == 1):  # several ranks stop after the same step
             try:
                 yield
             except Interrupted:
@@ -192,113 +208,111 @@ class Keeper:
                 raise
 
     def save(self) -> None:
-        """Write a checkpoint, where there is something that is not the start. The first process writes for all."""
-        if self.checkpoints is None or not self.at.steps:
+        """Save a checkpoint, unless no step has run. Rank 0 writes it for all ranks."""
+        if self.checkpoints is None or not self.position.num_steps:
             return
-        at = self.at
-        began = at.began if at.began is not None else random_state(self.batches)
-        terms = [torch.cat(part) for part in zip(*at.terms, strict=True)]
-        ranks = self.group.all({"began": stored(began), "now": stored(at.now), "terms": terms})
+        at = self.position
+        before = at.random_before_epoch if at.random_before_epoch is not None else random_state(self.batches)
+        own = {
+            "began": random_state_to_tensors(before),
+            "now": random_state_to_tensors(at.random_after_step),
+            "terms": [torch.cat(part) for part in zip(*at.terms, strict=True)],
+        }
+        ranks = self.group.all_gather(own)
         if self.group.rank:
-            self.group.wait()
+            self.group.barrier()
             return
-        validation = at.history[-1].validation if at.history and not at.batch else None
+        validation = at.history[-1].validation if at.history and not at.batch_index else None
+        best = self.stopping
         content = {
             "config": self.config,
             "versions": versions(),
             "history": [tuple(epoch) for epoch in at.history],
-            "planned": at.planned, "batch": at.batch, "steps": at.steps, "beta": at.beta, "ranks": ranks,
-            "seconds": time.perf_counter() - at.since if at.batch else 0.0,
-            "weights": self.best.weights.copy(),
-            # one that was used once is moved by momentum for good, and counted
+            "planned": at.planned_epochs, "batch": at.batch_index, "steps": at.num_steps, "beta": at.beta, "ranks": ranks,
+            "seconds": time.perf_counter() - at.start_time if at.batch_index else 0.0,
+            "weights": self.state.copy(),
+            # parameters that have had a gradient: optimizers update these at each step, by momentum if by nothing else
             "moved": [name for name, p in pyro.get_param_store().named_parameters() if p.grad is not None],
-            "optim": optim_state(self.step.optim),
-            "best": {"elbo": self.best.elbo, "epochs_since": self.best.epochs_since, "weights": self.best.kept},
-            "graphs": self.step._graphs(), "max_plate_nesting": self.step.elbo.max_plate_nesting,
+            "optim": optim_state(self.svi.optim),
+            "best": {"elbo": best.best_elbo, "epochs_since": best.epochs_since_best, "weights": best.best_tensors},
+            "graphs": self.svi._graph_names(), "max_plate_nesting": self.svi._elbo.max_plate_nesting,
         }  # fmt: skip
-        self.checkpoints.save(at.steps, content, score=-math.inf if validation is None else validation.elbo)
-        self.group.wait()  # none goes on before it is there
+        self.checkpoints.save(at.num_steps, content, score=-math.inf if validation is None else validation.elbo)
+        self.group.barrier()
 
-    def begin(self, resume: str | Path | None, model: Program, guide: Program, first: Batch, held_out: Batches | None) -> None:
-        """Bring all processes to one start, and that to a checkpoint."""
-        if self.group.size > 1:
-            self.group.share(self.batches)
-            if held_out is not None:
-                self.group.share(held_out)
-            make_parameters(model, guide, first)
-            self.group.agree(self.best.weights.tensors().values())
-        if resume is not None:
-            self._resume(resume, model, guide, first)
+    def _resume(self, resume: str | Path, first: Batch) -> None:
+        """Restore a checkpoint.
 
-    def _resume(self, resume: str | Path, model: Program, guide: Program, first: Batch) -> None:
-        """Put everything back as it was at a checkpoint.
-
-        :raises FileNotFoundError: where it is not there.
-        :raises ValueError: where it is damaged, or of another pair; ``MismatchError`` where it is of another version or
+        :raises FileNotFoundError: if it does not exist.
+        :raises ValueError: if it is damaged, or of another pair; ``MismatchError`` if it is of another version or
             configuration.
         """
         found = self._find(resume)
         if found is None:
-            logger.info("resume: there is no checkpoint yet, so the fit begins")
+            logger.info("resume: there is no checkpoint yet, so the fit starts from the beginning")
             return
         path, content = found
-        missing = [name for name in _entries(self.group.size) if not _has(content, name)]
-        if missing:
-            raise MismatchError(
-                f"resume: {path} lacks {', '.join(missing[:5])}, which fit writes in this version of pyro_vae; begin anew in "
-                "another folder"
-            )
-        for key, was in content["config"].items():
-            if self.config.get(key) != was:
-                raise MismatchError(
-                    f"resume: {key} is {self.config.get(key)!r} but was {was!r} in {path}; expected the same, or begin anew in "
-                    "another folder"
-                )
-        self._warn_of_versions(path, content.get("versions", {}))
-        self._make(model, guide, first, content["weights"].keys())
-        copy_all(content["weights"], self.best.weights.tensors(), str(path))
+        self._check_content(path, content)
+        self._make_parameters(first, content["weights"].keys())
+        copy_all(content["weights"], self.state.tensors(), str(path))
         for name, p in pyro.get_param_store().named_parameters():
             p.grad = torch.zeros_like(p) if name in content["moved"] else None
-        set_optim_state(self.step.optim, content["optim"])
-        at, best = self.at, content["best"]
+        set_optim_state(self.svi.optim, content["optim"])
+        at, best = self.position, content["best"]
         at.history = [Epoch.of(record) for record in content["history"]]
-        at.planned, at.batch, at.steps, at.beta, at.seconds = (
+        at.planned_epochs, at.batch_index, at.num_steps, at.beta, at.seconds = (
             content[key] for key in ("planned", "batch", "steps", "beta", "seconds")
         )
         own = content["ranks"][self.group.rank]
         device = first.leaves()[0].device
         at.terms = [ElboTerms(*(part.to(device) for part in own["terms"]))] if own["terms"] else []
-        at.began, at.now = unstored(own["began"]), unstored(own["now"])
-        self.best.elbo, self.best.epochs_since, self.best.kept = best["elbo"], best["epochs_since"], best["weights"]
+        at.random_before_epoch = random_state_from_tensors(own["began"])
+        at.random_after_step = random_state_from_tensors(own["now"])
+        self.stopping.best_elbo, self.stopping.epochs_since_best = best["elbo"], best["epochs_since"]
+        self.stopping.best_tensors = best["weights"]
         if self.checkpoints is not None and not self.group.rank:
             self.checkpoints.go_on_from(path)
-        self.step._resume(content["graphs"])
-        self.step.elbo.max_plate_nesting = content["max_plate_nesting"]  # or Pyro draws again to guess it
-        logger.info("resume: from %s, after step %d", path, at.steps)
+        self.svi._restore_graphs(content["graphs"])
+        self.svi._elbo.max_plate_nesting = content["max_plate_nesting"]  # else Pyro runs the pair to infer it
+        logger.info("resume: from %s, after step %d", path, at.num_steps)
 
-    def _warn_of_versions(self, path: Path, were: dict[str, str]) -> None:
-        """Older checkpoints do not name any."""
-        found = versions()
-        changed = [f"{name} {was} (now {found.get(name)})" for name, was in were.items() if found.get(name) != was]
+    def _check_content(self, path: Path, content: Any) -> None:
+        missing = [name for name in _required_entries(self.group.size) if not _has(content, name)]
+        if missing:
+            raise MismatchError(
+                f"resume: {path} lacks {', '.join(missing[:5])}, which fit writes in this version of pyro_vae; begin anew in "
+                "another folder"
+            )
+        for key, saved in content["config"].items():
+            if self.config.get(key) != saved:
+                raise MismatchError(
+                    f"resume: {key} is {self.config.get(key)!r} but was {saved!r} in {path}; expected the same, or begin anew "
+                    "in another folder"
+                )
+        installed, saved_versions = versions(), content.get("versions", {})  # checkpoints of 0.1.0 have no versions
+        changed = [f"{name} {saved} (now {installed.get(name)})" for name, saved in saved_versions.items()
+                   if installed.get(name) != saved]  # fmt: skip
         if changed and not self.group.rank:
             warnings.warn(
                 f"resume: {path} was written with {', '.join(changed)}. The fit continues, but its last bits may differ from "
                 "those of a fit without interruption; install the same versions where they must agree",
-                stacklevel=4,
+                stacklevel=5,
             )
 
-    def _make(self, model: Program, guide: Program, first: Batch, names: Collection[str]) -> None:
-        """The parameters that exist only once the pair has run, or the loss: averages of its costs, say."""
+    def _make_parameters(self, first: Batch, names: Collection[str]) -> None:
+        """Create the parameters of the pair by running it, and those that the loss itself creates (running averages)."""
+        model, guide = self.state.model, self.state.guide
         make_parameters(model, guide, first)
-        if set(names) <= self.best.weights.tensors().keys():
+        if set(names) <= self.state.tensors().keys():
             return
         store = pyro.get_param_store()
         with untouched():
-            self.step.elbo.loss_and_grads(model, guide, *first.args, **first.kwargs)
-            made = store.get_state()
-        store.set_state(made)
+            self.svi._elbo.loss_and_grads(model, guide, *first.args, **first.kwargs)
+            created = store.get_state()
+        store.set_state(created)
 
     def _find(self, resume: str | Path) -> tuple[Path, Any] | None:
+        """The path and content of the checkpoint that ``resume`` names; ``None`` for "last" in an empty folder."""
         if resume not in ("last", "best"):
             return Path(resume), read_checkpoint(Path(resume))
         if self.checkpoints is None:
@@ -311,17 +325,17 @@ class Keeper:
         return found
 
 
-def _entries(num_processes: int) -> list[str]:
-    """What :meth:`Keeper.save` writes and :meth:`Keeper._resume` reads, by dotted names."""
+def _required_entries(num_ranks: int) -> list[str]:
+    """The dotted names of the entries that :meth:`CheckpointManager.save` writes."""
     return [
         "config", "weights", "moved", "optim", "history", "planned", "batch", "steps", "beta", "seconds", "graphs",
         "max_plate_nesting", "best.elbo", "best.epochs_since", "best.weights",
-        *(f"ranks.{i}.{name}" for i in range(num_processes) for name in ("began", "now", "terms")),
+        *(f"ranks.{i}.{name}" for i in range(num_ranks) for name in ("began", "now", "terms")),
     ]  # fmt: skip
 
 
 def _has(content: Any, name: str) -> bool:
-    """Whether dictionaries and lists of them hold a dotted name."""
+    """Whether nested dictionaries and lists have an entry of a dotted name."""
     for key in name.split("."):
         try:
             content = content[int(key) if isinstance(content, list) else key]

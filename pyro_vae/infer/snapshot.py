@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside weights: random states, the state of optimizers, and what a fit was told."""
+"""Parts of a checkpoint besides the parameters: random states, the state of the optimizer, the configuration of a fit."""
 
 import hashlib
 from typing import Any
@@ -14,8 +14,7 @@ from pyro_vae.infer.svi import OneOptimizer
 
 
 def random_state(batches: Batches | None = None) -> dict[str, Any]:
-    """The state of every generator: torch's, of each GPU too, Python's, numpy's, and those that the batches have of their
-    own."""
+    """The states of the global generators of torch (CPU and GPUs), Python and numpy, and of the generators of the batches."""
     return pyro.util.get_rng_state() | {
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "own": [generator.get_state() for generator in batches.generators()] if batches is not None else [],
@@ -31,15 +30,16 @@ def set_random_state(state: dict[str, Any], batches: Batches | None = None) -> N
             generator.set_state(own)
 
 
-def stored(state: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A random state as a checkpoint holds it: the words of a generator as a tensor."""
+def random_state_to_tensors(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A random state in the form that a checkpoint can store: the words of Python's and numpy's generators as tensors."""
     if state is None:
         return None
     (version, words, gauss), (kind, keys, *rest) = state["random"], state["numpy"]
     return state | {"random": [version, torch.tensor(words), gauss], "numpy": [kind, torch.from_numpy(keys.copy()), *rest]}
 
 
-def unstored(state: dict[str, Any] | None) -> dict[str, Any] | None:
+def random_state_from_tensors(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The inverse of :func:`random_state_to_tensors`."""
     if state is None:
         return None
     (version, words, gauss), (kind, keys, *rest) = state["random"], state["numpy"]
@@ -47,42 +47,42 @@ def unstored(state: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def optim_state(optim: Any) -> dict[str, Any]:
-    """The state of one of Pyro's optimizers, by the names of the parameters."""
+    """The states of the torch optimizers (and schedulers) of one of Pyro's optimizers, by the names of the parameters."""
     if isinstance(optim, OneOptimizer):
         return {"": optim.optimizer.state_dict()}
     found = {}
     for name, p in pyro.get_param_store().named_parameters():
         one = optim.optim_objs.get(p)
         if one is not None:
-            wrapped = hasattr(one, "optimizer")  # by a learning-rate schedule
+            is_scheduler = hasattr(one, "optimizer")
             found[name] = (
-                {"scheduler": one.state_dict(), "optimizer": one.optimizer.state_dict()} if wrapped else one.state_dict()
+                {"scheduler": one.state_dict(), "optimizer": one.optimizer.state_dict()} if is_scheduler else one.state_dict()
             )
     return found
 
 
 def set_optim_state(optim: Any, state: dict[str, Any]) -> None:
-    """The optimizers are made at once, not at the next step, which is then a step like any other."""
+    """Restore the state of one of Pyro's optimizers. Its torch optimizers are made here; Pyro makes them at the first step."""
     if isinstance(optim, OneOptimizer):
         optim.optimizer.load_state_dict(state[""])
         return
     for name, p in pyro.get_param_store().named_parameters():
         if name in state:
-            one, kept = optim._get_optim(p), state[name]
+            one, saved = optim._get_optim(p), state[name]
             optim.optim_objs[p], optim.grad_clip[p] = one, optim._get_grad_clip(p)
             if hasattr(one, "optimizer"):
-                one.load_state_dict(kept["scheduler"])
-                one.optimizer.load_state_dict(kept["optimizer"])
-                one.optimizer._opt_called = True  # it has made steps: torch warns where a schedule comes first
+                one.load_state_dict(saved["scheduler"])
+                one.optimizer.load_state_dict(saved["optimizer"])
+                one.optimizer._opt_called = True  # else torch warns that the scheduler steps before the optimizer
             else:
-                one.load_state_dict(kept)
+                one.load_state_dict(saved)
 
 
 def configuration(
     batches: Batches, held_out: Batches | None, loss: ELBO, optim: Any, group: Group, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """What must be as it was for a fit to go on. Of a function only that it is one can be told."""
-    simple = {key: getattr(loss, key) for key in ("num_particles", "vectorize_particles", "alpha") if hasattr(loss, key)}
+    """What must be the same when a fit is resumed. Functions cannot be compared: each is recorded as "a function"."""
+    options = {key: getattr(loss, key) for key in ("num_particles", "vectorize_particles", "alpha") if hasattr(loss, key)}
     whole = batches.whole.leaves() if isinstance(batches, InMemory) else []
     return {
         "num_processes": group.size,
@@ -90,10 +90,10 @@ def configuration(
         "batch_size": batches.batch_size if isinstance(batches, InMemory) else None,
         "drawn": isinstance(batches, InMemory) and batches.drawn,
         "num_batches": batches.num_batches,
-        "data": [_sum_of(tensor) for tensor in whole],
-        "loss": {"name": type(loss).__name__} | simple,
-        "optim": _optimizer(optim),
-        "validation": [_sum_of(tensor) for tensor in held_out.whole.leaves()] if isinstance(held_out, InMemory) else [],
+        "data": [_checksum(tensor) for tensor in whole],
+        "loss": {"name": type(loss).__name__} | options,
+        "optim": _optimizer_settings(optim),
+        "validation": [_checksum(tensor) for tensor in held_out.whole.leaves()] if isinstance(held_out, InMemory) else [],
     } | {name: "a function" if callable(value) else value for name, value in settings.items()}
 
 
@@ -102,8 +102,8 @@ def versions() -> dict[str, str]:
     return {"torch": str(torch.__version__), "pyro-ppl": pyro.__version__}
 
 
-def _optimizer(optim: Any) -> dict[str, Any]:
-    """The kind of an optimizer and of its schedule, and their settings, as far as they are plain."""
+def _optimizer_settings(optim: Any) -> dict[str, Any]:
+    """The classes of an optimizer and its scheduler, and their options that are plain values."""
     kinds = [type(optim), *(getattr(optim, f"pt_{part}_constructor", None) for part in ("optim", "scheduler"))]
     given = vars(optim).get("kwargs", {}), getattr(optim, "pt_optim_args", {})
     plain = {name: value for each in given if isinstance(each, dict) for name, value in each.items()}
@@ -112,5 +112,5 @@ def _optimizer(optim: Any) -> dict[str, Any]:
     }
 
 
-def _sum_of(tensor: Tensor) -> str:
+def _checksum(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(bytes_of(tensor)).hexdigest()}"

@@ -18,7 +18,7 @@ from torch.distributions import Distribution, kl_divergence
 from pyro_vae.compiler import CannotTrace, Graphed, restored
 from pyro_vae.compiler.guards import Guards
 from pyro_vae.data.batches import Batch
-from pyro_vae.infer.validation import conditions
+from pyro_vae.infer.validation import validity
 from pyro_vae.pairs.preserve import KeepFrozen, modules_that_run, untouched
 from pyro_vae.pairs.traces import Program
 
@@ -211,9 +211,9 @@ class GraphStep:
             taken = {tensor.data_ptr() for tensor in (*tensors, *self.graphed.writes)}
             gradients = [_owned(p, gradient, taken) for p, gradient in zip(self.params, found, strict=True)]
             reported = self.report(traces, gradients)
-            asked = list(conditions(traces, default=self.validate))
-            if asked:  # at NaN SVI repeats the step by eager Pyro, which raises
-                total = torch.where(torch.stack(asked).all(), total, torch.nan)
+            valid = list(validity(traces, default=self.validate))
+            if valid:  # at NaN SVI repeats the step by eager Pyro, which raises
+                total = torch.where(torch.stack(valid).all(), total, torch.nan)
         return total, *gradients, *reported
 
     def _eager(self, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -54,6 +54,9 @@ class SVI(pyro.infer.SVI):
     made, at its 10th and 100th step and at every 1000th; where they differ, a line is logged and eager Pyro runs on. Making
     and comparing a graph runs the pair a few times more: a pair that counts its own runs counts those too.
 
+    Public are ``step``, ``evaluate_loss``, :meth:`explain`, :meth:`retrace`, the attribute ``compile``, and what
+    ``pyro.infer.SVI`` has.
+
     :param optim: one of Pyro's optimizers, or a ``torch.optim.Optimizer`` over the pair's parameters.
     :param loss: one of Pyro's ELBO objects; ``Trace_ELBO`` and ``TraceMeanField_ELBO`` are traced.
     :param compile: ``"trace"``: a graph from the second step on, ready in a second; ``True``: compiled by Inductor as well,
@@ -82,12 +85,12 @@ class SVI(pyro.infer.SVI):
         if isinstance(optim, torch.optim.Optimizer):
             optim = OneOptimizer(optim)
         super().__init__(model, guide, optim, loss, *args, **kwargs)
-        self.elbo, self.compile = loss, compile
+        self._elbo, self.compile = loss, compile
         self._check, self._is_elbo = check, isinstance(loss, ELBO)  # Pyro calls anything else as a function
-        self._later_loss_and_grads: Any = self.loss_and_grads
+        self._loss_and_grads: Any = self.loss_and_grads
         self.loss_and_grads: Any = self._first_loss_and_grads
         self._eager_steps: Counter[str] = Counter()  # steps for which no graph was tried, by the reason
-        self._resumed: frozenset[str] = frozenset()
+        self._restored_graphs: frozenset[str] = frozenset()
         self._logged: set[str] = set()
         self.retrace()
 
@@ -116,7 +119,7 @@ class SVI(pyro.infer.SVI):
 
     def _first_loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
         """Loss and gradients of the first step, whose traces are checked before a parameter moves."""
-        self.loss_and_grads = self._later_loss_and_grads
+        self.loss_and_grads = self._loss_and_grads
         handlers = [Recorded(), Recorded()]
         programs = [handler(program) for handler, program in zip(handlers, (model, guide), strict=True)]
         check = self._check and not isinstance(poutine.unwrap(guide), GuideMessenger)
@@ -155,8 +158,8 @@ class SVI(pyro.infer.SVI):
             return []
 
     def _step(self, batch: Batch) -> Any:
-        self._reported: Sequence[Tensor] | None = None  # what _report gave; None where eager Pyro ran
-        reason = self._why_eager()
+        self._extra: Sequence[Tensor] | None = None  # values of _extra_outputs; None if eager Pyro ran the step
+        reason = self._reason_for_eager()
         signature = None if reason else self._signature(batch)
         if signature is None:
             reason = reason or f"more than {_MAX_SIGNATURES} signatures of arguments"
@@ -169,7 +172,7 @@ class SVI(pyro.infer.SVI):
             return self._graph_step(signature, batch)
         value = self._eager_step(batch)
         if failure:  # the eager step succeeded, so the graph is at fault
-            self._refuse(signature, failure)
+            self._run_eagerly(signature, failure)
         return value
 
     def _eager_step(self, batch: Batch) -> Any:
@@ -198,40 +201,40 @@ class SVI(pyro.infer.SVI):
             if failure is not None:
                 from pyro_vae.compiler import describe
 
-                self._refuse(signature, f"its graph failed where eager Pyro does not: {describe(failure)}")
+                self._run_eagerly(signature, f"its graph failed where eager Pyro does not: {describe(failure)}")
             return value
-        self._reported = reported
-        self._accept(signature.step.params, gradients)
+        self._extra = reported
+        self._before_update(signature.step.params, gradients)
         signature.move(gradients)
         return value
 
-    def _accept(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Called before the optimizer moves: a subclass may change the gradients in place, or raise."""
+    def _before_update(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Called between the gradients and the optimizer's update: a subclass may change the gradients in place, or raise."""
 
-    def _report(self, traces: Traces, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:  # noqa: ARG002
-        """Further outputs of a graph, from the traces of model and guide and the gradients: a subclass finds them in
-        ``_reported``."""
+    def _extra_outputs(self, traces: Traces, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:  # noqa: ARG002
+        """Further outputs of a graph, computed from the traces of model and guide and the gradients. After a step of the
+        graph their values are in ``_extra``."""
         return ()
 
-    def _graphs(self) -> list[str]:
-        """The signatures that have or may get a graph; needed to resume to the last bit."""
-        met = {signature.name: signature.count > 0 and not signature.refused for signature in self._signatures.values()}
-        return [name for name, has_graph in (dict.fromkeys(self._resumed, True) | met).items() if has_graph]
+    def _graph_names(self) -> list[str]:
+        """Names of the signatures that have or may get a graph. A graph rounds differently from eager Pyro, so a resumed fit
+        needs them to reproduce each step."""
+        seen = {signature.name: signature.count > 0 and not signature.refused for signature in self._signatures.values()}
+        return [name for name, has_graph in (dict.fromkeys(self._restored_graphs, True) | seen).items() if has_graph]
 
-    def _resume(self, graphs: Collection[str]) -> None:
-        """Continue in the state of another process: these signatures have graphs from their first step on, since the rounding
-        of a graph differs."""
-        self._resumed = frozenset(graphs)
+    def _restore_graphs(self, names: Collection[str]) -> None:
+        """Run these signatures as graphs from their first step on; see :meth:`_graph_names`."""
+        self._restored_graphs = frozenset(names)
 
-    def _why_eager(self) -> str:
-        """Why no graph is tried for a step; ``""`` where one is."""
+    def _reason_for_eager(self) -> str:
+        """Why a step runs as eager Pyro whatever its arguments; ``""`` if it may run as a graph."""
         if self.compile is False:
             return "compile=False"
         if not self._is_elbo:
             return "the loss is a function; Trace_ELBO and TraceMeanField_ELBO are traced"
-        if type(self.elbo) not in _TRACED:
-            return f"the loss is {type(self.elbo).__name__}; Trace_ELBO and TraceMeanField_ELBO are traced"
-        if getattr(self.loss_and_grads, "__self__", None) not in (self.elbo, self):
+        if type(self._elbo) not in _TRACED:
+            return f"the loss is {type(self._elbo).__name__}; Trace_ELBO and TraceMeanField_ELBO are traced"
+        if getattr(self.loss_and_grads, "__self__", None) not in (self._elbo, self):
             return "loss_and_grads is not that of the loss"
         if _PYRO_STACK:
             return "a handler is around the step, which is not in a graph"
@@ -249,7 +252,7 @@ class SVI(pyro.infer.SVI):
         if found is None and len(self._signatures) < _MAX_SIGNATURES:
             found = self._signatures[key] = _Signature(leaves, self._floats_by_value)
             if reason := _why_no_input(leaves):
-                self._refuse(found, reason)
+                self._run_eagerly(found, reason)
             if len(self._signatures) == _MAX_SIGNATURES:
                 self._log(f"{_MAX_SIGNATURES} signatures of arguments: others run as eager Pyro; pass numbers as tensors")
         return found
@@ -260,7 +263,7 @@ class SVI(pyro.infer.SVI):
 
         signature.count += 1
         limits = THRESHOLDS["step of SVI"]
-        due = signature.count > (limits.trace if self.compile == "auto" else 1) or signature.name in self._resumed
+        due = signature.count > (limits.trace if self.compile == "auto" else 1) or signature.name in self._restored_graphs
         if signature.refused or not due:
             return ""
         try:
@@ -284,14 +287,14 @@ class SVI(pyro.infer.SVI):
             if signature.has_floats:  # Python may branch on one
                 self._floats_by_value = True
             elif isinstance(error, CannotTrace):
-                self._refuse(signature, str(error))
+                self._run_eagerly(signature, str(error))
             else:  # if the pair itself fails on these data, the eager step raises
                 return describe(error)
         return ""
 
     def _is_replaced(self, signature: "_Signature") -> bool:
         step = signature.step
-        return (self.model, self.guide, self.elbo, self.optim) != (step.model, step.guide, step.elbo, signature.move.optim)
+        return (self.model, self.guide, self._elbo, self.optim) != (step.model, step.guide, step.elbo, signature.move.optim)
 
     def _build(self, signature: "_Signature", batch: Batch) -> None:
         from pyro_vae.compiler import CannotTrace
@@ -303,7 +306,7 @@ class SVI(pyro.infer.SVI):
             raise CannotTrace(f"{_MAX_BUILDS} graphs were traced, and what they depend on changed again")
         tensors, arguments = signature.inputs(batch), signature.arguments(batch)
         try:
-            step = GraphStep(self.elbo, self.model, self.guide, tensors, arguments, self._report)
+            step = GraphStep(self._elbo, self.model, self.guide, tensors, arguments, self._extra_outputs)
         except NewParameters as name:
             signature.how = f"eager Pyro: the pair made the parameter {str(name)!r}; traced at the next step"
             return
@@ -324,7 +327,7 @@ class SVI(pyro.infer.SVI):
             signature.how = f"traced ({reason})"
             logger.warning("SVI: %s: not compiled: %s", signature.name, reason)
 
-    def _refuse(self, signature: "_Signature", reason: str) -> None:
+    def _run_eagerly(self, signature: "_Signature", reason: str) -> None:
         """Run steps of this signature as eager Pyro from now on."""
         signature.step, signature.refused, signature.how = None, True, f"eager Pyro: {reason}"
         self._log(f"{signature.name} runs as eager Pyro: {reason}", reason)

@@ -1,4 +1,4 @@
-"""What Pyro's validation would ask of a run, as tensors of a graph."""
+"""Pyro's validation of parameters and values as tensor operations, so that it can be part of a graph."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,45 +9,46 @@ from torch import Tensor
 from torch.distributions import TransformedDistribution, constraints
 
 
-def conditions(traces: Sequence[tuple[Trace, Trace]], *, default: bool) -> Iterator[Tensor]:
-    """Whether parameters and values of a run are where they may be, but for what makes the loss NaN anyhow.
+def validity(traces: Sequence[tuple[Trace, Trace]], *, default: bool) -> Iterator[Tensor]:
+    """For each constraint of a run, whether it is satisfied, ``()``. Constraints to real numbers are left out: a NaN there
+    makes the loss NaN.
 
-    :param default: whether torch validates distributions that were not told to, see ``set_default_validate_args``.
+    :param default: whether distributions without ``validate_args`` are validated, see ``set_default_validate_args``.
     """
     for model_trace, guide_trace in traces:
         for trace in (model_trace, guide_trace):
             for site in trace.nodes.values():
                 if site["type"] != "sample" or not _is_validated(site["fn"], default):
                     continue
-                yield from _of_parameters(site["fn"])
-                if trace is model_trace:  # a guide draws from its own support
+                yield from _parameter_validity(site["fn"])
+                if trace is model_trace:  # values of the guide are its own draws
                     try:
-                        support = _of_each(site["fn"].support)
+                        support = _base_constraint(site["fn"].support)
                     except (NotImplementedError, AttributeError):
                         continue
                     if not _is_real(support):
-                        yield _satisfied(support, site["value"])
+                        yield _all_satisfy(support, site["value"])
 
 
 def _is_validated(fn: Any, default: bool) -> bool:
-    """Whether torch validates what a distribution is given; what is only reshaped or masked is validated by its base."""
+    """Whether torch validates a distribution; one that is only reshaped, expanded or masked is validated as its base is."""
     while "base_dist" in vars(fn) and not isinstance(fn, TransformedDistribution):
         fn = fn.base_dist
-    told = vars(fn).get("_validate_args")
-    return default if told is None else told
+    validate_args = vars(fn).get("_validate_args")
+    return default if validate_args is None else validate_args
 
 
-def _of_parameters(fn: Any) -> Iterator[Tensor]:
+def _parameter_validity(fn: Any) -> Iterator[Tensor]:
     for name, constraint in getattr(fn, "arg_constraints", {}).items():
-        value, each = vars(fn).get(name), _of_each(constraint)
-        if isinstance(value, Tensor) and not constraints.is_dependent(constraint) and not _is_real(each):
-            yield _satisfied(each, value)
+        value, base = vars(fn).get(name), _base_constraint(constraint)
+        if isinstance(value, Tensor) and not constraints.is_dependent(constraint) and not _is_real(base):
+            yield _all_satisfy(base, value)
     if "base_dist" in vars(fn):
-        yield from _of_parameters(fn.base_dist)
+        yield from _parameter_validity(fn.base_dist)
 
 
-def _of_each(constraint: Any) -> Any:
-    """That of a single number, vector or matrix: all of them are to satisfy it."""
+def _base_constraint(constraint: Any) -> Any:
+    """The constraint without ``independent``."""
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
     return constraint
@@ -57,8 +58,9 @@ def _is_real(constraint: Any) -> bool:
     return isinstance(constraint, type(constraints.real))
 
 
-def _satisfied(constraint: Any, value: Tensor) -> Tensor:
-    """Whether all values satisfy it; of matrices, without Python's asking first whether they are symmetric."""
+def _all_satisfy(constraint: Any, value: Tensor) -> Tensor:
+    """Whether all values satisfy a constraint, ``()``. torch's check of a positive definite matrix branches in Python on its
+    symmetry, which a graph cannot contain."""
     if not isinstance(constraint, type(constraints.symmetric)):
         return constraint.check(value).all()
     satisfied = torch.isclose(value, value.mT, atol=1e-6).all()

@@ -25,19 +25,19 @@ Program = Callable[..., Any]
 class MeanElbo(NamedTuple):
     """The ELBO of a data set: means over its data in nats per datum, elbo = reconstruction − kl.
 
-    ``standard_error`` is that of the mean ``elbo`` over data; ``nan`` for one datum, and where all data carry one ELBO of their
-    batch. Where a pair has enumerated sites, ``reconstruction`` and ``kl`` are not told apart and are ``nan``.
+    ``elbo_se`` is the standard error of the mean ``elbo`` over data; ``nan`` for one datum, and where all data carry one
+    ELBO of their batch. Where a pair has enumerated sites, ``reconstruction`` and ``kl`` are not told apart and are ``nan``.
     """
 
     elbo: float
     reconstruction: float
     kl: float
-    standard_error: float
+    elbo_se: float
 
     def __str__(self) -> str:
-        error = "" if math.isnan(self.standard_error) else f" ± {self.standard_error:.2f}"
+        se = "" if math.isnan(self.elbo_se) else f" ± {self.elbo_se:.2f}"
         parts = "" if math.isnan(self.kl) else f" (reconstruction {self.reconstruction:.2f}, KL {self.kl:.2f})"
-        return f"ELBO {self.elbo:.2f}{error} nats per datum{parts}"
+        return f"ELBO {self.elbo:.2f}{se} nats per datum{parts}"
 
 
 class ElboTerms(NamedTuple):
@@ -62,9 +62,9 @@ class ElboTerms(NamedTuple):
         n = len(self.elbo)
         # terms of a whole batch say nothing of the spread over data
         varies = n > 1 and not self.kl.isnan().any() and not (self.elbo == self.elbo[0]).all()
-        error = (self.elbo.double().std() / n**0.5).item() if varies else math.nan
+        se = (self.elbo.double().std() / n**0.5).item() if varies else math.nan
         elbo, reconstruction, kl = (part.double().mean().item() for part in self)
-        return MeanElbo(elbo, reconstruction, kl, standard_error=error)
+        return MeanElbo(elbo, reconstruction, kl, elbo_se=se)
 
     def __str__(self) -> str:
         return f"{self.mean()}, {len(self.elbo)} data"

@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parent / "golden"
 def main():
     folder = FOLDER / pv.__version__
     folder.mkdir(parents=True)  # what was written once is not written again
-    vae, _ = small.train(epochs=2, every=50, checkpoint=folder / "checkpoints")
+    vae, _ = small.train(num_epochs=2, every=50, checkpoint=folder / "checkpoints")
     pv.checkpoint.save(folder / "pair", vae)
     (folder / "sum").write_text(small.sum_of(vae.parameters()))
 

@@ -22,18 +22,18 @@ def test_a_folder_of_another_tool_under_a_checkpoints_name_is_refused_and_stays(
     other.mkdir()
     (other / name).write_text("precious")
     with pytest.raises(FileExistsError, match=r"step-00001000 is not a checkpoint of pyro_vae"):
-        small.train(epochs=1, compile=False, checkpoint=tmp_path, resume=resume)
+        small.train(num_epochs=1, compile=False, checkpoint=tmp_path, resume=resume)
     assert [file.name for file in tmp_path.rglob("*")] == ["step-00001000", name]
     assert (other / name).read_text() == "precious"
 
 
 def test_a_linked_checkpoint_is_refused_and_what_it_links_to_stays(tmp_path):
-    small.train(epochs=1, compile=False, checkpoint=tmp_path / "there")
+    small.train(num_epochs=1, compile=False, checkpoint=tmp_path / "there")
     (path,) = Checkpoints(tmp_path / "there").paths()
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / path.name).symlink_to(path)
     with pytest.raises(FileExistsError, match="is not a checkpoint"):
-        small.train(epochs=2, compile=False, checkpoint=tmp_path / "here", resume="last")
+        small.train(num_epochs=2, compile=False, checkpoint=tmp_path / "here", resume="last")
     assert Checkpoints(tmp_path / "there").paths() == [path]
 
 
@@ -65,17 +65,17 @@ def test_a_manifest_of_another_tool_is_not_replaced(tmp_path):
 
 def test_a_second_fit_in_one_folder_is_refused_until_the_first_ends(tmp_path):
     vae, x = small.make_vae(), small.make_data(20)
-    first = pv.infer.train(vae.model, vae.guide, x, epochs=3, checkpoint=tmp_path / "a", progress=False)
+    first = pv.infer.train(vae.model, vae.guide, x, num_epochs=3, checkpoint=tmp_path / "a", progress=False)
     next(first)
     with pytest.raises(BlockingIOError, match="in use by this process already"):
-        pv.fit(vae.model, vae.guide, x, epochs=1, checkpoint=tmp_path / "a", resume="last", progress=False)
+        pv.fit(vae.model, vae.guide, x, num_epochs=1, checkpoint=tmp_path / "a", resume="last", progress=False)
     program = "import sys, pathlib; from pyro_vae import files\nwith files.locked(pathlib.Path(sys.argv[1])): pass"
     other = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a")], capture_output=True, text=True)
     assert f"in use by process {os.getpid()}" in other.stderr
     first.close()
     gc.collect()
     assert not (tmp_path / "a" / files.LOCK).exists()
-    pv.fit(vae.model, vae.guide, x, epochs=2, checkpoint=tmp_path / "a", resume="last", progress=False)
+    pv.fit(vae.model, vae.guide, x, num_epochs=2, checkpoint=tmp_path / "a", resume="last", progress=False)
 
 
 def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path):
@@ -93,7 +93,7 @@ def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path):
 def test_a_folder_that_nothing_was_put_in_does_not_stay(tmp_path):
     vae = small.make_vae()
     with pytest.raises(ValueError, match="row"):
-        pv.fit(vae.model, vae.guide, torch.full((20, 4), torch.nan), epochs=1, checkpoint=tmp_path / "a" / "b")
+        pv.fit(vae.model, vae.guide, torch.full((20, 4), torch.nan), num_epochs=1, checkpoint=tmp_path / "a" / "b")
     assert not list(tmp_path.iterdir())
     with files.reserved(tmp_path / "a", numbered=True) as one, files.reserved(tmp_path / "a", numbered=True) as two:
         (two / "x").touch()

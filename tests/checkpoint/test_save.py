@@ -139,7 +139,7 @@ def guide(x):
 
 def test_plain_functions_keep_their_parameters_and_constraints(tmp_path):
     x = torch.randn(50)
-    history = pv.fit(model, guide, x, epochs=3)
+    history = pv.fit(model, guide, x, num_epochs=3)
     with history.scope():
         trained = pyro.param("scale").item()
     checkpoint.save(tmp_path / "a", (model, guide), x[:2], param_store=history.param_store)
@@ -171,7 +171,7 @@ def normalizing():
 def test_buffers_of_networks_that_functions_close_over_are_kept(tmp_path):
     x = 3 + torch.randn(50, 3)
     pair, net = normalizing()
-    history = pv.fit(*pair, x, epochs=3)
+    history = pv.fit(*pair, x, num_epochs=3)
     checkpoint.save(tmp_path / "a", pair, x[:2], param_store=history.param_store)
     again, anew = normalizing()
     assert not torch.equal(anew[0].running_mean, net[0].running_mean)

@@ -49,7 +49,7 @@ def test_a_pair_of_every_two_families_is_trained_judged_and_drawn(name, guide, p
     train, test = (part.head(n) for part, n in zip(build.build_data(config, None), (100, 8), strict=True))
     config = build.replace(config, event_shape=tuple(train.x.shape[1:]), num_levels=train.num_levels)
     pair = build.build_pair(config, train)
-    epochs = infer.fit(pair.model, pair.guide, train, epochs=1, optim=Adam({"lr": 1e-3}), progress=False).epochs
+    epochs = infer.fit(pair.model, pair.guide, train, num_epochs=1, optim=Adam({"lr": 1e-3}), progress=False).epochs
     assert torch.tensor(epochs[0].train.elbo).isfinite()
     vae, x = pair.vae, test.x
     for found in (

@@ -224,7 +224,7 @@ def test_a_result_of_evaluate_is_keyed_by_its_estimator(run):
         ('pass resume="last" to go on', "pass --resume last to go on"),
         ("expected beta=1 with sites", "expected --beta 1 with sites"),
         ("clip_norm=0.5; data_dir or PYRO_VAE_DATA", "--clip-norm 0.5; --data-dir or PYRO_VAE_DATA"),
-        ("fit: expected epochs=3 or more", "fit: expected --num-epochs 3 or more"),
+        ("fit: expected num_epochs=3 or more", "fit: expected --num-epochs 3 or more"),
         ("the prior of a guide, data and seed", "the prior of a guide, data and seed"),
         ("/tmp/batch_size/x and --batch-size 3", "/tmp/batch_size/x and --batch-size 3"),
         ("a/config.json: latent_dim is 2.5", "a/config.json: latent_dim is 2.5"),

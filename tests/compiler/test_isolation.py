@@ -27,7 +27,7 @@ vae = pv.VAE(
 x = torch.randn(40, 6)
 svi = pv.SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO(), compile="trace")
 losses = [svi.step(x) for _ in range(3)]
-history = pv.fit(vae.model, vae.guide, x, epochs=2, batch_size=10, compile="trace", progress=False)
+history = pv.fit(vae.model, vae.guide, x, num_epochs=2, batch_size=10, compile="trace", progress=False)
 assert torch.tensor([*losses, history.epochs[-1].train.elbo]).isfinite().all()
 assert pv.log_weights(vae.model, vae.guide, x, num_particles=50_000, max_bytes=2**20)[:, 0].isfinite().all()
 assert pv.evaluate(vae.model, vae.guide, x).elbo.isfinite().all()

@@ -142,7 +142,7 @@ def trained():
     pyro.set_rng_seed(0)
     train, test = pv.load("digits", binarize="stochastic")
     vae = make_vae()
-    pv.fit(vae.model, vae.guide, train, epochs=15, optim=pyro.optim.Adam({"lr": 3e-3}))
+    pv.fit(vae.model, vae.guide, train, num_epochs=15, optim=pyro.optim.Adam({"lr": 3e-3}))
     return vae, test.x[:20]
 
 

@@ -30,7 +30,7 @@ GOLDEN = Path(__file__).parent.parent / "checkpoint" / "golden"
 
 def corruption(folder):
     """Bits flipped and files cut short: an error that names the file, and the checkpoint before it."""
-    small.train(checkpoint=folder, epochs=3, compile=False)
+    small.train(checkpoint=folder, num_epochs=3, compile=False)
     before, newest = Checkpoints(Path(folder)).paths()[-2:]
     noise = random.Random(0)
     logging.getLogger("pyro_vae").setLevel(logging.ERROR)
@@ -94,7 +94,7 @@ def _readings(place, tensors, content):
     return {
         "as tensors": lambda: (tensors.write_bytes(content), checkpoint.load(pair)),
         "as manifest": lambda: ((pair / "manifest.json").write_bytes(content), checkpoint.load(pair)),
-        "as a path to resume": lambda: small.train(resume=place / "a.pt", epochs=1),
+        "as a path to resume": lambda: small.train(resume=place / "a.pt", num_epochs=1),
         "as data": lambda: datasets.load("frey-faces", data_dir=place),
     }
 
@@ -171,7 +171,7 @@ for trial in range(30):
     vae = small.make_vae()
     before = small.sum_of(vae.parameters())
     try:
-        small.pv.fit(vae.model, vae.guide, x, epochs=1)
+        small.pv.fit(vae.model, vae.guide, x, num_epochs=1)
     except ValueError as error:
         survived += f"row {row} " in str(error) and small.sum_of(vae.parameters()) == before
 print(survived)
@@ -196,7 +196,7 @@ def gradient_not_finite(folder):
                 sums = []
                 _poison(vae, step, value, sums)
                 try:
-                    small.train(vae=vae, epochs=3, compile=compile)
+                    small.train(vae=vae, num_epochs=3, compile=compile)
                     said = ""
                 except FloatingPointError as error:
                     said = str(error)
@@ -212,7 +212,7 @@ def _poison(vae, step, value, sums):
     with one parameter under it: ∂√(a + b·w)/∂w = b/(2√a), 1/0 or 0/0. A graph reads a and b anew at each step."""
     from pyro_vae.infer.minibatch import MinibatchSVI
 
-    on = MinibatchSVI.on
+    minibatch_step = MinibatchSVI.minibatch_step
     count = iter(range(1, 10_000))
     layer = vae.model.decoder.readout["loc"].layer
     a, b = torch.ones(()), torch.zeros(())
@@ -225,13 +225,13 @@ def _poison(vae, step, value, sums):
     def stepping(self, *args):
         sums.append(small.sum_of(vae.parameters()))
         if next(count) == step:
-            MinibatchSVI.on = on
+            MinibatchSVI.minibatch_step = minibatch_step
             a.zero_()
             b.fill_(math.isinf(value))
-        return on(self, *args)
+        return minibatch_step(self, *args)
 
     layer.register_forward_hook(add_root)
-    MinibatchSVI.on = stepping
+    MinibatchSVI.minibatch_step = stepping
 
 
 def grey_pixels(folder):
@@ -248,7 +248,7 @@ def grey_pixels(folder):
                     conditionals.Normal(nets.MLP(4, (8,)), event_shape=2),
                 )
                 try:
-                    pv.fit(vae.model, vae.guide, x, epochs=1, batch_size=5)
+                    pv.fit(vae.model, vae.guide, x, num_epochs=1, batch_size=5)
                     said = ""
                 except ValueError as error:
                     said = str(error)

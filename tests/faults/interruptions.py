@@ -39,19 +39,19 @@ def exact_resume(folder):
 
 def _killed(delay, loss, **options):
     """Train, and die at a random moment after the first step of this process."""
-    from pyro_vae.infer.resume import Keeper
+    from pyro_vae.infer.resume import CheckpointManager
 
-    stepped = Keeper.stepped
+    after_step = CheckpointManager.after_step
 
     def first(self):
-        Keeper.stepped = stepped
+        CheckpointManager.after_step = after_step
         timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
         timer.daemon = True
         timer.start()
-        stepped(self)
+        after_step(self)
 
-    Keeper.stepped = first
-    small.train(loss, epochs=8, **options)
+    CheckpointManager.after_step = first
+    small.train(loss, num_epochs=8, **options)
     time.sleep(10)  # it was faster than its death
 
 
@@ -190,7 +190,7 @@ def _signalled(number, phase, times, words):
 
     fit = sys.modules["pyro_vae.infer.fit"]
     if phase == "training":
-        MinibatchSVI.on = sent(MinibatchSVI.on, 25)
+        MinibatchSVI.minibatch_step = sent(MinibatchSVI.minibatch_step, 25)
     elif phase == "evaluation":
         fit.evaluate_batches = sent(fit.evaluate_batches, 1)
     elif phase == "building a graph":
@@ -221,7 +221,7 @@ def two_fits(folder):
     import pyro
 
     def fit(which):
-        vae, _ = small.train(compile=False, epochs=2, vae=small.make_vae(which), seed=which)
+        vae, _ = small.train(compile=False, num_epochs=2, vae=small.make_vae(which), seed=which)
         return small.sum_of(vae.parameters())
 
     alone = []
@@ -239,5 +239,5 @@ def two_fits(folder):
 
 
 def _alone(place, which):
-    vae, _ = small.train(compile=False, epochs=2, vae=small.make_vae(which), seed=which)
+    vae, _ = small.train(compile=False, num_epochs=2, vae=small.make_vae(which), seed=which)
     Path(place, "sum").write_text(small.sum_of(vae.parameters()))

@@ -56,14 +56,14 @@ def make_rows():
     return torch.randn(61, 3, generator=noise).double(), torch.randn(61, 2, generator=noise).double()
 
 
-def train(place, loss, compile, epochs=3, optim=None, **options):
+def train(place, loss, compile, num_epochs=3, optim=None, **options):
     """A fit that is the same for one process and for several: the data in their own order."""
     torch.set_num_threads(1)
     torch.randperm = lambda n, **_: torch.arange(n)
     model, guide = make_noiseless()
     rows = make_rows()
     history = pv.fit(
-        model, guide, rows, validation=(rows[0][:7], rows[1][:7]), loss=LOSSES[loss](), batch_size=20, epochs=epochs,
+        model, guide, rows, validation=(rows[0][:7], rows[1][:7]), loss=LOSSES[loss](), batch_size=20, num_epochs=num_epochs,
         optim=optim or pyro.optim.SGD({"lr": 1e-4}), compile=compile, **options,
     )  # fmt: skip
     rank = int(os.environ.get("RANK", 0))
@@ -139,7 +139,7 @@ def train_apart(place):
             pyro.sample("z", dist.Normal(networks[rank](x), 1.0).to_event(1))
 
     try:
-        pv.fit(model, guide, torch.randn(20, 3), epochs=1)
+        pv.fit(model, guide, torch.randn(20, 3), num_epochs=1)
     except ValueError as error:
         Path(place, str(rank)).write_text(str(error))
 

@@ -47,15 +47,15 @@ def sum_of(tensors):
     return hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
 
 
-def train(loss="Trace_ELBO", *, vae=None, seed=1, epochs=8, compile="trace", **options):
+def train(loss="Trace_ELBO", *, vae=None, seed=1, num_epochs=8, compile="trace", **options):
     """A fit with everything that can be lost in it: a schedule, early stopping, a last batch of another size."""
     torch.set_num_threads(1)
     vae, x = vae or make_vae(), make_data()
     optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.9})
     pyro.set_rng_seed(seed)
     history = pv.fit(
-        vae.model, vae.guide, x[:1000], validation=x[1000:], loss=LOSSES[loss](), optim=optim, epochs=epochs, batch_size=30,
-        patience=epochs, compile=compile, **options,
+        vae.model, vae.guide, x[:1000], validation=x[1000:], loss=LOSSES[loss](), optim=optim, num_epochs=num_epochs,
+        batch_size=30, patience=num_epochs, compile=compile, **options,
     )  # fmt: skip
     return vae, history
 

@@ -16,14 +16,14 @@ from pyro_vae import conditionals, nets, priors
 from tests.support.fits import data, run, vae
 
 
-def moved(clip_norm, compile, epochs):
+def moved(clip_norm, compile, num_epochs):
     """How far plain gradient descent on all data has moved the parameters."""
     torch.manual_seed(0)
     model, guide, _ = vae()
     start = [p.detach().clone() for p in (*model.parameters(), *guide.parameters())]
     torch.manual_seed(1)
     optim = pyro.optim.SGD({"lr": 1.0})
-    pv.fit(model, guide, data(), batch_size=None, epochs=epochs, optim=optim, clip_norm=clip_norm, compile=compile)
+    pv.fit(model, guide, data(), batch_size=None, num_epochs=num_epochs, optim=optim, clip_norm=clip_norm, compile=compile)
     return torch.cat(
         [(p - q).detach().flatten() for p, q in zip((*model.parameters(), *guide.parameters()), start, strict=True)]
     )
@@ -34,11 +34,11 @@ N = len(data())
 
 def test_clipping_scales_the_whole_gradient():
     """One step moves the parameters by lr · g · min(1, N c / ‖g‖); a graph clips as eager Pyro does."""
-    whole = moved(None, compile=False, epochs=1)
+    whole = moved(None, compile=False, num_epochs=1)
     assert whole.norm() > 2
-    assert torch.allclose(moved(0.1 / N, compile=False, epochs=1), 0.1 * whole / whole.norm(), atol=1e-6)
-    assert torch.equal(moved(1e9, compile=False, epochs=1), whole)
-    eager, graph = (moved(0.1 / N, compile=compile, epochs=5) for compile in (False, "trace"))
+    assert torch.allclose(moved(0.1 / N, compile=False, num_epochs=1), 0.1 * whole / whole.norm(), atol=1e-6)
+    assert torch.equal(moved(1e9, compile=False, num_epochs=1), whole)
+    eager, graph = (moved(0.1 / N, compile=compile, num_epochs=5) for compile in (False, "trace"))
     assert 0.1 < eager.norm() < 0.5 + 1e-6
     assert torch.allclose(eager, graph, atol=1e-5)
 
@@ -47,7 +47,7 @@ def test_clipping_scales_the_whole_gradient():
 def test_autocast_is_of_lower_precision_in_the_networks_alone(compile):
     """bfloat16 has eight bits: the terms are off by some 2⁻⁸, the parameters and what is reported are of full precision."""
     (whole, (full, *_)), (cast, (low, *_)) = (
-        run(epochs=2, compile=compile, autocast=dtype) for dtype in (None, torch.bfloat16)
+        run(num_epochs=2, compile=compile, autocast=dtype) for dtype in (None, torch.bfloat16)
     )
     assert all(p.dtype == q.dtype for p, q in zip(whole, cast, strict=True))
     off = abs(full.train.elbo - low.train.elbo) / abs(full.train.elbo)
@@ -66,7 +66,7 @@ def test_shared_parameters_are_clipped_once():
         made = pv.VAE(priors.VampPrior(encoder, torch.randn(3, 4)), decoder, encoder)
         start = [p.detach().clone() for p in made.parameters()]
         optim = pyro.optim.SGD({"lr": 1.0})
-        pv.fit(made.model, made.guide, data(), batch_size=None, epochs=1, optim=optim, clip_norm=0.1 / N, compile=compile)
+        pv.fit(made.model, made.guide, data(), batch_size=None, num_epochs=1, optim=optim, clip_norm=0.1 / N, compile=compile)
         move = torch.cat([(p - q).flatten() for p, q in zip(made.parameters(), start, strict=True)])
         assert move.norm().item() == pytest.approx(0.1, rel=1e-3)
 
@@ -76,7 +76,7 @@ def test_a_users_own_autocast_stays():
     seen = []
     model.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     with torch.autocast("cpu", torch.bfloat16):
-        pv.fit(model, guide, data(), epochs=1)
+        pv.fit(model, guide, data(), num_epochs=1)
     assert all(seen)
 
 
@@ -113,10 +113,11 @@ def test_one_clip_norm_does_for_data_sets_of_every_size(loss, batch_size, compil
     steps = []
     for n in (20, 60):
         optim = pyro.optim.SGD({"lr": 0.1 / n})
-        epochs = 6 if batch_size is None else 6 * batch_size // n or 1
+        num_epochs = 6 if batch_size is None else 6 * batch_size // n or 1
         x = torch.full((n,), 4.0, dtype=torch.double)
-        mu = point(x, optim, epochs=epochs, batch_size=batch_size, clip_norm=1.5, compile=compile, loss=loss(num_particles=2))
-        taken = epochs * (1 if batch_size is None else n // batch_size)
+        options = {"num_epochs": num_epochs, "batch_size": batch_size, "clip_norm": 1.5, "compile": compile}
+        mu = point(x, optim, loss=loss(num_particles=2), **options)
+        taken = num_epochs * (1 if batch_size is None else n // batch_size)
         expected = 0.0
         for _ in range(taken):
             expected += 0.1 * min(1.5, 4.0 - expected)
@@ -130,7 +131,7 @@ def test_adam_takes_the_same_steps_for_repeated_data_where_eps_is_multiplied():
     """The loss of the data written down k times is k times that of the data: Adam's steps are those of k · eps, and those that
     the docstring of ``fit`` promises for an eps per datum, N · eps."""
     x = torch.randn(30, dtype=torch.double, generator=torch.Generator().manual_seed(0)) + 4
-    options = {"epochs": 20, "batch_size": None}
+    options = {"num_epochs": 20, "batch_size": None}
     once, often = (point(x.repeat(k), pyro.optim.Adam({"lr": 0.1, "eps": 1.0 * 30 * k}), **options) for k in (1, 7))
     assert once == pytest.approx(often, rel=1e-9)
     other = point(x.repeat(7), pyro.optim.Adam({"lr": 0.1, "eps": 30.0}), **options)
@@ -167,7 +168,7 @@ def table(how, optim, bag=True, sparse=True, compile="auto", **options):
     pyro.set_rng_seed(2)
     with pyro.get_param_store().scope():
         if how == "fit":
-            pv.fit(words.model, words.guide, x, epochs=5, batch_size=None, optim=optim, progress=False, **options)
+            pv.fit(words.model, words.guide, x, num_epochs=5, batch_size=None, optim=optim, progress=False, **options)
             return words.table.weight.detach(), ""
         kind = {"Pyro": SVI, "ours": functools.partial(pv.SVI, compile=compile)}[how]
         svi = kind(words.model, words.guide, optim, Trace_ELBO())
@@ -204,5 +205,5 @@ def test_a_sparse_gradient_that_is_not_finite_is_found():
     before = words.table.weight.detach().clone()
     x = torch.randint(0, 5, (12, 3))
     with pytest.raises(FloatingPointError, match=r"that of 'words\$\$\$table.weight'"):
-        pv.fit(words.model, words.guide, x, epochs=1, optim=pyro.optim.SparseAdam({"lr": 0.1}), progress=False)
+        pv.fit(words.model, words.guide, x, num_epochs=1, optim=pyro.optim.SparseAdam({"lr": 0.1}), progress=False)
     assert torch.equal(words.table.weight, before)

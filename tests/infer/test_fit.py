@@ -1,6 +1,7 @@
 """fit: scaling, annealing, isolation, early stopping, what it refuses; evaluate moves nothing."""
 
 import math
+from inspect import signature
 
 import numpy as np
 import pyro
@@ -48,7 +49,7 @@ def test_minibatches_are_scaled_whether_or_not_the_model_subsamples(model):
     x = 1.5 + torch.randn(200)
     optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.98})
     loss = Trace_ELBO(num_particles=30, vectorize_particles=True, max_plate_nesting=1)
-    history = pv.fit(model, mean_guide, x, batch_size=20, epochs=150, optim=optim, loss=loss)
+    history = pv.fit(model, mean_guide, x, batch_size=20, num_epochs=150, optim=optim, loss=loss)
     assert len(pyro.get_param_store()) == 0
     with history.scope():
         scale, loc = pyro.param("scale").item(), pyro.param("loc").item()
@@ -74,7 +75,7 @@ def as_dataset(x):
 )
 def test_every_kind_of_data(wrap):
     vae = small_vae()
-    history = pv.fit(vae.model, vae.guide, wrap(torch.randn(25, 3)), epochs=2, batch_size=10)
+    history = pv.fit(vae.model, vae.guide, wrap(torch.randn(25, 3)), num_epochs=2, batch_size=10)
     assert len(history.epochs) == 2
     assert math.isfinite(history.epochs[-1].train.elbo)
 
@@ -86,14 +87,14 @@ def test_every_kind_of_data(wrap):
 )
 def test_other_losses(loss):
     vae = small_vae()
-    record = pv.fit(vae.model, vae.guide, torch.randn(25, 3), loss=loss, epochs=2, batch_size=10).epochs[-1]
+    record = pv.fit(vae.model, vae.guide, torch.randn(25, 3), loss=loss, num_epochs=2, batch_size=10).epochs[-1]
     assert record.train.elbo == pytest.approx(record.train.reconstruction - record.train.kl)
 
 
 def test_autoguide_and_enumeration():
     x = torch.randn(40)
     guide = AutoNormal(mean_model)
-    assert math.isfinite(pv.fit(mean_model, guide, x, epochs=2, batch_size=None).epochs[-1].train.elbo)
+    assert math.isfinite(pv.fit(mean_model, guide, x, num_epochs=2, batch_size=None).epochs[-1].train.elbo)
 
     @config_enumerate
     def mixture(x):
@@ -102,7 +103,7 @@ def test_autoguide_and_enumeration():
             k = pyro.sample("k", dist.Categorical(torch.ones(2)))
             pyro.sample("x", dist.Normal(loc[k], 1.0), obs=x)
 
-    history = pv.fit(mixture, lambda x: None, x, loss=TraceEnum_ELBO(), validation=x, epochs=2, batch_size=10)
+    history = pv.fit(mixture, lambda x: None, x, loss=TraceEnum_ELBO(), validation=x, num_epochs=2, batch_size=10)
     with history.scope():
         loc = pyro.param("loc").detach()
     exact = torch.logsumexp(dist.Normal(loc, 1.0).log_prob(x[:, None]) - math.log(2), -1).mean().item()
@@ -117,7 +118,7 @@ def test_annealing_never_touches_the_reported_elbo():
     for beta in (1.0, 0.1, lambda t: t):
         pyro.set_rng_seed(2)
         optim = pyro.optim.SGD({"lr": 0.0})
-        records.append(pv.fit(vae.model, vae.guide, x, epochs=1, batch_size=10, beta=beta, optim=optim).epochs[0].train)
+        records.append(pv.fit(vae.model, vae.guide, x, num_epochs=1, batch_size=10, beta=beta, optim=optim).epochs[0].train)
     assert records[0] == records[1] == records[2]
 
 
@@ -128,14 +129,14 @@ def test_beta_weighs_the_kl():
         pyro.set_rng_seed(3)
         vae = small_vae()
         optim = pyro.optim.Adam({"lr": 0.01})
-        kl.append(pv.fit(vae.model, vae.guide, x, epochs=40, beta=beta, optim=optim).epochs[-1].train.kl)
+        kl.append(pv.fit(vae.model, vae.guide, x, num_epochs=40, beta=beta, optim=optim).epochs[-1].train.kl)
     assert kl[1] > kl[0] + 1
 
 
 def test_two_fits_in_either_order_are_bitwise_equal():
     def run():
         pyro.set_rng_seed(4)
-        return pv.fit(mean_model, mean_guide, torch.randn(50), epochs=3, batch_size=10)
+        return pv.fit(mean_model, mean_guide, torch.randn(50), num_epochs=3, batch_size=10)
 
     with run().scope():
         first = pyro.param("loc").item()
@@ -167,7 +168,7 @@ def test_early_stopping_returns_to_the_best():
     x = torch.randn(60, 3)
     vae = small_vae()
     optim = pyro.optim.Adam({"lr": 0.3})
-    history = pv.fit(vae.model, vae.guide, x[:10], validation=x[10:], epochs=60, patience=3, optim=optim)
+    history = pv.fit(vae.model, vae.guide, x[:10], validation=x[10:], num_epochs=60, patience=3, optim=optim)
     assert len(history.epochs) < 60
     assert pv.evaluate(vae.model, vae.guide, x[10:]).mean().elbo == history.best.validation.elbo
 
@@ -231,7 +232,7 @@ def test_a_networks_parameters_that_are_not_registered_are_an_error():
     with pytest.raises(ValueError, match="a Linear runs in it but is not registered"):
         pv.fit(mean_model, guide, torch.randn(10))
     net.requires_grad_(False)
-    assert pv.fit(mean_model, guide, torch.randn(10), epochs=1).epochs
+    assert pv.fit(mean_model, guide, torch.randn(10), num_epochs=1).epochs
 
 
 def ramp(epoch):
@@ -259,7 +260,7 @@ def test_graphs_fit_as_eager_pyro_does(loss, beta, caplog):
         vae = small_vae().double()
         optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.7})
         history = pv.fit(
-            vae.model, vae.guide, x, validation=x[:20], loss=loss(), beta=beta, optim=optim, epochs=4, batch_size=20,
+            vae.model, vae.guide, x, validation=x[:20], loss=loss(), beta=beta, optim=optim, num_epochs=4, batch_size=20,
             compile=compile, patience=2,
         )  # fmt: skip
         return vae, history
@@ -277,9 +278,9 @@ def test_graphs_fit_as_eager_pyro_does(loss, beta, caplog):
 def test_a_fit_takes_the_way_that_pays(caplog):
     caplog.set_level("INFO", "pyro_vae")
     vae = small_vae()
-    pv.fit(vae.model, vae.guide, torch.randn(30, 3), epochs=2, batch_size=10)
+    pv.fit(vae.model, vae.guide, torch.randn(30, 3), num_epochs=2, batch_size=10)
     assert caplog.records[-1].message == "fit ran as\neager Pyro: compile=False, 6 steps"
-    pv.fit(vae.model, vae.guide, torch.randn(65, 3), epochs=50, batch_size=10)  # the last five rows alone do not pay
+    pv.fit(vae.model, vae.guide, torch.randn(65, 3), num_epochs=50, batch_size=10)  # the last five rows alone do not pay
     assert caplog.records[-1].message == ("fit ran as\nfloat32[10, 3]: traced, 300 steps\neager Pyro: compile=False, 50 steps")
 
 
@@ -297,3 +298,27 @@ def test_bad_batches_of_a_loader_are_named_by_graphs_too():
         loader = DataLoader(TensorDataset(x), batch_size=10)
         with pytest.raises(error, match=message):
             pv.fit(vae.model, vae.guide, loader, compile="trace")
+
+
+def test_fit_and_train_have_the_same_visible_options():
+    ours, theirs = signature(pv.fit), signature(pv.train)
+    assert ours.parameters == theirs.parameters
+    assert ours.return_annotation is pv.infer.History
+    assert all(p.kind is p.KEYWORD_ONLY for p in list(ours.parameters.values())[3:])
+
+
+def test_the_value_of_a_finished_generator_is_the_history_of_fit():
+    def run(verb):
+        torch.manual_seed(0)
+        pyro.set_rng_seed(0)
+        return verb(mean_model, mean_guide, torch.arange(20.0), num_epochs=2, batch_size=10, progress=False)
+
+    def values(history):
+        return [epoch._replace(seconds=0.0) for epoch in history.epochs], history.param_store["params"]["loc"].item()
+
+    epochs = run(pv.train)
+    yielded = [next(epochs), next(epochs)]
+    with pytest.raises(StopIteration) as end:
+        next(epochs)
+    assert end.value.value.epochs == tuple(yielded)
+    assert values(end.value.value) == values(run(pv.fit))

@@ -84,7 +84,7 @@ def test_a_fit_whose_last_minibatch_registers_a_layer_keeps_it_frozen():
     for p in frozen:
         p.requires_grad_(False)
     kept, loc = [p.detach().clone() for p in frozen], guide.loc.detach().clone()
-    pv.fit(model, guide, data(17), epochs=3, batch_size=12, compile="trace", check=False, progress=False)
+    pv.fit(model, guide, data(17), num_epochs=3, batch_size=12, compile="trace", check=False, progress=False)
     assert not any(p.requires_grad for p in frozen)
     assert all(torch.equal(p, was) for p, was in zip(frozen, kept, strict=True))
     assert not torch.equal(guide.loc, loc)

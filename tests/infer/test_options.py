@@ -12,11 +12,11 @@ from pyro_vae import evidence
 from tests.support.fits import data, vae
 
 WRONG = [
-    ({"epochs": 2.5}, "fit: epochs: expected a whole number, 1 or more, but got 2.5"),
-    ({"epochs": True}, "fit: epochs: expected a whole number, 1 or more, but got True"),
-    ({"epochs": "3"}, "fit: epochs: expected a whole number, 1 or more, but got '3'"),
-    ({"epochs": 0}, "fit: epochs: expected a whole number, 1 or more, but got 0"),
-    ({"epochs": None}, "fit: epochs: expected a whole number, 1 or more, but got None"),
+    ({"num_epochs": 2.5}, "fit: num_epochs: expected a whole number, 1 or more, but got 2.5"),
+    ({"num_epochs": True}, "fit: num_epochs: expected a whole number, 1 or more, but got True"),
+    ({"num_epochs": "3"}, "fit: num_epochs: expected a whole number, 1 or more, but got '3'"),
+    ({"num_epochs": 0}, "fit: num_epochs: expected a whole number, 1 or more, but got 0"),
+    ({"num_epochs": None}, "fit: num_epochs: expected a whole number, 1 or more, but got None"),
     ({"batch_size": 2.5}, "batch_size: expected 1 or more, or None for all data at once, but got 2.5"),
     ({"batch_size": True}, "batch_size: expected 1 or more"),
     ({"batch_size": 0}, "batch_size: expected 1 or more"),
@@ -42,7 +42,7 @@ def test_wrong_options_of_a_fit_are_refused_before_the_first_step(options, says)
     model, guide, tensors = vae()
     before = [tensor.clone() for tensor in tensors]
     with pytest.raises(ValueError, match=says):
-        pv.fit(model, guide, data(), **{"epochs": 1, "progress": False} | options)
+        pv.fit(model, guide, data(), **{"num_epochs": 1, "progress": False} | options)
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
@@ -62,10 +62,10 @@ def test_the_batch_size_of_an_evaluation_is_a_whole_number(wrong):
 
 
 def test_numbers_of_numpy_and_torch_are_numbers():
-    def fitted(epochs, batch_size, beta, clip_norm):
+    def fitted(num_epochs, batch_size, beta, clip_norm):
         torch.manual_seed(0)
         model, guide, tensors = vae()
-        options = {"epochs": epochs, "batch_size": batch_size, "beta": beta, "clip_norm": clip_norm}
+        options = {"num_epochs": num_epochs, "batch_size": batch_size, "beta": beta, "clip_norm": clip_norm}
         pv.fit(model, guide, data(), progress=False, **options)
         return tensors
 
@@ -99,7 +99,7 @@ def test_an_optimizer_that_needs_a_closure_is_refused_before_the_first_step(kind
     before = [tensor.clone() for tensor in tensors]
     params = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
     verbs = {
-        "fit": lambda optim: pv.fit(model, guide, data(), epochs=1, optim=optim, progress=False),
+        "fit": lambda optim: pv.fit(model, guide, data(), num_epochs=1, optim=optim, progress=False),
         "SVI": lambda optim: pv.SVI(model, guide, optim, Trace_ELBO()),
     }
     with pytest.raises(ValueError, match=r"optim: a step of (LBFGS|Closing) computes the loss .* pyro.optim.Adam"):

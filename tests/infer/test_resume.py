@@ -108,11 +108,11 @@ CASES = {
     "some buffers in some steps": {"pair": wandering, "check": False},
     "a sampler of batches": {"x": lambda: batch_sampled()},
     "enumerated": {"pair": labelled, "loss": TraceEnum_ELBO},
-    "early stopping": {"patience": 3, "optim": lambda: pyro.optim.Adam({"lr": 0.3}), "epochs": 30},
+    "early stopping": {"patience": 3, "optim": lambda: pyro.optim.Adam({"lr": 0.3}), "num_epochs": 30},
     "a DataLoader": {"x": loader},
     "a Dataset that draws": {"x": Noisy},
     "stochastic pixels": {"x": lambda: pv.Data(data().sigmoid(), binarize="stochastic")},
-    "all data at once": {"batch_size": None, "epochs": 40},
+    "all data at once": {"batch_size": None, "num_epochs": 40},
     "annealed": {"beta": lambda t: min(1.0, t / 3)},
     "clipped": {"clip_norm": 5.0},
     "in bfloat16": {"autocast": torch.bfloat16},
@@ -144,9 +144,9 @@ def test_it_goes_on_to_the_last_bit(tmp_path, monkeypatch, name, compile):
 
 @pytest.mark.slow
 def test_by_inductor(tmp_path, monkeypatch):
-    whole = run(compile=True, epochs=3)
-    stopped_after(monkeypatch, 7, checkpoint=tmp_path, compile=True, epochs=3)
-    assert_same(run(checkpoint=tmp_path, resume="last", compile=True, epochs=3), whole)
+    whole = run(compile=True, num_epochs=3)
+    stopped_after(monkeypatch, 7, checkpoint=tmp_path, compile=True, num_epochs=3)
+    assert_same(run(checkpoint=tmp_path, resume="last", compile=True, num_epochs=3), whole)
 
 
 def test_a_torch_optimizer(tmp_path, monkeypatch):
@@ -158,7 +158,7 @@ def test_a_torch_optimizer(tmp_path, monkeypatch):
             conditionals.Normal(nets.MLP(4, (9,)), event_shape=2),
         )
         optim = torch.optim.Adam(made.parameters(), 0.01)
-        pv.fit(made.model, made.guide, data(), optim=optim, batch_size=20, epochs=3, **options)
+        pv.fit(made.model, made.guide, data(), optim=optim, batch_size=20, num_epochs=3, **options)
         return [p.detach() for p in made.parameters()]
 
     whole = fit()
@@ -195,31 +195,31 @@ def test_parameters_of_the_loss_are_kept(tmp_path, monkeypatch):
 
 def test_more_epochs_train_on(tmp_path):
     """As if they had been asked for at once; epochs that are all done leave everything as it is."""
-    whole = run(epochs=5)
-    short = run(epochs=3, checkpoint=tmp_path)
-    assert_same(run(epochs=3, checkpoint=tmp_path, resume="last"), short)
-    assert_same(run(epochs=5, checkpoint=tmp_path, resume="last"), whole)
+    whole = run(num_epochs=5)
+    short = run(num_epochs=3, checkpoint=tmp_path)
+    assert_same(run(num_epochs=3, checkpoint=tmp_path, resume="last"), short)
+    assert_same(run(num_epochs=5, checkpoint=tmp_path, resume="last"), whole)
 
 
 def test_what_is_kept(tmp_path):
     """The newest two and the best; the best is where the validation ELBO was highest."""
-    _, epochs = run(optim=lambda: pyro.optim.Adam({"lr": 0.3}), epochs=8, checkpoint=tmp_path, every=4)
+    _, epochs = run(optim=lambda: pyro.optim.Adam({"lr": 0.3}), num_epochs=8, checkpoint=tmp_path, every=4)
     best = max(epochs, key=lambda epoch: epoch.validation.elbo).epoch
     steps = [int(path.name.removeprefix("step-")) for path in Checkpoints(tmp_path).paths()]
     assert steps == sorted({6 * best, 44, 48})
     path, content = Checkpoints(tmp_path).best()
     assert (path.name, len(content["history"])) == (f"step-{6 * best:08d}", best)
-    again = run(optim=lambda: pyro.optim.Adam({"lr": 0.3}), epochs=8, resume="best", checkpoint=tmp_path)
+    again = run(optim=lambda: pyro.optim.Adam({"lr": 0.3}), num_epochs=8, resume="best", checkpoint=tmp_path)
     assert str(again[1]) == str(epochs)
 
 
 def stopped(folder):
-    run(epochs=1, checkpoint=folder)
+    run(num_epochs=1, checkpoint=folder)
     return Checkpoints(folder).paths()[-1]
 
 
 def test_refusals(tmp_path):
-    run(epochs=1, checkpoint=tmp_path / "a")
+    run(num_epochs=1, checkpoint=tmp_path / "a")
     for options, message in (
         ({"batch_size": 19}, "batch_size is 19 but was 20"),
         ({"validation": data(33) + 1}, "validation is"),
@@ -245,11 +245,11 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="clip_norm is -1"):
         run(clip_norm=-1.0)
     with pytest.raises(FileExistsError, match="holds checkpoints already"):
-        run(epochs=2, checkpoint=tmp_path / "a", resume=stopped(tmp_path / "other"))
-    run(epochs=3, checkpoint=tmp_path / "d")
-    with pytest.raises(ValueError, match="3 epochs behind it but is to have 1"):
-        run(epochs=1, checkpoint=tmp_path / "d", resume="last")
-    run(epochs=1, validation=None, checkpoint=tmp_path / "c")
+        run(num_epochs=2, checkpoint=tmp_path / "a", resume=stopped(tmp_path / "other"))
+    run(num_epochs=3, checkpoint=tmp_path / "d")
+    with pytest.raises(ValueError, match="after 3 epochs but num_epochs is 1"):
+        run(num_epochs=1, checkpoint=tmp_path / "d", resume="last")
+    run(num_epochs=1, validation=None, checkpoint=tmp_path / "c")
     with pytest.raises(FileNotFoundError, match="validation"):
         run(checkpoint=tmp_path / "c", validation=None, resume="best")
     assert not (tmp_path / "b").exists()
@@ -270,7 +270,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
 
 @pytest.mark.parametrize("name", ["weights", "seconds", "best.epochs_since", "ranks.0.terms", "ranks"])
 def test_a_sound_checkpoint_that_lacks_an_entry_is_refused_by_its_name(tmp_path, name):
-    run(epochs=1, checkpoint=tmp_path)
+    run(num_epochs=1, checkpoint=tmp_path)
     (path, content) = Checkpoints(tmp_path).last()
     *parents, last = name.split(".")
     part = content
@@ -286,13 +286,13 @@ def test_a_sound_checkpoint_that_lacks_an_entry_is_refused_by_its_name(tmp_path,
 def test_going_back_sets_the_later_ones_aside(tmp_path):
     """From the best on, what is written is the last, and nothing is lost."""
     options = {"optim": lambda: pyro.optim.Adam({"lr": 0.3}), "checkpoint": tmp_path}
-    run(epochs=8, **options)
+    run(num_epochs=8, **options)
     best = Checkpoints(tmp_path).best()[0]
     names = {path.name for path in Checkpoints(tmp_path).paths()}
     assert best.name < max(names)
     (tmp_path / "step-500").mkdir()  # another's
     (tmp_path / "step-notes.txt").write_text("mine")
-    again = run(epochs=8, resume="best", **options)
+    again = run(num_epochs=8, resume="best", **options)
     assert len(again[1]) == 8
     kept = {path.name for path in tmp_path.iterdir()}
     assert {"step-500", "step-notes.txt"} < kept
@@ -308,22 +308,22 @@ def test_workers_that_live_on_are_told_of(tmp_path):
     """What they draw is in no checkpoint."""
     lasting = DataLoader(TensorDataset(data()), batch_size=20, num_workers=1, persistent_workers=True)
     with pytest.warns(UserWarning, match="persistent_workers=False"):
-        run(x=lambda: lasting, epochs=1, checkpoint=tmp_path)
+        run(x=lambda: lasting, num_epochs=1, checkpoint=tmp_path)
 
 
 @pytest.mark.parametrize("package", ["torch", "pyro-ppl"])
 def test_another_version_is_a_warning_and_the_fit_continues(tmp_path, monkeypatch, package):
-    whole = run(epochs=3)
+    whole = run(num_epochs=3)
     with monkeypatch.context() as patch:
         patch.setattr(resume_module, "versions", lambda: snapshot.versions() | {package: "0.0.7"})
-        run(epochs=1, checkpoint=tmp_path)
+        run(num_epochs=1, checkpoint=tmp_path)
     with pytest.warns(UserWarning, match=re.escape(f"{package} 0.0.7 (now {snapshot.versions()[package]})")):
-        assert_same(run(epochs=3, checkpoint=tmp_path, resume="last"), whole)
-    run(epochs=4, checkpoint=tmp_path, resume="last")  # the checkpoint is now of these versions: no warning
+        assert_same(run(num_epochs=3, checkpoint=tmp_path, resume="last"), whole)
+    run(num_epochs=4, checkpoint=tmp_path, resume="last")  # the checkpoint is now of these versions: no warning
 
 
 def test_a_checkpoint_that_names_no_versions_is_no_warning(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(resume_module, "versions", dict)
-        run(epochs=1, checkpoint=tmp_path)
-    assert_same(run(epochs=2, checkpoint=tmp_path, resume="last"), run(epochs=2))
+        run(num_epochs=1, checkpoint=tmp_path)
+    assert_same(run(num_epochs=2, checkpoint=tmp_path, resume="last"), run(num_epochs=2))

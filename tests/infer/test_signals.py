@@ -7,7 +7,8 @@ import threading
 import pytest
 
 from pyro_vae.checkpoint import Checkpoints
-from pyro_vae.infer import SVI, resume
+from pyro_vae.infer import SVI
+from pyro_vae.infer.resume import CheckpointManager
 from tests.support.fits import assert_same, run, stopped_after
 
 
@@ -26,17 +27,17 @@ def _default_handlers():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_waits_for_a_checkpoint_and_goes_where_it_was_to_go(tmp_path, monkeypatch, number):
     whole = run()
-    stepped, seen = resume.Keeper.stepped, []
+    after_step, seen = CheckpointManager.after_step, []
     before = signal.signal(number, lambda *_: seen.append(len(Checkpoints(tmp_path).paths())))
 
     def sent(self):
-        if self.at.steps == 8:
+        if self.position.num_steps == 8:
             os.kill(os.getpid(), number)
-        stepped(self)
+        after_step(self)
 
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(resume.Keeper, "stepped", sent)
+            patch.setattr(CheckpointManager, "after_step", sent)
             with pytest.raises(KeyboardInterrupt):
                 run(checkpoint=tmp_path)
         assert seen == [2]  # the user's own handler, once, after that of epoch 1 and that of step 9
@@ -66,24 +67,24 @@ def test_a_signal_while_the_first_graph_of_an_epoch_is_built(tmp_path, monkeypat
 
 def test_a_signal_that_nobody_hears_is_not_heard(tmp_path, monkeypatch):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    stepped = resume.Keeper.stepped
-    monkeypatch.setattr(resume.Keeper, "stepped", lambda self: (os.kill(os.getpid(), signal.SIGINT), stepped(self)))
+    after_step = CheckpointManager.after_step
+    monkeypatch.setattr(CheckpointManager, "after_step", lambda self: (os.kill(os.getpid(), signal.SIGINT), after_step(self)))
     try:
-        run(epochs=1, checkpoint=tmp_path)
+        run(num_epochs=1, checkpoint=tmp_path)
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def test_without_a_checkpoint_signals_are_left_alone(monkeypatch):
     handlers = set()
-    monkeypatch.setattr(resume.Keeper, "stepped", lambda self: handlers.add(signal.getsignal(signal.SIGINT)))
-    run(epochs=1)
+    monkeypatch.setattr(CheckpointManager, "after_step", lambda self: handlers.add(signal.getsignal(signal.SIGINT)))
+    run(num_epochs=1)
     assert handlers == {signal.getsignal(signal.SIGINT)}
 
 
 def test_outside_the_main_thread(tmp_path):
     found = []
-    thread = threading.Thread(target=lambda: found.append(run(checkpoint=tmp_path, epochs=2)))
+    thread = threading.Thread(target=lambda: found.append(run(checkpoint=tmp_path, num_epochs=2)))
     thread.start()
     thread.join()
-    assert_same(found[0], run(epochs=2))
+    assert_same(found[0], run(num_epochs=2))

@@ -150,5 +150,5 @@ def test_no_gradient_stays_where_a_fit_fails(compile):
     pair, x = Pair(kink), data(64).clone()
     x[50, 0] = 10.0
     with pytest.raises(FloatingPointError, match="its gradient is not"):
-        pv.fit(pair.model, pair.guide, x, epochs=1, batch_size=8, compile=compile, progress=False)
+        pv.fit(pair.model, pair.guide, x, num_epochs=1, batch_size=8, compile=compile, progress=False)
     assert all(not p.grad.any() for p in pair.parameters())

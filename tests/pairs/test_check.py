@@ -298,6 +298,6 @@ class _Inside(_Outside):
 def test_a_network_that_runs_outside_forward_is_named_with_the_remedy(encoder, name):
     both = _Outside(encoder)
     with pytest.raises(ValueError, match=rf"the network '{name}' of _Outside, a Linear, .*@pyro_method"):
-        pv.fit(both.model, both.guide, torch.randn(8, 3), epochs=1)
+        pv.fit(both.model, both.guide, torch.randn(8, 3), num_epochs=1)
     right = _Inside(encoder)
-    pv.fit(right.model, right.guide, torch.randn(8, 3), epochs=1)
+    pv.fit(right.model, right.guide, torch.randn(8, 3), num_epochs=1)

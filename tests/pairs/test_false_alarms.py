@@ -77,7 +77,7 @@ def test_no_false_alarm(programs):
         programs = (registered, programs[1])
     x = torch.randn(20, 3)
     assert pv.check_pair(*programs, x).problems == ()
-    assert math.isfinite(pv.fit(*programs, x, epochs=1).epochs[0].train.elbo)
+    assert math.isfinite(pv.fit(*programs, x, num_epochs=1).epochs[0].train.elbo)
 
 
 def test_a_truncated_guide_trains_and_check_pair_says_that_it_is_truncated():
@@ -92,7 +92,7 @@ def test_a_truncated_guide_trains_and_check_pair_says_that_it_is_truncated():
             pyro.sample("z", dist.Uniform(low.expand(len(x)), 2.0))
 
     x = torch.rand(50)
-    assert pv.fit(counts, truncated, x, epochs=1).epochs
+    assert pv.fit(counts, truncated, x, num_epochs=1).epochs
     (problem,) = pv.check_pair(counts, truncated, x).problems
     assert "cannot reach the whole posterior" in problem
 
@@ -106,9 +106,9 @@ def test_supports_that_depend_on_the_row():
     n = torch.arange(1.0, 21.0)
     x = (n / 2).floor()
     for batch_size in (1, 6, None):
-        assert pv.fit(binomial, lambda x, n: None, (x, n), batch_size=batch_size, epochs=1).epochs
+        assert pv.fit(binomial, lambda x, n: None, (x, n), batch_size=batch_size, num_epochs=1).epochs
     with pytest.raises(ValueError, match="row 0"):
-        pv.fit(binomial, lambda x, n: None, (x + 2, n), batch_size=None, epochs=1)
+        pv.fit(binomial, lambda x, n: None, (x + 2, n), batch_size=None, num_epochs=1)
 
 
 def test_masked_entries_may_hold_anything():

@@ -240,7 +240,7 @@ def eight_schools_evidence():
 @pytest.mark.parametrize("model", [eight_schools, eight_schools_from_the_right])
 def test_eight_schools_without_a_plate(model, autoguide):
     guide = autoguide(model, init_scale=0.5)
-    pv.fit(model, guide, SCHOOLS, epochs=300, batch_size=None, optim=pyro.optim.Adam({"lr": 0.03}), progress=False)
+    pv.fit(model, guide, SCHOOLS, num_epochs=300, batch_size=None, optim=pyro.optim.Adam({"lr": 0.03}), progress=False)
     n = 400
     bound = evidence.importance(model, guide, SCHOOLS, num_particles=n, joint=True, progress=False)
     assert (bound.log_evidence - eight_schools_evidence()).abs() < 4 * bound.log_evidence_se

@@ -219,7 +219,7 @@ def test_a_pair_that_knows_no_particles():
 
 def test_an_autoguide_of_local_latents():
     guide = AutoNormal(TOY, init_scale=0.5)
-    pv.fit(TOY, guide, X, epochs=300, batch_size=None, optim=pyro.optim.Adam({"lr": 0.03}))
+    pv.fit(TOY, guide, X, num_epochs=300, batch_size=None, optim=pyro.optim.Adam({"lr": 0.03}))
     w = log_weights(TOY, guide, X, num_particles=10_000, max_bytes=10_000)
     assert ((log_mean_exp(w) - TOY.log_evidence(X)).abs() < 4 * log_mean_exp_se(w)).all()
 
@@ -235,7 +235,7 @@ def test_a_regression_has_one_joint_weight():
             pyro.sample("y", dist.Normal((x * w.unsqueeze(-2)).sum(-1), 0.5), obs=y)
 
     guide = AutoDiagonalNormal(model, init_scale=0.15)
-    pv.fit(model, guide, (design, y), epochs=300, batch_size=None, optim=pyro.optim.Adam({"lr": 0.02}))
+    pv.fit(model, guide, (design, y), num_epochs=300, batch_size=None, optim=pyro.optim.Adam({"lr": 0.02}))
     found = joint_log_weights(model, guide, (design, y), num_particles=20_000)
     assert found.log_weights.shape == (20_000,)
     assert (found.log_evidence - truth.log_evidence(y.unsqueeze(0))[0]).abs() < 4 * found.log_evidence_se

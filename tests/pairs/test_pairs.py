@@ -49,13 +49,13 @@ def test_no_standard_error_is_printed_where_none_is_known():
     x = torch.randn(60, generator=torch.manual_seed(0))
     for batch_size in (25, None):
         terms = pv.evaluate(mixture, mixture_guide, x, loss=TraceEnum_ELBO(), batch_size=batch_size)
-        assert math.isnan(terms.mean().standard_error)
+        assert math.isnan(terms.mean().elbo_se)
         assert re.fullmatch(r"ELBO -\d\.\d\d nats per datum, 60 data", str(terms))
     rows = torch.randn(60, 3, generator=torch.manual_seed(0))
     assert re.fullmatch(r"ELBO \S+ nats per datum \(reconstruction .*\), 1 data", str(pv.evaluate(model, guide, rows[:1])))
     terms = pv.evaluate(model, guide, rows)
-    assert terms.mean().standard_error == pytest.approx(terms.elbo.double().std().item() / 60**0.5)
-    assert f" ± {terms.mean().standard_error:.2f} nats" in str(terms)
+    assert terms.mean().elbo_se == pytest.approx(terms.elbo.double().std().item() / 60**0.5)
+    assert f" ± {terms.mean().elbo_se:.2f} nats" in str(terms)
 
 
 def observing_guide(x):
@@ -71,7 +71,7 @@ def observing_guide(x):
 def test_the_history_of_an_enumerated_fit_leaves_out_what_the_guide_observes_as_evaluate_does(batch_size):
     x = torch.randn(60, generator=torch.manual_seed(0))
     options = {"loss": TraceEnum_ELBO(), "optim": pyro.optim.SGD({"lr": 0.0}), "batch_size": batch_size}
-    history = pv.fit(mixture, observing_guide, x, validation=x, epochs=1, **options)
+    history = pv.fit(mixture, observing_guide, x, validation=x, num_epochs=1, **options)
     expected = pv.evaluate(mixture, mixture_guide, x, loss=TraceEnum_ELBO()).mean().elbo
     assert history.epochs[0].validation.elbo == pytest.approx(expected, rel=1e-5)
     assert history.epochs[0].train.elbo == pytest.approx(expected, rel=1e-5)
@@ -126,7 +126,7 @@ def test_the_terms_sum_to_pyros_loss(programs, x):
     assert terms.elbo.shape == (7,)
     assert -terms.elbo.sum().item() == pytest.approx(loss, rel=1e-4)
     assert pv.check_pair(*programs, x).problems == ()
-    assert math.isfinite(pv.fit(*programs, x, epochs=1, batch_size=None).epochs[0].train.elbo)
+    assert math.isfinite(pv.fit(*programs, x, num_epochs=1, batch_size=None).epochs[0].train.elbo)
 
 
 def test_what_a_guide_observes_is_no_part_of_q():
@@ -170,7 +170,7 @@ def test_a_plate_of_one_is_not_taken_for_the_data():
 
 def test_labelled_data_train_and_validate_pairs_without_labels():
     data = TensorDataset(torch.randn(40, 3), torch.zeros(40).long())
-    assert pv.fit(model, guide, data, validation=data, epochs=1).epochs[0].validation
+    assert pv.fit(model, guide, data, validation=data, num_epochs=1).epochs[0].validation
     assert pv.check_pair(model, guide, data).problems == ()
 
 
@@ -204,7 +204,7 @@ def test_a_loaders_bad_row_is_named_before_the_optimizer_moves():
             pyro.validation_enabled(validate),
             pytest.raises(ValueError, match=r"batch 3 \(step 4\): data: row 5 \(1 in all\)"),
         ):
-            pv.fit(bits, guide, DataLoader(TensorDataset(x), 10), epochs=1)
+            pv.fit(bits, guide, DataLoader(TensorDataset(x), 10), num_epochs=1)
 
 
 def test_losses_that_do_not_fit():
@@ -214,7 +214,7 @@ def test_losses_that_do_not_fit():
     with pytest.raises(ValueError, match="'k' is summed out"):
         pv.fit(mixture, mixture_guide, torch.randn(20), loss=TraceEnum_ELBO(), beta=0.5)
     loss = TraceTailAdaptive_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
-    assert math.isfinite(pv.fit(model, guide, x, loss=loss, epochs=1).epochs[0].train.elbo)
+    assert math.isfinite(pv.fit(model, guide, x, loss=loss, num_epochs=1).epochs[0].train.elbo)
 
 
 def test_annealing_is_not_reported_where_the_loss_alone_knows():
@@ -227,20 +227,20 @@ def test_annealing_is_not_reported_where_the_loss_alone_knows():
             num_particles=500, vectorize_particles=True, max_plate_nesting=1, strict_enumeration_warning=False
         )
         optim = pyro.optim.SGD({"lr": 0.0})
-        history = pv.fit(model, guide, x, loss=loss, optim=optim, epochs=1, batch_size=None, beta=beta)
+        history = pv.fit(model, guide, x, loss=loss, optim=optim, num_epochs=1, batch_size=None, beta=beta)
         elbos.append(history.epochs[0].train.elbo)
     assert elbos[0] == pytest.approx(elbos[1], abs=0.2)  # other draws; annealing would raise it by 0.9 KL, over a nat
 
 
 def test_a_plateau_schedule_is_shown_the_loss():
     optim = pyro.optim.ReduceLROnPlateau({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "patience": 0})
-    assert len(pv.fit(model, guide, torch.randn(20, 3), optim=optim, epochs=3).epochs) == 3
+    assert len(pv.fit(model, guide, torch.randn(20, 3), optim=optim, num_epochs=3).epochs) == 3
 
 
 def test_a_pair_with_parameters_for_each_datum_is_validated_whole():
     x = torch.randn(600, 3)
     guide = AutoNormal(model)
-    history = pv.fit(model, guide, x, validation=x, batch_size=None, epochs=1)
+    history = pv.fit(model, guide, x, validation=x, batch_size=None, num_epochs=1)
     assert math.isfinite(history.epochs[0].validation.elbo)
 
 
@@ -255,7 +255,7 @@ def test_early_stopping_restores_buffers_of_every_network_that_ran(as_module):
 
     x = 3 + torch.randn(100, 3)
     optim = pyro.optim.Adam({"lr": 0.1})
-    history = pv.fit(model, normalized, x[:50], validation=x[50:], batch_size=10, epochs=30, patience=3, optim=optim)
+    history = pv.fit(model, normalized, x[:50], validation=x[50:], batch_size=10, num_epochs=30, patience=3, optim=optim)
     with history.scope():
         again = pv.evaluate(model, normalized, x[50:]).mean().elbo
     assert again == history.best.validation.elbo

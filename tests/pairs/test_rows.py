@@ -94,12 +94,12 @@ def test_the_joint_evidence_of_a_random_walk():
 def test_rows_that_depend_on_each_other_are_taken_all_at_once(mix):
     model = make_model(MIXES[mix])
     for verb in (
-        lambda: pv.fit(model, make_guide(), X, batch_size=2, epochs=1, progress=False),
+        lambda: pv.fit(model, make_guide(), X, batch_size=2, num_epochs=1, progress=False),
         lambda: pv.evaluate(model, make_guide(), X, batch_size=2),
     ):
         with pytest.raises(ValueError, match=r"minibatches of 2 of the 4 data.*batch_size=None"):
             verb()
-    pv.fit(model, make_guide(), X, batch_size=None, epochs=1, progress=False)
+    pv.fit(model, make_guide(), X, batch_size=None, num_epochs=1, progress=False)
     # x = M z + noise under q(z|x) = N(x/2, 1)
     m = MIXES[mix](torch.eye(4)).T
     likelihood = -0.5 * (4 * math.log(2 * math.pi) + ((X - m @ X / 2) ** 2).sum() + m.square().sum())
@@ -141,16 +141,16 @@ def test_terms_that_follow_the_other_rows_of_a_minibatch_are_refused_in_training
     """Also where all entries of a table of parameters start equal."""
     model = make_model(lambda z: z)
     with pytest.raises(ValueError, match="change when other rows are left out"):
-        pv.fit(model, of_position, X, batch_size=2, epochs=1, progress=False)
+        pv.fit(model, of_position, X, batch_size=2, num_epochs=1, progress=False)
     with pyro.get_param_store().scope():
-        pv.fit(model, of_position, X, batch_size=None, epochs=1, progress=False)
+        pv.fit(model, of_position, X, batch_size=None, num_epochs=1, progress=False)
 
 
 def test_to_look_at_rows_moves_no_parameter():
     table = Table()
     before = table.loc.detach().clone()
     with pytest.raises(ValueError, match="left out"):
-        pv.fit(make_model(lambda z: z), lambda x: by_module(x, table), X, batch_size=2, epochs=1, progress=False)
+        pv.fit(make_model(lambda z: z), lambda x: by_module(x, table), X, batch_size=2, num_epochs=1, progress=False)
     assert torch.equal(table.loc, before)
     assert not pyro.get_param_store().keys()
 
@@ -165,7 +165,7 @@ def test_a_shared_prior_that_depends_on_the_size_of_the_batch_is_refused():
         pyro.sample("w", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 0.1))
 
     for verb in (
-        lambda: pv.fit(model, guide, X, batch_size=2, epochs=1, progress=False),
+        lambda: pv.fit(model, guide, X, batch_size=2, num_epochs=1, progress=False),
         lambda: pv.evaluate(model, guide, X, batch_size=2),
     ):
         with pytest.raises(ValueError, match=r"len\(x\)"):
@@ -182,7 +182,7 @@ def test_a_table_indexed_by_a_column_of_the_data_divides():
             pyro.sample("z", dist.Normal(loc[i], 0.5**0.5))
 
     optim = pyro.optim.SGD({"lr": 0.05})
-    history = pv.fit(model, guide, (X, torch.arange(4)), batch_size=2, epochs=200, optim=optim, progress=False)
+    history = pv.fit(model, guide, (X, torch.arange(4)), batch_size=2, num_epochs=200, optim=optim, progress=False)
     with history.scope():  # each entry goes to the posterior mean of its own row
         torch.testing.assert_close(pyro.param("loc").detach(), X / 2, atol=0.25, rtol=0)
 
@@ -198,7 +198,7 @@ def test_batch_normalization_is_trained_in_minibatches():
             pyro.sample("z", dist.Normal(net(x.unsqueeze(-1)).squeeze(-1), 1.0))
 
     with pyro.get_param_store().scope():
-        pv.fit(make_model(lambda z: z), guide, torch.randn(20), batch_size=5, epochs=1, progress=False)
+        pv.fit(make_model(lambda z: z), guide, torch.randn(20), batch_size=5, num_epochs=1, progress=False)
         assert pv.evaluate(make_model(lambda z: z), guide, torch.randn(20), batch_size=5).elbo.isfinite().all()
 
 
@@ -264,7 +264,7 @@ def test_points_beside_auxiliary_sites_of_something_else_are_refused():
             pyro.sample("z", dist.Normal(u, 1.0))
             pyro.sample("w", dist.Delta(torch.zeros(len(x))))
 
-    for verb in (pv.evaluate, pv.log_weights, lambda *args: pv.fit(*args, epochs=1, progress=False)):
+    for verb in (pv.evaluate, pv.log_weights, lambda *args: pv.fit(*args, num_epochs=1, progress=False)):
         with pytest.raises(ValueError, match=r"'w' is a point .* not computed from the auxiliary site 'u'"):
             verb(model, mixed, X)
 

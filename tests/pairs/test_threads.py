@@ -33,12 +33,12 @@ def pair(entered=None, leave=None):
 
 def trained(seed):
     pyro.set_rng_seed(seed)
-    return pv.fit(*pair(), data(), epochs=2, progress=False).param_store["params"]
+    return pv.fit(*pair(), data(), num_epochs=2, progress=False).param_store["params"]
 
 
 VERBS = {
-    "fit": lambda: pv.fit(*pair(), data(), epochs=1, progress=False),
-    "train": lambda: next(pv.infer.train(*pair(), data(), epochs=1, progress=False)),
+    "fit": lambda: pv.fit(*pair(), data(), num_epochs=1, progress=False),
+    "train": lambda: next(pv.infer.train(*pair(), data(), num_epochs=1, progress=False)),
     "evaluate": lambda: pv.evaluate(*pair(), data()),
     "importance": lambda: pv.evidence.importance(*pair(), data(), num_particles=2),
 }
@@ -57,7 +57,7 @@ def test_while_a_thread_trains_every_verb_is_refused_in_another(verb):
 
     def first():
         pyro.set_rng_seed(1)
-        return pv.fit(*pair(), data(), epochs=2, beta=beta, progress=False).param_store["params"]
+        return pv.fit(*pair(), data(), num_epochs=2, beta=beta, progress=False).param_store["params"]
 
     with ThreadPoolExecutor(1, thread_name_prefix="first") as pool:
         future = pool.submit(first)
@@ -89,7 +89,7 @@ def test_verbs_that_do_not_train_wait_for_each_other():
 def test_fits_of_one_thread_may_alternate():
     """Two ``train()`` in one loop; the random state that they share apart, each has its parameters for itself."""
     x, stores = data(), [{"params": {}, "constraints": {}} for _ in range(2)]
-    fits = [pv.infer.train(*pair(), x, epochs=3, progress=False, param_store=store) for store in stores]
+    fits = [pv.infer.train(*pair(), x, num_epochs=3, progress=False, param_store=store) for store in stores]
     epochs = [record.epoch for records in zip(*fits, strict=True) for record in records]
     assert epochs == [1, 1, 2, 2, 3, 3]
     assert all(store["params"].keys() == {"scale", "width"} for store in stores)
@@ -101,7 +101,7 @@ def test_a_fit_that_does_not_go_on_is_in_nobodys_way(end):
     kept = []
 
     def begin():
-        fit = pv.infer.train(*pair(), data(), epochs=3, progress=False)
+        fit = pv.infer.train(*pair(), data(), num_epochs=3, progress=False)
         next(fit)
         kept.append(fit)
         if end == "closed":
@@ -114,7 +114,7 @@ def test_a_fit_that_does_not_go_on_is_in_nobodys_way(end):
 
 
 def test_a_fit_that_fails_leaves_no_trace():
-    with pytest.raises(ValueError, match="epochs"):
-        pv.fit(*pair(), data(), epochs=0)
+    with pytest.raises(ValueError, match="num_epochs"):
+        pv.fit(*pair(), data(), num_epochs=0)
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(trained, 1).result()

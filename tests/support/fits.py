@@ -69,7 +69,7 @@ def run(pair=vae, x=data, loss=Trace_ELBO, optim=lambda: pyro.optim.Adam({"lr": 
     model, guide, tensors = pair()
     x = x() if callable(x) else x
     pyro.set_rng_seed(seed)
-    options = {"validation": data(33), "epochs": 5, "batch_size": 20} | options
+    options = {"validation": data(33), "num_epochs": 5, "batch_size": 20} | options
     if pair is functions:
         options["validation"] = None  # its batch norm cannot be scaled to another number of rows
     history = pv.fit(model, guide, x, loss=loss(), optim=optim(), **options)
