@@ -106,9 +106,9 @@ class Graphed:
             what = "an output" if index >= len(self.writes) else "a written tensor"
             shape, difference = tuple(expected[index].shape), _max_abs(actual[index] - expected[index])
             raise CannotTrace(
-                f"{what} of shape {shape} differs from eager Pyro at the same noise by up to {difference:.2g}: "
-                "the pair reads or writes Python state (an attribute, noise that is not torch's) that is not in "
-                "the graph"
+                f"{what} of shape {shape} differs from eager Pyro at the same noise by up to "
+                f"{difference:.2g}: the pair reads or writes Python state (an attribute, noise that is not "
+                "torch's) that is not in the graph"
             )
 
 

@@ -45,7 +45,9 @@ def test_everything_runs_without_the_compiler_and_one_warning_is_logged():
     assert done.stderr.count("cannot be imported") == 1
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_no_other_module_imports_the_compiler_at_import_time(path):
     """Except infer/step.py, which is imported with the compiler."""
     if path.is_relative_to(PACKAGE / "compiler") or path == PACKAGE / "infer" / "step.py":

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from pyro_vae.compiler import CannotTrace, has_compiler
 from pyro_vae.compiler.trace import trace
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith(
+    "AVX512"
+)
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 
 

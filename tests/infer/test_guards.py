@@ -1,4 +1,5 @@
-"""The contract of a graph: a guarded change rebuilds it; other changes are found by comparison or ``retrace``."""
+"""The contract of a graph: a guarded change rebuilds it; other changes are found by comparison or
+``retrace``."""
 
 import sys
 from functools import partial

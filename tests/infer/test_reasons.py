@@ -1,4 +1,5 @@
-"""Pairs with unusual buffers, priors and validation run as graphs; ``explain`` gives the reason of other steps."""
+"""Pairs with unusual buffers, priors and validation run as graphs; ``explain`` gives the reason of other
+steps."""
 
 import pyro
 import pyro.distributions as dist
@@ -141,7 +142,8 @@ def test_tracing_leaves_the_validation_settings_of_torch_and_pyro_unchanged(in_t
 @pytest.mark.parametrize("default", [True, False])
 @pytest.mark.parametrize("validate_args", [True, False])
 def test_a_distribution_made_before_the_run_keeps_its_validate_args(validate_args, default):
-    """In a graph as in Pyro: the observation raises only with ``validate_args=True``, whatever torch's default."""
+    """In a graph as in Pyro: the observation raises only with ``validate_args=True``, whatever torch's
+    default."""
     likelihood = dist.Exponential(torch.ones(()), validate_args=validate_args).expand([D]).to_event(1)
 
     def model(x):
@@ -242,7 +244,10 @@ def function_loss(model, guide, *args):
 @pytest.mark.parametrize(
     ("loss", "reason"),
     [
-        (function_loss, "eager Pyro: the loss is a function; Trace_ELBO and TraceMeanField_ELBO are traced, 3 steps"),
+        (
+            function_loss,
+            "eager Pyro: the loss is a function; Trace_ELBO and TraceMeanField_ELBO are traced, 3 steps",
+        ),
         (RenyiELBO(num_particles=2), "the loss is RenyiELBO"),
     ],
 )

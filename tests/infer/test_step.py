@@ -55,7 +55,8 @@ class SharedBias(Heads):
 
 class TransposedInPlace(Heads):
     def location(self, h):
-        return self.mean(h) + h @ self.mean.weight.detach().t_()
+        transposed = self.mean.weight.detach().t_()
+        return self.mean(h) + h @ transposed
 
 
 def normalized():

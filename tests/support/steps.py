@@ -143,7 +143,8 @@ def assert_equal_runs(ours, pyros, tolerance=1e-9):
 
 
 def compared(make, steps=10, *, compile="trace", check=True, tolerance=1e-9, **options):
-    """Train a pair by our SVI and by Pyro's, and assert equal losses, parameters and buffers. Returns our SVI."""
+    """Train a pair by our SVI and by Pyro's, and assert equal losses, parameters and buffers. Returns our
+    SVI."""
     ours = trained(make, CompiledSVI, steps, compile=compile, check=check, **options)
     assert_equal_runs(ours, trained(make, SVI, steps, **options), tolerance)
     return ours[2]
