@@ -113,9 +113,8 @@ class GraphStep:
         writes = [*self.guards.buffers(), *self.params]
         self.graphed = Graphed(self._loss_and_gradients, kind="step of SVI", eager=self._eager, writes=writes)
         self.num_steps = self.num_comparisons = 0
-        self.zeros: list[
-            tuple[Tensor, Tensor, int]
-        ] = []  # parameters, their zero gradients and the versions of these
+        # parameters, their zero gradients, and the versions of the gradients
+        self.zeros: list[tuple[Tensor, Tensor, int]] = []
         with self._perturbed(tensors):
             self.graphed.trace(tensors)
         self.guards.drop_replaced([*self.graphed.captured, *self.params])

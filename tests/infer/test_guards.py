@@ -62,7 +62,6 @@ OF_GUIDE = {
     "attribute": lambda guide, i: setattr(guide, "temperature", 1 / i),
     "tuple": lambda guide, i: setattr(guide, "pair", (1 / i, 2.0)),
     "class attribute": lambda guide, i: setattr(Scaled, "factor", 1 / i),
-    "instance attribute that hides a class attribute": lambda guide, i: setattr(guide, "factor", 1 / i),
     "global that a method reads": lambda guide, i: setattr(MODULE, "SCALE", 1 / i),
     "new forward pre-hook": lambda guide, i: guide.net.register_forward_pre_hook(lambda _, args: args[0] / i),
     "replaced forward hook": replace_hook,

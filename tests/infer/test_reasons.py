@@ -186,20 +186,6 @@ class Bayesian(PyroModule):
             pyro.sample("y", dist.Normal(mean, scale), obs=x.sum(-1))
 
 
-class Hierarchical(PyroModule):
-    """A prior that depends on a positive latent."""
-
-    def __init__(self):
-        super().__init__()
-        self.rate = PyroSample(dist.Gamma(torch.tensor(2.0), 1.0).expand([D]).to_event(1))
-        self.weight = PyroSample(lambda self: dist.Normal(torch.zeros(D), self.rate).to_event(1))
-
-    def forward(self, x):
-        mean = x @ self.weight
-        with pyro.plate("data", len(x)):
-            pyro.sample("y", dist.Normal(mean, 1.0), obs=x.sum(-1))
-
-
 class MaskedPrior(Regression):
     """A masked distribution that is an attribute."""
 
@@ -213,7 +199,7 @@ class MaskedPrior(Regression):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("kind", [Bayesian, Hierarchical, MaskedPrior])
+@pytest.mark.parametrize("kind", [Bayesian, MaskedPrior])
 def test_priors_that_are_made_with_a_module_are_traced(kind):
     def make():
         model = kind()

@@ -197,42 +197,40 @@ def test_a_pair_without_arguments_whose_network_has_running_statistics():
     assert "traced, 5 steps" in compared(make, 5, step=lambda svi, _: svi.step()).explain()
 
 
-def test_a_network_outside_of_the_param_store_is_refused_and_its_gradients_equal_those_of_pyro():
-    networks = []
+def make_with_second_network(second):
+    """A guide whose location includes ``second(network, x)``. ``make.networks`` lists the networks."""
 
     def make():
         net, other = nn.Linear(D, K), nn.Linear(D, K)
-        networks.append(other)
+        make.networks.append(other)
 
         def guide(x):
             pyro.module("net", net)
             with pyro.plate("data", len(x)):
-                pyro.sample("z", dist.Normal(net(x) + other(x), 1.0).to_event(1))
+                pyro.sample("z", dist.Normal(net(x) + second(other, x), 1.0).to_event(1))
 
         return functions()[0], guide
 
+    make.networks = []
+    return make
+
+
+def test_a_network_outside_of_the_param_store_is_refused_and_its_gradients_equal_those_of_pyro():
+    make = make_with_second_network(lambda network, x: network(x))
     svi = compared(make, 3, check=False)
-    torch.testing.assert_close(*(net.weight.grad for net in networks), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*(network.weight.grad for network in make.networks), rtol=1e-9, atol=1e-9)
     assert "is not in Pyro's param store" in svi.explain()
 
 
 def test_a_registered_network_without_gradients_is_traced():
     """Such as a target network. Pyro does not update it."""
 
-    def make():
-        net, target = nn.Linear(D, K), nn.Linear(D, K)
+    def target(network, x):
+        pyro.module("target", network)
+        with torch.no_grad():
+            return network(x)
 
-        def guide(x):
-            pyro.module("net", net)
-            pyro.module("target", target)
-            with torch.no_grad():
-                shift = target(x)
-            with pyro.plate("data", len(x)):
-                pyro.sample("z", dist.Normal(net(x) + shift, 1.0).to_event(1))
-
-        return functions()[0], guide
-
-    assert ": traced, 10 steps" in compared(make).explain()
+    assert ": traced, 10 steps" in compared(make_with_second_network(target)).explain()
 
 
 def test_a_parameter_that_only_some_signatures_use_is_updated_by_its_momentum():

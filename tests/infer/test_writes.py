@@ -1,17 +1,15 @@
 """What a pair writes as it runs, and the memory that it reads: a graph does the same as eager Pyro."""
 
-import math
-
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI
 from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.infer.svi import SVI as CompiledSVI
-from tests.support.steps import D, K, adam, assert_equal_runs, data
+from tests.support.steps import D, K, compared, data, trained
 
 HOW = {"trace": ": traced, 5 steps", True: ": compiled by Inductor, 5 steps"}
 both_kinds = pytest.mark.parametrize("compile", ["trace", True])
@@ -45,32 +43,12 @@ class Pair(nn.Module):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
 
-def run(compile, batches, act=None, change=None, step=lambda svi, *batch: svi.step(*batch)):
-    """Losses, state and SVI after a step on each batch. The loss is NaN for a step that raises.
+def make_pair(act=None):
+    def make():
+        pair = Pair(act)
+        return pair.model, pair.guide
 
-    :param compile: an option of our SVI; ``None`` for Pyro's.
-    """
-    pyro.set_rng_seed(0)
-    pair = Pair(act)
-    losses = []
-    with pyro.get_param_store().scope():
-        args = pair.model, pair.guide, adam(), Trace_ELBO()
-        svi = SVI(*args) if compile is None else CompiledSVI(*args, compile=compile)
-        for i, batch in enumerate(batches):
-            if change is not None:
-                change(i, pair)
-            try:
-                losses.append(step(svi, *batch))
-            except ValueError:
-                losses.append(math.nan)
-    return losses, {name: value.clone() for name, value in pair.state_dict().items()}, svi
-
-
-def compare(compile, *args, **kwargs):
-    """Assert that our SVI and Pyro's end in equal losses and states, in single precision."""
-    ours = run(compile, *args, **kwargs)
-    assert_equal_runs(ours, run(None, *args, **kwargs), tolerance=1e-6)
-    return ours[2].explain()
+    return make
 
 
 def write_buffer(pair, x, _):
@@ -90,20 +68,22 @@ def write_argument(_, __, offset):
 @both_kinds
 def test_the_writes_of_a_failed_step_are_restored(act, compile):
     """As in eager Pyro, whose guide raises for NaN before the model writes."""
-    invalid = data().clone()
+    invalid, offsets = data().clone(), []
     invalid[0, 0], invalid[1] = torch.nan, 9.0
 
-    def run_with_offset(compile):
-        offset = torch.zeros(D)
-        batches = [(x, offset) for x in (data(), data(), data(), invalid, data())]
-        return *run(compile, batches, act), offset
+    def make():
+        offsets.append(torch.zeros(D))
+        return make_pair(act)()
 
-    *ours, offset = run_with_offset(compile)
-    *pyros, expected = run_with_offset(None)
-    assert math.isnan(ours[0][3])
-    assert_equal_runs(ours, pyros, tolerance=1e-6)
-    assert torch.allclose(offset, expected)
-    assert HOW[compile] in ours[2].explain()
+    def step(svi, i):
+        if i == 3:
+            with pytest.raises(ValueError, match="Expected"):
+                svi.step(invalid, offsets[-1])
+        return svi.step(data(), offsets[-1])
+
+    svi = compared(make, 4, step=step, compile=compile, tolerance=1e-6)
+    torch.testing.assert_close(*offsets)
+    assert HOW[compile] in svi.explain()
 
 
 def test_a_graph_that_writes_buffers_that_share_memory_is_compiled():
@@ -111,33 +91,37 @@ def test_a_graph_that_writes_buffers_that_share_memory_is_compiled():
         pair.a.add_(0.01 * x.mean(0))
         pair.b.mul_(1.1)
 
-    assert HOW[True] in compare(True, [(data(),)] * 5, act)
+    assert HOW[True] in compared(make_pair(act), 5, compile=True, tolerance=1e-6).explain()
 
 
 @both_kinds
 def test_a_buffer_whose_dtype_changes_is_read_in_the_new_dtype(compile):
-    def change(i, pair):
+    def change(model, _, i):
         if i == 3:
+            pair = model.__self__
             pair.scale.data = 2 * pair.scale.double()
 
-    compare(compile, [(data(),)] * 6, change=change)
+    compared(make_pair(), 6, change=change, compile=compile, tolerance=1e-6)
 
 
-@pytest.mark.parametrize(
-    "view", [lambda x: x[:, ::2], lambda x: x[:1, :D].expand(9, D)], ids=["strided", "expanded"]
-)
-def test_arguments_that_are_not_contiguous_are_compiled(view):
-    assert HOW[True] in compare(True, [(view(torch.randn(9, 2 * D)),)] * 5)
+VIEWS = {"strided": lambda x: x[:, ::2], "expanded": lambda x: x[:1, :D].expand(9, D)}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_arguments_that_are_not_contiguous_are_compiled(kind):
+    x = VIEWS[kind](torch.randn(9, 2 * D))
+    svi = compared(make_pair(), 5, step=lambda svi, _: svi.step(x), compile=True, tolerance=1e-6)
+    assert HOW[True] in svi.explain()
 
 
 @both_kinds
 def test_steps_under_autocast_run_as_a_graph(compile):
-    def step(svi, x):
+    def step(svi, _):
         with torch.autocast("cpu", torch.bfloat16):
-            return svi.step(x)
+            return svi.step(data())
 
-    ours, pyros = (run(option, [(data(),)] * 5, step=step) for option in (compile, None))
-    assert ours[0] == pytest.approx(pyros[0], rel=2**-8)
+    ours = trained(make_pair(), CompiledSVI, 5, step=step, compile=compile)
+    assert ours[0] == pytest.approx(trained(make_pair(), SVI, 5, step=step)[0], rel=2**-8)
     how = ours[2].explain()
     assert ": traced" in how or ": compiled" in how  # the rounding of Inductor may differ by too much
 

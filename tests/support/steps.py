@@ -129,7 +129,8 @@ def trained(make, svi_class, steps=30, loss=Trace_ELBO, optim=adam, step=None, c
             if change is not None:
                 change(model, guide, i)
             losses.append(svi.step(data(seed=i)) if step is None else step(svi, i))
-        modules = [part for part in (model, guide) if isinstance(part, nn.Module)]
+        programs = (getattr(part, "__self__", part) for part in (model, guide))
+        modules = [part for part in programs if isinstance(part, nn.Module)]
         buffers = {f"{i}.{k}": v.clone() for i, m in enumerate(modules) for k, v in m.named_buffers()}
         named = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
         return losses, named | buffers, svi
