@@ -1,8 +1,8 @@
-"""Times as ratios, each table measured in one process with its ways in turns.
+"""Relative times of pyro_vae and its alternatives. The methods of a table take turns in one process.
 
     python -m benchmarks
 
-Takes about 20 minutes on 2 cores. MNIST is read as ``pyro-vae train mnist`` reads it.
+Takes about 20 minutes on 2 cores. MNIST is loaded as by ``pyro-vae train mnist``.
 """
 
 import argparse
@@ -17,21 +17,26 @@ from benchmarks.timing import print_table
 from pyro_vae.compiler.passes import PASSES
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", help="step, epoch, posterior; by default all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tables", nargs="*", help="step, epoch, posterior; default: all")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--epochs", type=int, default=5, help="rounds of the epochs")
-    parser.add_argument("--num-data", type=int, default=60_000, help="images of MNIST in an epoch")
+    parser.add_argument("--epochs", type=int, default=5, help="rounds of the epoch table")
+    parser.add_argument("--num-data", type=int, default=60_000, help="MNIST images per epoch")
     parser.add_argument("--data-dir")
-    parser.add_argument("--without", nargs="*", default=[], choices=list(PASSES), help="passes of the compiler to leave out")
+    parser.add_argument(
+        "--without", nargs="*", default=[], choices=list(PASSES), help="compiler passes to turn off"
+    )
     args = parser.parse_args()
     for name in args.without:
         del PASSES[name]
     tables = args.tables or ["step", "epoch", "posterior"]
 
     pyro.set_rng_seed(0)
-    cores = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    print(f"{platform.system()} {platform.machine()}, {cores}, Python {platform.python_version()}, torch {torch.__version__}")
+    print(f"{platform.system()} {platform.machine()}", end=", ")
+    print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", end=", ")
+    print(f"Python {platform.python_version()}, torch {torch.__version__}")
     if "step" in tables:
         print_table("One step of SVI", step.steps((20, 100, 256, 1024), args.rounds), step.BASE)
     if "epoch" in tables:
@@ -40,9 +45,9 @@ if __name__ == "__main__":
         columns = epoch.epochs(x, (128, 256), args.epochs)
         print_table(f"An epoch of {len(x)} images", columns, epoch.BASE)
         if all("numpyro" in times for times in columns.values()):
-            print_table("The same", columns, "numpyro")
+            print_table("The same epochs", columns, "numpyro")
     if "posterior" in tables:
-        columns = {"100 data, 50 draws": posterior.importance(100, 50, args.rounds)}
+        columns = {"100 data, 50 particles": posterior.importance(100, 50, args.rounds)}
         print_table("Log-weights", columns, posterior.IMPORTANCE)
         columns = {f"{n} data, 16 chains": posterior.hmc(n, 16, args.rounds) for n in (1, 100)}
-        print_table("Gradient of log p(x, z), a leapfrog step of HMC", columns, posterior.HMC)
+        print_table("Gradient of log p(x, z) for a leapfrog step of HMC", columns, posterior.HMC)

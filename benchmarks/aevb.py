@@ -1,4 +1,5 @@
-"""AEVB's network on 784 binary pixels (500 tanh units on both sides, 20 latents), as a pair and by hand."""
+"""AEVB's network on 784 binary pixels (500 tanh units in encoder and decoder, 20 latents), as a pair and in
+plain PyTorch."""
 
 import pyro
 import torch
@@ -19,19 +20,24 @@ def make_vae():
 
 
 def by_svi(svi_class, loss, **options):
-    """The step of an SVI object."""
+    """The step of an SVI object for AEVB's pair."""
     vae = make_vae()
     return svi_class(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), loss, **options).step
 
 
 class ByHand(torch.nn.Module):
-    """The same negative ELBO in plain PyTorch."""
+    """The negative ELBO in plain PyTorch."""
 
     def __init__(self):
         super().__init__()
-        sizes = {"h": (HIDDEN, PIXELS), "mean": (LATENT, HIDDEN), "log_scale": (LATENT, HIDDEN), "g": (HIDDEN, LATENT)}
-        for name, (rows, columns) in (sizes | {"logits": (PIXELS, HIDDEN)}).items():
-            setattr(self, name, torch.nn.Linear(columns, rows))
+        sizes = {
+            "h": (HIDDEN, PIXELS),
+            "mean": (LATENT, HIDDEN),
+            "log_scale": (LATENT, HIDDEN),
+            "g": (HIDDEN, LATENT),
+        }
+        for name, (num_outputs, num_inputs) in (sizes | {"logits": (PIXELS, HIDDEN)}).items():
+            setattr(self, name, torch.nn.Linear(num_inputs, num_outputs))
 
     def forward(self, x):
         h = torch.tanh(self.h(x))
@@ -59,19 +65,19 @@ def by_hand(*, compiled):
 
 
 def products():
-    """The matrix products of a step, by torch."""
-    a = {shape: torch.randn(shape) for shape in ((HIDDEN, PIXELS), (2 * LATENT, HIDDEN), (HIDDEN, LATENT), (PIXELS, HIDDEN))}
+    """The matrix products of a step, forward and backward, by torch."""
+    encoder, heads = torch.randn(HIDDEN, PIXELS), torch.randn(2 * LATENT, HIDDEN)
+    decoder, output = torch.randn(HIDDEN, LATENT), torch.randn(PIXELS, HIDDEN)
 
     def step(x):
-        h = linear(x, a[HIDDEN, PIXELS])
-        s = linear(h, a[2 * LATENT, HIDDEN])
-        g = linear(s[:, :LATENT], a[HIDDEN, LATENT])
-        logits = linear(g, a[PIXELS, HIDDEN])
-        for outer, inner, weight in (
-            (logits, g, a[PIXELS, HIDDEN]), (g, s[:, :LATENT], a[HIDDEN, LATENT]), (s, h, a[2 * LATENT, HIDDEN]),
-        ):  # fmt: skip
-            outer.mT @ inner
-            outer @ weight
+        h = linear(x, encoder)
+        s = linear(h, heads)
+        z = s[:, :LATENT]
+        g = linear(z, decoder)
+        logits = linear(g, output)
+        for outputs, inputs, weight in ((logits, g, output), (g, z, decoder), (s, h, heads)):
+            outputs.mT @ inputs
+            outputs @ weight
         h.mT @ x
 
     return step

@@ -1,5 +1,5 @@
-"""An epoch of AEVB's network on binarized MNIST, shuffled: by the loop of Pyro's VAE example, by pyro_vae, and by others
-where they are installed (``pip install pythae numpyro``)."""
+"""A shuffled epoch of AEVB's network on binarized MNIST: by the loop of Pyro's VAE example, by pyro_vae, and
+by pythae and NumPyro if they are installed."""
 
 import contextlib
 import importlib.util
@@ -20,7 +20,7 @@ BASE = "loop of Pyro's VAE example"
 
 
 class Images(Dataset):
-    """Images as torchvision's data sets give them: an item at a time, with a label."""
+    """Images with labels, one at a time, as in torchvision's data sets."""
 
     def __init__(self, x):
         self.x = x
@@ -33,7 +33,7 @@ class Images(Dataset):
 
 
 def example_loop(x, size):
-    """That of Pyro's ``examples/vae``, without what its images cost to decode: they are tensors already."""
+    """The loop of Pyro's ``examples/vae``, except that the images are decoded to tensors before."""
     step, loader = by_svi(pyro.infer.SVI, Trace_ELBO()), DataLoader(Images(x), batch_size=size, shuffle=True)
 
     def epoch():
@@ -43,7 +43,7 @@ def example_loop(x, size):
 
 
 def in_memory(x, size):
-    """``pyro.infer.SVI`` with nothing around it."""
+    """``pyro.infer.SVI`` on minibatches that are indexed from one tensor."""
     step = by_svi(pyro.infer.SVI, Trace_ELBO())
     return lambda: [step(x[rows]) for rows in torch.randperm(len(x)).split(size)]
 
@@ -55,7 +55,7 @@ def fit(x, size, compile):
 
 
 def pythae(x, size):
-    """pythae's trainer, with encoder and decoder of the same layers."""
+    """pythae's trainer, with the same layers."""
     from pythae.data.datasets import BaseDataset
     from pythae.models import VAE, VAEConfig
     from pythae.models.base.base_utils import ModelOutput
@@ -66,7 +66,8 @@ def pythae(x, size):
     class Encoder(BaseEncoder):
         def __init__(self):
             super().__init__()
-            self.h, self.mean, self.log_var = (nn.Linear(*s) for s in ((PIXELS, HIDDEN), (HIDDEN, LATENT), (HIDDEN, LATENT)))
+            self.h = nn.Linear(PIXELS, HIDDEN)
+            self.mean, self.log_var = nn.Linear(HIDDEN, LATENT), nn.Linear(HIDDEN, LATENT)
 
         def forward(self, x):
             h = torch.tanh(self.h(x))
@@ -75,16 +76,21 @@ def pythae(x, size):
     class Decoder(BaseDecoder):
         def __init__(self):
             super().__init__()
-            self.net = nn.Sequential(nn.Linear(LATENT, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, PIXELS), nn.Sigmoid())
+            self.net = nn.Sequential(
+                nn.Linear(LATENT, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, PIXELS), nn.Sigmoid()
+            )
 
         def forward(self, z):
             return ModelOutput(reconstruction=self.net(z))
 
     logging.disable(logging.INFO)
     config = VAEConfig(input_dim=(PIXELS,), latent_dim=LATENT, reconstruction_loss="bce")
-    folder = tempfile.mkdtemp()
     training = BaseTrainerConfig(
-        output_dir=folder, per_device_train_batch_size=size, num_epochs=1, learning_rate=1e-3, no_cuda=True
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=size,
+        num_epochs=1,
+        learning_rate=1e-3,
+        no_cuda=True,
     )
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = BaseTrainer(
@@ -102,7 +108,7 @@ def pythae(x, size):
 
 
 def numpyro(x, size):
-    """NumPyro's SVI, an epoch in one jitted loop over data that stay where they are."""
+    """NumPyro's SVI, with a jitted loop over the minibatches of an epoch."""
     import jax
     import jax.numpy as jnp
     import numpyro
@@ -113,7 +119,8 @@ def numpyro(x, size):
 
     def weights(name, rows, columns):
         scale = 1 / rows**0.5
-        w = numpyro.param(name + "_w", lambda key: random.uniform(key, (rows, columns), minval=-scale, maxval=scale))
+        shape = rows, columns
+        w = numpyro.param(name + "_w", lambda key: random.uniform(key, shape, minval=-scale, maxval=scale))
         return w, numpyro.param(name + "_b", jnp.zeros(columns))
 
     def linear(h, name, rows, columns):
@@ -145,7 +152,7 @@ def numpyro(x, size):
             return state, total + loss
 
         state, total = lax.fori_loop(0, num_batches, step, (state, 0.0))
-        last = order[num_batches * size :]  # of another size, so outside of the loop
+        last = order[num_batches * size :]  # its size differs, so it is not part of the loop
         if len(last):
             state, loss = svi.update(state, data[last])
             total = total + loss
@@ -163,19 +170,23 @@ def numpyro(x, size):
 
 
 def epochs(x, sizes, rounds):
-    """For each batch size the times of every way that is installed."""
-    ways = {
+    """The times of each installed method, by batch size."""
+    methods = {
         BASE: example_loop,
         "`pyro.infer.SVI`, data in memory": in_memory,
         "`pv.fit(compile=False)`": lambda x, size: fit(x, size, False),
         '`pv.fit(compile="trace")`, no compiler': lambda x, size: fit(x, size, "trace"),
         "`pv.fit`": lambda x, size: fit(x, size, "auto"),
     }
-    ways |= {name: way for name, way in (("pythae", pythae), ("numpyro", numpyro)) if importlib.util.find_spec(name)}
+    optional = {"pythae": pythae, "numpyro": numpyro}
+    methods |= {name: method for name, method in optional.items() if importlib.util.find_spec(name)}
     return {
         f"batch {size}": measure(
-            {name: lambda way=way: way(x, size) for name, way in ways.items()},  # noqa: B023
-            rounds=rounds, num_calls=1, warm_up=1, warm=0,
+            {name: lambda method=method: method(x, size) for name, method in methods.items()},  # noqa: B023
+            rounds=rounds,
+            num_calls=1,
+            warm_up=1,
+            warm=0,
         )
         for size in sizes
-    }  # fmt: skip
+    }

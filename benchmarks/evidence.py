@@ -1,5 +1,5 @@
-"""The ladder of bounds on an MNIST VAE that is trained first, and the gap of bidirectional Monte Carlo; the memory and time of
-importance sampling; errors where the truth is known.
+"""Bounds on the evidence of a VAE trained on MNIST, with the gap of bidirectional Monte Carlo; the memory and
+the time of importance sampling; errors of the estimates for a model whose evidence is known.
 
     python -m benchmarks.evidence ladder      # 25 minutes on 2 cores
     python -m benchmarks.evidence memory      # 5 minutes
@@ -53,8 +53,8 @@ def ladder(args):
     }
     for name, rung in rungs.items():
         start = time.perf_counter()
-        found = rung()
-        print(f"\n{name}, {time.perf_counter() - start:.0f} s\n{found}", flush=True)
+        bound = rung()
+        print(f"\n{name}, {time.perf_counter() - start:.0f} s\n{bound}", flush=True)
     for temperatures in (1000, 10_000):
         start = time.perf_counter()
         found = evidence.bdmc(vae.model, x[:20], annealing=evidence.Annealing(num_temperatures=temperatures))
@@ -62,7 +62,7 @@ def ladder(args):
 
 
 def toys(args):
-    """Factor analysis in 100 dimensions: what every estimate is off by."""
+    """Errors of the estimates for factor analysis in 100 dimensions, in nats."""
     for k in (2, 10, 50):
         torch.manual_seed(k)
         toy = pv.exact.LinearGaussian(0.3 * torch.randn(100, k, dtype=torch.double), noise_scale=1.0)
@@ -73,36 +73,44 @@ def toys(args):
             with pyro.plate("data", len(x)):
                 pyro.sample("z", toy.mean_field(x))
 
-        found = {
+        bounds = {
             "prior Monte Carlo, 1000": evidence.prior_monte_carlo(toy, x),
             "mean-field guide, IWAE-1000": evidence.importance(toy, guide, x),
             "AIS, 1000 temperatures": evidence.ais(toy, x),
             "SMC, 100 temperatures": evidence.smc(toy, x),
         }
-        for name, one in found.items():
-            excess = one.log_evidence - truth
-            print(f"k = {k}: {name}: {excess.mean():.4f} ± {excess.std() / len(x) ** 0.5:.4f} nats off", flush=True)
+        for name, bound in bounds.items():
+            error = bound.log_evidence - truth
+            standard_error = error.std() / len(x) ** 0.5
+            print(f"k = {k}: {name}: error {error.mean():.4f} ± {standard_error:.4f} nats", flush=True)
 
 
 def memory(args):
     vae, test = trained(args.data_dir, 1)
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # noqa: E731
+
+    def peak():
+        """The peak memory of the process, in GB."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
     print(f"before: {peak():.2f} GB")
     for num_particles in (50, 500, 5000):
         start = time.perf_counter()
         evidence.importance(vae.model, vae.guide, test, num_particles=num_particles)
         seconds = time.perf_counter() - start
-        print(f"{num_particles} particles x {len(test)} images: {seconds:.1f} s, peak {peak():.2f} GB", flush=True)
+        print(
+            f"{num_particles} particles x {len(test)} images: {seconds:.1f} s, peak {peak():.2f} GB",
+            flush=True,
+        )
 
 
 def speed(args):
-    """Against a plain loop by hand, and Pyro's own vectorized weights."""
+    """Times of importance sampling by pyro_vae, by Pyro, and by a loop in plain PyTorch."""
     vae, test = trained(args.data_dir, 1)
     x, k = test[:100], 5000
 
     @torch.no_grad()
     def by_hand():
-        """A plain loop: a hundred images and ten draws at a time."""
+        """100 images and 10 particles at a time."""
         parts = []
         q = vae.encode(x)
         for _ in range(k // 10):
@@ -114,25 +122,31 @@ def speed(args):
     @torch.no_grad()
     def by_pyro():
         return [
-            vectorized_importance_weights(vae.model, vae.guide, x, num_samples=10, max_plate_nesting=1, normalized=False)
+            vectorized_importance_weights(
+                vae.model, vae.guide, x, num_samples=10, max_plate_nesting=1, normalized=False
+            )
             for _ in range(k // 10)
         ]
 
-    ways = {
+    methods = {
         "a plain loop by hand": by_hand,
         "Pyro's `vectorized_importance_weights`": by_pyro,
         "`pv.evidence.importance`": lambda: evidence.importance(vae.model, vae.guide, x, num_particles=k),
     }
-    times = measure({name: lambda way=way: way for name, way in ways.items()}, rounds=11, num_calls=1, warm_up=1, warm=0)
-    print_table("Importance sampling", {f"{len(x)} images, {k} draws": times}, "a plain loop by hand")
+    makers = {name: lambda method=method: method for name, method in methods.items()}
+    times = measure(makers, rounds=11, num_calls=1, warm_up=1, warm=0)
+    print_table("Importance sampling", {f"{len(x)} images, {k} particles": times}, "a plain loop by hand")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["ladder", "memory", "speed", "toys"])
     parser.add_argument("--num-epochs", type=int, default=15)
     parser.add_argument("--num-data", type=int, default=100)
     parser.add_argument("--data-dir")
     args = parser.parse_args()
-    print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(f"{torch.get_num_threads()} threads, {capability}, torch {torch.__version__}")
     {"ladder": ladder, "memory": memory, "speed": speed, "toys": toys}[args.what](args)

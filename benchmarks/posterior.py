@@ -1,4 +1,4 @@
-"""What comes after training: importance sampling, and the gradients of an HMC step, on AEVB's network."""
+"""Importance sampling, and the gradient of an HMC step, for AEVB's network."""
 
 import pyro
 import torch
@@ -15,7 +15,7 @@ IMPORTANCE, HMC = "Pyro's `vectorized_importance_weights`", "eager torch"
 
 
 def importance(num_rows, num_particles, rounds):
-    """Log-weights of so many draws for each datum: Pyro's are of all data together."""
+    """Times of log-weights: one per particle and datum by pyro_vae, one per particle for all data by Pyro."""
     x = torch.bernoulli(torch.rand(num_rows, PIXELS))
     vae = make_vae()
     latents, batch = inspect_latents(vae.model, vae.guide, Batch((x,), {}), verb="benchmark")
@@ -39,12 +39,17 @@ def importance(num_rows, num_particles, rounds):
             total.append(vae.decode(z).log_prob(x) + prior - q.log_prob(z))
         return torch.stack(total)
 
-    ways = {IMPORTANCE: by_pyro, "all draws at once, a weight for each datum": per_datum, "by hand, a draw at a time": by_hand}
-    return measure({name: lambda way=way: way for name, way in ways.items()}, rounds=rounds, num_calls=3)
+    methods = {
+        IMPORTANCE: by_pyro,
+        "all particles at once, a log-weight per datum": per_datum,
+        "by hand, one particle at a time": by_hand,
+    }
+    return measure(_makers(methods), rounds=rounds, num_calls=3)
 
 
 def hmc(num_rows, num_chains, rounds):
-    """The gradient of log p(x, z) for z, of every chain and datum: what each leapfrog step of HMC asks for."""
+    """Times of the gradient of log p(x, z) with respect to z for all chains and data, as in a leapfrog step
+    of HMC."""
     x = torch.bernoulli(torch.rand(num_rows, PIXELS))
     vae = make_vae().requires_grad_(False).eval()
     latents, batch = inspect_latents(vae.model, vae.guide, Batch((x,), {}), verb="benchmark")
@@ -67,5 +72,9 @@ def hmc(num_rows, num_chains, rounds):
 
         return call
 
-    ways = {HMC: lambda: gradient(z), "graph": run(graph), "graph, Inductor": run(by_inductor)}
-    return measure({name: lambda way=way: way for name, way in ways.items()}, rounds=rounds, num_calls=20)
+    methods = {HMC: lambda: gradient(z), "graph": run(graph), "graph, Inductor": run(by_inductor)}
+    return measure(_makers(methods), rounds=rounds, num_calls=20)
+
+
+def _makers(methods):
+    return {name: lambda method=method: method for name, method in methods.items()}

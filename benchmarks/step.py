@@ -1,5 +1,5 @@
-"""One step of SVI on AEVB's network, by Pyro, by pyro_vae, and by hand. "Matrix products" are those of the step alone,
-forward and backward."""
+"""A step of SVI on AEVB's network, by Pyro, by pyro_vae, and in plain PyTorch. "Matrix products alone" is a
+lower bound: the products of the step, forward and backward."""
 
 import pyro
 import torch
@@ -11,8 +11,7 @@ from benchmarks.timing import measure
 
 BASE = "`pyro.infer.SVI`"
 
-
-WAYS = {
+METHODS = {
     BASE: lambda: by_svi(pyro.infer.SVI, Trace_ELBO()),
     "Pyro's `JitTrace_ELBO`": lambda: by_svi(pyro.infer.SVI, JitTrace_ELBO(ignore_jit_warnings=True)),
     "`pv.SVI(compile=False)`": lambda: by_svi(pv.SVI, Trace_ELBO(), compile=False),
@@ -25,11 +24,11 @@ WAYS = {
 
 
 def steps(sizes, rounds):
-    """For each batch size the times of every way."""
+    """The times of each method, by batch size."""
     columns = {}
     for size in sizes:
         x = torch.bernoulli(torch.rand(size, PIXELS))
-        makers = {name: lambda make=make: _on(make(), x) for name, make in WAYS.items()}  # noqa: B023
+        makers = {name: lambda make=make: _on(make(), x) for name, make in METHODS.items()}  # noqa: B023
         columns[f"batch {size}"] = measure(makers, rounds=rounds, num_calls=max(4, 2000 // size))
     return columns
 

@@ -1,7 +1,7 @@
-"""A function of tensors, traced into a graph of tensor operations and compiled.
+"""Trace a function of tensors into a graph of tensor operations, and compile the graph.
 
-The package is optional: it depends on unstable parts of torch (all of them are in ``internals``), and whatever imports it does
-so inside the call that needs it, so that everything else works where the import fails.
+The package is optional, since it depends on unstable parts of torch (all of them are in ``internals``). Other
+packages import it only inside the calls that need it, so that they work even if its import fails.
 """
 
 from pyro_vae.compiler.graphed import THRESHOLDS, Graphed, Thresholds, restored

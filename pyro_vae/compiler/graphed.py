@@ -19,7 +19,7 @@ Function = Callable[..., Sequence[Tensor]]
 
 
 class Thresholds(NamedTuple):
-    """Number of calls from which on tracing (about a second) and Inductor (seconds to a minute) pay."""
+    """Numbers of calls from which tracing (about a second) and Inductor (seconds to a minute) save time."""
 
     trace: int
     compile: int
@@ -27,7 +27,7 @@ class Thresholds(NamedTuple):
 
 THRESHOLDS = {
     "step of SVI": Thresholds(100, 5000),
-    "fit": Thresholds(300, 5000),  # the number of steps is known before the first
+    "fit": Thresholds(300, 5000),  # the number of steps is known before the first step
     "log-weights": Thresholds(100, 300),
     "gradient of HMC": Thresholds(20, 5000),
 }
@@ -36,12 +36,15 @@ THRESHOLDS = {
 class Graphed:
     """A function of tensors, for tensors of one signature.
 
-    :param kind: of :data:`THRESHOLDS`.
-    :param eager: the function that a graph is compared with, by default ``f``; it may return fewer outputs, the first ones.
-    :param writes: the tensors that a call may write, such as running averages: they are compared too.
+    :param kind: a key of :data:`THRESHOLDS`.
+    :param eager: the function that a graph is compared with, by default ``f``. It may return only the first
+        outputs of ``f``.
+    :param writes: tensors that a call may write, such as running averages. They are compared too.
     """
 
-    def __init__(self, f: Function, *, kind: str, eager: Function | None = None, writes: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self, f: Function, *, kind: str, eager: Function | None = None, writes: Sequence[Tensor] = ()
+    ) -> None:
         self.f, self.eager, self.kind, self.writes = f, eager or f, kind, writes
         self.run: Function = f
         self.graph: Graph | None = None
@@ -52,13 +55,13 @@ class Graphed:
         return self.run(*tensors)
 
     @property
-    def held(self) -> Sequence[Tensor]:
+    def captured(self) -> Sequence[Tensor]:
         """The tensors that the graph closes over."""
-        return () if self.graph is None else self.graph.held
+        return () if self.graph is None else self.graph.captured
 
     def prepare(self, tensors: Sequence[Tensor], *, calls: int = 1) -> None:
-        """Trace or compile the function for tensors like these if that many further calls pay for it. If it fails, the function
-        runs as before, and a line is logged."""
+        """Trace or compile the function if this many further calls on tensors of this signature make up for
+        the time that it takes. After a failure the function runs as before, and the reason is logged."""
         limits = THRESHOLDS[self.kind]
         before, self.calls = self.calls, self.calls + calls
         try:
@@ -66,53 +69,52 @@ class Graphed:
                 self.trace(tensors)
             if self.graph is not None and before < limits.compile <= self.calls and has_compiler():
                 self.compile(tensors)
-        except Exception as error:  # if the function itself fails on these tensors, the call raises
+        except Exception as error:  # an error of the function itself is raised by the call
             reason = str(error) if isinstance(error, CannotTrace) else describe(error)
-            logger.info("%s: %s, since %s", self.kind, self.how, reason)
+            logger.info("%s: stays %s: %s", self.kind, self.how, reason)
 
-    def trace(self, tensors: Sequence[Tensor]) -> None:
+    def trace(self, tensors: Sequence[Tensor]) -> Graph:
         """Run as a graph from now on. Raises :class:`CannotTrace`."""
-        self._adopt(trace(self.f, tensors), tensors, "traced")
+        graph = trace(self.f, tensors)
+        self.compare(tensors, graph)
+        self.graph, self.run, self.how = graph, graph, "traced"
+        return graph
 
     def compile(self, tensors: Sequence[Tensor]) -> None:
-        """Run compiled by Inductor from now on; on a GPU as a CUDA graph. Raises :class:`CannotTrace`."""
-        if self.graph is None:
-            self.trace(tensors)
+        """Run compiled by Inductor from now on, on a GPU as a CUDA graph. Raises :class:`CannotTrace`."""
+        graph = self.graph or self.trace(tensors)
         try:
-            run = self.graph.compiled(tensors)  # type: ignore[union-attr] # trace() has made it
+            compiled = graph.compiled(tensors)
         except Exception as error:
             raise CannotTrace(f"Inductor: {describe(error)}") from error
-        self._adopt(run, tensors, "compiled by Inductor")
-
-    def _adopt(self, run: Function, tensors: Sequence[Tensor], how: str) -> None:
-        self.compare(tensors, run)
-        self.run, self.how = run, how
-        if isinstance(run, Graph):
-            self.graph = run
+        self.compare(tensors, compiled)
+        self.run, self.how = compiled, "compiled by Inductor"
 
     def compare(self, tensors: Sequence[Tensor], run: Function | None = None) -> None:
-        """Compare a graph with the eager function at the same noise.
+        """Compare a graph, by default the current one, with the eager function at the same noise.
 
-        :raises CannotTrace: where an output, or a tensor that is written, differs by more than rounding.
+        :raises CannotTrace: if an output or a written tensor differs by more than rounding.
         """
         results = []
-        for each in (run or self.run, self.eager):
+        for function in (run or self.run, self.eager):
             with untouched(), restored([*self.writes, *tensors]):
-                outputs = each(*tensors)
+                outputs = function(*tensors)
                 results.append([value.detach().clone() for value in (*self.writes, *outputs)])
-        if (i := first_difference(*results, num_written=len(self.writes))) is not None:
-            output = results[1][i]
-            what = "an output" if i >= len(self.writes) else "a tensor that is written,"
+        actual, expected = results
+        index = first_difference(actual, expected, num_written=len(self.writes))
+        if index is not None:
+            what = "an output" if index >= len(self.writes) else "a written tensor"
+            shape, difference = tuple(expected[index].shape), _max_abs(actual[index] - expected[index])
             raise CannotTrace(
-                f"{what} of shape {tuple(output.shape)} differs from eager Pyro at the same noise by up to "
-                f"{_largest(results[0][i] - output):.2g}: the pair reads or writes something in Python (an attribute, noise "
-                "that is not torch's) that is not in the graph"
+                f"{what} of shape {shape} differs from eager Pyro at the same noise by up to "
+                f"{difference:.2g}: the pair reads or writes Python state (an attribute, noise that is not "
+                "torch's) that is not in the graph"
             )
 
 
 @contextmanager
 def restored(values: Sequence[Tensor]) -> Iterator[None]:
-    """Restore these tensors, and random states, after the block."""
+    """Restore these tensors and the random states after the block."""
     state = pyro.util.get_rng_state()
     before = [value.detach().clone() for value in values]
     try:
@@ -120,37 +122,47 @@ def restored(values: Sequence[Tensor]) -> Iterator[None]:
     finally:
         pyro.util.set_rng_state(state)
         with torch.no_grad():
-            for value, was in zip(values, before, strict=True):
-                if not torch.equal(value, was):  # an expanded tensor, which was not written, cannot be written
-                    value.data.copy_(was)
+            for value, old in zip(values, before, strict=True):
+                if not torch.equal(
+                    value, old
+                ):  # copy_() raises for an expanded tensor, even an unchanged one
+                    value.data.copy_(old)
 
 
-def first_difference(ours: Sequence[Tensor], eager: Sequence[Tensor], *, num_written: int = 0) -> int | None:
-    """The first tensor that differs by more than rounding. The tolerance is relative to its largest entry plus a twentieth of
-    the largest entry of all outputs but single numbers: a small gradient can be the rounding error of large terms.
+def first_difference(
+    actual: Sequence[Tensor], expected: Sequence[Tensor], *, num_written: int = 0
+) -> int | None:
+    """The index of the first tensor that differs by more than rounding, or ``None``.
 
-    :param num_written: the number of tensors that are no outputs, the first ones.
+    The tolerance is relative to the largest entry of the tensor plus a twentieth of the largest entry of all
+    outputs that are not scalars: a small gradient can be the rounding error of large terms.
+
+    :param num_written: the number of tensors at the start that are written tensors and not outputs.
     """
-    scales = [_largest(value) if value.is_floating_point() or value.is_complex() else 0.0 for value in eager]
-    outputs = [scale for scale, value in zip(scales[num_written:], eager[num_written:], strict=True) if value.dim()]
-    largest = max(filter(math.isfinite, outputs), default=0.0)
-    for i, (a, b, scale) in enumerate(zip(ours, eager, scales, strict=False)):
+    scales = [
+        _max_abs(value) if value.is_floating_point() or value.is_complex() else 0.0 for value in expected
+    ]
+    outputs = zip(scales[num_written:], expected[num_written:], strict=True)
+    largest = max((scale for scale, value in outputs if value.dim() and math.isfinite(scale)), default=0.0)
+    for i, (a, b, scale) in enumerate(zip(actual, expected, scales, strict=False)):
         if not (b.is_floating_point() or b.is_complex()):
             differs = not torch.equal(a, b)
         elif not math.isfinite(scale):
             differs = bool(a.isfinite().all())
         else:
-            tolerance = max(_tolerance(a), _tolerance(b))
-            differs = not _largest(a - b) <= tolerance * (scale + (largest / 20 if b.dim() else 0.0)) + 1e-12
+            tolerance = max(_relative_tolerance(a), _relative_tolerance(b))
+            allowed = tolerance * (scale + (largest / 20 if b.dim() else 0.0)) + 1e-12
+            differs = not _max_abs(a - b) <= allowed  # true for NaN
         if differs:
             return i
     return None
 
 
-def _tolerance(value: Tensor) -> float:
-    """The relative difference that another order of operations may make."""
-    return {torch.double: 1e-8, torch.cdouble: 1e-8, torch.float: 2e-4, torch.cfloat: 2e-4}.get(value.dtype, 2e-2)
+def _relative_tolerance(value: Tensor) -> float:
+    """The relative rounding error of another order of operations."""
+    tolerances = {torch.double: 1e-8, torch.cdouble: 1e-8, torch.float: 2e-4, torch.cfloat: 2e-4}
+    return tolerances.get(value.dtype, 2e-2)
 
 
-def _largest(value: Tensor) -> float:
+def _max_abs(value: Tensor) -> float:
     return value.abs().max().item() if value.numel() else 0.0

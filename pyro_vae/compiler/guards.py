@@ -1,13 +1,14 @@
-"""Python state that a graph depends on.
+"""Guards: the Python state that a graph depends on.
 
-Guarded are the parameters, buffers, training flags, hooks and attributes of modules, and what functions close over, have as
-defaults or read as globals: plain values (numbers, strings) by their value, anything else by its identity. What such an object
-holds (the items of a list, the attributes of an object that is not a module) is not guarded.
+Guarded are parameters, buffers, training flags, hooks and attributes of modules, and the closures, defaults
+and globals of functions. Plain values (numbers, strings) are compared by value, other objects by identity.
+The contents of such an object (items of a list, attributes of an object that is not a module) are not
+guarded.
 """
 
-import functools
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,146 +20,155 @@ PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 _MISSING = object()
 _LIBRARIES = ("torch", "pyro", "pyro_vae", "numpy", "builtins")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OF_MODULES = vars(nn.Module()).keys() - {"training"}  # the attributes that every module has
+_MODULE_ATTRIBUTES = vars(nn.Module()).keys() - {"training"}  # every module has these
 
 
 class Guards:
-    """The state at the time a graph was traced.
+    """The Python state at the time when a graph is traced.
 
-    :param roots: the programs, the modules that ran, and further objects whose attributes are guarded, such as a loss.
-    :param params: the parameters whose gradients the graph yields.
+    :param roots: the programs, the modules that ran, and further objects with guarded attributes, such as a
+        loss.
+    :param params: the parameters whose gradients the graph returns.
     :raises CannotTrace: for a hook on the gradient of a parameter.
     """
 
     def __init__(self, roots: Iterable[Any], params: Iterable[Tensor]) -> None:
-        self.values: list[tuple[Any, Any, Any]] = []  # a mapping, a key and the value that it had there
+        # a function that reads the value, its name, and the value when the graph was traced
+        self.values: list[tuple[Callable[[], Any], str, Any]] = []
         self.sizes: list[tuple[Mapping, int]] = []  # mappings and their number of entries
-        self._seen: set[int] = set()
+        self._visited: set[int] = set()
         for root in roots:
-            self._add(root)
+            self._visit(root)
         for name in _HOOKS:
-            self._add_all(getattr(nn.modules.module, f"_global{name}"))
-        tensors = dict.fromkeys((*params, *(value for _, _, value in self.values if isinstance(value, Tensor))))
-        self.tensors = [(value, layout(value)) for value in tensors]
+            self._add_entries(getattr(nn.modules.module, f"_global{name}"))
+        guarded = (value for _, _, value in self.values if isinstance(value, Tensor))
+        self.tensors = [(value, _metadata(value)) for value in dict.fromkeys((*params, *guarded))]
         for value, _ in self.tensors:
-            if _has_hooks(value):
+            if _has_gradient_hooks(value):
                 raise CannotTrace(f"a tensor of shape {tuple(value.shape)} has a hook on its gradient")
 
     def changed(self) -> str:
-        """The name of what has changed since, or ``""``."""
-        for entry in self.values:
-            if _is_changed(*entry):
-                return str(entry[1])
-        for where, size in self.sizes:
-            if len(where) != size:
+        """The name of the first guarded value that has changed, or ``""``."""
+        for read, name, value in self.values:
+            if _is_changed(read(), value):
+                return name
+        for mapping, size in self.sizes:
+            if len(mapping) != size:
                 return "an attribute or hook"
-        for value, before in self.tensors:
-            if layout(value) != before or _has_hooks(value):
+        for value, metadata in self.tensors:
+            if _metadata(value) != metadata or _has_gradient_hooks(value):
                 return f"a tensor of shape {tuple(value.shape)}"
         return ""
 
-    def restrict(self, held: Iterable[Tensor]) -> None:
-        """Drop the guards of objects that the run that was traced has itself replaced, such as a cache.
+    def drop_replaced(self, captured: Iterable[Tensor]) -> None:
+        """Drop the guards of objects that the traced run itself replaced, such as a cache.
 
-        :param held: the tensors that the graph reads.
-        :raises CannotTrace: where the run has changed a plain value, or replaced a tensor that the graph reads.
+        :param captured: the tensors that the graph reads.
+        :raises CannotTrace: if the run changed a plain value, or replaced a tensor that the graph reads.
         """
-        ids = {id(value) for value in held}
-        kept = []
-        for entry in self.values:
-            if not _is_changed(*entry):
-                kept.append(entry)
-            elif isinstance(entry[2], PLAIN) or id(entry[2]) in ids:
-                raise CannotTrace(f"the pair changes {str(entry[1])!r} as it runs, and a graph runs no Python")
-        self.values = kept
+        ids = {id(value) for value in captured}
+        unchanged = []
+        for read, name, value in self.values:
+            if not _is_changed(read(), value):
+                unchanged.append((read, name, value))
+            elif isinstance(value, PLAIN) or id(value) in ids:
+                raise CannotTrace(_changes_as_it_runs(repr(name)))
+        self.values = unchanged
         if name := self.changed():
-            raise CannotTrace(f"the pair changes {name} as it runs, and a graph runs no Python")
+            raise CannotTrace(_changes_as_it_runs(name))
 
     def buffers(self) -> list[Tensor]:
         """The guarded tensors that are not parameters."""
         return [value for value, _ in self.tensors if not isinstance(value, nn.Parameter)]
 
-    def _add(self, value: Any) -> None:
-        """Guard what a module, a function or another object depends on."""
-        if id(value) in self._seen:
+    def _visit(self, value: Any) -> None:
+        """Guard the state of a module, a function or another object."""
+        if id(value) in self._visited:
             return
-        self._seen.add(id(value))
+        self._visited.add(id(value))
         if isinstance(value, nn.Module):
             for module in value.modules():
                 self._add_module(module)
-        elif isinstance(value, functools.partial):  # such as a program under one of Pyro's handlers
+        elif isinstance(value, partial):  # such as a program in one of Pyro's handlers
             for part in (value.func, *value.args):
-                self._add(part)
-            self._add_all(value.keywords)
+                self._visit(part)
+            self._add_entries(value.keywords)
         elif isinstance(value, types.MethodType):
-            self._add(value.__self__)
-            self._add(value.__func__)
+            self._visit(value.__self__)
+            self._visit(value.__func__)
         elif isinstance(value, types.FunctionType):
             self._add_function(value)
         elif isinstance(value, type):
             self._add_class(value)
         elif hasattr(value, "__dict__") and not isinstance(value, types.ModuleType):
-            self._add_all(vars(value))  # a handler, a loss, an object whose method is a program
-            self._add(type(value))
+            self._add_entries(vars(value))  # a handler, a loss, the object of a method
+            self._visit(type(value))
 
     def _add_module(self, module: nn.Module) -> None:
-        self._seen.add(id(module))
-        held = vars(module)
+        self._visited.add(id(module))
+        attributes = vars(module)
         for name in ("_parameters", "_buffers", "_modules", *_HOOKS):
-            self._add_all(held[name])
-        self.sizes.append((held, len(held)))
-        for name, value in held.items():
-            if name not in _OF_MODULES:
-                self._add_value(held, name, value)
-        self._add(type(module))
+            self._add_entries(attributes[name])
+        self.sizes.append((attributes, len(attributes)))
+        for name in attributes:
+            if name not in _MODULE_ATTRIBUTES:
+                self._add_entry(attributes, name)
+        self._visit(type(module))
 
     def _add_class(self, kind: type) -> None:
-        """The attributes and methods of a class that is not of a library."""
-        for each in kind.__mro__:
-            if not _is_library(each.__module__):
-                for name, value in vars(each).items():
+        """Guard the plain attributes and the methods of a class, except those of libraries."""
+        for base in kind.__mro__:
+            if not _is_library(base.__module__):
+                for name, value in vars(base).items():
                     if isinstance(value, (*PLAIN, types.FunctionType)):
-                        self._add_value(vars(each), name, value)
+                        self._add_entry(vars(base), name)
 
     def _add_function(self, f: types.FunctionType) -> None:
         if _is_library(f.__module__):
             return
         for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
-            self._add_value(_Cell(cell), name, _Cell(cell).get(name, _MISSING))
-        for name in _names(f.__code__):
+            self._add(partial(_contents, cell), name)
+        for name in _global_names(f.__code__):
             if name in f.__globals__:
-                self._add_value(f.__globals__, name, f.__globals__[name])
-        self._add_all(f.__kwdefaults__ or {})
+                self._add_entry(f.__globals__, name)
+        self._add_entries(f.__kwdefaults__ or {})
         for name in ("__defaults__", "__code__"):
-            self._add_value(_Attributes(f), name, getattr(f, name))
+            self._add(partial(getattr, f, name), name)
 
-    def _add_all(self, where: Mapping) -> None:
+    def _add_entries(self, mapping: Mapping) -> None:
         """Guard all entries of a mapping, and their number."""
-        self.sizes.append((where, len(where)))
-        for key, value in where.items():
-            self._add_value(where, key, value)
+        self.sizes.append((mapping, len(mapping)))
+        for key in mapping:
+            self._add_entry(mapping, key)
 
-    def _add_value(self, where: Any, key: Any, value: Any) -> None:
-        self.values.append((where, key, value))
-        if isinstance(value, nn.Module | functools.partial | types.MethodType | types.FunctionType):
-            self._add(value)
+    def _add_entry(self, mapping: Mapping, key: Any) -> None:
+        self._add(partial(mapping.get, key, _MISSING), str(key))
+
+    def _add(self, read: Callable[[], Any], name: str) -> None:
+        value = read()
+        self.values.append((read, name, value))
+        if isinstance(value, nn.Module | partial | types.MethodType | types.FunctionType):
+            self._visit(value)
 
 
-def layout(value: Tensor) -> tuple:
-    """Shape, strides, address, dtype, device and whether it is trained."""
+def _changes_as_it_runs(name: str) -> str:
+    return f"the pair changes {name} as it runs, and a graph runs no Python"
+
+
+def _metadata(value: Tensor) -> tuple:
+    """Shape, strides, address, dtype, device and ``requires_grad``."""
     strided = value.layout is torch.strided
-    return (
-        value.shape, value.stride() if strided else None, value.data_ptr() if strided else None,
-        value.dtype, value.device, value.requires_grad,
-    )  # fmt: skip
+    stride, address = (value.stride(), value.data_ptr()) if strided else (None, None)
+    return value.shape, stride, address, value.dtype, value.device, value.requires_grad
 
 
-def _is_changed(where: Any, key: Any, value: Any) -> bool:
-    now = where.get(key, _MISSING)
-    return now is not value and not (type(now) is type(value) and isinstance(value, PLAIN) and now == value)
+def _is_changed(now: Any, before: Any) -> bool:
+    return now is not before and not (
+        type(now) is type(before) and isinstance(before, PLAIN) and now == before
+    )
 
 
-def _has_hooks(value: Tensor) -> bool:
+def _has_gradient_hooks(value: Tensor) -> bool:
     return bool(value._backward_hooks or getattr(value, "_post_accumulate_grad_hooks", None))
 
 
@@ -166,32 +176,17 @@ def _is_library(module: str | None) -> bool:
     return (module or "").partition(".")[0] in _LIBRARIES
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
+def _global_names(code: types.CodeType) -> Iterator[str]:
     """The names that a function, and the functions inside it, may read as globals."""
     yield from code.co_names
-    for part in code.co_consts:
-        if isinstance(part, types.CodeType):
-            yield from _names(part)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _global_names(constant)
 
 
-class _Cell:
-    """A closure's cell, with the ``get`` of a mapping."""
-
-    def __init__(self, cell: types.CellType) -> None:
-        self.cell = cell
-
-    def get(self, _: str, default: Any = None) -> Any:
-        try:
-            return self.cell.cell_contents
-        except ValueError:  # not assigned yet
-            return default
-
-
-class _Attributes:
-    """The attributes of an object that has no ``__dict__`` of them, with the ``get`` of a mapping."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return getattr(self.value, name, default)
+def _contents(cell: types.CellType) -> Any:
+    """The value of a closure's variable."""
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return _MISSING

@@ -1,4 +1,4 @@
-"""One fused Adam call for all parameters instead of one of Pyro's optimizers per parameter."""
+"""One fused Adam call for all parameters instead of one Pyro optimizer per parameter."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from pyro_vae.compiler import internals
 
-_CALLS = (PyroOptim.__call__, PyroLRScheduler.__call__)  # a subclass may do something else
+_SUPPORTED_CALLS = (PyroOptim.__call__, PyroLRScheduler.__call__)  # a subclass may override __call__
 _SETTINGS = ("lr", "betas", "weight_decay", "eps", "maximize")
 
 
 class FusedAdam:
-    """The update of one of Pyro's optimizers: fused where it is plain Adam or AdamW, whose state stays where the optimizer
-    keeps it; any other optimizer is called as it is."""
+    """The update of one of Pyro's optimizers. Plain Adam and AdamW update all parameters in one fused call;
+    their state remains in the optimizer. Any other optimizer is called unchanged."""
 
     def __init__(self, optim: PyroOptim, params: Sequence[Tensor]) -> None:
         self.optim, self.params = optim, params
 
     def __call__(self, gradients: Sequence[Tensor]) -> None:
-        """Move the parameters."""
+        """Update the parameters."""
         groups = self._groups()
         if groups is None:
             before = [p.grad for p in self.params]
@@ -29,57 +29,73 @@ class FusedAdam:
                 p.grad = gradient
             self.optim(self.params)
             for p, zeros in zip(self.params, before, strict=True):
-                p.grad = zeros  # as Pyro leaves them
+                p.grad = zeros  # Pyro leaves zeros after a step
             return
         with torch.no_grad():
-            for (update, lr, (beta1, beta2), weight_decay, eps, maximize, *_), members in groups.items():
-                places, states = zip(*members, strict=True)
-                steps, means, squares = ([state[key] for state in states] for key in ("step", "exp_avg", "exp_avg_sq"))
-                internals.add_to_all(steps, 1)
+            for settings, members in groups.items():
+                update, lr, (beta1, beta2), weight_decay, eps, maximize, _ = settings
+                indices, states = zip(*members, strict=True)
+                steps, means, squares = (
+                    [state[key] for state in states] for key in ("step", "exp_avg", "exp_avg_sq")
+                )
+                internals.foreach_add(steps, 1)
                 update(
-                    [self.params[i] for i in places], [gradients[i] for i in places], means, squares, [], steps, lr=lr,
-                    beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=maximize,
+                    [self.params[i] for i in indices], [gradients[i] for i in indices], means, squares, [],
+                    steps, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False,
+                    maximize=maximize,
                 )  # fmt: skip
 
     def _groups(self) -> dict[tuple, list[tuple[int, dict[str, Tensor]]]] | None:
-        """The places and states of the parameters by their settings; ``None`` where one is not plain Adam's, or has no state
-        yet."""
+        """The indices and states of the parameters, grouped by update, settings and device. ``None`` if the
+        fused update does not apply to one of them."""
         groups: dict[tuple, list[tuple[int, dict[str, Tensor]]]] = {}
-        whole: Any = getattr(self.optim, "optimizer", None)
-        if whole is not None:  # a torch optimizer, whose step moves all that has a gradient
-            own = {id(p) for p in self.params}
-            if any(p.grad is not None and id(p) not in own for group in whole.param_groups for p in group["params"]):
+        torch_optimizer: Any = getattr(self.optim, "optimizer", None)
+        if torch_optimizer is not None:  # its step also updates other parameters that have a gradient
+            ids = {id(p) for p in self.params}
+            others = (
+                p for group in torch_optimizer.param_groups for p in group["params"] if id(p) not in ids
+            )
+            if any(p.grad is not None for p in others):
                 return None
         for i, p in enumerate(self.params):
-            found = self._find(p)
-            if found is None:
+            adam = self._adam(p)
+            if adam is None:
                 return None
-            update, settings, state = found
+            update, settings, state = adam
             key = (update, *(settings[name] for name in _SETTINGS), p.device)
             groups.setdefault(key, []).append((i, state))
         return groups
 
-    def _find(self, p: Tensor) -> tuple[Any, dict, dict] | None:
-        """The fused update, the settings and the state of a parameter."""
+    def _adam(self, p: Tensor) -> tuple[Any, dict, dict] | None:
+        """The fused update, the settings and the state of a parameter. ``None`` if its optimizer is not plain
+        Adam or AdamW, or has no state yet."""
         optimizer: Any = getattr(self.optim, "optimizer", None)
-        if optimizer is None and type(self.optim).__call__ in _CALLS:
+        if optimizer is None and type(self.optim).__call__ in _SUPPORTED_CALLS:
             optimizer = self.optim.optim_objs.get(p)
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # under a learning-rate schedule
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # inside a learning-rate scheduler
         kind = type(optimizer)
-        if (kind is not torch.optim.Adam and kind is not torch.optim.AdamW) or self.optim.grad_clip.get(p) is not None:
+        if kind not in (torch.optim.Adam, torch.optim.AdamW) or self.optim.grad_clip.get(p) is not None:
             return None
         group, *others = optimizer.param_groups
         if others:
-            group = next((group for group in optimizer.param_groups if any(p is q for q in group["params"])), group)
+            groups = optimizer.param_groups
+            group = next((group for group in groups if any(p is q for q in group["params"])), group)
         state = optimizer.state.get(p)
-        if not state or internals.has_hooks(optimizer) or group.get("differentiable") or group.get("capturable"):
+        if (
+            not state
+            or internals.has_hooks(optimizer)
+            or group.get("differentiable")
+            or group.get("capturable")
+        ):
             return None
-        if group["amsgrad"] or p.is_complex() or isinstance(group["lr"], Tensor) or not isinstance(state["step"], Tensor):
+        if group["amsgrad"] or p.is_complex():
+            return None
+        if isinstance(group["lr"], Tensor) or not isinstance(state["step"], Tensor):
             return None
         if not all(value.is_contiguous() for value in (p, state["exp_avg"], state["exp_avg_sq"])):
-            return None  # fused kernels take the numbers in the order of memory
+            return None  # fused kernels ignore strides
         internals.mark_stepped(optimizer)
-        if state["step"].device != p.device:  # fused kernels count where the parameter is
+        if state["step"].device != p.device:  # fused kernels expect the step count on the parameter's device
             state["step"] = state["step"].to(p.device)
         decoupled = group.get("decoupled_weight_decay") or kind is torch.optim.AdamW
         return internals.fused_adamw if decoupled else internals.fused_adam, group, state

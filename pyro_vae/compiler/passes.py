@@ -1,7 +1,6 @@
 """Passes over a graph: fewer and faster operations with the same results."""
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,59 +8,42 @@ from torch import Tensor, fx
 
 from pyro_vae.compiler import internals
 
-logger = logging.getLogger(__name__)
 _aten = torch.ops.aten
-_LARGE = 2_000_000  # multiplications of a matrix product, from which on oneDNN is faster despite its call overhead
-_NARROW = 64  # columns, below which it is not
+# the smallest matrix products for which oneDNN is faster than MKL, since its call takes longer
+_MIN_MULTIPLICATIONS = 2_000_000
+_MIN_COLUMNS = 64  # of the result
 
 
-def improve(module: fx.GraphModule, tensors: Sequence[Tensor]) -> fx.GraphModule:
-    """A graph after all passes; the graph itself where it writes to a tensor, or where a pass fails.
-
-    :param tensors: its inputs.
-    """
-    if any(_writes(node) for node in module.graph.nodes):
-        return module
-    try:
-        improved, memory = module, _shared_memory(module, tensors)
-        for run_pass in PASSES.values():
-            improved = run_pass(fx.GraphModule(improved, _copy(improved.graph)))
-            if _shared_memory(improved, tensors) != memory:  # an output aliases an input now
-                return module
-        return improved
-    except Exception as error:  # of a private function of torch
-        logger.debug("a graph is left without passes: %s", error)
-        return module
+def improve(graph: fx.Graph) -> None:
+    """Apply all passes to a graph in place, and eliminate dead code."""
+    for run_pass in PASSES.values():
+        run_pass(graph)
+    graph.eliminate_dead_code(_is_impure)
 
 
-def _shared_memory(module: fx.GraphModule, tensors: Sequence[Tensor]) -> list[int]:
-    """For each input and output of a graph the index of the first of them that shares its storage. Checks the shapes too."""
-    mode = internals.FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.no_grad():
-        outputs = internals.FakeTensorProp(module, mode).propagate(*tensors)
-    places = [internals.memory_of(part) for part in (*map(mode.from_tensor, tensors), *outputs)]
-    return [places.index(place) for place in places]
-
-
-def use_onednn(module: fx.GraphModule) -> fx.GraphModule:
-    """Multiply large matrices of single precision by oneDNN."""
+def use_onednn(graph: fx.Graph) -> None:
+    """Multiply large single-precision matrices by oneDNN."""
     if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         for target in (_aten.mm.default, _aten.addmm.default):
-            for node in module.graph.find_nodes(op="call_function", target=target):
-                _replace_product(module.graph, node)
-        module.graph.eliminate_dead_code()
-    return module
+            for node in graph.find_nodes(op="call_function", target=target):
+                _replace_product(graph, node)
 
 
-PASSES: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {"onednn": use_onednn}
+PASSES: dict[str, Callable[[fx.Graph], None]] = {"onednn": use_onednn}
+
+
+def _is_impure(node: fx.Node) -> bool:
+    """Whether a node writes to a tensor or draws noise. The schema of batch normalization does not list the
+    running statistics that it writes."""
+    return node.is_impure() or "batch_norm" in str(node.target)
 
 
 def _replace_product(graph: fx.Graph, node: Any) -> None:
     *bias, left, right = node.args
     a, b, *added = (part.meta["val"] for part in (left, right, *bias))
-    plain = not node.kwargs and a.dtype == torch.float and a.device.type == "cpu"
-    plain = plain and all(part.shape == b.shape[1:] for part in added)
-    if not plain or b.shape[1] < _NARROW or a.numel() * b.shape[1] < _LARGE:
+    supported = not node.kwargs and a.dtype == torch.float and a.device.type == "cpu"
+    supported = supported and all(part.shape == b.shape[1:] for part in added)
+    if not supported or b.shape[1] < _MIN_COLUMNS or a.numel() * b.shape[1] < _MIN_MULTIPLICATIONS:
         return
     with graph.inserting_before(node):
         weight = graph.call_function(_aten.t.default, (right,))
@@ -75,20 +57,3 @@ def _contiguous(graph: fx.Graph, part: Any, value: Tensor) -> Any:
     if value.is_contiguous():
         return part
     return graph.call_function(_aten.clone.default, (part,), {"memory_format": torch.contiguous_format})
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether an operation writes to one of its arguments; random operations write to a tensor that was just made."""
-    if node.op != "call_function" or not hasattr(node.target, "_schema"):
-        return False
-    first: Any = node.args[0] if node.args else None
-    if getattr(first, "target", None) is _aten.empty.memory_format and len(first.users) == 1:
-        return False
-    silent = "batch_norm" in str(node.target)  # its schema does not list the running statistics
-    return silent or node.target._schema.is_mutable
-
-
-def _copy(graph: fx.Graph) -> fx.Graph:
-    copied = fx.Graph()
-    copied.output(copied.graph_copy(graph, {}), None)
-    return copied

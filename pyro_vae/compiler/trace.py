@@ -1,4 +1,4 @@
-"""Record the tensor operations of a function."""
+"""Trace a function into a graph of its tensor operations."""
 
 import random
 import sys
@@ -18,9 +18,11 @@ from pyro_vae.compiler import internals
 from pyro_vae.compiler.passes import improve
 from pyro_vae.pairs.preserve import untouched
 
-# Operations whose result has a shape that depends on the values of tensors, or that read a value.
-_DYNAMIC = ("nonzero", "masked_select", "_local_scalar_dense", "unique", "repeat_interleave.Tensor", "equal.default")
-# Functions that read the value of a tensor into Python.
+# operations that read a value, or whose result has a shape that depends on values
+_DYNAMIC = (
+    "nonzero", "masked_select", "_local_scalar_dense", "unique", "repeat_interleave.Tensor", "equal.default",
+)  # fmt: skip
+# functions that read the value of a tensor into Python
 _READS = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero"}
 _READS |= {"__array__", "__bool__", "__int__", "__float__", "__complex__", "__index__"}
 _READS |= {"__contains__", "__format__", "__repr__", "__dlpack__", "to_dlpack"}
@@ -31,173 +33,192 @@ class CannotTrace(Exception):
 
 
 class Graph:
-    """The operations of a function: ``graph(*tensors)`` returns its outputs. Tensors that the function closes over, such as
-    parameters and buffers, are ``held``: the graph reads and writes them where they are."""
+    """The tensor operations of a function: ``graph(*tensors)`` returns its outputs.
 
-    def __init__(self, module: fx.GraphModule, held: Sequence[Tensor]) -> None:
-        self.held, self.module = list(held), module
+    Tensors that the function closes over, such as parameters and buffers, are ``captured``: the graph reads
+    and writes them in place.
+    """
+
+    def __init__(self, module: fx.GraphModule, captured: Sequence[Tensor]) -> None:
+        self.captured, self.module = list(captured), module
         module.recompile()
         self.run = runnable(module.graph)
 
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
         with torch.no_grad():
-            return self.run(*self.held, *tensors)
+            return self.run(*self.captured, *tensors)
 
     def compiled(self, tensors: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
-        """The same, compiled by Inductor for tensors like these. Raises what Inductor raises."""
-        given = [*self.held, *tensors]
-        run = internals.compile_graph(self.module, given, cuda_graphs=any(part.is_cuda for part in self.held))
+        """The graph compiled by Inductor for tensors of this signature. Raises what Inductor raises."""
+        on_gpu = any(tensor.is_cuda for tensor in self.captured)
+        run = internals.compile_graph(self.module, [*self.captured, *tensors], cuda_graphs=on_gpu)
 
         def call(*tensors: Tensor) -> Sequence[Tensor]:
             with torch.no_grad():
-                return run(*self.held, *tensors)
+                return run(*self.captured, *tensors)
 
         return call
 
 
 def trace(f: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> Graph:
-    """The graph of ``f(*tensors)``, which is called twice, at the same tensors and with other noise.
+    """Trace ``f(*tensors)``. The function is called twice, on the same tensors with different noise.
 
-    :raises CannotTrace: where Python reads the value of a tensor, or the two calls differ in their operations.
+    :raises CannotTrace: if Python reads the value of a tensor, or the operations of the two calls differ.
     """
-    graph, other = (_record(f, tensors, seed) for seed in (0, 1))
-    if graph.code != other.code:
-        raise CannotTrace("it runs other operations each time: it reads a counter, the time, or noise that is not torch's")
-    for node in graph.graph.nodes:
-        _check_node(graph, other, node)
-    held = _lift(graph)
-    return Graph(improve(graph, [*held, *tensors]), held)
+    module, other = (_record(f, tensors, seed) for seed in (0, 1))
+    if module.code != other.code:
+        raise CannotTrace(
+            "its operations differ from call to call: "
+            "it reads a counter, the time, or noise that is not torch's"
+        )
+    for node in module.graph.nodes:
+        _check_node(module, other, node)
+    captured = _lift_captured(module)
+    improve(module.graph)
+    return Graph(module, captured)
 
 
 def runnable(graph: fx.Graph) -> Callable[..., Any]:
-    """A graph as a Python function whose operations are local names: in the step of a small network their lookup counts."""
+    """A graph as a Python function. Operations are local variables, since their lookup takes a large part of
+    the time of a small network's step."""
     lines: list[str] = []
-    known: dict[str, Any] = {}
+    variables: dict[str, Any] = {}
     last_use = {part: node for node in graph.nodes for part in node.all_input_nodes}
 
-    def text(value: Any) -> str:
+    def code(value: Any) -> str:
         if isinstance(value, fx.Node):
             return value.name
         if isinstance(value, list | tuple):
-            return f"[{', '.join(map(text, value))}]"
-        name = f"constant{len(known)}"
-        known[name] = value
+            return f"[{', '.join(map(code, value))}]"
+        name = f"constant{len(variables)}"
+        variables[name] = value
         return name
 
     for node in graph.nodes:
         if node.op == "call_function":
-            known[f"run_{node.name}"] = internals.function_of(node.target)
-            given = [*map(text, node.args), *(f"{key}={text(value)}" for key, value in node.kwargs.items())]
-            lines.append(f"{node.name} = run_{node.name}({', '.join(given)})")
-            freed = [part.name for part in node.all_input_nodes if last_use[part] is node and part.op == "call_function"]
-            lines += [f"del {', '.join(freed)}"] if freed else []
+            variables[f"run_{node.name}"] = internals.direct_call(node.target)
+            args = [*map(code, node.args), *(f"{key}={code(value)}" for key, value in node.kwargs.items())]
+            lines.append(f"{node.name} = run_{node.name}({', '.join(args)})")
+            inputs = (part for part in node.all_input_nodes if last_use[part] is node)
+            unused = [part.name for part in inputs if part.op == "call_function"]
+            lines += [f"del {', '.join(unused)}"] if unused else []
         elif node.op == "output":
-            lines.append(f"return {text(node.args[0])}")
-    inputs = ", ".join(node.name for node in graph.nodes if node.op == "placeholder")
-    exec(f"def graph({inputs}):\n    " + "\n    ".join(lines), known)
-    return known["graph"]
+            lines.append(f"return {code(node.args[0])}")
+    parameters = ", ".join(node.name for node in graph.nodes if node.op == "placeholder")
+    exec(f"def graph({parameters}):\n    " + "\n    ".join(lines), variables)
+    return variables["graph"]
 
 
 def describe(error: Exception) -> str:
-    """The first sentence of an error, and the line of the pair that it came from."""
+    """The first sentence of an error, and the line of the pair that raised it."""
     text = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}{_line(traceback.extract_tb(error.__traceback__))}: {text[0].split('. ')[0]}"
+    location = _location(traceback.extract_tb(error.__traceback__))
+    return f"{type(error).__name__}{location}: {text[0].split('. ')[0]}"
 
 
 def _record(f: Callable[..., Any], tensors: Sequence[Tensor], seed: int) -> fx.GraphModule:
     try:
-        with untouched(seed=seed), internals.without_validation(), _NoReads() as reads, _NoHiddenReads(reads):
-            noise = _other_noise()
-            graph = internals.make_fx(f)(*(tensor.detach() for tensor in tensors))  # one tensor may be passed twice
-            if _other_noise() != noise:
+        with (
+            untouched(seed=seed), internals.without_validation(), _ForbidReads() as reads,
+            _ForbidReadsInTorch(reads),
+        ):  # fmt: skip
+            state = _other_random_states()
+            module = internals.make_fx(f)(*(tensor.detach() for tensor in tensors))  # may hold a tensor twice
+            if _other_random_states() != state:
                 raise CannotTrace("the pair draws noise from Python's or numpy's generator; draw it by torch")
-            return graph
+            return module
     except CannotTrace:
         raise
     except Exception as error:
         raise CannotTrace(describe(error)) from error
 
 
-def _other_noise() -> tuple[Any, str]:
+def _other_random_states() -> tuple[Any, str]:
     return random.getstate(), str(np.random.get_state())  # noqa: NPY002
 
 
-class _NoReads(TorchFunctionMode):
-    """Refuse to read the value of a tensor: a graph would keep the number that it had."""
+class _ForbidReads(TorchFunctionMode):
+    """Raise if Python reads the value of a tensor, which would become a constant of the graph."""
 
     by_pyro = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        self.by_pyro = sys._getframe(1).f_code is internals.asks_if_zero
+        self.by_pyro = sys._getframe(1).f_code is internals.zero_check_code
         if name in _READS and not self.by_pyro:
-            raise CannotTrace(f"Tensor.{name}() reads the value of a tensor{_line(traceback.extract_stack())}")
+            location = _location(traceback.extract_stack())
+            raise CannotTrace(f"Tensor.{name}() reads the value of a tensor{location}")
         return func(*args, **(kwargs or {}))
 
 
-class _NoHiddenReads(internals.TorchDispatchMode):
-    """Refuse reads by torch itself, where a tensor is given for a number: an index, a size, a scale."""
+class _ForbidReadsInTorch(internals.TorchDispatchMode):
+    """Raise if torch reads the value of a tensor that is passed as a number: an index, a size, a scale."""
 
-    def __init__(self, reads: _NoReads) -> None:
+    def __init__(self, reads: _ForbidReads) -> None:
         super().__init__()
         self.reads = reads
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and not self.reads.by_pyro:
-            raise CannotTrace(f"torch reads the value of a tensor{_line(traceback.extract_stack())}")
+            raise CannotTrace(f"torch reads the value of a tensor{_location(traceback.extract_stack())}")
         return func(*args, **(kwargs or {}))
 
 
-def _check_node(graph: fx.GraphModule, other: fx.GraphModule, node: fx.Node) -> None:
+def _check_node(module: fx.GraphModule, other: fx.GraphModule, node: fx.Node) -> None:
+    """Raise for a dynamic shape, a generator, or a captured tensor that differs between the two calls."""
     target = str(node.target)
-    by_mask = target == "aten.index.Tensor" and any(
+    has_mask = target == "aten.index.Tensor" and any(
         isinstance(index, fx.Node) and index.meta["val"].dtype in (torch.bool, torch.uint8)
         for index in node.args[1]  # type: ignore[union-attr]
     )
-    if by_mask or any(name in target for name in _DYNAMIC):
+    if has_mask or any(name in target for name in _DYNAMIC):
         raise CannotTrace(f"the result of {target} has a shape that depends on values")
     if any(isinstance(part, torch.Generator) for part in (*node.args, *node.kwargs.values())):
-        raise CannotTrace(f"{target} draws from another generator than torch's default")
+        raise CannotTrace(f"{target} draws noise from a generator that is not torch's default")
     if node.op == "get_attr":
-        value, again = getattr(graph, target), getattr(other, target)
+        value, again = getattr(module, target), getattr(other, target)
         if value is not again and not torch.equal(value, again):
             raise CannotTrace(
-                f"Python makes a tensor of shape {tuple(value.shape)} that differs at each run, as numpy's noise does; draw it "
-                "by torch"
+                f"Python makes a tensor of shape {tuple(value.shape)} that differs from call to call, as "
+                "numpy's noise does; draw it by torch"
             )
 
 
-def _lift(module: fx.GraphModule) -> list[Tensor]:
-    """Turn the tensors that a graph closes over into its first inputs; returns them."""
+def _lift_captured(module: fx.GraphModule) -> list[Tensor]:
+    """Turn the tensors that a graph closes over into its first inputs, and return them."""
     graph, lifted = module.graph, dict[int, tuple[fx.Node, Tensor]]()
-    first = next(iter(graph.nodes))
+    first = next(node for node in graph.nodes if node.op != "get_attr")
     for node in graph.find_nodes(op="get_attr"):
         value = getattr(module, node.target)
         if id(value) not in lifted:
             with graph.inserting_before(first):
-                lifted[id(value)] = graph.placeholder(f"held_{len(lifted)}"), value
-                lifted[id(value)][0].meta = dict(node.meta)
+                placeholder = graph.placeholder(f"captured_{len(lifted)}")
+            placeholder.meta = dict(node.meta)
+            lifted[id(value)] = placeholder, value
         node.replace_all_uses_with(lifted[id(value)][0])
         graph.erase_node(node)
-    module.recompile()
     return [value for _, value in lifted.values()]
 
 
-_FOLDERS = [str(Path(str(module.__file__)).parent) for module in (torch, pyro, np)]
-_FOLDERS += [str(Path(__file__).parent.parent), sysconfig.get_path("stdlib")]
+_TORCH, *_PACKAGES = (str(Path(str(module.__file__)).parent) for module in (torch, pyro, np))
+_PACKAGES.append(str(Path(__file__).parent.parent))
+_STDLIB = sysconfig.get_path("stdlib")
 
 
-def _line(frames: traceback.StackSummary) -> str:
+def _location(frames: traceback.StackSummary) -> str:
     """The innermost line outside of libraries; if there is none, outside of torch."""
-    for skip in (_is_library, lambda name: name.startswith(_FOLDERS[0])):
+    for skip in (_is_library, lambda filename: filename.startswith(_TORCH)):
         for frame in reversed(frames):
             if not skip(frame.filename):
-                return f" at {Path(frame.filename).name}:{frame.lineno}" + (f", {frame.line}" if frame.line else "")
+                line = f", {frame.line}" if frame.line else ""
+                return f" at {Path(frame.filename).name}:{frame.lineno}{line}"
     return ""
 
 
 def _is_library(filename: str) -> bool:
     if filename.startswith(("<frozen", "<string>", "<eval_with_key>")):
         return True
-    of_python = filename.startswith(_FOLDERS[-1]) and "-packages" not in filename  # installed packages may define a pair
-    return of_python or filename.startswith(tuple(_FOLDERS[:-1]))
+    in_stdlib = (
+        filename.startswith(_STDLIB) and "-packages" not in filename
+    )  # an installed package may be a pair
+    return in_stdlib or filename.startswith((_TORCH, *_PACKAGES))

@@ -1,4 +1,4 @@
-"""Loss and gradients of a step of SVI as a function of tensors, which the compiler makes a graph of."""
+"""Loss and gradients of a step of SVI as a function of tensors, which the compiler traces into a graph."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +27,8 @@ Traces = list[tuple[Trace, Trace]]
 
 @contextmanager
 def without_gradients(params: Sequence[Tensor]) -> Iterator[dict[int, Tensor | None]]:
-    """Take the gradients away in the block, and restore them. Yields them by the ``id`` of their parameters."""
+    """Set the gradients of the parameters to ``None`` in the block, and restore them after it. Yields the
+    gradients by the ``id`` of their parameters."""
     before = {id(p): p.grad for p in params}
     for p in params:
         p.grad = None
@@ -39,8 +40,10 @@ def without_gradients(params: Sequence[Tensor]) -> Iterator[dict[int, Tensor | N
 
 
 def surrogate(elbo: ELBO, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
-    """The loss of one particle, and the surrogate whose gradient Pyro follows, both as tensors: those of ``Trace_ELBO`` and
-    ``TraceMeanField_ELBO``, which read their loss as a number on the way."""
+    """The loss of one particle, and the surrogate loss whose gradient Pyro computes, both as tensors ``()``.
+
+    They equal those of ``Trace_ELBO`` and ``TraceMeanField_ELBO``, which convert the loss to a number.
+    """
     if type(elbo) is TraceMeanField_ELBO:
         loss = -_mean_field(model_trace, guide_trace)
         return loss.detach(), loss
@@ -79,18 +82,18 @@ def _mean_field(model_trace: Trace, guide_trace: Trace) -> Tensor:
 
 
 class NewParameters(Exception):
-    """The pair makes parameters that are not in the param store yet: eager Pyro is to run once more."""
+    """The pair makes parameters that are not in the param store yet, so eager Pyro has to run first."""
 
 
 class GraphStep:
     """Loss and gradients of a pair for arguments of one signature, as a graph.
 
     :param tensors: the inputs of the graph.
-    :param arguments: the function that puts such tensors back among the arguments; with ``as_floats`` those that stand for
-        floats as floats.
-    :param report: from the traces of a run and its gradients, further outputs of a step.
-    :raises CannotTrace: where it cannot be a graph, or differs from eager Pyro.
-    :raises NewParameters: where the pair makes parameters.
+    :param arguments: a function that turns such tensors into the arguments of the pair. With ``as_floats``,
+        tensors that stand for floats become floats.
+    :param report: a function of the traces of a run and its gradients that returns further outputs of a step.
+    :raises CannotTrace: if the step cannot run as a graph, or the graph differs from eager Pyro.
+    :raises NewParameters: if the pair makes parameters.
     """
 
     def __init__(
@@ -102,68 +105,79 @@ class GraphStep:
         arguments: Callable[..., Batch],
         report: Callable[[Traces, list[Tensor]], tuple[Tensor, ...]],
     ) -> None:
-        self.elbo, self.model, self.guide, self.arguments, self.report = elbo, model, guide, arguments, report
+        self.elbo, self.model, self.guide = elbo, model, guide
+        self.arguments, self.report = arguments, report
         self.validate = Distribution._validate_args
         ran = self._find_parameters(tensors)
         self.guards = Guards([model, guide, *ran, elbo], self.params)
         writes = [*self.guards.buffers(), *self.params]
         self.graphed = Graphed(self._loss_and_gradients, kind="step of SVI", eager=self._eager, writes=writes)
         self.num_steps = self.num_comparisons = 0
-        self.zeros: list[tuple[Tensor, Tensor, int]] = []  # the zero gradients that a step left, and their versions
+        # parameters, their zero gradients, and the versions of the gradients
+        self.zeros: list[tuple[Tensor, Tensor, int]] = []
         with self._perturbed(tensors):
             self.graphed.trace(tensors)
-        self.guards.restrict([*self.graphed.held, *self.params])
-        self._check_held(self.graphed.held)
+        self.guards.drop_replaced([*self.graphed.captured, *self.params])
+        self._check_captured(self.graphed.captured)
         self.written, self.written_inputs = self._find_written(tensors)
 
     def _find_parameters(self, tensors: Sequence[Tensor]) -> Mapping[nn.Module, bool]:
-        """Run the pair for the parameters that it trains; returns the modules that ran."""
+        """Run the pair to find the parameters that it trains. Returns the modules that ran."""
         stored = [p for _, p in pyro.get_param_store().named_parameters()]
-        roots = Guards([self.model, self.guide], stored)
-        self.trainable = [value for value, _ in roots.tensors if value.is_leaf and value.requires_grad]
+        guards = Guards([self.model, self.guide], stored)
+        self.trainable = [value for value, _ in guards.tensors if value.is_leaf and value.requires_grad]
         with (
-            restored([*roots.buffers(), *stored]), without_gradients(self.trainable) as before,
+            restored([*guards.buffers(), *stored]), without_gradients(self.trainable) as before,
             untouched(), modules_that_run() as ran, poutine.trace(param_only=True) as capture, KeepFrozen(),
         ):  # fmt: skip
-            batch = self.arguments([tensor.detach().clone() for tensor in tensors], as_floats=True)  # a pair may write them
+            copies = [tensor.detach().clone() for tensor in tensors]  # the pair may write its arguments
+            batch = self.arguments(copies, as_floats=True)
             self.elbo.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs)
             self.named = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
-            found = [p for p in dict.fromkeys(self.named.values()) if p.requires_grad]  # one may have two names
-            moved = {id(p) for p in found if p.grad is not None or before.get(id(p)) is not None}
-        self.params = [p for p in found if id(p) in moved]  # Pyro updates these, if only by momentum
-        self.idle = [p for p in found if id(p) not in moved]
-        now = dict(pyro.get_param_store().named_parameters())
+            unique = dict.fromkeys(self.named.values())  # a parameter may have two names
+            registered = [p for p in unique if p.requires_grad]
+            updated = {id(p) for p in registered if p.grad is not None or before.get(id(p)) is not None}
+        # Pyro updates the parameters that have a gradient, even a zero gradient of an earlier step
+        self.params = [p for p in registered if id(p) in updated]
+        self.not_updated = [p for p in registered if id(p) not in updated]
+        store = dict(pyro.get_param_store().named_parameters())
         for name, p in self.named.items():
-            if now.get(name) is not p:
+            if store.get(name) is not p:
                 raise NewParameters(name)
         return ran
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-        """The loss ``()``, NaN where Pyro's validation would raise; the gradient of each of ``params``; the reported."""
+        """The loss ``()``, NaN if Pyro's validation would raise; the gradient of each of ``params``; the
+        outputs of ``report``."""
         self.num_steps += 1
         loss, *others = self.graphed(*tensors)
         reported = others[len(self.params) :]
-        if loss.is_cuda:  # the next replay of a CUDA graph writes over them
+        if loss.is_cuda:  # the next replay of a CUDA graph overwrites them
             reported = [value.clone() for value in reported]
         return loss, others[: len(self.params)], reported
 
     def before(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """What a step on these tensors is about to write, with its values."""
-        return [(value, value.clone()) for value in (*self.written, *(tensors[i] for i in self.written_inputs))]
+        """The tensors that a step on these inputs writes, with copies of their current values."""
+        written = (*self.written, *(tensors[i] for i in self.written_inputs))
+        return [(value, value.clone()) for value in written]
 
     def changed(self) -> str:
-        """What has changed since the graph was traced, or ``""``."""
-        stored = dict(pyro.get_param_store().named_parameters())
+        """The name of what has changed since the graph was traced, or ``""``."""
+        store = dict(pyro.get_param_store().named_parameters())
         for name, p in self.named.items():
-            if stored.get(name) is not p:
+            if store.get(name) is not p:
                 return name
-        if any(p.grad is not None for p in self.idle) or any(self.params[i].grad is None for i in self.drifting):
+        unused = (self.params[i] for i in self.without_gradient)
+        if any(p.grad is not None for p in self.not_updated) or any(p.grad is None for p in unused):
             return "which parameters have gradients"
         return self.guards.changed()
 
     def has_no_gradients(self) -> bool:
-        """Whether there are no gradients to which Pyro would add those of the step. Leaves zeros, as Pyro does."""
-        if self.zeros and all(p.grad is zeros and zeros._version == version for p, zeros, version in self.zeros):
+        """Whether all gradients are zero, so that Pyro would add nothing to those of the step. Sets missing
+        gradients to zeros, as a step of Pyro does."""
+        if self.zeros and all(
+            p.grad is zeros and zeros._version == version for p, zeros, version in self.zeros
+        ):
             return True
         self.zeros = []
         for p in self.params:
@@ -175,46 +189,50 @@ class GraphStep:
         return True
 
     def compile(self, tensors: Sequence[Tensor]) -> None:
-        """Compile the graph by Inductor. Raises ``CannotTrace`` where that fails; the graph itself serves on."""
+        """Compile the graph by Inductor. If that raises ``CannotTrace``, the graph is still used."""
         with self._perturbed(tensors):
             self.graphed.compile(tensors)
 
     def compare(self, tensors: Sequence[Tensor]) -> None:
-        """Compare the graph with eager Pyro at the same noise. Raises ``CannotTrace`` where they differ."""
+        """Compare the graph with eager Pyro at the same noise. Raises ``CannotTrace`` if they differ."""
         with self._perturbed(tensors):
             self.graphed.compare(tensors)
 
     @contextmanager
     def _perturbed(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """Perturb the parameters by about one percent in the block: at an optimum a gradient is nothing but rounding errors.
-        The seed is another at each comparison, so that what a graph stores as a constant differs."""
-        noise = torch.Generator().manual_seed(1)
+        """Perturb the parameters by about one percent in the block, since at an optimum gradients are only
+        rounding errors. Each comparison has another seed, so that noise stored as a constant differs from
+        eager Pyro."""
+        generator = torch.Generator().manual_seed(1)
         self.num_comparisons += 1
         with restored([*self.graphed.writes, *tensors]):
             pyro.set_rng_seed(1 + self.num_comparisons)
             for p in self.params:
-                p.data.add_(0.01 * (p.data.abs() + 0.1) * torch.randn(p.shape, generator=noise).to(p))
+                noise = torch.randn(p.shape, generator=generator).to(p)
+                p.data.add_(0.01 * (p.data.abs() + 0.1) * noise)
             yield
 
     def _loss_and_gradients(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         batch = self.arguments(tensors)
         with KeepFrozen():
             traces = list(self.elbo._get_traces(self.model, self.guide, batch.args, batch.kwargs))
-        losses = [surrogate(self.elbo, *pair) for pair in traces]
-        total, followed = (sum(part) / self.elbo.num_particles for part in zip(*losses, strict=True))
-        found = torch.autograd.grad(followed, self.params, allow_unused=True)
-        for p, gradient in zip(self.params, found, strict=True):
+        particles = [surrogate(self.elbo, *pair) for pair in traces]
+        loss, surrogate_loss = (sum(part) / self.elbo.num_particles for part in zip(*particles, strict=True))
+        computed = torch.autograd.grad(surrogate_loss, self.params, allow_unused=True)
+        for p, gradient in zip(self.params, computed, strict=True):
             if gradient is not None and gradient.layout is not torch.strided:
                 raise CannotTrace(f"the gradient of a parameter of shape {tuple(p.shape)} is sparse")
-        self.drifting = [i for i, gradient in enumerate(found) if gradient is None]
+        self.without_gradient = [i for i, gradient in enumerate(computed) if gradient is None]
         with torch.no_grad():
-            taken = {tensor.data_ptr() for tensor in (*tensors, *self.graphed.writes)}
-            gradients = [_owned(p, gradient, taken) for p, gradient in zip(self.params, found, strict=True)]
+            used = {tensor.data_ptr() for tensor in (*tensors, *self.graphed.writes)}
+            gradients = [
+                _materialize(p, gradient, used) for p, gradient in zip(self.params, computed, strict=True)
+            ]
             reported = self.report(traces, gradients)
             valid = list(validity(traces, default=self.validate))
-            if valid:  # at NaN SVI repeats the step by eager Pyro, which raises
-                total = torch.where(torch.stack(valid).all(), total, torch.nan)
-        return total, *gradients, *reported
+            if valid:  # for a NaN loss SVI repeats the step by eager Pyro, which raises
+                loss = torch.where(torch.stack(valid).all(), loss, torch.nan)
+        return loss, *gradients, *reported
 
     def _eager(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Loss and gradients of eager Pyro."""
@@ -224,36 +242,38 @@ class GraphStep:
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         return torch.tensor(float(loss), dtype=torch.double), *gradients
 
-    def _check_held(self, held: Sequence[Tensor]) -> None:
-        known = {id(p) for p in (*self.params, *self.idle)}
-        for value in held:
-            if value.is_leaf and value.requires_grad and id(value) not in known:
+    def _check_captured(self, captured: Sequence[Tensor]) -> None:
+        registered = {id(p) for p in (*self.params, *self.not_updated)}
+        for value in captured:
+            if value.is_leaf and value.requires_grad and id(value) not in registered:
                 raise CannotTrace(
-                    f"a parameter of shape {tuple(value.shape)} requires a gradient but is not in Pyro's param store, so that "
-                    "no step trains it; register its network by pyro.module, or freeze it by requires_grad_(False)"
+                    f"a parameter of shape {tuple(value.shape)} requires a gradient but is not in Pyro's "
+                    "param store, so no step trains it; register its network by pyro.module, or freeze it by "
+                    "requires_grad_(False)"
                 )
 
     def _find_written(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
-        """The buffers and parameters that a step writes, and the places of the tensors that it writes among its inputs."""
+        """The buffers and parameters that a step writes, and the indices of the inputs that it writes."""
         values = [*self.graphed.writes, *tensors]
         with restored(values):
             before = [(value._version, value.clone()) for value in values]
             self.graphed(*tensors)
-            written = [  # batch normalization does not count up the version of what it writes
-                value._version != version or not torch.equal(value, was)
-                for value, (version, was) in zip(values, before, strict=True)
+            is_written = [  # batch normalization does not increase the version of its statistics
+                value._version != version or not torch.equal(value, old)
+                for value, (version, old) in zip(values, before, strict=True)
             ]
         n = len(self.graphed.writes)
-        return list(compress(values, written[:n])), list(compress(count(), written[n:]))
+        return list(compress(values, is_written[:n])), list(compress(count(), is_written[n:]))
 
 
-def _owned(p: Tensor, gradient: Tensor | None, taken: set[int]) -> Tensor:
-    """A gradient in the layout of its parameter and in memory that is not ``taken``, as ``backward()`` leaves it."""
+def _materialize(p: Tensor, gradient: Tensor | None, used: set[int]) -> Tensor:
+    """A gradient as ``backward()`` stores it: in the layout of its parameter, in memory that is not in
+    ``used``."""
     if gradient is None:
         return torch.zeros_like(p)
     if gradient.stride() != p.stride():
         gradient = gradient.contiguous() if p.is_contiguous() else torch.empty_like(p).copy_(gradient)
-    if gradient.data_ptr() in taken:
+    if gradient.data_ptr() in used:
         gradient = gradient.clone()
-    taken.add(gradient.data_ptr())
+    used.add(gradient.data_ptr())
     return gradient

@@ -1,4 +1,4 @@
-"""Run functions of tensors as graphs where the optional compiler can be imported, and as they are where not."""
+"""Run functions of tensors as graphs, or eagerly if the optional compiler cannot be imported."""
 
 import functools
 import importlib
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def can_compile() -> bool:
-    """Whether ``pyro_vae.compiler`` can be imported, which depends on unstable parts of torch."""
+    """Whether ``pyro_vae.compiler``, which depends on unstable parts of torch, can be imported."""
     try:
         importlib.import_module("pyro_vae.compiler")
     except Exception as error:
@@ -23,7 +23,8 @@ def can_compile() -> bool:
 
 
 def graphed(f: Callable[..., Sequence[Tensor]], *, kind: str) -> Any:
-    """A :class:`~pyro_vae.compiler.Graphed` of the function."""
+    """The function as a :class:`~pyro_vae.compiler.Graphed`, or as an eager function with the same
+    methods."""
     if not can_compile():
         return _Eager(f)
     from pyro_vae.compiler import Graphed
@@ -32,7 +33,7 @@ def graphed(f: Callable[..., Sequence[Tensor]], *, kind: str) -> Any:
 
 
 class _Eager:
-    """A function that is never a graph."""
+    """A function that always runs eagerly."""
 
     def __init__(self, f: Callable[..., Sequence[Tensor]]) -> None:
         self.f = f

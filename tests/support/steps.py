@@ -1,4 +1,4 @@
-"""Pairs of every kind, and what it is to train them by our step and by Pyro's."""
+"""Pairs of every kind, and their training by our SVI and by Pyro's."""
 
 import numpy as np
 import pyro
@@ -27,7 +27,7 @@ def vae(encoder=conditionals.Normal, **options):
 
 
 def functions():
-    """Plain functions: networks by pyro.module, parameters by pyro.param, one of them constrained."""
+    """Plain functions that register networks by pyro.module and a constrained parameter by pyro.param."""
     decoder, encoder = nn.Linear(K, D), nn.Linear(D, 2 * K)
 
     def model(x):
@@ -69,7 +69,7 @@ def regression(autoguide):
 
 
 def subsampled():
-    """A plate that subsamples, and a score-function site."""
+    """A plate that subsamples, and a site with a score-function gradient."""
 
     def model(x):
         with pyro.plate("data", len(x), subsample_size=5) as rows:
@@ -114,14 +114,23 @@ def adam(*_):
     return pyro.optim.Adam({"lr": 0.01})
 
 
-def trained(make, svi_class, steps=30, loss=Trace_ELBO, optim=adam, **options):
-    """Losses and parameters of so many steps from one seed, and how it ran."""
+def trained(make, svi_class, steps=30, loss=Trace_ELBO, optim=adam, step=None, change=None, **options):
+    """Train a pair from a fixed seed. Returns the losses, the parameters and buffers, and the SVI.
+
+    :param step: ``step(svi, i)`` takes a step and returns its loss.
+    :param change: ``change(model, guide, i)`` is called before each step.
+    """
     pyro.set_rng_seed(0)
     with pyro.get_param_store().scope():
         model, guide = make()
         svi = svi_class(model, guide, optim(model, guide), loss(), **options)
-        losses = [svi.step(data(seed=i)) for i in range(steps)]
-        modules = [part for part in (model, guide) if isinstance(part, nn.Module)]
+        losses = []
+        for i in range(steps):
+            if change is not None:
+                change(model, guide, i)
+            losses.append(svi.step(data(seed=i)) if step is None else step(svi, i))
+        programs = (getattr(part, "__self__", part) for part in (model, guide))
+        modules = [part for part in programs if isinstance(part, nn.Module)]
         buffers = {f"{i}.{k}": v.clone() for i, m in enumerate(modules) for k, v in m.named_buffers()}
         named = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
         return losses, named | buffers, svi
@@ -134,8 +143,21 @@ def assert_equal_runs(ours, pyros, tolerance=1e-9):
         torch.testing.assert_close(ours[1][name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
+def compared(make, steps=10, *, compile="trace", check=True, tolerance=1e-9, **options):
+    """Train a pair by our SVI and by Pyro's, and assert equal losses, parameters and buffers. Returns our
+    SVI."""
+    ours = trained(make, CompiledSVI, steps, compile=compile, check=check, **options)
+    assert_equal_runs(ours, trained(make, SVI, steps, **options), tolerance)
+    return ours[2]
+
+
+def num_builds(svi):
+    """The number of graphs that were traced for each signature."""
+    return [signature.num_builds for signature in svi._signatures.values()]
+
+
 class Annealed(nn.Module):
-    """A guide with a temperature that its owner changes."""
+    """A guide whose scale is an attribute."""
 
     def __init__(self):
         super().__init__()
@@ -145,23 +167,3 @@ class Annealed(nn.Module):
         pyro.module("net", self.net)
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(self.net(x), self.temperature).to_event(1))
-
-
-def changes(make, change):
-    """Losses of steps between which something in Python changes."""
-
-    def run(svi_class, **options):
-        pyro.set_rng_seed(0)
-        with pyro.get_param_store().scope():
-            model, guide = make()
-            svi = svi_class(model, guide, adam(), Trace_ELBO(), **options)
-            losses = []
-            for i in range(16):
-                if i in (6, 11):
-                    change(model, guide, i)
-                losses.append(svi.step(data(seed=i)))
-            return losses, svi
-
-    (ours, svi), (pyros, _) = run(CompiledSVI, compile="trace"), run(SVI)
-    np.testing.assert_allclose(ours, pyros, rtol=1e-9)
-    assert "traced, 16 steps" in svi.explain()
