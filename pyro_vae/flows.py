@@ -93,12 +93,18 @@ class NormalMixture(Conditional):
     :param num_components: K.
     """
 
-    def __init__(self, trunk: nn.Module, *, event_shape: Shape, num_components: int = 4, min_scale: float = 1e-3) -> None:
+    def __init__(
+        self, trunk: nn.Module, *, event_shape: Shape, num_components: int = 4, min_scale: float = 1e-3
+    ) -> None:
         shape = as_shape(event_shape)
         if len(shape) != 1 or shape[0] < 2:
-            raise ValueError(f"NormalMixture: expected an event_shape of one number, 2 or more, but got {tuple(shape)}")
+            raise ValueError(
+                f"NormalMixture: expected an event_shape of one number, 2 or more, but got {tuple(shape)}"
+            )
         k = as_shape(num_components)
-        super().__init__(trunk, event_shape=shape, readouts={"locs": k + shape, "log_scales": k + shape, "logits": k})
+        super().__init__(
+            trunk, event_shape=shape, readouts={"locs": k + shape, "log_scales": k + shape, "logits": k}
+        )
         self.min_scale = scale_floor(min_scale)
         with torch.no_grad():  # components that start alike stay alike
             self.readout["locs"].layer.bias.normal_()  # type: ignore[union-attr, operator]
@@ -131,7 +137,9 @@ class Zuko(Conditional):
         try:
             from pyro.contrib.zuko import ZukoToPyro
         except ImportError as error:
-            raise ImportError("Zuko: the library zuko is not installed; pip install 'pyro-vae[zuko]'") from error
+            raise ImportError(
+                "Zuko: the library zuko is not installed; pip install 'pyro-vae[zuko]'"
+            ) from error
         self.flow, self._to_pyro = flow, ZukoToPyro
 
     def distribution(self, *, context: Tensor) -> dist.TorchDistribution:  # type: ignore[override]

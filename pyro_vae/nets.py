@@ -114,7 +114,9 @@ class MLP(Part):
     ) -> None:
         super().__init__()
         if isinstance(activation, type):
-            raise ValueError(f"MLP: activation is the class {activation.__name__}; pass {activation.__name__}()")
+            raise ValueError(
+                f"MLP: activation is the class {activation.__name__}; pass {activation.__name__}()"
+            )
         several = not isinstance(in_shape, int) and any(not isinstance(size, int) for size in in_shape)
         shapes = in_shape if several else (in_shape,)
         self.in_shapes: list[Shape] = [s if isinstance(s, int) else as_shape(s) for s in shapes]  # type: ignore[union-attr, arg-type]
@@ -159,7 +161,11 @@ class ConvEncoder(Part):
     """
 
     def __init__(
-        self, in_shape: Sequence[int], channels: Sequence[int] = (32, 64), *, activation: Activation = torch.relu
+        self,
+        in_shape: Sequence[int],
+        channels: Sequence[int] = (32, 64),
+        *,
+        activation: Activation = torch.relu,
     ) -> None:
         super().__init__()
         self.in_shape = as_shape(in_shape)
@@ -211,7 +217,8 @@ class ConvDecoder(Part):
         self.coarse_shape = (maps[0], math.ceil(height / factor), math.ceil(width / factor))
         self.project = MLP(in_shape, (math.prod(self.coarse_shape),), activation=activation)
         self.layers = nn.ModuleList(
-            nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1) for before, after in pairwise(maps)
+            nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1)
+            for before, after in pairwise(maps)
         )
         self.activation = activation
         self.out_shape = torch.Size((maps[-1], height, width))
@@ -278,6 +285,8 @@ def _channels(channels: Sequence[int]) -> torch.Size:
 
 def _image_shape(shape: torch.Size) -> tuple[int, int, int]:
     if len(shape) not in (2, 3):
-        raise ValueError(f"image: expected (height, width) or (channels, height, width) but got {tuple(shape)}")
+        raise ValueError(
+            f"image: expected (height, width) or (channels, height, width) but got {tuple(shape)}"
+        )
     channels, height, width = (1, *shape)[-3:]
     return channels, height, width

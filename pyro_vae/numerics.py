@@ -78,7 +78,9 @@ def pareto_k(log_weights: Tensor, dim: int = 0) -> Tensor:
     weights = (largest - largest[..., :1]).exp().flip(-1)  # ascending, the first at the cutoff
     tail = weights[..., 1:] - weights[..., :1]
     constant = tail[..., -1] < _ROUNDING
-    tail = torch.where(constant.unsqueeze(-1), torch.linspace(0.1, 1, num_tail, dtype=tail.dtype, device=tail.device), tail)
+    tail = torch.where(
+        constant.unsqueeze(-1), torch.linspace(0.1, 1, num_tail, dtype=tail.dtype, device=tail.device), tail
+    )
     k = torch.where(constant, -math.inf, _fit_pareto(tail))
     for place in (k.isnan() & ~ratios.isnan().any(-1)).nonzero():
         positive = tail[tuple(place)]

@@ -94,7 +94,9 @@ def test_richer_families_come_closer_to_a_posterior_of_two_modes():
         "spline": trained(toy, flows.NeuralSpline(nets.MLP(2, (32,)), event_shape=2), x),
         "mixture": trained(toy, flows.NormalMixture(nets.MLP(2, (32,)), event_shape=2), x),
     }
-    gaps = {name: pv.compare(toy, guide, toy.sample(50), split=False).gap.mean() for name, guide in guides.items()}
+    gaps = {
+        name: pv.compare(toy, guide, toy.sample(50), split=False).gap.mean() for name, guide in guides.items()
+    }
     assert gaps["mixture"] < 0.5 * gaps["Gaussian"]
     assert gaps["spline"] < 0.8 * gaps["Gaussian"]
 

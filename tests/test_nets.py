@@ -66,7 +66,10 @@ def test_convolutions_use_each_pixel_and_each_feature():
         (lambda: nets.ConvEncoder((8, 8), ()), "one layer or more"),
         (lambda: nets.ConvDecoder(2, (8, 8), ()), "one layer or more"),
         (lambda: nets.out_shape(nn.ReLU()), "set trunk.out_shape"),
-        (lambda: nets.out_shape(nn.Sequential(nets.ConvEncoder((8, 8)), nn.Flatten(-3))), "drop a last nn.Flatten"),
+        (
+            lambda: nets.out_shape(nn.Sequential(nets.ConvEncoder((8, 8)), nn.Flatten(-3))),
+            "drop a last nn.Flatten",
+        ),
     ],
 )
 def test_bad_input(make, message):

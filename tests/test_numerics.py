@@ -30,7 +30,9 @@ def test_pareto_k_of_weights_without_a_tail():
 
 
 def test_pareto_k_does_not_see_a_constant():
-    torch.testing.assert_close(pareto_k(weights(500, 2.0)), pareto_k(weights(500, 2.0) - 1e4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        pareto_k(weights(500, 2.0)), pareto_k(weights(500, 2.0) - 1e4), rtol=0, atol=1e-6
+    )
 
 
 def test_effective_sample_size():
@@ -45,7 +47,9 @@ def test_the_error_of_a_log_mean_is_that_of_many():
     """The delta method against the spread over replicates."""
     w = 0.7 * torch.randn(400, 20_000, dtype=torch.double)
     found, stated = log_mean_exp(w), log_mean_error(w)
-    assert found.std().item() == pytest.approx(stated.square().mean().sqrt().item(), rel=0.03)  # 3 SE of the spread: 1.5 %
+    assert found.std().item() == pytest.approx(
+        stated.square().mean().sqrt().item(), rel=0.03
+    )  # 3 SE of the spread: 1.5 %
     assert found.mean().item() == pytest.approx(0.7**2 / 2, abs=2e-3)
 
 
@@ -54,9 +58,13 @@ def test_the_error_of_a_log_mean_is_that_of_many():
 def test_the_printed_error_is_the_spread_over_seeds_or_said_to_be_unreliable(sd, num_particles):
     """Gaussian log-weights of 20 data, over 1000 seeds."""
     generator = torch.Generator().manual_seed(0)
-    seeds = [sd * torch.randn(num_particles, 20, generator=generator, dtype=torch.double) for _ in range(1000)]
+    seeds = [
+        sd * torch.randn(num_particles, 20, generator=generator, dtype=torch.double) for _ in range(1000)
+    ]
     spread = torch.stack([log_mean_exp(w).mean() for w in seeds]).std().item()
-    evidences = [Evidence("test", "lower", **summary(w), num_particles=num_particles, cost=1) for w in seeds[:100]]
+    evidences = [
+        Evidence("test", "lower", **summary(w), num_particles=num_particles, cost=1) for w in seeds[:100]
+    ]
     found = [(evidence.noise, evidence.is_reliable, str(evidence)) for evidence in evidences]
     for noise, reliable, text in found:
         assert reliable != ("not reliable" in text)

@@ -22,9 +22,13 @@ class SigmoidBeliefNet(ExactModel):
     prior_logits: Tensor
     states: Tensor
 
-    def __init__(self, weight: Tensor, *, bias: float | Tensor = 0.0, prior_logits: float | Tensor = 0.0) -> None:
+    def __init__(
+        self, weight: Tensor, *, bias: float | Tensor = 0.0, prior_logits: float | Tensor = 0.0
+    ) -> None:
         if weight.dim() != 2 or not 1 <= weight.shape[1] <= 12:
-            raise ValueError(f"SigmoidBeliefNet: expected a weight (D, k) with k ≤ 12 but got {tuple(weight.shape)}")
+            raise ValueError(
+                f"SigmoidBeliefNet: expected a weight (D, k) with k ≤ 12 but got {tuple(weight.shape)}"
+            )
         d, k = weight.shape
         super().__init__(k, d)
         self.register_buffer("weight", weight)

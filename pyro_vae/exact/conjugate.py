@@ -16,7 +16,9 @@ class BetaBernoulli(ExactModel):
     concentration1: Tensor
     concentration0: Tensor
 
-    def __init__(self, num_observations: int = 1, *, concentration1: float = 1.0, concentration0: float = 1.0) -> None:
+    def __init__(
+        self, num_observations: int = 1, *, concentration1: float = 1.0, concentration0: float = 1.0
+    ) -> None:
         super().__init__(1, num_observations)
         self.register_constant("concentration1", positive("concentration1", concentration1), 1)
         self.register_constant("concentration0", positive("concentration0", concentration0), 1)
@@ -61,7 +63,10 @@ class GammaPoisson(ExactModel):
 
     def log_evidence(self, x: Tensor) -> Tensor:
         after = self.posterior(x).base_dist
-        normalizers = [torch.lgamma(g.concentration) - g.concentration * g.rate.log() for g in (after, self.prior().base_dist)]
+        normalizers = [
+            torch.lgamma(g.concentration) - g.concentration * g.rate.log()
+            for g in (after, self.prior().base_dist)
+        ]
         return (normalizers[0] - normalizers[1]).sum(-1) - torch.lgamma(x + 1).sum(-1)
 
     def log_normal(self, x: Tensor) -> dist.TorchDistribution:
@@ -76,7 +81,11 @@ class GammaPoisson(ExactModel):
         return (torch.lgamma(a) - ((a - 0.5) * a.log() - a + 0.5 * math.log(2 * math.pi))).sum(-1)
 
     def best(self, family: type, x: Tensor) -> tuple[dist.TorchDistribution, Tensor] | None:
-        return (self.log_normal(x), self.log_normal_gap(x)) if family is dist.LogNormal else super().best(family, x)
+        return (
+            (self.log_normal(x), self.log_normal_gap(x))
+            if family is dist.LogNormal
+            else super().best(family, x)
+        )
 
 
 def _log_beta(beta: dist.TorchDistribution) -> Tensor:

@@ -42,7 +42,9 @@ class LinearGaussian(ExactModel):
         prior_scale: float | Tensor = 1.0,
     ) -> None:
         if weight.dim() != 2:
-            raise ValueError(f"LinearGaussian: expected a weight of shape (D, k) but got {tuple(weight.shape)}")
+            raise ValueError(
+                f"LinearGaussian: expected a weight of shape (D, k) but got {tuple(weight.shape)}"
+            )
         d, k = weight.shape
         super().__init__(k, d)
         constants = {
@@ -79,14 +81,18 @@ class LinearGaussian(ExactModel):
         return diagonal_gap(self.precision).expand(len(self.checked(x)))
 
     def best(self, family: type, x: Tensor) -> tuple[dist.TorchDistribution, Tensor] | None:
-        return (self.mean_field(x), self.mean_field_gap(x)) if family is dist.Normal else super().best(family, x)
+        return (
+            (self.mean_field(x), self.mean_field_gap(x)) if family is dist.Normal else super().best(family, x)
+        )
 
     def log_evidence(self, x: Tensor) -> Tensor:
         # log N(r; 0, diag σ² + W diag s₀² Wᵀ) by the matrix determinant lemma, and its square as that of the best z: a k × k
         # problem, not D × D, without the difference of large numbers that Woodbury's formula is
         shift = self._mean(x) - self.prior_loc
         residual = (x - self.weight @ self.prior_loc - self.bias - shift @ self.weight.mT) / self.noise_scale
-        log_det = 2 * self.noise_scale.log().sum() + 2 * self.prior_scale.log().sum() + torch.logdet(self.precision)
+        log_det = (
+            2 * self.noise_scale.log().sum() + 2 * self.prior_scale.log().sum() + torch.logdet(self.precision)
+        )
         square = (residual**2).sum(-1) + ((shift / self.prior_scale) ** 2).sum(-1)
         return -0.5 * (len(self.bias) * math.log(2 * math.pi) + log_det + square)
 
@@ -106,7 +112,9 @@ class LinearGaussian(ExactModel):
         :raises ValueError: where ``latent_dim`` is not below D, or the data lie in so few dimensions that σ² is 0.
         """
         if x.dim() != 2 or not 0 < latent_dim < x.shape[1]:
-            raise ValueError(f"ppca: expected x of shape (N, D) and 0 < latent_dim < D but got {tuple(x.shape)}, {latent_dim}")
+            raise ValueError(
+                f"ppca: expected x of shape (N, D) and 0 < latent_dim < D but got {tuple(x.shape)}, {latent_dim}"
+            )
         mean = x.mean(0)
         values, vectors = torch.linalg.eigh((x - mean).mT @ (x - mean) / len(x))
         noise = values[:-latent_dim].mean()
@@ -145,7 +153,8 @@ class BayesianLinearRegression(LinearGaussian):
 
     def __init__(self, design: Tensor, *, prior_precision: float = 1.0, noise_precision: float = 1.0) -> None:
         scales = (
-            positive(f"{name}_precision", p) ** -0.5 for name, p in (("prior", prior_precision), ("noise", noise_precision))
+            positive(f"{name}_precision", p) ** -0.5
+            for name, p in (("prior", prior_precision), ("noise", noise_precision))
         )
         prior_scale, noise_scale = scales
         super().__init__(design, noise_scale=noise_scale, prior_scale=prior_scale)

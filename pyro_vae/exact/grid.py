@@ -102,7 +102,9 @@ class Grid:
         reach = torch.full_like(scale, 10.0)
         while (reach <= 160).all():
             solution, edge = self._refined(_Box(joint, centre, reach * scale, self.max_points))
-            cut = edge > 1e-6 * self.tolerance  # the mass beyond the edge may be much more than that at its nodes
+            cut = (
+                edge > 1e-6 * self.tolerance
+            )  # the mass beyond the edge may be much more than that at its nodes
             if not cut.any():
                 if (solution.error > self.tolerance).any():
                     logger.warning(
@@ -159,7 +161,9 @@ class _Cells(NamedTuple):
 
     def only(self, mask: Tensor) -> "_Cells":
         """The same cells, those outside the mask as padding."""
-        return _Cells(self.low, self.width, *(part.masked_fill(~mask.unsqueeze(-1), -math.inf) for part in self[2:]))
+        return _Cells(
+            self.low, self.width, *(part.masked_fill(~mask.unsqueeze(-1), -math.inf) for part in self[2:])
+        )
 
     def select(self, mask: Tensor) -> "_Cells":
         """The cells in the mask, padded to the largest number of them in a datum."""
@@ -177,12 +181,19 @@ class _Box:
         self.steps, self.shares = (part.to(centre) for part in _clenshaw_curtis(_NODES - 1))
         coarse = torch.zeros_like(self.shares)
         coarse[::2] = _clenshaw_curtis(_NODES // 2)[1].to(centre)
-        self.difference = 1 - coarse / self.shares  # times the weights of the rule: the rule minus the one of half the nodes
+        self.difference = (
+            1 - coarse / self.shares
+        )  # times the weights of the rule: the rule minus the one of half the nodes
 
     def nodes(self, low: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
         """The points of cells and the lengths that they are weighted by: ``(batch, C · nodes, d)`` each."""
-        steps, shares = (torch.cartesian_prod(*[part] * self.dim).view(-1, self.dim) for part in (self.steps, self.shares))
-        at, length = (low.unsqueeze(2) + width.unsqueeze(2) * steps).flatten(1, 2), (width.unsqueeze(2) * shares).flatten(1, 2)
+        steps, shares = (
+            torch.cartesian_prod(*[part] * self.dim).view(-1, self.dim) for part in (self.steps, self.shares)
+        )
+        at, length = (
+            (low.unsqueeze(2) + width.unsqueeze(2) * steps).flatten(1, 2),
+            (width.unsqueeze(2) * shares).flatten(1, 2),
+        )
         return self.centre + self.scale * at, self.scale * length
 
     def cells(self, low: Tensor, width: Tensor) -> _Cells:
@@ -209,7 +220,10 @@ class _Box:
     def halves(self, cells: _Cells) -> list[_Cells]:
         """The two halves of each cell along its axis of larger error."""
         axis = torch.nn.functional.one_hot(cells.log_error.argmax(-1), self.dim)
-        width, before = cells.width * (1 - axis / 2), cells.log_error.logsumexp(-1, keepdim=True) - math.log(2)
+        width, before = (
+            cells.width * (1 - axis / 2),
+            cells.log_error.logsumexp(-1, keepdim=True) - math.log(2),
+        )
         both = [self.cells(low, width) for low in (cells.low, cells.low + axis * width)]
         return [half._replace(log_before=before).only(cells.used) for half in both]
 
@@ -237,7 +251,9 @@ def _padded(part: Solution, size: int) -> Solution:
     batch, have, dim = part.points.shape
     points = torch.cat([part.points, part.points[:, :1].expand(batch, size - have, dim)], 1)
     spacing = torch.nn.functional.pad(part.spacing, (0, 0, 0, size - have))
-    return part._replace(points=points, weights=torch.nn.functional.pad(part.weights, (0, size - have)), spacing=spacing)
+    return part._replace(
+        points=points, weights=torch.nn.functional.pad(part.weights, (0, size - have)), spacing=spacing
+    )
 
 
 class _Joint:
@@ -284,26 +300,39 @@ class _Joint:
     def prior_draws(self, n: int) -> Tensor:
         """Draws of z from the prior, unconstrained: ``(n, batch, dim)``."""
         with untouched(training=False, seed=0), torch.no_grad():
-            z = self.latents.flat(values_of(self.latents.run(self.model, self.batch, n)), n, self.num_rows).double()
-        parts = (self.transforms[name].inv(part).reshape(*z.shape[:-1], -1) for name, _, part in self.latents.split(z))
+            z = self.latents.flat(
+                values_of(self.latents.run(self.model, self.batch, n)), n, self.num_rows
+            ).double()
+        parts = (
+            self.transforms[name].inv(part).reshape(*z.shape[:-1], -1)
+            for name, _, part in self.latents.split(z)
+        )
         return torch.cat(list(parts), -1)
 
     def constrained(self, u: Tensor) -> Tensor:
         """``(*batch, dim)`` from unconstrained space to that of the latents."""
-        parts = (self.transforms[name](part).reshape(*u.shape[:-1], -1) for name, _, part in self.latents.split(u))
+        parts = (
+            self.transforms[name](part).reshape(*u.shape[:-1], -1) for name, _, part in self.latents.split(u)
+        )
         return torch.cat(list(parts), -1)
 
 
 def _transform(name: str, site: Site) -> Any:
     """From unconstrained space to the support of a latent."""
     support = site.fn.support
-    if isinstance(support, constraints.MixtureSameFamilyConstraint):  # a mixture lives where its components do
+    if isinstance(
+        support, constraints.MixtureSameFamilyConstraint
+    ):  # a mixture lives where its components do
         support = support.base_constraint
     if support.is_discrete:
-        raise ValueError(f"Grid: {name!r} is discrete ({support}); expected continuous latents: sum it out in the model")
+        raise ValueError(
+            f"Grid: {name!r} is discrete ({support}); expected continuous latents: sum it out in the model"
+        )
     transform = biject_to(support)
     if transform.inverse_shape(site.shape) != site.shape:
-        raise ValueError(f"Grid: {name!r} has support {support} of fewer dimensions than its event; expected e.g. a logit")
+        raise ValueError(
+            f"Grid: {name!r} has support {support} of fewer dimensions than its event; expected e.g. a logit"
+        )
     return transform
 
 
@@ -332,14 +361,17 @@ class GridPosterior(dist.TorchDistribution):
         n = torch.Size(sample_shape).numel()
         cell = torch.multinomial(self.solution.weights, n, replacement=True).unsqueeze(-1)
         at, length = (
-            part.gather(1, cell.expand(-1, -1, self.joint.dim)) for part in (self.solution.points, self.solution.spacing)
+            part.gather(1, cell.expand(-1, -1, self.joint.dim))
+            for part in (self.solution.points, self.solution.spacing)
         )
         at = at + (torch.rand_like(at) - 0.5) * length
         z = self.joint.constrained(at.movedim(1, 0))
         return z.reshape(*sample_shape, *self.shape())
 
     def _moment(self, values: Tensor) -> Tensor:
-        return (self.solution.weights.reshape(*self.solution.weights.shape, *[1] * (values.dim() - 2)) * values).sum(1)
+        return (
+            self.solution.weights.reshape(*self.solution.weights.shape, *[1] * (values.dim() - 2)) * values
+        ).sum(1)
 
     @property
     def mean(self) -> Tensor:

@@ -49,7 +49,9 @@ class ExactModel(nn.Module, ABC):
         for name in _OF_DATA & vars(cls).keys():
             setattr(cls, name, _in_dtype_of_data(vars(cls)[name]))
 
-    def register_constant(self, name: str, value: float | Tensor, size: int | None = None, like: Tensor | None = None) -> None:
+    def register_constant(
+        self, name: str, value: float | Tensor, size: int | None = None, like: Tensor | None = None
+    ) -> None:
         """Register a buffer, a scalar or a vector of this size. Its value is kept in double precision, so that ``.double()``
         gives the number that was meant; the buffer is in the dtype of ``like``, of the tensor given, or the default one."""
         exact = torch.as_tensor(value, dtype=torch.double, device="cpu").detach()

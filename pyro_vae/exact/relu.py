@@ -42,7 +42,11 @@ class ReluDecoder(ExactModel):
         noise_scale: float | Tensor,
         bias: float | Tensor = 0.0,
     ) -> None:
-        if hidden_weight.dim() != 1 or hidden_bias.shape != hidden_weight.shape or weight.shape[1:] != hidden_weight.shape:
+        if (
+            hidden_weight.dim() != 1
+            or hidden_bias.shape != hidden_weight.shape
+            or weight.shape[1:] != hidden_weight.shape
+        ):
             raise ValueError(
                 "ReluDecoder: expected hidden_weight (H,), hidden_bias (H,) and weight (D, H) but got "
                 f"{tuple(hidden_weight.shape)}, {tuple(hidden_bias.shape)} and {tuple(weight.shape)}"
@@ -68,7 +72,9 @@ class ReluDecoder(ExactModel):
 
     def _pieces(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log evidence, mean and scale of every piece: ``(batch, H + 1)`` each."""
-        inner = torch.cat([self.edges[1:2] - 1, (self.edges[1:-2] + self.edges[2:-1]) / 2, self.edges[-2:-1] + 1])
+        inner = torch.cat(
+            [self.edges[1:2] - 1, (self.edges[1:-2] + self.edges[2:-1]) / 2, self.edges[-2:-1] + 1]
+        )
         if len(self.edges) == 2:  # no unit bends
             inner = self.edges.new_zeros(1)
         active = inner.unsqueeze(-1) * self.hidden_weight + self.hidden_bias > 0  # (pieces, H)
@@ -83,7 +89,11 @@ class ReluDecoder(ExactModel):
         log_normal = -0.5 * ((r**2).sum(-1) - mean**2 / variance - variance.log() + d * math.log(2 * math.pi))
         log_normal = log_normal - d * self.noise_scale.log()
         scale = variance.sqrt().expand_as(mean)
-        return log_normal + _log_mass((self.edges[:-1] - mean) / scale, (self.edges[1:] - mean) / scale), mean, scale
+        return (
+            log_normal + _log_mass((self.edges[:-1] - mean) / scale, (self.edges[1:] - mean) / scale),
+            mean,
+            scale,
+        )
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
         return _TruncatedNormals(*self._pieces(x), self.edges)

@@ -49,7 +49,9 @@ class _FunnelDistribution(_Shape):
 
     def log_prob(self, z: Tensor) -> Tensor:
         v, y = z[..., 0], z[..., 1:]
-        return dist.Normal(0.0, self.parameter).log_prob(v) + dist.Normal(0.0, (v / 2).exp().unsqueeze(-1)).log_prob(y).sum(-1)
+        return dist.Normal(0.0, self.parameter).log_prob(v) + dist.Normal(
+            0.0, (v / 2).exp().unsqueeze(-1)
+        ).log_prob(y).sum(-1)
 
     @property
     def mean(self) -> Tensor:
@@ -129,7 +131,9 @@ class Funnel(_WithoutData):
         return gap.expand(len(self.checked(x)))
 
     def best(self, family: type, x: Tensor) -> tuple[dist.TorchDistribution, Tensor] | None:
-        return (self.mean_field(x), self.mean_field_gap(x)) if family is dist.Normal else super().best(family, x)
+        return (
+            (self.mean_field(x), self.mean_field_gap(x)) if family is dist.Normal else super().best(family, x)
+        )
 
 
 class Banana(_WithoutData):
@@ -168,4 +172,6 @@ class Banana(_WithoutData):
         return gap.expand(len(self.checked(x)))
 
     def best(self, family: type, x: Tensor) -> tuple[dist.TorchDistribution, Tensor] | None:
-        return (self.mean_field(x), self.mean_field_gap(x)) if family is dist.Normal else super().best(family, x)
+        return (
+            (self.mean_field(x), self.mean_field_gap(x)) if family is dist.Normal else super().best(family, x)
+        )

@@ -76,7 +76,9 @@ def test_posterior_moments_are_those_of_its_draws(name):
     error = draws.std(0) / math.sqrt(n)
     assert ((draws.mean(0) - mean).abs() < 5 * error).all()
     if name != "Funnel":
-        spread = posterior.variance if not hasattr(posterior, "covariance_matrix") else posterior.covariance_matrix
+        spread = (
+            posterior.variance if not hasattr(posterior, "covariance_matrix") else posterior.covariance_matrix
+        )
         variance = spread if spread.shape == mean.shape else spread.diagonal(dim1=-2, dim2=-1)
         kurtosis = ((draws - mean) ** 4).mean(0) / draws.var(0) ** 2
         assert ((draws.var(0) - variance).abs() < 5 * variance * ((kurtosis - 1) / n).sqrt()).all()
@@ -90,7 +92,11 @@ def test_an_ordinary_pyro_model(name):
     trace = pyro.poutine.trace(model).get_trace(x)
     torch.testing.assert_close(trace.log_prob_sum(), model.log_joint(x, trace.nodes["z"]["value"]).sum())
     if name in DISCRETE:
-        loss = TraceEnum_ELBO().loss(config_enumerate(model), lambda x: None, x) if name == "FiniteMixture" else None
+        loss = (
+            TraceEnum_ELBO().loss(config_enumerate(model), lambda x: None, x)
+            if name == "FiniteMixture"
+            else None
+        )
         assert loss is None or loss == pytest.approx(-model.log_evidence(x).sum().item(), abs=1e-8)
         return
     prior = model.prior()
@@ -130,14 +136,24 @@ def test_bad_data_are_named(name):
 def kl(q, p):
     """KL(q‖p) of Gaussians over vectors, in closed form."""
     mean = q.base_dist.loc if isinstance(q, dist.Independent) else q.loc
-    spread = q.base_dist.scale.expand_as(mean).diag_embed() if isinstance(q, dist.Independent) else q.scale_tril
+    spread = (
+        q.base_dist.scale.expand_as(mean).diag_embed() if isinstance(q, dist.Independent) else q.scale_tril
+    )
     full = torch.distributions.MultivariateNormal(mean, scale_tril=spread)
-    return torch.distributions.kl_divergence(full, torch.distributions.MultivariateNormal(p.loc, p.covariance_matrix))
+    return torch.distributions.kl_divergence(
+        full, torch.distributions.MultivariateNormal(p.loc, p.covariance_matrix)
+    )
 
 
 @pytest.mark.parametrize(
     "name",
-    ["factor analysis", "LinearGaussian, own prior", "BayesianLinearRegression", "NormalNormal", "LinearGaussianStateSpace"],
+    [
+        "factor analysis",
+        "LinearGaussian, own prior",
+        "BayesianLinearRegression",
+        "NormalNormal",
+        "LinearGaussianStateSpace",
+    ],
 )
 def test_mean_field_gaps_are_their_formulas(name):
     model = MODELS[name]
@@ -170,7 +186,9 @@ def test_mean_field_gaps_of_the_shapes(name):
         ):
             worse = gaps(loc, scale) - best
             assert worse.mean() > -3 * worse.std() / 100_000**0.5
-    assert exact.Funnel(9, scale=3.0).mean_field_gap(torch.zeros(1, 1)).item() == pytest.approx(1.8628, abs=5e-5)
+    assert exact.Funnel(9, scale=3.0).mean_field_gap(torch.zeros(1, 1)).item() == pytest.approx(
+        1.8628, abs=5e-5
+    )
 
 
 def test_the_log_normal_gap_is_stirlings_remainder():
@@ -248,14 +266,18 @@ def test_units_that_bend_at_one_point():
     posterior = model.posterior(x)
     assert posterior.mean.isfinite().all()
     assert posterior.sample((100,)).isfinite().all()
-    torch.testing.assert_close(model.log_evidence(x), oracles.log_evidence("ReluDecoder", model, x), rtol=0, atol=1e-8)
+    torch.testing.assert_close(
+        model.log_evidence(x), oracles.log_evidence("ReluDecoder", model, x), rtol=0, atol=1e-8
+    )
 
 
 def test_single_precision_keeps_its_digits():
     """A small noise and a large mean: Woodbury's difference of large numbers would lose them all."""
     model = exact.LinearGaussian(seeded(50, 2).float(), noise_scale=0.01)
     x = model.sample(3)
-    exactly = exact.LinearGaussian(model.weight.double(), noise_scale=model.noise_scale.double()).log_evidence(x.double())
+    exactly = exact.LinearGaussian(
+        model.weight.double(), noise_scale=model.noise_scale.double()
+    ).log_evidence(x.double())
     torch.testing.assert_close(model.log_evidence(x).double(), exactly, rtol=1e-4, atol=0)
 
 
@@ -267,10 +289,15 @@ def test_single_precision_keeps_its_digits():
         (lambda: exact.GammaPoisson(rate=-1.0), "rate: expected a positive"),
         (lambda: exact.FiniteMixture(torch.ones(2), torch.ones(3, 2), torch.eye(2)), r"weights \(K,\)"),
         (lambda: exact.SigmoidBeliefNet(torch.ones(3, 13)), "k ≤ 12"),
-        (lambda: exact.ReluDecoder(torch.ones(2), torch.ones(3), torch.ones(4, 2), noise_scale=1.0), r"\(H,\)"),
+        (
+            lambda: exact.ReluDecoder(torch.ones(2), torch.ones(3), torch.ones(4, 2), noise_scale=1.0),
+            r"\(H,\)",
+        ),
         (lambda: exact.Funnel().log_evidence(torch.ones(3, 1)), r"torch\.zeros"),
         (
-            lambda: exact.LinearGaussianStateSpace(*[torch.eye(2)] * 3, torch.eye(3), torch.eye(2), num_steps=2),
+            lambda: exact.LinearGaussianStateSpace(
+                *[torch.eye(2)] * 3, torch.eye(3), torch.eye(2), num_steps=2
+            ),
             "observation_covariance",
         ),
     ],

@@ -16,7 +16,8 @@ MODELS = oracles.make_models()
 
 
 @pytest.mark.parametrize(
-    "name", ["NormalNormal", "LinearGaussian, own prior", "MixturePrior", "BetaBernoulli", "GammaPoisson", "Banana"]
+    "name",
+    ["NormalNormal", "LinearGaussian, own prior", "MixturePrior", "BetaBernoulli", "GammaPoisson", "Banana"],
 )
 def test_models_that_know_the_answer(name):
     model = MODELS[name]
@@ -285,12 +286,16 @@ def test_narrow_modes_take_points_around_them_only(locs, scales, most):
 
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-4, 1e-9])
 def test_the_error_bounds_the_error_at_any_tolerance(tolerance):
-    check_against_closed_form(mixture([[-2.0, -0.3], [2.0, 0.4]], [0.05, 0.3]), torch.zeros(1, 2).double(), tolerance)
+    check_against_closed_form(
+        mixture([[-2.0, -0.3], [2.0, 0.4]], [0.05, 0.3]), torch.zeros(1, 2).double(), tolerance
+    )
 
 
 def test_each_datum_has_its_own_modes():
     """Some data have one narrow mode, some two that lie apart, and some a broad one."""
-    model = mixture([[-3.0, 0.0], [3.0, 0.0], [0.0, 3.0], [0.0, -3.0]], [0.1, 0.05, 0.1, 0.7], noise_scale=0.7)
+    model = mixture(
+        [[-3.0, 0.0], [3.0, 0.0], [0.0, 3.0], [0.0, -3.0]], [0.1, 0.05, 0.1, 0.7], noise_scale=0.7
+    )
     x = torch.tensor([[0.0, 0.0], [-3.0, 0.0], [2.0, 2.0], [0.0, -3.0], [-1.5, 1.5]], dtype=torch.double)
     assert check_against_closed_form(model, x) <= 150_000
     alone = torch.cat([exact.Grid(model).log_evidence(row) for row in x.split(1)])
@@ -311,7 +316,9 @@ def test_a_datum_that_takes_too_many_points_leaves_the_others_exact(monkeypatch,
     assert error[0] > 1e-7 >= error[1]
 
 
-@pytest.mark.parametrize(("model", "most"), [(exact.Funnel(1, scale=1.0), 200_000), (exact.Banana(scale=2.0), 400_000)])
+@pytest.mark.parametrize(
+    ("model", "most"), [(exact.Funnel(1, scale=1.0), 200_000), (exact.Banana(scale=2.0), 400_000)]
+)
 def test_curved_densities_in_two_dimensions(model, most):
     model, x = model.double(), torch.zeros(1, 1, dtype=torch.double)
     grid = exact.Grid(model)
@@ -338,7 +345,9 @@ def uniform_likelihood(x):
         pyro.sample("x", dist.Uniform(torch.zeros_like(z), z, validate_args=False), obs=x)
 
 
-@pytest.mark.parametrize(("model", "log_evidence"), [(laplace_prior, torch.zeros_like), (uniform_likelihood, torch.neg)])
+@pytest.mark.parametrize(
+    ("model", "log_evidence"), [(laplace_prior, torch.zeros_like), (uniform_likelihood, torch.neg)]
+)
 def test_kinks_and_jumps_are_refined(model, log_evidence):
     x = torch.tensor([1.0, 2.3, 0.2, 0.7], dtype=torch.double)
     solution = exact.Grid(model).solve(x)

@@ -53,14 +53,18 @@ def regression(double):
 MODELS = [beta_bernoulli, gamma_poisson, normal_normal, linear_gaussian, regression]
 
 
-@pytest.mark.parametrize("double", [lambda model: model, lambda model: model.double()], ids=["by the data", "by .double()"])
+@pytest.mark.parametrize(
+    "double", [lambda model: model, lambda model: model.double()], ids=["by the data", "by .double()"]
+)
 @pytest.mark.parametrize("make", MODELS)
 def test_python_numbers_are_double(make, double):
     model, x, log_evidence, mean = make(double)
     expected = torch.from_numpy(log_evidence)
     torch.testing.assert_close(model.log_evidence(x), expected, rtol=1e-10, atol=1e-10)
     if mean is not None:
-        torch.testing.assert_close(model.posterior(x).mean[:, 0], torch.from_numpy(mean), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            model.posterior(x).mean[:, 0], torch.from_numpy(mean), rtol=1e-10, atol=1e-10
+        )
     # log p(x) = log p(x, z) − log p(z|x) at any z
     z = model.posterior(x).sample()
     found = model.log_joint(x, z) - model.posterior(x).log_prob(z)
@@ -100,7 +104,11 @@ def test_log_weights_of_the_exact_guide_are_the_evidence_in_double():
     ("model", "prior_scale", "noise_scale"),
     [
         (lambda w: exact.LinearGaussian(w, noise_scale=0.1, prior_scale=0.3), 0.3, 0.1),
-        (lambda w: exact.BayesianLinearRegression(w, prior_precision=0.3, noise_precision=7.1), 0.3**-0.5, 7.1**-0.5),
+        (
+            lambda w: exact.BayesianLinearRegression(w, prior_precision=0.3, noise_precision=7.1),
+            0.3**-0.5,
+            7.1**-0.5,
+        ),
     ],
     ids=["LinearGaussian", "BayesianLinearRegression"],
 )
@@ -114,7 +122,9 @@ def test_posterior_moments_are_those_of_conditioning_the_joint_gaussian(model, p
     covariance = prior_scale**2 * np.eye(2) - gain @ cross.T
     for made in (model(w), model(w).double()):
         posterior = made.posterior(x)
-        torch.testing.assert_close(posterior.mean, torch.from_numpy(x.numpy() @ gain.T), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            posterior.mean, torch.from_numpy(x.numpy() @ gain.T), rtol=1e-10, atol=1e-10
+        )
         expected = torch.from_numpy(covariance).expand(5, 2, 2)
         torch.testing.assert_close(posterior.covariance_matrix, expected, rtol=1e-10, atol=1e-10)
 
@@ -124,6 +134,10 @@ def test_constants_that_are_computed_are_exact_in_double():
     w = seeded(4, 2)
     args = torch.tensor([1.0, 1.0, 1.0]), torch.eye(3)[:, :2], torch.eye(2)
     for model in (exact.MixturePrior(*args, weight=w.float(), noise_scale=0.1), exact.FiniteMixture(*args)):
-        torch.testing.assert_close(model.double().weights, torch.full((3,), 1 / 3, dtype=torch.double), rtol=1e-15, atol=0)
-    relu = exact.ReluDecoder(torch.tensor([3.0]), torch.tensor([1.0]), torch.ones(2, 1), noise_scale=0.1).double()
+        torch.testing.assert_close(
+            model.double().weights, torch.full((3,), 1 / 3, dtype=torch.double), rtol=1e-15, atol=0
+        )
+    relu = exact.ReluDecoder(
+        torch.tensor([3.0]), torch.tensor([1.0]), torch.ones(2, 1), noise_scale=0.1
+    ).double()
     assert relu.edges[1].item() == pytest.approx(-1 / 3, rel=1e-15)

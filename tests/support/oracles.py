@@ -95,14 +95,17 @@ def log_evidence(name, model, x):
         return line(lambda t: prior.log_prob(t.exp()[:, None]) + t[:, None] + _poisson(t.exp(), x), -40, 8)
     if name == "FiniteMixture":
         each = [
-            dist.MultivariateNormal(m, scale_tril=s).log_prob(x) for m, s in zip(model.locs, model.scale_trils, strict=True)
+            dist.MultivariateNormal(m, scale_tril=s).log_prob(x)
+            for m, s in zip(model.locs, model.scale_trils, strict=True)
         ]
         return (model.weights.unsqueeze(-1) * torch.stack(each).exp()).sum(0).log()
     if name == "MixturePrior":
         parts = []
         for weight, m, s in zip(model.weights, model.locs, model.scale_trils, strict=True):
             spread = model.weight @ s @ s.mT @ model.weight.mT + torch.diag(model.noise_scale**2)
-            parts.append(weight.log() + dist.MultivariateNormal(model.weight @ m + model.bias, spread).log_prob(x))
+            parts.append(
+                weight.log() + dist.MultivariateNormal(model.weight @ m + model.bias, spread).log_prob(x)
+            )
         return torch.stack(parts).logsumexp(0)
     if name == "ReluDecoder":
         # the integrand has kinks, which slow the trapezoid rule to h²: each smooth piece by Gauss–Legendre
