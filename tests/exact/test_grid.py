@@ -236,7 +236,7 @@ def test_a_warning_is_of_an_error_above_the_tolerance(monkeypatch, caplog):
     model = MODELS["NormalNormal"]
     x = model.sample(1)
     for most, warned in ((2**17, False), (4000, False), (1700, True)):
-        monkeypatch.setattr("pyro_vae.exact.grid._MOST", {1: most})
+        monkeypatch.setattr("pyro_vae.exact.grid._MAX_POINTS", {1: most})
         caplog.clear()
         solution = exact.Grid(model).solve(x)
         assert solution.points.shape[1] <= most
@@ -303,7 +303,7 @@ def test_each_datum_has_its_own_modes():
 
 
 def test_a_datum_that_takes_too_many_points_leaves_the_others_exact(monkeypatch, caplog):
-    monkeypatch.setattr("pyro_vae.exact.grid._MOST", {1: 3000})
+    monkeypatch.setattr("pyro_vae.exact.grid._MAX_POINTS", {1: 3000})
 
     def model(x):
         with pyro.plate("data", len(x)):
