@@ -247,8 +247,8 @@ def _clenshaw_curtis(n: int) -> tuple[Tensor, Tensor]:
 def _cells_to_split(error: Tensor, tolerance: float) -> Tensor:
     """Mask of the cells with the largest errors, ``(batch, C)``.
 
-    The errors of the other cells sum to at most half the tolerance. No cell is selected for a datum whose total
-    error is within the tolerance.
+    The errors of the other cells sum to at most half the tolerance. No cell is selected for a datum whose
+    total error is within the tolerance.
     """
     ascending = error.sort(1)
     totals = ascending.values.cumsum(1)
@@ -335,7 +335,8 @@ def _transform(name: str, site: Site) -> Any:
         support = support.base_constraint
     if support.is_discrete:
         raise ValueError(
-            f"Grid: {name!r} is discrete ({support}); expected continuous latents; marginalize it in the model"
+            f"Grid: {name!r} is discrete ({support}); expected continuous latents; "
+            "marginalize it in the model"
         )
     transform = biject_to(support)
     if transform.inverse_shape(site.shape) != site.shape:
