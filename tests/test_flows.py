@@ -75,35 +75,34 @@ def bimodal_model():
     return exact.MixturePrior(torch.ones(2), locs, 0.5 * torch.eye(2), weight=torch.eye(2), noise_scale=3.0)
 
 
-def train_guide(model, conditional, x):
+def train_guide(toy, conditional, x):
     guide = Guide(conditional)
-    pv.fit(model, guide, x, epochs=60, batch_size=200, optim=pyro.optim.Adam({"lr": 5e-3}))
+    pv.fit(toy, guide, x, epochs=60, batch_size=200, optim=pyro.optim.Adam({"lr": 5e-3}))
     return guide
 
 
 @pytest.mark.slow
 def test_flows_and_mixtures_have_smaller_gaps_on_bimodal_posteriors():
-    model = bimodal_model()
+    toy = bimodal_model()
     pyro.set_rng_seed(1)
-    x = model.sample(1000)
+    x = toy.sample(1000)
     guides = {
-        "Gaussian": train_guide(model, conditionals.MultivariateNormal(nets.MLP(2, (32,)), event_shape=2), x),
-        "spline": train_guide(model, flows.NeuralSpline(nets.MLP(2, (32,)), event_shape=2), x),
-        "mixture": train_guide(model, flows.NormalMixture(nets.MLP(2, (32,)), event_shape=2), x),
+        "Gaussian": train_guide(toy, conditionals.MultivariateNormal(nets.MLP(2, (32,)), event_shape=2), x),
+        "spline": train_guide(toy, flows.NeuralSpline(nets.MLP(2, (32,)), event_shape=2), x),
+        "mixture": train_guide(toy, flows.NormalMixture(nets.MLP(2, (32,)), event_shape=2), x),
     }
     gaps = {
-        name: pv.compare(model, guide, model.sample(50), split=False).gap.mean()
-        for name, guide in guides.items()
+        name: pv.compare(toy, guide, toy.sample(50), split=False).gap.mean() for name, guide in guides.items()
     }
     assert gaps["mixture"] < 0.5 * gaps["Gaussian"]
     assert gaps["spline"] < 0.8 * gaps["Gaussian"]
 
 
 def test_split_gap_of_a_mixture_guide_sums_to_the_gap():
-    model = bimodal_model()
+    toy = bimodal_model()
     pyro.set_rng_seed(1)
-    guide = train_guide(model, flows.NormalMixture(nets.MLP(2, (32,)), event_shape=2), model.sample(200))
-    report = pv.compare(model, guide, model.sample(6), num_particles=4000)
+    guide = train_guide(toy, flows.NormalMixture(nets.MLP(2, (32,)), event_shape=2), toy.sample(200))
+    report = pv.compare(toy, guide, toy.sample(6), num_particles=4000)
     split = report.split
     error = torch.hypot(split.approximation_error, torch.hypot(split.amortization_error, report.gap_error))
     assert ((split.approximation + split.amortization - report.gap).abs() < 4.5 * error).all()

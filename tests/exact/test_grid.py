@@ -61,7 +61,7 @@ def test_samples_have_the_moments_of_the_posterior():
 
 
 def normal_gamma(x):
-    """A location and a precision for each datum, with other site and plate names than those of exact models."""
+    """A location and a precision for each datum, and a plate of observations nested in the data plate."""
     bias = pyro.param("bias", torch.tensor(0.3, dtype=torch.double))
     with pyro.plate("rows", len(x), dim=-2):
         mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=torch.double), 1.0))
@@ -160,7 +160,7 @@ def trained():
 
 @pytest.mark.slow
 def test_evidence_of_a_trained_vae_is_converged_and_above_iwae_bounds(trained):
-    """A smaller tolerance does not change the evidence, and importance-weighted bounds approach it from below."""
+    """A smaller tolerance does not change it, and importance-weighted bounds approach it from below."""
     vae, x = trained
     solution = exact.Grid(vae.model, tolerance=1e-8).solve(x)
     assert (solution.error < 1e-6).all()

@@ -25,26 +25,34 @@ def make_models():
     locs = torch.tensor([[-2.0, 0.5], [1.0, 1.0], [0.3, -1.5]], dtype=torch.double)
     trils = torch.stack([tril(covariance(2, seed)) for seed in range(3)])
     weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.double)
+    transition = torch.tensor([[0.9, 0.2], [-0.1, 0.8]]).double()
     models = {
         "NormalNormal": exact.NormalNormal(5, noise_scale=0.7, prior_loc=1.3, prior_scale=2.0),
-        "factor analysis": exact.LinearGaussian(seeded(6, 3), noise_scale=seeded(6, seed=1).exp(), bias=seeded(6, seed=2)),
+        "factor analysis": exact.LinearGaussian(
+            seeded(6, 3), noise_scale=seeded(6, seed=1).exp(), bias=seeded(6, seed=2)
+        ),
         "LinearGaussian with prior parameters": exact.LinearGaussian(
             seeded(4, 2), noise_scale=0.5, prior_loc=seeded(2, seed=3), prior_scale=seeded(2, seed=4).exp()
         ),
-        "BayesianLinearRegression": exact.BayesianLinearRegression(seeded(9, 3), prior_precision=0.4, noise_precision=2.5),
+        "BayesianLinearRegression": exact.BayesianLinearRegression(
+            seeded(9, 3), prior_precision=0.4, noise_precision=2.5
+        ),
         "BetaBernoulli": exact.BetaBernoulli(6, concentration1=1.5, concentration0=2.5),
         "GammaPoisson": exact.GammaPoisson(4, concentration=2.5, rate=0.8),
         "FiniteMixture": exact.FiniteMixture(weights, locs, trils),
-        "MixturePrior": exact.MixturePrior(weights, locs, trils, weight=seeded(5, 2), noise_scale=0.8, bias=0.3),
-        "ReluDecoder": exact.ReluDecoder(seeded(4), seeded(4, seed=1), seeded(3, 4, seed=2), noise_scale=0.4, bias=0.1),
+        "MixturePrior": exact.MixturePrior(
+            weights, locs, trils, weight=seeded(5, 2), noise_scale=0.8, bias=0.3
+        ),
+        "ReluDecoder": exact.ReluDecoder(
+            seeded(4), seeded(4, seed=1), seeded(3, 4, seed=2), noise_scale=0.4, bias=0.1
+        ),
         "Funnel": exact.Funnel(4, scale=1.5),
         "Banana": exact.Banana(scale=1.3, curvature=0.4),
         "LinearGaussianStateSpace": exact.LinearGaussianStateSpace(
-            torch.tensor([[0.9, 0.2], [-0.1, 0.8]]).double(), covariance(2), seeded(3, 2), covariance(3, 1), covariance(2, 2),
-            num_steps=4,
+            transition, covariance(2), seeded(3, 2), covariance(3, 1), covariance(2, 2), num_steps=4
         ),
         "SigmoidBeliefNet": exact.SigmoidBeliefNet(seeded(5, 4), bias=0.2, prior_logits=seeded(4, seed=1)),
-    }  # fmt: skip
+    }
     return {name: model.double() for name, model in models.items()}
 
 
