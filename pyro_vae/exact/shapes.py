@@ -33,9 +33,8 @@ class _NoiseTransform(dist.TorchDistribution, ABC):
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
-        return self._transform_noise(
-            torch.randn(shape, dtype=self.parameter.dtype, device=self.parameter.device)
-        )
+        noise = torch.randn(shape, dtype=self.parameter.dtype, device=self.parameter.device)
+        return self._transform_noise(noise)
 
     @abstractmethod
     def _transform_noise(self, noise: Tensor) -> Tensor:
@@ -51,9 +50,8 @@ class _FunnelDistribution(_NoiseTransform):
 
     def log_prob(self, z: Tensor) -> Tensor:
         v, y = z[..., 0], z[..., 1:]
-        return dist.Normal(0.0, self.parameter).log_prob(v) + dist.Normal(
-            0.0, (v / 2).exp().unsqueeze(-1)
-        ).log_prob(y).sum(-1)
+        log_p_y = dist.Normal(0.0, (v / 2).exp().unsqueeze(-1)).log_prob(y).sum(-1)
+        return dist.Normal(0.0, self.parameter).log_prob(v) + log_p_y
 
     @property
     def mean(self) -> Tensor:
