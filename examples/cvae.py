@@ -22,7 +22,7 @@ LATENT_DIM, CLASSES = 4, 10
 
 
 def make_cvae(prior):
-    return pv.CVAE(
+    return pv.VAE(
         prior=prior,
         decoder=conditionals.ContinuousBernoulli(nets.MLP(((LATENT_DIM,), (CLASSES,)), (200,)), event_shape=(8, 8)),
         encoder=conditionals.Normal(nets.MLP(((8, 8), (CLASSES,)), (200,)), event_shape=LATENT_DIM),

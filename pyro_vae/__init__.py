@@ -28,13 +28,12 @@ if TYPE_CHECKING:
     from pyro_vae.diagnostics import compare, compare_guides, diagnose, free_energy, split_gap
     from pyro_vae.infer import SVI, Epoch, History, evaluate, fit, train
     from pyro_vae.pairs import JointLogWeights, PairReport, check_pair, joint_log_weights, log_weights
-    from pyro_vae.vae import CVAE, VAE, Guide, Model
+    from pyro_vae.vae import VAE, Guide, Model
 
 __version__ = "0.1.0"
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _HOME = {
-    "CVAE": "vae",
     "VAE": "vae",
     "Data": "data",
     "Epoch": "infer",
@@ -74,7 +73,6 @@ _MODULES = (
     "vae",
 )
 __all__ = [
-    "CVAE",
     "SVI",
     "VAE",
     "Data",

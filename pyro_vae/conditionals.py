@@ -1,8 +1,9 @@
-"""Distributions given something: modules whose ``forward(given)`` returns a Pyro distribution.
+"""Distributions given something: modules whose ``forward(*given)`` returns a Pyro distribution.
 
-One vocabulary for both directions: a decoder p(x|z) and an encoder q(z|x) are conditionals alike. Each is built from a
-trunk (see :mod:`pyro_vae.nets`) and an ``event_shape``; it knows which parameters its distribution needs and adds its own
-linear read-out for each, so nobody computes ``2 * latent_dim`` by hand. Positive parameters are exp or softplus of a
+One vocabulary for all parts: a decoder p(x|z), an encoder q(z|x) and a prior p(z) or p(z|c) are conditionals alike; those of
+:mod:`pyro_vae.priors` are given nothing. Each class here is built from a trunk (see :mod:`pyro_vae.nets`) and an
+``event_shape``; it knows which parameters its distribution needs and adds its own linear read-out for each, so nobody
+computes ``2 * latent_dim`` by hand. Positive parameters are exp or softplus of a
 read-out plus a floor, which each class states: without a floor a density may grow without bound.
 
 >>> import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 from torch.nn.functional import softplus
 
-from pyro_vae.nets import Part, Readout, Shape, as_shape, out_shape
+from pyro_vae.nets import Part, Readout, Shape, as_shape, num_inputs, out_shape
 
 Scale = Literal["network", "log_variance", "learned", "isotropic"] | float | Tensor
 
@@ -32,39 +33,63 @@ _SCALE_READOUTS = {"network": ("log_scale",), "log_variance": ("log_variance",)}
 
 
 class Conditional(Part):
+    """p(y | given) over events y of ``event_shape``: the base class of priors, decoders and encoders.
+
+    ``forward(*given)`` → a Pyro distribution of that ``event_shape``, its event dimensions declared. Each given has shape
+    ``(*batch, *its event)``, and the distribution has ``batch_shape`` ``batch``, or ``()`` where it depends on none of them.
+    """
+
+    def __init__(self, event_shape: Shape) -> None:
+        super().__init__()
+        self.event_shape = as_shape(event_shape)
+
+    # no ABC: its metaclass conflicts with that of PyroModule[Normal]
+    def forward(self, *given: Tensor) -> dist.TorchDistribution:
+        """The distribution."""
+        raise NotImplementedError(f"{type(self).__name__} does not define forward()")
+
+    def extra_repr(self) -> str:
+        return f"event_shape={tuple(self.event_shape)}"
+
+
+class FromTrunk(Conditional):
     """p(y | given): reads the named parameters of a distribution from a trunk's features.
 
     :param trunk: any module that says its ``out_shape`` (ours do; ``nn.Linear`` and ``nn.Sequential`` are understood).
     :param event_shape: the shape of one y.
     :param readouts: shape of each parameter that the network gives.
 
-    ``forward(*given)``: each ``(*batch, *its event)`` → a distribution with ``batch_shape`` ``batch`` and that
-    ``event_shape``, its event dimensions declared.
+    ``forward(*given)`` passes what is given to the trunk, and raises ``ValueError`` where that is nothing.
     """
 
     def __init__(self, trunk: nn.Module, *, event_shape: Shape, readouts: Mapping[str, Shape]) -> None:
-        super().__init__()
+        super().__init__(event_shape)
         self.trunk = trunk
-        self.event_shape = as_shape(event_shape)
         features = out_shape(trunk)
         self.readout = nn.ModuleDict(
             {name: Readout(features, shape, image=len(self.event_shape) > 1) for name, shape in readouts.items()}
         )
 
+    @property
+    def num_inputs(self) -> int | None:
+        """How many tensors its trunk takes, ``None`` for any number."""
+        return num_inputs(self.trunk)
+
     def forward(self, *given: Tensor) -> dist.TorchDistribution:
+        if not given:
+            raise ValueError(
+                f"{type(self).__name__}: it is conditional but is given nothing; expected the inputs of its trunk. A VAE "
+                "whose prior is p(z|c) needs the condition: model(x, c), guide(x, c), vae.sample(n, c)"
+            )
         features = self.trunk(*given)
         return self.distribution(**{name: readout(features) for name, readout in self.readout.items()})
 
-    # no ABC: its metaclass conflicts with that of PyroModule[Normal]
     def distribution(self, **parameters: Tensor) -> dist.TorchDistribution:
         """The distribution with these read-outs, event dimensions declared."""
         raise NotImplementedError(f"{type(self).__name__} does not define distribution()")
 
-    def extra_repr(self) -> str:
-        return f"event_shape={tuple(self.event_shape)}"
 
-
-class Elementwise(Conditional):
+class Elementwise(FromTrunk):
     """Independent elements: every read-out has the ``event_shape``."""
 
     names: ClassVar[tuple[str, ...]]
@@ -163,7 +188,7 @@ class LocationScale(Elementwise):
         loc_constraint: constraints.Constraint = constraints.real,
     ) -> None:
         extra = _SCALE_READOUTS.get(scale, ()) if isinstance(scale, str) else ()
-        Conditional.__init__(self, trunk, event_shape=event_shape, readouts=dict.fromkeys(self.names + extra, event_shape))
+        FromTrunk.__init__(self, trunk, event_shape=event_shape, readouts=dict.fromkeys(self.names + extra, event_shape))
         self.min_scale = scale_floor(min_scale)
         self.register_buffer("fixed_scale", None)
         self.loc_transform = transform_to(loc_constraint)
@@ -225,7 +250,7 @@ class StudentT(LocationScale):
         return dist.StudentT(1 + softplus(df), loc, scale)
 
 
-class MultivariateNormal(Conditional):
+class MultivariateNormal(FromTrunk):
     """N(μ, L Lᵀ): full covariance through its Cholesky factor, diag L = min_scale + exp of a read-out.
 
     ``event_shape`` is one number d; the network gives d + d(d+1)/2 numbers.
@@ -248,7 +273,7 @@ class MultivariateNormal(Conditional):
         return dist.MultivariateNormal(loc, scale_tril=scale_tril)
 
 
-class LowRankMultivariateNormal(Conditional):
+class LowRankMultivariateNormal(FromTrunk):
     """N(μ, W Wᵀ + D): factor W of ``rank`` columns, diagonal √D = min_scale + exp of a read-out."""
 
     def __init__(self, trunk: nn.Module, *, event_shape: Shape, rank: int = 2, min_scale: float = 1e-3) -> None:
@@ -260,7 +285,7 @@ class LowRankMultivariateNormal(Conditional):
         return dist.LowRankMultivariateNormal(loc, factor, (self.min_scale + log_diagonal.exp()) ** 2)
 
 
-class Categorical(Conditional):
+class Categorical(FromTrunk):
     """y ∈ {0, …, num_classes−1} for each element: grey levels, for example 256 of them.
 
     The distribution's ``mean`` is Σ k·p(k), which a picture of grey levels wants.

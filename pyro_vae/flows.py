@@ -17,11 +17,11 @@ import torch
 from pyro.distributions import transforms as T
 from torch import Tensor, nn
 
-from pyro_vae.conditionals import Conditional, scale_floor, vector_size
+from pyro_vae.conditionals import FromTrunk, scale_floor, vector_size
 from pyro_vae.nets import Shape, as_shape
 
 
-class Flow(Conditional):
+class Flow(FromTrunk):
     """y = μ + σ · f_K ∘ … ∘ f₁(ε), ε ~ N(0, I), with invertible transforms fₖ (Rezende & Mohamed 2015).
 
     μ, σ and a context vector for the transforms are read from the trunk.
@@ -95,7 +95,7 @@ class NeuralSpline(Flow):
         return T.conditional_spline_autoregressive(dim, context_dim, hidden, bound=5.0)
 
 
-class NormalMixture(Conditional):
+class NormalMixture(FromTrunk):
     """Σₖ πₖ N(μₖ, diag σₖ²) with pathwise gradients (Jankowiak & Karaletsos 2019).
 
     πₖ, μₖ and σₖ are read from the trunk.
@@ -134,7 +134,7 @@ class _Mixture(dist.MixtureOfDiagNormals):
         return self.expand(torch.Size(sample_shape) + self.batch_shape).rsample()
 
 
-class Zuko(Conditional):
+class Zuko(FromTrunk):
     """A flow of the library zuko, such as ``zuko.flows.NSF(features=2, context=32)``.
 
     :param event_shape: ``features`` of the flow.

@@ -4,6 +4,7 @@ A trunk accepts any leading batch shape, such as ``(particles, batch)``, and pre
 is the event shape of the features, from which a conditional sizes its read-outs.
 """
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -91,6 +92,18 @@ def out_shape(trunk: nn.Module) -> torch.Size:
     )
 
 
+def num_inputs(module: nn.Module) -> int | None:
+    """Number of tensors that ``module(...)`` takes, or ``None`` for any number.
+
+    It is ``num_inputs`` of the module, or the number of positional arguments of its ``forward``.
+    """
+    if hasattr(module, "num_inputs"):
+        return module.num_inputs  # type: ignore[return-value]
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return None if inspect.Parameter.VAR_POSITIONAL in kinds else sum(kind in positional for kind in kinds)
+
+
 class Part(nn.Module):
     """A module that stores its constructor arguments, so that a checkpoint can rebuild it."""
 
@@ -136,6 +149,7 @@ class MLP(Part):
         several = not isinstance(in_shape, int) and any(not isinstance(size, int) for size in in_shape)
         shapes = in_shape if several else (in_shape,)
         self.in_shapes: list[Shape] = [s if isinstance(s, int) else as_shape(s) for s in shapes]  # type: ignore[union-attr, arg-type]
+        self.num_inputs = len(self.in_shapes)
         widths = [sum(math.prod(as_shape(shape)) for shape in self.in_shapes), *as_shape(tuple(hidden))]
         self.layers = nn.ModuleList(nn.Linear(fan_in, fan_out) for fan_in, fan_out in pairwise(widths))
         self.activation = activation
@@ -143,11 +157,11 @@ class MLP(Part):
         self.out_shape = torch.Size(widths[-1:])
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        if len(inputs) != len(self.in_shapes):
+        if len(inputs) != self.num_inputs:
             raise ValueError(
-                f"MLP: got {len(inputs)} inputs but was built for {len(self.in_shapes)}, of shape "
-                f"{[s if isinstance(s, int) else tuple(s) for s in self.in_shapes]}; "
-                "pass one shape per input as in_shape"
+                f"MLP: got {len(inputs)} inputs but was built for {self.num_inputs}, of shape "
+                f"{[s if isinstance(s, int) else tuple(s) for s in self.in_shapes]}; pass that many inputs, "
+                "each condition after x or z, or set in_shape to one shape per input"
             )
         batches = [split_shape(x, shape) for x, shape in zip(inputs, self.in_shapes, strict=True)]
         batch = torch.broadcast_shapes(*batches)
@@ -238,6 +252,7 @@ class ConvDecoder(Part):
         factor = 2 ** len(channels)
         self.coarse_shape = (maps[0], math.ceil(height / factor), math.ceil(width / factor))
         self.project = MLP(in_shape, (math.prod(self.coarse_shape),), activation=activation)
+        self.num_inputs = self.project.num_inputs
         self.layers = nn.ModuleList(
             nn.ConvTranspose2d(fan_in, fan_out, kernel_size=4, stride=2, padding=1)
             for fan_in, fan_out in pairwise(maps)

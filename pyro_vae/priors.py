@@ -1,5 +1,7 @@
-"""Priors p(z): modules whose ``forward()`` returns a Pyro distribution. The prior of a VAE is an argument, and nothing
-assumes N(0, I) but the default. A p(z|c) that depends on a condition is a :class:`~pyro_vae.conditionals.Conditional`.
+"""Priors p(z): conditionals that are given nothing. The prior of a VAE is an argument, and nothing assumes N(0, I).
+
+In a VAE with conditions each is p(z) for every condition: ``forward(*given)`` ignores what is given. A p(z|c) is a conditional
+that reads a trunk, such as :class:`pyro_vae.conditionals.Normal`.
 
 >>> from pyro_vae import priors
 >>> priors.StandardNormal(20)().event_shape
@@ -12,25 +14,10 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
 from pyro_vae.conditionals import Conditional, scale_floor
-from pyro_vae.nets import Part, Shape, as_shape
+from pyro_vae.nets import Shape, as_shape
 
 
-class Prior(Part):
-    """p(z) over events of ``event_shape``. ``forward()`` → a distribution with ``batch_shape`` ()."""
-
-    def __init__(self, event_shape: Shape) -> None:
-        super().__init__()
-        self.event_shape = as_shape(event_shape)
-
-    def forward(self) -> dist.TorchDistribution:
-        """The distribution."""
-        raise NotImplementedError(f"{type(self).__name__} does not define forward()")
-
-    def extra_repr(self) -> str:
-        return f"event_shape={tuple(self.event_shape)}"
-
-
-class StandardNormal(Prior):
+class StandardNormal(Conditional):
     """N(0, I), AEVB's prior."""
 
     zero: Tensor
@@ -40,12 +27,12 @@ class StandardNormal(Prior):
         # a buffer, so that the prior follows .to(device) and .double()
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
-    def forward(self) -> dist.TorchDistribution:
+    def forward(self, *_: Tensor) -> dist.TorchDistribution:
         mean, scale = torch.zeros_like(self.zero), torch.ones_like(self.zero)  # numbers, of which a graph is free
         return dist.Normal(mean, scale).expand(self.event_shape).to_event(len(self.event_shape))
 
 
-class Normal(Prior):
+class Normal(Conditional):
     """N(m, diag s²) with learned m and s = min_scale + exp(log_scale); it starts at m = 0, s ≈ 1."""
 
     def __init__(self, event_shape: Shape, *, min_scale: float = 1e-3) -> None:
@@ -54,11 +41,11 @@ class Normal(Prior):
         self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
         self.min_scale = scale_floor(min_scale)
 
-    def forward(self) -> dist.TorchDistribution:
+    def forward(self, *_: Tensor) -> dist.TorchDistribution:
         return dist.Normal(self.loc, self.min_scale + self.log_scale.exp()).to_event(len(self.event_shape))
 
 
-class GaussianMixture(Prior):
+class GaussianMixture(Conditional):
     """Σₖ πₖ N(mₖ, diag sₖ²), all learned: softmax weights, scales min_scale + exp(log_scale).
 
     :param num_components: K. The means start as draws from N(0, I), so that the components differ.
@@ -72,13 +59,13 @@ class GaussianMixture(Prior):
         self.log_scale = nn.Parameter(torch.zeros(components + self.event_shape))
         self.min_scale = scale_floor(min_scale)
 
-    def forward(self) -> dist.TorchDistribution:
+    def forward(self, *_: Tensor) -> dist.TorchDistribution:
         scale = self.min_scale + self.log_scale.exp()
         components = dist.Normal(self.loc, scale).to_event(len(self.event_shape))
         return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
 
 
-class VampPrior(Prior):
+class VampPrior(Conditional):
     """The variational mixture of posteriors 1/K Σₖ q(z|uₖ), with learned pseudo-inputs uₖ (Tomczak & Welling 2018).
 
     The encoder is the guide's own, shared: the prior moves with the guide.
@@ -104,7 +91,7 @@ class VampPrior(Prior):
             start = start.clamp(0.05, 0.95)
         self.pseudo_inputs = nn.Parameter(self.transform.inv(start).clone())
 
-    def forward(self) -> dist.TorchDistribution:
+    def forward(self, *_: Tensor) -> dist.TorchDistribution:
         components = self.encoder(self.transform(self.pseudo_inputs))
         weights = dist.Categorical(logits=self.pseudo_inputs.new_zeros(len(self.pseudo_inputs)))
         return dist.MixtureSameFamily(weights, components)

@@ -1,8 +1,8 @@
 """The variational auto-encoder as two Pyro programs: a model that samples z from p(z) and observes x under p(x|z), and a
-guide that samples z from q(z|x) (Kingma & Welling 2013); and its conditional relative (Doersch 2016; Sohn et al. 2015).
+guide that samples z from q(z|x) (Kingma & Welling 2013); all given conditions too in a conditional VAE (Sohn et al. 2015).
 
-Both are PyroModules with the same arguments, latent site ``"z"``, observed site ``"x"`` and plate ``"data"`` at dim −1:
-whatever Pyro does with a model/guide pair works on them unchanged.
+Both are PyroModules with the same arguments ``(x, *given)``, latent site ``"z"``, observed site ``"x"`` and plate ``"data"``
+at dim −1: whatever Pyro does with a model/guide pair works on them unchanged.
 """
 
 from contextlib import suppress
@@ -15,8 +15,7 @@ from pyro.params.param_store import normalize_param_name
 from torch import Tensor
 
 from pyro_vae.conditionals import Conditional, masked
-from pyro_vae.nets import Part
-from pyro_vae.priors import Prior
+from pyro_vae.nets import Part, num_inputs
 
 
 class _Program(PyroModule):
@@ -42,20 +41,34 @@ class _Program(PyroModule):
         return super().__call__(*args, **kwargs)
 
 
-class _Model(_Program):
-    def __init__(self, prior: Prior | Conditional, decoder: Conditional) -> None:
+class Model(_Program):
+    """p(z) p(x|z): ``z ~ prior()``, ``x ~ decoder(z)``, a Pyro program. With conditions c₁, …, each ``(batch, *its event)``,
+    p(z|c…) p(x|z, c…): ``z ~ prior(*given)``, ``x ~ decoder(z, *given)``.
+
+    ``model(x, *given)``: x ``(batch, *event)``. ``mask``: bool like x, true where an entry is observed; log p is then that of
+    the observed entries. ``c``: a condition by name, for data in a dict. ``model()`` draws one datum from the joint,
+    ``model(None, *given)`` one for each row of the conditions. Raises ``ValueError`` for x of another shape, whole numbers
+    under a continuous likelihood, or a conditional prior without a condition.
+    """
+
+    def __init__(self, prior: Conditional, decoder: Conditional) -> None:
         super().__init__()
         self.prior = prior
         self.decoder = decoder
 
-    def _generate(self, x: Tensor | None, condition: tuple[Tensor, ...], mask: Tensor | None, size: int) -> Tensor:
-        if x is not None:
-            size = _check_event(x, self.decoder.event_shape)
+    @property
+    def num_inputs(self) -> int | None:
+        """1 for x, and the number of conditions: as many as the decoder takes after z; ``None`` for any number."""
+        return num_inputs(self.decoder)
+
+    def forward(self, x: Tensor | None = None, *given: Tensor, c: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        given = given if c is None else (*given, c)
+        rows = len(given[0]) if given else 1
+        size = rows if x is None else _check_event(x, self.decoder.event_shape)
         _sample_weights(self)
         with pyro.plate("data", size, dim=-1):
-            prior = self.prior(*condition) if isinstance(self.prior, Conditional) else self.prior()
-            z = pyro.sample("z", prior)
-            likelihood = self.decoder(z, *condition)
+            z = pyro.sample("z", self.prior(*given))
+            likelihood = self.decoder(z, *given)
             if x is not None:
                 x = _as_observed(x, likelihood, z.dtype)
             if mask is not None and x is not None:
@@ -65,56 +78,32 @@ class _Model(_Program):
             return pyro.sample("x", likelihood, obs=x)
 
 
-class _Guide(_Program):
+class Guide(_Program):
+    """q(z|x), or q(z|x, c…) with conditions: ``z ~ encoder(x, *given)``, a Pyro program. Missing entries (``mask`` false)
+    reach the encoder as zeros."""
+
     def __init__(self, encoder: Conditional) -> None:
         super().__init__()
         self.encoder = encoder
 
-    def _infer(self, x: Tensor, condition: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+    @property
+    def num_inputs(self) -> int | None:
+        """1 for x, and the number of conditions; ``None`` for any number."""
+        return num_inputs(self.encoder)
+
+    def forward(self, x: Tensor, *given: Tensor, c: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        given = given if c is None else (*given, c)
         _sample_weights(self)
         with pyro.plate("data", len(x), dim=-1):
             if mask is not None:
                 x = torch.where(_check_mask(mask, x), x, torch.zeros_like(x))
-            posterior = self.encoder(x, *condition)
+            posterior = self.encoder(x, *given)
             if posterior.batch_shape != x.shape[:1]:
                 raise ValueError(
                     f"encoder: it read x of shape {tuple(x.shape)} as a batch of shape {tuple(posterior.batch_shape)}; "
                     f"expected {tuple(x.shape[:1])}: build its trunk with in_shape={tuple(x.shape[1:])}"
                 )
             return pyro.sample("z", posterior)
-
-
-class Model(_Model):
-    """p(z) p(x|z): ``z ~ prior()``, ``x ~ decoder(z)``, a Pyro program.
-
-    ``model(x)``: x ``(batch, *event)``. ``mask``: bool like x, true where an entry is observed; log p is then that of the
-    observed entries. ``model()`` draws one datum from the joint. Raises ``ValueError`` for x of another shape, or whole
-    numbers under a continuous likelihood.
-    """
-
-    def forward(self, x: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
-        return self._generate(x, (), mask, size=1)
-
-
-class Guide(_Guide):
-    """q(z|x): ``z ~ encoder(x)``, a Pyro program. Missing entries (``mask`` false) reach the encoder as zeros."""
-
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        return self._infer(x, (), mask)
-
-
-class ConditionalModel(_Model):
-    """p(z) p(x|z, c), or p(z|c) p(x|z, c) where the prior is a conditional: ``x ~ decoder(z, c)``. c: ``(batch, *event)``."""
-
-    def forward(self, x: Tensor | None, c: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        return self._generate(x, (c,), mask, size=len(c))
-
-
-class ConditionalGuide(_Guide):
-    """q(z|x, c): ``z ~ encoder(x, c)``."""
-
-    def forward(self, x: Tensor, c: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        return self._infer(x, (c,), mask)
 
 
 class VAE(Part):
@@ -134,73 +123,56 @@ class VAE(Part):
     ... )
     >>> vae.sample(5).shape
     torch.Size([5, 8, 8])
+
+    A conditional VAE is a VAE whose decoder p(x|z, c) and encoder q(z|x, c) take conditions, after z and x. Its prior is p(z),
+    independent of them (Doersch 2016), or a conditional p(z|c) (Sohn et al. 2015).
+
+    >>> cvae = pv.VAE(
+    ...     prior=conditionals.Normal(nets.MLP(10, (50,)), event_shape=2),
+    ...     decoder=conditionals.Bernoulli(nets.MLP(((2,), (10,)), (50,)), event_shape=(8, 8)),
+    ...     encoder=conditionals.Normal(nets.MLP(((8, 8), (10,)), (50,)), event_shape=2),
+    ... )
+    >>> cvae.sample(10, torch.eye(10)).shape
+    torch.Size([10, 8, 8])
     """
 
-    def __init__(self, prior: Prior, decoder: Conditional, encoder: Conditional) -> None:
+    def __init__(self, prior: Conditional, decoder: Conditional, encoder: Conditional) -> None:
         super().__init__()
-        _check_latent(prior, encoder)
-        if isinstance(prior, Conditional):
-            raise ValueError("VAE: the prior is a conditional p(z|c); expected a Prior, or use CVAE")
+        if prior.event_shape != encoder.event_shape:
+            raise ValueError(
+                f"VAE: the prior is over z of shape {tuple(prior.event_shape)} but the encoder gives "
+                f"{tuple(encoder.event_shape)}; pass both the same event_shape"
+            )
         self.model = Model(prior, decoder)
         self.guide = Guide(encoder)
 
-    def encode(self, x: Tensor) -> dist.TorchDistribution:
-        """q(z|x). x: ``(batch, *event)``."""
+    def encode(self, x: Tensor, *given: Tensor) -> dist.TorchDistribution:
+        """q(z|x), or q(z|x, c…). x, and each condition: ``(batch, *its event)``."""
         _check_event(x, self.model.decoder.event_shape)
-        return self.guide.encoder(x)
+        return self.guide.encoder(x, *given)
 
-    def decode(self, z: Tensor) -> dist.TorchDistribution:
-        """p(x|z). z: ``(*batch, *latent)``; its ``mean`` is what a picture wants."""
-        return self.model.decoder(z)
-
-    @torch.no_grad()
-    def sample(self, n: int) -> Tensor:
-        """n draws of x from p(z) p(x|z): ``(n, *event)``."""
-        if n < 1:
-            raise ValueError(f"sample: expected one draw or more but got {n}")
-        return self.decode(self.model.prior().sample((n,))).sample()
+    def decode(self, z: Tensor, *given: Tensor) -> dist.TorchDistribution:
+        """p(x|z), or p(x|z, c…). z: ``(*batch, *latent)``; its ``mean`` is what a picture wants."""
+        return self.model.decoder(z, *given)
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """E[x'|z] at z ~ q(z|x): ``(batch, *event)``."""
-        return self.decode(self.encode(x).sample()).mean
-
-
-class CVAE(Part):
-    """The conditional VAE: the pair ``cvae.model(x, c)``, ``cvae.guide(x, c)``.
-
-    :param prior: p(z), independent of the condition (Doersch 2016), or a conditional p(z|c) (Sohn et al. 2015).
-    :param decoder: p(x|z, c), whose trunk takes z and c: ``nets.MLP(((20,), (10,)), (500,))``.
-    :param encoder: q(z|x, c), whose trunk takes x and c: ``nets.MLP(((28, 28), (10,)), (500,))``.
-    :raises ValueError: where prior and encoder disagree on the shape of z.
-    """
-
-    def __init__(self, prior: Prior | Conditional, decoder: Conditional, encoder: Conditional) -> None:
-        super().__init__()
-        _check_latent(prior, encoder)
-        self.model = ConditionalModel(prior, decoder)
-        self.guide = ConditionalGuide(encoder)
-
-    def encode(self, x: Tensor, c: Tensor) -> dist.TorchDistribution:
-        """q(z|x, c)."""
-        _check_event(x, self.model.decoder.event_shape)
-        return self.guide.encoder(x, c)
-
-    def decode(self, z: Tensor, c: Tensor) -> dist.TorchDistribution:
-        """p(x|z, c)."""
-        return self.model.decoder(z, c)
+    def sample(self, n: int, *given: Tensor) -> Tensor:
+        """n draws of x from p(z) p(x|z): ``(n, *event)``. Conditions have n rows, one for each draw. Raises ``ValueError`` for
+        other numbers of rows."""
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(
+                f"sample: expected one draw or more but got {n if isinstance(n, int) else type(n).__name__}; conditions follow "
+                "the number of draws, as in vae.sample(len(c), c)"
+            )
+        if any(len(c) != n for c in given):
+            rows = ", ".join(str(len(c)) for c in given)
+            raise ValueError(f"sample: {n} draws of conditions with {rows} rows; expected one row for each draw")
+        return self.decode(self.model.prior(*given).expand((n,)).sample(), *given).sample()
 
     @torch.no_grad()
-    def sample(self, c: Tensor) -> Tensor:
-        """One draw of x from p(x|c) for each condition: c ``(n, *event)`` → ``(n, *x_event)``."""
-        prior = self.model.prior
-        z = prior(c).sample() if isinstance(prior, Conditional) else prior().sample((len(c),))
-        return self.decode(z, c).sample()
-
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor, c: Tensor) -> Tensor:
-        """E[x'|z, c] at z ~ q(z|x, c)."""
-        return self.decode(self.encode(x, c).sample(), c).mean
+    def reconstruct(self, x: Tensor, *given: Tensor) -> Tensor:
+        """E[x'|z] at z ~ q(z|x): ``(batch, *event)``; E[x'|z, c…] at z ~ q(z|x, c…) with conditions."""
+        return self.decode(self.encode(x, *given).sample(), *given).mean
 
 
 def _sample_weights(program: PyroModule) -> None:
@@ -210,14 +182,6 @@ def _sample_weights(program: PyroModule) -> None:
         if isinstance(module, PyroModule):
             for name in module._pyro_samples:
                 getattr(module, name)
-
-
-def _check_latent(prior: Prior | Conditional, encoder: Conditional) -> None:
-    if prior.event_shape != encoder.event_shape:
-        raise ValueError(
-            f"VAE: the prior is over z of shape {tuple(prior.event_shape)} but the encoder gives "
-            f"{tuple(encoder.event_shape)}; pass both the same event_shape"
-        )
 
 
 def _check_event(x: Tensor, event_shape: torch.Size) -> int:

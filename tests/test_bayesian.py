@@ -67,8 +67,8 @@ def test_weights_of_a_decoder_are_sampled_once_and_outside_the_data_plate(trunk)
     assert plates == {name: set() for name in names} | {"z": {"data"}, "x": {"data"}}
 
 
-def test_weights_of_a_conditional_prior_and_of_the_model_of_a_cvae_are_outside_the_data_plate():
-    cvae = pv.CVAE(
+def test_weights_of_a_conditional_prior_and_of_a_conditional_vae_are_outside_the_data_plate():
+    cvae = pv.VAE(
         conditionals.Normal(nets.MLP(3, (4,)), event_shape=2),
         conditionals.Normal(nets.MLP(((2,), (3,)), (4,)), event_shape=5),
         conditionals.Normal(nets.MLP(((5,), (3,)), (4,)), event_shape=2),

@@ -6,6 +6,7 @@ import pyro
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
+from torch import nn
 from torch.distributions import constraints
 from torch.nn.functional import softplus
 
@@ -94,14 +95,14 @@ def test_as_likelihood_under_svi(name):
     assert vae.reconstruct(x).shape == x.shape
 
 
-class OnSupport(priors.Prior):
+class OnSupport(c.Conditional):
     """A prior on the support of a guide's family: one distribution for all data."""
 
     def __init__(self, conditional):
         super().__init__(conditional.event_shape)
         self.conditional = conditional
 
-    def forward(self):
+    def forward(self, *_):
         return self.conditional(torch.zeros(5))
 
 
@@ -118,6 +119,13 @@ def test_as_guide_with_reparameterized_gradients(name):
     for _ in range(3):
         svi.step(torch.randn(11, 6))
     assert all((p != b).any() for p, b in zip(encoder.parameters(), before, strict=True))
+
+
+@every
+def test_what_reads_a_trunk_is_refused_where_it_is_given_nothing(name):
+    conditional = make(name, nn.Linear(5, 8), 4)
+    with pytest.raises(ValueError, match="is given nothing"):
+        conditional()
 
 
 def test_normal_is_its_formula():

@@ -5,6 +5,7 @@ import math
 import pyro
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch.distributions import constraints
 
@@ -52,6 +53,23 @@ def test_mixture_is_its_formula():
     scale = 1e-3 + prior.log_scale.exp()
     each = torch.distributions.Normal(prior.loc, scale).log_prob(z.unsqueeze(1)).sum((2, 3))
     torch.testing.assert_close(prior().log_prob(z), torch.logsumexp(each + prior.logits.log_softmax(0), 1))
+
+
+@pytest.mark.parametrize("prior_of", PRIORS.values(), ids=PRIORS.keys())
+def test_an_unconditional_prior_of_a_conditional_vae_is_p_of_z_for_every_row(prior_of):
+    prior = prior_of(conditionals.Normal(nets.MLP(6, (8,)), event_shape=2)).double()
+    vae = pv.VAE(
+        prior,
+        conditionals.Normal(nets.MLP(((2,), (3,)), (8,)), event_shape=6),
+        conditionals.Normal(nets.MLP(((6,), (3,)), (8,)), event_shape=2),
+    ).double()
+    x, c = torch.rand(5, 6, dtype=torch.double), torch.randn(5, 3, dtype=torch.double)
+    site = poutine.trace(vae.model).get_trace(x, c).nodes["z"]
+    assert site["fn"].batch_shape == (5,)
+    torch.testing.assert_close(site["fn"].log_prob(site["value"]), prior().log_prob(site["value"]))
+    # draws of p(z) p(x|z, c), each row of its own z
+    assert len(poutine.trace(vae.model).get_trace(None, c).nodes["z"]["value"].unique(dim=0)) == 5
+    assert len(vae.sample(5, c[:1].expand(5, 3)).unique(dim=0)) == 5
 
 
 @pytest.mark.parametrize("pseudo_inputs", [torch.zeros(0, 6), torch.zeros(6)], ids=["none", "no rows"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
+from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import conditionals, nets, priors
@@ -151,34 +152,114 @@ def test_the_reparameterized_gradient_is_its_closed_form_in_expectation():
 
 
 def make_cvae(prior):
-    return pv.CVAE(
+    return pv.VAE(
         prior=prior,
         decoder=conditionals.Bernoulli(nets.MLP(((3,), (2,)), (8,)), event_shape=(4, 4)),
         encoder=conditionals.Normal(nets.MLP(((4, 4), (2,)), (8,)), event_shape=3),
     )
 
 
-@pytest.mark.parametrize("conditional_prior", [False, True])
-def test_cvae_under_plain_svi(conditional_prior):
-    prior = conditionals.Normal(nets.MLP(2, (8,)), event_shape=3) if conditional_prior else priors.StandardNormal(3)
+@pytest.mark.parametrize("is_conditional", [False, True])
+def test_conditional_vae_under_plain_svi(is_conditional):
+    prior = conditional_prior() if is_conditional else priors.StandardNormal(3)
     cvae, x, c = make_cvae(prior), torch.bernoulli(torch.rand(16, 4, 4)), torch.randn(16, 2)
     before = {name: p.detach().clone() for name, p in cvae.named_parameters()}
     svi = SVI(cvae.model, cvae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
     for _ in range(2):
         svi.step(x, c)
     assert all((p != before[name]).any() for name, p in cvae.named_parameters())
-    assert cvae.sample(c).shape == x.shape
+    assert cvae.sample(16, c).shape == cvae.model(None, c).shape == x.shape
     assert cvae.reconstruct(x, c).shape == x.shape
     # z ~ p(z|c) where the prior is a conditional, and p(z) where it is none
     z = poutine.trace(cvae.model).get_trace(x, c).nodes["z"]["fn"]
     assert z.has_rsample
-    assert (z.mean.std(0) > 0).all() == conditional_prior
+    assert (z.mean.std(0) > 0).all() == is_conditional
 
 
-def test_a_vae_does_not_take_a_prior_that_needs_a_condition():
-    vae = make_vae()
-    with pytest.raises(ValueError, match="use CVAE"):
-        pv.VAE(conditionals.Normal(nets.MLP(2), event_shape=3), vae.model.decoder, vae.guide.encoder)
+def conditional_prior():
+    return conditionals.Normal(nets.MLP(2, (8,)), event_shape=3)
+
+
+def test_a_conditional_prior_without_a_condition_is_refused():
+    vae, x = make_vae(), torch.bernoulli(torch.rand(5, 4, 4))
+    vae = pv.VAE(conditional_prior(), vae.model.decoder, vae.guide.encoder)
+    for call in (vae.model, lambda: vae.model(x), lambda: vae.sample(5), lambda: pv.fit(vae.model, vae.guide, x, epochs=1)):
+        with pytest.raises(ValueError, match="Normal: it is conditional but is given nothing"):
+            call()
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_another_number_of_conditions_is_refused(number):
+    vae, x = make_cvae(priors.StandardNormal(3)), torch.bernoulli(torch.rand(5, 4, 4))
+    c = [torch.randn(5, 2)] * number
+    for call in (vae.model, vae.guide, vae.encode, vae.decode, vae.reconstruct):
+        with pytest.raises(ValueError, match=f"got {number + 1} inputs but was built for 2"):
+            call(x[:, 0, :3] if call == vae.decode else x, *c)
+    with pytest.raises(ValueError, match="built for 2"):
+        vae.sample(5, *c)
+
+
+def test_draws_and_conditions_are_as_many():
+    vae, c = make_cvae(priors.StandardNormal(3)), torch.randn(5, 2)
+    for n in (1, 4):
+        with pytest.raises(ValueError, match=f"{n} draws of conditions with 5 rows"):
+            vae.sample(n, c)
+    for n, got in ((0, "0"), (c, "Tensor")):
+        with pytest.raises(ValueError, match=f"one draw or more but got {got}"):
+            vae.sample(n)
+
+
+@pytest.mark.parametrize("prior", [lambda: priors.Normal(3), conditional_prior], ids=["p(z)", "p(z|c)"])
+def test_log_probability_of_a_conditional_model_is_that_of_prior_and_decoder(prior):
+    vae = make_cvae(prior()).double()
+    x, c = torch.bernoulli(torch.rand(5, 4, 4, dtype=torch.double)), torch.randn(5, 2, dtype=torch.double)
+    z = torch.randn(5, 3, dtype=torch.double)
+    trace = poutine.trace(poutine.condition(vae.model, {"z": z})).get_trace(x, c)
+    part = vae.model.prior
+    if isinstance(part, priors.Normal):
+        loc, log_scale = part.loc, part.log_scale
+    else:
+        loc, log_scale = (part.readout[name](part.trunk(c)) for name in ("loc", "log_scale"))
+    scale = 1e-3 + log_scale.exp()
+    log_pz = (-0.5 * ((z - loc) / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi)).sum()
+    decoder = vae.model.decoder
+    logits = decoder.readout["logits"](decoder.trunk(z, c))
+    log_px = (x * logits - nn.functional.softplus(logits)).sum()
+    torch.testing.assert_close(trace.log_prob_sum(), log_pz + log_px)
+
+
+def test_two_conditions():
+    """p(z|a, b) p(x|z, a, b): every parameter moves, and every row depends on its own rows of both conditions."""
+    event, a, b = (4, 4), torch.randn(16, 2).double(), torch.randn(16, 5).double()
+    vae = pv.VAE(
+        prior=conditionals.Normal(nets.MLP(((2,), (5,)), (8,)), event_shape=3),
+        decoder=conditionals.Normal(
+            nets.ConvDecoder(((3,), (2,), (5,)), event, (4, 8), activation=torch.tanh), event_shape=event
+        ),
+        encoder=conditionals.Normal(nets.MLP((event, (2,), (5,)), (8,)), event_shape=3),
+    ).double()
+    x = torch.randn(16, *event, dtype=torch.double)
+    before = {name: p.detach().clone() for name, p in vae.named_parameters()}
+    pv.fit(vae.model, vae.guide, (x, a, b), epochs=1, batch_size=8)
+    assert all((p != before[name]).any() for name, p in vae.named_parameters())
+    assert vae.sample(16, a, b).shape == vae.reconstruct(x, a, b).shape == vae.model(None, a, b).shape == x.shape
+    z = vae.encode(x, a, b).sample()
+    for given in ((a.roll(1, 0), b), (a, b.roll(1, 0))):
+        assert (vae.encode(x, *given).mean != vae.encode(x, a, b).mean).any(1).all()
+        assert (vae.model.prior(*given).mean != vae.model.prior(a, b).mean).any(1).all()
+        assert (vae.decode(z, *given).mean != vae.decode(z, a, b).mean).flatten(1).any(1).all()
+
+
+def test_labels_that_no_part_takes_are_left_out():
+    """The pair says how many conditions it takes, so data with labels train a VAE without conditions too."""
+    x, labels = torch.bernoulli(torch.rand(16, 4, 4)), torch.randn(16, 2)
+    assert (make_vae().model.num_inputs, make_cvae(conditional_prior()).guide.num_inputs) == (1, 2)
+    bounds = []
+    for data in (x, (x, labels)):
+        pyro.set_rng_seed(4)
+        vae = make_vae()
+        bounds.append(pv.evaluate(vae.model, vae.guide, data).elbo)
+    assert torch.equal(*bounds)
 
 
 def test_particles_are_vectorized():
@@ -197,3 +278,20 @@ def test_integer_images():
     vae.model.decoder = conditionals.Normal(nets.MLP(3), event_shape=(4, 4))
     with pytest.raises(ValueError, match=r"x\.float\(\) / 255"):
         vae.model(x)
+
+
+def test_a_condition_may_have_a_name_and_missing_entries_a_mask():
+    """Data in a dict: the numbers are those of the condition by position."""
+    torch.manual_seed(0)
+    vae = pv.VAE(
+        priors.StandardNormal(2),
+        conditionals.Normal(nets.MLP(((2,), (3,)), (8,)), event_shape=4),
+        conditionals.Normal(nets.MLP(((4,), (3,)), (8,)), event_shape=2),
+    )
+    x, c = torch.randn(9, 4), torch.randn(9, 3)
+    by_name = pv.evaluate(vae.model, vae.guide, {"x": x, "c": c})
+    assert torch.equal(by_name.elbo, pv.evaluate(vae.model, vae.guide, (x, c)).elbo)
+    mask = torch.rand(9, 4) > 0.3
+    missing = pv.evaluate(vae.model, vae.guide, {"x": x.where(mask, torch.nan), "c": c, "mask": mask})
+    assert missing.elbo.isfinite().all()
+    pv.fit(vae.model, vae.guide, {"x": x, "c": c, "mask": mask}, epochs=1, batch_size=4, progress=False)

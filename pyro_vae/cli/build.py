@@ -45,7 +45,7 @@ GUIDES: dict[str, Callable[..., conditionals.Conditional]] = {
     "spline": flows.NeuralSpline,
     "mixture": flows.NormalMixture,
 }
-PRIORS: dict[str, Callable[[conditionals.Conditional, Tensor], priors.Prior]] = {
+PRIORS: dict[str, Callable[[conditionals.Conditional, Tensor], conditionals.Conditional]] = {
     "standard-normal": lambda encoder, _: priors.StandardNormal(encoder.event_shape),
     "normal": lambda encoder, _: priors.Normal(encoder.event_shape),
     "mixture": lambda encoder, _: priors.GaussianMixture(encoder.event_shape),

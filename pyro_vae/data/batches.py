@@ -579,7 +579,7 @@ def fitting(batch: Batch, *programs: Callable[..., Any]) -> Batch:
     """
     signatures = [_signature(program) for program in programs]
     known = [signature for signature in signatures if signature is not None]
-    room = [n for n in map(_room, known) if n is not None]
+    room = [n for n in map(_room, programs, signatures) if n is not None]
     names = [taken for taken in map(_keywords, known) if taken is not None]
     args = batch.args[: max(room)] if room else batch.args
     kwargs = {key: part for key, part in batch.kwargs.items() if not names or any(key in taken for taken in names)}
@@ -609,8 +609,10 @@ def _signature(program: Callable[..., Any]) -> inspect.Signature | None:
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def _room(signature: inspect.Signature) -> int | None:
-    """How many positional arguments it takes, ``None`` for any number."""
+def _room(program: Callable[..., Any], signature: inspect.Signature | None) -> int | None:
+    """How many positional arguments a program takes, ``None`` for any number: its ``num_inputs``, or as its signature says."""
+    if hasattr(program, "num_inputs") or signature is None:
+        return getattr(program, "num_inputs", None)
     kinds = [p.kind for p in signature.parameters.values()]
     return None if inspect.Parameter.VAR_POSITIONAL in kinds else sum(kind in _POSITIONAL for kind in kinds)
 

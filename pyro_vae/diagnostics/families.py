@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import transform_to
 from torch.distributions.transforms import identity_transform
 
-from pyro_vae.conditionals import Conditional, LogNormal, MultivariateNormal, Normal
+from pyro_vae.conditionals import FromTrunk, LogNormal, MultivariateNormal, Normal
 from pyro_vae.nets import as_shape
 from pyro_vae.pairs.traces import unwrapped
 
@@ -98,7 +98,7 @@ class Freed:
     the read-outs reach every member of its family, down to the floor under the scale, else ``None``.
     """
 
-    def __init__(self, conditional: Conditional, rows: int, num_rows: int) -> None:
+    def __init__(self, conditional: FromTrunk, rows: int, num_rows: int) -> None:
         self.conditional, self.kind = conditional, _reached(conditional)
         parameter = next(conditional.parameters())
         self.start = {}
@@ -140,7 +140,7 @@ def _transform(kind: Any, name: str) -> Any:
     return transform_to(kind.arg_constraints[name])
 
 
-def _reached(conditional: Conditional) -> type | None:
+def _reached(conditional: FromTrunk) -> type | None:
     """The kind of distribution of which a conditional's read-outs reach every member."""
     if type(conditional) is MultivariateNormal:
         return dist.MultivariateNormal

@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from pyro_vae.conditionals import Conditional
+from pyro_vae.conditionals import FromTrunk
 from pyro_vae.data.batches import Batch, as_arguments
 from pyro_vae.diagnostics.families import Family, Freed, as_gaussian, is_same
 from pyro_vae.exact import ExactModel
@@ -111,9 +111,9 @@ class _Pair:
         self.batch = batch
         with torch.no_grad():
             self.drawn = self.latents.draw(guide, batch, 2)  # a guide that has no log q(z|x) says so
-            calls: list[tuple[Conditional, Any]] = []
+            calls: list[tuple[FromTrunk, Any]] = []
             note = nn.modules.module.register_module_forward_hook(
-                lambda module, _, q: calls.append((module, q)) if isinstance(module, Conditional) else None
+                lambda module, _, q: calls.append((module, q)) if isinstance(module, FromTrunk) else None
             )
             try:
                 trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
@@ -126,7 +126,7 @@ class _Pair:
         self.said = calls[0][1] if calls else None
         self.start = {name: family.start for name, family in self.families.items()}
 
-    def _by_readouts(self, calls: list[tuple[Conditional, Any]]) -> dict[str, Family | Freed]:
+    def _by_readouts(self, calls: list[tuple[FromTrunk, Any]]) -> dict[str, Family | Freed]:
         """The families of the conditionals that the guide calls, where it calls one for each of its sites."""
         (rows, *others), n = {site.rows for site in self.latents.sites.values()}, self.batch.num_rows
         aligned = all(len(q.batch_shape) == -rows and q.batch_shape[rows] == n for _, q in calls)

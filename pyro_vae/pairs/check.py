@@ -1,4 +1,4 @@
-"""What is wrong with a pair: one function over its structure, for every verb."""
+"""Check a pair: the same checks on its structure for every verb."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class SiteReport(NamedTuple):
-    """One random variable of a pair. ``plates`` from the outside in; ``programs`` are those that have the site."""
+    """One random variable of a pair. ``plates``: outermost first. ``programs``: ``"model"``, ``"guide"`` or both."""
 
     name: str
     observed: bool
@@ -46,7 +46,7 @@ class SiteReport(NamedTuple):
 
 @dataclass(frozen=True)
 class PairReport:
-    """What :func:`check_pair` found: the sites of the pair, its data plates, and what is wrong with it, if anything."""
+    """The result of :func:`check_pair`: the sites of the pair, its data plates, and its problems."""
 
     sites: tuple[SiteReport, ...]
     data_plates: frozenset[str]
@@ -66,14 +66,13 @@ class PairReport:
 
 
 def check_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> PairReport:
-    """Run a pair on a batch and report what is wrong with it. Nothing is changed by it.
+    """Run a pair on a batch and report its problems. All state is restored afterwards.
 
-    Looked at: sites missing on one side; event shapes and plates that differ between model and guide; batch dimensions that
-    no plate declares; data that are not finite, or outside the likelihood's support, with the row; draws of the guide
-    outside the model's support and of the model outside the guide's; log-probabilities that are not finite, with the row;
-    networks that run but are not registered; rows along another dimension than the first; and data that are not independent
-    given the latents that they share: terms of one datum that change when another is replaced, as under batch normalization
-    in training mode.
+    Checked are: sites that only model or guide has; event shapes and plates that differ between them; batch dimensions that
+    no plate declares; data that are not finite, or outside of the likelihood's support, with the row; draws of the guide
+    outside of the model's support and the reverse; log-probabilities that are not finite, with the row; networks that are
+    not registered; rows along another dimension than the first; and rows that are not independent given the latents that
+    they share, as under batch normalization in training mode.
 
     :param args: the arguments of model and guide, tensors or arrays ``(batch, *event)``.
     :return: :class:`PairReport`; ``print(check_pair(...))`` is a table of the sites and the list of problems.
@@ -106,7 +105,7 @@ def check_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Pai
 
 
 def _trainable_problems(pair: Structure) -> Iterable[Problem]:
-    """Those of training, unless all parameters are frozen: such a pair is there to be evaluated."""
+    """The problems of training, unless all parameters are frozen: such a pair is meant to be evaluated."""
     parameters = [p for module in pair.ran for p in module.parameters(recurse=False)]
     return () if parameters and not any(p.requires_grad for p in parameters) else training_problems(pair)
 
@@ -124,16 +123,16 @@ def inspect_checked(
 ) -> Structure:
     """:func:`inspect` a pair for a verb that evaluates it. Raises ``ValueError`` for what is wrong with it.
 
-    :param check: ``False`` allows what is judged wrong, not what does not exist.
+    :param check: ``False`` allows problems that are judged, not undefined results.
     :param per_datum: the verb needs log-weights per datum.
-    :param joint: the verb needs log-weights of all data together, which are one datum of the pair returned.
-    :param whole: the batch is all data, so that rounding it to the pair's dtype must not lose what distinguishes its rows.
+    :param joint: the verb needs log-weights of all data together; the structure returned has them as one datum.
+    :param whole: the batch is all data, so distinct rows must stay distinct in the dtype of the parameters.
     """
     pair = inspect(model, guide, batch)
     if whole:
         batch.check_cast(pair.dtype)
     problems: list[Problem] = [*pair_problems(pair), *lost_parameters(pair)]
-    if not problems or not check:  # a pair that is wrong may fail where these look at it
+    if not problems or not check:  # these may raise on a pair with other problems
         with suppress(RuntimeError, ValueError) if problems else nullcontext():
             problems += [*(per_datum_problems(pair) if per_datum else ()), *(joint_problems(pair) if joint else ())]
     refuse(problems, verb=verb, check=check)
@@ -150,7 +149,7 @@ def inspect_checked(
 
 
 def refuse(problems: Iterable[Problem], *, verb: str, check: bool = True) -> None:
-    """Raise ``ValueError`` for these problems, of those judged wrong only where they are checked."""
+    """Raise ``ValueError`` for these problems; with ``check=False`` only for undefined results."""
     found = [problem for problem in problems if check or not problem.judged]
     if not found:
         return
@@ -159,7 +158,7 @@ def refuse(problems: Iterable[Problem], *, verb: str, check: bool = True) -> Non
 
 
 def check_observed(pair: Structure, model_trace: Trace, batch: Batch, where: str) -> None:
-    """Raise ``ValueError`` where an observed row of another run of a pair lies outside its likelihood's support."""
+    """Raise ``ValueError`` if an observed row of another run of the pair is outside of the likelihood's support."""
     for problem in data_problems(model_trace, batch, pair.plates, None, pair.trusted[0]):
         raise ValueError(f"{where}: {problem}")
 

@@ -1,4 +1,4 @@
-"""Many draws of a pair at once: an outermost plate of particles, and sites that are summed out."""
+"""Many draws of a pair at once in an outermost plate of particles, and enumerated sites summed out."""
 
 import math
 from collections import OrderedDict
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from pyro_vae.pairs.traces import sampled, sum_to
 
-PARTICLES = "_particles"  # the name of their plate
+PARTICLES = "_particles"  # name of the plate of particles
 Sites = Callable[[Trace], Iterable[tuple[str, dict]]]
 
 
 class Held(Messenger):
-    """A handler under which the named sites have these values and remain latent."""
+    """A handler that fixes the values of the named sites, which remain latent."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -33,30 +33,32 @@ class Held(Messenger):
 
 
 def values_of(trace: Trace) -> dict[str, Tensor]:
-    """The values of a trace's latent sites."""
+    """The values of the latent sites of a trace."""
     return {name: site["value"] for name, site in sampled(trace) if not site["is_observed"]}
 
 
 def max_nesting(sites: Sequence[dict]) -> int:
-    """The number of dimensions that plates take."""
+    """The number of batch dimensions that plates occupy, at least 1."""
     return max((-f.dim for site in sites for f in site["cond_indep_stack"] if f.vectorized), default=1)
 
 
 def is_enumerated(site: dict) -> bool:
-    """Whether a site is one to sum out."""
+    """Whether a site is enumerated in parallel, to be summed out."""
     return not site["is_observed"] and site["infer"].get("enumerate") == "parallel"
 
 
 def sum_out(traces: Sequence[tuple[Trace, Sites, int]], plates: frozenset[str]) -> Tensor:
-    """log Σ over the enumerated sites of Π f, by variable elimination: f are the probabilities of the sites of each trace, to
-    the power of its sign. Enumerated sites of a trace of sign −1 count as 1: a mean of p/q over q is a sum of p.
+    """log Σ Π f over the values of the enumerated sites, by variable elimination. f are the probabilities of the sites of each
+    trace, to the power of its sign. Enumerated sites of a trace of sign −1 count as 1, since a mean of p/q over q is a sum
+    of p.
 
-    Scales are stripped, masks kept.
+    Scales are removed, masks are applied.
 
-    :param traces: each with the function that gives its sites, ``sampled`` or ``proposal``, and its sign. The first is
-        that of the guide, run under ``EnumMessenger(first_available_dim)``, the next under ``EnumMessenger()``, so that they
-        do not share dimensions.
-    :param plates: the plates that are kept, of particles and of data: ``(particles, batch)`` in this order.
+    :param traces: for each trace the function that gives its sites, ``sampled`` or ``proposal``, and its sign. The guide's
+        comes first, run under ``EnumMessenger(first_available_dim)``, then the model's, run under ``EnumMessenger()``, so
+        that they do not share enumeration dimensions.
+    :param plates: the plates that remain, of particles and of data.
+    :return: ``(particles, batch)``, without the dimensions of plates that are not there.
     """
     factors: OrderedDict[frozenset, list[Tensor]] = OrderedDict()
     symbols: dict[str, str] = {}
@@ -73,7 +75,7 @@ def sum_out(traces: Sequence[tuple[Trace, Sites, int]], plates: frozenset[str]) 
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
             masked = scale_and_mask(log_prob, mask=site["mask"])
             dim = site["infer"].get("_enumerate_dim")
-            if dim is not None and site["mask"] is not None:  # what is masked sums to 1, as it would integrate
+            if dim is not None and site["mask"] is not None:  # a masked site sums to 1
                 size = site["value"].shape[dim - site["fn"].event_dim]
                 masked = torch.where(torch.as_tensor(site["mask"], device=masked.device), log_prob, -math.log(size))
             term = packed.pack(sign * masked, site["infer"]["_dim_to_symbol"])

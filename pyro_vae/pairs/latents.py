@@ -1,4 +1,4 @@
-"""The latents of each datum, or of all data as one datum, end to end in one vector, at many draws at once."""
+"""The latents of each datum, or of all data as one datum, concatenated in one vector, for many draws at once."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from pyro_vae.pairs.traces import Program, prior_of, proposal, sampled, sum_site
 def inspect_latents(
     model: Program, guide: Program | None, batch: Batch, *, verb: str, check: bool = True
 ) -> tuple["Latents", Batch]:
-    """The latents of a checked pair, and the batch as the pair takes it. Without a guide that of the prior serves."""
+    """The latents of a checked pair, and its batch. Without a guide, the latents are drawn from the prior."""
     pair = inspect_checked(model, guide or prior_of(model), batch, verb=verb, check=check, per_datum=True)
     part_of_q = {name for name, _ in proposal(pair.traces[1])}
     for name, site in pair.guide_latents.items():
@@ -34,9 +34,9 @@ def inspect_latents(
 
 
 class Site(NamedTuple):
-    """A latent of each datum: its event shape, the sizes of the plates within the datum (1 where there is none) with that of
-    the data at ``rows``, the dimensions of the plates within the datum, its distribution in the model, its dtype. Where all
-    data are one datum, its dimension, of size 1, is to the left of all plates."""
+    """A latent site. event: its event shape. plates: the size of each batch dimension, 1 without a plate. rows: the batch
+    dimension of the data. dims: the batch dimensions of plates within a datum. fn: its distribution in the model. If all data
+    are one datum, ``rows`` is a dimension of size 1 to the left of all plates."""
 
     event: torch.Size
     plates: tuple[int, ...]
@@ -47,21 +47,21 @@ class Site(NamedTuple):
 
     @property
     def inner(self) -> tuple[int, ...]:
-        """Sizes of the plates within the datum."""
+        """Sizes of the plates within a datum."""
         return self.plates[: self.rows] + self.plates[len(self.plates) + self.rows + 1 :]
 
     @property
     def shape(self) -> torch.Size:
-        """Of the values of one datum."""
+        """The shape of the value for one datum."""
         return torch.Size([self.plates[dim] for dim in self.dims]) + self.event
 
 
 class Latents:
-    """The latents of a model on some data, each datum's end to end in a vector z: ``(particles, batch, dim)``. Sites that the
-    model enumerates in parallel are not among them: they are summed out.
+    """The latents of a pair as one vector z for each datum, ``(particles, batch, dim)``, and log-probabilities at given z.
+    Sites that the model enumerates in parallel are summed out and are not part of z.
 
-    Where the pair is joint, all data are one datum: z has all latents, shared or not, the batch is 1, and log-probabilities
-    are sums over all data.
+    For a joint structure all data are one datum: z contains all latents, the batch is 1, and log-probabilities are sums over
+    all data.
 
     :param pair: of :func:`~pyro_vae.pairs.check.inspect_checked` with ``per_datum`` or ``joint``.
     :raises ValueError: for a latent of each datum in a sequential plate.
@@ -93,17 +93,17 @@ class Latents:
         return Site(event, tuple(sizes), rows, tuple(dims), site["fn"], value.dtype)
 
     def num_rows(self, batch: Batch) -> int:
-        """The number of data of a batch: 1 where all of it is one datum."""
+        """The number of data in a batch, 1 for a joint structure."""
         return 1 if self.joint else batch.num_rows
 
     def split(self, z: Tensor) -> Iterator[tuple[str, Site, Tensor]]:
-        """Each site's part of z ``(*batch, dim)``, ``(*batch, *shape)``."""
+        """The part of z ``(*batch, dim)`` of each site: ``(*batch, *shape)``."""
         parts = z.split([site.shape.numel() for site in self.sites.values()], -1)
         for (name, site), part in zip(self.sites.items(), parts, strict=True):
             yield name, site, part.reshape(*z.shape[:-1], *site.shape)
 
     def values(self, z: Tensor) -> dict[str, Tensor]:
-        """z ``(particles, batch, dim)`` as the sites take it under a plate of particles."""
+        """Values of the sites in a plate of particles, from z ``(particles, batch, dim)``."""
         values = {}
         for name, site, part in self.split(z):
             rows = part.reshape(*z.shape[:2], *site.inner, *site.event)  # (particles, batch, plates within, event)
@@ -112,7 +112,7 @@ class Latents:
         return values
 
     def flat(self, values: Mapping[str, Tensor], num_particles: int, num_rows: int) -> Tensor:
-        """The vector of each datum, from values as sites have them, with particles or without: ``(particles, batch, dim)``."""
+        """z ``(particles, batch, dim)`` from values of the sites, with or without a particle dimension."""
         if not self.sites:
             raise ValueError("model: it has no latent of each datum that is not summed out; expected one")
         for name in self.sites:
@@ -122,7 +122,7 @@ class Latents:
         return torch.cat([part.reshape(num_particles, num_rows, -1) for part in parts], -1)
 
     def part(self, name: str, value: Tensor, num_particles: int, num_rows: int) -> Tensor:
-        """The value of a site as it has it, with particles or without, ``(particles, batch, *shape)``."""
+        """The value of a site as ``(particles, batch, *shape)``, with or without a particle dimension."""
         site = self.sites[name]
         value = value.reshape((1,) * (1 + self.nesting + len(site.event) - value.dim()) + value.shape)
         rows = value.unsqueeze(1) if self.joint else value.movedim(1 + self.nesting + site.rows, 1)
@@ -130,8 +130,8 @@ class Latents:
         return rows.reshape(num_particles, num_rows, *site.shape)
 
     def run(self, program: Program, batch: Batch, num_particles: int, values: Mapping[str, Tensor] | None = None) -> Trace:
-        """A trace of ``num_particles`` runs at once: of draws, or with the named sites held at ``values``, and what is
-        enumerated at each of its own."""
+        """A trace of ``num_particles`` runs at once. With ``values`` these sites are fixed, and enumerated sites take all
+        their values."""
         held = program if values is None else Held(values)(program)
         if self.enumerates and values is not None:
             held = EnumMessenger(first_available_dim=-2 - self.nesting)(held)
@@ -150,7 +150,7 @@ class Latents:
         trace = self.run(guide, batch, num_particles)
         shape = num_particles, self.num_rows(batch)
         z = self.flat(values_of(trace), *shape)
-        if any(is_enumerated(site) for _, site in sampled(trace)):  # of the guide: it drew what is to be summed out
+        if any(is_enumerated(site) for _, site in sampled(trace)):  # a sampled value of what the guide enumerates
             return z, self.log_q(guide, batch, z).expand(shape)
         latent, observed = self._sums(trace, proposal)
         return z, (latent + observed).expand(shape)
@@ -160,7 +160,7 @@ class Latents:
         return {name: part.to(site.dtype) for name, site, part in self.split(z)}
 
     def distribution(self, guide: Program, batch: Batch) -> Any:
-        """q(z|x) itself, of a guide of one site; ``None`` of several, which may depend on each other."""
+        """The distribution q(z|x) of a guide with one site; ``None`` for several sites, which may depend on each other."""
         if len(self.sites) > 1:
             return None
         (name,) = self.sites
@@ -172,12 +172,12 @@ class Latents:
 
     def log_q(self, guide: Program, batch: Batch, z: Tensor) -> Tensor:
         """log q(z|x). z: ``(particles, batch, dim)`` → ``(particles, batch)``. Raises ``NotImplementedError`` for a guide that
-        tells the density of its own draws only, as autoguides do."""
+        knows the density of its own draws only, such as an autoguide."""
         if self.pair.guide is guide and self.pair.has_auxiliary:
             raise NotImplementedError("guide: it has auxiliary sites, so its density at given latents is not known")
         try:
             return self._total(self.run(guide, batch, len(z), self.values(z)), proposal).expand(len(z), z.shape[1])
-        except KeyError as error:  # of a transform that inverts its own draws only
+        except KeyError as error:  # a transform that can invert its own draws only
             raise NotImplementedError(
                 f"guide: its density at given latents is not known: {first_line(error)}; a planar flow has no inverse"
             ) from error
@@ -198,7 +198,7 @@ class Latents:
         return log_prior, log_joint
 
     def _total(self, trace: Trace, sites: Sites) -> Tensor:
-        """log-probability of all sites, ``(particles, batch)`` or what broadcasts to it."""
+        """Log-probability of all sites, ``(particles, batch)`` or a shape that broadcasts to it."""
         if self.enumerates:
             return self._sum_out(trace, sites)
         latent, observed = self._sums(trace, sites)
@@ -209,7 +209,7 @@ class Latents:
         return total.unsqueeze(-1) if self.joint else total
 
     def _sums(self, trace: Trace, sites: Sites) -> tuple[Tensor, Tensor]:
-        """log-probabilities of the latent and of the observed sites, ``(particles, batch)`` or what broadcasts to it."""
+        """Log-probabilities of latent and of observed sites, ``(particles, batch)`` or a shape that broadcasts to it."""
         sums = sum_sites(sites(trace), self.plates, particle_dim=-1 - self.nesting)
         if not self.joint:
             return sums.latent, sums.observed

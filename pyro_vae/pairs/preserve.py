@@ -1,4 +1,4 @@
-"""Run a pair and leave nothing behind: parameters, buffers, flags and random states are restored."""
+"""Run a pair without side effects: parameters, buffers, flags and random states are restored."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,13 +18,13 @@ from pyro_vae.pairs.traces import Program, run_pair
 
 @contextmanager
 def untouched(*, training: bool | None = None, seed: int | None = None) -> Iterator[Mapping[nn.Module, bool]]:
-    """Run a pair and restore what it changed: random states, Pyro's param store, training flags, buffers and
-    ``requires_grad`` of every module that ran, and torch's default validation of distributions. The cache of autocast is
-    cleared, since it does not see that parameters move. Yields the modules that ran, and whether gradients were on.
+    """Run a block and restore the state that it changes: random states, Pyro's param store, training flags, buffers and
+    ``requires_grad`` of every module that runs, and torch's default for validation of distributions. The autocast cache is
+    cleared, since it does not notice that parameters change. Yields the modules that ran, and whether gradients were enabled.
 
-    :param training: run the modules in training mode or in evaluation mode; ``None`` leaves them as they are.
-    :param seed: seed of the noise inside; ``None`` starts from the caller's random state.
-    :raises RuntimeError: where another thread trains; other threads that run a pair are waited for.
+    :param training: run the modules in training or in evaluation mode; ``None`` keeps their own mode.
+    :param seed: the random seed within the block; ``None`` continues the random state of the caller.
+    :raises RuntimeError: if another thread trains. Other threads that run a pair are blocked until the block ends.
     """
     if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**32):
         raise ValueError(f"seed: expected a whole number from 0 to 2³² − 1 but got {seed!r}")
@@ -52,7 +52,7 @@ def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Mo
         ran[module] = ran.get(module, False) or torch.is_grad_enabled()
 
     store = pyro.get_param_store()
-    # a global hook, for this block only: it is what reaches the networks that a plain function closes over
+    # a global hook, for this block only, also sees the networks that plain functions close over
     hook = nn.modules.module.register_module_forward_pre_hook(enter)
     state = pyro.util.get_rng_state()
     validate = Distribution._validate_args
@@ -68,7 +68,7 @@ def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Mo
         torch.clear_autocast_cache()
         pyro.util.set_rng_state(state)
         Distribution._validate_args = validate
-        for parameter, reference in references.items():  # get_state removes them, and a step in progress needs them
+        for parameter, reference in references.items():  # get_state removes them, but a step in progress needs them
             parameter.unconstrained = reference
         for parameter, was_trained in trained.items():
             parameter.requires_grad_(was_trained)
@@ -76,17 +76,17 @@ def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Mo
             module.training = was_training
         with torch.no_grad():
             for module, name, buffer, kept in buffers:
-                module._buffers[name] = buffer  # the module may have put another tensor there
-                # a buffer that was not written may not bear it: one that is an expanded number
+                module._buffers[name] = buffer  # the module may have replaced the tensor
+                # copy only if it was written: an expanded tensor cannot be
                 if buffer is not None and kept is not None and not torch.equal(buffer, kept):
                     buffer.copy_(kept)
 
 
 class KeepFrozen(Messenger):
-    """A handler under which frozen parameters of modules stay frozen and have no gradient, so that no optimizer moves them.
+    """A handler that keeps frozen parameters of modules frozen and without gradients, so that no optimizer changes them.
 
-    Pyro's param store sets ``requires_grad`` of what it registers, so those of a PyroModule would be trained (pyro#3438); and
-    one that is frozen later would drift on by its momentum.
+    Pyro's param store sets ``requires_grad`` of all parameters that it registers, so frozen parameters of a PyroModule would
+    be trained (pyro#3438). A parameter that is frozen later would still be changed by the momentum of the optimizer.
     """
 
     def _pyro_param(self, msg: dict) -> None:
@@ -105,7 +105,7 @@ class KeepFrozen(Messenger):
 
 @contextmanager
 def modules_that_run() -> Iterator[Mapping[nn.Module, bool]]:
-    """The modules that run in the block, and whether gradients were on."""
+    """The modules that run in the block, and whether gradients were enabled."""
     ran: dict[nn.Module, bool] = {}
 
     def enter(module: nn.Module, _: Any) -> None:
@@ -119,8 +119,7 @@ def modules_that_run() -> Iterator[Mapping[nn.Module, bool]]:
 
 
 def make_parameters(model: Program, guide: Program, batch: Batch) -> list[nn.Module]:
-    """Run a pair for the parameters that exist only once it has run, and leave them, and nothing else, behind. Returns the
-    modules that ran."""
+    """Run a pair to create the parameters that it creates lazily, and keep only these. Returns the modules that ran."""
     store = pyro.get_param_store()
     with untouched(training=False) as ran, torch.no_grad():
         run_pair(model, guide, *batch.args, **batch.kwargs)
@@ -130,7 +129,7 @@ def make_parameters(model: Program, guide: Program, batch: Batch) -> list[nn.Mod
 
 
 def closed_over(model: Program, guide: Program, ran: Collection[nn.Module]) -> list[nn.Module]:
-    """Of the modules that ran, with what is in them, those that are no part of model or guide as modules: functions close over
-    them. In the order in which they ran."""
+    """The modules that ran, and their submodules, that are not submodules of model or guide, because plain functions close
+    over them. In the order in which they ran."""
     owned = {part for program in (model, guide) if isinstance(program, nn.Module) for part in program.modules()}
     return [part for part in dict.fromkeys(part for module in ran for part in module.modules()) if part not in owned]

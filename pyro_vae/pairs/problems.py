@@ -1,4 +1,4 @@
-"""What can be wrong with a pair, one generator of problems for each kind; :mod:`pyro_vae.pairs.check` asks them."""
+"""What can be wrong with a pair: one generator of problems for each kind. :mod:`pyro_vae.pairs.check` calls them."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -22,15 +22,15 @@ from pyro_vae.pairs.traces import elbo_terms, proposal, run_pair, sampled, sum_s
 
 
 class Problem(NamedTuple):
-    """What is wrong with a pair. ``judged``: the numbers exist and are believed to be wrong, so ``check=False`` allows them;
-    otherwise they do not exist."""
+    """A problem of a pair. ``judged``: the results are defined but probably wrong, so ``check=False`` allows them; otherwise
+    they are undefined."""
 
     text: str
     judged: bool = True
 
 
 def pair_problems(pair: Structure) -> Iterator[Problem]:
-    """What is wrong with a pair whatever it is used for."""
+    """Problems of a pair for every verb."""
     yield from _site_problems(pair)
     yield from _auxiliary_problems(pair)
     yield from _plate_problems(pair)
@@ -40,14 +40,14 @@ def pair_problems(pair: Structure) -> Iterator[Problem]:
 
 
 def per_datum_problems(pair: Structure) -> Iterator[Problem]:
-    """Why there are no log-weights per datum."""
+    """Why a pair has no log-weights per datum."""
     outside = {
         name: bool(site["infer"].get("is_auxiliary"))
         for _, name, site in pair.sites
         if row_dim(site, pair.plates) is None and (not site["is_observed"] or _counts(pair, name, site))
     }
     if outside:
-        named = [name for name, is_auxiliary in outside.items() if not is_auxiliary] or outside  # those that the user wrote
+        named = [name for name, is_auxiliary in outside.items() if not is_auxiliary] or outside  # not those of an autoguide
         yield Problem(
             f"pair: {_lie(named)} in no data plate, so there is no evidence per datum; expected all sites within "
             'pyro.plate("data", len(x)) over the rows of the data. For latents that all data share: joint_log_weights, or '
@@ -68,20 +68,20 @@ def per_datum_problems(pair: Structure) -> Iterator[Problem]:
 
 
 def joint_problems(pair: Structure) -> Iterator[Problem]:
-    """Why there are no log-weights of all data together."""
+    """Why a pair has no log-weights of all data together."""
     yield from subsample_problems(pair)
     full = {f.name: f.full_size for _, _, site in pair.sites for f in site["cond_indep_stack"] if f.name in pair.plates}
     for plate, size in full.items():
         if size not in (pair.num_rows, -1):
             yield Problem(
-                f"pair: plate {plate!r} declares {size} data, of which {pair.num_rows} are given, and no weight of them "
-                "estimates the evidence of all; expected all data, or a plate of the rows that are given",
+                f"pair: plate {plate!r} declares {size} data, of which {pair.num_rows} are given, so the evidence of all "
+                "data cannot be estimated; expected all data, or a plate over the rows that are given",
                 judged=False,
             )
 
 
 def _counts(pair: Structure, name: str, site: dict) -> bool:
-    """Whether an observed site has a log-probability at all: one that is masked, or a factor of 0, has none."""
+    """Whether an observed site has a non-zero log-probability: a masked site and ``pyro.factor`` of 0 have none."""
     sites = [site]
     if pair.other_traces is not None and name in pair.other_traces[0].nodes:
         sites.append(pair.other_traces[0].nodes[name])
@@ -89,7 +89,7 @@ def _counts(pair: Structure, name: str, site: dict) -> bool:
 
 
 def coupled_latents_problems(pair: Structure) -> Iterator[Problem]:
-    """Latents of one datum that other data depend on, as in a random walk over the rows.
+    """Rows that depend on the latents of other rows, as in a random walk over the rows.
 
     :param pair: with its particles.
     """
@@ -103,7 +103,7 @@ def coupled_latents_problems(pair: Structure) -> Iterator[Problem]:
 
 
 def dividing_problems(pair: Structure, num_data: int) -> Iterator[Problem]:
-    """Why a minibatch of a pair is no part of the whole: terms of a row that follow the other rows of the batch.
+    """Why a pair cannot be evaluated in minibatches: log-probabilities of a row that depend on the other rows of the batch.
 
     :param pair: with its particles.
     """
@@ -117,7 +117,7 @@ def dividing_problems(pair: Structure, num_data: int) -> Iterator[Problem]:
 
 
 def outside_of_plates(pair: Structure) -> str:
-    """The first site of the model whose shape follows the rows of the data and that lies in no data plate, or ``""``."""
+    """The first site of the model outside of the data plates whose shape depends on the number of rows, or ``""``."""
     if pair.other_traces is None:
         return ""
     others = dict(sampled(pair.other_traces[0]))
@@ -137,27 +137,27 @@ def subsample_problems(pair: Structure) -> Iterator[Problem]:
     for (plate, size, full_size), names in inside.items():
         if plate in pair.plates and size not in (pair.num_rows, -1):
             yield Problem(
-                f"pair: plate {plate!r} draws {size} of the {pair.num_rows} rows by itself, others at each run, so no datum "
-                "has a weight; expected a plate over the rows that are given",
+                f"pair: plate {plate!r} subsamples {size} of the {pair.num_rows} rows at each run, so there are no "
+                "log-weights per datum; expected a plate over the rows that are given",
                 judged=False,
             )
         elif plate not in pair.plates and full_size != size:
             yield Problem(
-                f"pair: {_lie(names)} in plate {plate!r} that draws {size} of its {full_size} rows, and no weight of them "
-                "estimates the evidence of all; expected all of its rows",
+                f"pair: {_lie(names)} in plate {plate!r}, which subsamples {size} of its {full_size} rows, so the "
+                "evidence cannot be estimated; expected all of its rows",
                 judged=False,
             )
 
 
 def _lie(sites: Iterable[str]) -> str:
-    """The subject of a sentence on where these sites lie, and its verb."""
+    """The beginning of a sentence: the sites and the verb."""
     names = [repr(name) for name in dict.fromkeys(sites)]
     listed = names if len(names) <= 5 else [*names[:4], f"{len(names) - 4} more sites"]
     return f"{listed[0]} lies" if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]} lie"
 
 
 def rows_problem(pair: Structure) -> Problem | None:
-    """Rows of the data along another dimension than the first, where a plate of the model has them."""
+    """A plate of the model over another dimension of the data than the first, which counts the rows."""
     if not pair.batch.tensors:
         return None
     for name, site in sampled(pair.traces[0]):
@@ -184,8 +184,8 @@ def rows_problem(pair: Structure) -> Problem | None:
 
 
 def _is_within(pair: Structure, outer: str) -> bool:
-    """Whether data plates, known by their size alone since the pair fails on other rows, lie within a plate that has sites of
-    its own."""
+    """Whether the data plates are nested in another plate that has more sites. Used for a pair that runs on one number of rows
+    only, whose data plates are recognized by size."""
     if pair.other is not None or any(len(part) != pair.num_rows for part in pair.batch.tensors.values()):
         return False
     sites = list(sampled(pair.traces[0]))
@@ -230,7 +230,7 @@ def _site_problems(pair: Structure) -> Iterator[Problem]:
 
 
 def _auxiliary_problems(pair: Structure) -> Iterator[Problem]:
-    """Auxiliary sites that no point of the guide is computed from, beside points: see :func:`.proposal`."""
+    """Auxiliary sites of a guide with points (Delta) that no point is computed from, see :func:`.proposal`."""
     auxiliary = {name for name, site in pair.guide_latents.items() if site["infer"].get("is_auxiliary")}
     points = {name for name, site in pair.guide_latents.items() if is_point(site)} - auxiliary
     if not auxiliary or not points or pair.is_handler:
@@ -280,8 +280,8 @@ def _plate_problems(pair: Structure) -> Iterator[Problem]:
 
 
 def _common_names(site: dict, pair: Structure) -> set[str]:
-    """Names of a site's plates, one for all data plates, whose names model and guide may choose; not where sites are summed
-    out, which Pyro does by the names."""
+    """Names of a site's plates, with one name for all data plates, since model and guide may name them differently. With
+    enumeration they must agree, since Pyro eliminates variables by plate name."""
     data = pair.plates if pair.other is not None and not pair.enumerates else ()
     return {"data" if name in data else name for name in plates_of(site)}
 
@@ -300,7 +300,7 @@ def _undeclared(side: str, name: str, site: dict) -> Iterator[Problem]:
 
 
 def _support_problems(pair: Structure) -> Iterator[Problem]:
-    """Draws of the guide to which the model gives no probability."""
+    """Draws of the guide outside of the model's support."""
     model, guide = pair.latents, pair.guide_latents
     for name in model.keys() & guide.keys():
         p, q = model[name]["fn"], guide[name]["fn"]
@@ -313,8 +313,7 @@ def _support_problems(pair: Structure) -> Iterator[Problem]:
 
 
 def reach_problems(pair: Structure) -> Iterator[Problem]:
-    """Draws of the model to which the guide gives no probability. Training allows them: a guide may be truncated on
-    purpose."""
+    """Draws of the model outside of the guide's support. Training allows them: a guide may be truncated on purpose."""
     model, guide = pair.latents, pair.guide_latents
     for name in model.keys() & guide.keys():
         p, q = model[name]["fn"], guide[name]["fn"]
@@ -328,7 +327,7 @@ def reach_problems(pair: Structure) -> Iterator[Problem]:
 def _inside(distribution: Any, draw: Callable[[], Tensor]) -> bool:
     try:
         return bool(distribution.support.check(draw()).all())
-    except (NotImplementedError, RuntimeError, AttributeError):  # one that does not tell, as Delta, or cannot be drawn from
+    except (NotImplementedError, RuntimeError, AttributeError):  # no support, such as Delta, or no sampling
         return True
 
 
@@ -341,8 +340,8 @@ def data_problems(
 ) -> Iterator[str]:
     """Rows of the data outside the likelihood's support.
 
-    :param whole: all data, looked at where an observed site is an argument as it is, and its support is a fixed one: that of
-        a ``Multinomial``, say, follows from the batch.
+    :param whole: all data. They are checked in place of the batch if an observed value is an argument of the model and the
+        support is fixed, unlike that of a ``Multinomial``, which depends on the batch.
     """
     for name, site in sampled(model_trace):
         value, fn = site["value"], site["fn"]
@@ -366,12 +365,12 @@ def data_problems(
 
 
 def is_fixed(support: Any) -> bool:
-    """Whether a support is one of torch's that hold no parameters of the distribution."""
+    """Whether a support is a constant of torch, which does not depend on the distribution's parameters."""
     return any(support is each for each in vars(constraints).values())
 
 
 def has_fixed_support(model_trace: Trace) -> bool:
-    """Whether no support of an observed site follows from the batch."""
+    """Whether the supports of all observed sites are fixed."""
     for _, site in sampled(model_trace):
         if site["is_observed"] and site["value"].numel():
             try:
@@ -383,7 +382,7 @@ def has_fixed_support(model_trace: Trace) -> bool:
 
 
 def _by_row(elements: Tensor, dim: int | None, event_dim: int) -> Tensor:
-    """Whether a boolean of a site is true anywhere in each row of the data: ``(rows,)``; ``(1,)`` without a data plate."""
+    """Whether any element of each row is true: ``(rows,)``; ``(1,)`` without a data plate."""
     if dim is None or elements.dim() < event_dim - dim:
         return elements.reshape(len(elements), -1).any(1) if elements.dim() else elements.reshape(1)
     rows = elements.movedim(dim - event_dim, 0)
@@ -397,7 +396,7 @@ def _elementwise(support: Any) -> Any:
 
 
 def _masks(site: dict) -> Iterator[Tensor]:
-    """Masks on a site, by handlers and by its distribution: what is masked may hold anything."""
+    """The masks of a site, from handlers and from its distribution. Masked values are not checked."""
     if isinstance(site["mask"], Tensor):
         yield site["mask"].reshape(site["mask"].shape + (1,) * len(site["fn"].event_shape))
     fn = site["fn"]
@@ -425,13 +424,13 @@ def _outside(name: str, support: Any, value: Tensor, outside: Tensor, row: int, 
 
 
 def _density_problems(pair: Structure) -> Iterator[Problem]:
-    """Observed sites whose log-probability is not a finite number."""
+    """Observed sites whose log-probability is not finite."""
     for side, trace in zip(("model", "guide"), pair.traces, strict=True):
         for name, site in sampled(trace):
             if side == "model" and site["is_observed"] and name not in pair.trusted[0]:
                 try:
                     site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-                except RuntimeError as error:  # torch's Bernoulli takes no whole numbers
+                except RuntimeError as error:  # such as Bernoulli for integer tensors
                     yield Problem(
                         f"model: the log-probability of {name!r} cannot be computed for data of {site['value'].dtype}: "
                         f"{first_line(error)}; expected floating data: x.float()",
@@ -440,7 +439,7 @@ def _density_problems(pair: Structure) -> Iterator[Problem]:
                     continue
                 for row, value, count in improbable_rows(site, pair.plates):
                     if value == -math.inf and not _always(pair, name, row):
-                        continue  # a likelihood that vanishes at this draw of the latents
+                        continue  # zero likelihood at this draw of the latents only
                     yield Problem(
                         f"model: the log-probability of {name!r} is {value} at row {row} ({count} such rows); expected a "
                         "finite number: check this row, or use another conditional",
@@ -450,7 +449,7 @@ def _density_problems(pair: Structure) -> Iterator[Problem]:
 
 
 def improbable_rows(site: dict, plates: frozenset[str]) -> Iterator[tuple[int, float, int]]:
-    """The rows of a site whose log-probability is not finite: row, value, number of such rows."""
+    """The rows of a site whose log-probability is not finite: ``(row, value, number of such rows)``."""
     with torch.no_grad():
         log_prob = scale_and_mask(
             site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]).detach(), mask=site["mask"]
@@ -469,7 +468,7 @@ def improbable_rows(site: dict, plates: frozenset[str]) -> Iterator[tuple[int, f
 
 
 def _always(pair: Structure, name: str, row: int) -> bool:
-    """Whether a log-probability of −∞ stays so at other draws of the latents."""
+    """Whether a log-probability is −∞ at other draws of the latents too."""
     if not pair.latents:
         return True
     for seed in range(4):
@@ -482,28 +481,28 @@ def _always(pair: Structure, name: str, row: int) -> bool:
 
 
 def lost_parameters(pair: Structure) -> Iterator[Problem]:
-    """Parameters that this run created though a fit trained them: Pyro's param store of the fit is not in force."""
+    """Parameters that this run created although a fit trained them: the param store of that fit is not active."""
     for program, trace in zip((pair.model, pair.guide), pair.traces, strict=True):
         trained, asked = trained_parameters(program), set(trace.param_nodes)
         lost = [name for name in asked & trained.keys() & pair.made.keys() if trained[name]() is not pair.made[name]]
         if lost:
             yield Problem(
-                f"pair: it created the parameter {min(lost)!r} anew, though a fit in this process trained it, so its numbers "
+                f"pair: it created the parameter {min(lost)!r} anew, although a fit in this process trained it, so the results "
                 "would be those of an untrained pair; expected `with history.scope():` around the call, with the History that "
-                "the fit returned"
+                "the fit returned, or check=False if the param store was cleared on purpose"
             )
             return
 
 
 def training_problems(pair: Structure) -> Iterator[Problem]:
-    """Why a pair, or a part of it, would not be trained. Only training asks: a frozen pair is evaluated like any other."""
+    """Why a pair, or a part of it, would not be trained. Only verbs that train call this: frozen pairs can be evaluated."""
     parameters = {
         name: value.unconstrained() if hasattr(value := site["value"], "unconstrained") else value
         for trace in pair.traces
         for name, site in trace.nodes.items()
         if site["type"] == "param"
     }
-    # a guide that is a handler asks for its parameters out of sight
+    # parameters of a GuideMessenger are not in the traces
     stored = [value for _, value in pyro.get_param_store().named_parameters()]
     used = [*parameters.values(), *pair.made.values(), *(stored if pair.is_handler else ())]
     if not any(value.requires_grad for value in used):
@@ -527,7 +526,7 @@ def training_problems(pair: Structure) -> Iterator[Problem]:
 
 
 def _replaced(own: Collection[Tensor], pair: Structure) -> str:
-    """Why the param store holds another tensor under the name of one of these parameters, ``""`` where it does not."""
+    """The problem that the param store has another tensor under the name of one of these parameters, else ``""``."""
     model, guide = pair.traces
     for side, trace, other in (("model", model, guide), ("guide", guide, model)):
         for key, site in trace.nodes.items():
@@ -549,7 +548,7 @@ def _replaced(own: Collection[Tensor], pair: Structure) -> str:
 
 
 def _named(module: nn.Module, pair: Structure) -> str:
-    """The network by its name in a PyroModule whose methods the programs are, where it is a part of one."""
+    """A description of a network, with its name in the PyroModule of model or guide if it has one."""
     for program in (pair.model, pair.guide):
         owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
         for name, part in owner.named_modules() if isinstance(owner, nn.Module) else ():
@@ -572,7 +571,7 @@ def log_prob_problems(pair: Structure) -> Iterator[Problem]:
 
 
 def coupling_problems(pair: Structure) -> Iterator[Problem]:
-    """Local terms of other data that move when one datum is replaced by its neighbour, at the same draws of the latents."""
+    """Log-probabilities of other rows that change when one row of the data is replaced, at the same latents."""
     model, guide, batch, plates = pair.model, pair.guide, pair.batch, pair.plates
     n = batch.num_rows if batch.tensors else 0
     if n < 2:
@@ -584,12 +583,12 @@ def coupling_problems(pair: Structure) -> Iterator[Problem]:
         drawn = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
 
     def sums(of: Batch) -> dict[str, Tensor]:
-        # the same latents in both runs: a sampler that rejects would hand the noise on to other rows
+        # the same latents in both runs: with rejection sampling the rows would not get the same noise
         with untouched(seed=0), torch.no_grad():
             traces = run_pair(model, poutine.replay(guide, trace=drawn), *of.args, **of.kwargs)
         p, q = sum_sites(sampled(traces[0]), plates), sum_sites(proposal(traces[1]), plates)
         local = {"log p(x|z)": p.observed, "log p(z)": p.latent, "log q(z|x)": q.latent}
-        return {name: term for name, term in local.items() if term.shape == (n,)}  # not those of a subsample of the rows
+        return {name: term for name, term in local.items() if term.shape == (n,)}  # without subsampled rows
 
     before, after = sums(batch), sums(batch.map(lambda part: part[rows]))
     for name, one in before.items():
@@ -598,7 +597,7 @@ def coupling_problems(pair: Structure) -> Iterator[Problem]:
         if len(others):
             j = int(others[0])
             yield Problem(
-                f"pair: in training mode {name} of row {j} moves by {float((one - after[name])[j]):.2g} when row {i} is "
-                "replaced, so an ELBO per datum does not exist; expected data that are independent given what they share: "
+                f"pair: in training mode {name} of row {j} changes by {float((one - after[name])[j]):.2g} when row {i} is "
+                "replaced, so there is no ELBO per datum; expected rows that are independent given the shared latents: "
                 "LayerNorm or GroupNorm in place of batch normalization"
             )

@@ -1,4 +1,4 @@
-"""What a model/guide pair is made of: a few runs, once, for every verb."""
+"""Inspect a pair: run it a few times and record its plates, latents, parameters and particles, once for every verb."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -29,18 +29,18 @@ from pyro_vae.pairs.traces import Program, enough_memory, proposal, run_pair, sa
 
 Traces = tuple[Trace, Trace]
 _PROBE_SEED = 2**31 - 1
-_OFF: Any = 0  # of the default validation
+_VALIDATION_OFF: Any = 0  # false, but not the False that validate_args=False leaves in a distribution
 LESS_MEMORY = "lower the batch size (--batch-size), or the number of particles"
 
 
 @dataclass(frozen=True, eq=False)
 class Particles:
-    """What a run in a plate of particles shows.
+    """How log-weights of several particles and of fewer rows compare with those of single runs on the whole batch.
 
-    vectorized: log-weights in the plate equal those of single runs; ``reason`` says why not. rows_independent: at the same
-    latents, the log-weight of a row does not depend on the data of other rows, nor on their number; ``None`` where the pair
-    does not run on other rows, or cannot be run at given latents. coupled: the log-weight of a row moves with the latents of
-    another. bytes: of the tensors that one particle of one row makes.
+    vectorized: particles in one plate have the log-weights of single runs; otherwise ``reason`` says why not.
+    rows_independent: at the same latents, the log-probabilities of a row do not change when other rows are left out;
+    ``None`` if this could not be tested. coupled: the log-probabilities of a row change with the latents of other rows.
+    bytes: memory of the tensors that one particle of one row allocates.
     """
 
     vectorized: bool
@@ -52,14 +52,16 @@ class Particles:
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """What a pair is made of, as a few runs on a batch show it. Made by :func:`inspect`.
+    """The structure of a pair on a batch, the result of :func:`inspect`.
 
-    batch: the arguments of model and guide, cast to ``dtype``. traces: of one run of model and guide. ran: the modules that
-    ran, and whether gradients were on. dtype: of the pair's parameters, ``None`` for several or none. plates:
-    names of the data plates, which have one row for each row of the batch. other_rows: why the pair does not run on another
-    number of rows, else ``""``. row_parameters: parameters with an entry for each row of this batch. scaled: sites of model
-    and of guide in data plates that the pair itself scales by M/rows, with M. made: the parameters that this run created.
-    joint: the whole batch is one datum, see :meth:`as_one_datum`.
+    batch: the arguments of model and guide, cast to ``dtype``. traces: model and guide trace of one run on the batch.
+    ran: the modules that ran, and whether gradients were enabled. dtype: the dtype of the parameters, ``None`` if they have
+    several or there are none. plates: names of the data plates, which have one entry for each row of the batch.
+    other: the rows of a second run; other_traces: its traces; other_rows: the error if the pair does not run on another
+    number of rows, else ``""``. row_parameters: parameters with an entry for each row of this batch. scaled: for model and
+    for guide, the sites in data plates that the pair itself scales by M/rows, and M. made: parameters that the first run
+    created. trusted: for model and for guide, the sites built with ``validate_args=False``. joint: all rows together are one
+    datum, see :meth:`as_one_datum`.
     """
 
     model: Program
@@ -73,8 +75,8 @@ class Structure:
     row_parameters: tuple[str, ...]
     scaled: tuple[Mapping[str, float], Mapping[str, float]]
     made: Mapping[str, Tensor]
-    trusted: tuple[frozenset[str], frozenset[str]]  # sites of model and of guide built with validate_args=False
-    other_traces: Traces | None  # of the run on other rows, and which they are
+    trusted: tuple[frozenset[str], frozenset[str]]
+    other_traces: Traces | None
     other: Tensor | None
     particles: Particles | None = None
     joint: bool = False
@@ -84,7 +86,7 @@ class Structure:
         return self.batch.num_rows
 
     def as_one_datum(self) -> "Structure":
-        """The pair with the whole batch as one datum: no plate is a data plate, and the batch is not divided."""
+        """The structure with all rows together as one datum: no plate is a data plate, and rows are not divided."""
         particles = self.particles and replace(self.particles, rows_independent=False)
         return replace(self, plates=frozenset(), particles=particles, joint=True)
 
@@ -107,22 +109,22 @@ class Structure:
 
     @cached_property
     def enumerates(self) -> bool:
-        """Whether sites are summed out."""
+        """Whether some sites are enumerated in parallel."""
         return any(is_enumerated(site) for _, _, site in self.sites)
 
     @cached_property
     def nesting(self) -> int:
-        """The number of dimensions that plates take."""
+        """The largest number of nested plates, ``max_plate_nesting``."""
         return max_nesting([site for trace in self.traces for _, site in sampled(trace)])
 
     @cached_property
     def shared(self) -> tuple[str, ...]:
-        """Latents that all data share: they lie in no data plate."""
+        """The latents outside of the data plates, which all data share."""
         return tuple(name for name, site in self.latents.items() if row_dim(site, self.plates) is None)
 
     @cached_property
     def is_handler(self) -> bool:
-        """Whether the guide is a handler of its model, which runs one draw at a time on all data at once."""
+        """Whether the guide is a ``GuideMessenger``, which runs its model itself."""
         return isinstance(poutine.unwrap(self.guide), GuideMessenger)
 
     @cached_property
@@ -131,7 +133,7 @@ class Structure:
 
     @cached_property
     def has_density(self) -> bool:
-        """Whether the guide has a density: a point has none."""
+        """Whether q(z|x) has a density. A Delta over a continuous latent has none."""
         return self.has_auxiliary or not any(
             is_point(self.guide_latents[name]) and not is_point(site)
             for name, site in self.latents.items()
@@ -158,13 +160,13 @@ def inspect(
     *,
     training: bool = False,
 ) -> Structure:
-    """Run a pair a few times and record what it is made of. Nothing is changed by it, see :func:`untouched`.
+    """Run a pair a few times and record its structure. All state is restored afterwards, see :func:`untouched`.
 
-    The runs: one on the batch, and one on another number of rows, which shows the data plates; another one where the batch
-    is not in the dtype of the parameters.
+    The pair runs once on the batch and once on another number of rows, which tells the data plates from others. A third run
+    is needed if the batch does not have the dtype of the parameters.
 
-    :param training: run as in training, with gradients and in the modules' own mode; else in evaluation mode.
-    :raises ValueError: for what is no program, an argument that is missing, or a pair that fails on the batch.
+    :param training: run with gradients, and each module in its own mode; otherwise in evaluation mode.
+    :raises ValueError: for a model or guide that is not callable, a missing argument, or a pair that fails on the batch.
     """
     for name, program in (("model", model), ("guide", guide)):
         if not callable(program):
@@ -199,8 +201,8 @@ def inspect(
 def structure_of_run(
     model: Program, guide: Program, batch: Batch, traces: Traces, ran: Mapping[nn.Module, bool], made: Mapping[str, Tensor]
 ) -> Structure:
-    """What a run that was recorded shows by itself: no other rows, so a plate is known by its size alone."""
-    known = bool(Distribution._validate_args)  # else it is not told from the default
+    """The structure that one recorded run shows. Data plates are recognized by their size alone."""
+    known = bool(Distribution._validate_args)  # if the default is off, validate_args=False cannot be told from it
     trusted = (_trusted(traces[0]), _trusted(traces[1])) if known else (frozenset(), frozenset())
     run = _Run(ran, {}, traces)
     plates = _data_plates(batch.num_rows if batch.tensors else 0, run, None)
@@ -223,7 +225,7 @@ def structure_of_run(
 
 
 class _Parameters(Messenger):
-    """Records the parameters that a pair asks Pyro for."""
+    """Records the values of ``pyro.param`` statements, unconstrained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,7 +238,7 @@ class _Parameters(Messenger):
 
 
 class _Counted(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made."""
+    """Counts the bytes of newly allocated tensors."""
 
     bytes = 0
 
@@ -250,7 +252,7 @@ class _Counted(TorchDispatchMode):
 
 
 def counted_bytes(run: Callable[[], Any]) -> int:
-    """Bytes of the tensors that a run makes. Nothing is changed by it."""
+    """Bytes of the tensors that a run allocates. All state is restored afterwards."""
     with untouched(), _Counted() as counted:
         run()
     return counted.bytes
@@ -258,7 +260,7 @@ def counted_bytes(run: Callable[[], Any]) -> int:
 
 @dataclass
 class _Run:
-    """One run of a pair: its traces, or the error that it ended in."""
+    """One run of a pair: its traces, or its error."""
 
     ran: Mapping[nn.Module, bool]
     parameters: dict[str, Tensor]
@@ -269,36 +271,36 @@ class _Run:
 
 
 def fails_on(pair: Structure, num_rows: int) -> str:
-    """Why the pair fails in training on the first rows of its batch, ``""`` where it does not."""
+    """The error of the pair in training on the first rows of its batch, ``""`` if there is none."""
     return _run(pair.model, pair.guide, pair.batch.first(num_rows), True, log_probs=True).error
 
 
 def _run(model: Program, guide: Program, batch: Batch, training: bool, *, log_probs: bool = False) -> _Run:
     """
-    :param log_probs: compute log-probabilities too, which shows shapes that do not fit.
+    :param log_probs: raise errors of log-probabilities too, such as shapes that do not match.
     """
     recorded = _Parameters()
     with untouched(training=None if training else False) as ran, torch.set_grad_enabled(training), recorded:
         run = _Run(ran, recorded.values)
-        # another false value than the one that validate_args=False leaves in a distribution: expand copies the default
-        Distribution._validate_args = Distribution._validate_args or _OFF
+        # ExpandedDistribution copies the default, which must not look like a distribution built with validate_args=False
+        Distribution._validate_args = Distribution._validate_args or _VALIDATION_OFF
         try:
             with enough_memory(LESS_MEMORY):
                 run.traces = run_pair(model, guide, *batch.args, **batch.kwargs)
                 run.trusted = _trusted(run.traces[0]), _trusted(run.traces[1])
-                # now: a transform may know the density of its latest draws only. Where bad data raise, the checks say it
+                # now, since some transforms know the density of their latest draws only; the checks report bad data
                 for trace in run.traces:
                     with nullcontext() if log_probs else suppress(Exception):
                         trace.compute_log_prob()
         except MemoryError:
             raise
-        except Exception as error:  # whatever the code of a pair raises
+        except Exception as error:  # user code may raise anything
             run.error, run.cause = f"{type(error).__name__}: {first_line(error)}", error
     return run
 
 
 def _trusted(trace: Trace) -> frozenset[str]:
-    """The sites whose distribution was built with ``validate_args=False``: its author knows what is in its support."""
+    """The sites whose distribution was built with ``validate_args=False``."""
     return frozenset(name for name, site in sampled(trace) if _is_unvalidated(site["fn"]))
 
 
@@ -311,12 +313,12 @@ def _is_unvalidated(distribution: Any) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says; Pyro appends the shapes of the whole trace."""
+    """The first line of an error; Pyro appends the shapes of the whole trace."""
     return (str(error) or repr(error)).split("\n", 1)[0].removesuffix(":")
 
 
 def _first_run(model: Program, guide: Program, batch: Batch, training: bool) -> tuple[Batch, torch.dtype | None, _Run]:
-    """A run on the batch in the dtype of the pair's parameters, its small whole numbers widened."""
+    """A run on the batch, cast to the dtype of the parameters; small integer types become int64."""
     batch = batch.cast(None)
     run = _run(model, guide, batch, training)
     dtype = _dtype(run)
@@ -342,14 +344,14 @@ def _first_run(model: Program, guide: Program, batch: Batch, training: bool) -> 
 
 
 def _dtype(run: _Run) -> torch.dtype | None:
-    """The one floating dtype of the parameters that a run used."""
+    """The floating dtype of the parameters of a run, ``None`` if there is not exactly one."""
     own = [p for module in run.ran for p in module.parameters(recurse=False)]
     found = {p.dtype for p in (*run.parameters.values(), *own) if not is_lazy(p) and p.is_floating_point()}
     return found.pop() if len(found) == 1 else None
 
 
 def _other_rows(batch: Batch) -> Tensor | str:
-    """The rows of a batch of another size, or why there is none."""
+    """Rows for a batch of another size, or the reason why there are none."""
     if not batch.tensors:
         return "it is given no tensor with rows"
     if len(batch.leaves()) > len(batch.tensors):
@@ -357,13 +359,13 @@ def _other_rows(batch: Batch) -> Tensor | str:
     n = batch.num_rows
     if any(len(part) != n for part in batch.tensors.values()):
         return "its arguments have different numbers of rows"
-    # not one row: it would broadcast; nor as many as the batch has
+    # not one row, which would broadcast, and not the number of rows of the batch
     m = 2 if n != 2 else 3
     return torch.arange(n - m, n).clamp_min(0)
 
 
 def _rows_of_nested(batch: Batch) -> int:
-    """The rows of arguments that are no tensors, such as packed sequences; 0 where they do not say."""
+    """The number of rows of arguments such as packed sequences, 0 if unknown."""
     try:
         return batch.num_rows
     except ValueError:
@@ -371,7 +373,7 @@ def _rows_of_nested(batch: Batch) -> int:
 
 
 def _plate_sizes(run: _Run) -> dict[str, tuple[int, int]]:
-    """``(size, full size)`` of the vectorized plates of model and guide; of one without a size the batch shape's."""
+    """``(size, full_size)`` of the vectorized plates; for a plate without a size, taken from the batch shape."""
     sizes: dict[str, tuple[int, int]] = {}
     for trace in run.traces:
         for site in trace.nodes.values():
@@ -388,10 +390,7 @@ def _plate_sizes(run: _Run) -> dict[str, tuple[int, int]]:
 
 
 def _data_plates(num_rows: int, first: _Run, second: _Run | None) -> frozenset[str]:
-    """Names of the data plates: those with one row for each row of the batch.
-
-    A plate over something else may have that size by accident, but only a data plate follows the data.
-    """
+    """Names of the data plates: those whose size is the number of rows, in both runs."""
     sizes = _plate_sizes(first)
     plates = {name for name, size in sizes.items() if num_rows in size}
     if second is not None:
@@ -401,14 +400,14 @@ def _data_plates(num_rows: int, first: _Run, second: _Run | None) -> frozenset[s
 
 
 def _row_parameters(n: int, first: _Run, second: _Run | None, plates: frozenset[str]) -> tuple[str, ...]:
-    """Parameters with an entry for each of the n rows: another run makes others, or the pair runs on these rows alone."""
+    """Parameters with an entry for each of the n rows: they change shape with the rows, or the pair runs on no others."""
     if not plates or n < 2:
         return ()
     suspects = [name for name, value in first.parameters.items() if n in value.shape]
     if second is not None:
         others = second.parameters
         return tuple(name for name in suspects if name in others and others[name].shape != first.parameters[name].shape)
-    if not suspects:  # those of all latents in one vector
+    if not suspects:  # autoguides keep all latents in one vector
         suspects = [name for name, value in first.parameters.items() if value.numel() and value.numel() % n == 0]
     return tuple(suspects)
 
@@ -416,9 +415,9 @@ def _row_parameters(n: int, first: _Run, second: _Run | None, plates: frozenset[
 def _scaled(
     n: int, m: int, first: _Run, second: _Run | None, plates: frozenset[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Sites of model and guide in data plates whose scale is M/rows, with M: their author scales minibatches.
+    """Sites of model and guide in data plates whose scale is M/rows, and M: the pair itself scales minibatches.
 
-    :param n: rows of the first run; m: of the second.
+    :param n: number of rows in the first run; m: in the second.
     """
 
     def scales(run: _Run, side: int) -> dict[str, float]:
@@ -440,14 +439,14 @@ def _scaled(
 
 
 def log_weight(traces: Traces, plates: frozenset[str], *, particle_dim: int | None = None) -> Tensor:
-    """log p(x, z) − log q(z|x) of a run without enumeration, in nats: ``(batch,)``, with the terms that all data share
-    added to each; ``()`` without data plates; with particles ``(particles, …)``."""
+    """log p(x, z) − log q(z|x) of a run without enumeration, in nats: ``(batch,)``, or ``()`` without data plates; with
+    particles ``(particles, …)``. Terms outside of the data plates are added to every row."""
     likelihood, prior, posterior = _terms(traces, plates, particle_dim)
     return likelihood + prior - posterior
 
 
 def _terms(traces: Traces, plates: frozenset[str], particle_dim: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """log p(x|z), log p(z) and log q(z|x), each with the shape of a log-weight or one that broadcasts to it."""
+    """log p(x|z), log p(z) and log q(z|x), each of a shape that broadcasts to that of the log-weight."""
 
     def whole(local: Tensor, shared: Tensor) -> Tensor:
         return local + (shared.unsqueeze(-1) if plates and shared.dim() else shared)
@@ -458,9 +457,12 @@ def _terms(traces: Traces, plates: frozenset[str], particle_dim: int | None) -> 
 
 
 def probe_particles(pair: Structure) -> Structure:
-    """The pair with its ``particles``: the latents of two runs are held in a plate of particles, and the log-probabilities
-    compared with those of the runs. Two runs of the pair, or up to five where they are not the same in the plate or on other
-    rows."""
+    """The structure with its ``particles``.
+
+    The latents of the two runs of :func:`inspect`, and a mixture of both, are held fixed in a plate of particles on the rows
+    of the second run, and the log-probabilities are compared with those of the two runs. Takes two runs of the pair, up to
+    five if the pair cannot be vectorized or its rows depend on each other.
+    """
     if pair.is_handler:
         made = counted_bytes(lambda: run_pair(pair.model, pair.guide, *pair.batch.args, **pair.batch.kwargs))
         bytes = max(1, made // pair.num_rows)
@@ -469,17 +471,17 @@ def probe_particles(pair: Structure) -> Structure:
     if second is not None and pair.other is not None and pair.plates:
         at = pair.other.to(pair.batch.leaves()[0].device)
         batch = pair.batch.map(lambda part: part[at.to(part.device)])
-    else:  # the pair runs on these rows alone, or has no data plate to divide it by
+    else:  # the pair runs on these rows only, or has no data plate
         run = _run(pair.model, pair.guide, pair.batch, False)
         if run.error:
-            raise ValueError(f"pair: it ran on the data once and then failed: {run.error}") from run.cause
+            raise ValueError(f"pair: its first run succeeded and its second failed: {run.error}") from run.cause
         second = run.traces
 
     def terms(traces: Traces, particle_dim: int | None = None) -> Tensor:
         return torch.stack(torch.broadcast_tensors(*_terms(traces, pair.plates, particle_dim)))
 
     def held(values: Mapping[str, Tensor], num_particles: int | None = None, seed: int = _PROBE_SEED) -> Tensor:
-        # another seed than a verb's, whose draws would be repeated; nothing that this leaves in the param store is kept
+        # not the seed of a verb, whose draws would be repeated
         with untouched(seed=seed):
             return terms(run_particles(pair, batch, num_particles, values), num_particles and -1 - pair.nesting)
 
@@ -487,7 +489,7 @@ def probe_particles(pair: Structure) -> Structure:
     if at is not None:
         before = before.expand(3, pair.num_rows)[:, at]
     mixed = torch.rand(other.shape[1:] or 1, generator=torch.Generator().manual_seed(0)) < 0.5
-    mixed[0], mixed[-1] = True, False  # some rows with the latents of the second run, and some with those of the first
+    mixed[0], mixed[-1] = True, False  # rows that take their latents from the second run
     sites = latent_sites(pair.traces)
     draws = [
         {name: _take_rows(site, at, pair) for name, site in sites.items()},
@@ -501,17 +503,17 @@ def probe_particles(pair: Structure) -> Structure:
         one, again, both = held(values, len(draws)).unbind(1)
         vectorized = agree(again, other)
         reason = "" if vectorized else "its log-weights in a plate of particles differ from those of single runs"
-    except Exception as error:  # a network that takes no dimension to the left of the data's
+    except Exception as error:  # such as a network that takes no batch dimension to the left of the data
         reason = f"{type(error).__name__}: {first_line(error)}"
     independent, coupled = None, False
-    with suppress(Exception):  # a guide that knows the density of its own draws only
+    with suppress(Exception):  # such as a guide that knows the density of its own draws only
         if not vectorized:
             one, both = held(draws[0]), held(draws[2])
-        if not before.isfinite().all() or one.isfinite().all():  # else a point that is nowhere but at its own draw
+        if not before.isfinite().all() or one.isfinite().all():  # a Delta has no density at other values than its own
             independent = agree(one, before) if at is not None else None
             coupled = bool(pair.plates) and not pair.shared and not agree(both, torch.where(mixed.to(one.device), other, one))
         if (coupled or independent is False) and not agree(held(draws[0]), held(draws[0], seed=_PROBE_SEED - 1)):
-            independent, coupled = None, False  # noise of its own hides what the rows do
+            independent, coupled = None, False  # the pair draws noise outside of its sites
     num_particles = 4 if vectorized else None
     made = counted_bytes(lambda: run_particles(pair, batch, num_particles))
     num_rows = batch.num_rows if batch.tensors else 1
@@ -521,17 +523,17 @@ def probe_particles(pair: Structure) -> Structure:
 
 @contextmanager
 def moved_parameters(model: Program, guide: Program, batch: Batch) -> Iterator[None]:
-    """Run the block in evaluation mode, with every entry of the parameters moved by another small amount: entries that start
-    equal are told apart. Afterwards they are as they were."""
+    """Run the block in evaluation mode with small noise added to all parameters, which tells entries that are equal at the
+    start apart. The parameters are restored afterwards."""
     noise = torch.Generator().manual_seed(_PROBE_SEED)
     with untouched(training=False) as ran, torch.no_grad():
-        run_pair(model, guide, *batch.args, **batch.kwargs)  # which makes the parameters
+        run_pair(model, guide, *batch.args, **batch.kwargs)  # creates the parameters
         found = [p for _, p in pyro.get_param_store().named_parameters()]
         found += [p for module in ran for p in module.parameters()]
         saved = {id(p): (p, p.clone()) for p in found if not is_lazy(p) and p.is_floating_point()}
         try:
             for p, before in saved.values():
-                with suppress(RuntimeError):  # one that is an expanded number
+                with suppress(RuntimeError):  # an expanded tensor cannot be written
                     p.add_(0.01 * (1 + before.abs()) * torch.randn(p.shape, generator=noise, dtype=torch.double).to(p))
             yield
         finally:
@@ -543,12 +545,14 @@ def moved_parameters(model: Program, guide: Program, batch: Batch) -> Iterator[N
 def run_particles(
     pair: Structure, batch: Batch, num_particles: int | None, values: Mapping[str, Tensor] | None = None
 ) -> Traces:
-    """Traces of a run in a plate of particles (of a single run for ``None``), for log-weights: of draws, with enumeration,
-    or with the latents held at ``values``, without."""
+    """Traces of a run in a plate of particles, or of a single run for ``None``.
+
+    :param values: hold these latents fixed, without enumeration; otherwise they are drawn, with enumeration.
+    """
     model, guide = pair.model, pair.guide
     if values is not None:
         model, guide = (Held(values)(program) for program in (model, guide))
-    elif pair.enumerates:  # the model's dimensions lie to the left of the guide's
+    elif pair.enumerates:  # enumeration dimensions of the model are to the left of those of the guide
         guide = EnumMessenger(first_available_dim=-2 - pair.nesting)(guide)
         model = EnumMessenger()(model)
     if num_particles is not None:
@@ -561,7 +565,7 @@ _trained: "WeakKeyDictionary[Any, dict[str, ref[Tensor]]]" = WeakKeyDictionary()
 
 
 def remember_trained(pair: Structure, parameters: Mapping[str, Tensor]) -> None:
-    """Note that a fit trained these parameters of the param store, each for the program that asks for it."""
+    """Record which parameters of the param store a fit trained, for each program that uses them."""
     for program, trace in zip((pair.model, pair.guide), pair.traces, strict=True):
         names = trace.param_nodes
         try:
@@ -579,7 +583,7 @@ def trained_parameters(program: Program) -> Mapping[str, "ref[Tensor]"]:
 
 
 def _identity(program: Program) -> Any:
-    """The program, or the object whose method it is: a bound method is another object at each access."""
+    """The program, or the object that it is a method of: each access of a method creates another bound method."""
     return getattr(program, "__self__", program)
 
 
@@ -596,7 +600,7 @@ def latent_sites(traces: Traces) -> dict[str, dict]:
 
 
 def _take_rows(site: dict, at: Tensor | None, pair: Structure) -> Tensor:
-    """The value of a site at some rows of the data."""
+    """The value of a site at some rows."""
     value, dim = site["value"], row_dim(site, pair.plates)
     if at is None or dim is None:
         return value
@@ -605,7 +609,7 @@ def _take_rows(site: dict, at: Tensor | None, pair: Structure) -> Tensor:
 
 
 def _mixed(other: Tensor, value: Tensor, rows: Tensor, site: dict, pair: Structure) -> Tensor:
-    """The value of a site, with some rows of another value; that of a site without rows as it is."""
+    """The value of a site with some of its rows from another value. A site outside of the data plates keeps its value."""
     dim = row_dim(site, pair.plates)
     if dim is None or value.shape != other.shape or value.dim() < site["fn"].event_dim - dim:
         return value
@@ -614,5 +618,5 @@ def _mixed(other: Tensor, value: Tensor, rows: Tensor, site: dict, pair: Structu
 
 
 def _padded(value: Tensor, dim: int) -> Tensor:
-    """A value with a dimension for each plate, so that particles lie to the left of them."""
+    """A value with a dimension for each plate, so that the particle dimension is to the left of them."""
     return value.reshape((1,) * (dim - value.dim()) + value.shape)

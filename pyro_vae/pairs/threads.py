@@ -1,18 +1,18 @@
-"""One thread at a time: Pyro's param store and handlers, and torch's random state, belong to the whole process."""
+"""One thread at a time: the param store, the handlers and the random state are shared by all threads of a process."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _lock = threading.RLock()
-_training: dict[object, threading.Thread] = {}  # the fits that have begun and not ended, and their threads
+_training: dict[object, threading.Thread] = {}  # the thread of each fit that has not ended
 
 
 @contextmanager
 def exclusive() -> Iterator[None]:
     """Run the block while no other thread is in such a block.
 
-    :raises RuntimeError: where another thread trains.
+    :raises RuntimeError: if another thread trains.
     """
     with _lock:
         _refuse_others("this call")
@@ -21,9 +21,9 @@ def exclusive() -> Iterator[None]:
 
 @contextmanager
 def training() -> Iterator[None]:
-    """The block, or what runs in it between the steps of a generator, trains.
+    """Mark the current thread as training until the block ends. Several fits of one thread may alternate.
 
-    :raises RuntimeError: where another thread trains. Fits of one thread may alternate.
+    :raises RuntimeError: if another thread trains.
     """
     fit = object()
     with _lock:
@@ -38,7 +38,7 @@ def training() -> Iterator[None]:
 def _refuse_others(what: str) -> None:
     here = threading.current_thread()
     for thread in list(_training.values()):
-        if thread is not here and thread.is_alive():  # a fit whose thread has ended will not go on
+        if thread is not here and thread.is_alive():  # the fit of a thread that ended will not continue
             raise RuntimeError(
                 f"{what}: thread {thread.name!r} of this process trains, and Pyro's param store, handlers and random state are "
                 "shared by all threads; run it after that fit, or in a process of its own"

@@ -1,6 +1,6 @@
-"""What any model/guide pair is: two Pyro programs, run together, whose log-probabilities belong to data.
+"""Run a model/guide pair and sum the log-probabilities of its traces per datum.
 
-The terms of the ELBO are defined here, once; training reports them, evaluation averages them.
+The terms of the ELBO are defined here. Training reports them, and evaluation averages them.
 """
 
 import math
@@ -41,11 +41,11 @@ class MeanElbo(NamedTuple):
 
 
 class ElboTerms(NamedTuple):
-    """The ELBO of each datum in nats, log p(x|z) + log p(z) − log q(z|x) at the guide's draws: a lower bound of log p(x)
-    in expectation. Never annealed, never scaled: not to a data set, not by ``poutine.scale``.
+    """The ELBO of each datum in nats, log p(x|z) + log p(z) − log q(z|x) at draws of the guide: a lower bound of log p(x) in
+    expectation. Without annealing, scaling to a data set, and ``poutine.scale``.
 
-    elbo: ``(batch,)``; reconstruction: log p(x|z), ``(batch,)``; kl: log q(z|x) − log p(z), ``(batch,)``. A latent that all
-    data share gives each datum its equal share.
+    elbo: ``(batch,)``; reconstruction: log p(x|z), ``(batch,)``; kl: log q(z|x) − log p(z), ``(batch,)``. Terms of latents
+    that all data share are divided evenly among the data.
     """
 
     elbo: Tensor
@@ -54,7 +54,7 @@ class ElboTerms(NamedTuple):
 
     @classmethod
     def of_batch(cls, elbo: float, num_rows: int) -> "ElboTerms":
-        """Where only the ELBO of a whole batch is known, each of its data carries the mean."""
+        """The ELBO of a whole batch, divided evenly among its data, if the terms of each datum are unknown."""
         unknown = torch.full((num_rows,), torch.nan)
         return cls(torch.full((num_rows,), elbo), unknown, unknown)
 
@@ -100,25 +100,25 @@ def prior_of(model: Program) -> Program:
 
 
 def sampled(trace: Trace) -> Iterator[tuple[str, dict]]:
-    """The random variables of a trace, observed and latent, by name; not subsamples of plates, nor deterministic sites."""
+    """The random variables of a trace, observed and latent: no subsample sites of plates, no deterministic sites."""
     for name, site in prune_subsample_sites(trace).nodes.items():
         if site["type"] == "sample" and not site["infer"].get("_deterministic"):
             yield name, site
 
 
 def unwrapped(distribution: Any) -> Any:
-    """The distribution under ``to_event`` and ``expand``."""
+    """The base distribution without ``to_event`` and ``expand``."""
     while isinstance(distribution, torch.distributions.Independent | dist.ExpandedDistribution):
         distribution = distribution.base_dist
     return distribution
 
 
 def proposal(guide_trace: Trace) -> Iterator[tuple[str, dict]]:
-    """The sites of a guide whose log-probabilities make up log q(z|x): its latent sites.
+    """The sites of a guide whose log-probabilities add up to log q(z|x): its latent sites.
 
-    What a guide observes (``obs=``, ``pyro.factor``) shapes its training and is no part of q. An auxiliary site u is one
-    only where latents are points given u, as in autoguides; elsewhere q(z|x) is q(z|x, u), and log p(x, z) − log q(z|x, u)
-    is the log-weight.
+    Observed sites of a guide (``obs=``, ``pyro.factor``) affect its training and are not part of q. An auxiliary site u
+    counts only if latents are points (Delta) computed from u, as in autoguides. Otherwise q(z|x) stands for q(z|x, u), and the
+    log-weight is log p(x, z) − log q(z|x, u).
     """
     latents = [(name, site) for name, site in sampled(guide_trace) if not site["is_observed"]]
     points = any(isinstance(unwrapped(s["fn"]), dist.Delta) for _, s in latents if not s["infer"].get("is_auxiliary"))
@@ -130,11 +130,11 @@ def proposal(guide_trace: Trace) -> Iterator[tuple[str, dict]]:
 def elbo_terms(
     model_trace: Trace, guide_trace: Trace, plates: frozenset[str], *, num_data: int, num_particles: int = 1
 ) -> ElboTerms:
-    """The terms of one run of a pair, one per datum.
+    """The ELBO terms of one run of a pair, per datum.
 
-    :param plates: names of the data plates, whose rows are data. Without one the run must be over all data at once.
-    :param num_data: N; sites outside the data plates are divided evenly among the N data.
-    :param num_particles: particles in the traces, if they are vectorized: terms are averaged over them.
+    :param plates: names of the data plates. Without one the run must be over all data at once.
+    :param num_data: N. Terms of sites outside of the data plates are divided by N.
+    :param num_particles: the number of vectorized particles in the traces, over which terms are averaged.
     """
     model, guide = sum_sites(sampled(model_trace), plates), sum_sites(proposal(guide_trace), plates)
     reconstruction = (model.observed + model.shared_observed / num_data) / num_particles
@@ -146,8 +146,8 @@ def elbo_terms(
 
 
 class SiteSums(NamedTuple):
-    """Log-probabilities of a trace in nats, summed over its sites: of the observed and of the latent sites in data plates,
-    ``(batch,)``, and of those that all data share, ``()``. Particles are summed over, or kept: ``(particles, …)``."""
+    """Log-probabilities of a trace in nats, summed over observed and over latent sites: those in data plates, ``(batch,)``, and
+    those outside, ``()``. With a particle dimension ``(particles, …)``."""
 
     observed: Tensor
     latent: Tensor
@@ -156,17 +156,17 @@ class SiteSums(NamedTuple):
 
 
 def sum_sites(sites: Iterable[tuple[str, dict]], plates: frozenset[str], *, particle_dim: int | None = None) -> SiteSums:
-    """Sums of log-probabilities, one for each datum where sites lie in data plates.
+    """Sum the log-probabilities of sites, per datum in data plates.
 
-    A plate within a datum that subsamples counts for its full size. Other scales (N/B of the data set, annealing,
-    ``poutine.scale``) are stripped.
+    Subsampling plates within a datum are scaled to their full size. Other scales (N/B, annealing, ``poutine.scale``) are
+    removed.
 
-    :param sites: of a trace: :func:`sampled` or :func:`proposal`.
-    :param particle_dim: batch dimension of the particles, which is kept.
+    :param sites: the result of :func:`sampled` or :func:`proposal`.
+    :param particle_dim: the batch dimension of the particles, which is not summed over.
     """
     sums = dict.fromkeys(SiteSums._fields, torch.zeros(()))
     for _, site in sites:
-        log_prob = site.get("unscaled_log_prob")  # a loss may have asked for it before
+        log_prob = site.get("unscaled_log_prob")  # already computed by a loss
         if log_prob is None:
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         log_prob = scale_and_mask(log_prob, mask=site["mask"])
@@ -188,14 +188,14 @@ def sum_sites(sites: Iterable[tuple[str, dict]], plates: frozenset[str], *, part
 
 
 def sum_to(log_prob: Tensor, kept: list[int]) -> Tensor:
-    """Sum over all dimensions but those, which come in that order."""
+    """Sum over all dimensions except the given ones, which are returned in the given order."""
     missing = max((-dim - log_prob.dim() for dim in kept), default=0)
     log_prob = log_prob.reshape((1,) * max(missing, 0) + log_prob.shape).movedim(kept, tuple(range(-len(kept), 0)))
     return log_prob.reshape(-1, *log_prob.shape[log_prob.dim() - len(kept) :]).sum(0)
 
 
 class Recorded(Messenger):
-    """A handler that keeps the traces of its runs, parameters too."""
+    """A handler that records a trace of each run, with parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,14 +214,12 @@ class Recorded(Messenger):
 
 
 class Reweighted(Recorded):
-    """A handler that makes a minibatch stand for the whole data set, and anneals: sites in data plates are scaled by N/B,
-    latent sites by β. It keeps the traces of its runs.
+    """A handler that scales sites in data plates by N/B and latent sites by β, and records a trace of each run.
 
-    A plate that subsamples from a larger size scales its sites itself and is left alone, and so is a site that the pair
-    scales by N/B itself.
+    Sites that are scaled already are not scaled again: those in a subsampling plate, and those in ``scaled``.
 
-    :param scaled: names of the sites that the pair scales by N/B itself, see :attr:`Structure.scaled`.
-    :param strip: remove ``poutine.scale`` of the pair: what is reported is never annealed.
+    :param scaled: names of the sites that the pair itself scales by N/B, see ``Structure.scaled``.
+    :param strip: remove the pair's own ``poutine.scale``, for reports without annealing.
     """
 
     def __init__(
@@ -250,5 +248,5 @@ class Reweighted(Recorded):
 
 
 def subsampling_scale(site: dict) -> float:
-    """The scale that plates give a site by subsampling: the product of full size over size."""
+    """The scale of a site by subsampling plates: the product of full_size / size."""
     return math.prod(frame.full_size / frame.size for frame in site["cond_indep_stack"])
