@@ -1,10 +1,10 @@
-"""A pair of one's own: two latents that share one plate, written as plain Pyro functions.
+"""A custom model/guide pair with two latents per datum, written as plain Pyro functions.
 
-The digits are counts, 0 … 16 for each pixel. Each image i has a shape zᵢ and a brightness sᵢ, two local latents:
+The digits are counts 0 … 16 per pixel. Image i has a latent shape zᵢ and a latent brightness sᵢ:
 
     zᵢ ~ N(0, I)    sᵢ ~ Gamma(2, 2/mean)    xᵢⱼ ~ Poisson(sᵢ · softmax(decoder(zᵢ))ⱼ · number of pixels)
 
-so that z need not spend a dimension on how hard the pen was pressed. Everything the library offers works on such a pair.
+so z does not have to encode the brightness. Every function of the library works on such a pair.
 
     python examples/custom_pair.py
 """

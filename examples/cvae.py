@@ -1,7 +1,8 @@
-"""The conditional VAE (Sohn et al. 2015; Doersch 2016): digits given their class.
+"""Conditional VAEs (Sohn et al. 2015; Doersch 2016) of digits given their class.
 
-Twice: with p(z) independent of the class, as in Doersch's tutorial, and with a learned p(z|c). In both, z holds what the
-class does not say, so a row of the picture is one class in many hands.
+One has a prior p(z) that does not depend on the class, as in Doersch's tutorial; the other learns p(z|c).
+In both, z encodes what the class does not determine, such as the handwriting. Each row of the figure shows
+one class.
 
     python examples/cvae.py      # writes cvae.png
 """

@@ -1,5 +1,6 @@
-"""Frey Face (Kingma & Welling 2013, section 5): a Gaussian decoder whose mean and scale both come from the network, a 2-D
-latent, and the manifold that it learns.
+"""Frey Face (Kingma & Welling 2013, section 5).
+
+The latent has two dimensions. The Gaussian decoder learns the mean and the scale.
 
     python examples/frey_faces.py --data-dir DIR      # writes frey_faces.png
 """
@@ -18,8 +19,8 @@ from pyro_vae import conditionals, nets, plots, priors
 def make_vae():
     return pv.VAE(
         prior=priors.StandardNormal(2),
-        # Means lie in (0, 1), through a sigmoid. The densities of grey levels are bounded by a floor under the scale: a
-        # quarter of a grey level would be 0.001, and a model with that floor would learn the levels, not the faces.
+        # A sigmoid constrains the means to (0, 1). min_scale bounds the density: with a bound of 0.001, a
+        # quarter of a grey level, the model fits the discrete grey levels instead of the faces.
         decoder=conditionals.Normal(
             nets.MLP(2, (200,)), event_shape=(28, 20), min_scale=0.02, loc_constraint=constraints.unit_interval
         ),

@@ -1,8 +1,7 @@
-"""SVI under Lightning, for projects that train by it: ``pip install -e '.[lightning]'``.
+"""SVI with Lightning: ``pip install -e '.[lightning]'``.
 
-Pyro's ELBO object over a model and a guide is a torch module whose ``forward`` is the loss, so that Lightning's own loop,
-loggers and DistributedDataParallel take it as any other. ``pv.fit`` needs nothing of it.
-"""
+``Trace_ELBO()(model, guide)`` is a ``torch.nn.Module`` whose ``forward`` returns the loss. It works with
+the training loop, loggers and DistributedDataParallel of Lightning. ``pv.fit`` does not need Lightning."""
 
 import argparse
 import logging
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_vae as pv
 from pyro_vae import conditionals, nets, priors
 
-warnings.filterwarnings("ignore", module="lightning")  # its advice on loaders
+warnings.filterwarnings("ignore", module="lightning")  # advice on num_workers
 import lightning  # noqa: E402
 
 
@@ -27,7 +26,7 @@ class SVI(lightning.LightningModule):
 
     def training_step(self, batch):
         (x,) = batch
-        return self.loss(x) / len(x)  # a mean, so that a short last minibatch weighs no more than its rows
+        return self.loss(x) / len(x)  # mean over the minibatch
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.vae.parameters(), lr=3e-3)
@@ -47,7 +46,7 @@ def main(args):
         enable_model_summary=False, accelerator="cpu",
     )  # fmt: skip
     trainer.fit(SVI(vae), DataLoader(TensorDataset(train.x), batch_size=100, shuffle=True))
-    print(f"held out: {pv.evaluate(vae.model, vae.guide, test)}")
+    print(f"held-out: {pv.evaluate(vae.model, vae.guide, test)}")
 
 
 if __name__ == "__main__":

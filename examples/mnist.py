@@ -1,6 +1,8 @@
-"""AEVB's network on binarized MNIST (Kingma & Welling 2013): 500 tanh units on both sides, 20 latents, a Bernoulli decoder.
+"""AEVB's network on binarized MNIST (Kingma & Welling 2013): 500 tanh units on both sides, 20 latents, a
+Bernoulli decoder.
 
-It is trained twice: by plain ``pyro.infer.SVI``, as any Pyro program is, and by ``fit``, which does the same and reports.
+It is trained twice: with plain ``pyro.infer.SVI``, and with ``fit``, which runs the same steps and records
+the ELBO.
 
     python examples/mnist.py --data-dir DIR
 """
@@ -29,11 +31,11 @@ def make_optim():
 
 
 def by_svi(train, test, num_epochs):
-    """The loop that every Pyro user knows."""
+    """The usual Pyro training loop."""
     vae, optim = make_vae(), make_optim()
     svi = SVI(vae.model, vae.guide, optim, Trace_ELBO())
     for epoch in range(1, num_epochs + 1):
-        loss = sum(svi.step(x) for x in train.batches(100))  # every epoch draws new binary images from the grey ones
+        loss = sum(svi.step(x) for x in train.batches(100))  # resampled binary images in every epoch
         optim.step()
         print(f"epoch {epoch}: train ELBO {-loss / len(train):.2f}")
     return pv.evaluate(vae.model, vae.guide, test).mean()
@@ -60,4 +62,4 @@ if __name__ == "__main__":
         train, test, args.num_epochs = train.head(1000), test.head(1000), 1
     for name, run in (("SVI", by_svi), ("fit", by_fit)):
         pyro.set_rng_seed(args.seed)
-        print(f"held out, by {name}: {run(train, test, args.num_epochs)}")
+        print(f"held-out, {name}: {run(train, test, args.num_epochs)}")

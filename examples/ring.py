@@ -1,8 +1,8 @@
-"""A ring in the plane: no Gaussian is a ring, but one pushed through a deep network reaches it (Doersch 2016, figure 2).
+"""A ring in the plane: a deep network maps a Gaussian latent to a ring (Doersch 2016, figure 2).
 
-The posterior is kept from falling onto the prior at the start, when the decoder has nothing to tell yet, by raising the
-weight β of the KL from 0 to 1 over 50 epochs; try ``--warm-up 0``. What is reported is the ELBO itself all along; at
-the true density it would be E log p(x) = −0.95 nats.
+The weight β of the KL rises from 0 to 1 over 50 epochs. This warm-up prevents posterior collapse early in
+training; compare ``--warm-up 0``. The reported ELBO always has β = 1. Its upper bound is E log p(x) = −0.95
+nats under the true density.
 
     python examples/ring.py      # writes ring.png
 """
@@ -50,5 +50,5 @@ if __name__ == "__main__":
         beta=lambda epoch: min(1.0, epoch / args.warm_up) if args.warm_up else 1.0,
     )
     print(history)
-    ax = plots.plot_points({"data": test.x, "draws of the model": vae.sample(len(test))})
+    ax = plots.plot_points({"data": test.x, "samples of the model": vae.sample(len(test))})
     plots.figure_of(ax).savefig(args.out, dpi=150)

@@ -1,6 +1,6 @@
-"""Conditionals beyond the simple families: normalizing flows and mixtures, for guides whose posterior is no Gaussian.
+"""Normalizing flows and mixtures as conditionals, for guides of non-Gaussian posteriors.
 
-They are conditionals like any other: a trunk, an ``event_shape``, and read-outs of their own.
+Like every conditional they take a trunk and an ``event_shape``.
 
 >>> import torch
 >>> from pyro_vae import flows, nets
@@ -22,17 +22,19 @@ from pyro_vae.nets import Shape, as_shape
 
 
 class Flow(FromTrunk):
-    """y = μ + σ · f_K ∘ … ∘ f₁(ε), ε ~ N(0, I): invertible transforms fₖ that read a context from the trunk, between standard
-    noise and an affine read-out as that of a Gaussian (Rezende & Mohamed 2015).
+    """y = μ + σ · f_K ∘ … ∘ f₁(ε), ε ~ N(0, I), with invertible transforms fₖ (Rezende & Mohamed 2015).
 
-    :param trunk: as for every conditional.
-    :param event_shape: one number d.
+    μ, σ and a context vector for the transforms are read from the trunk.
+
+    :param trunk: see :mod:`pyro_vae.nets`.
+    :param event_shape: d.
     :param num_transforms: K.
-    :param context_dim: how many numbers each transform reads.
-    :param hidden: widths of the transforms' own networks.
-    :param min_scale: the floor under σ.
+    :param context_dim: length of the context vector.
+    :param hidden: widths of the hidden layers of each transform.
+    :param min_scale: lower bound of σ.
 
-    Drawing costs one pass; the density of one's own draws comes with them, that of others costs d passes.
+    Sampling takes one pass. ``log_prob`` of the last sample reuses that pass; ``log_prob`` of other values
+    takes d passes if the transforms are autoregressive.
     """
 
     def __init__(
@@ -48,36 +50,43 @@ class Flow(FromTrunk):
         d = vector_size(type(self).__name__, event_shape)
         super().__init__(trunk, event_shape=d, readouts={"loc": d, "log_scale": d, "context": context_dim})
         self.min_scale = scale_floor(min_scale)
-        count = range(as_shape(num_transforms)[0])
-        self.transforms = nn.ModuleList(self.transform(d, context_dim, list(hidden)) for _ in count)
+        k = as_shape(num_transforms)[0]
+        self.transforms = nn.ModuleList(self.transform(d, context_dim, list(hidden)) for _ in range(k))
 
     @staticmethod
     def transform(dim: int, context_dim: int, hidden: list[int]) -> nn.Module:
-        """One of Pyro's conditional transforms."""
-        raise NotImplementedError("a Flow defines transform()")
+        """A conditional transform of Pyro, whose ``condition(context)`` returns fₖ."""
+        raise NotImplementedError("subclasses of Flow implement transform()")
 
     def distribution(self, *, loc: Tensor, log_scale: Tensor, context: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
         noise = dist.Normal(torch.zeros_like(loc), 1.0).to_event(1)
         flow: list[Any] = [transform.condition(context) for transform in self.transforms]  # type: ignore[operator]
-        # without its cache, every density of a draw would invert the whole flow
+        # without the cache, log_prob of a sample inverts the whole flow
         flow.append(T.AffineTransform(loc, self.min_scale + log_scale.exp(), event_dim=1, cache_size=1))
         return dist.TransformedDistribution(noise, flow)
 
 
 class AffineAutoregressive(Flow):
-    """Inverse autoregressive flow: each fₖ is affine in εⱼ with coefficients from ε_{<j} (Kingma et al. 2016). d ≥ 2."""
+    """Inverse autoregressive flow (Kingma et al. 2016), d ≥ 2.
+
+    Each fₖ is affine in εⱼ, with coefficients that depend on ε_{<j}.
+    """
 
     @staticmethod
     def transform(dim: int, context_dim: int, hidden: list[int]) -> nn.Module:
         if dim < 2:
             raise ValueError(
-                "AffineAutoregressive: in one dimension it is a Gaussian; expected event_shape 2 or more, or NeuralSpline"
+                "AffineAutoregressive: in one dimension the flow is a Gaussian; "
+                "expected event_shape of 2 or more, or NeuralSpline"
             )
         return T.conditional_affine_autoregressive(dim, context_dim, hidden)
 
 
 class NeuralSpline(Flow):
-    """Neural spline flow: each fₖ is a monotone rational spline on [−5, 5], autoregressive where d ≥ 2 (Durkan et al. 2019)."""
+    """Neural spline flow (Durkan et al. 2019).
+
+    Each fₖ is a monotone rational spline on [−5, 5], autoregressive if d ≥ 2.
+    """
 
     @staticmethod
     def transform(dim: int, context_dim: int, hidden: list[int]) -> nn.Module:
@@ -87,20 +96,29 @@ class NeuralSpline(Flow):
 
 
 class NormalMixture(FromTrunk):
-    """Σₖ πₖ N(μₖ, diag σₖ²), all read from the trunk: several modes, with pathwise gradients (Jankowiak & Karaletsos 2019).
+    """Σₖ πₖ N(μₖ, diag σₖ²) with pathwise gradients (Jankowiak & Karaletsos 2019).
 
-    :param event_shape: one number d ≥ 2.
+    πₖ, μₖ and σₖ are read from the trunk.
+
+    :param event_shape: d ≥ 2.
     :param num_components: K.
+    :param min_scale: lower bound of σₖ.
     """
 
-    def __init__(self, trunk: nn.Module, *, event_shape: Shape, num_components: int = 4, min_scale: float = 1e-3) -> None:
+    def __init__(
+        self, trunk: nn.Module, *, event_shape: Shape, num_components: int = 4, min_scale: float = 1e-3
+    ) -> None:
         shape = as_shape(event_shape)
         if len(shape) != 1 or shape[0] < 2:
-            raise ValueError(f"NormalMixture: expected an event_shape of one number, 2 or more, but got {tuple(shape)}")
+            raise ValueError(
+                f"NormalMixture: expected an event_shape of one number, 2 or more, but got {tuple(shape)}"
+            )
         k = as_shape(num_components)
-        super().__init__(trunk, event_shape=shape, readouts={"locs": k + shape, "log_scales": k + shape, "logits": k})
+        super().__init__(
+            trunk, event_shape=shape, readouts={"locs": k + shape, "log_scales": k + shape, "logits": k}
+        )
         self.min_scale = scale_floor(min_scale)
-        with torch.no_grad():  # components that start alike stay alike
+        with torch.no_grad():  # identical components have identical gradients and stay identical
             self.readout["locs"].layer.bias.normal_()  # type: ignore[union-attr, operator]
 
     def distribution(self, *, locs: Tensor, log_scales: Tensor, logits: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
@@ -108,7 +126,7 @@ class NormalMixture(FromTrunk):
 
 
 class _Mixture(dist.MixtureOfDiagNormals):
-    """Pyro's mixture, whose own draws of a batched one know no ``sample_shape``."""
+    """``MixtureOfDiagNormals`` that supports ``sample_shape`` with batched parameters."""
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         if not sample_shape:
@@ -117,12 +135,14 @@ class _Mixture(dist.MixtureOfDiagNormals):
 
 
 class Zuko(FromTrunk):
-    """Any flow of the library zuko, given features of the trunk: ``zuko.flows.NSF(features=2, context=32)``.
+    """A flow of the library zuko, such as ``zuko.flows.NSF(features=2, context=32)``.
 
-    :param flow: a ``zuko.lazy.LazyDistribution`` whose ``context`` is ``context_dim``.
-    :param event_shape: one number, the flow's ``features``.
+    :param event_shape: ``features`` of the flow.
+    :param flow: a ``zuko.lazy.LazyDistribution``.
+    :param context_dim: ``context`` of the flow.
+    :raises ImportError: if zuko is not installed.
 
-    For SVI its transform should be fast from noise to draw: for autoregressive flows that is
+    SVI samples at every step. Invert autoregressive flows so that sampling takes one pass:
     ``zuko.flows.Flow([t.inv for t in flow.transform.transforms], flow.base)``.
     """
 
@@ -131,7 +151,9 @@ class Zuko(FromTrunk):
         try:
             from pyro.contrib.zuko import ZukoToPyro
         except ImportError as error:
-            raise ImportError("Zuko: the library zuko is not installed; pip install 'pyro-vae[zuko]'") from error
+            raise ImportError(
+                "Zuko: the library zuko is not installed; pip install 'pyro-vae[zuko]'"
+            ) from error
         self.flow, self._to_pyro = flow, ZukoToPyro
 
     def distribution(self, *, context: Tensor) -> dist.TorchDistribution:  # type: ignore[override]

@@ -1,7 +1,7 @@
-"""Trunks: the networks that conditionals read their parameters from.
+"""Trunks: networks whose features a conditional maps to the parameters of its distribution.
 
-Every trunk takes any leading batch shape, ``(particles, batch, ...)`` say, flattens inside and restores outside, and
-names what it returns by ``out_shape``, so that a conditional can size its own read-out.
+A trunk accepts any leading batch shape, such as ``(particles, batch)``, and preserves it. Its ``out_shape``
+is the event shape of the features, from which a conditional sizes its read-outs.
 """
 
 import inspect
@@ -19,7 +19,10 @@ Activation = Callable[[Tensor], Tensor]
 
 
 def as_shape(shape: Shape) -> torch.Size:
-    """``20`` and ``(20,)`` are one event shape."""
+    """``shape`` as a ``torch.Size``; ``20`` becomes ``(20,)``.
+
+    :raises ValueError: unless all sizes are positive whole numbers.
+    """
     try:
         sizes = tuple(map(operator.index, shape if isinstance(shape, Sequence) else (shape,)))
     except TypeError:
@@ -30,10 +33,12 @@ def as_shape(shape: Shape) -> torch.Size:
 
 
 def split_shape(x: Tensor, shape: Shape) -> torch.Size:
-    """The leading (batch) shape of ``x`` over events of ``shape``.
+    """The batch shape of ``x``, whose trailing dimensions are an event of ``shape``.
 
-    A number stands for any event with that many elements: ``784`` matches ``(batch, 784)`` and ``(batch, 28, 28)``, the
-    fewest trailing dimensions being taken.
+    A number matches any event with that many elements: ``784`` matches ``(batch, 784)`` and
+    ``(batch, 28, 28)``. The fewest trailing dimensions that match are used.
+
+    :raises ValueError: if no trailing dimensions match.
     """
     if not isinstance(shape, int):
         batch_dims = x.dim() - len(shape)
@@ -50,7 +55,10 @@ def split_shape(x: Tensor, shape: Shape) -> torch.Size:
 
 
 def matching(x: Tensor, parameter: Tensor) -> Tensor:
-    """``x`` as the parameters take it: integers are cast, another floating dtype or device is an error."""
+    """``x`` with integers cast to the dtype of ``parameter``.
+
+    :raises ValueError: if the floating dtypes or the devices differ.
+    """
     if not x.is_floating_point():
         x = x.to(parameter.dtype)
     if x.dtype != parameter.dtype or x.device != parameter.device:
@@ -62,26 +70,33 @@ def matching(x: Tensor, parameter: Tensor) -> Tensor:
 
 
 def out_shape(trunk: nn.Module) -> torch.Size:
-    """Shape of one feature event of ``trunk``: its ``out_shape``, its ``out_features``, or those of the last layer of an
-    ``nn.Sequential`` that has them. Raises ``ValueError`` where the trunk tells neither."""
+    """Event shape of the features of ``trunk``: its ``out_shape`` or ``out_features``.
+
+    For an ``nn.Sequential``, those of the last layer that defines one of them.
+
+    :raises ValueError: if neither is defined.
+    """
     layers = reversed(trunk) if isinstance(trunk, nn.Sequential) else [trunk]
     for layer in layers:
         if isinstance(layer, nn.Sequential):
             return out_shape(layer)
         if isinstance(layer, nn.Flatten | nn.Unflatten):
-            break  # what it makes of the shape below is not ours to guess
+            break  # the shape after it is not inferred
         for attribute in ("out_shape", "out_features"):
             if hasattr(layer, attribute):
                 return as_shape(getattr(layer, attribute))
     raise ValueError(
-        f"trunk: {type(trunk).__name__} does not say its out_shape, so its read-out cannot be sized; expected e.g. "
-        "nets.MLP(784, (500,)), or set trunk.out_shape = (500,); a read-out flattens by itself, so drop a last nn.Flatten"
+        f"trunk: cannot infer the output shape of {type(trunk).__name__}; expected a trunk such as "
+        "nets.MLP(784, (500,)), or set trunk.out_shape = (500,). Read-outs flatten their input, so remove a "
+        "final nn.Flatten"
     )
 
 
 def num_inputs(module: nn.Module) -> int | None:
-    """How many tensors ``module(...)`` takes: its ``num_inputs``, or the positional arguments of its ``forward``; ``None`` for
-    any number."""
+    """Number of tensors that ``module(...)`` takes, or ``None`` for any number.
+
+    It is ``num_inputs`` of the module, or the number of positional arguments of its ``forward``.
+    """
     if hasattr(module, "num_inputs"):
         return module.num_inputs  # type: ignore[return-value]
     kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
@@ -90,7 +105,7 @@ def num_inputs(module: nn.Module) -> int | None:
 
 
 class Part(nn.Module):
-    """A module that remembers the arguments it was built from, so that a stored pair can be built again."""
+    """A module that stores its constructor arguments, so that a checkpoint can rebuild it."""
 
     given: tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -103,13 +118,16 @@ class Part(nn.Module):
 class MLP(Part):
     """Multi-layer perceptron, h ← f(W h + b) for each hidden layer; AEVB's network with ``hidden=(500,)``.
 
-    :param in_shape: a number of elements (``784`` takes ``(*batch, 28, 28)`` too), an event shape, or one shape per input
-        where the trunk reads several, ``((28, 28), (10,))``: these are flattened, broadcast and concatenated.
+    :param in_shape: event shape of the input. A number matches any event with that many elements: ``784``
+        matches ``(*batch, 28, 28)``. For several inputs, one shape each, ``((28, 28), (10,))``; they are
+        flattened, broadcast and concatenated.
     :param hidden: widths of the hidden layers; ``()`` is the identity, for linear models.
-    :param activation: f, any callable of a tensor (``torch.tanh``, ``torch.nn.functional.softplus``, ``nn.GELU()``).
-    :param residual: add each hidden layer's input to its output where their widths agree (He et al. 2016).
+    :param activation: f, a function of a tensor (``torch.tanh``, ``torch.nn.functional.softplus``,
+        ``nn.GELU()``).
+    :param residual: add the input of a hidden layer to its output if their widths are equal (He et al. 2016).
 
-    ``forward(*inputs)``: ``(*batch, *in_shape)`` each → ``(*batch, hidden[-1])``. Raises ``ValueError`` on other shapes.
+    ``forward(*inputs)``: ``(*batch, *in_shape)`` each → ``(*batch, hidden[-1])``. Raises ``ValueError`` for
+    other shapes.
 
     >>> MLP(784, (500, 300))(torch.zeros(7, 64, 28, 28)).shape
     torch.Size([7, 64, 300])
@@ -125,13 +143,15 @@ class MLP(Part):
     ) -> None:
         super().__init__()
         if isinstance(activation, type):
-            raise ValueError(f"MLP: activation is the class {activation.__name__}; pass {activation.__name__}()")
+            raise ValueError(
+                f"MLP: activation is the class {activation.__name__}; pass {activation.__name__}()"
+            )
         several = not isinstance(in_shape, int) and any(not isinstance(size, int) for size in in_shape)
         shapes = in_shape if several else (in_shape,)
         self.in_shapes: list[Shape] = [s if isinstance(s, int) else as_shape(s) for s in shapes]  # type: ignore[union-attr, arg-type]
         self.num_inputs = len(self.in_shapes)
         widths = [sum(math.prod(as_shape(shape)) for shape in self.in_shapes), *as_shape(tuple(hidden))]
-        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
+        self.layers = nn.ModuleList(nn.Linear(fan_in, fan_out) for fan_in, fan_out in pairwise(widths))
         self.activation = activation
         self.residual = residual
         self.out_shape = torch.Size(widths[-1:])
@@ -140,15 +160,15 @@ class MLP(Part):
         if len(inputs) != self.num_inputs:
             raise ValueError(
                 f"MLP: got {len(inputs)} inputs but was built for {self.num_inputs}, of shape "
-                f"{[s if isinstance(s, int) else tuple(s) for s in self.in_shapes]}; pass as many, each condition after x "
-                "or z, or give in_shape one shape per input"
+                f"{[s if isinstance(s, int) else tuple(s) for s in self.in_shapes]}; pass that many inputs, "
+                "each condition after x or z, or set in_shape to one shape per input"
             )
         batches = [split_shape(x, shape) for x, shape in zip(inputs, self.in_shapes, strict=True)]
         batch = torch.broadcast_shapes(*batches)
-        flat = [x.reshape(*own, -1).expand(*batch, -1) for x, own in zip(inputs, batches, strict=True)]
+        flat = [x.reshape(*shape, -1).expand(*batch, -1) for x, shape in zip(inputs, batches, strict=True)]
         if not self.layers:
             return torch.cat(flat, -1)
-        weight: Tensor = self.layers[0].weight  # type: ignore[assignment]  # a draw, where it is a PyroSample
+        weight: Tensor = self.layers[0].weight  # type: ignore[assignment]  # a sample if it is a PyroSample
         h = torch.cat([matching(x, weight) for x in flat], -1)
         for layer in self.layers:
             out = self.activation(layer(h))
@@ -160,10 +180,11 @@ class MLP(Part):
 
 
 class ConvEncoder(Part):
-    """Convolutional trunk for images: each layer a stride-2 convolution, which halves height and width.
+    """Convolutional trunk for images. Each layer is a stride-2 convolution that halves height and width.
 
-    :param in_shape: ``(channels, height, width)``, or ``(height, width)`` for images without a channel dimension.
-    :param channels: feature maps of each layer.
+    :param in_shape: ``(channels, height, width)`` or ``(height, width)``.
+    :param channels: number of feature maps of each layer.
+    :param activation: as for :class:`MLP`.
 
     ``forward(x)``: ``(*batch, *in_shape)`` → ``(*batch, channels[-1], height', width')``.
 
@@ -172,14 +193,19 @@ class ConvEncoder(Part):
     """
 
     def __init__(
-        self, in_shape: Sequence[int], channels: Sequence[int] = (32, 64), *, activation: Activation = torch.relu
+        self,
+        in_shape: Sequence[int],
+        channels: Sequence[int] = (32, 64),
+        *,
+        activation: Activation = torch.relu,
     ) -> None:
         super().__init__()
         self.in_shape = as_shape(in_shape)
         first, height, width = _image_shape(self.in_shape)
         maps = [first, *_channels(channels)]
         self.layers = nn.ModuleList(
-            nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1) for before, after in pairwise(maps)
+            nn.Conv2d(fan_in, fan_out, kernel_size=3, stride=2, padding=1)
+            for fan_in, fan_out in pairwise(maps)
         )
         self.activation = activation
         for _ in channels:
@@ -196,11 +222,14 @@ class ConvEncoder(Part):
 
 
 class ConvDecoder(Part):
-    """Convolutional trunk from a latent to feature maps of an image's size, by stride-2 transposed convolutions.
+    """Convolutional trunk from a latent to feature maps of the size of an image.
 
-    :param in_shape: shape of the latent, as for :class:`MLP`.
-    :param image_shape: ``(height, width)`` or ``(channels, height, width)``; the channels are the conditional's business.
-    :param channels: feature maps, coarsest first; each doubles height and width.
+    Each layer is a stride-2 transposed convolution that doubles height and width.
+
+    :param in_shape: event shape of the input, as for :class:`MLP`.
+    :param image_shape: ``(height, width)`` or ``(channels, height, width)``; its channels are ignored.
+    :param channels: number of feature maps of each layer, coarsest first.
+    :param activation: as for :class:`MLP`.
 
     ``forward(z)``: ``(*batch, *in_shape)`` → ``(*batch, channels[-1], height, width)``.
 
@@ -225,7 +254,8 @@ class ConvDecoder(Part):
         self.project = MLP(in_shape, (math.prod(self.coarse_shape),), activation=activation)
         self.num_inputs = self.project.num_inputs
         self.layers = nn.ModuleList(
-            nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1) for before, after in pairwise(maps)
+            nn.ConvTranspose2d(fan_in, fan_out, kernel_size=4, stride=2, padding=1)
+            for fan_in, fan_out in pairwise(maps)
         )
         self.activation = activation
         self.out_shape = torch.Size((maps[-1], height, width))
@@ -241,9 +271,10 @@ class ConvDecoder(Part):
 
 
 class Standardize(Part):
-    """(x − mean) / scale, for trunks whose data are far from unit size: ``nn.Sequential(Standardize(0, 255), MLP(784))``.
+    """(x − mean) / scale, to standardize the input of a trunk.
 
-    ``forward(x)`` keeps the shape and takes integers too.
+    ``forward(x)`` preserves the shape and accepts integers. Example:
+    ``nn.Sequential(Standardize(0, 255), MLP(784))``.
     """
 
     mean: Tensor
@@ -259,12 +290,12 @@ class Standardize(Part):
 
 
 class Readout(nn.Module):
-    """The linear last layer, from features of ``in_shape`` to one tensor of ``shape``.
+    """Linear last layer from features of ``in_shape`` to one parameter of ``shape``.
 
-    Where the features are maps of the wanted image's height and width it is a 1×1 convolution, else a full matrix.
+    It is a 1×1 convolution if the features are maps with the height and width of ``shape``, else a matrix.
     ``forward(h)``: ``(*batch, *in_shape)`` → ``(*batch, *shape)``.
 
-    :param image: the last two dimensions of ``shape`` are an image's.
+    :param image: whether the last two dimensions of ``shape`` are the height and width of an image.
     """
 
     def __init__(self, in_shape: Shape, shape: Shape, *, image: bool = True) -> None:
@@ -280,18 +311,20 @@ class Readout(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         batch = split_shape(h, self.in_shape)
         rows = h.reshape(-1, *self.in_shape) if self.convolutional else h.reshape(*batch, -1)
-        # under autocast the layers are of lower precision, the densities are not
+        # autocast lowers the precision of the layers; the parameters of a density keep the full precision
         return self.layer(rows).reshape(*batch, *self.shape).to(self.layer.weight.dtype)
 
 
 def _channels(channels: Sequence[int]) -> torch.Size:
     if not channels:
-        raise ValueError("channels: expected one layer or more, such as (32, 64), but got none")
+        raise ValueError("channels: expected at least one layer, such as (32, 64), but got none")
     return as_shape(tuple(channels))
 
 
 def _image_shape(shape: torch.Size) -> tuple[int, int, int]:
     if len(shape) not in (2, 3):
-        raise ValueError(f"image: expected (height, width) or (channels, height, width) but got {tuple(shape)}")
+        raise ValueError(
+            f"image: expected (height, width) or (channels, height, width) but got {tuple(shape)}"
+        )
     channels, height, width = (1, *shape)[-3:]
     return channels, height, width

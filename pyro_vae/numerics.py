@@ -1,12 +1,12 @@
-"""Numbers from draws and log-weights: mean, error, effective sample size, shape of the tail, covariance."""
+"""Statistics of samples and log-weights: log-mean, standard error, ESS, Pareto k̂, covariance."""
 
 import math
 
 import torch
 from torch import Tensor
 
-_ROUNDING = 1e-9  # of weights whose largest is 1, below which a tail is no tail
-_MIN_TAIL = 5  # draws in a tail that a Pareto distribution is fitted to
+_ROUNDING = 1e-9  # a tail that spans less than this times the largest weight counts as constant
+_MIN_TAIL = 5  # smallest tail that a Pareto distribution is fitted to
 
 
 def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:
@@ -15,60 +15,62 @@ def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:
 
 
 def effective_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
-    """Effective sample size (Σ w)² / Σ w² (Kish 1965), between 1 and K, 0 where all weights are 0: ``(K, *batch)`` →
-    ``(*batch)``."""
+    """(Σ w)² / Σ w² (Kish 1965), from 1 to K, or 0 if all weights are 0: ``(K, *batch)`` → ``(*batch)``."""
     size = (2 * log_weights.logsumexp(dim) - (2 * log_weights).logsumexp(dim)).exp()
     return size.nan_to_num(nan=0.0)
 
 
 def log_mean_exp_se(log_weights: Tensor, *, num_fixed: int = 0) -> Tensor:
-    """Standard error of :func:`log_mean_exp` by the jackknife, SE² = (n−1)/n Σᵢ (θᵢ − θ̄)² in nats, θᵢ the log mean without
-    the i-th of the n weights that vary: ``(K, *batch)`` → ``(*batch)``.
+    """Jackknife standard error of :func:`log_mean_exp` in nats: ``(K, *batch)`` → ``(*batch)``.
 
-    On average SE² is not below the variance over seeds (Efron and Stein 1981). That holds where one weight outweighs the rest
-    too, but the SE of one datum then rests on few weights: see :func:`is_reliable`. The delta method √(1/ESS − 1/K) is the same
-    for many even weights, and never above 1.
+    SE² = (n−1)/n Σᵢ (θᵢ − θ̄)², where θᵢ is the log-mean without the i-th of the n random weights. The
+    expectation of SE² is at least the variance of the log-mean (Efron and Stein 1981), also if one weight
+    dominates; the SE of a single datum is then unreliable, see :func:`is_reliable`. The delta method
+    √(1/ESS − 1/K) agrees for many similar weights, but never exceeds 1.
 
-    :param num_fixed: the first so many weights are the same for every seed.
-    :returns: ``nan`` for n < 2; infinite where one weight is all there is.
+    :param num_fixed: number of leading weights that are not random, so n = K − ``num_fixed``.
+    :returns: ``nan`` for n < 2; ``inf`` if at most one weight is positive and none is fixed.
     """
     n = len(log_weights) - num_fixed
     if n < 2:
         return torch.full_like(log_weights[0], math.nan)
     log_share = (log_weights - log_weights.logsumexp(0)).nan_to_num(nan=-math.inf)
     largest = log_share.argmax(0, keepdim=True)
-    # log (1 − share); that of the largest is the sum of the others, where the difference would lose its digits
-    without = torch.log1p(-log_share.exp().scatter(0, largest, 0.0))
-    without = without.scatter(0, largest, log_share.scatter(0, largest, -math.inf).logsumexp(0, keepdim=True))
-    without = without[num_fixed:]
-    square = (without - without.mean(0)).square().sum(0) * ((n - 1) / n)
-    return square.sqrt().nan_to_num(nan=math.inf, posinf=math.inf)
+    # log (1 − share); for the largest share the sum of the others, since the difference cancels
+    others = log_share.scatter(0, largest, -math.inf).logsumexp(0, keepdim=True)
+    log_rest = torch.log1p(-log_share.exp().scatter(0, largest, 0.0)).scatter(0, largest, others)[num_fixed:]
+    variance = (log_rest - log_rest.mean(0)).square().sum(0) * ((n - 1) / n)
+    return variance.sqrt().nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def is_reliable(standard_error: Tensor, ess: Tensor, pareto_k: Tensor | None) -> bool:
-    """Whether the standard error of a mean over N data, √(Σᵢ SEᵢ²)/N, is to be trusted: it is known, and less than a fifth of
-    its variance, Σ_bad SEᵢ² ≤ 0.2 Σᵢ SEᵢ², comes from data with Pareto k̂ above .7 or an effective sample size below 10, where
-    it rests on few weights. All ``(batch,)``; SEᵢ in nats."""
-    bad = ess < 10
+    """Whether the standard error of a mean over data is reliable.
+
+    It is reliable if it is finite and at most a fifth of its variance comes from data with Pareto k̂ > 0.7 or
+    an effective sample size below 10. All arguments: ``(batch,)``.
+    """
+    unreliable = ess < 10
     if pareto_k is not None:
-        bad = bad | (pareto_k > 0.7)
+        unreliable = unreliable | (pareto_k > 0.7)
     variance = standard_error.double().square()
-    return bool(variance.sum().isfinite()) and not bool(variance[bad].sum() > 0.2 * variance.sum())
+    return bool(variance.sum().isfinite()) and not bool(variance[unreliable].sum() > 0.2 * variance.sum())
 
 
 def covariance(draws: Tensor) -> Tensor:
-    """Covariance of K draws of each datum, (1/(K−1)) Σ (z_k − z̄)(z_k − z̄)ᵀ: ``(K, batch, dim)`` → ``(batch, dim, dim)``."""
+    """Sample covariance for each datum: ``(K, batch, dim)`` → ``(batch, dim, dim)``."""
     centred = draws - draws.mean(0)
     return torch.einsum("kbi,kbj->bij", centred, centred) / (len(draws) - 1)
 
 
 def pareto_k(log_weights: Tensor, dim: int = 0) -> Tensor:
-    """k̂, the shape of a generalized Pareto distribution fitted to the largest weights: ``(K, *batch)`` → ``(*batch)``.
+    """Shape k̂ of a generalized Pareto fit to the largest weights: ``(K, *batch)`` → ``(*batch)``.
 
-    Weights have finite moments up to 1/k. Below .5 their mean is as good as it looks, up to .7 it is usable, above it is not
-    to be trusted (Vehtari et al. 2024). The tail is the 3√K largest weights, K/5 of 225 or fewer; the fit is that of Zhang and
-    Stephens (2009) with PSIS's prior. ``nan`` below 25 weights, −∞ where the tail is constant, as under the exact guide.
-    Weights that are 0, or vanish beside the largest, are no part of the tail; ∞ where fewer than 5 are left.
+    Weights have finite moments of order below 1/k. Their mean is reliable for k̂ < 0.5, usable up to 0.7 and
+    unreliable above (Vehtari et al. 2024). The tail is the 3√K largest weights, or the K/5 largest for
+    K ≤ 225. The fit is that of Zhang and Stephens (2009) with the prior of PSIS.
+
+    :returns: ``nan`` for K < 25; −∞ if the tail is constant, as under the exact guide; ∞ if fewer than 5
+        weights of the tail are positive relative to the largest.
     """
     ratios = log_weights.double().movedim(dim, -1)
     n = ratios.shape[-1]
@@ -76,26 +78,33 @@ def pareto_k(log_weights: Tensor, dim: int = 0) -> Tensor:
     if num_tail < _MIN_TAIL:
         return torch.full(ratios.shape[:-1], math.nan, dtype=torch.double, device=ratios.device)
     largest = ratios.topk(num_tail + 1, -1).values
-    weights = (largest - largest[..., :1]).exp().flip(-1)  # ascending, the first at the cutoff
+    weights = (largest - largest[..., :1]).exp().flip(-1)  # ascending; the first is the cutoff
     tail = weights[..., 1:] - weights[..., :1]
-    constant = tail[..., -1] < _ROUNDING
-    tail = torch.where(constant.unsqueeze(-1), torch.linspace(0.1, 1, num_tail, dtype=tail.dtype, device=tail.device), tail)
-    k = torch.where(constant, -math.inf, _fit_pareto(tail))
-    for place in (k.isnan() & ~ratios.isnan().any(-1)).nonzero():
-        positive = tail[tuple(place)]
-        positive = positive[positive > 1e-290]  # the fit divides by them
-        k[tuple(place)] = _fit_pareto(positive) if len(positive) >= _MIN_TAIL else math.inf
+    is_constant = tail[..., -1] < _ROUNDING
+    tail = torch.where(
+        is_constant.unsqueeze(-1),
+        torch.linspace(0.1, 1, num_tail, dtype=tail.dtype, device=tail.device),
+        tail,
+    )
+    k = torch.where(is_constant, -math.inf, _fit_pareto(tail))
+    for index in (k.isnan() & ~ratios.isnan().any(-1)).nonzero():
+        positive = tail[tuple(index)]
+        positive = positive[positive > 1e-290]  # the fit divides by the excesses
+        k[tuple(index)] = _fit_pareto(positive) if len(positive) >= _MIN_TAIL else math.inf
     return k
 
 
 def _fit_pareto(tail: Tensor) -> Tensor:
-    """The posterior mean of k: that of b = −k/σ over a grid, its likelihood profiled, drawn towards ½ by ten draws' worth."""
+    """k at the posterior mean of b = −k/σ, shrunk towards ½ by a prior worth ten observations.
+
+    The posterior of b is evaluated on a grid, with k profiled out. tail: ascending excesses, ``(*batch, n)``.
+    """
     n = tail.shape[-1]
     num_points = 30 + int(math.sqrt(n))
     grid = torch.arange(1, num_points + 1, dtype=tail.dtype, device=tail.device) - 0.5
     quartile = tail[..., int(n / 4 + 0.5) - 1 : int(n / 4 + 0.5)]
     b = (1 - (num_points / grid).sqrt()) / (3 * quartile) + 1 / tail[..., -1:]
-    k = torch.stack([torch.log1p(-each.unsqueeze(-1) * tail).mean(-1) for each in b.unbind(-1)], -1)
+    k = torch.stack([torch.log1p(-value.unsqueeze(-1) * tail).mean(-1) for value in b.unbind(-1)], -1)
     profile = n * ((-b / k).log() - k - 1)
     weights = (profile - profile.logsumexp(-1, keepdim=True)).exp()
     weights = torch.where(weights >= 10 * torch.finfo(tail.dtype).eps, weights, 0.0)

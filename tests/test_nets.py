@@ -1,4 +1,4 @@
-"""Trunks take any leading batch shape, and say so where they do not."""
+"""Trunks: batch shapes, formulas, gradients, errors."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ TRUNKS = {
 
 @pytest.mark.parametrize(("trunk", "event"), TRUNKS.values(), ids=TRUNKS.keys())
 @pytest.mark.parametrize("batch", [(), (5,), (3, 5), (2, 3, 5)], ids=str)
-def test_any_leading_batch_shape(trunk, event, batch):
+def test_trunks_preserve_any_leading_batch_shape(trunk, event, batch):
     trunk = trunk.double()
     x = torch.randn(*batch, *event, dtype=torch.double)
     out = trunk(x)
@@ -29,7 +29,7 @@ def test_any_leading_batch_shape(trunk, event, batch):
     torch.testing.assert_close(out.reshape(rows.shape), rows, rtol=1e-10, atol=1e-12)
 
 
-def test_mlp_is_its_formula():
+def test_residual_mlp_matches_its_formula():
     mlp = nets.MLP(3, (4, 4), residual=True)
     x = torch.randn(6, 3)
     first, second = mlp.layers
@@ -40,11 +40,11 @@ def test_mlp_is_its_formula():
 def test_several_inputs_are_broadcast_and_concatenated():
     mlp = nets.MLP(((2,), (3, 4)), (5,))
     z, c = torch.randn(7, 6, 2), torch.randn(6, 3, 4)
-    both = torch.cat([z, c.flatten(1).expand(7, 6, 12)], -1)
-    torch.testing.assert_close(mlp(z, c), torch.tanh(mlp.layers[0](both)))
+    joined = torch.cat([z, c.flatten(1).expand(7, 6, 12)], -1)
+    torch.testing.assert_close(mlp(z, c), torch.tanh(mlp.layers[0](joined)))
 
 
-def test_convolutions_use_each_pixel_and_each_feature():
+def test_gradients_reach_every_pixel_and_every_latent():
     encoder = nets.ConvEncoder((9, 7), (4, 6), activation=torch.tanh)
     decoder = nets.ConvDecoder(5, (9, 7), (6, 4), activation=torch.tanh)
     x, z = torch.randn(2, 9, 7, requires_grad=True), torch.randn(2, 5, requires_grad=True)
@@ -63,18 +63,24 @@ def test_convolutions_use_each_pixel_and_each_feature():
         (lambda: nets.MLP(3, (5,))(torch.zeros(2, 3).double()), "float64"),
         (lambda: nets.MLP(3, (5,))(torch.zeros(2, 3), torch.zeros(2, 3)), "got 2 inputs"),
         (lambda: nets.ConvEncoder((9,)), "height, width"),
-        (lambda: nets.ConvEncoder((8, 8), ()), "one layer or more"),
-        (lambda: nets.ConvDecoder(2, (8, 8), ()), "one layer or more"),
+        (lambda: nets.ConvEncoder((8, 8), ()), "at least one layer"),
+        (lambda: nets.ConvDecoder(2, (8, 8), ()), "at least one layer"),
         (lambda: nets.out_shape(nn.ReLU()), "set trunk.out_shape"),
-        (lambda: nets.out_shape(nn.Sequential(nets.ConvEncoder((8, 8)), nn.Flatten(-3))), "drop a last nn.Flatten"),
+        (
+            lambda: nets.out_shape(nn.Sequential(nets.ConvEncoder((8, 8)), nn.Flatten(-3))),
+            "remove a final nn.Flatten",
+        ),
     ],
 )
-def test_bad_input(make, message):
+def test_invalid_input_raises(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_a_read_out_is_a_convolution_only_for_images():
+def test_readout_is_a_convolution_only_for_images():
     assert nets.Readout((4, 5, 2), (3, 5, 2)).convolutional
     assert not nets.Readout((4, 5, 2), (5, 2), image=False).convolutional
+
+
+def test_as_shape_accepts_numpy_integers():
     assert nets.as_shape(torch.arange(5).numpy()[3]) == (3,)

@@ -1,10 +1,11 @@
-"""1. The evidence by naive prior Monte Carlo, and why it fails as the dimension grows.
+"""1. Naive Monte Carlo over the prior, and why it fails in high dimensions.
 
     log p(x) = log E_{p(z)} p(x|z) ≈ log 1/S Σ_s p(x|z_s),    z_s ~ p(z)
 
-is right on average (p(x), not its log) and useless: as the latent dimension grows, hardly any draw of the prior lies where
-the posterior is. The effective sample size ESS = (Σ w)²/Σ w² of the weights w_s = p(x|z_s) tells; of S draws it tends to
-S · p(x)² / E_{p(z)} p(x|z)². The models are probabilistic PCAs of the digits, where all of this is in closed form.
+The estimate of p(x) is unbiased (that of log p(x) is not), but useless: as the latent dimension grows,
+almost no sample of the prior lies where the posterior has mass. The effective sample size ESS = (Σ w)²/Σ w²
+of the weights w_s = p(x|z_s) measures this. For S samples it tends to S · p(x)² / E_{p(z)} p(x|z)². The
+models are probabilistic PCAs of the digits, for which all these quantities have closed forms.
 
     python examples/walkthrough/01_prior_monte_carlo.py      # writes 01_prior_monte_carlo.png
 """
@@ -28,7 +29,7 @@ def digits():
 
 
 def log_weights(model, x, num_draws):
-    """log p(x|z_s) at draws of the prior, of each datum its own: ``(num_draws, batch)``."""
+    """log p(x|z_s) with independent samples of the prior for each datum: ``(num_draws, batch)``."""
     z = model.prior().sample((num_draws, len(x)))
     return model.decoder(z).log_prob(x)
 
@@ -42,7 +43,7 @@ def effective_sample_size(log_w):
 
 
 def expected_share(model, x):
-    """p(x)² / E p(x|z)², the share of prior draws that count, in closed form: N(x; m, σ²)² is (4πσ²)^{−½} N(x; m, σ²/2)."""
+    """p(x)² / E p(x|z)², the limit of ESS/S, in closed form by N(x; m, σ²)² = (4πσ²)^{−½} N(x; m, σ²/2)."""
     sharper = exact.LinearGaussian(model.weight, noise_scale=model.noise_scale / 2**0.5, bias=model.bias)
     log_square = sharper.log_evidence(x) - 0.5 * (4 * math.pi * model.noise_scale**2).log().sum()
     return (2 * model.log_evidence(x) - log_square).exp()
@@ -52,12 +53,12 @@ def draw(truth, estimates, sizes, shares):
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.plot(DIMENSIONS, truth, "k-", label="exact")
     for i, (num_draws, values) in enumerate(estimates.items()):
-        left.plot(DIMENSIONS, values, "o-", color=f"C{i}", label=f"{num_draws:,} draws of the prior")
-        right.semilogy(DIMENSIONS, sizes[num_draws], "o", color=f"C{i}", label=f"of {num_draws:,} draws")
+        left.plot(DIMENSIONS, values, "o-", color=f"C{i}", label=f"{num_draws:,} samples of the prior")
+        right.semilogy(DIMENSIONS, sizes[num_draws], "o", color=f"C{i}", label=f"{num_draws:,} samples")
         right.semilogy(DIMENSIONS, [max(1, num_draws * share) for share in shares], "-", color=f"C{i}", alpha=0.5)
-    left.set(xlabel="latent dimensions", ylabel="log p(x), nats per datum", title="Evidence of the digits under their PPCA")
-    right.plot([], [], "-", color="0.5", label="of many draws, in closed form")
-    right.set(xlabel="latent dimensions", ylabel="effective sample size", title="How many draws count")
+    left.set(xlabel="latent dimensions", ylabel="log p(x), nats per datum", title="Evidence under PPCA")
+    right.plot([], [], "-", color="0.5", label="limit, in closed form")
+    right.set(xlabel="latent dimensions", ylabel="effective sample size", title="Effective sample size")
     for ax in (left, right):
         ax.set_xticks([1, 5, 10, 15, 20])
         ax.legend(frameon=False)
@@ -68,7 +69,7 @@ def draw(truth, estimates, sizes, shares):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="01_prior_monte_carlo.png")
-    parser.add_argument("--smoke-test", action="store_true", help="fewer draws")
+    parser.add_argument("--smoke-test", action="store_true", help="fewer samples")
     args = parser.parse_args()
     mpl.use("Agg")
 

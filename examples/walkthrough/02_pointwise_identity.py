@@ -1,11 +1,12 @@
-"""2. The identity behind every bound, and what a wrong Q leaves out.
+"""2. The pointwise identity behind every bound, and its correction term.
 
     log p(x) = log p(x, z) − log p(z|x)                                        for every z
              = [log p(x, z) − log q(z|x)] + [log q(z|x) − log p(z|x)]          for every z and every q
 
-The first bracket is the log-weight, which a guide can compute; the second is the correction, which it cannot. The correction
-has either sign, depending on z. On average it has not: under q it is KL(q‖p) ≥ 0, so the mean log-weight is a lower bound, and
-under p it is −KL(p‖q) ≤ 0. Here z has one dimension and the decoder is |z| with noise: two modes, and q covers one of them.
+The first bracket is the log-weight, which is computable. The second is the correction, which requires the
+posterior. The correction is positive or negative, depending on z. Its mean under q is KL(q‖p) ≥ 0, so the
+mean log-weight is a lower bound; its mean under p is −KL(p‖q) ≤ 0. Here z has one dimension and the decoder
+is |z| with noise, so the posterior has two modes. q covers one of them.
 
     python examples/walkthrough/02_pointwise_identity.py      # writes 02_pointwise_identity.png
 """
@@ -25,7 +26,7 @@ X = torch.tensor([[1.2, 1.2]], dtype=torch.double)
 
 
 def make_model():
-    """x = (|z|, |z|) + noise, by two ReLU units."""
+    """x = (|z|, |z|) + noise, with two ReLU units."""
     one = torch.ones(2, dtype=torch.double)
     return exact.ReluDecoder(torch.tensor([1.0, -1.0]).double(), 0 * one, torch.ones(2, 2).double(), noise_scale=0.6)
 
@@ -36,7 +37,7 @@ def guide(x):
 
 
 def corrections(model, x, num_draws):
-    """log q(z|x) − log p(z|x) at draws of q, and at draws of p."""
+    """log q(z|x) − log p(z|x) at samples of q and at samples of p."""
     q = dist.Normal(0.5 * x[:, :1], 0.6).to_event(1)
     draws = q.sample((num_draws,)), model.posterior(x).sample((num_draws,))
     return [pointwise_identity(model, guide, x, z=z).correction[:, 0] for z in draws]
@@ -65,7 +66,7 @@ def draw(model, x):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="02_pointwise_identity.png")
-    parser.add_argument("--smoke-test", action="store_true", help="fewer draws")
+    parser.add_argument("--smoke-test", action="store_true", help="fewer samples")
     args = parser.parse_args()
     mpl.use("Agg")
 
@@ -79,5 +80,5 @@ if __name__ == "__main__":
     for name, values in {"q,  KL(q‖p)": under_q, "p, −KL(p‖q)": under_p}.items():
         error = values.std() / len(values) ** 0.5
         positive = (values > 0).double().mean()
-        print(f"mean correction under {name}: {values.mean():.4f} ± {error:.4f}; of single draws {positive:.0%} > 0")
+        print(f"mean correction under {name}: {values.mean():.4f} ± {error:.4f}; {positive:.0%} positive")
     draw(model, X).savefig(args.out, dpi=150)

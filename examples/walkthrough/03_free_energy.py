@@ -2,8 +2,8 @@
 
     F(q) = E_q[−log p(x, z)] − H(q) = −log p(x) + KL(q‖p(z|x)) ≥ −log p(x)
 
-An expected energy, which wants q narrow, against an entropy, which wants it wide. The model is factor analysis with two
-factors, where the posterior is N(μ, Λ⁻¹), and the guides are N(μ + δ, c² Λ⁻¹): KL = ½ δᵀΛδ + ½ k (c² − 1 − log c²).
+The expected energy favours a narrow q, the entropy a wide one. The model is factor analysis with two
+factors and posterior N(μ, Λ⁻¹). The guides are N(μ + δ, c² Λ⁻¹), with KL = ½ δᵀΛδ + ½ k (c² − 1 − log c²).
 
     python examples/walkthrough/03_free_energy.py      # writes 03_free_energy.png
 """
@@ -30,7 +30,7 @@ def make_model():
 
 
 def make_guide(model, shift, factor):
-    """The exact posterior, its mean shifted along a direction, its scales multiplied."""
+    """The exact posterior with its mean shifted along ``DIRECTION`` and its scales multiplied."""
 
     def guide(x):
         p = model.posterior(x)
@@ -68,14 +68,14 @@ def draw(model, shifts, factors, measured):
         ax.set(xlabel=label, ylabel="nats")
         ax.grid(alpha=0.3)
     axes[0].legend(frameon=False)
-    fig.suptitle("Free energy touches −log p(x) at the exact posterior, and nowhere else")
+    fig.suptitle("Free energy equals −log p(x) only at the exact posterior")
     return fig
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="03_free_energy.png")
-    parser.add_argument("--smoke-test", action="store_true", help="fewer draws")
+    parser.add_argument("--smoke-test", action="store_true", help="fewer samples")
     args = parser.parse_args()
     mpl.use("Agg")
 

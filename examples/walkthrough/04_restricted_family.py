@@ -1,14 +1,17 @@
-"""4. A restricted family biases the model that it trains.
+"""4. A restricted guide family biases the model.
 
     max over θ of  log p_θ(x) − min over the family of KL(q‖p_θ(z|x))
 
-is not the maximum of the evidence: θ moves to where the family's posterior is nearly right. Two cases in closed form:
+differs from the maximum of the evidence: θ moves to where the family approximates the posterior well. Two
+cases have closed forms:
 
-- x ~ N(Wz, σ²I) with two correlated columns in W. The posterior is correlated, the more the smaller σ is. A mean-field guide
-  trains σ to the maximum of evidence − ½[Σ log Λⱼⱼ − log |Λ|], a full covariance to that of the evidence.
-- The linear VAE with fixed noise σ² and the KL weighted by β. Its columns have ‖wⱼ‖² = max(0, λⱼ − βσ²), with λⱼ the
-  eigenvalues of the data's covariance: all but #{λⱼ > βσ²} units collapse onto the prior (Lucas et al. 2019). Here the data
-  are the digits, in units of σ; columns whose λⱼ are close, as the first three, turn into their places slowly.
+- x ~ N(Wz, σ²I), where W has two correlated columns. The smaller σ, the stronger the correlation of the
+  posterior. A mean-field guide trains σ to the maximum of evidence − ½[Σ log Λⱼⱼ − log |Λ|]. A guide with
+  full covariance trains it to the maximum of the evidence.
+- The linear VAE with fixed noise σ² and KL weight β. The columns of W have ‖wⱼ‖² = max(0, λⱼ − βσ²), with
+  λⱼ the eigenvalues of the data covariance: all but #{λⱼ > βσ²} units collapse to the prior (Lucas et al.
+  2019). The data are the digits in units of σ. Columns with similar λⱼ, such as the first three, converge
+  slowly.
 
     python examples/walkthrough/04_restricted_family.py      # writes 04_restricted_family.png; 2 minutes
 """
@@ -39,12 +42,12 @@ def model(x):
 
 
 def decayed(lr, num_epochs):
-    """Adam whose steps end a thousand times smaller than they began."""
+    """Adam with a learning rate that decays by a factor of 1000."""
     return ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": lr}, "gamma": 1e-3 ** (1 / num_epochs)})
 
 
 def train_sigma(x, family, num_epochs):
-    """The σ that a guide of this family trains: a linear encoder is enough."""
+    """σ trained with a guide of this family and a linear encoder."""
     guide = pv.Guide(family(nets.MLP(2, ()), event_shape=2)).double()
     loss = TraceMeanField_ELBO(num_particles=10, vectorize_particles=True, max_plate_nesting=1)
     history = pv.fit(model, guide, x, loss=loss, num_epochs=num_epochs, batch_size=None, optim=decayed(0.05, num_epochs))
@@ -53,14 +56,14 @@ def train_sigma(x, family, num_epochs):
 
 
 def curves(x, sigmas):
-    """Mean log evidence of the data, and the best mean-field ELBO, in nats per datum, over σ."""
+    """Mean log evidence and maximal mean-field ELBO for each σ, in nats per datum."""
     models = [exact.LinearGaussian(WEIGHT, noise_scale=sigma) for sigma in sigmas]
     evidence = torch.stack([toy.log_evidence(x).mean() for toy in models])
     return evidence, evidence - torch.stack([toy.mean_field_gap(x).mean() for toy in models])
 
 
 def train_linear(x, beta, num_epochs):
-    """A linear VAE with fixed noise, trained at weight β of the KL."""
+    """A linear VAE with fixed noise, trained with KL weight β."""
     vae = pv.VAE(
         priors.StandardNormal(UNITS),
         conditionals.Normal(nets.MLP(UNITS, ()), event_shape=x.shape[1], scale=1.0),
@@ -74,7 +77,7 @@ def train_linear(x, beta, num_epochs):
 
 
 def column_norms(vae):
-    """‖wⱼ‖², from the largest."""
+    """‖wⱼ‖² in descending order."""
     weight = vae.model.decoder.readout["loc"].layer.weight.detach()
     return (weight**2).sum(0).sort(descending=True).values
 
@@ -87,7 +90,7 @@ def draw(x, trained, eigenvalues, norms):
         label = "log p(x) = bound of the full covariance" if name == "full covariance" else f"bound of the {name} guide"
         left.plot(sigmas, curve[name], color=f"C{i}", label=label)
         left.axvline(sigma, color=f"C{i}", ls="--", label=f"σ trained with it: {sigma:.3f}")
-    left.set(xlabel="σ", ylabel="nats per datum", title="Correlated posterior: the bound that trains σ")
+    left.set(xlabel="σ", ylabel="nats per datum", title="Correlated posterior: bounds as functions of σ")
     left.set_ylim(curve["mean-field"].max().item() - 0.2, curve["full covariance"].max().item() + 0.4)
     j = range(1, UNITS + 1)
     for i, (beta, values) in enumerate(norms.items()):
@@ -103,7 +106,7 @@ def draw(x, trained, eigenvalues, norms):
 
 
 def digits():
-    """All 1797 digits, grey values 0 … 16, centred, in units of a noise of variance 13.5."""
+    """All 1797 digits, grey values 0 … 16, centred and divided by a noise scale of √13.5."""
     x = torch.cat([part.levels().x for part in pv.load("digits")]).flatten(1).double()
     return (x - x.mean(0)) / 13.5**0.5
 
@@ -123,7 +126,7 @@ if __name__ == "__main__":
     best = dict(zip(("full covariance", "mean-field"), curves(x, sigmas), strict=True))
     for name, sigma in trained.items():
         highest = sigmas[best[name].argmax()]
-        print(f"σ trained with a {name} guide: {sigma:.4f}; its bound, in nats per datum, is highest at {highest:.4f}")
+        print(f"σ trained with a {name} guide: {sigma:.4f}; its bound, in nats per datum, peaks at {highest:.4f}")
 
     x_digits = digits()
     eigenvalues = torch.linalg.eigvalsh(torch.cov(x_digits.mT, correction=0)).flip(0)

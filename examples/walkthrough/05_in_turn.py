@@ -1,9 +1,9 @@
-"""5. Learning Q, then P, in turn; or both at once.
+"""5. Training guide and model alternately or jointly.
 
-The bound log p_θ(x) − KL(q‖p_θ(z|x)) may be raised in either argument: with the model frozen a guide comes closer to the
-posterior, with the guide frozen the model moves under it. With exact steps that is the EM algorithm (Neal & Hinton 1998). SVI
-takes both steps at once. The model is a linear VAE of the digits, whose evidence is known at every moment and whose best is
-that of probabilistic PCA.
+The bound log p_θ(x) − KL(q‖p_θ(z|x)) increases in either argument: with a frozen model, the guide
+approaches the posterior; with a frozen guide, the model adapts to it. With exact steps this is the EM
+algorithm (Neal & Hinton 1998). SVI takes both steps at once. The model is a linear VAE of the digits. Its
+evidence is known throughout training, and its maximum is the maximum likelihood of probabilistic PCA.
 
     python examples/walkthrough/05_in_turn.py      # writes 05_in_turn.png
 """
@@ -38,22 +38,22 @@ def make_vae():
 
 
 def as_exact(vae):
-    """The same model as one that knows its evidence."""
+    """The model of ``vae`` as an exact model."""
     loc = vae.model.decoder.readout["loc"].layer
     noise = vae.decode(torch.zeros(UNITS, dtype=torch.double)).base_dist.scale
     return exact.LinearGaussian(loc.weight.detach(), noise_scale=noise.detach(), bias=loc.bias.detach())
 
 
 def bounds(vae, x):
-    """Mean ELBO and log evidence in nats per datum, both in closed form."""
+    """Mean ELBO and mean log evidence in closed form, in nats per datum."""
     report = pv.compare(as_exact(vae), vae.guide, x, num_particles=2, split=False)
     return report.elbo.mean().item(), report.log_evidence.mean().item()
 
 
 def climb(vae, x, turns, epochs_each, every=10):
-    """Train the parts in their turns; (epoch, ELBO, log evidence, part) along the way.
+    """Train the given parts in turn and return records (epoch, ELBO, log evidence, part).
 
-    :param turns: of each, which parts are trained: "guide", "model" or "both".
+    :param turns: the part that each turn trains: "guide", "model" or "both".
     """
     optims = {part: Adam({"lr": 0.01}) for part in turns}
     records = [(0, *bounds(vae, x), "both")]
@@ -70,13 +70,13 @@ def climb(vae, x, turns, epochs_each, every=10):
 def draw(in_turn, at_once, best):
     fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     colours = {"guide": "C0", "model": "C1", "both": "C2"}
-    for ax, records, title in zip(axes, (in_turn, at_once), ("Q, then P, in turn", "Both at once"), strict=True):
+    for ax, records, title in zip(axes, (in_turn, at_once), ("Alternating", "Joint"), strict=True):
         epochs, _, evidence, _ = zip(*records, strict=True)
-        ax.semilogy(epochs, [best - value for value in evidence], "k-", lw=1, label="log p(x) of the model so far")
+        ax.semilogy(epochs, [best - value for value in evidence], "k-", lw=1, label="log p(x) of the model")
         for before, after in pairwise(records):
             ax.plot([before[0], after[0]], [best - before[1], best - after[1]], color=colours[after[3]], lw=2)
         for part in dict.fromkeys(record[3] for record in records[1:]):
-            what = {"guide": "learning Q", "model": "learning P", "both": "learning both"}[part]
+            what = {"guide": "training q", "model": "training p", "both": "training both"}[part]
             ax.plot([], [], color=colours[part], lw=2, label=f"ELBO, {what}")
         ax.set(xlabel="epochs", title=title)
         ax.legend(frameon=False, loc="lower right")

@@ -1,13 +1,14 @@
-"""6. One draw of z per datum is enough: unbiased, and its variance.
+"""6. One sample of z per datum is enough.
 
-    ELBO ≈ log p(x, z) − log q(z|x),    z ~ q(z|x): one draw
+    ELBO ≈ log p(x, z) − log q(z|x),    z ~ q(z|x)
 
-has the ELBO as its mean, whatever q. For N(m, S) against a Gaussian posterior N(μ, Λ⁻¹) its variance is ½‖LᵀΛL − I‖² + ‖LᵀΛδ‖²
-(S = LLᵀ, δ = m − μ): it vanishes at the exact posterior. In a minibatch of M data with K draws each the variance is
+is an unbiased estimate for every q. For q = N(m, S) and a Gaussian posterior N(μ, Λ⁻¹) its variance is
+½‖LᵀΛL − I‖² + ‖LᵀΛδ‖² with S = LLᵀ and δ = m − μ, which is 0 at the exact posterior. For a minibatch of M
+data with K samples each, the variance of the mean is
 
     Var_x(ELBO)/M + E_x Var_q/(M K)
 
-so more draws soon stop helping, and more data never stop: AEVB takes K = 1.
+More samples per datum reduce only the second term; more data reduce both. AEVB uses K = 1.
 
     python examples/walkthrough/06_single_sample.py      # writes 06_single_sample.png
 """
@@ -32,7 +33,7 @@ def make_model():
 
 
 def make_guide(model, shift=0.0):
-    """The best independent Gaussians, their means shifted."""
+    """The best independent Gaussians with their means shifted."""
 
     def guide(x):
         q = model.mean_field(x).base_dist
@@ -43,12 +44,12 @@ def make_guide(model, shift=0.0):
 
 
 def single_draws(model, guide, x, num_draws):
-    """One estimate from each of so many copies of one datum ``(1, D)``."""
+    """One-sample estimates of the ELBO of the datum x ``(1, D)``: ``(num_draws,)``."""
     return pv.evaluate(model, guide, x.expand(num_draws, -1)).elbo
 
 
 def variance(model, shift):
-    """Of one draw, in closed form."""
+    """Variance of a one-sample estimate, in closed form."""
     scale = model.precision.diagonal() ** -0.5
     stretched = scale.unsqueeze(-1) * model.precision * scale - torch.eye(len(scale))
     delta = torch.full_like(scale, shift)
@@ -56,7 +57,7 @@ def variance(model, shift):
 
 
 def minibatch_errors(model, guide, x, batch, num_draws, repeats):
-    """Standard deviation of the mean ELBO over minibatches, data and draws new in each."""
+    """Standard deviation of the mean ELBO over minibatches with new data and new samples."""
     rows = torch.randint(len(x), (repeats, batch, 1)).expand(-1, -1, num_draws).reshape(-1)
     each = pv.evaluate(model, guide, x[rows], batch_size=100_000).elbo
     return each.reshape(repeats, -1).mean(1).std().item()
@@ -66,19 +67,19 @@ def draw(singles, elbo, evidence, errors, between, within):
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for i, (name, values) in enumerate(singles.items()):
         if values.std() < 1e-6:
-            left.axvline(values[0], color=f"C{i}", lw=3, alpha=0.5, label=f"{name}: always the same")
+            left.axvline(values[0], color=f"C{i}", lw=3, alpha=0.5, label=f"{name}: constant")
         else:
-            left.hist(values, bins=100, density=True, color=f"C{i}", alpha=0.5, label=f"{name}, one draw each")
-    left.axvline(elbo, color="C0", ls="--", label="its ELBO")
+            left.hist(values, bins=100, density=True, color=f"C{i}", alpha=0.5, label=f"{name}, one-sample")
+    left.axvline(elbo, color="C0", ls="--", label="ELBO of the guide")
     left.axvline(evidence, color="k", ls=":", label="log p(x)")
-    left.set(xlabel="nats", yticks=[], title="Estimates of one datum's ELBO")
+    left.set(xlabel="nats", yticks=[], title="Estimates of the ELBO of one datum")
     for i, batch in enumerate(BATCHES):
         right.loglog(DRAWS, [errors[batch, k] for k in DRAWS], "o", color=f"C{i}", label=f"minibatches of {batch}")
         right.loglog(DRAWS, [((between + within / k) / batch) ** 0.5 for k in DRAWS], "-", color=f"C{i}")
     right.set(
-        xlabel="draws for each datum",
+        xlabel="samples per datum",
         ylabel="standard deviation (nats)",
-        title="Minibatch estimates: more data, not more draws",
+        title="Minibatch estimates of the ELBO",
     )
     right.grid(alpha=0.3, which="both")
     for ax in (left, right):
@@ -89,7 +90,7 @@ def draw(singles, elbo, evidence, errors, between, within):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="06_single_sample.png")
-    parser.add_argument("--smoke-test", action="store_true", help="fewer draws")
+    parser.add_argument("--smoke-test", action="store_true", help="fewer samples")
     args = parser.parse_args()
     mpl.use("Agg")
 
@@ -108,11 +109,12 @@ if __name__ == "__main__":
     print(f"log p(x) = {evidence:.4f}, ELBO = {elbo:.4f} nats per datum")
     for name, values in singles.items():
         error = values.std() / n**0.5
-        print(f"{name:16} mean of {n} single draws {values.mean():.4f} ± {error:.4f}, standard deviation {values.std():.4f}")
+        mean = f"mean of {n} one-sample estimates {values.mean():.4f} ± {error:.4f}"
+        print(f"{name:16} {mean}, standard deviation {values.std():.4f}")
     print(f"standard deviation in closed form {variance(model, shift) ** 0.5:.4f}")
 
     between, within = report.elbo.var(correction=0).item(), variance(model, shift)
     repeats = 50 if args.smoke_test else 1000
     errors = {(b, k): minibatch_errors(model, guide, x, b, k, repeats) for b in BATCHES for k in DRAWS}
-    print(f"minibatches of 100: 1 draw each ± {errors[100, 1]:.3f}, 100 draws each ± {errors[100, 100]:.3f}")
+    print(f"minibatches of 100: 1 sample ± {errors[100, 1]:.3f}, 100 samples ± {errors[100, 100]:.3f}")
     draw(singles, elbo, evidence, errors, between, within).savefig(args.out, dpi=150)

@@ -4,10 +4,11 @@
                 = E_q[f(z) ∇ log q(z)]                    score function
                 = E_q[(f(z) − b) ∇ log q(z)]              with a baseline b
 
-with f(z) = log p(x, z) − log q(z|x). All are unbiased estimates of the gradient of the ELBO from one draw. The variance of the
-first hardly grows with the dimension of z, that of the second does, and mostly because f itself is far from 0: a baseline, here
-the ELBO, takes that away and not the rest. Pyro takes the first where a distribution has `rsample`, the second where it says
-that it has none. Exact gradients are those of −KL(q‖p(z|x)), in closed form.
+with f(z) = log p(x, z) − log q(z|x). Each is an unbiased one-sample estimate of the gradient of the ELBO.
+The variance of the reparameterized gradient hardly grows with the dimension of z. That of the
+score-function gradient does, mostly because f is far from 0; a baseline, here the ELBO, removes this part
+only. Pyro uses the reparameterized gradient if `has_rsample` is true for a distribution, else the
+score-function gradient. The exact gradient is that of −KL(q‖p(z|x)) in closed form.
 
     python examples/walkthrough/07_gradients.py      # writes 07_gradients.png
 """
@@ -28,7 +29,7 @@ DIMENSIONS = (1, 2, 5, 10, 20, 50)
 
 
 def make_model(k):
-    """2k observations of k factors, and one datum."""
+    """A model with k factors and 2k observed dimensions, and one datum."""
     generator = torch.Generator().manual_seed(k)
     weight = torch.randn(2 * k, k, dtype=torch.double, generator=generator) / k**0.5
     model = exact.LinearGaussian(weight, noise_scale=1.0)
@@ -36,19 +37,19 @@ def make_model(k):
 
 
 def start(model, x):
-    """A guide on its way: half a standard deviation off, and too narrow."""
+    """Location and log-scale of a partly trained guide: half a standard deviation off and too narrow."""
     best = model.mean_field(x).base_dist
     return best.loc + 0.5 * best.scale, (0.7 * best.scale).log().expand_as(best.loc)
 
 
 class ScoreFunctionNormal(dist.Normal):
-    """A normal distribution that Pyro may not reparameterize."""
+    """A normal distribution that Pyro does not reparameterize."""
 
     has_rsample = False
 
 
 def with_baseline(model, baseline):
-    """The model with a constant taken from its log-probability of each datum."""
+    """The model with ``baseline`` subtracted from the log-probability of each datum."""
 
     def program(x):
         with pyro.plate("data", len(x)):
@@ -60,20 +61,20 @@ def with_baseline(model, baseline):
 
 
 def single_gradients(model, x, num_draws, family, baseline=0.0):
-    """Gradients of the ELBO for location and log-scale from one draw each: ``(num_draws, 2k)``."""
+    """One-sample gradients of the ELBO with respect to location and log-scale: ``(num_draws, 2k)``."""
     loc, log_scale = (part.expand(num_draws, -1).clone().requires_grad_() for part in start(model, x))
 
     def guide(x):
         with pyro.plate("data", len(x)):
             pyro.sample("z", family(loc, log_scale.exp()).to_event(1))
 
-    # parameters of its own for each copy of the datum: the gradient of the sum is a gradient for each copy
+    # each copy of the datum has separate parameters, so the gradient of the sum holds one gradient per copy
     loss = Trace_ELBO().differentiable_loss(with_baseline(model, baseline), guide, x.expand(num_draws, -1))
     return torch.cat([-gradient for gradient in torch.autograd.grad(loss, (loc, log_scale))], -1)
 
 
 def exact_elbo(model, x):
-    """The ELBO of that guide and its gradient, in closed form."""
+    """The ELBO at :func:`start` and its gradient, in closed form."""
     loc, log_scale = (part.clone().requires_grad_() for part in start(model, x))
     q = torch.distributions.MultivariateNormal(loc, scale_tril=torch.diag_embed(log_scale.exp()))
     elbo = (model.log_evidence(x) - kl_divergence(q, model.posterior(x))).sum()
@@ -88,8 +89,8 @@ def draw(gradients, truth, spread):
         left.hist(values[:, 0], bins=100, range=limits, density=True, histtype="step", color=f"C{i}", label=name)
         right.loglog(DIMENSIONS, [spread[k][name] for k in DIMENSIONS], "o-", color=f"C{i}", label=name)
     left.axvline(truth[0], color="k", ls="--", label="exact")
-    left.set(xlabel="∂ELBO/∂μ₁", yticks=[], title=f"Gradients from one draw each, {len(truth) // 2} dimensions")
-    right.set(xlabel="dimensions of z", ylabel="standard deviation", title="Of one gradient, root mean square over parameters")
+    left.set(xlabel="∂ELBO/∂μ₁", yticks=[], title=f"One-sample gradients, {len(truth) // 2} dimensions")
+    right.set(xlabel="dimensions of z", ylabel="standard deviation", title="Root mean square over parameters")
     right.set_xticks(DIMENSIONS, DIMENSIONS)
     right.grid(alpha=0.3, which="both")
     for ax in (left, right):
@@ -100,13 +101,13 @@ def draw(gradients, truth, spread):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="07_gradients.png")
-    parser.add_argument("--smoke-test", action="store_true", help="fewer draws")
+    parser.add_argument("--smoke-test", action="store_true", help="fewer samples")
     args = parser.parse_args()
     mpl.use("Agg")
 
     pyro.set_rng_seed(0)
     n, spread = 1000 if args.smoke_test else 20_000, {}
-    print("single gradients, in nats: standard deviation (and largest error of their mean, in standard errors)")
+    print("one-sample gradients, in nats: standard deviation (largest error of the mean in standard errors)")
     for k in DIMENSIONS:
         model, x = make_model(k)
         elbo, truth = exact_elbo(model, x)

@@ -1,11 +1,12 @@
-"""9. Amortization: one encoder against one q for each datum.
+"""9. The amortization gap: one encoder for all data or one q per datum.
 
     log p(x) − ELBO = approximation + amortization
                     = [log p(x) − L(q*)] + [L(q*) − L(q)]
 
-with q* the best diagonal Gaussian for that datum. An encoder answers for a new datum at once, and pays for it: on data it has
-seen for the limits of its network and its training, on others for overfitting too. The model, a VAE of binarized digits with a
-2-D latent, is trained once and frozen; encoders of several widths are trained on it; log p(x) is by quadrature.
+with q* the best diagonal Gaussian for the datum. An encoder needs no optimization for a new datum. Its
+amortization gap has two sources: the limits of its network and training and, on new data, overfitting. A
+VAE of binarized digits with a 2-D latent is trained once and its model is frozen. Encoders of several
+widths are trained for it. log p(x) is computed by quadrature.
 
     python examples/walkthrough/09_amortization.py      # writes 09_amortization.png; 2 minutes
 """
@@ -28,7 +29,7 @@ def make_encoder(width):
 
 
 def train_model(data, num_epochs):
-    """p(z) p(x|z), trained with an encoder of its own and frozen."""
+    """p(z) p(x|z), trained with a separate encoder and frozen."""
     decoder = conditionals.Bernoulli(nets.MLP(2, (100,)), event_shape=(8, 8))
     vae = pv.VAE(priors.StandardNormal(2), decoder, make_encoder(100))
     pv.fit(vae.model, vae.guide, data, num_epochs=num_epochs, optim=Adam({"lr": 2e-3}))
@@ -42,7 +43,7 @@ def train_guide(model, data, width, num_epochs):
 
 
 def mean_of(values):
-    """The mean over data with its standard error."""
+    """Mean over data ± standard error."""
     return f"{values.mean():.3f} ± {values.std() / len(values) ** 0.5:.3f}"
 
 
@@ -58,7 +59,7 @@ def draw(splits, widths):
         ax.text(at, approximation + amortization, f"{approximation + amortization:.2f}", ha="center", va="bottom")
     places = [i + 0.6 * (i // len(widths)) for i in range(len(splits))]
     ax.set_xticks(places, [f"{width} units\n{name if width == widths[0] else ''}" for name, width in splits])
-    ax.set(ylabel="log p(x) − ELBO, nats per datum", title="The gap of encoders of several widths")
+    ax.set(ylabel="log p(x) − ELBO, nats per datum", title="Gap by width of the encoder")
     ax.margins(y=0.1)
     ax.legend(frameon=False, loc="upper right")
     return fig

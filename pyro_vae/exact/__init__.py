@@ -1,6 +1,7 @@
-"""Models that know the answer: ordinary Pyro models with ``posterior(x)`` and ``log_evidence(x)``.
+"""Pyro models with a known ``posterior(x)`` and ``log_evidence(x)``.
 
-Formulas are in the docstrings; ``Grid`` makes such a model of any Pyro model with one or two latent dimensions per datum.
+The formulas are in the docstrings of the classes. :class:`Grid` computes both by quadrature for any Pyro
+model with one or two latent dimensions per datum.
 """
 
 from pyro_vae.exact.belief_net import SigmoidBeliefNet

@@ -1,4 +1,4 @@
-"""A small sigmoid belief net, by enumeration."""
+"""Sigmoid belief net with exact inference by enumeration."""
 
 import pyro.distributions as dist
 import torch
@@ -8,13 +8,14 @@ from pyro_vae.exact.model import ExactModel
 
 
 class SigmoidBeliefNet(ExactModel):
-    """zⱼ ~ Bernoulli(sigmoid(aⱼ)), xᵢ ~ Bernoulli(sigmoid((W z + b)ᵢ)): binary units, summed over all 2^k states.
+    """zⱼ ~ Bernoulli(sigmoid(aⱼ)), xᵢ ~ Bernoulli(sigmoid((W z + b)ᵢ)), with sums over all 2^k states z.
 
     :param weight: W, ``(D, k)``, k ≤ 12.
     :param bias: b, a number or ``(D,)``.
     :param prior_logits: a, a number or ``(k,)``.
+    :raises ValueError: if ``weight`` is not a matrix with 1 ≤ k ≤ 12 columns.
 
-    ``posterior(x)`` is a Categorical over the rows of ``states``, ``(2^k, k)``; ``index(z)`` says which row a z is.
+    ``posterior(x)`` is a Categorical over the rows of ``states``, ``(2^k, k)``. ``index(z)`` is the row of z.
     """
 
     weight: Tensor
@@ -22,9 +23,13 @@ class SigmoidBeliefNet(ExactModel):
     prior_logits: Tensor
     states: Tensor
 
-    def __init__(self, weight: Tensor, *, bias: float | Tensor = 0.0, prior_logits: float | Tensor = 0.0) -> None:
+    def __init__(
+        self, weight: Tensor, *, bias: float | Tensor = 0.0, prior_logits: float | Tensor = 0.0
+    ) -> None:
         if weight.dim() != 2 or not 1 <= weight.shape[1] <= 12:
-            raise ValueError(f"SigmoidBeliefNet: expected a weight (D, k) with k ≤ 12 but got {tuple(weight.shape)}")
+            raise ValueError(
+                f"SigmoidBeliefNet: expected a weight (D, k) with 1 ≤ k ≤ 12 but got {tuple(weight.shape)}"
+            )
         d, k = weight.shape
         super().__init__(k, d)
         self.register_buffer("weight", weight)
@@ -39,16 +44,16 @@ class SigmoidBeliefNet(ExactModel):
         return dist.Bernoulli(logits=z @ self.weight.mT + self.bias).to_event(1)
 
     def index(self, z: Tensor) -> Tensor:
-        """The row of ``states`` that each z is. z: ``(*batch, k)`` → ``(*batch,)``."""
+        """Row of each z in ``states``: ``(*batch, k)`` → ``(*batch,)``."""
         powers = 2 ** torch.arange(z.shape[-1] - 1, -1, -1, device=z.device)
         return (z.long() * powers).sum(-1)
 
-    def _joint(self, x: Tensor) -> Tensor:
+    def _log_joint_of_states(self, x: Tensor) -> Tensor:
         """log p(x, z) for every state: ``(batch, 2^k)``."""
         return self.log_joint(self.checked(x).unsqueeze(-2), self.states)
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
-        return dist.Categorical(logits=self._joint(x))
+        return dist.Categorical(logits=self._log_joint_of_states(x))
 
     def log_evidence(self, x: Tensor) -> Tensor:
-        return self._joint(x).logsumexp(-1)
+        return self._log_joint_of_states(x).logsumexp(-1)

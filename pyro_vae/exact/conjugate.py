@@ -1,4 +1,4 @@
-"""Conjugate pairs of one-dimensional families."""
+"""Conjugate models with a one-dimensional latent."""
 
 import math
 
@@ -16,7 +16,9 @@ class BetaBernoulli(ExactModel):
     concentration1: Tensor
     concentration0: Tensor
 
-    def __init__(self, num_observations: int = 1, *, concentration1: float = 1.0, concentration0: float = 1.0) -> None:
+    def __init__(
+        self, num_observations: int = 1, *, concentration1: float = 1.0, concentration0: float = 1.0
+    ) -> None:
         super().__init__(1, num_observations)
         self.register_constant("concentration1", positive("concentration1", concentration1), 1)
         self.register_constant("concentration0", positive("concentration0", concentration0), 1)
@@ -33,8 +35,8 @@ class BetaBernoulli(ExactModel):
         return dist.Beta(self.concentration1 + successes, self.concentration0 + failures).to_event(1)
 
     def log_evidence(self, x: Tensor) -> Tensor:
-        after, before = (_log_beta(beta.base_dist) for beta in (self.posterior(x), self.prior()))
-        return (after - before).sum(-1)
+        posterior, prior = (_log_beta(beta.base_dist) for beta in (self.posterior(x), self.prior()))
+        return (posterior - prior).sum(-1)
 
 
 class GammaPoisson(ExactModel):
@@ -60,26 +62,35 @@ class GammaPoisson(ExactModel):
         return dist.Gamma(self.concentration + counts, self.rate + x.shape[-1]).to_event(1)
 
     def log_evidence(self, x: Tensor) -> Tensor:
-        after = self.posterior(x).base_dist
-        normalizers = [torch.lgamma(g.concentration) - g.concentration * g.rate.log() for g in (after, self.prior().base_dist)]
-        return (normalizers[0] - normalizers[1]).sum(-1) - torch.lgamma(x + 1).sum(-1)
+        posterior, prior = (
+            torch.lgamma(gamma.concentration) - gamma.concentration * gamma.rate.log()
+            for gamma in (self.posterior(x).base_dist, self.prior().base_dist)
+        )
+        return (posterior - prior).sum(-1) - torch.lgamma(x + 1).sum(-1)
 
     def log_normal(self, x: Tensor) -> dist.TorchDistribution:
-        """The best log-normal guide, in closed form: s² = 1/A, m = ln(A/B) − 1/(2A)."""
-        after = self.posterior(x).base_dist
-        a, b = after.concentration, after.rate
+        """The log-normal guide with the smallest KL(q‖p(z|x)): s² = 1/A, m = ln(A/B) − 1/(2A)."""
+        posterior = self.posterior(x).base_dist
+        a, b = posterior.concentration, posterior.rate
         return dist.LogNormal((a / b).log() - 0.5 / a, a**-0.5).to_event(1)
 
     def log_normal_gap(self, x: Tensor) -> Tensor:
-        """KL of that guide, ln Γ(A) − [(A − ½) ln A − A + ½ ln 2π] in nats: Stirling's remainder, ``(batch,)``."""
+        """KL of :meth:`log_normal`, ln Γ(A) − [(A − ½) ln A − A + ½ ln 2π] in nats, ``(batch,)``.
+
+        It is the remainder of Stirling's formula.
+        """
         a = self.posterior(x).base_dist.concentration
         return (torch.lgamma(a) - ((a - 0.5) * a.log() - a + 0.5 * math.log(2 * math.pi))).sum(-1)
 
     def best(self, family: type, x: Tensor) -> tuple[dist.TorchDistribution, Tensor] | None:
-        return (self.log_normal(x), self.log_normal_gap(x)) if family is dist.LogNormal else super().best(family, x)
+        return (
+            (self.log_normal(x), self.log_normal_gap(x))
+            if family is dist.LogNormal
+            else super().best(family, x)
+        )
 
 
 def _log_beta(beta: dist.TorchDistribution) -> Tensor:
-    """ln B(a, b), the normalizer."""
+    """ln B(a, b)."""
     a, b = beta.concentration1, beta.concentration0
     return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)

@@ -1,8 +1,9 @@
-"""Exact posteriors of any Pyro model with one or two latent dimensions for each datum, by quadrature.
+"""Adaptive quadrature for any Pyro model with one or two latent dimensions per datum.
 
-A box that holds all the mass is divided into cells, each with a Clenshaw–Curtis rule. The difference to the rule of half the
-nodes estimates the error of a cell, and the cells with the largest errors are halved until the sum is below the tolerance, so
-that points concentrate around each mode of the posterior.
+The integration box is divided into cells, each with a Clenshaw–Curtis rule. The error of a cell is estimated
+by the difference between its rule and the rule on half the nodes. The cells with the largest errors are
+bisected until the total error is below the tolerance, so the points concentrate around the modes of the
+posterior.
 """
 
 import logging
@@ -22,18 +23,20 @@ from pyro_vae.pairs.preserve import untouched
 from pyro_vae.pairs.traces import Program
 
 logger = logging.getLogger(__name__)
-_NODES = 13  # points of a cell along an axis: 4 k + 1
-_CELLS = {1: 128, 2: 8}  # cells along an axis at first
-_MOST = {1: 2**17, 2: 2**21}  # points of a datum at most
+_NODES = 13  # nodes of a cell along each axis, of the form 4 k + 1
+_INITIAL_CELLS = {1: 128, 2: 8}  # by latent dimension: cells along each axis before the first refinement
+_MAX_POINTS = {1: 2**17, 2: 2**21}  # by latent dimension: limit on the points of a datum
 
 
 class Solution(NamedTuple):
-    """The quadrature of some data, per datum. ``error``: an estimate of the error of ``log_evidence`` in nats, the sum of the
-    errors of all cells plus the mass at the edges of the box. It does not include a mode so narrow that no point of the cells
-    around it was near it.
+    """Result of the quadrature for each datum.
 
-    points: ``(batch, G, d)`` in unconstrained space; weights: ``(batch, G)``, summing to 1; spacing: ``(batch, G, d)``, the
-    sides of the small box around each point.
+    log_evidence: log p(x) in nats, ``(batch,)``.
+    error: estimated error of ``log_evidence`` in nats, ``(batch,)``: the sum of the errors of the cells plus
+        the mass at the edges of the box. A mode narrower than the spacing of the points may be missed.
+    points: in unconstrained space, ``(batch, G, d)``.
+    weights: posterior mass of each point, ``(batch, G)``; they sum to 1.
+    spacing: side lengths of the volume element of each point, ``(batch, G, d)``.
     """
 
     log_evidence: Tensor
@@ -44,17 +47,19 @@ class Solution(NamedTuple):
 
 
 class Grid:
-    """A Pyro model with its posterior and evidence by quadrature: ``Grid(model)`` is that model, ``grid(x)`` runs it.
+    """Posterior and evidence of a Pyro model by quadrature. ``grid(x)`` runs the model.
 
-    :param model: any Pyro program whose latents lie in the data plate and have one or two continuous dimensions for each datum
-        between them: a vector of two, or two numbers. Its networks run in evaluation mode.
-    :param tolerance: nats; cells are halved until the error of log p(x) of every datum is estimated as less, twice in a row. If
-        that takes too many points, a warning gives the error that is left.
-    :param max_points: model evaluations at a time, which bounds the memory.
+    :param model: a Pyro program. All latents lie in the data plate, are continuous and have one or two
+        dimensions per datum in total: a vector or two scalars. Modules run in evaluation mode.
+    :param tolerance: target of the estimated error of log p(x) for each datum, in nats. Cells are bisected
+        until two successive estimates are below it. A warning is logged if that takes too many points.
+    :param max_points: number of points at which the model is evaluated at once; it bounds the memory.
+    :raises ValueError: if a latent is discrete or shared by the data, the latents have no or more than two
+        dimensions, or the tails of the posterior are too heavy.
 
-    A module is evaluated in double precision; a plain function in that of its own tensors, so give it double ones where the
-    digits matter. Mass that lies closer to the upper end of an interval than its numbers can tell, as that of a Beta(0.1, 0.1)
-    next to 1, is lost. Data are what :func:`~pyro_vae.fit` takes. Raises ``ValueError`` for a model that has no such posterior.
+    Methods take the data that :func:`~pyro_vae.fit` takes. A module is copied and evaluated in double precision. A function
+    is evaluated in the dtype of its tensors; use float64 for full accuracy. Mass closer to the upper end of
+    an interval than floating-point resolution, such as that of Beta(0.1, 0.1) near 1, is lost.
 
     >>> import pyro
     >>> def model(x):
@@ -80,61 +85,62 @@ class Grid:
         return self.solve(data).log_evidence
 
     def posterior(self, data: Any) -> "GridPosterior":
-        """p(z|x), of ``batch_shape (batch,)``; two numbers z₁, z₂ come as one vector, in the order the model draws them."""
+        """p(z|x), ``batch_shape`` ``(batch,)``. Two scalar latents form one vector, in sampling order."""
         joint = _Joint(self.model, as_whole(data))
         return GridPosterior(joint, self._solve(joint))
 
     def solve(self, data: Any) -> Solution:
-        """The evidence with an estimate of its error, and the grid that it came from."""
+        """The evidence, an estimate of its error, and the points of the quadrature."""
         return self._solve(_Joint(self.model, as_whole(data)))
 
     @torch.no_grad()
     def _solve(self, joint: "_Joint") -> Solution:
-        chunk = max(1, self.max_points // (4 * (_CELLS[joint.dim] * _NODES) ** joint.dim))
+        chunk = max(1, self.max_points // (4 * (_INITIAL_CELLS[joint.dim] * _NODES) ** joint.dim))
         parts = [self._solve_rows(joint.rows(i, i + chunk)) for i in range(0, joint.num_rows, chunk)]
         largest = max(part.points.shape[1] for part in parts)
         padded = [_padded(part, largest) for part in parts]
         return Solution(*(torch.cat(column) for column in zip(*padded, strict=True)))
 
     def _solve_rows(self, joint: "_Joint") -> Solution:
-        draws = joint.prior_draws(1000).clamp(-700.0, 700.0)  # a draw that underflowed lies at infinity
+        draws = joint.prior_draws(1000).clamp(-700.0, 700.0)  # underflow puts draws at infinity
         centre, scale = draws.mean(0), draws.std(0).clamp_min(1e-6)
-        reach = torch.full_like(scale, 10.0)
-        while (reach <= 160).all():
-            solution, edge = self._refined(_Box(joint, centre, reach * scale, self.max_points))
-            cut = edge > 1e-6 * self.tolerance  # the mass beyond the edge may be much more than that at its nodes
-            if not cut.any():
+        half_width = torch.full_like(scale, 10.0)  # of the box, in prior standard deviations
+        while (half_width <= 160).all():
+            solution, edge_mass = self._refine(_Box(joint, centre, half_width * scale, self.max_points))
+            # the mass beyond an edge may be much larger than the mass at its nodes
+            truncated = edge_mass > 1e-6 * self.tolerance
+            if not truncated.any():
                 if (solution.error > self.tolerance).any():
                     logger.warning(
-                        "Grid: with %d points the error of log p(x) is still %.1e nats",
-                        solution.points.shape[1],
+                        "Grid: the estimated error of log p(x) is still %.1e nats with %d points",
                         solution.error.max(),
+                        solution.points.shape[1],
                     )
-                return solution._replace(error=solution.error + edge.sum(1))
-            reach = torch.where(cut, 2 * reach, reach)
+                return solution._replace(error=solution.error + edge_mass.sum(1))
+            half_width = torch.where(truncated, 2 * half_width, half_width)
         raise ValueError(
-            "Grid: the posterior reaches further than 160 prior standard deviations, so no box holds it; expected a posterior "
-            "with exponential tails (in the unconstrained space of its latents)"
+            "Grid: the posterior has mass beyond 160 prior standard deviations; expected a posterior with "
+            "exponential tails in the unconstrained space of its latents"
         )
 
-    def _refined(self, box: "_Box") -> tuple[Solution, Tensor]:
+    def _refine(self, box: "_Box") -> tuple[Solution, Tensor]:
         """The quadrature over a box, and the mass at its edges along each axis, ``(batch, d)``."""
-        cells, most = box.first_cells(), _MOST[box.dim] // _NODES**box.dim
+        cells, max_cells = box.initial_cells(), _MAX_POINTS[box.dim] // _NODES**box.dim
         while True:
             log_evidence = cells.log_mass.logsumexp((1, 2))
-            log_error = torch.maximum(cells.log_error.logsumexp(-1), cells.log_before.squeeze(-1))
+            log_error = torch.maximum(cells.log_error.logsumexp(-1), cells.log_parent_error.squeeze(-1))
             error = (log_error - log_evidence.unsqueeze(-1)).exp()
-            split = _largest(error, self.tolerance)
-            split &= (cells.used.sum(1) + split.sum(1) <= most).unsqueeze(-1)
+            split = _cells_to_split(error, self.tolerance)
+            split &= (cells.has_mass.sum(1) + split.sum(1) <= max_cells).unsqueeze(-1)
             if not split.any():
                 break
-            parts = [cells.select(~split & cells.used), *box.halves(cells.select(split))]
+            parts = [cells.select(~split & cells.has_mass), *box.bisect(cells.select(split))]
             cells = _Cells(*(torch.cat(column, 1) for column in zip(*parts, strict=True)))
         points, spacing = box.nodes(cells.low, cells.width)
         weights = (cells.log_mass - log_evidence[:, None, None]).exp().flatten(1)
         outermost = (points - box.centre).abs() + spacing / 2 >= box.scale
-        edge = (weights.unsqueeze(-1) * outermost).sum(1)
-        return Solution(log_evidence, error.sum(1), points, weights, spacing), edge
+        edge_mass = (weights.unsqueeze(-1) * outermost).sum(1)
+        return Solution(log_evidence, error.sum(1), points, weights, spacing), edge_mass
 
 
 def posterior_of(exact_model: Any, batch: Batch) -> Any:
@@ -152,84 +158,98 @@ def log_evidence_of(exact_model: Any, batch: Batch) -> Tensor:
 
 
 class _Cells(NamedTuple):
-    """Cells of the box [−1, 1]^d of each datum, C of them.
+    """C cells of the box [−1, 1]^d for each datum.
 
-    low, width: the corner and the sides, ``(batch, C, d)``.
-    log_mass: log of weight times integrand at each node, ``(batch, C, nodes)``; −∞ for cells that are padding.
+    low, width: lower corner and side lengths, ``(batch, C, d)``.
+    log_mass: log of weight × integrand at each node, ``(batch, C, nodes)``; −∞ in padding.
     log_error: log of the estimated error along each axis, ``(batch, C, d)``.
-    log_before: log of the estimated error one refinement earlier, ``(batch, C, 1)``.
+    log_parent_error: log of half the estimated error of the cell that was bisected, ``(batch, C, 1)``.
     """
 
     low: Tensor
     width: Tensor
     log_mass: Tensor
     log_error: Tensor
-    log_before: Tensor
+    log_parent_error: Tensor
 
     @property
-    def used(self) -> Tensor:
-        """Where a cell has mass: ``(batch, C)``."""
+    def has_mass(self) -> Tensor:
+        """Mask of the cells whose mass is not 0, ``(batch, C)``. Padding has no mass."""
         return (self.log_mass > -math.inf).any(-1)
 
-    def only(self, mask: Tensor) -> "_Cells":
-        """The same cells, those outside the mask as padding."""
-        return _Cells(self.low, self.width, *(part.masked_fill(~mask.unsqueeze(-1), -math.inf) for part in self[2:]))
+    def masked(self, mask: Tensor) -> "_Cells":
+        """These cells, with those outside the mask turned into padding."""
+        logs = (part.masked_fill(~mask.unsqueeze(-1), -math.inf) for part in self[2:])
+        return _Cells(self.low, self.width, *logs)
 
     def select(self, mask: Tensor) -> "_Cells":
-        """The cells in the mask, padded to the largest number of them in a datum."""
+        """The cells in the mask, padded to the same number for each datum."""
         first = mask.byte().sort(dim=1, descending=True, stable=True).indices[:, : int(mask.sum(1).max())]
         parts = (part.gather(1, first.unsqueeze(-1).expand(-1, -1, part.shape[-1])) for part in self)
-        return _Cells(*parts).only(mask.gather(1, first))
+        return _Cells(*parts).masked(mask.gather(1, first))
 
 
 class _Box:
-    """A product Clenshaw–Curtis rule on each cell of a box in unconstrained space, centre ± scale, both ``(batch, d)``."""
+    """Product Clenshaw–Curtis rules on the cells of the box centre ± scale in unconstrained space.
+
+    centre, scale: ``(batch, d)``.
+    """
 
     def __init__(self, joint: "_Joint", centre: Tensor, scale: Tensor, max_points: int) -> None:
         self.joint, self.dim, self.max_points = joint, joint.dim, max_points
         self.centre, self.scale = centre.unsqueeze(1), scale.unsqueeze(1)
-        self.steps, self.shares = (part.to(centre) for part in _clenshaw_curtis(_NODES - 1))
-        coarse = torch.zeros_like(self.shares)
-        coarse[::2] = _clenshaw_curtis(_NODES // 2)[1].to(centre)
-        self.difference = 1 - coarse / self.shares  # times the weights of the rule: the rule minus the one of half the nodes
+        self.unit_nodes, self.unit_weights = (part.to(centre) for part in _clenshaw_curtis(_NODES - 1))
+        coarse_weights = torch.zeros_like(self.unit_weights)
+        coarse_weights[::2] = _clenshaw_curtis(_NODES // 2)[1].to(centre)
+        # (fine rule − coarse rule) / fine rule, at each node
+        self.relative_difference = 1 - coarse_weights / self.unit_weights
 
     def nodes(self, low: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
-        """The points of cells and the lengths that they are weighted by: ``(batch, C · nodes, d)`` each."""
-        steps, shares = (torch.cartesian_prod(*[part] * self.dim).view(-1, self.dim) for part in (self.steps, self.shares))
-        at, length = (low.unsqueeze(2) + width.unsqueeze(2) * steps).flatten(1, 2), (width.unsqueeze(2) * shares).flatten(1, 2)
-        return self.centre + self.scale * at, self.scale * length
+        """The nodes of cells and their weights along each axis: ``(batch, C · nodes, d)`` each."""
+        unit_nodes, unit_weights = (
+            torch.cartesian_prod(*[part] * self.dim).view(-1, self.dim)
+            for part in (self.unit_nodes, self.unit_weights)
+        )
+        nodes = (low.unsqueeze(2) + width.unsqueeze(2) * unit_nodes).flatten(1, 2)
+        weights = (width.unsqueeze(2) * unit_weights).flatten(1, 2)
+        return self.centre + self.scale * nodes, self.scale * weights
 
-    def cells(self, low: Tensor, width: Tensor) -> _Cells:
+    def evaluate(self, low: Tensor, width: Tensor) -> _Cells:
         """Evaluate the model at the nodes of cells."""
         points, spacing = self.nodes(low, width)
         size = max(1, self.max_points // self.joint.num_rows)
-        log_f = torch.cat([self.joint.unconstrained(part) for part in points.split(size, 1)], 1)
+        log_f = torch.cat([self.joint.log_integrand(part) for part in points.split(size, 1)], 1)
         log_mass = (log_f + spacing.log().sum(-1)).unflatten(1, (low.shape[1], -1))
         top = log_mass.amax(-1, keepdim=True).clamp_min(torch.finfo(log_mass.dtype).min)
         bottom = log_mass.masked_fill(log_mass == -math.inf, math.inf).amin(-1, keepdim=True)
         mass = (log_mass - top).exp().unflatten(2, (_NODES,) * self.dim)
         along = [mass.movedim(2 + axis, 2).reshape(*low.shape[:2], _NODES, -1) for axis in range(self.dim)]
-        log_error = torch.stack([(self.difference @ part).sum(-1).abs().log() for part in along], -1)
-        # a peak between the nodes of a cell is higher than they are: if it is Gaussian, by less than this
+        errors = [(self.relative_difference @ part).sum(-1).abs() for part in along]
+        log_error = torch.stack([error.log() for error in errors], -1)
+        # bounds how much a Gaussian peak between the nodes exceeds the largest value at a node
         log_error = log_error + top + (top - bottom).clamp_min(0) / _NODES
         return _Cells(low, width, log_mass, log_error, log_mass.logsumexp(-1, keepdim=True))
 
-    def first_cells(self) -> _Cells:
-        count = _CELLS[self.dim]
+    def initial_cells(self) -> _Cells:
+        count = _INITIAL_CELLS[self.dim]
         corners = torch.linspace(-1, 1, count + 1, dtype=self.scale.dtype, device=self.scale.device)[:-1]
         low = torch.cartesian_prod(*[corners] * self.dim).view(1, -1, self.dim).repeat(len(self.scale), 1, 1)
-        return self.cells(low, torch.full_like(low, 2 / count))
+        return self.evaluate(low, torch.full_like(low, 2 / count))
 
-    def halves(self, cells: _Cells) -> list[_Cells]:
-        """The two halves of each cell along its axis of larger error."""
+    def bisect(self, cells: _Cells) -> list[_Cells]:
+        """The lower and upper halves of cells, each divided along its axis of largest error."""
         axis = torch.nn.functional.one_hot(cells.log_error.argmax(-1), self.dim)
-        width, before = cells.width * (1 - axis / 2), cells.log_error.logsumexp(-1, keepdim=True) - math.log(2)
-        both = [self.cells(low, width) for low in (cells.low, cells.low + axis * width)]
-        return [half._replace(log_before=before).only(cells.used) for half in both]
+        width = cells.width * (1 - axis / 2)
+        log_parent_error = cells.log_error.logsumexp(-1, keepdim=True) - math.log(2)
+        halves = [self.evaluate(low, width) for low in (cells.low, cells.low + axis * width)]
+        return [half._replace(log_parent_error=log_parent_error).masked(cells.has_mass) for half in halves]
 
 
 def _clenshaw_curtis(n: int) -> tuple[Tensor, Tensor]:
-    """n + 1 nodes and weights on [0, 1], n even; every second node is one of the rule for n / 2 (Clenshaw & Curtis 1960)."""
+    """n + 1 nodes and weights on [0, 1], n even (Clenshaw & Curtis 1960).
+
+    Every second node is a node of the rule for n / 2.
+    """
     angle = math.pi / n * torch.arange(n + 1, dtype=torch.double)
     k = torch.arange(1, n // 2 + 1, dtype=torch.double)
     factors = torch.where(k < n / 2, 2.0, 1.0) / (4 * k**2 - 1)
@@ -238,27 +258,34 @@ def _clenshaw_curtis(n: int) -> tuple[Tensor, Tensor]:
     return (1 - angle.cos()) / 2, weights
 
 
-def _largest(error: Tensor, tolerance: float) -> Tensor:
-    """The largest errors, without which the others sum to at most half the tolerance; none if all sum to the tolerance."""
-    rising = error.sort(1)
-    sums = rising.values.cumsum(1)
-    large = (sums > tolerance / 2) & (sums[:, -1:] > tolerance)
-    return torch.zeros_like(large).scatter(1, rising.indices, large)
+def _cells_to_split(error: Tensor, tolerance: float) -> Tensor:
+    """Mask of the cells with the largest errors, ``(batch, C)``.
+
+    The errors of the other cells sum to at most half the tolerance. No cell is selected for a datum whose
+    total error is within the tolerance.
+    """
+    ascending = error.sort(1)
+    totals = ascending.values.cumsum(1)
+    selected = (totals > tolerance / 2) & (totals[:, -1:] > tolerance)
+    return torch.zeros_like(selected).scatter(1, ascending.indices, selected)
 
 
 def _padded(part: Solution, size: int) -> Solution:
-    """Data that needed fewer points carry points of no weight."""
-    batch, have, dim = part.points.shape
-    points = torch.cat([part.points, part.points[:, :1].expand(batch, size - have, dim)], 1)
-    spacing = torch.nn.functional.pad(part.spacing, (0, 0, 0, size - have))
-    return part._replace(points=points, weights=torch.nn.functional.pad(part.weights, (0, size - have)), spacing=spacing)
+    """Pad a solution to ``size`` points per datum with points of weight 0."""
+    batch, num_points, dim = part.points.shape
+    missing = size - num_points
+    return part._replace(
+        points=torch.cat([part.points, part.points[:, :1].expand(batch, missing, dim)], 1),
+        weights=torch.nn.functional.pad(part.weights, (0, missing)),
+        spacing=torch.nn.functional.pad(part.spacing, (0, 0, 0, missing)),
+    )
 
 
 class _Joint:
-    """log p(x, z) of some data as a function of z, the latents end to end in a vector of one or two numbers."""
+    """log p(x, z) of a batch as a function of z, a vector of all latents with one or two elements."""
 
     def __init__(self, model: Program, batch: Batch) -> None:
-        if isinstance(model, torch.nn.Module):  # single precision would be heard in the seventh digit
+        if isinstance(model, torch.nn.Module):  # single precision cannot reach the default tolerance
             model = deepcopy(model).double()
             batch = batch.map(lambda part: part.double() if part.is_floating_point() else part)
         with untouched(training=False, seed=0), torch.no_grad():
@@ -268,12 +295,13 @@ class _Joint:
         self.transforms = {name: _transform(name, site) for name, site in self.latents.sites.items()}
         if self.dim not in (1, 2):
             raise ValueError(
-                f"Grid: the model has {self.dim} latent dimensions a datum ({', '.join(self.transforms) or '-'}), and "
-                "a grid is for one or two; expected a smaller latent, or an importance-weighted bound"
+                f"Grid: the model has {self.dim} latent dimensions per datum "
+                f"({', '.join(self.transforms) or 'no latents'}); expected one or two. "
+                "For a larger latent use evidence.importance"
             )
 
     def rows(self, start: int, stop: int) -> "_Joint":
-        """The same for some of the data."""
+        """Restrict to data ``start`` to ``stop``."""
         part = copy(self)
         part.batch = self.batch.map(lambda tensor: tensor[start:stop])
         part.num_rows = part.batch.num_rows
@@ -284,46 +312,61 @@ class _Joint:
         with untouched(training=False, seed=0), torch.no_grad():
             return self.latents.log_joint(self.model, self.batch, z).double()
 
-    def unconstrained(self, u: Tensor) -> Tensor:
-        """log of the integrand over unconstrained space. u: ``(batch, G, dim)`` → ``(batch, G)``."""
+    def log_integrand(self, u: Tensor) -> Tensor:
+        """log p(x, z(u)) + log |dz/du| in unconstrained space. u: ``(batch, G, dim)`` → ``(batch, G)``."""
         u = u.movedim(1, 0)
-        log_scale, z = torch.zeros((), dtype=u.dtype, device=u.device), []
+        log_jacobian, z = torch.zeros((), dtype=u.dtype, device=u.device), []
         for name, _, part in self.latents.split(u):
             value = self.transforms[name](part)
-            jacobian = self.transforms[name].log_abs_det_jacobian(part, value)
-            log_scale = log_scale + jacobian.reshape(*u.shape[:-1], -1).sum(-1)
+            log_det = self.transforms[name].log_abs_det_jacobian(part, value)
+            log_jacobian = log_jacobian + log_det.reshape(*u.shape[:-1], -1).sum(-1)
             z.append(value.reshape(*u.shape[:-1], -1))
-        return (self.log_prob(torch.cat(z, -1)) + log_scale).nan_to_num(nan=-math.inf).movedim(0, 1)
+        return (self.log_prob(torch.cat(z, -1)) + log_jacobian).nan_to_num(nan=-math.inf).movedim(0, 1)
 
     def prior_draws(self, n: int) -> Tensor:
-        """Draws of z from the prior, unconstrained: ``(n, batch, dim)``."""
+        """Draws from the prior in unconstrained space: ``(n, batch, dim)``."""
         with untouched(training=False, seed=0), torch.no_grad():
-            z = self.latents.flat(values_of(self.latents.run(self.model, self.batch, n)), n, self.num_rows).double()
-        parts = (self.transforms[name].inv(part).reshape(*z.shape[:-1], -1) for name, _, part in self.latents.split(z))
+            values = values_of(self.latents.run(self.model, self.batch, n))
+        z = self.latents.flat(values, n, self.num_rows).double()
+        parts = (
+            self.transforms[name].inv(part).reshape(*z.shape[:-1], -1)
+            for name, _, part in self.latents.split(z)
+        )
         return torch.cat(list(parts), -1)
 
-    def constrained(self, u: Tensor) -> Tensor:
-        """``(*batch, dim)`` from unconstrained space to that of the latents."""
-        parts = (self.transforms[name](part).reshape(*u.shape[:-1], -1) for name, _, part in self.latents.split(u))
+    def constrain(self, u: Tensor) -> Tensor:
+        """Map unconstrained space to the support of the latents, ``(*batch, dim)`` each."""
+        parts = (
+            self.transforms[name](part).reshape(*u.shape[:-1], -1) for name, _, part in self.latents.split(u)
+        )
         return torch.cat(list(parts), -1)
 
 
 def _transform(name: str, site: Site) -> Any:
-    """From unconstrained space to the support of a latent."""
+    """The transform from unconstrained space to the support of a latent."""
     support = site.fn.support
-    if isinstance(support, constraints.MixtureSameFamilyConstraint):  # a mixture lives where its components do
+    if isinstance(support, constraints.MixtureSameFamilyConstraint):
         support = support.base_constraint
     if support.is_discrete:
-        raise ValueError(f"Grid: {name!r} is discrete ({support}); expected continuous latents: sum it out in the model")
+        raise ValueError(
+            f"Grid: {name!r} is discrete ({support}); expected continuous latents; "
+            "marginalize it in the model"
+        )
     transform = biject_to(support)
     if transform.inverse_shape(site.shape) != site.shape:
-        raise ValueError(f"Grid: {name!r} has support {support} of fewer dimensions than its event; expected e.g. a logit")
+        raise ValueError(
+            f"Grid: {name!r} has support {support} of fewer dimensions than its event; expected a latent "
+            "without constraints between its elements, such as logits"
+        )
     return transform
 
 
 class GridPosterior(dist.TorchDistribution):
-    """p(z|x) of a :class:`Grid`: its density is log p(x, z) − log p(x), by the model itself; its moments are sums over the
-    grid; its draws are uniform within the small box around a point, whose size is that of the last refinement."""
+    """p(z|x) of a :class:`Grid`.
+
+    ``log_prob`` is log p(x, z) − log p(x), evaluated by the model. Moments are sums over the points. A sample
+    is uniform within the volume element of a random point.
+    """
 
     arg_constraints: ClassVar[dict] = {}
     support = constraints.real_vector
@@ -344,16 +387,19 @@ class GridPosterior(dist.TorchDistribution):
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         n = torch.Size(sample_shape).numel()
-        cell = torch.multinomial(self.solution.weights, n, replacement=True).unsqueeze(-1)
-        at, length = (
-            part.gather(1, cell.expand(-1, -1, self.joint.dim)) for part in (self.solution.points, self.solution.spacing)
+        index = torch.multinomial(self.solution.weights, n, replacement=True).unsqueeze(-1)
+        points, spacing = (
+            part.gather(1, index.expand(-1, -1, self.joint.dim))
+            for part in (self.solution.points, self.solution.spacing)
         )
-        at = at + (torch.rand_like(at) - 0.5) * length
-        z = self.joint.constrained(at.movedim(1, 0))
+        u = points + (torch.rand_like(points) - 0.5) * spacing
+        z = self.joint.constrain(u.movedim(1, 0))
         return z.reshape(*sample_shape, *self.shape())
 
     def _moment(self, values: Tensor) -> Tensor:
-        return (self.solution.weights.reshape(*self.solution.weights.shape, *[1] * (values.dim() - 2)) * values).sum(1)
+        return (
+            self.solution.weights.reshape(*self.solution.weights.shape, *[1] * (values.dim() - 2)) * values
+        ).sum(1)
 
     @property
     def mean(self) -> Tensor:
@@ -371,4 +417,4 @@ class GridPosterior(dist.TorchDistribution):
 
     @property
     def _values(self) -> Tensor:
-        return self.joint.constrained(self.solution.points)
+        return self.joint.constrain(self.solution.points)

@@ -1,4 +1,4 @@
-"""Mixtures: a finite one whose latent is the component, and a Gaussian-mixture prior under a linear-Gaussian likelihood."""
+"""Finite Gaussian mixtures, and Gaussian-mixture priors with a linear-Gaussian likelihood."""
 
 import pyro.distributions as dist
 import torch
@@ -8,11 +8,12 @@ from pyro_vae.exact.model import ExactModel, positive
 
 
 class FiniteMixture(ExactModel):
-    """z ~ Categorical(π), x ~ N(μ_z, Σ_z): p(z = k|x) ∝ πₖ N(x; μₖ, Σₖ), log p(x) = logsumexp of these.
+    """z ~ Categorical(π), x ~ N(μ_z, Σ_z): p(z = k|x) ∝ πₖ N(x; μₖ, Σₖ), log p(x) = log Σₖ πₖ N(x; μₖ, Σₖ).
 
-    :param weights: π, ``(K,)``, normalized here.
+    :param weights: π, ``(K,)``; normalized by the constructor.
     :param locs: μ, ``(K, D)``.
-    :param scale_trils: Cholesky factors of Σ, ``(K, D, D)``, or ``(D, D)`` where all components share one.
+    :param scale_trils: Cholesky factors of Σ, ``(K, D, D)``, or ``(D, D)`` for a shared one.
+    :raises ValueError: if the shapes do not match or a weight is not positive.
     """
 
     weights: Tensor
@@ -22,11 +23,12 @@ class FiniteMixture(ExactModel):
     def __init__(self, weights: Tensor, locs: Tensor, scale_trils: Tensor) -> None:
         if locs.dim() != 2 or weights.shape != locs.shape[:1]:
             raise ValueError(
-                f"FiniteMixture: expected weights (K,) and locs (K, D) but got {tuple(weights.shape)} and {tuple(locs.shape)}"
+                "FiniteMixture: expected weights (K,) and locs (K, D) but got "
+                f"{tuple(weights.shape)} and {tuple(locs.shape)}"
             )
         super().__init__((), locs.shape[1])
-        shares = positive("weights", weights).double()
-        self.register_constant("weights", shares / shares.sum(), len(weights), weights)
+        positive_weights = positive("weights", weights).double()
+        self.register_constant("weights", positive_weights / positive_weights.sum(), len(weights), weights)
         self.register_buffer("locs", locs)
         self.register_buffer("scale_trils", scale_trils.expand(*locs.shape, locs.shape[1]).clone())
 
@@ -36,28 +38,30 @@ class FiniteMixture(ExactModel):
     def decoder(self, z: Tensor) -> dist.TorchDistribution:
         return dist.MultivariateNormal(self.locs[z.long()], scale_tril=self.scale_trils[z.long()])
 
-    def _joint(self, x: Tensor) -> Tensor:
+    def _log_joint_of_components(self, x: Tensor) -> Tensor:
         """log πₖ + log N(x; μₖ, Σₖ): ``(batch, K)``."""
         components = dist.MultivariateNormal(self.locs, scale_tril=self.scale_trils)
         return self.weights.log() + components.log_prob(self.checked(x).unsqueeze(-2))
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
-        return dist.Categorical(logits=self._joint(x))
+        return dist.Categorical(logits=self._log_joint_of_components(x))
 
     def log_evidence(self, x: Tensor) -> Tensor:
-        return self._joint(x).logsumexp(-1)
+        return self._log_joint_of_components(x).logsumexp(-1)
 
 
 class MixturePrior(ExactModel):
-    """z ~ Σₖ πₖ N(mₖ, Sₖ), x ~ N(W z + b, diag σ²): the posterior is a mixture of Gaussians, with weights
-    ∝ πₖ N(x; W mₖ + b, W Sₖ Wᵀ + diag σ²).
+    """z ~ Σₖ πₖ N(mₖ, Sₖ), x ~ N(W z + b, diag σ²). The posterior is a Gaussian mixture.
 
-    :param weights: π, ``(K,)``, normalized here.
+    Its weights are ∝ πₖ N(x; W mₖ + b, W Sₖ Wᵀ + diag σ²).
+
+    :param weights: π, ``(K,)``; normalized by the constructor.
     :param locs: m, ``(K, k)``.
     :param scale_trils: Cholesky factors of S, ``(K, k, k)`` or ``(k, k)``.
     :param weight: W, ``(D, k)``.
     :param noise_scale: σ, a number or ``(D,)``.
     :param bias: b, a number or ``(D,)``.
+    :raises ValueError: if the shapes do not match, or a weight or scale is not positive.
     """
 
     weights: Tensor
@@ -83,8 +87,8 @@ class MixturePrior(ExactModel):
                 f"{tuple(weights.shape)}, {tuple(locs.shape)} and {tuple(weight.shape)}"
             )
         super().__init__(locs.shape[1], weight.shape[0])
-        shares = positive("weights", weights).double()
-        self.register_constant("weights", shares / shares.sum(), len(weights), weights)
+        positive_weights = positive("weights", weights).double()
+        self.register_constant("weights", positive_weights / positive_weights.sum(), len(weights), weights)
         self.register_buffer("locs", locs)
         self.register_buffer("scale_trils", scale_trils.expand(*locs.shape, locs.shape[1]).clone())
         self.register_buffer("weight", weight)
@@ -98,23 +102,22 @@ class MixturePrior(ExactModel):
     def decoder(self, z: Tensor) -> dist.TorchDistribution:
         return dist.Normal(z @ self.weight.mT + self.bias, self.noise_scale).to_event(1)
 
-    def _joint(self, x: Tensor) -> Tensor:
+    def _log_joint_of_components(self, x: Tensor) -> Tensor:
         """log πₖ + log N(x; W mₖ + b, W Sₖ Wᵀ + diag σ²): ``(batch, K)``."""
-        spread = self.weight @ self.scale_trils
-        covariance = spread @ spread.mT + torch.diag(self.noise_scale**2)
+        factor = self.weight @ self.scale_trils
+        covariance = factor @ factor.mT + torch.diag(self.noise_scale**2)
         marginals = dist.MultivariateNormal(self.locs @ self.weight.mT + self.bias, covariance)
         return self.weights.log() + marginals.log_prob(self.checked(x).unsqueeze(-2))
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
-        pulled = self.weight.mT / self.noise_scale**2
+        projection = self.weight.mT / self.noise_scale**2
         prior_precision = torch.cholesky_inverse(self.scale_trils)
-        precision = prior_precision + pulled @ self.weight
-        natural = (prior_precision @ self.locs.unsqueeze(-1)).squeeze(-1) + (
-            (self.checked(x) - self.bias) @ pulled.mT
-        ).unsqueeze(-2)
+        precision = prior_precision + projection @ self.weight
+        projected = (self.checked(x) - self.bias) @ projection.mT
+        natural = (prior_precision @ self.locs.unsqueeze(-1)).squeeze(-1) + projected.unsqueeze(-2)
         mean = torch.linalg.solve(precision, natural.unsqueeze(-1)).squeeze(-1)
         components = dist.MultivariateNormal(mean, precision_matrix=precision)
-        return dist.MixtureSameFamily(dist.Categorical(logits=self._joint(x)), components)
+        return dist.MixtureSameFamily(dist.Categorical(logits=self._log_joint_of_components(x)), components)
 
     def log_evidence(self, x: Tensor) -> Tensor:
-        return self._joint(x).logsumexp(-1)
+        return self._log_joint_of_components(x).logsumexp(-1)

@@ -1,4 +1,4 @@
-"""What every exact model is: an ordinary Pyro model that also knows its posterior and its evidence."""
+"""Base class of Pyro models with a known posterior and evidence."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from pyro_vae.data.arrays import check_rows
 from pyro_vae.nets import Shape, as_shape
 
 T = TypeVar("T", float, Tensor, float | Tensor)
-_OF_DATA = {"posterior", "log_evidence", "mean_field", "mean_field_gap", "log_normal", "log_normal_gap"}
+_DATA_METHODS = {"posterior", "log_evidence", "mean_field", "mean_field_gap", "log_normal", "log_normal_gap"}
 
 
 def _in_dtype_of_data(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, run by the model in the dtype of the data."""
+    """Run the method on the model in the dtype of ``x``."""
 
     @wraps(method)
     def run(self: "ExactModel", x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -31,45 +31,51 @@ def _in_dtype_of_data(method: Callable[..., Any]) -> Callable[..., Any]:
 class ExactModel(nn.Module, ABC):
     """p(z) p(x|z) with known p(z|x) and log p(x).
 
-    ``model(x)``: the Pyro program, latent ``"z"``, observed ``"x"``, plate ``"data"``; x ``(batch, *event_shape)``. Everything
-    that works on a model works on it: a guide is trained on it by plain ``SVI``.
+    ``model(x)`` is an ordinary Pyro program with latent ``"z"``, observed ``"x"`` and plate ``"data"``; plain
+    ``SVI`` trains a guide for it. x: ``(batch, *event_shape)``.
 
-    :param latent_shape: shape of one z.
-    :param event_shape: shape of one x.
+    :param latent_shape: event shape of z.
+    :param event_shape: event shape of x.
     """
 
     def __init__(self, latent_shape: Shape, event_shape: Shape) -> None:
         super().__init__()
-        self._exact: dict[str, Tensor] = {}
+        self._double_values: dict[str, Tensor] = {}
         self.latent_shape = as_shape(latent_shape) if latent_shape != () else torch.Size()
         self.event_shape = as_shape(event_shape) if event_shape != () else torch.Size()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in _OF_DATA & vars(cls).keys():
+        for name in _DATA_METHODS & vars(cls).keys():
             setattr(cls, name, _in_dtype_of_data(vars(cls)[name]))
 
-    def register_constant(self, name: str, value: float | Tensor, size: int | None = None, like: Tensor | None = None) -> None:
-        """Register a buffer, a scalar or a vector of this size. Its value is kept in double precision, so that ``.double()``
-        gives the number that was meant; the buffer is in the dtype of ``like``, of the tensor given, or the default one."""
+    def register_constant(
+        self, name: str, value: float | Tensor, size: int | None = None, like: Tensor | None = None
+    ) -> None:
+        """Register a buffer and store its value in double precision, so that ``.double()`` loses no digits.
+
+        :param size: length of the vector that ``value`` is expanded to. ``None`` keeps the shape.
+        :param like: tensor with the dtype and device of the buffer. The default is ``value``, or the default
+            dtype if ``value`` is a number.
+        """
         exact = torch.as_tensor(value, dtype=torch.double, device="cpu").detach()
-        self._exact[name] = (exact if size is None else exact.expand(size)).clone()
+        self._double_values[name] = (exact if size is None else exact.expand(size)).clone()
+        tensor = value if isinstance(value, Tensor) else exact
         if like is None:
             like = value if isinstance(value, Tensor) else torch.empty(0)
-        given = value if isinstance(value, Tensor) else exact
-        self.register_buffer(name, (given if size is None else given.expand(size)).to(like).clone())
+        self.register_buffer(name, (tensor if size is None else tensor.expand(size)).to(like).clone())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # a buffer that holds another value than the constant, such as a loaded one, is converted like any other
-        pairs = {name: (exact, self.get_buffer(name)) for name, exact in self._exact.items()}
-        held = [name for name, (exact, buffer) in pairs.items() if torch.equal(exact.to(buffer), buffer)]
+        # a buffer that was changed, as by load_state_dict, no longer equals its double-precision value
+        pairs = {name: (exact, self.get_buffer(name)) for name, exact in self._double_values.items()}
+        unchanged = [name for name, (exact, buffer) in pairs.items() if torch.equal(exact.to(buffer), buffer)]
         super()._apply(fn, recurse)
-        for name in held:
-            self._buffers[name] = self._exact[name].to(self.get_buffer(name))
+        for name in unchanged:
+            self._buffers[name] = self._double_values[name].to(self.get_buffer(name))
         return self
 
     def like(self, x: Any) -> "ExactModel":
-        """The model in the dtype of the data: itself, or a copy."""
+        """This model if its dtype is that of ``x``, else a copy in the dtype of ``x``."""
         dtypes = {b.dtype for b in self.buffers() if b.is_floating_point()}
         if not isinstance(x, Tensor) or not x.is_floating_point() or dtypes <= {x.dtype}:
             return self
@@ -92,10 +98,12 @@ class ExactModel(nn.Module, ABC):
         """log p(x) in nats, ``(batch,)``."""
 
     def best(self, family: type, *args: Any, **kwargs: Any) -> tuple[dist.TorchDistribution, Tensor] | None:
-        """q*, the member of a family of distributions with the smallest KL(q‖p(z|x)), and that KL in nats ``(batch,)``, where
-        they are known in closed form; ``None`` elsewhere. Here: the posterior itself, where it is of the family.
+        """The member q of ``family`` with the smallest KL(q‖p(z|x)), and that KL in nats, ``(batch,)``.
 
-        :param family: a class of Pyro's, such as ``dist.Normal`` (of independent elements) or ``dist.MultivariateNormal``.
+        Returns ``None`` if no closed form is known. The default returns the posterior if it is in ``family``.
+
+        :param family: class of a distribution, such as ``dist.Normal`` (independent elements) or
+            ``dist.MultivariateNormal``.
         """
         posterior = self.posterior(*args, **kwargs)
         base = posterior.base_dist if isinstance(posterior, torch.distributions.Independent) else posterior
@@ -118,12 +126,15 @@ class ExactModel(nn.Module, ABC):
         return self.decoder(self.prior().sample((n,))).sample()
 
     def checked(self, x: Tensor) -> Tensor:
-        """``x`` itself. Raises ``ValueError`` for another shape than ``(batch, *event_shape)`` or rows that are not finite."""
+        """``x``, validated.
+
+        :raises ValueError: if the shape is not ``(batch, *event_shape)`` or a row is not finite.
+        """
         name = type(self).__name__
         if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[1:] != self.event_shape:
-            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            actual = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             expected = ", ".join(["batch", *map(str, self.event_shape)])
-            raise ValueError(f"{name}: expected x of shape ({expected}) but got {got}")
+            raise ValueError(f"{name}: expected x of shape ({expected}) but got {actual}")
         check_rows(x, name)
         return x
 
@@ -132,12 +143,12 @@ class ExactModel(nn.Module, ABC):
 
 
 def diagonal_gap(precision: Tensor) -> Tensor:
-    """½[Σ log Λⱼⱼ − log |Λ|] in nats, the KL of the best independent Gaussians from N(μ, Λ⁻¹): ``()``."""
+    """min KL(q‖N(μ, Λ⁻¹)) over independent Gaussians q, ½[Σ log Λⱼⱼ − log |Λ|] in nats: ``()``."""
     return 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision))
 
 
 def positive(name: str, value: T) -> T:
-    """A constant itself. Raises ``ValueError`` where it is not positive."""
+    """``value``. Raises ``ValueError`` if it is not positive."""
     if not (torch.as_tensor(value) > 0).all():
         raise ValueError(f"{name}: expected a positive number but got {value}")
     return value

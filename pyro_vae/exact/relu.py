@@ -1,4 +1,4 @@
-"""A one-dimensional latent through a ReLU layer: nonlinear, and yet exact."""
+"""Exact inference for a one-dimensional latent with a ReLU decoder."""
 
 import math
 from typing import ClassVar
@@ -15,8 +15,9 @@ from pyro_vae.exact.model import ExactModel, positive
 class ReluDecoder(ExactModel):
     """z ~ N(0, 1), x ~ N(V relu(w z + c) + b, σ² I) with a one-dimensional z.
 
-    Between neighbouring breakpoints −cₕ/wₕ the mean is aᵢ z + bᵢ, so the posterior is a mixture of truncated normals: piece
-    i on (tᵢ, tᵢ₊₁) has evidence N(x; bᵢ, σ² I + aᵢ aᵢᵀ) [Φ((tᵢ₊₁ − mᵢ)/sᵢ) − Φ((tᵢ − mᵢ)/sᵢ)], sᵢ⁻² = 1 + ‖aᵢ‖²/σ²,
+    Between neighbouring breakpoints −cₕ/wₕ, sorted as t₁ < t₂ < …, the mean of x is affine, aᵢ z + bᵢ. The
+    posterior is a mixture of truncated normals. Piece (tᵢ, tᵢ₊₁) has evidence
+    N(x; bᵢ, σ² I + aᵢ aᵢᵀ) [Φ((tᵢ₊₁ − mᵢ)/sᵢ) − Φ((tᵢ − mᵢ)/sᵢ)], with sᵢ⁻² = 1 + ‖aᵢ‖²/σ² and
     mᵢ = sᵢ² aᵢᵀ(x − bᵢ)/σ².
 
     :param hidden_weight: w, ``(H,)``.
@@ -24,6 +25,7 @@ class ReluDecoder(ExactModel):
     :param weight: V, ``(D, H)``.
     :param bias: b, a number or ``(D,)``.
     :param noise_scale: σ, a number.
+    :raises ValueError: if the shapes do not match or ``noise_scale`` is not positive.
     """
 
     hidden_weight: Tensor
@@ -42,7 +44,11 @@ class ReluDecoder(ExactModel):
         noise_scale: float | Tensor,
         bias: float | Tensor = 0.0,
     ) -> None:
-        if hidden_weight.dim() != 1 or hidden_bias.shape != hidden_weight.shape or weight.shape[1:] != hidden_weight.shape:
+        if (
+            hidden_weight.dim() != 1
+            or hidden_bias.shape != hidden_weight.shape
+            or weight.shape[1:] != hidden_weight.shape
+        ):
             raise ValueError(
                 "ReluDecoder: expected hidden_weight (H,), hidden_bias (H,) and weight (D, H) but got "
                 f"{tuple(hidden_weight.shape)}, {tuple(hidden_bias.shape)} and {tuple(weight.shape)}"
@@ -53,10 +59,12 @@ class ReluDecoder(ExactModel):
         self.register_buffer("weight", weight)
         self.register_constant("bias", bias, weight.shape[0], weight)
         self.register_constant("noise_scale", positive("noise_scale", noise_scale), None, weight)
-        bends = hidden_weight != 0
-        # sorted; units may bend at one point
-        points = torch.unique(-hidden_bias[bends].double() / hidden_weight[bends].double())
-        edges = torch.cat([points.new_tensor([-math.inf]), points, points.new_tensor([math.inf])])
+        has_breakpoint = hidden_weight != 0
+        # several units may share a breakpoint; unique also sorts
+        w, c = hidden_weight[has_breakpoint].double(), hidden_bias[has_breakpoint].double()
+        breakpoints = torch.unique(-c / w)
+        infinity = breakpoints.new_tensor([math.inf])
+        edges = torch.cat([-infinity, breakpoints, infinity])
         self.register_constant("edges", edges, len(edges), hidden_weight)
 
     def prior(self) -> dist.TorchDistribution:
@@ -67,23 +75,24 @@ class ReluDecoder(ExactModel):
         return dist.Normal(h @ self.weight.mT + self.bias, self.noise_scale).to_event(1)
 
     def _pieces(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log evidence, mean and scale of every piece: ``(batch, H + 1)`` each."""
-        inner = torch.cat([self.edges[1:2] - 1, (self.edges[1:-2] + self.edges[2:-1]) / 2, self.edges[-2:-1] + 1])
-        if len(self.edges) == 2:  # no unit bends
-            inner = self.edges.new_zeros(1)
-        active = inner.unsqueeze(-1) * self.hidden_weight + self.hidden_bias > 0  # (pieces, H)
-        slope = (active * self.hidden_weight) @ self.weight.mT  # (pieces, D)
-        start = (active * self.hidden_bias) @ self.weight.mT + self.bias
-        r = (self.checked(x).unsqueeze(-2) - start) / self.noise_scale  # (batch, pieces, D)
-        scaled = slope / self.noise_scale
-        variance = 1 / (1 + (scaled**2).sum(-1))
-        mean = variance * (r * scaled).sum(-1)
+        """Log evidence, mean and scale of each piece: ``(batch, pieces)`` each."""
+        middles = (self.edges[1:-2] + self.edges[2:-1]) / 2
+        interior = torch.cat([self.edges[1:2] - 1, middles, self.edges[-2:-1] + 1])
+        if len(self.edges) == 2:  # no breakpoints
+            interior = self.edges.new_zeros(1)
+        active = interior.unsqueeze(-1) * self.hidden_weight + self.hidden_bias > 0  # (pieces, H)
+        slope = (active * self.hidden_weight) @ self.weight.mT / self.noise_scale  # (pieces, D)
+        intercept = (active * self.hidden_bias) @ self.weight.mT + self.bias
+        r = (self.checked(x).unsqueeze(-2) - intercept) / self.noise_scale  # (batch, pieces, D)
+        variance = 1 / (1 + (slope**2).sum(-1))
+        mean = variance * (r * slope).sum(-1)
         # log N(x; b, σ² I + a aᵀ) by the matrix determinant lemma
         d = x.shape[-1]
         log_normal = -0.5 * ((r**2).sum(-1) - mean**2 / variance - variance.log() + d * math.log(2 * math.pi))
         log_normal = log_normal - d * self.noise_scale.log()
         scale = variance.sqrt().expand_as(mean)
-        return log_normal + _log_mass((self.edges[:-1] - mean) / scale, (self.edges[1:] - mean) / scale), mean, scale
+        log_mass = _log_mass((self.edges[:-1] - mean) / scale, (self.edges[1:] - mean) / scale)
+        return log_normal + log_mass, mean, scale
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
         return _TruncatedNormals(*self._pieces(x), self.edges)
@@ -93,7 +102,7 @@ class ReluDecoder(ExactModel):
 
 
 class _TruncatedNormals(dist.TorchDistribution):
-    """A mixture over the pieces between ``edges`` of normals truncated to them; event ``(1,)``."""
+    """Mixture of normals. Component i is truncated to (edges[i], edges[i + 1]). Event shape ``(1,)``."""
 
     arg_constraints: ClassVar[dict] = {}
     support = constraints.real_vector
@@ -119,7 +128,7 @@ class _TruncatedNormals(dist.TorchDistribution):
                 part.expand(*piece.shape[:-1], part.shape[-1]).gather(-1, piece).squeeze(-1)
                 for part in (self.loc, self.scale, self.low, self.high)
             )
-            # from the tail that has the mass, where Φ keeps its digits
+            # intervals above 0 are mirrored: Φ is accurate in the lower tail
             flip = torch.where(low > 0, -1.0, 1.0).to(loc)
             ends = torch.stack([low * flip, high * flip]).sort(0).values
             below, above = torch.special.ndtr(ends)
@@ -147,7 +156,7 @@ class _TruncatedNormals(dist.TorchDistribution):
 
 
 def _log_mass(low: Tensor, high: Tensor) -> Tensor:
-    """log [Φ(high) − Φ(low)], taken in the lower tail, where it keeps its digits."""
+    """log [Φ(high) − Φ(low)]. Intervals above 0 are mirrored: log Φ is accurate in the lower tail."""
     flip = low > 0
     low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
     upper, lower = log_ndtr(high), log_ndtr(low)

@@ -1,6 +1,6 @@
-"""Densities that guides find hard, as models without data: the posterior is the prior, and log p(x) = 0.
+"""Densities that are hard to fit, as models without data: p(z|x) = p(z) and log p(x) = 0.
 
-x has one column that holds nothing but zeros, ``(batch, 1)``: it says how many copies there are.
+x is ``torch.zeros(batch, 1)``; only its batch size matters.
 """
 
 from abc import ABC, abstractmethod
@@ -14,8 +14,8 @@ from torch.distributions import constraints
 from pyro_vae.exact.model import ExactModel, positive
 
 
-class _Shape(dist.TorchDistribution, ABC):
-    """A distribution on ℝ^d that maps standard normal noise."""
+class _NoiseTransform(dist.TorchDistribution, ABC):
+    """A distribution on ℝ^d whose samples are a function of standard normal noise."""
 
     arg_constraints: ClassVar[dict] = {}
     support = constraints.real_vector
@@ -25,31 +25,33 @@ class _Shape(dist.TorchDistribution, ABC):
         self.parameter = parameter
         super().__init__(batch_shape, torch.Size((dim,)), validate_args=False)
 
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "_Shape":
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "_NoiseTransform":
         new = type(self).__new__(type(self))
         new.__dict__.update(self.__dict__)
-        _Shape.__init__(new, self.event_shape[0], self.parameter, torch.Size(batch_shape))
+        _NoiseTransform.__init__(new, self.event_shape[0], self.parameter, torch.Size(batch_shape))
         return new
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
-        return self._push(torch.randn(shape, dtype=self.parameter.dtype, device=self.parameter.device))
+        noise = torch.randn(shape, dtype=self.parameter.dtype, device=self.parameter.device)
+        return self._transform_noise(noise)
 
     @abstractmethod
-    def _push(self, noise: Tensor) -> Tensor:
-        """From standard normal noise to a draw."""
+    def _transform_noise(self, noise: Tensor) -> Tensor:
+        """Map standard normal noise ``(*shape, d)`` to a sample of the same shape."""
 
 
-class _FunnelDistribution(_Shape):
+class _FunnelDistribution(_NoiseTransform):
     """v ~ N(0, σ²), yᵢ ~ N(0, eᵛ)."""
 
-    def _push(self, noise: Tensor) -> Tensor:
+    def _transform_noise(self, noise: Tensor) -> Tensor:
         v = self.parameter * noise[..., :1]
         return torch.cat([v, (v / 2).exp() * noise[..., 1:]], -1)
 
     def log_prob(self, z: Tensor) -> Tensor:
         v, y = z[..., 0], z[..., 1:]
-        return dist.Normal(0.0, self.parameter).log_prob(v) + dist.Normal(0.0, (v / 2).exp().unsqueeze(-1)).log_prob(y).sum(-1)
+        log_p_y = dist.Normal(0.0, (v / 2).exp().unsqueeze(-1)).log_prob(y).sum(-1)
+        return dist.Normal(0.0, self.parameter).log_prob(v) + log_p_y
 
     @property
     def mean(self) -> Tensor:
@@ -57,15 +59,15 @@ class _FunnelDistribution(_Shape):
 
     @property
     def covariance_matrix(self) -> Tensor:
-        each = (self.parameter**2 / 2).exp().expand(self.event_shape[0]).clone()  # E eᵛ
-        each[0] = self.parameter**2
-        return torch.diag(each).expand(*self.batch_shape, -1, -1)
+        variances = (self.parameter**2 / 2).exp().expand(self.event_shape[0]).clone()  # Var yᵢ = E eᵛ
+        variances[0] = self.parameter**2
+        return torch.diag(variances).expand(*self.batch_shape, -1, -1)
 
 
-class _BananaDistribution(_Shape):
-    """z₁ ~ N(0, s²), z₂ ~ N(b (z₁² − s²), 1); parameter: (s, b)."""
+class _BananaDistribution(_NoiseTransform):
+    """z₁ ~ N(0, s²), z₂ ~ N(b (z₁² − s²), 1). ``parameter`` is (s, b)."""
 
-    def _push(self, noise: Tensor) -> Tensor:
+    def _transform_noise(self, noise: Tensor) -> Tensor:
         s, b = self.parameter
         first = s * noise[..., 0]
         return torch.stack([first, b * (first**2 - s**2) + noise[..., 1]], -1)
@@ -84,7 +86,9 @@ class _BananaDistribution(_Shape):
         return torch.diag(torch.stack([s**2, 1 + 2 * b**2 * s**4])).expand(*self.batch_shape, -1, -1)
 
 
-class _WithoutData(ExactModel):
+class _PriorOnlyModel(ExactModel):
+    """A model without data: x is zero and p(z|x) = p(z)."""
+
     def decoder(self, z: Tensor) -> dist.TorchDistribution:
         return dist.Delta(torch.zeros_like(z[..., :1])).to_event(1)
 
@@ -96,11 +100,13 @@ class _WithoutData(ExactModel):
 
     def checked(self, x: Tensor) -> Tensor:
         if isinstance(x, Tensor) and (x != 0).any():
-            raise ValueError(f"{type(self).__name__}: it has no data; expected x = torch.zeros(batch, 1)")
+            raise ValueError(
+                f"{type(self).__name__}: the model has no data; expected x = torch.zeros(batch, 1)"
+            )
         return super().checked(x)
 
 
-class Funnel(_WithoutData):
+class Funnel(_PriorOnlyModel):
     """Neal's funnel: z = (v, y₁…yₙ), v ~ N(0, σ²), yᵢ ~ N(0, eᵛ) (Neal 2003).
 
     :param num_dims: n.
@@ -117,22 +123,27 @@ class Funnel(_WithoutData):
         return _FunnelDistribution(self.latent_shape[0], self.scale)
 
     def mean_field(self, x: Tensor) -> dist.TorchDistribution:
-        """The best guide of independent Gaussians: m = 0, s_v² = 1/(1/σ² + n/2), log t² = −s_v²/2."""
+        """The independent Gaussians with the smallest KL(q‖p(z|x)).
+
+        All means are 0; the variances are s_v² = 1/(1/σ² + n/2) of v and exp(−s_v²/2) of yᵢ.
+        """
         n = self.latent_shape[0] - 1
         variance_v = 1 / (1 / self.scale**2 + n / 2)
         variances = torch.cat([variance_v.reshape(1), (-variance_v / 2).exp().expand(n)])
         return dist.Normal(variances.new_zeros(len(self.checked(x)), n + 1), variances.sqrt()).to_event(1)
 
     def mean_field_gap(self, x: Tensor) -> Tensor:
-        """KL of that guide, ½ log(1 + n σ²/2) in nats: ``(batch,)``."""
+        """KL of :meth:`mean_field`, ½ log(1 + n σ²/2) in nats, ``(batch,)``."""
         gap = 0.5 * torch.log1p((self.latent_shape[0] - 1) * self.scale**2 / 2)
         return gap.expand(len(self.checked(x)))
 
     def best(self, family: type, x: Tensor) -> tuple[dist.TorchDistribution, Tensor] | None:
-        return (self.mean_field(x), self.mean_field_gap(x)) if family is dist.Normal else super().best(family, x)
+        return (
+            (self.mean_field(x), self.mean_field_gap(x)) if family is dist.Normal else super().best(family, x)
+        )
 
 
-class Banana(_WithoutData):
+class Banana(_PriorOnlyModel):
     """z₁ ~ N(0, s²), z₂ ~ N(b (z₁² − s²), 1) (Haario et al. 1999).
 
     :param scale: s.
@@ -144,28 +155,33 @@ class Banana(_WithoutData):
     def __init__(self, *, scale: float = 2.0, curvature: float = 0.5) -> None:
         super().__init__(2, 1)
         positive("scale", scale)
-        exact = torch.tensor([float(scale), float(curvature)], dtype=torch.double)
-        self.register_constant("parameter", exact, 2, torch.empty(0))
+        parameter = torch.tensor([float(scale), float(curvature)], dtype=torch.double)
+        self.register_constant("parameter", parameter, 2, torch.empty(0))
 
     def prior(self) -> dist.TorchDistribution:
         return _BananaDistribution(2, self.parameter)
 
-    def _best_variance(self) -> Tensor:
-        """u = [−s⁻² + √(s⁻⁴ + 16 b²)]/(8 b²), written without the cancellation as b → 0."""
+    def _mean_field_variance(self) -> Tensor:
+        """u = [−s⁻² + √(s⁻⁴ + 16 b²)]/(8 b²), in a form without cancellation as b → 0."""
         s, b = self.parameter
         return 2 / (s**-2 + torch.sqrt(s**-4 + 16 * b**2))
 
     def mean_field(self, x: Tensor) -> dist.TorchDistribution:
-        """The best guide of independent Gaussians: variances (u, 1), means 0 and b (u − s²)."""
-        (s, b), u = self.parameter, self._best_variance()
+        """The independent Gaussians with the smallest KL(q‖p(z|x)).
+
+        The means are 0 and b (u − s²), the variances u and 1, u = [−s⁻² + √(s⁻⁴ + 16 b²)]/(8 b²).
+        """
+        (s, b), u = self.parameter, self._mean_field_variance()
         loc = torch.stack([torch.zeros_like(u), b * (u - s**2)]).expand(len(self.checked(x)), 2)
         return dist.Normal(loc, torch.stack([u.sqrt(), torch.ones_like(u)])).to_event(1)
 
     def mean_field_gap(self, x: Tensor) -> Tensor:
-        """KL of that guide, ½[u/s² − log(u/s²) − 1 + 2 b² u²] in nats: ``(batch,)``."""
-        (s, b), u = self.parameter, self._best_variance()
+        """KL of :meth:`mean_field`, ½[u/s² − log(u/s²) − 1 + 2 b² u²] in nats, ``(batch,)``."""
+        (s, b), u = self.parameter, self._mean_field_variance()
         gap = 0.5 * (u / s**2 - (u / s**2).log() - 1 + 2 * b**2 * u**2)
         return gap.expand(len(self.checked(x)))
 
     def best(self, family: type, x: Tensor) -> tuple[dist.TorchDistribution, Tensor] | None:
-        return (self.mean_field(x), self.mean_field_gap(x)) if family is dist.Normal else super().best(family, x)
+        return (
+            (self.mean_field(x), self.mean_field_gap(x)) if family is dist.Normal else super().best(family, x)
+        )

@@ -1,4 +1,4 @@
-"""The linear-Gaussian state space model, by the Kalman filter and the joint precision."""
+"""Linear-Gaussian state space model: the Kalman filter and the joint precision of the states."""
 
 import pyro.distributions as dist
 import torch
@@ -10,13 +10,16 @@ from pyro_vae.exact.model import ExactModel, diagonal_gap
 class LinearGaussianStateSpace(ExactModel):
     """z₁ ~ N(0, P₀), z_t ~ N(A z_{t−1}, Q), y_t ~ N(C z_t, R), t = 1…T.
 
-    One datum is a whole series: y ``(T, d_y)``; its latent is the states end to end, z ``(T · d_z,)``, so that any guide over
-    vectors serves. log p(y) = Σ_t log N(y_t; C m_{t|t−1}, C P_{t|t−1} Cᵀ + R) (Kalman 1960).
+    A datum is a series y, ``(T, d_y)``. Its latent is the vector z of all states, ``(T · d_z,)``.
+    log p(y) = Σ_t log N(y_t; C m_{t|t−1}, C P_{t|t−1} Cᵀ + R) (Kalman 1960).
 
-    :param transition: A, ``(d_z, d_z)``; :param transition_covariance: Q.
-    :param observation: C, ``(d_y, d_z)``; :param observation_covariance: R.
-    :param initial_covariance: P₀.
+    :param transition: A, ``(d_z, d_z)``.
+    :param transition_covariance: Q, ``(d_z, d_z)``.
+    :param observation: C, ``(d_y, d_z)``.
+    :param observation_covariance: R, ``(d_y, d_y)``.
+    :param initial_covariance: P₀, ``(d_z, d_z)``.
     :param num_steps: T.
+    :raises ValueError: if a shape does not match.
     """
 
     transition: Tensor
@@ -51,24 +54,28 @@ class LinearGaussianStateSpace(ExactModel):
         self.num_steps = num_steps
 
     def _prior_precision(self) -> Tensor:
-        """Block tridiagonal: Q⁻¹ + Aᵀ Q⁻¹ A on the diagonal (P₀⁻¹ first, no AᵀQ⁻¹A last), −Q⁻¹A below it."""
+        """Precision of z, block tridiagonal: ``(T·d_z, T·d_z)``.
+
+        The diagonal blocks are Q⁻¹ + AᵀQ⁻¹A. In the first, P₀⁻¹ replaces the term Q⁻¹; the last has no term
+        AᵀQ⁻¹A. The blocks below the diagonal are −Q⁻¹A.
+        """
         steps, (d, _) = self.num_steps, self.transition.shape
-        noise = torch.linalg.inv(self.transition_covariance)
-        carried = self.transition.mT @ noise @ self.transition
-        precision = noise.new_zeros(steps, d, steps, d)
+        noise_precision = torch.linalg.inv(self.transition_covariance)
+        coupling = noise_precision @ self.transition
+        precision = noise_precision.new_zeros(steps, d, steps, d)
         for t in range(steps):
-            precision[t, :, t] += torch.linalg.inv(self.initial_covariance) if t == 0 else noise
+            precision[t, :, t] += torch.linalg.inv(self.initial_covariance) if t == 0 else noise_precision
             if t + 1 < steps:
-                precision[t, :, t] += carried
-                precision[t + 1, :, t] = -noise @ self.transition
-                precision[t, :, t + 1] = -(noise @ self.transition).mT
+                precision[t, :, t] += self.transition.mT @ coupling
+                precision[t + 1, :, t] = -coupling
+                precision[t, :, t + 1] = -coupling.mT
         return precision.reshape(steps * d, steps * d)
 
     @property
     def precision(self) -> Tensor:
-        """J, the posterior's precision over all states, the same for every series: ``(T·d_z, T·d_z)``."""
-        seen = self.observation.mT @ torch.linalg.inv(self.observation_covariance) @ self.observation
-        return self._prior_precision() + torch.block_diag(*[seen] * self.num_steps)
+        """J, the precision of the posterior over all states, ``(T·d_z, T·d_z)``. It does not depend on y."""
+        per_step = self.observation.mT @ torch.linalg.inv(self.observation_covariance) @ self.observation
+        return self._prior_precision() + torch.block_diag(*[per_step] * self.num_steps)
 
     def prior(self) -> dist.TorchDistribution:
         precision = self._prior_precision()
@@ -76,15 +83,15 @@ class LinearGaussianStateSpace(ExactModel):
 
     def decoder(self, z: Tensor) -> dist.TorchDistribution:
         states = z.unflatten(-1, (self.num_steps, -1))
-        noise = torch.linalg.cholesky(self.observation_covariance)
-        return dist.MultivariateNormal(states @ self.observation.mT, scale_tril=noise).to_event(1)
+        scale_tril = torch.linalg.cholesky(self.observation_covariance)
+        return dist.MultivariateNormal(states @ self.observation.mT, scale_tril=scale_tril).to_event(1)
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
         return dist.MultivariateNormal(self._mean(x), precision_matrix=self.precision)
 
     def _mean(self, x: Tensor) -> Tensor:
-        pulled = torch.linalg.solve(self.observation_covariance, self.observation).mT
-        natural = (self.checked(x) @ pulled.mT).flatten(-2)
+        projection = torch.linalg.solve(self.observation_covariance, self.observation)
+        natural = (self.checked(x) @ projection).flatten(-2)
         return torch.linalg.solve(self.precision, natural.mT).mT
 
     def _blocks(self) -> Tensor:
@@ -93,11 +100,11 @@ class LinearGaussianStateSpace(ExactModel):
         return self.precision.reshape(steps, d, steps, d).diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
     def mean_field(self, x: Tensor) -> dist.TorchDistribution:
-        """The best guide that is independent over time, N(μₜ, Jₜₜ⁻¹), in closed form; as one Gaussian over all states."""
+        """The Gaussian, independent over time, with the smallest KL(q‖p(z|x)): N(μₜ, Jₜₜ⁻¹) for each t."""
         return dist.MultivariateNormal(self._mean(x), precision_matrix=torch.block_diag(*self._blocks()))
 
     def mean_field_gap(self, x: Tensor) -> Tensor:
-        """KL of that guide, ½[Σ log |Jₜₜ| − log |J|] in nats: ``(batch,)``."""
+        """KL of :meth:`mean_field`, ½[Σ log |Jₜₜ| − log |J|] in nats, ``(batch,)``."""
         gap = 0.5 * (torch.logdet(self._blocks()).sum() - torch.logdet(self.precision))
         return gap.expand(len(self.checked(x)))
 
@@ -118,9 +125,11 @@ class LinearGaussianStateSpace(ExactModel):
             total = total + dist.MultivariateNormal(expected, innovation).log_prob(y)
             gain = torch.linalg.solve(innovation, self.observation @ covariance).mT
             mean = mean + (y - expected) @ gain.mT
-            kept = torch.eye(len(covariance)).to(gain) - gain @ self.observation
-            # Joseph's form stays symmetric and positive
-            covariance = kept @ covariance @ kept.mT + gain @ self.observation_covariance @ gain.mT
+            # Joseph form: the covariance stays symmetric and positive definite
+            correction = torch.eye(len(covariance)).to(gain) - gain @ self.observation
+            covariance = (
+                correction @ covariance @ correction.mT + gain @ self.observation_covariance @ gain.mT
+            )
             mean = mean @ self.transition.mT
             covariance = self.transition @ covariance @ self.transition.mT + self.transition_covariance
         return total

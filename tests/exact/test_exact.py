@@ -1,4 +1,4 @@
-"""Every exact model against another way to its evidence, and the identity that holds for every z."""
+"""Exact models: log-evidence against independent oracles, the pointwise identity, moments and gaps."""
 
 import math
 
@@ -16,30 +16,30 @@ from tests.support.oracles import seeded
 
 MODELS = oracles.make_models()
 DISCRETE = {"FiniteMixture", "SigmoidBeliefNet"}
-every = pytest.mark.parametrize("name", MODELS)
+all_models = pytest.mark.parametrize("name", MODELS)
 
 
-@every
-def test_evidence_agrees_with_another_way(name):
+@all_models
+def test_log_evidence_matches_the_oracle(name):
     model = MODELS[name]
     x = model.sample(7)
     assert model.log_evidence(x).shape == (7,)
     torch.testing.assert_close(model.log_evidence(x), oracles.log_evidence(name, model, x), rtol=0, atol=1e-8)
 
 
-@every
-def test_the_pointwise_identity_holds_for_every_z(name):
-    """log p(x, z) − log p(z|x) = log p(x), at draws of the prior, which have nothing to do with x."""
+@all_models
+def test_log_joint_minus_log_posterior_is_log_evidence(name):
+    """log p(x, z) − log p(z|x) = log p(x) at samples of the prior, which do not depend on x."""
     model = MODELS[name]
     x = model.sample(7)
     z = model.prior().sample((20, 7))
-    at = model.index(z) if name == "SigmoidBeliefNet" else z
-    difference = model.log_joint(x, z) - model.posterior(x).log_prob(at)
+    value = model.index(z) if name == "SigmoidBeliefNet" else z
+    difference = model.log_joint(x, z) - model.posterior(x).log_prob(value)
     torch.testing.assert_close(difference, model.log_evidence(x).expand(20, 7), rtol=0, atol=1e-8)
 
 
-@every
-def test_with_the_exact_posterior_as_guide_every_weight_is_the_evidence(name):
+@all_models
+def test_log_weights_under_the_exact_guide_equal_log_evidence(name):
     model = MODELS[name]
     x = model.sample(7)
 
@@ -47,51 +47,54 @@ def test_with_the_exact_posterior_as_guide_every_weight_is_the_evidence(name):
         with pyro.plate("data", len(x)):
             posterior = model.posterior(x)
             if name == "SigmoidBeliefNet":
-                rows = pyro.sample("row", posterior, infer={"is_auxiliary": True})
-                pyro.sample("z", dist.Delta(model.states[rows]).to_event(1))
+                index = pyro.sample("index", posterior, infer={"is_auxiliary": True})
+                pyro.sample("z", dist.Delta(model.states[index]).to_event(1))
             else:
                 pyro.sample("z", posterior)
 
     model_trace, guide_trace = run_pair(model, guide, x)
-    weights = sum(
+    log_weights = sum(
         sign * site["fn"].log_prob(site["value"])
         for sign, trace in ((1, model_trace), (-1, guide_trace))
         for site in trace.nodes.values()
         if site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample"
     )
-    torch.testing.assert_close(weights, model.log_evidence(x), rtol=0, atol=1e-10)
+    torch.testing.assert_close(log_weights, model.log_evidence(x), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - DISCRETE))
-def test_posterior_moments_are_those_of_its_draws(name):
+def test_posterior_moments_match_samples(name):
     model = MODELS[name]
     x = model.sample(3)
     posterior, n = model.posterior(x), 40_000
     draws = posterior.sample((n,))
     assert draws.shape == (n, 3, *model.latent_shape)
-    if name == "Funnel":  # heavy tails: only v has a mean that converges
+    if name == "Funnel":  # only the mean of v converges at this sample size: y has heavy tails
         draws, mean = draws[..., 0], posterior.mean[..., 0]
     else:
         mean = posterior.mean
     error = draws.std(0) / math.sqrt(n)
     assert ((draws.mean(0) - mean).abs() < 5 * error).all()
     if name != "Funnel":
-        spread = posterior.variance if not hasattr(posterior, "covariance_matrix") else posterior.covariance_matrix
-        variance = spread if spread.shape == mean.shape else spread.diagonal(dim1=-2, dim2=-1)
+        if hasattr(posterior, "covariance_matrix"):
+            variance = posterior.covariance_matrix.diagonal(dim1=-2, dim2=-1)
+        else:
+            variance = posterior.variance
         kurtosis = ((draws - mean) ** 4).mean(0) / draws.var(0) ** 2
         assert ((draws.var(0) - variance).abs() < 5 * variance * ((kurtosis - 1) / n).sqrt()).all()
 
 
-@every
-def test_an_ordinary_pyro_model(name):
-    """Its trace scores as log p(x, z) does; SVI runs on it; check_pair has nothing to say."""
+@all_models
+def test_trace_svi_and_check_pair_support_the_model(name):
+    """The trace has log-probability log p(x, z), SVI updates a guide, and check_pair reports no problems."""
     model = MODELS[name]
     x = model.sample(7)
     trace = pyro.poutine.trace(model).get_trace(x)
     torch.testing.assert_close(trace.log_prob_sum(), model.log_joint(x, trace.nodes["z"]["value"]).sum())
     if name in DISCRETE:
-        loss = TraceEnum_ELBO().loss(config_enumerate(model), lambda x: None, x) if name == "FiniteMixture" else None
-        assert loss is None or loss == pytest.approx(-model.log_evidence(x).sum().item(), abs=1e-8)
+        if name == "FiniteMixture":
+            loss = TraceEnum_ELBO().loss(config_enumerate(model), lambda x: None, x)
+            assert loss == pytest.approx(-model.log_evidence(x).sum().item(), abs=1e-8)
         return
     prior = model.prior()
     positive = name in ("BetaBernoulli", "GammaPoisson")
@@ -106,16 +109,15 @@ def test_an_ordinary_pyro_model(name):
             pyro.sample("z", q)
 
     assert pv.check_pair(model, guide, x).problems == ()
-    before = None
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
-    for _ in range(2):
-        assert math.isfinite(svi.step(x))
-        before = pyro.param("loc").detach().clone() if before is None else before
+    assert math.isfinite(svi.step(x))
+    before = pyro.param("loc").detach().clone()
+    assert math.isfinite(svi.step(x))
     assert not torch.equal(pyro.param("loc"), before)
 
 
-@every
-def test_bad_data_are_named(name):
+@all_models
+def test_invalid_data_raise(name):
     model = MODELS[name]
     x = model.sample(4)
     with pytest.raises(ValueError, match=r"expected x of shape \(batch"):
@@ -123,23 +125,32 @@ def test_bad_data_are_named(name):
     with pytest.raises(ValueError, match="no data"):
         model.posterior(x[:0])
     x[2] = math.nan
-    with pytest.raises(ValueError, match=r"row 2|it has no data"):
+    with pytest.raises(ValueError, match=r"row 2|model has no data"):
         model.log_evidence(x)
 
 
 def kl(q, p):
-    """KL(q‖p) of Gaussians over vectors, in closed form."""
+    """KL(q‖p) of multivariate Gaussians in closed form."""
     mean = q.base_dist.loc if isinstance(q, dist.Independent) else q.loc
-    spread = q.base_dist.scale.expand_as(mean).diag_embed() if isinstance(q, dist.Independent) else q.scale_tril
-    full = torch.distributions.MultivariateNormal(mean, scale_tril=spread)
-    return torch.distributions.kl_divergence(full, torch.distributions.MultivariateNormal(p.loc, p.covariance_matrix))
+    diagonal = isinstance(q, dist.Independent)
+    scale_tril = q.base_dist.scale.expand_as(mean).diag_embed() if diagonal else q.scale_tril
+    q = torch.distributions.MultivariateNormal(mean, scale_tril=scale_tril)
+    return torch.distributions.kl_divergence(
+        q, torch.distributions.MultivariateNormal(p.loc, p.covariance_matrix)
+    )
 
 
 @pytest.mark.parametrize(
     "name",
-    ["factor analysis", "LinearGaussian, own prior", "BayesianLinearRegression", "NormalNormal", "LinearGaussianStateSpace"],
+    [
+        "factor analysis",
+        "LinearGaussian with prior parameters",
+        "BayesianLinearRegression",
+        "NormalNormal",
+        "LinearGaussianStateSpace",
+    ],
 )
-def test_mean_field_gaps_are_their_formulas(name):
+def test_mean_field_gap_is_the_closed_form_kl(name):
     model = MODELS[name]
     x = model.sample(7)
     gap = kl(model.mean_field(x), model.posterior(x))
@@ -147,8 +158,8 @@ def test_mean_field_gaps_are_their_formulas(name):
 
 
 @pytest.mark.parametrize("name", ["Funnel", "Banana"])
-def test_mean_field_gaps_of_the_shapes(name):
-    """By Monte Carlo within 4 standard errors; and no neighbour within the family has a smaller gap, at the same noise."""
+def test_mean_field_gap_matches_monte_carlo_and_is_minimal(name):
+    """Perturbed members of the family, evaluated with the same noise, have no smaller gap."""
     model = MODELS[name]
     x = model.sample(1)
     q, p, noise = model.mean_field(x).base_dist, model.posterior(x), seeded(100_000, 1, *model.latent_shape)
@@ -168,12 +179,15 @@ def test_mean_field_gaps_of_the_shapes(name):
             (q.loc, q.scale * step.exp()),
             (q.loc, q.scale / step.exp()),
         ):
-            worse = gaps(loc, scale) - best
-            assert worse.mean() > -3 * worse.std() / 100_000**0.5
-    assert exact.Funnel(9, scale=3.0).mean_field_gap(torch.zeros(1, 1)).item() == pytest.approx(1.8628, abs=5e-5)
+            increase = gaps(loc, scale) - best
+            assert increase.mean() > -3 * increase.std() / 100_000**0.5
+    assert exact.Funnel(9, scale=3.0).mean_field_gap(torch.zeros(1, 1)).item() == pytest.approx(
+        1.8628, abs=5e-5
+    )
 
 
-def test_the_log_normal_gap_is_stirlings_remainder():
+def test_log_normal_gap_matches_quadrature():
+    """It is also the remainder of Stirling's formula, about 1/(12 A)."""
     model = MODELS["GammaPoisson"]
     x = model.sample(5)
     q, p = model.log_normal(x).base_dist.base_dist, model.posterior(x)
@@ -187,18 +201,18 @@ def test_the_log_normal_gap_is_stirlings_remainder():
     torch.testing.assert_close(model.log_normal_gap(x), 1 / (12 * a), rtol=0.01, atol=0)
 
 
-def test_rotating_the_loadings_keeps_the_evidence_and_changes_the_mean_field_gap():
-    """W → W R; the gap vanishes where Λ is diagonal."""
+def test_rotating_the_loadings_changes_only_the_mean_field_gap():
+    """W → W R. The gap is 0 if Λ is diagonal."""
     model = MODELS["factor analysis"]
     x = model.sample(5)
     _, rotation = torch.linalg.eigh(model.precision)
-    turned = exact.LinearGaussian(model.weight @ rotation, noise_scale=model.noise_scale, bias=model.bias)
-    torch.testing.assert_close(turned.log_evidence(x), model.log_evidence(x))
+    rotated = exact.LinearGaussian(model.weight @ rotation, noise_scale=model.noise_scale, bias=model.bias)
+    torch.testing.assert_close(rotated.log_evidence(x), model.log_evidence(x))
     assert model.mean_field_gap(x).min() > 0.01
-    assert turned.mean_field_gap(x).abs().max() < 1e-12
+    assert rotated.mean_field_gap(x).abs().max() < 1e-12
 
 
-def test_ppca_is_the_maximum_of_the_likelihood():
+def test_ppca_maximizes_the_likelihood():
     x = seeded(300, 5) @ seeded(5, 5, seed=1) + seeded(5, seed=2)
     model = exact.LinearGaussian.ppca(x, 2)
     values = torch.linalg.eigvalsh(torch.cov(x.mT, correction=0)).flip(0)
@@ -206,8 +220,8 @@ def test_ppca_is_the_maximum_of_the_likelihood():
     best = -0.5 * (5 * math.log(2 * math.pi) + values[:2].log().sum() + 3 * noise.log() + 5)
     assert model.log_evidence(x).mean().item() == pytest.approx(best.item(), abs=1e-10)
     parts = [p.clone().requires_grad_() for p in (model.weight, model.noise_scale[0], model.bias)]
-    at = exact.LinearGaussian(parts[0], noise_scale=parts[1], bias=parts[2]).log_evidence(x).mean()
-    for gradient in torch.autograd.grad(at, parts):
+    mean = exact.LinearGaussian(parts[0], noise_scale=parts[1], bias=parts[2]).log_evidence(x).mean()
+    for gradient in torch.autograd.grad(mean, parts):
         assert gradient.abs().max() < 1e-10
     with pytest.raises(ValueError, match="0 < latent_dim < D"):
         exact.LinearGaussian.ppca(x, 5)
@@ -215,19 +229,19 @@ def test_ppca_is_the_maximum_of_the_likelihood():
         exact.LinearGaussian.ppca(seeded(50, 2) @ seeded(2, 5), 3)
 
 
-def test_a_mixture_posterior_far_out_keeps_its_digits():
-    """±d apart, with x in the middle: two halves, whose moments are known."""
+def test_mixture_posterior_moments_between_distant_components():
+    """Components at ±8 and x = 0: the posterior components have weight ½ each."""
     one = torch.eye(1).double()
     locs = torch.tensor([[-8.0], [8.0]]).double()
     model = exact.MixturePrior(torch.ones(2).double(), locs, one, weight=one, noise_scale=10.0)
     posterior = model.posterior(torch.zeros(1, 1).double())
-    shrunk = 8.0 * 100 / 101
+    component_mean = 8.0 * 100 / 101
     assert posterior.mean.item() == pytest.approx(0.0, abs=1e-12)
-    assert posterior.variance.item() == pytest.approx(shrunk**2 + 100 / 101, rel=1e-10)
+    assert posterior.variance.item() == pytest.approx(component_mean**2 + 100 / 101, rel=1e-10)
 
 
-def test_the_relu_posterior_in_the_far_tail():
-    """An observation that pulls z far beyond its prior leaves the truncated normals their digits."""
+def test_relu_posterior_is_accurate_in_the_tails():
+    """Observations far from the mean of x truncate normals deep in their tails."""
     one = torch.ones(1, dtype=torch.double)
     model = exact.ReluDecoder(one, 0 * one, one.unsqueeze(0), noise_scale=0.1 * one)
     x = torch.tensor([[-30.0], [30.0], [0.0]]).double()
@@ -237,26 +251,30 @@ def test_the_relu_posterior_in_the_far_tail():
     assert torch.isfinite(posterior.log_prob(draws)).all()
     # at x = 30 the posterior is N(30/1.01, 0.01/1.01)
     assert posterior.mean[1].item() == pytest.approx(30 / 1.01, rel=1e-12)
-    # at x = −30 the decoder is silent and leaves z the prior below 0, all but a sliver above
+    # at x = −30 the unit is off, so the posterior is close to the prior truncated to z < 0
     assert abs(posterior.mean[0].item() + math.sqrt(2 / math.pi)) < 0.01
 
 
-def test_units_that_bend_at_one_point():
+def test_relu_units_may_share_a_breakpoint():
     one = torch.ones(2, dtype=torch.double)
     model = exact.ReluDecoder(one, 0 * one, seeded(2, 2), noise_scale=0.5)
     x = model.sample(3)
     posterior = model.posterior(x)
     assert posterior.mean.isfinite().all()
     assert posterior.sample((100,)).isfinite().all()
-    torch.testing.assert_close(model.log_evidence(x), oracles.log_evidence("ReluDecoder", model, x), rtol=0, atol=1e-8)
+    torch.testing.assert_close(
+        model.log_evidence(x), oracles.log_evidence("ReluDecoder", model, x), rtol=0, atol=1e-8
+    )
 
 
-def test_single_precision_keeps_its_digits():
-    """A small noise and a large mean: Woodbury's difference of large numbers would lose them all."""
+def test_log_evidence_is_accurate_in_single_precision():
+    """With small noise and a large mean, Woodbury's formula cancels completely in single precision."""
     model = exact.LinearGaussian(seeded(50, 2).float(), noise_scale=0.01)
     x = model.sample(3)
-    exactly = exact.LinearGaussian(model.weight.double(), noise_scale=model.noise_scale.double()).log_evidence(x.double())
-    torch.testing.assert_close(model.log_evidence(x).double(), exactly, rtol=1e-4, atol=0)
+    expected = exact.LinearGaussian(
+        model.weight.double(), noise_scale=model.noise_scale.double()
+    ).log_evidence(x.double())
+    torch.testing.assert_close(model.log_evidence(x).double(), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -267,14 +285,19 @@ def test_single_precision_keeps_its_digits():
         (lambda: exact.GammaPoisson(rate=-1.0), "rate: expected a positive"),
         (lambda: exact.FiniteMixture(torch.ones(2), torch.ones(3, 2), torch.eye(2)), r"weights \(K,\)"),
         (lambda: exact.SigmoidBeliefNet(torch.ones(3, 13)), "k ≤ 12"),
-        (lambda: exact.ReluDecoder(torch.ones(2), torch.ones(3), torch.ones(4, 2), noise_scale=1.0), r"\(H,\)"),
+        (
+            lambda: exact.ReluDecoder(torch.ones(2), torch.ones(3), torch.ones(4, 2), noise_scale=1.0),
+            r"\(H,\)",
+        ),
         (lambda: exact.Funnel().log_evidence(torch.ones(3, 1)), r"torch\.zeros"),
         (
-            lambda: exact.LinearGaussianStateSpace(*[torch.eye(2)] * 3, torch.eye(3), torch.eye(2), num_steps=2),
+            lambda: exact.LinearGaussianStateSpace(
+                *[torch.eye(2)] * 3, torch.eye(3), torch.eye(2), num_steps=2
+            ),
             "observation_covariance",
         ),
     ],
 )
-def test_bad_constants(make, message):
+def test_invalid_arguments_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()

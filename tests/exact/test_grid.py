@@ -1,4 +1,4 @@
-"""Grid: any model with one or two latent dimensions, against models that know the answer."""
+"""Grid against exact models and independent quadratures."""
 
 import math
 
@@ -16,9 +16,17 @@ MODELS = oracles.make_models()
 
 
 @pytest.mark.parametrize(
-    "name", ["NormalNormal", "LinearGaussian, own prior", "MixturePrior", "BetaBernoulli", "GammaPoisson", "Banana"]
+    "name",
+    [
+        "NormalNormal",
+        "LinearGaussian with prior parameters",
+        "MixturePrior",
+        "BetaBernoulli",
+        "GammaPoisson",
+        "Banana",
+    ],
 )
-def test_models_that_know_the_answer(name):
+def test_grid_matches_exact_models(name):
     model = MODELS[name]
     x = model.sample(5)
     grid = exact.Grid(model)
@@ -33,16 +41,16 @@ def test_models_that_know_the_answer(name):
         torch.testing.assert_close(q.covariance_matrix, p.covariance_matrix, rtol=0, atol=1e-6)
 
 
-def test_kinks_cost_digits_and_the_error_says_so():
+def test_error_bounds_the_error_at_kinks():
     model = MODELS["ReluDecoder"]
     x = model.sample(4)
     solution = exact.Grid(model).solve(x)
-    off = (solution.log_evidence - model.log_evidence(x)).abs()
-    assert (off < 1e-4).all()
-    assert (off <= 2 * solution.error + 1e-9).all()
+    deviation = (solution.log_evidence - model.log_evidence(x)).abs()
+    assert (deviation < 1e-4).all()
+    assert (deviation <= 2 * solution.error + 1e-9).all()
 
 
-def test_draws_have_the_posteriors_moments():
+def test_samples_have_the_moments_of_the_posterior():
     model = MODELS["MixturePrior"]
     x = model.sample(3)
     posterior, n = exact.Grid(model).posterior(x), 40_000
@@ -52,8 +60,8 @@ def test_draws_have_the_posteriors_moments():
     assert posterior.sample().shape == (3, 2)
 
 
-def two_sites(x):
-    """A function-style model of a user: a location and a scale for each datum, in one plate, with a mask of its own names."""
+def normal_gamma(x):
+    """A location and a precision for each datum, and a plate of observations nested in the data plate."""
     bias = pyro.param("bias", torch.tensor(0.3, dtype=torch.double))
     with pyro.plate("rows", len(x), dim=-2):
         mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=torch.double), 1.0))
@@ -62,10 +70,10 @@ def two_sites(x):
             pyro.sample("obs", dist.Normal(mu + bias, tau**-0.5), obs=x)
 
 
-def test_a_function_style_model_with_two_scalar_latents():
-    """Marginalizing μ by hand leaves a one-dimensional integral over τ."""
+def test_two_scalar_latents_match_marginalization_by_hand():
+    """With μ marginalized in closed form, a one-dimensional integral over τ remains."""
     x = 0.5 * seeded(3, 6)
-    grid = exact.Grid(two_sites)
+    grid = exact.Grid(normal_gamma)
     n = x.shape[1]
 
     def over_tau(t):
@@ -77,40 +85,44 @@ def test_a_function_style_model_with_two_scalar_latents():
         prior = dist.Gamma(2.0, 1.0).log_prob(tau)
         return prior + t[:, None] - 0.5 * (n * math.log(2 * math.pi) + log_det + square)
 
-    torch.testing.assert_close(grid.log_evidence(x), oracles.line(over_tau, -25, 8), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        grid.log_evidence(x), oracles.log_integral(over_tau, -25, 8), rtol=0, atol=1e-6
+    )
     posterior = grid.posterior(x)
     assert posterior.event_shape == (2,)
     assert (posterior.mean[:, 1] > 0).all()
-    assert len(pyro.get_param_store()) == 0  # a grid leaves no mark
+    assert len(pyro.get_param_store()) == 0  # the param store is restored
 
 
-def test_narrow_posteriors_are_found():
-    """100 observations at σ = 0.01 pin z a thousand times tighter than its prior."""
+def test_narrow_posteriors_are_integrated():
+    """100 observations with σ = 0.01: the posterior is 1000 times narrower than the prior."""
     model = exact.NormalNormal(100, noise_scale=torch.tensor(0.01, dtype=torch.double)).double()
     x = model.sample(4)
     torch.testing.assert_close(exact.Grid(model).log_evidence(x), model.log_evidence(x), rtol=0, atol=1e-6)
 
 
-def test_no_mode_is_lost_before_the_grid_sees_it():
-    """x ~ N(z², σ²) with a small σ: two needles at ±√x."""
+def test_two_narrow_modes_are_integrated():
+    """x ~ N(z², σ²) with a small σ has modes at ±√x."""
 
-    def needles(x):
+    def narrow_modes(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
             pyro.sample("x", dist.Normal(z**2, 1e-3), obs=x)
 
     x = torch.tensor([0.7, 1.3, 2.0], dtype=torch.double)
 
-    def fine(t):
+    def log_joint(t):
         return dist.Normal(0.0, 1.0).log_prob(t)[:, None] + dist.Normal(t[:, None] ** 2, 1e-3).log_prob(x)
 
-    grid = exact.Grid(needles)
-    torch.testing.assert_close(grid.log_evidence(x), oracles.line(fine, -4, 4, 2_000_001), rtol=0, atol=1e-7)
+    grid = exact.Grid(narrow_modes)
+    torch.testing.assert_close(
+        grid.log_evidence(x), oracles.log_integral(log_joint, -4, 4, 2_000_001), rtol=0, atol=1e-7
+    )
     assert grid.posterior(x).mean.abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("noise", [0.01, 0.003])
-def test_a_ridge_too_narrow_says_so(noise):
+def test_error_bounds_the_error_on_narrow_ridges(noise):
     def ridge(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
@@ -118,11 +130,11 @@ def test_a_ridge_too_narrow_says_so(noise):
 
     x = torch.tensor([1.0, 2.3], dtype=torch.double)
     solution = exact.Grid(ridge).solve(x)
-    off = (solution.log_evidence - dist.Normal(0.0, math.sqrt(2 + noise**2)).log_prob(x)).abs()
-    assert (off <= solution.error + 1e-7).all()
+    deviation = (solution.log_evidence - dist.Normal(0.0, math.sqrt(2 + noise**2)).log_prob(x)).abs()
+    assert (deviation <= solution.error + 1e-7).all()
 
 
-def test_the_density_broadcasts():
+def test_log_prob_broadcasts():
     model = MODELS["NormalNormal"]
     posterior = exact.Grid(model).posterior(model.sample(3))
     assert posterior.log_prob(torch.zeros(1).double()).shape == (3,)
@@ -147,8 +159,8 @@ def trained():
 
 
 @pytest.mark.slow
-def test_a_trained_vae_goes_in_as_it_is(trained):
-    """Refining once more changes nothing, and the importance-weighted bound comes up to the evidence from below."""
+def test_evidence_of_a_trained_vae_is_converged_and_above_iwae_bounds(trained):
+    """A smaller tolerance does not change it, and importance-weighted bounds approach it from below."""
     vae, x = trained
     solution = exact.Grid(vae.model, tolerance=1e-8).solve(x)
     assert (solution.error < 1e-6).all()
@@ -168,7 +180,7 @@ def test_a_trained_vae_goes_in_as_it_is(trained):
     assert all(parameter.dtype == torch.float32 for parameter in vae.parameters())
 
 
-def test_chunks_of_data_and_points_change_nothing(trained):
+def test_max_points_does_not_change_the_result(trained):
     vae, x = trained
     whole, parts = (exact.Grid(vae.model, max_points=m).log_evidence(x) for m in (2**21, 2**17))
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-9)
@@ -186,7 +198,7 @@ def no_plate(x):
     pyro.sample("x", dist.Normal(z, 1.0).expand([len(x)]).to_event(1), obs=x)
 
 
-def three(x):
+def three_dimensions(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
@@ -204,7 +216,7 @@ def simplex(x):
         pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
 
 
-def nothing(x):
+def no_latents(x):
     with pyro.plate("data", len(x)):
         pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
 
@@ -214,38 +226,38 @@ def nothing(x):
     [
         (global_latent, "'w' lies in no data plate"),
         (no_plate, "'z' and 'x' lie in no data plate"),
-        (three, "3 latent dimensions"),
+        (three_dimensions, "3 latent dimensions"),
         (discrete, "'z' is discrete"),
         (simplex, "fewer dimensions than its event"),
-        (nothing, "0 latent dimensions"),
+        (no_latents, "0 latent dimensions"),
     ],
 )
-def test_models_that_a_grid_is_not_for(model, message):
+def test_unsupported_models_raise(model, message):
     with pytest.raises(ValueError, match=message):
         exact.Grid(model).log_evidence(torch.randn(5))
 
 
-def test_bad_data():
+def test_invalid_data_raise():
     with pytest.raises(ValueError, match="row 1"):
         exact.Grid(discrete).log_evidence(torch.tensor([0.0, math.nan]))
 
 
-def test_a_warning_is_of_an_error_above_the_tolerance(monkeypatch, caplog):
-    """There is a warning if and only if the largest number of points leaves an error above the tolerance."""
+def test_warns_iff_the_error_exceeds_the_tolerance(monkeypatch, caplog):
+    """A warning is logged if and only if the error at the limit of points is above the tolerance."""
     model = MODELS["NormalNormal"]
     x = model.sample(1)
-    for most, warned in ((2**17, False), (4000, False), (1700, True)):
-        monkeypatch.setattr("pyro_vae.exact.grid._MOST", {1: most})
+    for max_points, warned in ((2**17, False), (4000, False), (1700, True)):
+        monkeypatch.setattr("pyro_vae.exact.grid._MAX_POINTS", {1: max_points})
         caplog.clear()
         solution = exact.Grid(model).solve(x)
-        assert solution.points.shape[1] <= most
+        assert solution.points.shape[1] <= max_points
         assert bool(caplog.records) == warned == bool(solution.error > 1e-7)
-        off = (solution.log_evidence - model.log_evidence(x)).abs()
-        assert off <= solution.error + 1e-12
+        deviation = (solution.log_evidence - model.log_evidence(x)).abs()
+        assert deviation <= solution.error + 1e-12
 
 
 def mixture(locs, scales, noise_scale=5.0):
-    """A mixture prior with round components, of equal weights, and a likelihood that observes z."""
+    """A mixture prior with isotropic components of equal weights, and x ~ N(z, noise_scale²)."""
     locs, scales = torch.tensor(locs, dtype=torch.double), torch.tensor(scales, dtype=torch.double)
     eye = torch.eye(locs.shape[1], dtype=torch.double)
     return exact.MixturePrior(
@@ -256,8 +268,8 @@ def mixture(locs, scales, noise_scale=5.0):
 def check_against_closed_form(model, x, tolerance=1e-7):
     grid = exact.Grid(model, tolerance=tolerance)
     solution, q, p = grid.solve(x), grid.posterior(x), model.posterior(x)
-    off = (solution.log_evidence - model.log_evidence(x)).abs()
-    assert (off <= solution.error + 1e-12).all()
+    deviation = (solution.log_evidence - model.log_evidence(x)).abs()
+    assert (deviation <= solution.error + 1e-12).all()
     assert (solution.error < 1.01 * tolerance).all()
     torch.testing.assert_close(q.mean, p.mean, rtol=0, atol=10 * tolerance)
     torch.testing.assert_close(q.variance, p.variance, rtol=0, atol=100 * tolerance)
@@ -265,7 +277,7 @@ def check_against_closed_form(model, x, tolerance=1e-7):
 
 
 @pytest.mark.parametrize(
-    ("locs", "scales", "most"),
+    ("locs", "scales", "max_points"),
     [
         ([[-2.0, -0.3], [2.0, 0.4]], [0.05, 0.05], 100_000),
         ([[-3.0, 0.0], [3.0, 0.0]], [0.1, 0.1], 100_000),
@@ -277,28 +289,32 @@ def check_against_closed_form(model, x, tolerance=1e-7):
         ([[0.0], [2.5]], [1.0, 0.001], 4000),
     ],
 )
-def test_narrow_modes_take_points_around_them_only(locs, scales, most):
+def test_number_of_points_is_small_for_narrow_modes(locs, scales, max_points):
     model = mixture(locs, scales)
     x = torch.full((1, len(locs[0])), 0.1, dtype=torch.double)
-    assert check_against_closed_form(model, x) <= most
+    assert check_against_closed_form(model, x) <= max_points
 
 
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-4, 1e-9])
-def test_the_error_bounds_the_error_at_any_tolerance(tolerance):
-    check_against_closed_form(mixture([[-2.0, -0.3], [2.0, 0.4]], [0.05, 0.3]), torch.zeros(1, 2).double(), tolerance)
+def test_error_bounds_the_error_at_any_tolerance(tolerance):
+    check_against_closed_form(
+        mixture([[-2.0, -0.3], [2.0, 0.4]], [0.05, 0.3]), torch.zeros(1, 2).double(), tolerance
+    )
 
 
-def test_each_datum_has_its_own_modes():
-    """Some data have one narrow mode, some two that lie apart, and some a broad one."""
-    model = mixture([[-3.0, 0.0], [3.0, 0.0], [0.0, 3.0], [0.0, -3.0]], [0.1, 0.05, 0.1, 0.7], noise_scale=0.7)
+def test_refinement_is_per_datum():
+    """Some data have one narrow mode, some two distant modes, some a broad mode."""
+    model = mixture(
+        [[-3.0, 0.0], [3.0, 0.0], [0.0, 3.0], [0.0, -3.0]], [0.1, 0.05, 0.1, 0.7], noise_scale=0.7
+    )
     x = torch.tensor([[0.0, 0.0], [-3.0, 0.0], [2.0, 2.0], [0.0, -3.0], [-1.5, 1.5]], dtype=torch.double)
     assert check_against_closed_form(model, x) <= 150_000
     alone = torch.cat([exact.Grid(model).log_evidence(row) for row in x.split(1)])
     torch.testing.assert_close(exact.Grid(model).log_evidence(x), alone, rtol=0, atol=2e-7)
 
 
-def test_a_datum_that_takes_too_many_points_leaves_the_others_exact(monkeypatch, caplog):
-    monkeypatch.setattr("pyro_vae.exact.grid._MOST", {1: 3000})
+def test_a_datum_at_the_limit_of_points_does_not_affect_others(monkeypatch, caplog):
+    monkeypatch.setattr("pyro_vae.exact.grid._MAX_POINTS", {1: 3000})
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -311,21 +327,23 @@ def test_a_datum_that_takes_too_many_points_leaves_the_others_exact(monkeypatch,
     assert error[0] > 1e-7 >= error[1]
 
 
-@pytest.mark.parametrize(("model", "most"), [(exact.Funnel(1, scale=1.0), 200_000), (exact.Banana(scale=2.0), 400_000)])
-def test_curved_densities_in_two_dimensions(model, most):
+@pytest.mark.parametrize(
+    ("model", "max_points"), [(exact.Funnel(1, scale=1.0), 200_000), (exact.Banana(scale=2.0), 400_000)]
+)
+def test_curved_densities_match_exact_models(model, max_points):
     model, x = model.double(), torch.zeros(1, 1, dtype=torch.double)
     grid = exact.Grid(model)
     solution = grid.solve(x)
     assert (solution.log_evidence.abs() <= solution.error).all()
     assert (solution.error < 1.01e-7).all()
-    assert solution.points.shape[1] <= most
+    assert solution.points.shape[1] <= max_points
     q, p = grid.posterior(x), model.posterior(x)
     torch.testing.assert_close(q.mean, p.mean, rtol=0, atol=1e-6)
     torch.testing.assert_close(q.covariance_matrix, p.covariance_matrix, rtol=0, atol=1e-5)
 
 
 def laplace_prior(x):
-    """Its density has a kink at the prior mean."""
+    """The density has a kink at the prior mean."""
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Laplace(x.new_zeros(()), 1.0))
         pyro.sample("x", dist.Normal(z, 1.0).mask(False), obs=x)
@@ -338,7 +356,9 @@ def uniform_likelihood(x):
         pyro.sample("x", dist.Uniform(torch.zeros_like(z), z, validate_args=False), obs=x)
 
 
-@pytest.mark.parametrize(("model", "log_evidence"), [(laplace_prior, torch.zeros_like), (uniform_likelihood, torch.neg)])
+@pytest.mark.parametrize(
+    ("model", "log_evidence"), [(laplace_prior, torch.zeros_like), (uniform_likelihood, torch.neg)]
+)
 def test_kinks_and_jumps_are_refined(model, log_evidence):
     x = torch.tensor([1.0, 2.3, 0.2, 0.7], dtype=torch.double)
     solution = exact.Grid(model).solve(x)
@@ -346,13 +366,13 @@ def test_kinks_and_jumps_are_refined(model, log_evidence):
     assert (solution.error < 1.01e-7).all()
 
 
-def test_draws_of_narrow_modes_have_their_moments_and_shares():
+def test_samples_have_the_moments_and_weights_of_narrow_modes():
     model, n = mixture([[-2.0, -0.3], [2.0, 0.4]], [0.05, 0.3]), 40_000
     x = torch.tensor([[1.0, 0.2]], dtype=torch.double)
     draws, p = exact.Grid(model).posterior(x).sample((n,))[:, 0], model.posterior(x)
     right = draws[:, 0] > 0
-    share = p.mixture_distribution.probs[0, 1]
-    assert (right.double().mean() - share).abs() < 5 * (share * (1 - share) / n) ** 0.5
+    weight = p.mixture_distribution.probs[0, 1]
+    assert (right.double().mean() - weight).abs() < 5 * (weight * (1 - weight) / n) ** 0.5
     for k, part in enumerate((draws[~right], draws[right])):
         component = p.component_distribution
         mean, variance = component.mean[0, k], component.variance[0, k]

@@ -1,4 +1,4 @@
-"""A pair of plain functions, its networks registered by pyro.module."""
+"""A model and a guide as plain functions, with networks registered by ``pyro.module``."""
 
 import pyro
 import pyro.distributions as dist
