@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all, folders that one process holds, and reading folders that others made.
+"""Atomic file writes, folder locks, and safe reading of received folders.
 
-Nothing here follows a symbolic link at the end of a path: a folder that was received leads nowhere else.
+No function follows a symbolic link at the end of a path: a received folder cannot refer to other folders.
 """
 
 import fcntl
@@ -18,15 +18,15 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-LOCK = ".lock"  # holds the process id of who writes to the folder
-LIST = ".written.json"  # the files that pyro-vae wrote to the folder, by their SHA-256
-MAX_TEXT = 2**28  # bytes of a text that is read into memory
+LOCK = ".lock"  # contains the process id of the writer
+LIST = ".written.json"  # names and SHA-256 of the files that pyro-vae wrote to the folder
+MAX_TEXT = 2**28  # maximal size of a text file, in bytes
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside ``path`` and move it there, so that a crash leaves the old file or the new one.
+    """Write a file atomically: after a crash, ``path`` has either the old or the new content.
 
-    :raises OSError: with its ``errno``; the old file is then as it was.
+    :raises OSError: with its ``errno``; the old file is unchanged.
     """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -39,36 +39,36 @@ def write_whole(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    _sync(path.parent)  # the name, too, is on the disk
+    _sync_folder(path.parent)
 
 
 def meant_for(name: str) -> str | None:
-    """The file that a crash left half-written under this name; ``None`` for any other name."""
-    found = re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}", name)  # as tempfile makes them of the prefix above
-    return found[1] if found else None
+    """The target of a temporary file of :func:`write_whole`, by its name; ``None`` for any other name."""
+    match = re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}", name)  # the names that mkstemp makes
+    return match[1] if match else None
 
 
 def is_file(path: Path) -> bool:
-    """Whether ``path`` is a regular file itself, not a link to one."""
+    """Whether ``path`` is a regular file and not a symbolic link."""
     return path.is_file() and not path.is_symlink()
 
 
 def is_folder(path: Path) -> bool:
-    """Whether ``path`` is a folder itself, not a link to one."""
+    """Whether ``path`` is a folder and not a symbolic link."""
     return path.is_dir() and not path.is_symlink()
 
 
 def check_no_link(path: Path) -> Path:
-    """``path``. Raises ``ValueError`` where it is a symbolic link."""
+    """Return ``path``. Raises ``ValueError`` if it is a symbolic link."""
     if path.is_symlink():
-        raise ValueError(f"{path} is a symbolic link, which is not followed out of its folder; replace it by what it links to")
+        raise ValueError(f"{path} is a symbolic link, and links are not followed; replace it by its target")
     return path
 
 
 def read_bytes(path: Path, *, max_bytes: int = MAX_TEXT) -> bytes:
-    """The content of a regular file.
+    """Read a regular file.
 
-    :raises FileNotFoundError: where there is none.
+    :raises FileNotFoundError: if ``path`` does not exist.
     :raises ValueError: for a link, a device, a pipe or a folder, and for more than ``max_bytes``.
     """
     mode = check_no_link(path).lstat().st_mode
@@ -85,63 +85,62 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_TEXT) -> bytes:
 
 
 def parse_json(text: bytes | str) -> Any:
-    """A JSON text in UTF-8. Raises ``ValueError`` for NaN, infinity, a repeated key, and too deep a nesting."""
+    """Parse JSON in UTF-8. Raises ``ValueError`` for NaN, infinity, repeated keys and too deep nesting."""
     try:
         return json.loads(
             text.decode("utf-8") if isinstance(text, bytes) else text,
-            parse_constant=_finite, parse_float=_finite, object_pairs_hook=_unique,
+            parse_constant=_parse_finite, parse_float=_parse_finite, object_pairs_hook=_dict_of_unique,
         )  # fmt: skip
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("the JSON is nested too deeply") from None
 
 
-def _finite(word: str) -> float:
-    value = float(word)
+def _parse_finite(number: str) -> float:
+    value = float(number)
     if not math.isfinite(value):
-        raise ValueError(f"{word[:20]} is no finite number")
+        raise ValueError(f"{number[:20]} is not a finite number")
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key is there twice")
-    return found
+def _dict_of_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError("the JSON has a repeated key")
+    return result
 
 
 @contextmanager
 def reserved(path: Path, *, numbered: bool = False) -> Iterator[Path]:
-    """A folder to which this process alone writes, for the block. It is made where it is missing, and removed again if nothing
-    was put in it.
+    """Lock a folder for the block. A missing folder is created, and removed again if it stays empty.
 
-    :param numbered: take ``path-2``, ``path-3``, … where ``path`` exists.
-    :raises BlockingIOError: where another process holds the folder.
+    :param numbered: if ``path`` exists, use ``path-2``, ``path-3``, …
+    :raises BlockingIOError: if another process has locked the folder.
     """
-    made: list[Path] = []
+    created: list[Path] = []
     try:
         for parent in reversed(path.parents):
-            _make(parent, made)
+            _create(parent, created)
         if numbered:
-            path = next(one for one in _numbered(path) if _make(one, made))
-        elif not _make(path, made) and not path.is_dir():
-            raise FileExistsError(f"{path} exists already and is not a folder; name another by --out")
+            path = next(candidate for candidate in _numbered(path) if _create(candidate, created))
+        elif not _create(path, created) and not path.is_dir():
+            raise FileExistsError(f"{path} exists already and is not a folder; pass another folder as --out")
         with locked(path):
             yield path
     finally:
-        for folder in reversed(made):
-            with suppress(OSError):  # it is not empty
+        for folder in reversed(created):
+            with suppress(OSError):  # not empty
                 folder.rmdir()
 
 
-def _make(folder: Path, made: list[Path]) -> bool:
-    """Whether the folder was missing, and is made."""
+def _create(folder: Path, created: list[Path]) -> bool:
+    """Create a folder and append it to ``created``. False if it exists."""
     if os.path.lexists(folder):
         return False
     try:
         folder.mkdir()
     except FileExistsError:
         return False
-    made.append(folder)
+    created.append(folder)
     return True
 
 
@@ -149,46 +148,53 @@ def _numbered(path: Path) -> Iterator[Path]:
     return (path if i == 1 else path.with_name(f"{path.name}-{i}") for i in count(1))
 
 
-_held: dict[tuple[int, int], int] = {}  # files that this process has locked; a fork inherits the table but not the locks
-_one_at_a_time = threading.Lock()
+# (device, inode) of each lock file -> process id of its owner. A fork inherits the table but not the locks.
+_lock_owners: dict[tuple[int, int], int] = {}
+_lock_owners_mutex = threading.Lock()
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, for the block.
+    """Lock a folder for the block.
 
-    :raises BlockingIOError: where another process holds it, or this one already does.
+    :raises BlockingIOError: if the folder is locked, by another process or by this one.
     """
     file = folder / LOCK
-    with _one_at_a_time:
+    with _lock_owners_mutex:
         descriptor, key = _lock(file)
-        _held[key] = os.getpid()
+        _lock_owners[key] = os.getpid()
     try:
         yield
     finally:
-        with _one_at_a_time:
+        with _lock_owners_mutex:
             with suppress(OSError):
-                file.unlink()  # while it is still locked
-            _held.pop(key, None)
+                file.unlink()  # before the lock is released
+            _lock_owners.pop(key, None)
             os.close(descriptor)
 
 
 def _lock(file: Path) -> tuple[int, tuple[int, int]]:
+    """Lock a file. Returns its descriptor, device and inode."""
     while True:
         if os.path.lexists(file):
             with suppress(FileNotFoundError):
                 status = file.lstat()
                 if not stat.S_ISREG(status.st_mode):
                     raise ValueError(f"{file} is not a regular file; delete it")
-                if _held.get((status.st_dev, status.st_ino)) == os.getpid():  # to open it would release the lock
+                # opening and closing a file would release the lock that this process has on it
+                if _lock_owners.get((status.st_dev, status.st_ino)) == os.getpid():
                     raise BlockingIOError(
-                        f"{file.parent} is in use by this process already; wait for that fit to end, or name another folder"
+                        f"{file.parent} is in use by this process already; wait for that fit to end, or pass "
+                        "another folder"
                     )
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(
+            file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644
+        )
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             status = os.fstat(descriptor)
-            if os.path.samestat(status, os.stat(file, follow_symlinks=False)):  # not one that its holder has just deleted
+            # false if the previous owner has deleted the file in the meantime
+            if os.path.samestat(status, os.stat(file, follow_symlinks=False)):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, str(os.getpid()).encode(), 0)
                 return descriptor, (status.st_dev, status.st_ino)
@@ -196,7 +202,8 @@ def _lock(file: Path) -> tuple[int, tuple[int, int]]:
             pid = os.pread(descriptor, 20, 0).decode(errors="replace")
             os.close(descriptor)
             raise BlockingIOError(
-                f"{file.parent} is in use by process {pid or 'of unknown number'}; wait for it to end, or name another folder"
+                f"{file.parent} is in use by process {pid or '(unknown id)'}; wait for it to end, or pass "
+                "another folder"
             ) from None
         except OSError:  # such as a full disk
             with suppress(OSError):
@@ -212,9 +219,9 @@ def _lock(file: Path) -> tuple[int, tuple[int, int]]:
 
 
 def put(path: Path, content: bytes) -> None:
-    """Write a file whole, and list it as one that pyro-vae wrote.
+    """Write a file atomically, and record its SHA-256 in the list of files that pyro-vae wrote.
 
-    :raises FileExistsError: where something else is at ``path``.
+    :raises FileExistsError: if ``path`` exists with other content than pyro-vae wrote.
     """
     listed = written(path.parent)
     if os.path.lexists(path) and not is_listed(path, listed):
@@ -225,17 +232,18 @@ def put(path: Path, content: bytes) -> None:
 
 
 def written(folder: Path) -> dict[str, str]:
-    """Names and SHA-256 of the files that pyro-vae wrote to a folder; none where it has no list."""
+    """Names and SHA-256 of the files that pyro-vae wrote to a folder; empty without a valid list."""
     try:
-        found = parse_json(read_bytes(folder / LIST))
+        listed = parse_json(read_bytes(folder / LIST))
     except (OSError, ValueError):
         return {}
-    plain = isinstance(found, dict) and all(isinstance(total, str) for total in found.values())
-    return {name: total for name, total in found.items() if os.path.basename(name) == name} if plain else {}
+    if not isinstance(listed, dict) or not all(isinstance(sha256, str) for sha256 in listed.values()):
+        return {}
+    return {name: sha256 for name, sha256 in listed.items() if os.path.basename(name) == name}
 
 
 def is_listed(path: Path, listed: dict[str, str]) -> bool:
-    """Whether a file is as pyro-vae wrote it."""
+    """Whether a file has the content that pyro-vae wrote."""
     return is_file(path) and path.name in listed and sum_of(path) == listed[path.name]
 
 
@@ -257,12 +265,13 @@ def remove_listed(folder: Path) -> None:
 
 
 def sum_of(path: Path) -> str:
-    """SHA-256 of a file."""
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
+    """Flush the file names of a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

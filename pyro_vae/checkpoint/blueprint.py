@@ -1,4 +1,8 @@
-"""What a module was built from, as numbers and words, so that it can be built again without pickle."""
+"""Serialize the constructor calls of a module, so that it can be rebuilt without pickle.
+
+A *plan* is a list of ``[class name, args, kwargs]``, one for each module; the last is the module itself. A
+module in the arguments is an index into the plan, ``{"part": index}``, of an earlier entry.
+"""
 
 import importlib
 import inspect
@@ -13,71 +17,95 @@ from torch.nn import functional
 
 from pyro_vae.nets import Part
 
-# whose classes are built again; a file names no others
-_PLACES = (
-    "pyro_vae.conditionals.", "pyro_vae.flows.", "pyro_vae.nets.", "pyro_vae.priors.", "pyro_vae.vae.", "torch.nn.modules.",
+# a plan may only name classes in these modules
+_ALLOWED_MODULES = (
+    "pyro_vae.conditionals.", "pyro_vae.flows.", "pyro_vae.nets.", "pyro_vae.priors.", "pyro_vae.vae.",
+    "torch.nn.modules.",
 )  # fmt: skip
-_FUNCTIONS = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, types.BuiltinFunctionType)}
-_FUNCTIONS |= {f"torch.nn.functional.{name}": value for name, value in vars(functional).items() if callable(value)}
-_CONSTRAINTS = {name: value for name, value in vars(constraints).items() if isinstance(value, constraints.Constraint)}
+_FUNCTIONS = {
+    f"torch.{name}": value
+    for name, value in vars(torch).items()
+    if isinstance(value, types.BuiltinFunctionType)
+}
+_FUNCTIONS |= {
+    f"torch.nn.functional.{name}": value for name, value in vars(functional).items() if callable(value)
+}
+_CONSTRAINTS = {
+    name: value for name, value in vars(constraints).items() if isinstance(value, constraints.Constraint)
+}
 
 
 def describe(pair: Any) -> list[Any] | None:
-    """The plan of a module: each module in it by class and arguments, parts before wholes. ``None`` for what is not made of
-    pyro_vae's and torch's modules alone."""
-    parts: list[Any] = []
+    """The plan of a module, or ``None`` if it contains other modules than those of pyro_vae and torch, or was
+    changed after its construction."""
+    plan: list[Any] = []
     try:
-        _describe(pair, parts, {})
-        if not _is_alike(build(parts), pair):
+        _append(pair, plan, {})
+        if not _is_equivalent(build(plan), pair):
             return None
-    except (_Foreign, TypeError, ValueError):
+    except (_NotSerializable, TypeError, ValueError):
         return None
-    return parts
+    return plan
 
 
 def build(plan: list[Any]) -> nn.Module:
-    """The module of a plan, its weights not yet those that were trained. Raises ``ValueError`` for a plan that is none."""
-    made: list[Any] = []
-    state = torch.get_rng_state()  # the weights are about to be replaced: no noise is spent on them
+    """Build the module of a plan, with newly initialized parameters. The global random state is unchanged.
+
+    :raises ValueError: for a class outside of pyro_vae and torch.
+    """
+    built: list[Any] = []
+    state = torch.get_rng_state()
     try:
         for name, args, kwargs in plan:
-            module, _, kind = str(name).rpartition(".")
+            module, _, class_name = str(name).rpartition(".")
             try:
-                cls = getattr(importlib.import_module(module), kind, None) if _is_place(module) else None
+                cls = (
+                    getattr(importlib.import_module(module), class_name, None)
+                    if _is_allowed(module)
+                    else None
+                )
             except ImportError:
                 cls = None
             if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-                raise ValueError(f"{name} is no module of pyro_vae or torch, so it is not built; pass the pair's factory")
-            made.append(cls(*_read(args, made), **_read(kwargs, made)))
+                raise ValueError(
+                    f"{name} is not a module of pyro_vae or torch, so it is not built; pass the pair's "
+                    "factory"
+                )
+            built.append(cls(*_decode(args, built), **_decode(kwargs, built)))
     finally:
         torch.set_rng_state(state)
-    return made[-1]
+    return built[-1]
 
 
-def _is_place(module: str) -> bool:
-    """Whether a plan may name classes of it. Torch's transformers cannot be described, and copy a layer any number of times."""
-    return f"{module}.".startswith(_PLACES) and module != "torch.nn.modules.transformer"
+def _is_allowed(module: str) -> bool:
+    """Whether a plan may name classes of ``module``. Torch's transformers may not: their arguments are not
+    attributes, and they copy a layer any number of times."""
+    return f"{module}.".startswith(_ALLOWED_MODULES) and module != "torch.nn.modules.transformer"
 
 
-class _Foreign(Exception):
-    """Something that a plan cannot name."""
+class _NotSerializable(Exception):
+    """A value that has no representation in a plan."""
 
 
-def _describe(module: Any, parts: list[Any], known: dict[int, int]) -> int:
-    if id(module) not in known:
+def _append(module: Any, plan: list[Any], indices: dict[int, int]) -> int:
+    """Append a module and the modules in its arguments to the plan; return its index.
+
+    :param indices: the index in the plan of each module, by ``id``.
+    """
+    if id(module) not in indices:
         cls = type(module)
         name = f"{cls.__module__}.{cls.__qualname__}"
-        if not isinstance(module, nn.Module) or not name.startswith(_PLACES):
-            raise _Foreign
-        args, kwargs = module.given if isinstance(module, Part) else _of_torch(module)
-        part = [name, _write(tuple(args), parts, known), _write(dict(kwargs), parts, known)]
-        parts.append(part)
-        known[id(module)] = len(parts) - 1
-    return known[id(module)]
+        if not isinstance(module, nn.Module) or not name.startswith(_ALLOWED_MODULES):
+            raise _NotSerializable
+        args, kwargs = module.given if isinstance(module, Part) else _torch_arguments(module)
+        entry = [name, _encode(tuple(args), plan, indices), _encode(dict(kwargs), plan, indices)]
+        plan.append(entry)
+        indices[id(module)] = len(plan) - 1
+    return indices[id(module)]
 
 
-def _of_torch(module: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of one of torch's modules, which keep them as attributes of the same names."""
+def _torch_arguments(module: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The constructor arguments of a torch module, read from its attributes of the same names."""
     if isinstance(module, nn.Sequential | nn.ModuleList):
         return (tuple(module) if isinstance(module, nn.Sequential) else (list(module),)), {}
     kwargs = {}
@@ -94,51 +122,60 @@ def _of_torch(module: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (), kwargs
 
 
-def _write(value: Any, parts: list[Any], known: dict[int, int]) -> Any:
+def _encode(value: Any, plan: list[Any], indices: dict[int, int]) -> Any:
     if isinstance(value, nn.Module):
-        return {"part": _describe(value, parts, known)}
+        return {"part": _append(value, plan, indices)}
     if isinstance(value, tuple | list):
-        items = [_write(item, parts, known) for item in value]
+        items = [_encode(item, plan, indices) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, Mapping):
-        return {"dict": {key: _write(item, parts, known) for key, item in value.items()}}
+        return {"dict": {key: _encode(item, plan, indices) for key, item in value.items()}}
     if value is None or isinstance(value, bool | int | float | str | Tensor):
         return value
     for kind, table in (("function", _FUNCTIONS), ("constraint", _CONSTRAINTS)):
-        for name, known_value in table.items():
-            if known_value is value:
+        for name, candidate in table.items():
+            if candidate is value:
                 return {kind: name}
-    raise _Foreign
+    raise _NotSerializable
 
 
-def _read(value: Any, made: list[Any]) -> Any:
+def _decode(value: Any, built: list[Any]) -> Any:
     if isinstance(value, tuple | list):
-        items = [_read(item, made) for item in value]
+        items = [_decode(item, built) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "dict":
-        return {key: _read(item, made) for key, item in content.items()}
-    tables: dict[str, Any] = {"part": made, "function": _FUNCTIONS, "constraint": _CONSTRAINTS}
+        return {key: _decode(item, built) for key, item in content.items()}
+    tables: dict[str, Any] = {"part": built, "function": _FUNCTIONS, "constraint": _CONSTRAINTS}
     return tables[kind][content]
 
 
-def _is_alike(a: nn.Module, b: nn.Module) -> bool:
-    """Whether they are the same but for their weights: what was changed after it was built is in no plan."""
-    ours, theirs = dict(a.named_modules()), dict(b.named_modules())
-    if {name: type(part) for name, part in ours.items()} != {name: type(part) for name, part in theirs.items()}:
+def _is_equivalent(rebuilt: nn.Module, original: nn.Module) -> bool:
+    """Whether two modules differ only in the values of their parameters and buffers. A plan does not record
+    what was changed after construction: attributes, frozen parameters, hooks."""
+    modules, expected_modules = dict(rebuilt.named_modules()), dict(original.named_modules())
+    if {name: type(m) for name, m in modules.items()} != {
+        name: type(m) for name, m in expected_modules.items()
+    }:
         return False
-    if {name: t.shape for name, t in a.state_dict().items()} != {name: t.shape for name, t in b.state_dict().items()}:
+    shapes, expected_shapes = (
+        {name: tensor.shape for name, tensor in module.state_dict().items()} for module in (rebuilt, original)
+    )
+    if shapes != expected_shapes:
         return False
-    trained = [{name: p.requires_grad for name, p in one.named_parameters()} for one in (a, b)]
-    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in theirs.values())
-    same = all(_settings(part) == _settings(theirs[name]) for name, part in ours.items())
-    return same and not hooked and trained[0] == trained[1]
+    trainable, expected_trainable = (
+        {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+        for module in (rebuilt, original)
+    )
+    has_hooks = any(m._forward_hooks or m._forward_pre_hooks for m in expected_modules.values())
+    same = all(_settings(module) == _settings(expected_modules[name]) for name, module in modules.items())
+    return same and not has_hooks and trainable == expected_trainable
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """The numbers, words and functions of a module."""
+    """The attributes of a module that are numbers, strings, tuples or functions."""
     kinds = (bool, int, float, str, tuple, types.FunctionType, types.BuiltinFunctionType)
     return {
         name: value

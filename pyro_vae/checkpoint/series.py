@@ -1,4 +1,4 @@
-"""The checkpoints of a training run, the newest and the best of them."""
+"""The checkpoints of a training run: the newest ones and the best one."""
 
 import logging
 import math
@@ -15,53 +15,56 @@ from pyro_vae.files import reserved
 logger = logging.getLogger(__name__)
 _KIND = "training run"
 _NAME = re.compile(r"step-\d{8,}")
-_KEPT = 2  # so that where the newest is damaged there is another
+_NUM_NEWEST = 2  # the second is the fallback for a damaged newest checkpoint
 
 
 class Checkpoints:
-    """Folders ``step-00000120``, … in one folder: the newest two, and that of the highest score."""
+    """Folders ``step-00000120``, … in one folder: the two newest checkpoints and the best one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def paths(self) -> list[Path]:
-        """Those that were written to their end, oldest first."""
-        return [path for path in self._named() if (path / MANIFEST).exists() and is_ours(path)]
+        """The complete checkpoints, oldest first."""
+        return [path for path in self._candidates() if (path / MANIFEST).exists() and is_ours(path)]
 
-    def _named(self) -> list[Path]:
-        """All that bear the name of one, oldest first."""
+    def _candidates(self) -> list[Path]:
+        """All paths with the name of a checkpoint, oldest first."""
         return sorted((path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name)), key=_steps)
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
-        """Hold the folder, for the block: a fit that saves here is the only one.
+        """Lock the folder for the block, so that only one fit saves to it.
 
-        :raises BlockingIOError: where another process saves here.
-        :raises FileExistsError: where the folder has something of others under the name of a checkpoint.
+        :raises BlockingIOError: if another process saves to the folder.
+        :raises FileExistsError: as :meth:`check_ours`.
         """
         with reserved(self.folder):
             self.check_ours()
             yield
 
     def check_ours(self) -> None:
-        """Raise ``FileExistsError`` where something else bears the name of a checkpoint, which would be replaced one day."""
-        for path in self._named():
+        """Raise ``FileExistsError`` if a path named as a checkpoint is not a checkpoint of pyro_vae."""
+        for path in self._candidates():
             if not is_ours(path):
                 raise FileExistsError(
-                    f"{path} is not a checkpoint of pyro_vae, so it is not replaced; move it away, or name another folder"
+                    f"{path} is not a checkpoint of pyro_vae, so it is not replaced; move it away, or pass "
+                    "another folder"
                 )
 
     def check_free(self) -> None:
-        """Raise ``FileExistsError`` where there are some already."""
+        """Raise ``FileExistsError`` if the folder has checkpoints."""
         if self.paths():
             raise FileExistsError(
-                f'{self.folder} holds checkpoints already; pass resume="last" to go on from them, or name another folder'
+                f'{self.folder} holds checkpoints already; pass resume="last" to continue from them, or pass '
+                "another folder"
             )
 
     def save(self, steps: int, content: Any, *, score: float) -> None:
-        """:param score: what "best" goes by; ``-inf`` for none.
+        """Save the checkpoint of a step, and delete checkpoints that are neither new nor best.
 
-        :raises OSError: with its ``errno``; those written before are then still there.
+        :param score: the best checkpoint has the highest score; ``-inf`` for no score.
+        :raises OSError: with its ``errno``; earlier checkpoints are unchanged.
         """
         path = self.folder / f"step-{steps:08d}"
         try:
@@ -70,54 +73,58 @@ class Checkpoints:
             if not (path / MANIFEST).exists():
                 remove(path)
             raise
-        self._sweep()
+        self._delete_old()
 
     def last(self) -> tuple[Path, Any] | None:
-        """The newest that is sound, and what it holds; ``None`` where there is none at all.
+        """Path and content of the newest valid checkpoint; ``None`` if there are no checkpoints.
 
-        :raises ValueError: where there are some, and all are damaged.
+        :raises ValueError: if all checkpoints are damaged.
         """
-        return self._first_sound(list(reversed(self.paths())))
+        return self._first_valid(list(reversed(self.paths())))
 
     def best(self) -> tuple[Path, Any] | None:
-        """That of the highest score, the newest of equals; as :meth:`last`."""
+        """As :meth:`last`, for the checkpoint with the highest score, the newest of equal ones."""
         scored = [(score, path) for path in self.paths() if (score := _score(path)) > -math.inf]
-        return self._first_sound([path for _, path in sorted(scored, reverse=True)])
+        return self._first_valid([path for _, path in sorted(scored, reverse=True)])
 
     def go_on_from(self, path: Path) -> None:
-        """Set those aside that come after ``path``, or all where it is none of these."""
+        """Rename the checkpoints that are newer than ``path``, so that a fit that resumes from it skips them.
+
+        :raises FileExistsError: if ``path`` is in another folder and this one has checkpoints.
+        """
         if path.parent.resolve() != self.folder.resolve():
             self.check_free()
             return
-        for other in self.paths():
-            if _steps(other) > _steps(path):
-                other.rename(other.with_name(f"aside-{other.name}-{time.time_ns()}"))
+        for newer in self.paths():
+            if _steps(newer) > _steps(path):
+                newer.rename(newer.with_name(f"aside-{newer.name}-{time.time_ns()}"))
 
-    def _first_sound(self, paths: list[Path]) -> tuple[Path, Any] | None:
-        damage: ValueError | None = None
+    def _first_valid(self, paths: list[Path]) -> tuple[Path, Any] | None:
+        last_error: ValueError | None = None
         for path in paths:
             try:
                 return path, read_checkpoint(path)
             except MismatchError:
                 raise
             except ValueError as error:
-                logger.warning("%s; going back to the one before", error)
-                damage = error
-        if damage is not None:
-            raise damage
+                logger.warning("%s; trying the previous checkpoint", error)
+                last_error = error
+        if last_error is not None:
+            raise last_error
         return None
 
-    def _sweep(self) -> None:
+    def _delete_old(self) -> None:
+        """Delete all but the newest and the best checkpoints, and remains of crashes."""
         paths = self.paths()
         best = max(paths, key=_score)
-        kept = {*paths[-_KEPT:], *([best] if _score(best) > -math.inf else [])}
-        for path in self._named():
-            if path not in kept:
+        keep = {*paths[-_NUM_NEWEST:], *([best] if _score(best) > -math.inf else [])}
+        for path in self._candidates():
+            if path not in keep:
                 remove(path)
 
     def remove_all(self) -> None:
-        """Delete every checkpoint, those set aside too, and the folder if nothing else is in it."""
-        for path in (*self._named(), *self.folder.glob("aside-step-*")):
+        """Delete all checkpoints, also those that :meth:`go_on_from` renamed, and the folder if empty."""
+        for path in (*self._candidates(), *self.folder.glob("aside-step-*")):
             remove(path)
         with suppress(OSError):
             self.folder.rmdir()
@@ -128,7 +135,7 @@ def _steps(path: Path) -> int:
 
 
 def read_checkpoint(path: Path) -> Any:
-    """What one of them holds; raises as :func:`~pyro_vae.checkpoint.folder.read`."""
+    """The content of a checkpoint. Raises as :func:`~pyro_vae.checkpoint.folder.read`."""
     return read(path, _KIND)
 
 

@@ -1,4 +1,4 @@
-"""Numbers, words, tensors, and lists and dictionaries of them, as JSON and tensors by name, and back."""
+"""Convert nested values to JSON and named tensors, and back."""
 
 import math
 from collections import Counter
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def flatten(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """``value`` as JSON has it; its tensors go into ``tensors``, by where they were.
+    """Convert ``value`` to JSON types. Its tensors are added to ``tensors``, by their path in ``value``.
 
-    :raises ValueError: for what is neither number, word, tensor, nor a list, tuple or dictionary of them.
+    :raises ValueError: for anything but numbers, strings, tensors, and lists, tuples and dicts of them.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -34,15 +34,19 @@ def flatten(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
         if plain:
             return {key: flatten(item, tensors, _join(name, key)) for key, item in value.items()}
         kind = "$counts" if isinstance(value, Counter) else "$items"
-        return {kind: [[flatten(key, {}), flatten(item, tensors, _join(name, key))] for key, item in value.items()]}
+        return {
+            kind: [
+                [flatten(key, {}), flatten(item, tensors, _join(name, key))] for key, item in value.items()
+            ]
+        }
     raise ValueError(
-        f"checkpoint: {name or 'the state'} is of type {type(value).__name__}, which is not stored; expected numbers, words, "
-        "tensors, and lists and dictionaries of them"
+        f"checkpoint: {name or 'the state'} is of type {type(value).__name__}, which is not stored; expected "
+        "numbers, strings, tensors, and lists and dictionaries of them"
     )
 
 
 def unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What :func:`flatten` was given. Raises ``ValueError`` or ``KeyError`` for what it never made."""
+    """The inverse of :func:`flatten`. Raises ``ValueError`` or ``KeyError`` for other input."""
     if isinstance(tree, list):
         return [unflatten(item, tensors) for item in tree]
     if not isinstance(tree, dict):

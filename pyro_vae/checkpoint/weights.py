@@ -1,4 +1,4 @@
-"""The trained parameters and buffers of any pair; nothing is pickled."""
+"""Save and load the trained parameters and buffers of any pair, without pickle."""
 
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
@@ -20,19 +20,22 @@ from pyro_vae.pairs.traces import Program
 _KIND = "pair"
 
 
-def save(path: Path | str, pair: Any, *args: Any, param_store: dict[str, Any] | None = None, **kwargs: Any) -> None:
-    """Store a trained pair in the folder ``path``, whole or not at all, in the place of one that was there.
+def save(
+    path: Path | str, pair: Any, *args: Any, param_store: dict[str, Any] | None = None, **kwargs: Any
+) -> None:
+    """Save a trained pair to the folder ``path``, atomically. An earlier pair is replaced.
 
-    :param pair: a :class:`~pyro_vae.VAE`, anything with ``.model`` and ``.guide``, or a tuple ``(model, guide)``.
-    :param args: with ``kwargs`` the arguments of one run, such as two rows of the data, or all of them where the guide has
-        parameters for each datum. A pair that is not made of pyro_vae's modules alone shows by it what it consists of:
-        parameters of plain functions, and networks that they call and close over. A buffer of a network that is not called
-        itself, but only by a method, is not seen.
-    :param param_store: where these parameters are: ``history.param_store`` of a fit; by default Pyro's own, of which what the
-        pair does not use is left out.
-    :raises ValueError: without arguments for such a pair; where parameters that it uses are not in the store, or it does not
-        use what is in ``param_store``.
-    :raises OSError: with its ``errno``; what was at ``path`` is then as it was.
+    :param pair: a :class:`~pyro_vae.VAE`, an object with ``.model`` and ``.guide``, or ``(model, guide)``.
+    :param args: with ``kwargs``, the arguments of model and guide, such as two rows of the data, or all data
+        if the guide has parameters for each datum. They are needed unless all modules of the pair are those
+        of pyro_vae and torch: a run finds the parameters of plain functions, and the networks that the
+        functions call and close over. It does not find the buffers of a network of which only a method is
+        called.
+    :param param_store: the param store with these parameters, ``history.param_store`` of a fit. By default
+        Pyro's global store, whose unused parameters are not saved.
+    :raises ValueError: if arguments are needed and missing; if parameters of the pair are not in the store;
+        if the pair does not use a parameter of ``param_store``.
+    :raises OSError: with its ``errno``; the earlier pair is unchanged.
     """
     save_pair(path, pair, args, kwargs, param_store=param_store)
 
@@ -46,54 +49,57 @@ def save_pair(
     param_store: dict[str, Any] | None = None,
     about: dict[str, Any] | None = None,
 ) -> None:
-    """:func:`save`, and ``about``: what :func:`read_about` is to tell, stored in one with the parameters."""
+    """:func:`save`, with entries ``about`` the pair for :func:`read_about`."""
     model, guide = _programs(pair)
     plan, weights = describe(pair), _tensors(model, guide, {}, [])
     if plan is None and not (args or kwargs):
         raise ValueError(
-            "pair: it is not made of pyro_vae's modules alone, and only a run shows which parameters and buffers it has; "
-            "expected the arguments of one too: save(path, (model, guide), x[:2])"
+            "pair: it has other modules than those of pyro_vae and torch, or changed ones, so that a run "
+            "must find its parameters and buffers; expected the arguments of model and guide: save(path, "
+            "(model, guide), x[:2])"
         )
     if plan is None:
-        given = (pyro.get_param_store().get_state() if param_store is None else param_store)["params"]
-        with pyro.get_param_store().scope():  # as it will be loaded
-            ran = make_parameters(model, guide, as_arguments(args, kwargs))
-            owned = {id(tensor) for tensor in weights.values()}
-            made = pyro.get_param_store().get_state()["params"]
-            used = {name for name, value in made.items() if id(value) not in owned}
-        if absent := sorted(used - given.keys()):
+        params = (pyro.get_param_store().get_state() if param_store is None else param_store)["params"]
+        with pyro.get_param_store().scope():  # an empty store, as in load
+            modules = make_parameters(model, guide, as_arguments(args, kwargs))
+            in_modules = {id(tensor) for tensor in weights.values()}
+            created = pyro.get_param_store().get_state()["params"]
+            used = {name for name, value in created.items() if id(value) not in in_modules}
+        if missing := sorted(used - params.keys()):
             raise ValueError(
-                f"param_store: the pair has parameters that are not in it, the first of {len(absent)} {absent[0]!r}; expected "
-                "param_store=history.param_store of the fit that trained it"
+                f"param_store: the pair has {len(missing)} parameters that are not in it, the first is "
+                f"{missing[0]!r}; expected param_store=history.param_store of the fit that trained the pair"
             )
-        others = sorted(name for name in given.keys() - made.keys() if not name.startswith("__baseline_"))  # those of a loss
-        if others and param_store is not None:
+        # a loss with baselines has parameters that no program uses
+        unused = sorted(name for name in params.keys() - created.keys() if not name.startswith("__baseline_"))
+        if unused and param_store is not None:
             raise ValueError(
-                f"param_store: this run of the pair does not use {others[0]!r} of it, nor would one that loads it; expected "
-                "arguments with which it uses all, such as labels"
+                f"param_store: the pair does not use {unused[0]!r} with these arguments, so load could not "
+                "restore it; expected arguments with which the pair uses all parameters, such as labels"
             )
-        weights = _tensors(model, guide, {name: given[name] for name in given if name in used}, ran)
+        weights = _tensors(model, guide, {name: params[name] for name in params if name in used}, modules)
     write(Path(path), _KIND, {"plan": plan, "weights": weights}, **about or {})
 
 
 def read_about(path: Path | str) -> dict[str, Any]:
-    """What ``about`` said when the pair was stored; raises as :func:`load`."""
+    """The entries ``about`` of a saved pair. Raises as :func:`load`."""
     about = read_manifest(Path(path), _KIND)["about"]
     if not isinstance(about, dict):
-        raise ValueError(f"{path}: its manifest says nothing of the pair; train again")
+        raise ValueError(f"{path}: its manifest has no entries about the pair; train again")
     return about
 
 
 def load(path: Path | str, factory: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
-    """The pair stored at ``path``, on the CPU.
+    """Load the pair saved at ``path``, on the CPU.
 
-    :param factory: makes the pair anew, as it was trained; a VAE of pyro_vae's own parts is built without.
-    :param args: with ``kwargs`` the arguments of one run, for parameters that exist only once the pair has run: those of
-        plain functions, which are left in Pyro's param store, and of lazy modules; and to meet networks that functions close
-        over.
-    :return: what ``factory`` makes, or the VAE.
-    :raises FileNotFoundError: where nothing is stored at ``path``.
-    :raises ValueError: where it is damaged, of another version, or its weights are not this pair's.
+    :param factory: builds the pair as it was trained. It is needed unless all modules of the pair are those
+        of pyro_vae and torch.
+    :param args: with ``kwargs``, the arguments of model and guide. They are needed if :func:`save` needed
+        them, and for lazy modules. Parameters of plain functions are loaded into Pyro's global param store.
+    :return: the result of ``factory``, or the rebuilt pair.
+    :raises FileNotFoundError: if nothing is stored at ``path``.
+    :raises ValueError: if the files are damaged or of another version, or if the parameters are those of
+        another pair.
 
     >>> import tempfile, torch, pyro_vae as pv
     >>> from pyro_vae import checkpoint, conditionals, nets, priors
@@ -113,50 +119,63 @@ def load(path: Path | str, factory: Callable[[], Any] | None = None, *args: Any,
     try:
         plan, weights = content["plan"], dict(content["weights"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its manifest holds no pair ({error!r})") from error
+        raise ValueError(f"{path}: its manifest does not describe a pair ({error!r})") from error
     if factory is None and plan is None:
-        raise ValueError(f"{path}: its pair is not made of pyro_vae's parts alone; pass the factory that makes it")
-    pair = _built(plan, weights, str(path)) if factory is None else factory()
+        raise ValueError(
+            f"{path}: its pair has other modules than those of pyro_vae and torch, or changed ones; pass the "
+            "factory that builds it"
+        )
+    pair = _rebuild(plan, weights, str(path)) if factory is None else factory()
     store = pyro.get_param_store()
     with store.scope():
-        ran = make_parameters(*_programs(pair), as_arguments(args, kwargs)) if args or kwargs else []
-        made = store.get_state()
-        copy_all(weights, _tensors(*_programs(pair), made["params"], ran), str(path))
-    store.set_state(made)
+        modules = make_parameters(*_programs(pair), as_arguments(args, kwargs)) if args or kwargs else []
+        state = store.get_state()
+        copy_all(weights, _tensors(*_programs(pair), state["params"], modules), str(path))
+    store.set_state(state)
     return pair
 
 
 def within(path: Path | str) -> AbstractContextManager[None]:
-    """For a block that builds the pair stored at ``path``: it raises ``ValueError`` before it makes a tensor that is far larger
-    than what is stored there."""
+    """A context for code that builds the pair saved at ``path``. It raises ``ValueError`` before a tensor is
+    allocated that is far larger than the saved files."""
     files = [file for file in Path(path).glob("*.safetensors") if is_file(file)]
     return bounded(sum(file.stat().st_size for file in files), str(path))
 
 
-def _built(plan: list[Any], weights: dict[str, Tensor], path: str) -> nn.Module:
+def _rebuild(plan: list[Any], weights: dict[str, Tensor], path: str) -> nn.Module:
     try:
         with bounded(sum(tensor.numel() for tensor in weights.values()), path):
             pair = build(plan)
     except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"the plan of a stored pair is none ({error!r}); pass the pair's factory") from error
+        raise ValueError(
+            f"{path}: its plan of the pair is invalid ({error!r}); pass the pair's factory"
+        ) from error
     dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     return pair.to(dtype=dtypes.pop()) if len(dtypes) == 1 else pair
 
 
 def copy_all(stored: dict[str, Tensor], own: dict[str, Tensor], path: str) -> None:
-    """Copy each tensor into that of its name. Raises ``ValueError`` where names, shapes or dtypes differ."""
-    shapes, expected = ({name: f"{tuple(t.shape)} {t.dtype}" for name, t in each.items()} for each in (stored, own))
-    if shapes != expected:
-        differing = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+    """Copy each stored tensor into the pair's ``own`` tensor of the same name.
+
+    :raises ValueError: if names, shapes or dtypes differ.
+    """
+    got, expected = (
+        {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items()}
+        for tensors in (stored, own)
+    )
+    if got != expected:
+        differing = sorted(
+            name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name)
+        )
         name = differing[0]
         raise ValueError(
-            f"{path} holds the weights of another pair: {len(differing)} differ, the first {name!r} is "
-            f"{shapes.get(name, 'missing')} in the file but {expected.get(name, 'missing')} in the pair; build the pair as "
-            "it was trained"
+            f"{path} has the weights of another pair: {len(differing)} tensors differ, the first is "
+            f"{name!r}: expected {expected.get(name, 'none')} but got {got.get(name, 'none')}; build the "
+            "pair as it was trained"
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            if not torch.equal(tensor.cpu(), stored[name]):  # one that is an expanded number does not bear to be written
+            if not torch.equal(tensor.cpu(), stored[name]):  # copy_ raises for expanded tensors
                 tensor.copy_(stored[name])
 
 
@@ -168,22 +187,33 @@ def _programs(pair: Any) -> tuple[Program, Program]:
     raise ValueError(f"pair: expected (model, guide), or an object with both, but got {type(pair).__name__}")
 
 
-def _tensors(model: Program, guide: Program, params: dict[str, Tensor], ran: Collection[nn.Module]) -> dict[str, Tensor]:
-    """Every parameter and buffer of the modules; those that are only in the param store; and of networks that functions close
-    over what is not in the store either: buffers, frozen parameters.
+def _tensors(
+    model: Program, guide: Program, params: dict[str, Tensor], modules: Collection[nn.Module]
+) -> dict[str, Tensor]:
+    """The parameters and buffers of a pair by name: those of its modules, the other entries of the param
+    store, and the buffers and frozen parameters of networks that plain functions close over.
 
-    :param params: those of the param store, unconstrained.
+    :param params: the unconstrained parameters in the param store.
+    :param modules: the modules that ran.
     """
     tensors: dict[str, Tensor] = {}
     for side, program in (("model", model), ("guide", guide)):
         if isinstance(program, nn.Module):
-            tensors |= {f"{side}.{name}": tensor for name, tensor in program.state_dict(keep_vars=True).items()}
-    own = {id(tensor) for tensor in (*tensors.values(), *params.values())}
-    inside = {id(tensor) for tensor in tensors.values()}
-    tensors |= {f"store.{name}": tensor for name, tensor in params.items() if id(tensor) not in inside}
-    for i, module in enumerate(closed_over(model, guide, ran)):
-        held = module._parameters | {
-            name: buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set
+            tensors |= {
+                f"{side}.{name}": tensor for name, tensor in program.state_dict(keep_vars=True).items()
+            }
+    in_modules = {id(tensor) for tensor in tensors.values()}
+    tensors |= {f"store.{name}": tensor for name, tensor in params.items() if id(tensor) not in in_modules}
+    named = in_modules | {id(tensor) for tensor in params.values()}
+    for i, module in enumerate(closed_over(model, guide, modules)):
+        state = module._parameters | {
+            name: buffer
+            for name, buffer in module._buffers.items()
+            if name not in module._non_persistent_buffers_set
         }
-        tensors |= {f"closed.{i}.{name}": t for name, t in held.items() if t is not None and id(t) not in own}
+        tensors |= {
+            f"closed.{i}.{name}": tensor
+            for name, tensor in state.items()
+            if tensor is not None and id(tensor) not in named
+        }
     return tensors

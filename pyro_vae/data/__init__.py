@@ -1,4 +1,4 @@
-"""What pairs are trained on: built-in data sets, and minibatches of whatever users have."""
+"""Built-in data sets, and minibatches of users' data."""
 
 from pyro_vae.data.batches import Batch, Batches, as_batches
 from pyro_vae.data.datasets import SOURCES, Data, is_here, load, ring

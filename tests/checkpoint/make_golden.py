@@ -1,4 +1,5 @@
-"""Write what this version of pyro_vae stores, for all later ones to read: ``python -m tests.checkpoint.make_golden``."""
+"""Write a pair and checkpoints of this version for compatibility tests: ``python -m
+tests.checkpoint.make_golden``."""
 
 from pathlib import Path
 
@@ -10,10 +11,10 @@ FOLDER = Path(__file__).parent / "golden"
 
 def main():
     folder = FOLDER / pv.__version__
-    folder.mkdir(parents=True)  # what was written once is not written again
+    folder.mkdir(parents=True)  # raises if this version has a golden folder
     vae, _ = small.train(num_epochs=2, every=50, checkpoint=folder / "checkpoints")
     pv.checkpoint.save(folder / "pair", vae)
-    (folder / "sum").write_text(small.sum_of(vae.parameters()))
+    (folder / "sum").write_text(small.checksum(vae.parameters()))
 
 
 if __name__ == "__main__":

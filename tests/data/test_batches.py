@@ -1,4 +1,4 @@
-"""Minibatches and arguments from every kind of data: the same rows and numbers as from a dense tensor, or a clear error."""
+"""Minibatches and arguments of all types of data equal those of a dense tensor, or raise a clear error."""
 
 import numpy as np
 import pandas as pd
@@ -29,16 +29,16 @@ from pyro_vae.data.datasets import Data, load
 N = 23
 
 
-def sparse_numbers(*shape, seed=0):
+def sparse_normal(*shape, seed=0):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return x * (x.abs() > 1)
 
 
-def rows_of(batches, **how):
-    return torch.cat([batch.args[0] for batch in batches.epoch(shuffle=False, **how)])
+def rows_of(batches):
+    return torch.cat([batch.args[0] for batch in batches.epoch(shuffle=False)])
 
 
-class Stream(IterableDataset):
+class StreamWithoutLength(IterableDataset):
     def __init__(self, x):
         self.x = x
 
@@ -46,7 +46,7 @@ class Stream(IterableDataset):
         return iter(self.x)
 
 
-class Sized(Stream):
+class Stream(StreamWithoutLength):
     def __len__(self):
         return len(self.x)
 
@@ -85,18 +85,18 @@ CONTAINERS = {
     "TensorDataset": TensorDataset,
     "Dataset": lambda x: Items(list(x)),
     "Subset": lambda x: Subset(TensorDataset(x), range(N)),
-    "stream": Sized,
-    "loader of a stream": lambda x: DataLoader(Sized(x), 5),
+    "stream": Stream,
+    "loader of a stream": lambda x: DataLoader(Stream(x), 5),
     "loader": lambda x: DataLoader(TensorDataset(x), 5),
     "shuffled loader": lambda x: DataLoader(TensorDataset(x), 5, shuffle=True),
 }
 
 
-@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")  # torch's, that CSR is new
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")  # CSR support of torch is in beta
 @pytest.mark.parametrize("make", CONTAINERS.values(), ids=CONTAINERS.keys())
 @pytest.mark.parametrize("batch_size", [5, None])
-def test_every_container_gives_the_rows_of_the_tensor(make, batch_size):
-    x = sparse_numbers(N, 4)
+def test_batches_of_every_container_equal_the_rows_of_the_tensor(make, batch_size):
+    x = sparse_normal(N, 4)
     batches = as_batches(make(x), batch_size)
     assert batches.num_rows == N
     assert batches.in_data_order
@@ -107,17 +107,19 @@ def test_every_container_gives_the_rows_of_the_tensor(make, batch_size):
 
 @pytest.mark.parametrize("kind", ["dia_matrix", "lil_matrix", "csc_array", "bsr_array"])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float64])
-def test_arguments_from_scipy_are_dense_and_of_their_dtype(kind, dtype):
-    x = (sparse_numbers(7, 5) > 0).to(dtype)
+def test_scipy_arguments_are_dense_and_keep_their_dtype(kind, dtype):
+    x = (sparse_normal(7, 5) > 0).to(dtype)
     (dense,) = as_arguments((scipy_matrix(x, kind),), {}).args
-    expected = x.to(torch.get_default_dtype()) if dtype == torch.float64 and dense.dtype == torch.float32 else x
+    expected = (
+        x.to(torch.get_default_dtype()) if dtype == torch.float64 and dense.dtype == torch.float32 else x
+    )
     torch.testing.assert_close(dense, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(9,), (9, 4), (9, 3, 4)])
 @pytest.mark.parametrize("dense_dims", [0, 1])
-def test_sparse_rows_are_the_rows_of_the_dense_tensor(shape, dense_dims):
-    x = sparse_numbers(*shape)
+def test_sparse_rows_equal_dense_rows(shape, dense_dims):
+    x = sparse_normal(*shape)
     rows = SparseRows.of(x.to_sparse(max(1, len(shape) - dense_dims)))
     index = torch.tensor([3, 3, 0, 8])
     assert (rows.shape, len(rows)) == (x.shape, 9)
@@ -125,34 +127,34 @@ def test_sparse_rows_are_the_rows_of_the_dense_tensor(shape, dense_dims):
     assert torch.equal(rows[2:5], x[2:5])
 
 
-def test_sparse_duplicates_are_added():
+def test_duplicate_sparse_entries_are_added():
     x = torch.sparse_coo_tensor([[1, 1, 0], [2, 2, 0]], [1.0, 2.0, 5.0], (3, 4))
     assert torch.equal(as_arguments((x,), {}).args[0], x.to_dense())
 
 
-def test_bad_rows_of_sparse_data_are_named():
-    x = sparse_numbers(N, 4)
+def test_non_finite_sparse_rows_raise_with_the_row():
+    x = sparse_normal(N, 4)
     x[17, 2] = torch.nan
     with pytest.raises(ValueError, match="row 17 of 23"):
         as_batches(x.to_sparse(), 5)
 
 
-def test_a_memory_map_is_read_by_rows(tmp_path):
-    x = sparse_numbers(N, 4).numpy()
+def test_memory_map_is_shared_and_batches_are_copies(tmp_path):
+    x = sparse_normal(N, 4).numpy()
     np.save(tmp_path / "x.npy", x)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     batches = as_batches(mapped, 5)
     assert batches.source.args[0].data_ptr() == mapped.ctypes.data
     batch = next(batches.epoch(shuffle=False))
-    batch.args[0].zero_()  # a copy, so the file is as it was
+    batch.args[0].zero_()  # the file is unchanged
     assert np.array_equal(mapped, x)
-    (own,) = as_arguments((mapped,), {}).args
-    own.zero_()
+    (argument,) = as_arguments((mapped,), {}).args
+    argument.zero_()
     assert np.array_equal(mapped, x)
 
 
 @pytest.mark.parametrize("library", [pd, pl], ids=["pandas", "polars"])
-def test_frames_and_series_mix_with_tensors(library):
+def test_frames_and_series_can_be_mixed_with_tensors(library):
     frame = library.DataFrame({"a": [1.0, 2.0, 3.0], "b": [True, False, True], "c": [4, 5, 6]})
     expected = torch.tensor([[1.0, 1.0, 4.0], [2.0, 0.0, 5.0], [3.0, 1.0, 6.0]])
     batch = as_arguments((frame,), {"y": frame["c"]})
@@ -175,12 +177,12 @@ def test_frames_and_series_mix_with_tensors(library):
         (pd.DataFrame({}), "no columns"),
     ],
 )
-def test_a_frame_that_is_not_numbers_names_the_column(frame, message):
+def test_invalid_frames_raise_with_the_column(frame, message):
     with pytest.raises(ValueError, match=message):
         as_batches(frame, 5)
 
 
-def test_masked_arrays_are_refused_with_the_remedy():
+def test_masked_arrays_raise_with_a_remedy_that_works():
     x = np.ma.masked_values([[1.0, -999.0], [2.0, 3.0]], -999.0)
     remedy = r"~np\.ma\.getmaskarray\(x\)"
     for data in (x, (x, torch.ones(2)), {"x": x}, Items(list(x))):
@@ -190,10 +192,11 @@ def test_masked_arrays_are_refused_with_the_remedy():
         as_arguments((x,), {})
     with pytest.raises(ValueError, match=remedy):
         Data(x)
-    # what the error names works
     batch = as_batches({"x": x.filled(0), "mask": ~np.ma.getmaskarray(x)}, None).whole
     assert batch.kwargs["mask"].tolist() == [[True, False], [True, True]]
-    assert rows_of(as_batches(np.ma.masked_values([[1.0]], -999.0), 1)).tolist() == [[1.0]]  # nothing is masked
+    assert rows_of(as_batches(np.ma.masked_values([[1.0]], -999.0), 1)).tolist() == [
+        [1.0]
+    ]  # no masked entries
 
 
 @pytest.mark.parametrize(
@@ -201,7 +204,7 @@ def test_masked_arrays_are_refused_with_the_remedy():
     [
         (np.array([[1.0], [1.0, 2.0]], dtype=object), "Python objects"),
         (np.array(["a"]), "dtype <U1"),
-        (np.array([2**64 - 1], dtype=np.uint64), "beyond int64"),
+        (np.array([2**64 - 1], dtype=np.uint64), "range of int64"),
         (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), "pad"),
         ([1.0, 2.0], "list of 2"),
         ((torch.ones(2), [1.0, 2.0]), "list of 2"),
@@ -210,12 +213,12 @@ def test_masked_arrays_are_refused_with_the_remedy():
         ("digits", "a str"),
     ],
 )
-def test_what_is_no_data_is_named(data, message):
+def test_invalid_data_raise_with_their_type(data, message):
     with pytest.raises(ValueError, match=message):
         as_batches(data, 5)
 
 
-def test_errors_never_print_the_data():
+def test_errors_are_short_for_large_data():
     x = torch.arange(10_000.0)
     bad = x.clone()
     bad[77] = torch.nan
@@ -237,7 +240,7 @@ def test_errors_never_print_the_data():
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32])
-def test_small_whole_numbers_are_widened_in_every_container(dtype):
+def test_small_integers_are_cast_to_int64_in_every_container(dtype):
     x = torch.tensor([[100], [127]], dtype=torch.int64).to(dtype)
     for data in (x, TensorDataset(x), DataLoader(TensorDataset(x), 2), Data(x)):
         batches = as_batches(data, 2)
@@ -247,47 +250,52 @@ def test_small_whole_numbers_are_widened_in_every_container(dtype):
         assert (part + part).tolist() == [[200], [254]]
 
 
-def test_a_cast_changes_floats_alone_and_nothing_where_nothing_changes():
+def test_cast_changes_floating_tensors_only():
     packed = pack_sequence([torch.ones(3, 2, dtype=torch.double), torch.ones(2, 2, dtype=torch.double)])
     batch = Batch(
-        (torch.ones(2, dtype=torch.double), packed, [torch.ones((), dtype=torch.double)], 3), {"m": torch.ones(2).bool()}
+        (torch.ones(2, dtype=torch.double), packed, [torch.ones((), dtype=torch.double)], 3),
+        {"m": torch.ones(2).bool()},
     )
     cast = batch.cast(torch.float32)
     assert cast.args[0].dtype == cast.args[1].data.dtype == cast.args[2][0].dtype == torch.float32
-    assert (cast.args[1].batch_sizes.dtype, cast.args[3], cast.kwargs["m"].dtype) == (torch.int64, 3, torch.bool)
+    assert (cast.args[1].batch_sizes.dtype, cast.args[3], cast.kwargs["m"].dtype) == (
+        torch.int64,
+        3,
+        torch.bool,
+    )
     assert cast.cast(torch.float32) is cast
     assert batch.cast(None) is batch
 
 
-def doubles(n=200, seed=0):
+def normal_doubles(n=200, seed=0):
     return torch.randn(n, 3, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
 
 
-def test_ordinary_rounding_is_silent():
-    x = doubles()
-    x[:, 1] = 1.0  # constant columns have nothing to lose
-    x[:, 2] = 1 + 1e-16 * x[:, 2]  # rounding errors of a computation neither
+def test_cast_allows_rounding_that_keeps_rows_distinct():
+    x = normal_doubles()
+    x[:, 1] = 1.0  # a constant column
+    x[:, 2] = 1 + 1e-16 * x[:, 2]  # constant up to rounding errors
     for offset in (0, 1, 1000):
         batches = as_batches(x + offset, 50)
         batches.cast(torch.float32)
         torch.testing.assert_close(rows_of(batches), (x + offset).float(), rtol=0, atol=0)
         assert batches.whole.args[0].dtype == torch.float32
-    as_batches(x[:1] + 1e8, None).cast(torch.float32)  # one row has none to be told from
+    as_batches(x[:1] + 1e8, None).cast(torch.float32)  # a single row is constant
     as_batches(x, None).cast(torch.bfloat16)
 
 
-LOSSES = {
+PRECISION_LOSSES = {
     "offset": (lambda x: x + 1e8, "column 0 of argument 0.*subtract its mean"),
     "one column": (lambda x: x + torch.tensor([0, 0, -3e7]), "column 2 of argument 0.*subtract its mean"),
-    "overflow": (lambda x: x * 1e40, "column 0 of argument 0.*largest number 3.4e\\+38.*rescale"),
+    "overflow": (lambda x: x * 1e40, "column 0 of argument 0.*largest number is 3.4e\\+38.*rescale"),
     "underflow": (lambda x: x * 1e-45, "column 0 of argument 0.*underflow.*rescale"),
 }
 
 
-@pytest.mark.parametrize(("spoil", "message"), LOSSES.values(), ids=LOSSES.keys())
-def test_a_cast_that_loses_what_distinguishes_rows_is_an_error(spoil, message):
+@pytest.mark.parametrize(("transform", "message"), PRECISION_LOSSES.values(), ids=PRECISION_LOSSES.keys())
+def test_cast_raises_if_rows_become_equal(transform, message):
     message += r".*\.double\(\)"
-    x = spoil(doubles())
+    x = transform(normal_doubles())
     with pytest.raises(ValueError, match=message):
         as_arguments((x,), {}).check_cast(torch.float32)
     for data in (x, TensorDataset(x), Data(x), x.to_sparse()):
@@ -296,23 +304,28 @@ def test_a_cast_that_loses_what_distinguishes_rows_is_an_error(spoil, message):
             batches.cast(torch.float32)
         batches.cast(torch.double)
         torch.testing.assert_close(rows_of(batches), x, rtol=0, atol=0)
-    for data in (Items(list(x)), DataLoader(TensorDataset(x), 50, shuffle=True), DataLoader(TensorDataset(x), 50), Sized(x)):
+    for data in (
+        Items(list(x)),
+        DataLoader(TensorDataset(x), 50, shuffle=True),
+        DataLoader(TensorDataset(x), 50),
+        Stream(x),
+    ):
         batches = as_batches(data, 50)
         batches.cast(torch.float32)
         with pytest.raises(ValueError, match=message):
             list(batches.epoch(shuffle=True))
 
 
-def test_a_shuffled_loader_is_refused_before_its_first_batch():
-    batches = as_batches(DataLoader(TensorDataset(doubles() + 1e8), 50, shuffle=True), None)
+def test_precision_loss_in_a_shuffled_loader_raises_before_the_first_batch():
+    batches = as_batches(DataLoader(TensorDataset(normal_doubles() + 1e8), 50, shuffle=True), None)
     batches.cast(torch.float32)
     with pytest.raises(ValueError, match="subtract its mean"):
         next(iter(batches.epoch(shuffle=True)))
 
 
 @pytest.mark.parametrize("size", [50, 200])
-def test_batches_given_before_the_dtype_is_known_are_judged_too(size):
-    batches = as_batches(DataLoader(TensorDataset(doubles() + 1e8), size), None)
+def test_precision_check_includes_batches_before_the_cast(size):
+    batches = as_batches(DataLoader(TensorDataset(normal_doubles() + 1e8), size), None)
     epoch = batches.epoch(shuffle=False)
     next(epoch)
     batches.cast(torch.float32)
@@ -320,8 +333,8 @@ def test_batches_given_before_the_dtype_is_known_are_judged_too(size):
         list(epoch)
 
 
-def test_rows_that_follow_each_other_closely_are_judged_together():
-    days = (2.45e6 + torch.arange(8000, dtype=torch.double)).unsqueeze(1)  # a batch spans 50 of them
+def test_consecutive_rows_may_be_close_to_each_other():
+    days = (2.45e6 + torch.arange(8000, dtype=torch.double)).unsqueeze(1)  # a batch spans 50 days
     for data in (days, DataLoader(TensorDataset(days), 50)):
         batches = as_batches(data, 50)
         batches.cast(torch.float32)
@@ -331,7 +344,7 @@ def test_rows_that_follow_each_other_closely_are_judged_together():
 # --- loaders ---
 
 
-def test_a_random_sampler_has_an_ordered_twin_with_all_rows():
+def test_unshuffled_epoch_of_a_random_sampler_has_all_rows_in_order():
     x = torch.arange(float(N))
     data = TensorDataset(x)
     loaders = [
@@ -350,7 +363,7 @@ def test_a_random_sampler_has_an_ordered_twin_with_all_rows():
         assert not torch.equal(next(iter(batches.epoch(shuffle=True))).args[0], x[:5])
 
 
-def test_a_sampler_with_an_order_of_its_own_keeps_it():
+def test_other_samplers_are_used_unchanged():
     x = torch.arange(float(N))
     data = TensorDataset(x)
     samplers = {
@@ -367,15 +380,17 @@ def test_a_sampler_with_an_order_of_its_own_keeps_it():
     assert torch.equal(rows_of(batches), x.flip(0))
 
 
-def test_a_sampler_of_batches_says_how_many_rows_there_are():
+def test_num_rows_of_batch_samplers():
     data = TensorDataset(torch.arange(float(N)))
-    subset = as_batches(DataLoader(data, batch_sampler=BatchSampler(SubsetRandomSampler(range(10)), 4, False)), None)
+    subset = as_batches(
+        DataLoader(data, batch_sampler=BatchSampler(SubsetRandomSampler(range(10)), 4, False)), None
+    )
     assert subset.num_rows == 10
     lists = as_batches(DataLoader(data, batch_sampler=[[0, 1], [5], [7, 8, 9]]), None)
     assert lists.num_rows == 6
     assert rows_of(lists).tolist() == [0, 1, 5, 7, 8, 9]
-    kept = as_batches(DataLoader(data, 5, drop_last=True), None)
-    assert (kept.num_rows, len(rows_of(kept)), kept.in_data_order) == (20, 20, True)
+    without_last = as_batches(DataLoader(data, 5, drop_last=True), None)
+    assert (without_last.num_rows, len(rows_of(without_last)), without_last.in_data_order) == (20, 20, True)
 
 
 @pytest.mark.parametrize(
@@ -386,33 +401,33 @@ def test_a_sampler_of_batches_says_how_many_rows_there_are():
         lambda: DataLoader(TensorDataset(torch.ones(0, 2)), 10),
         lambda: DataLoader(TensorDataset(torch.ones(3, 2)), 10, sampler=SubsetRandomSampler([])),
         lambda: DataLoader(TensorDataset(torch.ones(3, 2)), batch_sampler=[]),
-        lambda: DataLoader(Sized(torch.ones(0, 2)), 10),
-        lambda: DataLoader(Sized(torch.ones(3, 2)), 10, drop_last=True),
+        lambda: DataLoader(Stream(torch.ones(0, 2)), 10),
+        lambda: DataLoader(Stream(torch.ones(3, 2)), 10, drop_last=True),
     ],
 )
-def test_a_loader_without_batches_is_a_value_error(loader):
+def test_loader_without_batches_raises(loader):
     with pytest.raises(ValueError, match=r"no batches"):
         as_batches(loader(), None)
 
 
-def test_empty_data_sets_are_value_errors():
-    for data in (Items([]), Sized(torch.ones(0, 2)), TensorDataset(torch.ones(0, 2))):
+def test_empty_data_sets_raise():
+    for data in (Items([]), Stream(torch.ones(0, 2)), TensorDataset(torch.ones(0, 2))):
         with pytest.raises(ValueError, match=r"empty|no data"):
             as_batches(data, 5)
 
 
-def test_a_stream_needs_a_length_and_the_remedy_works():
-    x = sparse_numbers(N, 2)
-    for data in (Stream(x), DataLoader(Stream(x), 5)):
+def test_stream_without_length_raises_and_with_length_works():
+    x = sparse_normal(N, 2)
+    for data in (StreamWithoutLength(x), DataLoader(StreamWithoutLength(x), 5)):
         with pytest.raises(ValueError, match="__len__"):
             as_batches(data, 5)
-    for data in (Sized(x), DataLoader(Sized(x), 5)):  # the remedy
+    for data in (Stream(x), DataLoader(Stream(x), 5)):
         batches = as_batches(data, 5)
         assert (batches.num_rows, batches.num_batches) == (N, 5)
         assert torch.equal(rows_of(batches), x)
 
 
-class Wrong(Stream):
+class StreamWithWrongLength(StreamWithoutLength):
     def __init__(self, x, n):
         super().__init__(x)
         self.n = n
@@ -423,27 +438,29 @@ class Wrong(Stream):
 
 @pytest.mark.filterwarnings("ignore:Length of IterableDataset")
 @pytest.mark.parametrize("n", [20, 22, 24, 100])
-def test_a_stream_whose_length_is_wrong_is_an_error_within_an_epoch(n):
-    batches = as_batches(Wrong(torch.ones(N, 2), n), 5)
+def test_stream_with_wrong_length_raises_within_an_epoch(n):
+    batches = as_batches(StreamWithWrongLength(torch.ones(N, 2), n), 5)
     with pytest.raises(ValueError, match=rf"{n} rows"):
         list(batches.epoch(shuffle=True))
 
 
-def test_a_loader_of_batches_that_cannot_be_counted_is_refused():
+def test_loader_without_batch_size_raises():
     x = torch.ones(N, 2)
-    for loader in (DataLoader(Sized(x), batch_size=None), DataLoader(TensorDataset(x), batch_size=None)):
+    for loader in (DataLoader(Stream(x), batch_size=None), DataLoader(TensorDataset(x), batch_size=None)):
         with pytest.raises(ValueError, match="cannot be counted"):
             as_batches(loader, None)
 
 
-@pytest.mark.parametrize("how", [lambda d: d, lambda d: DataLoader(d, 3), lambda d: DataLoader(d, 3, shuffle=True)])
-def test_rows_of_different_length_are_a_value_error(how):
+@pytest.mark.parametrize(
+    "load", [lambda d: d, lambda d: DataLoader(d, 3), lambda d: DataLoader(d, 3, shuffle=True)]
+)
+def test_rows_of_unequal_length_raise(load):
     for items in ([torch.ones(i + 1) for i in range(6)], [[1.0] * (i + 1) for i in range(6)]):
         with pytest.raises(ValueError, match=r"differ in length.*pad"):
-            list(as_batches(how(Items(items)), 3).epoch(shuffle=False))
+            list(as_batches(load(Items(items)), 3).epoch(shuffle=False))
 
 
-def test_rows_that_are_dicts_are_keyword_arguments():
+def test_dict_items_become_keyword_arguments():
     items = [{"x": torch.ones(2) * i, "y": float(i), "name": f"row {i}"} for i in range(7)]
     batches = as_batches(Items(items), 3)
     batches.cast(torch.float32)
@@ -453,22 +470,28 @@ def test_rows_that_are_dicts_are_keyword_arguments():
     assert fitting(first, lambda x, y: None).kwargs.keys() == {"x", "y"}
 
 
-def test_a_tensor_data_set_with_items_of_its_own_is_asked_for_them():
+def test_subclass_of_tensor_dataset_is_read_by_item():
     class Doubled(TensorDataset):
         def __getitem__(self, i):
             return tuple(2 * part for part in super().__getitem__(i))
 
-    x = sparse_numbers(N, 2)
+    x = sparse_normal(N, 2)
     assert torch.equal(rows_of(as_batches(Doubled(x), 5)), 2 * x)
 
 
-# --- arguments that have no rows ---
+# --- arguments without rows ---
 
 
-def test_packed_sequences_and_lists_pass_where_all_data_are_taken_at_once():
+def test_nested_arguments_are_allowed_in_full_batches_only():
     sequences = [torch.randn(t, 2) for t in (4, 3, 2)]
     packed = pack_sequence(sequences)
-    for data, n in ((packed, 3), (sequences, 3), ((packed, torch.ones(3)), 3), ({"x": packed, "n": 7}, 3), ((sequences,), 3)):
+    for data, n in (
+        (packed, 3),
+        (sequences, 3),
+        ((packed, torch.ones(3)), 3),
+        ({"x": packed, "n": 7}, 3),
+        ((sequences,), 3),
+    ):
         for size in (None, 3, 100):
             batches = as_batches(data, size)
             (batch,) = batches.epoch(shuffle=True)
@@ -486,7 +509,7 @@ def test_packed_sequences_and_lists_pass_where_all_data_are_taken_at_once():
         as_arguments((pack_sequence([torch.tensor([1.0, torch.nan])]),), {})
 
 
-def test_plain_arguments_go_with_every_minibatch():
+def test_arguments_without_rows_are_in_every_minibatch():
     batches = as_batches((torch.arange(6.0), 3, "linear", None, torch.tensor(2.0)), 4)
     for batch in batches.epoch(shuffle=False):
         assert batch.args[1:4] == (3, "linear", None)
@@ -499,21 +522,23 @@ def test_plain_arguments_go_with_every_minibatch():
 
 
 def loader_of_dicts(columns):
-    return DataLoader(Items([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]), 2)
+    return DataLoader(
+        Items([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]), 2
+    )
 
 
 @pytest.mark.parametrize("make", [dict, loader_of_dicts])
-def test_missing_entries_are_zero_under_the_mask_and_an_error_outside(make):
+def test_non_finite_entries_are_zero_under_the_mask_and_raise_elsewhere(make):
     x = torch.tensor([[1.0, torch.nan], [torch.inf, 4.0], [5.0, 6.0]])
     batches = as_batches(make({"x": x, "mask": x.isfinite()}), 2)
     filled = torch.cat([batch.kwargs["x"] for batch in batches.epoch(shuffle=False)])
     assert filled.tolist() == [[1, 0], [0, 4], [5, 6]]
     with pytest.raises(ValueError, match="row 1 of"):
         list(as_batches(make({"x": x, "mask": ~x.isnan()}), 2).epoch(shuffle=False))
-    assert x[0, 1].isnan()  # the caller's own
+    assert x[0, 1].isnan()  # the caller's tensor is unchanged
 
 
-def test_a_mask_of_the_first_dimensions_covers_the_others():
+def test_mask_may_have_the_first_dimensions_only():
     x = torch.ones(3, 4, 2)
     x[1, 2] = torch.nan
     mask = torch.ones(3, 4, dtype=torch.bool)
@@ -524,10 +549,10 @@ def test_a_mask_of_the_first_dimensions_covers_the_others():
             as_arguments((x,), other)
 
 
-# --- what programs take ---
+# --- arguments of programs ---
 
 X = torch.ones(3)
-FITTED = [
+CUTS = [
     (lambda x: None, lambda x: None, ("x",), {}, 1, set()),
     (lambda x: None, lambda x: None, ("x", "y"), {}, 1, set()),
     (lambda x: None, lambda x: None, (), {"x", "label"}, 0, {"x"}),
@@ -540,8 +565,8 @@ FITTED = [
 ]
 
 
-@pytest.mark.parametrize(("model", "guide", "args", "kwargs", "num_args", "names"), FITTED)
-def test_columns_that_no_program_takes_are_dropped(model, guide, args, kwargs, num_args, names):
+@pytest.mark.parametrize(("model", "guide", "args", "kwargs", "num_args", "names"), CUTS)
+def test_arguments_that_no_program_takes_are_dropped(model, guide, args, kwargs, num_args, names):
     cut = fitting(Batch(tuple(X for _ in args), dict.fromkeys(kwargs, X)), model, guide)
     assert (len(cut.args), set(cut.kwargs)) == (num_args, names)
     model(*cut.args, **cut.kwargs)
@@ -556,15 +581,20 @@ def test_columns_that_no_program_takes_are_dropped(model, guide, args, kwargs, n
         (lambda x: None, lambda x, c: None, Batch((X,), {}), "guide.*'c'"),
         (lambda x: None, lambda x: None, Batch((X,), {"x": X}), "model.*'x' both by position and by name"),
         (lambda x, c=None: None, lambda x: None, Batch((X, X), {}), "guide.*expected the same arguments"),
-        (lambda x, c=None: None, lambda x: None, Batch((), {"x": X, "c": X}), "guide.*expected the same arguments"),
+        (
+            lambda x, c=None: None,
+            lambda x: None,
+            Batch((), {"x": X, "c": X}),
+            "guide.*expected the same arguments",
+        ),
     ],
 )
-def test_what_a_program_lacks_is_named(model, guide, batch, message):
+def test_mismatched_arguments_raise_with_the_program_and_argument(model, guide, batch, message):
     with pytest.raises(ValueError, match=message):
         fitting(batch, model, guide)
 
 
-def test_modules_and_handlers_are_read_by_their_own_signature():
+def test_modules_and_handlers_are_cut_by_their_forward_signature():
     class Model(pyro.nn.PyroModule):
         def forward(self, x):
             return x
@@ -574,17 +604,17 @@ def test_modules_and_handlers_are_read_by_their_own_signature():
         assert len(fitting(batch, model).args) == 1
 
 
-def test_a_batch_is_cut_like_another():
-    one = Batch((X, X), {"a": X, "b": X})
-    assert one.like(one) is one
-    cut = one.like(Batch((X,), {"b": X}))
+def test_like_keeps_the_arguments_of_the_other_batch():
+    batch = Batch((X, X), {"a": X, "b": X})
+    assert batch.like(batch) is batch
+    cut = batch.like(Batch((X,), {"b": X}))
     assert (len(cut.args), set(cut.kwargs)) == (1, {"b"})
 
 
 # --- Data ---
 
 
-def test_data_of_bytes_bools_and_arrays_are_binarized():
+def test_binarization_of_integers_bools_and_arrays():
     ones = np.array([[0, 1], [1, 1]])
     for dtype in (np.uint8, np.bool_, np.int64, np.float32):
         for binarize in ("stochastic", "threshold"):
@@ -602,11 +632,16 @@ def test_data_of_bytes_bools_and_arrays_are_binarized():
     assert SequentialSampler(Data(pd.DataFrame({"a": [1.0, 2.0]}))).data_source.x.tolist() == [[1], [2]]
 
 
-def test_all_data_as_one_batch_are_those_of_the_minibatches():
+def test_as_whole_concatenates_all_rows_in_order():
     x, c = torch.randn(7, 3), torch.arange(7)
     data = TensorDataset(x, c)
-    for given in ((x, c), data, DataLoader(data, batch_size=3), DataLoader(data, batch_size=3, shuffle=True)):
-        batch = as_whole(given)
+    for source in (
+        (x, c),
+        data,
+        DataLoader(data, batch_size=3),
+        DataLoader(data, batch_size=3, shuffle=True),
+    ):
+        batch = as_whole(source)
         assert torch.equal(batch.args[0], x)
         assert torch.equal(batch.args[1], c)
         assert as_whole(batch) is batch
@@ -614,6 +649,6 @@ def test_all_data_as_one_batch_are_those_of_the_minibatches():
         as_whole(DataLoader(data, 3, sampler=SubsetRandomSampler(range(7))))
 
 
-def test_stochastic_pixels_are_binarized_once_for_a_whole():
+def test_as_whole_binarizes_stochastic_data_once():
     train, _ = load("digits", binarize="stochastic")
     assert torch.equal(as_whole(train).args[0], as_whole(train).args[0])

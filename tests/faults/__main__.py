@@ -1,4 +1,4 @@
-"""Do to small runs what happens to large ones, and count what survives: ``python -m tests.faults [ROW …]``."""
+"""Inject faults into small runs and print how many runs survive: ``python -m tests.faults [ROW …]``."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ import time
 
 from tests.faults import damage, interruptions, processes, received
 
+# name of a row in the table -> generator of (description of a trial, whether the run survived)
 ROWS = {
     "exact resume": interruptions.exact_resume,
     "crash during a save": interruptions.crash_during_save,
@@ -32,22 +33,22 @@ ROWS = {
 
 def main(names):
     print("| risk | tried | survived | seconds |\n|---|---|---|---|", flush=True)
-    lost = []
+    failures = []
     for name in names or ROWS:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            found = list(ROWS[name](folder))
-        survived = sum(bool(fine) for _, fine in found)
-        print(f"| {name} | {len(found)} | {survived} | {time.perf_counter() - start:.0f} |", flush=True)
-        lost += [f"{name}: {what}" for what, fine in found if not fine]
-    print(*lost, sep="\n", file=sys.stderr)
-    return bool(lost)
+            trials = list(ROWS[name](folder))
+        survived = sum(bool(passed) for _, passed in trials)
+        print(f"| {name} | {len(trials)} | {survived} | {time.perf_counter() - start:.0f} |", flush=True)
+        failures += [f"{name}: {description}" for description, passed in trials if not passed]
+    print(*failures, sep="\n", file=sys.stderr)
+    return bool(failures)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; by default all")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"some of {', '.join(ROWS)}; by default all")
     rows = parser.parse_args().rows
     if unknown := [row for row in rows if row not in ROWS]:
-        parser.error(f"there is no row {unknown[0]!r}; expected some of {', '.join(ROWS)}")
+        parser.error(f"rows: expected some of {', '.join(ROWS)} but got {unknown[0]!r}")
     sys.exit(main(rows))

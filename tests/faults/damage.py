@@ -1,4 +1,4 @@
-"""Files that are damaged, hostile or do not fit; memory that is not there; numbers that are none."""
+"""Damaged and malicious files, full disks, lack of memory, non-finite numbers, invalid data."""
 
 import gzip
 import hashlib
@@ -29,134 +29,135 @@ GOLDEN = Path(__file__).parent.parent / "checkpoint" / "golden"
 
 
 def corruption(folder):
-    """Bits flipped and files cut short: an error that names the file, and the checkpoint before it."""
+    """Flipped bits and truncated files: an error names the file, and the previous checkpoint is loaded."""
     small.train(checkpoint=folder, num_epochs=3, compile=False)
-    before, newest = Checkpoints(Path(folder)).paths()[-2:]
+    previous, newest = Checkpoints(Path(folder)).paths()[-2:]
     noise = random.Random(0)
     logging.getLogger("pyro_vae").setLevel(logging.ERROR)
-    for kind in ("flip", "cut"):
+    for kind in ("flip", "truncate"):
         for trial in range(200):
             file = noise.choice(sorted(newest.iterdir()))
-            whole = file.read_bytes()
-            at = noise.randrange(len(whole))
-            flipped = whole[:at] + bytes([whole[at] ^ 1 << noise.randrange(8)]) + whole[at + 1 :]
-            file.write_bytes(flipped if kind == "flip" else whole[:at])
+            original = file.read_bytes()
+            i = noise.randrange(len(original))
+            flipped = original[:i] + bytes([original[i] ^ 1 << noise.randrange(8)]) + original[i + 1 :]
+            file.write_bytes(flipped if kind == "flip" else original[:i])
+            message = ""
             try:
                 read_checkpoint(newest)
-                found = None
             except ValueError as error:
-                found = str(error)
+                message = str(error)
             fallback = Checkpoints(Path(folder)).last()[0]
-            file.write_bytes(whole)
-            yield f"{kind} {trial} of {file.name} at {at}: {found}", found and str(newest) in found and fallback == before
-    yield "whole again", Checkpoints(Path(folder)).last()[0] == newest
+            file.write_bytes(original)
+            passed = str(newest) in message and fallback == previous
+            yield f"{kind} {trial} of {file.name} at byte {i}: {message}", passed
+    yield "restored", Checkpoints(Path(folder)).last()[0] == newest
 
 
-class _Malice:
+class _MakesFolder:
+    """An object whose pickle makes a folder when it is loaded."""
+
     def __reduce__(self):
-        return os.mkdir, (os.environ["MALICE"],)
+        return os.mkdir, (os.environ["UNPICKLED"],)
 
 
 def untrusted_pickle(folder):
-    """A pickle that runs something, wherever a file is read: nothing runs."""
+    """A pickle with code in place of each file that is read: the code does not run."""
     import pickle
 
-    os.environ["MALICE"] = str(Path(folder, "it ran"))
+    os.environ["UNPICKLED"] = str(Path(folder, "unpickled"))
     folder = Path(folder)
-    payload = pickle.dumps(_Malice())
+    payload = pickle.dumps(_MakesFolder())
     buffer = io.BytesIO()
-    torch.save({"a": _Malice()}, buffer)
+    torch.save({"a": _MakesFolder()}, buffer)
     vae = small.make_vae()
     for i, content in enumerate((payload, buffer.getvalue())):
-        place = folder / str(i)
-        checkpoint.save(place / "pair", vae)
-        (tensors,) = (place / "pair").glob("*.safetensors")
-        (place / "a.pt").write_bytes(content)
-        (place / "frey_faces.npz").write_bytes(content)
-        for name, attempt in _readings(place, tensors, content).items():
+        subfolder = folder / str(i)
+        checkpoint.save(subfolder / "pair", vae)
+        (tensors,) = (subfolder / "pair").glob("*.safetensors")
+        (subfolder / "a.pt").write_bytes(content)
+        (subfolder / "frey_faces.npz").write_bytes(content)
+        for name, read in _readers(subfolder, tensors, content).items():
             try:
-                attempt()
+                read()
                 refused = False
             except (ValueError, OSError):
                 refused = True
-            yield f"pickle {i} {name}", refused and not (folder / "it ran").exists()
-    np.savez(folder / "frey_faces.npz", images=np.array([_Malice()], dtype=object))
+            yield f"pickle {i} {name}", refused and not (folder / "unpickled").exists()
+    np.savez(folder / "frey_faces.npz", images=np.array([_MakesFolder()], dtype=object))
     try:
         datasets.load("frey-faces", data_dir=folder)
         refused = False
     except ValueError:
         refused = True
-    yield "objects in an array", refused and not (folder / "it ran").exists()
+    yield "objects in an array", refused and not (folder / "unpickled").exists()
 
 
-def _readings(place, tensors, content):
-    pair = place / "pair"
+def _readers(folder, tensors, content):
+    pair = folder / "pair"
     return {
         "as tensors": lambda: (tensors.write_bytes(content), checkpoint.load(pair)),
         "as manifest": lambda: ((pair / "manifest.json").write_bytes(content), checkpoint.load(pair)),
-        "as a path to resume": lambda: small.train(resume=place / "a.pt", num_epochs=1),
-        "as data": lambda: datasets.load("frey-faces", data_dir=place),
+        "as a path to resume": lambda: small.train(resume=folder / "a.pt", num_epochs=1),
+        "as data": lambda: datasets.load("frey-faces", data_dir=folder),
     }
 
 
 def disk_full(folder):
-    """Files that may not grow beyond some size: exit code 74, the checkpoint before is whole, nothing half-written stays."""
+    """A limit on file sizes: exit code 74, the previous checkpoint is valid, and no temporary files are
+    left."""
     run = Path(folder, "run")
     words = ["train", "ring", "-n", 2, "--out", run]
     assert small.run(small.command, *words) == 0
     for size in (0, 100, 1000, 10_000, 50_000):
-        code = small.run(_limited, size, [*words[:3], 4, "--out", run, "--resume", "last"])
-        after = list(run.rglob("*"))
+        code = small.run(_command_with_file_limit, size, [*words[:3], 4, "--out", run, "--resume", "last"])
+        temporary = [f for f in run.rglob(".*") if f.name != ".written.json"]
         last = Checkpoints(run / "checkpoints").last()
-        whole = (
-            last is not None
-            and runs.open_run(run).path == run
-            and not [f for f in after if f.name.startswith(".") and f.name != ".written.json"]
-        )
-        yield f"{size} bytes: {code}", code == 74 and whole
+        is_valid = last is not None and runs.open_run(run).path == run and not temporary
+        yield f"{size} bytes: {code}", code == 74 and is_valid
 
 
 def out_of_memory(folder):
-    """An address space that is too small: exit code 70, one line with a hint, the last checkpoint is whole."""
-    run, said = Path(folder, "run"), Path(folder, "said")
-    (Path(folder) / "greedy.py").write_text(GREEDY)
-    words = ["train", "ring", "--pair", "greedy:make_pair", "--out", run]
-    assert small.run(_in_folder, folder, 0, [*words, "-n", 2], said=str(said)) == 0, said.read_text()
-    for greed in (1, 8, 64):
-        code = small.run(_short_of_memory, folder, greed, [*words, "-n", 4, "--resume", "last"], said=str(said))
-        lines = [line for line in said.read_text().splitlines() if line.startswith("pyro-vae:")]
-        hint = len(lines) == 1 and "memory" in lines[0] and "--batch-size" in lines[0]
-        yield (
-            f"{greed} GB: {code}, {said.read_text()}",
-            code == 70 and hint and Checkpoints(run / "checkpoints").last() is not None,
-        )
+    """Too little address space: exit code 70, one line with a remedy, and the last checkpoint is valid."""
+    run, output = Path(folder, "run"), Path(folder, "output")
+    (Path(folder) / "allocating.py").write_text(ALLOCATING_PAIR)
+    words = ["train", "ring", "--pair", "allocating:make_pair", "--out", run]
+    assert small.run(_command_in_folder, folder, 0, [*words, "-n", 2], output=str(output)) == 0, (
+        output.read_text()
+    )
+    for gigabytes in (1, 8, 64):
+        resume = [*words, "-n", 4, "--resume", "last"]
+        code = small.run(_command_with_memory_limit, folder, gigabytes, resume, output=str(output))
+        lines = [line for line in output.read_text().splitlines() if line.startswith("pyro-vae:")]
+        has_remedy = len(lines) == 1 and "memory" in lines[0] and "--batch-size" in lines[0]
+        is_valid = Checkpoints(run / "checkpoints").last() is not None
+        yield f"{gigabytes} GB: {code}, {output.read_text()}", code == 70 and has_remedy and is_valid
 
 
-GREEDY = """
+ALLOCATING_PAIR = """
 import os, torch
 from tests.faults.interruptions import make_pair as small_pair
 def make_pair():
     vae = small_pair()
-    def greedy(module, args):
-        torch.empty(int(os.environ["GREED"]) * 2**28 + 1).fill_(0.0)
-    vae.guide.encoder.register_forward_pre_hook(greedy)
+    def allocate(module, args):
+        torch.empty(int(os.environ["GIGABYTES"]) * 2**28 + 1).fill_(0.0)
+    vae.guide.encoder.register_forward_pre_hook(allocate)
     return vae
 """
 
 
-def _short_of_memory(folder, greed, words):
-    here = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (here + 2**30, resource.RLIM_INFINITY))
-    _in_folder(folder, greed, words)
+def _command_with_memory_limit(folder, gigabytes, words):
+    current = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (current + 2**30, resource.RLIM_INFINITY))
+    _command_in_folder(folder, gigabytes, words)
 
 
-def _in_folder(folder, greed, words):
+def _command_in_folder(folder, gigabytes, words):
     os.chdir(folder)
-    os.environ["GREED"] = str(greed)
+    os.environ["GIGABYTES"] = str(gigabytes)
     small.command(*words)
 
 
-def _limited(size, words):
+def _command_with_file_limit(size, words):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     small.command(*words)
 
@@ -169,50 +170,56 @@ for trial in range(30):
     x, row = small.make_data(200), noise.randrange(200)
     x[row, noise.randrange(4)] = noise.choice([float("nan"), float("inf"), float("-inf")])
     vae = small.make_vae()
-    before = small.sum_of(vae.parameters())
+    before = small.checksum(vae.parameters())
     try:
         small.pv.fit(vae.model, vae.guide, x, num_epochs=1)
     except ValueError as error:
-        survived += f"row {row} " in str(error) and small.sum_of(vae.parameters()) == before
+        survived += f"row {row} " in str(error) and small.checksum(vae.parameters()) == before
 print(survived)
 """
 
 
 def data_not_finite(folder):
-    """NaN or infinity in the data, with and without ``python -O``: refused before the first step, with the row."""
+    """NaN or infinity in the data, with and without ``python -O``: an error before the first step names the
+    row."""
     for flags in ((), ("-O",)):
-        done = subprocess.run([sys.executable, *flags, "-c", BAD_DATA], capture_output=True, text=True)
-        survived = int(done.stdout or 0)
+        process = subprocess.run([sys.executable, *flags, "-c", BAD_DATA], capture_output=True, text=True)
+        survived = int(process.stdout or 0)
         for trial in range(30):
-            yield f"python {' '.join(flags)}: {done.stderr}", trial < survived
+            yield f"python {' '.join(flags)}: {process.stderr}", trial < survived
 
 
 def gradient_not_finite(folder):
-    """NaN and infinity in a gradient under a finite loss, at some step: named, and nothing has moved."""
+    """NaN or infinity in a gradient of a finite loss: an error names the step, and parameters are
+    unchanged."""
     for compile in (False, "trace"):
         for step in (1, 2, 7, 40, 71):
             for value in (math.nan, math.inf):
                 vae = small.make_vae()
-                sums = []
-                _poison(vae, step, value, sums)
+                checksums = []
+                _set_gradient(vae, step, value, checksums)
+                message = ""
                 try:
                     small.train(vae=vae, num_epochs=3, compile=compile)
-                    said = ""
                 except FloatingPointError as error:
-                    said = str(error)
+                    message = str(error)
                 epoch, batch = divmod(step - 1, 34)
-                named = f"epoch {epoch + 1}, batch {batch} (step {step})" in said
-                named = named and "'decoder$$$readout.loc.layer.weight';" in said
-                kept = small.sum_of(vae.parameters()) == sums[-1]
-                yield f"{compile}, {value} at step {step}: {said}", named and kept
+                names_step = f"epoch {epoch + 1}, batch {batch} (step {step})" in message
+                names_parameter = "'decoder$$$readout.loc.layer.weight';" in message
+                unchanged = small.checksum(vae.parameters()) == checksums[-1]
+                passed = names_step and names_parameter and unchanged
+                yield f"{compile}, {value} at step {step}: {message}", passed
 
 
-def _poison(vae, step, value, sums):
-    """The gradient of the decoder's mean is ``value`` at one step: there, a root of zero is added to the mean and taken away,
-    with one parameter under it: ∂√(a + b·w)/∂w = b/(2√a), 1/0 or 0/0. A graph reads a and b anew at each step."""
+def _set_gradient(vae, step, value, checksums):
+    """Make the gradient of one decoder parameter w infinite or NaN at one step, with a finite loss.
+
+    The decoder's mean gets a term √(a + b·(w − w₀)) minus its value, at w = w₀. The derivative b/(2√a) is 0
+    before the step, and 1/0 or 0/0 at the step. Graphs read a and b at each step.
+    """
     from pyro_vae.infer.minibatch import MinibatchSVI
 
-    minibatch_step = MinibatchSVI.minibatch_step
+    original_on = MinibatchSVI.minibatch_step
     count = iter(range(1, 10_000))
     layer = vae.model.decoder.readout["loc"].layer
     a, b = torch.ones(()), torch.zeros(())
@@ -222,22 +229,25 @@ def _poison(vae, step, value, sums):
         root = (a + b * (weight - weight.detach())).sqrt()
         return mean + root - root.detach()
 
-    def stepping(self, *args):
-        sums.append(small.sum_of(vae.parameters()))
+    def on(self, *args):
+        checksums.append(small.checksum(vae.parameters()))
         if next(count) == step:
-            MinibatchSVI.minibatch_step = minibatch_step
+            MinibatchSVI.minibatch_step = original_on
             a.zero_()
             b.fill_(math.isinf(value))
-        return minibatch_step(self, *args)
+        return original_on(self, *args)
 
     layer.register_forward_hook(add_root)
-    MinibatchSVI.minibatch_step = stepping
+    MinibatchSVI.minibatch_step = on
 
 
 def grey_pixels(folder):
-    """Values outside of a likelihood's support: a ValueError that says so."""
+    """Values outside the support of a likelihood: an error names the row."""
     noise = torch.Generator().manual_seed(0)
-    for likelihood, bad in ((conditionals.Bernoulli, (0.5, 1.7, -1.0, 255.0)), (conditionals.ContinuousBernoulli, (1.7, -0.1))):
+    for likelihood, bad in (
+        (conditionals.Bernoulli, (0.5, 1.7, -1.0, 255.0)),
+        (conditionals.ContinuousBernoulli, (1.7, -0.1)),
+    ):
         for value in bad:
             for rows in (1, 7, 300):
                 x = torch.rand(rows, 4, generator=noise).round()
@@ -247,16 +257,17 @@ def grey_pixels(folder):
                     likelihood(nets.MLP(2, (8,)), event_shape=4),
                     conditionals.Normal(nets.MLP(4, (8,)), event_shape=2),
                 )
+                message = ""
                 try:
                     pv.fit(vae.model, vae.guide, x, num_epochs=1, batch_size=5)
-                    said = ""
                 except ValueError as error:
-                    said = str(error)
-                yield f"{likelihood.__name__}, {value}: {said}", f"row {rows - 1}" in said and "support" in said
+                    message = str(error)
+                passed = f"row {rows - 1}" in message and "support" in message
+                yield f"{likelihood.__name__}, {value}: {message}", passed
 
 
 def versions(folder):
-    """A newer schema is refused by name; what earlier versions wrote is read."""
+    """A newer schema raises an error that names it; files of earlier versions load."""
     vae = small.make_vae()
     checkpoint.save(Path(folder, "pair"), vae)
     manifest = Path(folder, "pair", "manifest.json")
@@ -264,74 +275,77 @@ def versions(folder):
     record["manifest"]["schema"] = 99
     record["sha256"] = hashlib.sha256(json.dumps(record["manifest"], sort_keys=True).encode()).hexdigest()
     manifest.write_text(json.dumps(record))
+    message = ""
     try:
         checkpoint.load(Path(folder, "pair"))
-        said = ""
     except MismatchError as error:
-        said = str(error)
-    yield f"a newer schema: {said}", "schema 99" in said
+        message = str(error)
+    yield f"a newer schema: {message}", "schema 99" in message
     for golden in sorted(GOLDEN.iterdir()):
         pair = checkpoint.load(golden / "pair")
         _, content = Checkpoints(golden / "checkpoints").last()
-        yield golden.name, small.sum_of(pair.parameters()) == (golden / "sum").read_text() and content["steps"] > 0
+        passed = small.checksum(pair.parameters()) == (golden / "sum").read_text() and content["steps"] > 0
+        yield golden.name, passed
 
 
 def dataset_integrity(folder):
-    """Changed IDX files: none is read, none crashes."""
+    """Changed IDX files: each raises an error that names the file."""
     noise = random.Random(0)
-    whole = bytes([0, 0, 8, 3]) + struct.pack(">3I", 7, 5, 4) + noise.randbytes(140)
-    path, digest = Path(folder, "images-idx3-ubyte"), hashlib.sha256(whole).hexdigest()
+    original = bytes([0, 0, 8, 3]) + struct.pack(">3I", 7, 5, 4) + noise.randbytes(140)
+    path, digest = Path(folder, "images-idx3-ubyte"), hashlib.sha256(original).hexdigest()
     for trial in range(100):
-        mutant = bytearray(whole)
+        mutant = bytearray(original)
         if trial % 3 == 0:
-            mutant = mutant[: noise.randrange(len(whole))]
+            mutant = mutant[: noise.randrange(len(original))]
         elif trial % 3 == 1:
-            mutant[noise.randrange(len(whole))] ^= 1 << noise.randrange(8)
+            mutant[noise.randrange(len(original))] ^= 1 << noise.randrange(8)
         else:
             mutant += noise.randbytes(noise.randrange(1, 50))
         path.write_bytes(mutant)
+        message = ""
         try:
             datasets._read_idx(path, digest)
-            said = ""
         except ValueError as error:
-            said = str(error)
-        yield f"mutant {trial}: {said}", str(path) in said
+            message = str(error)
+        yield f"mutant {trial}: {message}", str(path) in message
 
 
 def bombs(folder):
-    """A gigabyte of zeros in a small file: refused, with less than 64 MB of memory."""
-    place = Path(folder)
+    """Small files that expand to a gigabyte: an error, with less than 64 MB of memory."""
+    folder = Path(folder)
     with (
-        zipfile.ZipFile(place / "frey_faces.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        zipfile.ZipFile(folder / "frey_faces.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
         archive.open("images.npy", "w", force_zip64=True) as file,
     ):
         header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2**30,)})
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": "|u1", "fortran_order": False, "shape": (2**30,)}
+        )
         file.write(header.getvalue())
         for _ in range(2**10):
             file.write(bytes(2**20))
-    raw = place / "MNIST" / "raw"
+    raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in datasets._IDX_SHA256["MNIST"]:
-        with (raw / name).open("wb") as file:  # as large on paper, and with a header that agrees
+        with (raw / name).open("wb") as file:  # a sparse file of a gigabyte with a matching header
             file.write(struct.pack(">4B3I", 0, 0, 8, 3, 2**14, 2**8, 2**8))
             file.truncate(16 + 2**30)
         with gzip.open(raw / f"{name}.gz", "wb", compresslevel=1) as file:
             file.write(bytes(2**20))
     for name in ("frey-faces", "mnist"):
-        said = Path(folder, f"{name}-said")
-        code = small.run(_load_and_weigh, name, folder, said=str(said))
-        yield f"{name}: {said.read_text()[-200:]}", code == 0
+        output = Path(folder, f"{name}-output")
+        code = small.run(_load_and_measure_memory, name, folder, output=str(output))
+        yield f"{name}: {output.read_text()[-200:]}", code == 0
 
 
-def _load_and_weigh(name, folder):
+def _load_and_measure_memory(name, folder):
     import torchvision.datasets  # noqa: F401
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         datasets.load(name, data_dir=folder)
     except ValueError as error:
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
-        print(error, f"; {grown:.0f} MB")
-        sys.exit(0 if grown < 64 else 1)
+        megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+        print(error, f"; {megabytes:.0f} MB")
+        sys.exit(0 if megabytes < 64 else 1)
     sys.exit(2)

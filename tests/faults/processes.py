@@ -1,4 +1,4 @@
-"""Several processes: what they train is what one would; one that dies ends the job, which goes on where it was."""
+"""Several processes train the same parameters as one. A killed process ends the job, which can be resumed."""
 
 import os
 import signal
@@ -26,8 +26,8 @@ LOSSES = {
 
 
 def make_noiseless():
-    """A pair whose noise comes with the data, so that one process and several see the same; with a latent that all data
-    share, and parameters of plain functions."""
+    """A pair with a global latent and parameters of plain functions. Its noise is an argument, so that it
+    does not depend on the number of processes."""
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(3, 7), torch.nn.Tanh(), torch.nn.Linear(7, 2)).double()
 
@@ -52,40 +52,48 @@ def make_noiseless():
 
 def make_rows():
     noise = torch.Generator().manual_seed(1)
-    # the last minibatch of 20 has 1 row: more processes than rows
+    # the last minibatch of 20 has 1 row, fewer than processes
     return torch.randn(61, 3, generator=noise).double(), torch.randn(61, 2, generator=noise).double()
 
 
-def train(place, loss, compile, num_epochs=3, optim=None, **options):
-    """A fit that is the same for one process and for several: the data in their own order."""
+def train(folder, loss, compile, num_epochs=3, optim=None, **options):
+    """A fit without shuffling, so that it does not depend on the number of processes."""
     torch.set_num_threads(1)
     torch.randperm = lambda n, **_: torch.arange(n)
     model, guide = make_noiseless()
     rows = make_rows()
     history = pv.fit(
-        model, guide, rows, validation=(rows[0][:7], rows[1][:7]), loss=LOSSES[loss](), batch_size=20, num_epochs=num_epochs,
-        optim=optim or pyro.optim.SGD({"lr": 1e-4}), compile=compile, **options,
+        model, guide, rows, validation=(rows[0][:7], rows[1][:7]), loss=LOSSES[loss](), batch_size=20,
+        num_epochs=num_epochs, optim=optim or pyro.optim.SGD({"lr": 1e-4}), compile=compile, **options,
     )  # fmt: skip
     rank = int(os.environ.get("RANK", 0))
-    means = [mean for epoch in history.epochs for part in (epoch.train, epoch.validation) for mean in part[:3]]
+    means = [
+        mean for epoch in history.epochs for part in (epoch.train, epoch.validation) for mean in part[:3]
+    ]
     params = {name: value.detach() for name, value in history.param_store["params"].items()}
-    save_file({**params, "means": torch.tensor(means, dtype=torch.double)}, Path(place, str(rank)))
+    save_file({**params, "means": torch.tensor(means, dtype=torch.double)}, Path(folder, str(rank)))
 
 
-def grouped(rank, size, port, target, *args, **kwargs):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def run_rank(rank, size, port, target, *args, **kwargs):
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     torch.distributed.init_process_group("gloo")
     target(*args, **kwargs)
     torch.distributed.destroy_process_group()
 
 
-def together(size, target, *args, **kwargs):
-    """Run so many processes; whether all went well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def run_group(size, target, *args, **kwargs):
+    """Run ``target`` on ``size`` processes. Returns whether all exit codes are 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     processes = [
-        small.CONTEXT.Process(target=grouped, args=(rank, size, port, target, *args), kwargs=kwargs) for rank in range(size)
+        small.CONTEXT.Process(target=run_rank, args=(rank, size, port, target, *args), kwargs=kwargs)
+        for rank in range(size)
     ]
     for process in processes:
         process.start()
@@ -95,35 +103,42 @@ def together(size, target, *args, **kwargs):
 
 
 def one_and_several(folder):
-    """Two and three processes at the same global batch: parameters after plain gradient descent to 1e-12, means to 1e-6;
-    two with gradients of different parameters are refused."""
+    """Two and three processes at the same global batch equal one process: parameters after gradient descent
+    to 1e-12, means to 1e-6. Ranks with gradients of different parameters raise."""
     for loss in LOSSES:
         for compile in (False, "trace"):
-            found = []
+            results = []
             for size in (1, 2, 3):
-                place = Path(folder, f"{loss}-{compile}-{size}")
-                place.mkdir()
-                fine = together(size, train, place, loss, compile) if size > 1 else small.run(train, place, loss, compile) == 0
-                if not fine:
+                subfolder = Path(folder, f"{loss}-{compile}-{size}")
+                subfolder.mkdir()
+                args = (train, subfolder, loss, compile)
+                succeeded = run_group(size, *args) if size > 1 else small.run(*args) == 0
+                if not succeeded:
                     yield f"{loss}, {compile}, {size} processes: failed", False
                     continue
-                found.append([load_file(place / str(rank)) for rank in range(size)])
-            for several in found[1:]:
-                one = found[0][0]
-                off = {n: max(((each[n] - p).abs() / p.abs().max()).max().item() for each in several) for n, p in one.items()}
-                means = off.pop("means")
-                what = f"{loss}, {compile}, {len(several)} processes: parameters {max(off.values()):.1e}, means {means:.1e}"
-                yield what, max(off.values()) < 1e-12 and means < 1e-6
+                results.append([load_file(subfolder / str(rank)) for rank in range(size)])
+            for ranks in results[1:]:
+                errors = {
+                    name: max(((params[name] - p).abs() / p.abs().max()).max().item() for params in ranks)
+                    for name, p in results[0][0].items()
+                }
+                means, parameters = errors.pop("means"), max(errors.values())
+                description = f"{loss}, {compile}, {len(ranks)} processes"
+                yield (
+                    f"{description}: parameters {parameters:.1e}, means {means:.1e}",
+                    parameters < 1e-12 and means < 1e-6,
+                )
 
-    place = Path(folder, "apart")
-    place.mkdir()
-    fine = together(2, train_apart, place)
-    said = [Path(place, str(rank)).read_text() for rank in range(2)] if fine else []
-    yield f"different parameters: {said}", fine and all("gradients of different parameters" in text for text in said)
+    subfolder = Path(folder, "different")
+    subfolder.mkdir()
+    succeeded = run_group(2, train_different_parameters, subfolder)
+    messages = [Path(subfolder, str(rank)).read_text() for rank in range(2)] if succeeded else []
+    passed = succeeded and all("gradients of different parameters" in message for message in messages)
+    yield f"different parameters: {messages}", passed
 
 
-def train_apart(place):
-    """Each process uses a network of its own, though both have both."""
+def train_different_parameters(folder):
+    """A fit in which each rank uses another one of two networks."""
     rank = int(os.environ["RANK"])
     networks = [torch.nn.Linear(3, 2) for _ in range(2)]
 
@@ -141,22 +156,23 @@ def train_apart(place):
     try:
         pv.fit(model, guide, torch.randn(20, 3), num_epochs=1)
     except ValueError as error:
-        Path(place, str(rank)).write_text(str(error))
+        Path(folder, str(rank)).write_text(str(error))
 
 
 def death(folder):
-    """``torchrun`` with two workers, one killed: the job ends in less than 30 s. With a restart it goes on, to the
-    parameters of a job that nothing happened to."""
-    whole, ended, restarted = (Path(folder, name) for name in ("whole", "ended", "restarted"))
+    """``torchrun`` with two workers, of which one is killed: the job ends in less than 30 s. When it is
+    resumed, or restarted by ``torchrun``, it trains the same parameters as an uninterrupted job."""
+    reference, ended, restarted = (Path(folder, name) for name in ("reference", "ended", "restarted"))
     log = Path(folder, "log")
     words = ["train", "ring", "-n", 6, "-b", 50, "--every", 5]
-    assert torchrun([*words, "--out", whole], log).wait(120) == 0, log.read_text()
-    expected = _weights(whole)
+    assert torchrun([*words, "--out", reference], log).wait(120) == 0, log.read_text()
+    expected = _weights(reference)
     job = torchrun([*words, "--out", ended], log)
     _kill_a_worker(ended)
     start = time.perf_counter()
     code = job.wait(60)
-    yield f"ended after {time.perf_counter() - start:.1f} s with {code}", code != 0 and time.perf_counter() - start < 30
+    seconds = time.perf_counter() - start
+    yield f"ended after {seconds:.1f} s with {code}", code != 0 and seconds < 30
     code = torchrun([*words, "--out", ended, "--resume", "last"], log).wait(120)
     yield f"resumed: {code}, {log.read_text()}", code == 0 and _weights(ended) == expected
     job = torchrun([*words, "--out", restarted, "--resume", "last"], log, "--max-restarts=1")
@@ -166,24 +182,32 @@ def death(folder):
 
 
 def torchrun(words, log, *options):
-    """Start the command line on two processes; what they print goes into a file."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    """Start the command line on two processes, with their output in the file ``log``."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *options,
+    ]
     with open(log, "w") as file:
         return subprocess.Popen([*command, "-m", "pyro_vae", *map(str, words)], stdout=file, stderr=file)
 
 
 def _kill_a_worker(run):
-    """The one that writes nothing, once there is a checkpoint."""
+    """Kill rank 1, which writes no files, after the first checkpoint."""
     for _ in range(600):
         if Checkpoints(run / "checkpoints").paths():
             break
         time.sleep(0.05)
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            words, given = (entry / "cmdline").read_bytes().split(b"\0"), (entry / "environ").read_bytes().split(b"\0")
+            words, environment = ((entry / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
         except OSError:
             continue
-        if str(run).encode() in words and b"RANK=1" in given:
+        if str(run).encode() in words and b"RANK=1" in environment:
             os.kill(int(entry.name), signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""What the faults are done to: a small pair and its fit, as a process of its own."""
+"""A small pair, its fit, and processes that run them."""
 
 import hashlib
 import multiprocessing
@@ -21,7 +21,7 @@ LOSSES = {
     "TraceMeanField_ELBO": TraceMeanField_ELBO,
     "IWAE": lambda: RenyiELBO(alpha=0, num_particles=3),
 }
-# processes that have torch and Pyro loaded, and no threads yet
+# forks of a server that has imported torch and Pyro and has no threads
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["torch._dynamo", "torch.fx.experimental.proxy_tensor", "pyro_vae.cli.runs", "tests.faults.small"]
@@ -39,19 +39,23 @@ def make_vae(seed=0, **kwargs):
 
 def make_data(n=1010):
     noise = torch.Generator().manual_seed(3)
-    return torch.randn(n, 2, generator=noise) @ torch.randn(2, 4, generator=noise) + 0.3 * torch.randn(n, 4, generator=noise)
+    return torch.randn(n, 2, generator=noise) @ torch.randn(2, 4, generator=noise) + 0.3 * torch.randn(
+        n, 4, generator=noise
+    )
 
 
-def sum_of(tensors):
-    """SHA-256 of their bits."""
+def checksum(tensors):
+    """SHA-256 of the bytes of tensors."""
     return hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
 
 
 def train(loss="Trace_ELBO", *, vae=None, seed=1, num_epochs=8, compile="trace", **options):
-    """A fit with everything that can be lost in it: a schedule, early stopping, a last batch of another size."""
+    """A fit with a learning-rate schedule, early stopping, and a smaller last batch."""
     torch.set_num_threads(1)
     vae, x = vae or make_vae(), make_data()
-    optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.9})
+    optim = pyro.optim.ExponentialLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.9}
+    )
     pyro.set_rng_seed(seed)
     history = pv.fit(
         vae.model, vae.guide, x[:1000], validation=x[1000:], loss=LOSSES[loss](), optim=optim, num_epochs=num_epochs,
@@ -60,15 +64,16 @@ def train(loss="Trace_ELBO", *, vae=None, seed=1, num_epochs=8, compile="trace",
     return vae, history
 
 
-def outcome(folder, *args, **kwargs):
-    """Train, and leave the sum of the parameters in a file."""
+def train_to_checksum(folder, *args, **kwargs):
+    """Train, and write the checksum of the parameters to the file ``sum``."""
     vae, _ = train(*args, **kwargs)
-    Path(folder, "sum").write_text(sum_of(vae.parameters()))
+    Path(folder, "sum").write_text(checksum(vae.parameters()))
 
 
 def run(target, *args, timeout=120, **kwargs):
-    """A call in a process of its own; its exit code, minus the number of the signal that killed it."""
-    process = CONTEXT.Process(target=_quiet, args=(target, args, kwargs))
+    """Call ``target`` in a new process. Returns its exit code, or minus the number of the signal that killed
+    it."""
+    process = CONTEXT.Process(target=call_with_output, args=(target, args, kwargs))
     process.start()
     process.join(timeout)
     if process.is_alive():
@@ -78,18 +83,18 @@ def run(target, *args, timeout=120, **kwargs):
     return process.exitcode
 
 
-def _quiet(target, args, kwargs):
-    """Nothing on the terminal but the last line of what was said, in ``$SAID`` where that is set."""
-    said = kwargs.pop("said", os.devnull)
-    with open(said, "w") as file:
+def call_with_output(target, args, kwargs):
+    """Call ``target`` with its output in the file ``output``."""
+    output = kwargs.pop("output", os.devnull)
+    with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    tqdm.set_lock(threading.RLock())  # no semaphore that outlives a process that is killed
+    tqdm.set_lock(threading.RLock())  # no semaphore, which a killed process would leak
     target(*args, **kwargs)
 
 
 def command(*words):
-    """The command line, in this process."""
+    """Run the command line in this process."""
     torch.set_num_threads(1)
     sys.argv = ["pyro-vae", *map(str, words)]
     app.main()

@@ -1,4 +1,4 @@
-"""What happens to large runs, done to small ones: ``pytest -m faults``, or as a table ``python -m tests.faults``."""
+"""Small runs survive injected faults: ``pytest -m faults``, or ``python -m tests.faults`` for a table."""
 
 import pytest
 
@@ -7,6 +7,6 @@ from tests.faults.__main__ import ROWS
 
 @pytest.mark.faults
 @pytest.mark.parametrize("risk", ROWS)
-def test_a_small_run_survives(risk, tmp_path):
-    lost = [what for what, fine in ROWS[risk](tmp_path) if not fine]
-    assert not lost, "\n".join(lost)
+def test_small_run_survives(risk, tmp_path):
+    failures = [description for description, passed in ROWS[risk](tmp_path) if not passed]
+    assert not failures, "\n".join(failures)
