@@ -50,7 +50,9 @@ def in_memory(x, size):
 
 def fit(x, size, compile):
     vae = make_vae()
-    epochs = pv.train(vae.model, vae.guide, x, batch_size=size, num_epochs=10_000, compile=compile, progress=False)
+    epochs = pv.train(
+        vae.model, vae.guide, x, batch_size=size, num_epochs=10_000, compile=compile, progress=False
+    )
     return lambda: next(epochs)
 
 

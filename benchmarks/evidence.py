@@ -27,7 +27,9 @@ def trained(data_dir, num_epochs):
     train, test = pv.load("mnist", binarize="stochastic", data_dir=data_dir)
     train, test = (pv.Data(part.x.flatten(1), binarize="stochastic", name="mnist") for part in (train, test))
     vae = make_vae()
-    optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 2e-3}, "gamma": 0.9})
+    optim = pyro.optim.ExponentialLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 2e-3}, "gamma": 0.9}
+    )
     print(pv.fit(vae.model, vae.guide, train, optim=optim, num_epochs=num_epochs))
     return vae.requires_grad_(False).eval(), test.fixed().x
 
@@ -40,7 +42,9 @@ def ladder(args):
         "ELBO": lambda: evidence.importance(vae.model, vae.guide, x, num_particles=1),
         "IWAE-100": lambda: evidence.importance(vae.model, vae.guide, x, num_particles=100),
         "IWAE-5000": lambda: evidence.importance(vae.model, vae.guide, x, num_particles=5000),
-        "AIS, 1000 temperatures": lambda: evidence.ais(vae.model, x, annealing=evidence.Annealing(num_temperatures=1000)),
+        "AIS, 1000 temperatures": lambda: evidence.ais(
+            vae.model, x, annealing=evidence.Annealing(num_temperatures=1000)
+        ),
         "AIS from the guide, 1000": lambda: evidence.ais(
             vae.model, x, annealing=evidence.Annealing(num_temperatures=1000), start=vae.guide
         ),
@@ -58,7 +62,9 @@ def ladder(args):
     for temperatures in (1000, 10_000):
         start = time.perf_counter()
         found = evidence.bdmc(vae.model, x[:20], annealing=evidence.Annealing(num_temperatures=temperatures))
-        print(f"\nBDMC, {temperatures} temperatures, {time.perf_counter() - start:.0f} s\n{found}", flush=True)
+        print(
+            f"\nBDMC, {temperatures} temperatures, {time.perf_counter() - start:.0f} s\n{found}", flush=True
+        )
 
 
 def toys(args):

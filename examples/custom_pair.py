@@ -44,7 +44,9 @@ def guide(x):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-n", "--num-epochs", type=int, default=100)
     parser.add_argument("--smoke-test", action="store_true", help="two epochs")
     args = parser.parse_args()
@@ -54,10 +56,13 @@ if __name__ == "__main__":
     print(pv.check_pair(model, guide, x_train[:100]), "\n")
 
     num_epochs = 2 if args.smoke_test else args.num_epochs
-    history = pv.fit(model, guide, x_train, validation=x_test, optim=Adam({"lr": 2e-3}), num_epochs=num_epochs)
+    history = pv.fit(
+        model, guide, x_train, validation=x_test, optim=Adam({"lr": 2e-3}), num_epochs=num_epochs
+    )
     print(history)
     with torch.no_grad():
         s = brightness_encoder(x_test / 16).mean.squeeze(-1)
     print(
-        f"correlation of E[s|x] with the mean count of an image: {torch.corrcoef(torch.stack([s, x_test.mean(1)]))[0, 1]:.3f}"
+        "correlation of E[s|x] with the mean count of an image: "
+        f"{torch.corrcoef(torch.stack([s, x_test.mean(1)]))[0, 1]:.3f}"
     )

@@ -24,13 +24,17 @@ LATENT_DIM, CLASSES = 4, 10
 def make_cvae(prior):
     return pv.VAE(
         prior=prior,
-        decoder=conditionals.ContinuousBernoulli(nets.MLP(((LATENT_DIM,), (CLASSES,)), (200,)), event_shape=(8, 8)),
+        decoder=conditionals.ContinuousBernoulli(
+            nets.MLP(((LATENT_DIM,), (CLASSES,)), (200,)), event_shape=(8, 8)
+        ),
         encoder=conditionals.Normal(nets.MLP(((8, 8), (CLASSES,)), (200,)), event_shape=LATENT_DIM),
     )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-n", "--num-epochs", type=int, default=200)
     parser.add_argument("--out", default="cvae.png")
     parser.add_argument("--smoke-test", action="store_true", help="two epochs")
@@ -44,9 +48,13 @@ if __name__ == "__main__":
     conditional_prior = conditionals.Normal(nets.MLP(CLASSES, (50,)), event_shape=LATENT_DIM)
     for name, prior in (("p(z)", priors.StandardNormal(LATENT_DIM)), ("p(z|c)", conditional_prior)):
         cvae = make_cvae(prior)
-        history = pv.fit(cvae.model, cvae.guide, train, validation=test, optim=Adam({"lr": 2e-3}), num_epochs=num_epochs)
+        history = pv.fit(
+            cvae.model, cvae.guide, train, validation=test, optim=Adam({"lr": 2e-3}), num_epochs=num_epochs
+        )
         print(f"{name:7} {history}")
     with torch.no_grad():
         c = torch.eye(CLASSES).repeat_interleave(CLASSES, 0)
         images = cvae.decode(cvae.model.prior(c).sample(), c).mean
-    plots.plot_images(images, title="E[x|z, c] at z ~ p(z|c), a row for each class").savefig(args.out, dpi=150)
+    plots.plot_images(images, title="E[x|z, c] at z ~ p(z|c), a row for each class").savefig(
+        args.out, dpi=150
+    )

@@ -1,7 +1,8 @@
 """SVI with Lightning: ``pip install -e '.[lightning]'``.
 
 ``Trace_ELBO()(model, guide)`` is a ``torch.nn.Module`` whose ``forward`` returns the loss. It works with
-the training loop, loggers and DistributedDataParallel of Lightning. ``pv.fit`` does not need Lightning."""
+the training loop, loggers and DistributedDataParallel of Lightning. ``pv.fit`` does not need Lightning.
+"""
 
 import argparse
 import logging
@@ -42,9 +43,13 @@ def main(args):
     )
     logging.getLogger("lightning").setLevel(logging.ERROR)
     trainer = lightning.Trainer(
-        max_epochs=1 if args.smoke_test else 50, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, accelerator="cpu",
-    )  # fmt: skip
+        max_epochs=1 if args.smoke_test else 50,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
     trainer.fit(SVI(vae), DataLoader(TensorDataset(train.x), batch_size=100, shuffle=True))
     print(f"held-out: {pv.evaluate(vae.model, vae.guide, test)}")
 

@@ -38,8 +38,18 @@ def as_exact(vae):
 
 def train(vae, x, num_epochs, loss=None):
     """Full-batch training with Adam. The learning rate decays by a factor of 1000."""
-    optim = ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "gamma": 1e-3 ** (1 / num_epochs)})
-    return pv.fit(vae.model, vae.guide, x, loss=loss or Trace_ELBO(), optim=optim, num_epochs=num_epochs, batch_size=None)
+    optim = ExponentialLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "gamma": 1e-3 ** (1 / num_epochs)}
+    )
+    return pv.fit(
+        vae.model,
+        vae.guide,
+        x,
+        loss=loss or Trace_ELBO(),
+        optim=optim,
+        num_epochs=num_epochs,
+        batch_size=None,
+    )
 
 
 def active_units(vae, x, threshold=0.01):
@@ -61,7 +71,13 @@ def draw(history, best, eigenvalues, vae):
         label="ELBO, one sample per datum",
     )
     left.axhline(best, color="k", ls="--", label="maximum log-likelihood of PPCA")
-    left.set(xlabel="epochs", ylabel="nats per datum", ylim=(best - 30, best + 3), title="SVI of a linear VAE", xscale="log")
+    left.set(
+        xlabel="epochs",
+        ylabel="nats per datum",
+        ylim=(best - 30, best + 3),
+        title="SVI of a linear VAE",
+        xscale="log",
+    )
     toy = as_exact(vae)
     noise = toy.noise_scale[0] ** 2
     learned = torch.linalg.svdvals(toy.weight) ** 2 + noise
@@ -76,7 +92,9 @@ def draw(history, best, eigenvalues, vae):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-n", "--num-epochs", type=int, default=5000)
     parser.add_argument("-k", "--num-units", type=int, default=5)
     parser.add_argument("--out", default="linear_vae.png")

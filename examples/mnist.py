@@ -50,7 +50,9 @@ def by_fit(train, test, num_epochs):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-n", "--num-epochs", type=int, default=15)
     parser.add_argument("--data-dir")
     parser.add_argument("--seed", type=int, default=0)

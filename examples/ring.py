@@ -23,13 +23,17 @@ HIDDEN = (100, 100, 100)
 def make_vae():
     return pv.VAE(
         prior=priors.StandardNormal(2),
-        decoder=conditionals.Normal(nets.MLP(2, HIDDEN, activation=torch.relu), event_shape=2, min_scale=0.05),
+        decoder=conditionals.Normal(
+            nets.MLP(2, HIDDEN, activation=torch.relu), event_shape=2, min_scale=0.05
+        ),
         encoder=conditionals.Normal(nets.MLP(2, HIDDEN, activation=torch.relu), event_shape=2),
     )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-n", "--num-epochs", type=int, default=200)
     parser.add_argument("--warm-up", type=int, default=50, help="epochs over which β rises from 0 to 1")
     parser.add_argument("--out", default="ring.png")

@@ -1,10 +1,11 @@
 """Distributions given something: modules whose ``forward(*given)`` returns a Pyro distribution.
 
-One vocabulary for all parts: a decoder p(x|z), an encoder q(z|x) and a prior p(z) or p(z|c) are conditionals alike; those of
-:mod:`pyro_vae.priors` are given nothing. Each class here is built from a trunk (see :mod:`pyro_vae.nets`) and an
-``event_shape``; it knows which parameters its distribution needs and adds its own linear read-out for each, so nobody
-computes ``2 * latent_dim`` by hand. Positive parameters are exp or softplus of a
-read-out plus a floor, which each class states: without a floor a density may grow without bound.
+One vocabulary for all parts: a decoder p(x|z), an encoder q(z|x) and a prior p(z) or p(z|c) are conditionals
+alike; those of
+:mod:`pyro_vae.priors` are given nothing. Each class here is built from a trunk (see :mod:`pyro_vae.nets`) and
+an ``event_shape``; it knows which parameters its distribution needs and adds its own linear read-out for
+each, so nobody computes ``2 * latent_dim`` by hand. Positive parameters are exp or softplus of a read-out
+plus a floor, which each class states: without a floor a density may grow without bound.
 
 >>> import torch
 >>> from pyro_vae import conditionals, nets
@@ -35,8 +36,9 @@ _SCALE_READOUTS = {"network": ("log_scale",), "log_variance": ("log_variance",)}
 class Conditional(Part):
     """p(y | given) over events y of ``event_shape``: the base class of priors, decoders and encoders.
 
-    ``forward(*given)`` → a Pyro distribution of that ``event_shape``, its event dimensions declared. Each given has shape
-    ``(*batch, *its event)``, and the distribution has ``batch_shape`` ``batch``, or ``()`` where it depends on none of them.
+    ``forward(*given)`` → a Pyro distribution of that ``event_shape``, its event dimensions declared. Each
+    given has shape ``(*batch, *its event)``, and the distribution has ``batch_shape`` ``batch``, or ``()``
+    where it depends on none of them.
     """
 
     def __init__(self, event_shape: Shape) -> None:
@@ -55,7 +57,8 @@ class Conditional(Part):
 class FromTrunk(Conditional):
     """p(y | given): reads the named parameters of a distribution from a trunk's features.
 
-    :param trunk: any module that says its ``out_shape`` (ours do; ``nn.Linear`` and ``nn.Sequential`` are understood).
+    :param trunk: any module that says its ``out_shape`` (ours do; ``nn.Linear`` and ``nn.Sequential`` are
+        understood).
     :param event_shape: the shape of one y.
     :param readouts: shape of each parameter that the network gives.
 
@@ -67,7 +70,10 @@ class FromTrunk(Conditional):
         self.trunk = trunk
         features = out_shape(trunk)
         self.readout = nn.ModuleDict(
-            {name: Readout(features, shape, image=len(self.event_shape) > 1) for name, shape in readouts.items()}
+            {
+                name: Readout(features, shape, image=len(self.event_shape) > 1)
+                for name, shape in readouts.items()
+            }
         )
 
     @property
@@ -78,8 +84,9 @@ class FromTrunk(Conditional):
     def forward(self, *given: Tensor) -> dist.TorchDistribution:
         if not given:
             raise ValueError(
-                f"{type(self).__name__}: it is conditional but is given nothing; expected the inputs of its trunk. A VAE "
-                "whose prior is p(z|c) needs the condition: model(x, c), guide(x, c), vae.sample(n, c)"
+                f"{type(self).__name__}: it is conditional but is given nothing; expected the inputs of its "
+                "trunk. A VAE whose prior is p(z|c) needs the condition: model(x, c), guide(x, c), "
+                "vae.sample(n, c)"
             )
         features = self.trunk(*given)
         return self.distribution(**{name: readout(features) for name, readout in self.readout.items()})
@@ -143,7 +150,8 @@ class NegativeBinomial(Elementwise):
 
 
 class Beta(Elementwise):
-    """y ∈ (0, 1): both concentrations are 1e-3 + softplus of a read-out. Implicit reparameterization as q(z|x)."""
+    """y ∈ (0, 1): both concentrations are 1e-3 + softplus of a read-out. Implicit reparameterization as
+    q(z|x)."""
 
     names = ("concentration1", "concentration0")
 
@@ -152,7 +160,8 @@ class Beta(Elementwise):
 
 
 class Gamma(Elementwise):
-    """y > 0: concentration and rate are 1e-3 + softplus of a read-out. Implicit reparameterization as q(z|x)."""
+    """y > 0: concentration and rate are 1e-3 + softplus of a read-out. Implicit reparameterization as
+    q(z|x)."""
 
     names = ("concentration", "rate")
 
@@ -163,15 +172,16 @@ class Gamma(Elementwise):
 class LocationScale(Elementwise):
     """Location from the network, scale from one of four places: Normal, Laplace, LogNormal and StudentT.
 
-    :param scale: ``"network"``: σ = min_scale + exp(s), s linear in the features; ``"log_variance"``: σ = min_scale + exp(v/2),
-        v linear in the features, as in AEVB and in most other code; ``"learned"``: σ = min_scale + exp(s) with one learned
-        vector s, the same for every datum; ``"isotropic"``: with one learned number, as in probabilistic PCA; a number or
-        tensor: σ itself, fixed.
-    :param min_scale: the floor under a trained scale. A datum that the mean meets exactly has unbounded density as
-        σ → 0 (a pixel that is always black is enough); with it log p(y) ≤ −log min_scale + const per element. 0 removes it,
-        as parameters trained elsewhere need: see "Parameters trained elsewhere" in the README.
-    :param loc_constraint: where the location lives: ``constraints.unit_interval`` puts the means through a sigmoid, as
-        AEVB does for Frey Face.
+    :param scale: ``"network"``: σ = min_scale + exp(s), s linear in the features; ``"log_variance"``: σ =
+        min_scale + exp(v/2), v linear in the features, as in AEVB and in most other code; ``"learned"``: σ =
+        min_scale + exp(s) with one learned vector s, the same for every datum; ``"isotropic"``: with one
+        learned number, as in probabilistic PCA; a number or tensor: σ itself, fixed.
+    :param min_scale: the floor under a trained scale. A datum that the mean meets exactly has unbounded
+        density as σ → 0 (a pixel that is always black is enough); with it log p(y) ≤ −log min_scale + const
+        per element. 0 removes it, as parameters trained elsewhere need: see "Parameters trained elsewhere" in
+        the README.
+    :param loc_constraint: where the location lives: ``constraints.unit_interval`` puts the means through a
+        sigmoid, as AEVB does for Frey Face.
     """
 
     names: ClassVar[tuple[str, ...]] = ("loc",)
@@ -188,18 +198,22 @@ class LocationScale(Elementwise):
         loc_constraint: constraints.Constraint = constraints.real,
     ) -> None:
         extra = _SCALE_READOUTS.get(scale, ()) if isinstance(scale, str) else ()
-        FromTrunk.__init__(self, trunk, event_shape=event_shape, readouts=dict.fromkeys(self.names + extra, event_shape))
+        FromTrunk.__init__(
+            self, trunk, event_shape=event_shape, readouts=dict.fromkeys(self.names + extra, event_shape)
+        )
         self.min_scale = scale_floor(min_scale)
         self.register_buffer("fixed_scale", None)
         self.loc_transform = transform_to(loc_constraint)
-        unknown = f'scale: expected "network", "log_variance", "learned", "isotropic" or a positive number but got {scale!r}'
+        expected = '"network", "log_variance", "learned", "isotropic" or a positive number'
+        unknown = f"scale: expected {expected} but got {scale!r}"
         if not isinstance(scale, str | Number | Tensor):
             raise ValueError(unknown)
         if not isinstance(scale, str):
             fixed = torch.as_tensor(scale, dtype=torch.get_default_dtype())
             if not (fixed > 0).all() or fixed.shape not in (torch.Size(), self.event_shape):
                 raise ValueError(
-                    f"scale: a fixed scale must be positive, one number or of shape {tuple(self.event_shape)}, but got {scale}"
+                    "scale: a fixed scale must be positive, one number or of shape "
+                    f"{tuple(self.event_shape)}, but got {scale}"
                 )
             self.register_buffer("fixed_scale", fixed.expand(self.event_shape).clone())
         elif not extra:
@@ -262,12 +276,15 @@ class MultivariateNormal(FromTrunk):
         super().__init__(trunk, event_shape=event_shape, readouts=readouts)
         self.min_scale = scale_floor(min_scale)
 
-    def distribution(self, *, loc: Tensor, log_diagonal: Tensor, lower: Tensor | None = None) -> dist.TorchDistribution:  # type: ignore[override]
+    def distribution(  # type: ignore[override]
+        self, *, loc: Tensor, log_diagonal: Tensor, lower: Tensor | None = None
+    ) -> dist.TorchDistribution:
         scale_tril = torch.diag_embed(self.min_scale + log_diagonal.exp())
         if lower is not None:
             d = loc.shape[-1]
             row, column = torch.tril_indices(d, d, offset=-1, device=loc.device)
-            # matrix[row, column] = lower as one scatter along the flattened matrix: out of place, any batch shape
+            # matrix[row, column] = lower as one scatter along the flattened matrix: out of place, any batch
+            # shape
             flat = scale_tril.flatten(-2)
             scale_tril = flat.index_add(-1, row * d + column, lower).unflatten(-1, (d, d))
         return dist.MultivariateNormal(loc, scale_tril=scale_tril)
@@ -276,9 +293,13 @@ class MultivariateNormal(FromTrunk):
 class LowRankMultivariateNormal(FromTrunk):
     """N(μ, W Wᵀ + D): factor W of ``rank`` columns, diagonal √D = min_scale + exp of a read-out."""
 
-    def __init__(self, trunk: nn.Module, *, event_shape: Shape, rank: int = 2, min_scale: float = 1e-3) -> None:
+    def __init__(
+        self, trunk: nn.Module, *, event_shape: Shape, rank: int = 2, min_scale: float = 1e-3
+    ) -> None:
         d = vector_size("LowRankMultivariateNormal", event_shape)
-        super().__init__(trunk, event_shape=event_shape, readouts={"loc": d, "factor": (d, rank), "log_diagonal": d})
+        super().__init__(
+            trunk, event_shape=event_shape, readouts={"loc": d, "factor": (d, rank), "log_diagonal": d}
+        )
         self.min_scale = scale_floor(min_scale)
 
     def distribution(self, *, loc: Tensor, factor: Tensor, log_diagonal: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
@@ -294,7 +315,9 @@ class Categorical(FromTrunk):
     def __init__(self, trunk: nn.Module, *, event_shape: Shape, num_classes: int) -> None:
         if num_classes < 2:
             raise ValueError(f"Categorical: num_classes must be 2 or more but got {num_classes}")
-        super().__init__(trunk, event_shape=event_shape, readouts={"logits": (num_classes, *as_shape(event_shape))})
+        super().__init__(
+            trunk, event_shape=event_shape, readouts={"logits": (num_classes, *as_shape(event_shape))}
+        )
         self.num_classes = num_classes
 
     def distribution(self, *, logits: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
@@ -321,8 +344,8 @@ def masked(distribution: dist.TorchDistribution, mask: Tensor) -> dist.TorchDist
     dims = distribution.event_dim
     if not isinstance(distribution, dist.Independent) or distribution.reinterpreted_batch_ndims != dims:
         raise ValueError(
-            f"mask: the entries of {type(distribution).__name__} are not independent, so they cannot be masked one by "
-            "one; use an elementwise conditional such as Normal or Bernoulli"
+            f"mask: the entries of {type(distribution).__name__} are not independent, so they cannot be "
+            "masked one by one; use an elementwise conditional such as Normal or Bernoulli"
         )
     return distribution.base_dist.mask(mask).to_event(dims)
 
@@ -331,12 +354,15 @@ def vector_size(name: str, event_shape: Shape) -> int:
     """d of an ``event_shape`` of one dimension. Raises ``ValueError`` for another; ``name`` says who asks."""
     shape = as_shape(event_shape)
     if len(shape) != 1:
-        raise ValueError(f"{name}: expected an event_shape of one dimension, such as 20, but got {tuple(shape)}")
+        raise ValueError(
+            f"{name}: expected an event_shape of one dimension, such as 20, but got {tuple(shape)}"
+        )
     return shape[0]
 
 
 def scale_floor(min_scale: float) -> float:
-    """``min_scale`` itself, the floor under a trained scale. Raises ``ValueError`` where it is negative or not finite."""
+    """``min_scale`` itself, the floor under a trained scale. Raises ``ValueError`` where it is negative or
+    not finite."""
     if not 0 <= min_scale < math.inf:
         raise ValueError(f"min_scale: expected 0 or a positive floor under the scale but got {min_scale}")
     return min_scale

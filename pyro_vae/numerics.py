@@ -10,7 +10,8 @@ _MIN_TAIL = 5  # smallest tail that a Pareto distribution is fitted to
 
 
 def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:
-    """Log of the mean weight, log (1/K) Σ exp(log w), in nats: ``(K, *batch)`` → ``(*batch)``. −∞ where all weights are 0."""
+    """Log of the mean weight, log (1/K) Σ exp(log w), in nats: ``(K, *batch)`` → ``(*batch)``. −∞ where all
+    weights are 0."""
     return log_weights.logsumexp(dim) - math.log(log_weights.shape[dim])
 
 

@@ -24,7 +24,8 @@ def figure_of(ax: Axes) -> Figure:
 
 
 def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None) -> Axes:
-    """ELBO in nats per datum over epochs, training and held out; the training ELBO is that of the moving parameters."""
+    """ELBO in nats per datum over epochs, training and held out; the training ELBO is that of the moving
+    parameters."""
     ax = ax or plt.subplots(figsize=(6, 4), layout="constrained")[1]
     numbers = [record.epoch for record in epochs]
     marker = "o" if len(epochs) < 10 else None
@@ -45,12 +46,15 @@ def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None) -> Axes:
 
 
 def plot_ladder(rungs: Mapping[str, Sequence[Evidence]], ax: Axes | None = None) -> Axes:
-    """Estimates of log p(x) over their cost, evaluations of the model for one datum: of each estimator the rungs by rising
-    cost, with their Monte Carlo errors. Means over the same data differ by bias and noise alone."""
+    """Estimates of log p(x) over their cost, evaluations of the model for one datum: of each estimator the
+    rungs by rising cost, with their Monte Carlo errors. Means over the same data differ by bias and noise
+    alone."""
     ax = ax or plt.subplots(figsize=(6.4, 4.4), layout="constrained")[1]
     for name, found in rungs.items():
         noise = [one.noise if np.isfinite(one.noise) else 0.0 for one in found]
-        ax.errorbar([one.cost for one in found], [one.mean for one in found], noise, marker="o", capsize=3, label=name)
+        ax.errorbar(
+            [one.cost for one in found], [one.mean for one in found], noise, marker="o", capsize=3, label=name
+        )
     ax.set_xscale("log")
     means = sorted(one.mean for found in rungs.values() for one in found if np.isfinite(one.mean))
     while len(means) > 2 and means[-1] - means[0] > 8 * (means[-1] - means[1]):
@@ -80,14 +84,18 @@ def plot_pareto_k(k: Tensor, ax: Axes | None = None) -> Axes:
     ax.hist(finite, bins=40, color="C0")
     for threshold, colour in ((0.5, "C2"), (0.7, "C3")):
         ax.axvline(threshold, color=colour, linestyle="--", label=f"{threshold}")
-    ax.set(xlabel="Pareto k of a datum's weights", ylabel="data", title="The guide as a proposal: good below .5, bad above .7")
+    ax.set(
+        xlabel="Pareto k of a datum's weights",
+        ylabel="data",
+        title="The guide as a proposal: good below .5, bad above .7",
+    )
     ax.legend(frameon=False)
     return ax
 
 
 def plot_diagnosis(found: Diagnosis, x: Tensor) -> dict[str, Callable[[], Figure]]:
-    """Every picture of a diagnosis, by name, each drawn when it is called: Pareto k̂, the worst data where they are images
-    ``x``, the calibration."""
+    """Every picture of a diagnosis, by name, each drawn when it is called: Pareto k̂, the worst data where
+    they are images ``x``, the calibration."""
     pictures: dict[str, Callable[[], Figure]] = {}
     if found.pareto_k.isfinite().any():
         pictures["pareto-k"] = lambda: figure_of(plot_pareto_k(found.pareto_k))
@@ -100,12 +108,16 @@ def plot_diagnosis(found: Diagnosis, x: Tensor) -> dict[str, Callable[[], Figure
 
 
 def plot_images(images: Tensor, *, columns: int = 10, title: str | None = None) -> Figure:
-    """A grid of images ``(n, height, width)`` or ``(n, channels, height, width)``, row by row, on one grey scale; an image
-    of NaN leaves its place empty."""
-    if images.dim() not in (3, 4) or not len(images) or (images.dim() == 4 and images.shape[1] not in (1, 3, 4)):
+    """A grid of images ``(n, height, width)`` or ``(n, channels, height, width)``, row by row, on one grey
+    scale; an image of NaN leaves its place empty."""
+    if (
+        images.dim() not in (3, 4)
+        or not len(images)
+        or (images.dim() == 4 and images.shape[1] not in (1, 3, 4))
+    ):
         raise ValueError(
-            f"plot_images: expected (n, height, width), or (n, channels, height, width) with 1, 3 or 4 channels, but got "
-            f"{tuple(images.shape)}"
+            "plot_images: expected (n, height, width), or (n, channels, height, width) with 1, 3 or 4 "
+            f"channels, but got {tuple(images.shape)}"
         )
     sheet = _tiled(images.detach().cpu().double(), columns, gap=max(1, images.shape[-1] // 16))
     low, high = np.nanmin(sheet), np.nanmax(sheet)
@@ -121,7 +133,8 @@ def plot_images(images: Tensor, *, columns: int = 10, title: str | None = None) 
 
 
 def _tiled(images: Tensor, columns: int, *, gap: int = 0) -> np.ndarray:
-    """Images ``(n, height, width)`` or ``(n, channels, height, width)`` as one, row by row, with NaN in the gaps."""
+    """Images ``(n, height, width)`` or ``(n, channels, height, width)`` as one, row by row, with NaN in the
+    gaps."""
     images = images.unsqueeze(1) if images.dim() == 3 else images
     empty = images.new_full((-len(images) % columns, *images.shape[1:]), torch.nan)
     images = torch.nn.functional.pad(torch.cat([images, empty]), (0, gap, 0, gap), value=torch.nan)
@@ -133,12 +146,15 @@ def _tiled(images: Tensor, columns: int, *, gap: int = 0) -> np.ndarray:
 
 
 def plot_reconstructions(x: Tensor, reconstructions: Tensor, *, columns: int = 10) -> Figure:
-    """Originals ``(n, height, width)`` or ``(n, channels, height, width)``, each row above its reconstructions."""
+    """Originals ``(n, height, width)`` or ``(n, channels, height, width)``, each row above its
+    reconstructions."""
     columns = min(columns, len(x))
     empty = reconstructions.new_full((-len(x) % columns, *x.shape[1:]), torch.nan)
     originals, others = (torch.cat([part.to(empty), empty]).split(columns) for part in (x, reconstructions))
     rows = [row for pair in zip(originals, others, strict=True) for row in pair]
-    return plot_images(torch.cat(rows), columns=columns, title="Originals, each row above its reconstructions")
+    return plot_images(
+        torch.cat(rows), columns=columns, title="Originals, each row above its reconstructions"
+    )
 
 
 @torch.no_grad()
@@ -161,7 +177,8 @@ def plot_points(sets: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
 
 @torch.no_grad()
 def plot_manifold(vae: VAE, *, steps: int = 20) -> Figure:
-    """The manifold of a 2-D latent: a grid of quantiles through the inverse Gaussian CDF, decoded (AEVB, figure 4)."""
+    """The manifold of a 2-D latent: a grid of quantiles through the inverse Gaussian CDF, decoded (AEVB,
+    figure 4)."""
     q = (torch.arange(steps) + 0.5) / steps
     z = torch.distributions.Normal(0.0, 1.0).icdf(q)
     parameter = next(vae.parameters())
@@ -175,8 +192,8 @@ def plot_manifold(vae: VAE, *, steps: int = 20) -> Figure:
 
 @torch.no_grad()
 def plot_latent(vae: VAE, x: Tensor, labels: Tensor | None = None, ax: Axes | None = None) -> Axes:
-    """Means of q(z|x) of a 2-D latent, coloured by label; draws of it, one for each datum, where its mean is not known in
-    closed form, as that of a flow."""
+    """Means of q(z|x) of a 2-D latent, coloured by label; draws of it, one for each datum, where its mean is
+    not known in closed form, as that of a flow."""
     ax = ax or plt.subplots(figsize=(6, 5.5), layout="constrained")[1]
     what, points = _means(vae.encode(x))
     z = points.cpu().numpy()
@@ -185,14 +202,17 @@ def plot_latent(vae: VAE, x: Tensor, labels: Tensor | None = None, ax: Axes | No
     else:
         for label in labels.unique():
             rows = (labels == label).cpu().numpy()
-            ax.scatter(z[rows, 0], z[rows, 1], s=6, alpha=0.7, label=str(int(label)), color=f"C{int(label) % 10}")
+            ax.scatter(
+                z[rows, 0], z[rows, 1], s=6, alpha=0.7, label=str(int(label)), color=f"C{int(label) % 10}"
+            )
         ax.legend(title="label", markerscale=2, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
     ax.set(xlabel="$z_1$", ylabel="$z_2$", title=f"{what} of q(z|x), held-out data", aspect="equal")
     return ax
 
 
 def _means(distribution: TorchDistribution) -> tuple[str, Tensor]:
-    """``"Means"`` and the means, or ``"Draws"`` and one draw for each datum where a distribution has no mean to give."""
+    """``"Means"`` and the means, or ``"Draws"`` and one draw for each datum where a distribution has no mean
+    to give."""
     try:
         return "Means", distribution.mean
     except NotImplementedError:

@@ -1,7 +1,8 @@
-"""Priors p(z): conditionals that are given nothing. The prior of a VAE is an argument, and nothing assumes N(0, I).
+"""Priors p(z): conditionals that are given nothing. The prior of a VAE is an argument, and nothing assumes
+N(0, I).
 
-In a VAE with conditions each is p(z) for every condition: ``forward(*given)`` ignores what is given. A p(z|c) is a conditional
-that reads a trunk, such as :class:`pyro_vae.conditionals.Normal`.
+In a VAE with conditions each is p(z) for every condition: ``forward(*given)`` ignores what is given. A p(z|c)
+is a conditional that reads a trunk, such as :class:`pyro_vae.conditionals.Normal`.
 
 >>> from pyro_vae import priors
 >>> priors.StandardNormal(20)().event_shape
@@ -28,7 +29,10 @@ class StandardNormal(Conditional):
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
     def forward(self, *_: Tensor) -> dist.TorchDistribution:
-        mean, scale = torch.zeros_like(self.zero), torch.ones_like(self.zero)  # numbers, of which a graph is free
+        mean, scale = (
+            torch.zeros_like(self.zero),
+            torch.ones_like(self.zero),
+        )  # numbers, of which a graph is free
         return dist.Normal(mean, scale).expand(self.event_shape).to_event(len(self.event_shape))
 
 
@@ -66,7 +70,8 @@ class GaussianMixture(Conditional):
 
 
 class VampPrior(Conditional):
-    """The variational mixture of posteriors 1/K Σₖ q(z|uₖ), with learned pseudo-inputs uₖ (Tomczak & Welling 2018).
+    """The variational mixture of posteriors 1/K Σₖ q(z|uₖ), with learned pseudo-inputs uₖ (Tomczak & Welling
+    2018).
 
     The encoder is the guide's own, shared: the prior moves with the guide.
 
@@ -76,13 +81,17 @@ class VampPrior(Conditional):
     """
 
     def __init__(
-        self, encoder: Conditional, pseudo_inputs: Tensor, *, constraint: constraints.Constraint = constraints.real
+        self,
+        encoder: Conditional,
+        pseudo_inputs: Tensor,
+        *,
+        constraint: constraints.Constraint = constraints.real,
     ) -> None:
         super().__init__(encoder.event_shape)
         if pseudo_inputs.dim() < 2 or not len(pseudo_inputs):
             raise ValueError(
-                f"VampPrior: pseudo_inputs has shape {tuple(pseudo_inputs.shape)}; expected (K, *x_event) with K ≥ 1, "
-                "for example train.x[:500]"
+                f"VampPrior: pseudo_inputs has shape {tuple(pseudo_inputs.shape)}; expected (K, *x_event) "
+                "with K ≥ 1, for example train.x[:500]"
             )
         self.encoder = encoder
         self.transform = transform_to(constraint)

@@ -1,8 +1,9 @@
-"""The variational auto-encoder as two Pyro programs: a model that samples z from p(z) and observes x under p(x|z), and a
-guide that samples z from q(z|x) (Kingma & Welling 2013); all given conditions too in a conditional VAE (Sohn et al. 2015).
+"""The variational auto-encoder as two Pyro programs: a model that samples z from p(z) and observes x under
+p(x|z), and a guide that samples z from q(z|x) (Kingma & Welling 2013); all given conditions too in a
+conditional VAE (Sohn et al. 2015).
 
-Both are PyroModules with the same arguments ``(x, *given)``, latent site ``"z"``, observed site ``"x"`` and plate ``"data"``
-at dim −1: whatever Pyro does with a model/guide pair works on them unchanged.
+Both are PyroModules with the same arguments ``(x, *given)``, latent site ``"z"``, observed site ``"x"`` and
+plate ``"data"`` at dim −1: whatever Pyro does with a model/guide pair works on them unchanged.
 """
 
 from contextlib import suppress
@@ -21,9 +22,9 @@ from pyro_vae.nets import Part, num_inputs
 class _Program(PyroModule):
     """A Pyro program whose parameters are its own.
 
-    Pyro's param store goes by name, so a second pair would silently be handed the first one's parameters and train those.
-    Here the module is the truth: entries of the same name that are not its own leave the store before it runs, and
-    nothing is lost with them, for they live in their own module.
+    Pyro's param store goes by name, so a second pair would silently be handed the first one's parameters and
+    train those. Here the module is the truth: entries of the same name that are not its own leave the store
+    before it runs, and nothing is lost with them, for they live in their own module.
     """
 
     def __call__(self, *args, **kwargs):
@@ -42,13 +43,14 @@ class _Program(PyroModule):
 
 
 class Model(_Program):
-    """p(z) p(x|z): ``z ~ prior()``, ``x ~ decoder(z)``, a Pyro program. With conditions c₁, …, each ``(batch, *its event)``,
-    p(z|c…) p(x|z, c…): ``z ~ prior(*given)``, ``x ~ decoder(z, *given)``.
+    """p(z) p(x|z): ``z ~ prior()``, ``x ~ decoder(z)``, a Pyro program. With conditions c₁, …, each ``(batch,
+    *its event)``, p(z|c…) p(x|z, c…): ``z ~ prior(*given)``, ``x ~ decoder(z, *given)``.
 
-    ``model(x, *given)``: x ``(batch, *event)``. ``mask``: bool like x, true where an entry is observed; log p is then that of
-    the observed entries. ``c``: a condition by name, for data in a dict. ``model()`` draws one datum from the joint,
-    ``model(None, *given)`` one for each row of the conditions. Raises ``ValueError`` for x of another shape, whole numbers
-    under a continuous likelihood, or a conditional prior without a condition.
+    ``model(x, *given)``: x ``(batch, *event)``. ``mask``: bool like x, true where an entry is observed; log p
+    is then that of the observed entries. ``c``: a condition by name, for data in a dict. ``model()`` draws
+    one datum from the joint, ``model(None, *given)`` one for each row of the conditions. Raises
+    ``ValueError`` for x of another shape, whole numbers under a continuous likelihood, or a conditional prior
+    without a condition.
     """
 
     def __init__(self, prior: Conditional, decoder: Conditional) -> None:
@@ -58,10 +60,13 @@ class Model(_Program):
 
     @property
     def num_inputs(self) -> int | None:
-        """1 for x, and the number of conditions: as many as the decoder takes after z; ``None`` for any number."""
+        """1 for x, and the number of conditions: as many as the decoder takes after z; ``None`` for any
+        number."""
         return num_inputs(self.decoder)
 
-    def forward(self, x: Tensor | None = None, *given: Tensor, c: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor | None = None, *given: Tensor, c: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         given = given if c is None else (*given, c)
         rows = len(given[0]) if given else 1
         size = rows if x is None else _check_event(x, self.decoder.event_shape)
@@ -72,15 +77,16 @@ class Model(_Program):
             if x is not None:
                 x = _as_observed(x, likelihood, z.dtype)
             if mask is not None and x is not None:
-                # a missing entry may hold anything, NaN too: a draw takes its place, and the mask takes it out again
+                # a missing entry may hold anything, NaN too: a draw takes its place, and the mask takes it
+                # out again
                 x = torch.where(_check_mask(mask, x), x, likelihood.sample())
                 likelihood = masked(likelihood, mask)
             return pyro.sample("x", likelihood, obs=x)
 
 
 class Guide(_Program):
-    """q(z|x), or q(z|x, c…) with conditions: ``z ~ encoder(x, *given)``, a Pyro program. Missing entries (``mask`` false)
-    reach the encoder as zeros."""
+    """q(z|x), or q(z|x, c…) with conditions: ``z ~ encoder(x, *given)``, a Pyro program. Missing entries
+    (``mask`` false) reach the encoder as zeros."""
 
     def __init__(self, encoder: Conditional) -> None:
         super().__init__()
@@ -91,7 +97,9 @@ class Guide(_Program):
         """1 for x, and the number of conditions; ``None`` for any number."""
         return num_inputs(self.encoder)
 
-    def forward(self, x: Tensor, *given: Tensor, c: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *given: Tensor, c: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         given = given if c is None else (*given, c)
         _sample_weights(self)
         with pyro.plate("data", len(x), dim=-1):
@@ -100,8 +108,9 @@ class Guide(_Program):
             posterior = self.encoder(x, *given)
             if posterior.batch_shape != x.shape[:1]:
                 raise ValueError(
-                    f"encoder: it read x of shape {tuple(x.shape)} as a batch of shape {tuple(posterior.batch_shape)}; "
-                    f"expected {tuple(x.shape[:1])}: build its trunk with in_shape={tuple(x.shape[1:])}"
+                    f"encoder: it read x of shape {tuple(x.shape)} as a batch of shape "
+                    f"{tuple(posterior.batch_shape)}; expected {tuple(x.shape[:1])}: build its trunk with "
+                    f"in_shape={tuple(x.shape[1:])}"
                 )
             return pyro.sample("z", posterior)
 
@@ -124,8 +133,8 @@ class VAE(Part):
     >>> vae.sample(5).shape
     torch.Size([5, 8, 8])
 
-    A conditional VAE is a VAE whose decoder p(x|z, c) and encoder q(z|x, c) take conditions, after z and x. Its prior is p(z),
-    independent of them (Doersch 2016), or a conditional p(z|c) (Sohn et al. 2015).
+    A conditional VAE is a VAE whose decoder p(x|z, c) and encoder q(z|x, c) take conditions, after z and x.
+    Its prior is p(z), independent of them (Doersch 2016), or a conditional p(z|c) (Sohn et al. 2015).
 
     >>> cvae = pv.VAE(
     ...     prior=conditionals.Normal(nets.MLP(10, (50,)), event_shape=2),
@@ -157,16 +166,18 @@ class VAE(Part):
 
     @torch.no_grad()
     def sample(self, n: int, *given: Tensor) -> Tensor:
-        """n draws of x from p(z) p(x|z): ``(n, *event)``. Conditions have n rows, one for each draw. Raises ``ValueError`` for
-        other numbers of rows."""
+        """n draws of x from p(z) p(x|z): ``(n, *event)``. Conditions have n rows, one for each draw. Raises
+        ``ValueError`` for other numbers of rows."""
         if not isinstance(n, int) or n < 1:
             raise ValueError(
-                f"sample: expected one draw or more but got {n if isinstance(n, int) else type(n).__name__}; conditions follow "
-                "the number of draws, as in vae.sample(len(c), c)"
+                f"sample: expected one draw or more but got {n if isinstance(n, int) else type(n).__name__}; "
+                "conditions follow the number of draws, as in vae.sample(len(c), c)"
             )
         if any(len(c) != n for c in given):
             rows = ", ".join(str(len(c)) for c in given)
-            raise ValueError(f"sample: {n} draws of conditions with {rows} rows; expected one row for each draw")
+            raise ValueError(
+                f"sample: {n} draws of conditions with {rows} rows; expected one row for each draw"
+            )
         return self.decode(self.model.prior(*given).expand((n,)).sample(), *given).sample()
 
     @torch.no_grad()
@@ -176,8 +187,9 @@ class VAE(Part):
 
 
 def _sample_weights(program: PyroModule) -> None:
-    """Sample the ``PyroSample`` attributes of a program's parts, as Bayesian networks have: all data share them, so they are
-    sampled before the data plate. Within one call of the program, later reads of an attribute return the same draw."""
+    """Sample the ``PyroSample`` attributes of a program's parts, as Bayesian networks have: all data share
+    them, so they are sampled before the data plate. Within one call of the program, later reads of an
+    attribute return the same draw."""
     for module in program.modules():
         if isinstance(module, PyroModule):
             for name in module._pyro_samples:
@@ -188,10 +200,14 @@ def _check_event(x: Tensor, event_shape: torch.Size) -> int:
     """The number of rows of ``x``, whose other dimensions must be the event's."""
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[1:] != event_shape:
         got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        remedy = f"event_shape={tuple(x.shape[1:])}" if isinstance(x, Tensor) and x.dim() > 1 else "a tensor with a batch"
+        remedy = (
+            f"event_shape={tuple(x.shape[1:])}"
+            if isinstance(x, Tensor) and x.dim() > 1
+            else "a tensor with a batch"
+        )
         raise ValueError(
-            f"decoder: event_shape {tuple(event_shape)} needs x of shape (batch, {', '.join(map(str, event_shape))}) but "
-            f"x has {got}; reshape x, or pass {remedy}"
+            f"decoder: event_shape {tuple(event_shape)} needs x of shape (batch, "
+            f"{', '.join(map(str, event_shape))}) but x has {got}; reshape x, or pass {remedy}"
         )
     if not len(x):
         raise ValueError(f"model: x has no rows, its shape is {tuple(x.shape)}; expected at least one datum")
@@ -203,8 +219,8 @@ def _as_observed(x: Tensor, likelihood: dist.TorchDistribution, dtype: torch.dty
         return x
     if not likelihood.support.is_discrete:
         raise ValueError(
-            f"decoder: x holds whole numbers ({x.dtype}) but the likelihood is continuous; pass x.float() / 255 for bytes, "
-            "or use a discrete conditional such as Categorical or Poisson"
+            f"decoder: x holds whole numbers ({x.dtype}) but the likelihood is continuous; pass x.float() / "
+            "255 for bytes, or use a discrete conditional such as Categorical or Poisson"
         )
     return x.to(dtype)
 
@@ -212,7 +228,7 @@ def _as_observed(x: Tensor, likelihood: dist.TorchDistribution, dtype: torch.dty
 def _check_mask(mask: Tensor, x: Tensor) -> Tensor:
     if mask.dtype != torch.bool or mask.shape != x.shape:
         raise ValueError(
-            f"mask: expected bool of x's shape {tuple(x.shape)}, true where observed, but got {mask.dtype} of shape "
-            f"{tuple(mask.shape)}"
+            f"mask: expected bool of x's shape {tuple(x.shape)}, true where observed, but got {mask.dtype} "
+            f"of shape {tuple(mask.shape)}"
         )
     return mask

@@ -36,9 +36,13 @@ def imported(path):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
         for inner in ast.walk(node)
     }
-    optional = {"compiler"} if path.name == "graphs.py" else set()  # where it is known whether it can be imported
+    optional = (
+        {"compiler"} if path.name == "graphs.py" else set()
+    )  # where it is known whether it can be imported
     for node in ast.walk(tree):
-        if id(node) in for_types or optional & {(getattr(node, "module", None) or "").removeprefix("pyro_vae.")}:
+        if id(node) in for_types or optional & {
+            (getattr(node, "module", None) or "").removeprefix("pyro_vae.")
+        }:
             continue
         if isinstance(node, ast.ImportFrom) and node.level:
             yield "a relative import"
@@ -47,7 +51,9 @@ def imported(path):
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pyro_vae."):
             yield node.module.split(".")[1]
         elif isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("pyro_vae."))
+            yield from (
+                alias.name.split(".")[1] for alias in node.names if alias.name.startswith("pyro_vae.")
+            )
 
 
 def upward(path):
@@ -78,7 +84,11 @@ def test_nothing_is_pickled(path):
             names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
             assert not names & forbidden
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save"), ("pyro", "clear_param_store")}
+            assert (node.value.id, node.attr) not in {
+                ("torch", "load"),
+                ("torch", "save"),
+                ("pyro", "clear_param_store"),
+            }
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
             assert node.value.value is False
 
@@ -95,7 +105,9 @@ def test_public_names_are_there():
         _ = pyro_vae.vea
 
 
-@pytest.mark.parametrize("tool", [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "tool", [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",)], ids=" ".join
+)
 def test_tools_are_clean(tool):
     root = PACKAGE.parent
     if not (root / "pyproject.toml").is_file():

@@ -1,5 +1,6 @@
-"""Whatever is handed in as data, nothing but a ValueError comes out, and no NaN reaches a parameter. Also under
-``python -O``, which switches Pyro's and torch's validation off: so there is no ``assert`` in this file."""
+"""Whatever is handed in as data, nothing but a ValueError comes out, and no NaN reaches a parameter. Also
+under ``python -O``, which switches Pyro's and torch's validation off: so there is no ``assert`` in this
+file."""
 
 import re
 import subprocess
@@ -25,7 +26,18 @@ LIKELIHOODS = {
     "poisson": conditionals.Poisson,
     "gamma": conditionals.Gamma,
 }
-DTYPES = [np.float16, np.float32, np.float64, np.uint8, np.int8, np.int64, np.uint16, np.bool_, np.complex64, ">f4"]
+DTYPES = [
+    np.float16,
+    np.float32,
+    np.float64,
+    np.uint8,
+    np.int8,
+    np.int64,
+    np.uint16,
+    np.bool_,
+    np.complex64,
+    ">f4",
+]
 
 
 def make_vae(likelihood="bernoulli"):
@@ -126,7 +138,18 @@ def test_what_is_no_data_is_a_value_error(x):
         {"x": torch.zeros(5, 2, 3), "label": torch.arange(5)},
         {"x": torch.full((5, 2, 3), torch.nan), "mask": torch.zeros(5, 2, 3, dtype=torch.bool)},
     ],
-    ids=["strided", "big-endian", "fortran", "permuted", "expanded", "bool", "double", "sparse", "labelled", "missing"],
+    ids=[
+        "strided",
+        "big-endian",
+        "fortran",
+        "permuted",
+        "expanded",
+        "bool",
+        "double",
+        "sparse",
+        "labelled",
+        "missing",
+    ],
 )
 def test_arrays_of_any_layout_train(x):
     vae = make_vae()
@@ -135,7 +158,9 @@ def test_arrays_of_any_layout_train(x):
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_epochs": 0}, {"batch_size": 0}, {"patience": 2}, {"patience": 0, "validation": 1}], ids=str
+    "options",
+    [{"num_epochs": 0}, {"batch_size": 0}, {"patience": 2}, {"patience": 0, "validation": 1}],
+    ids=str,
 )
 def test_options_out_of_range(options):
     vae = make_vae()
@@ -146,8 +171,21 @@ def test_options_out_of_range(options):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.flags.optimize > 0, reason="this is the run under -O")
 def test_all_of_it_under_optimization():
-    command = [sys.executable, "-O", "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(Path(__file__))]
+    command = [
+        sys.executable,
+        "-O",
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__)),
+    ]
     # pytest warns that its asserts are off; there are none here
-    done = subprocess.run([*command, "-W", "ignore::pytest.PytestConfigWarning"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "-W", "ignore::pytest.PytestConfigWarning"], capture_output=True, text=True
+    )
     if done.returncode:
         pytest.fail(done.stdout[-3000:] + done.stderr[-3000:])

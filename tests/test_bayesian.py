@@ -19,7 +19,14 @@ N = 12
 
 @pytest.mark.parametrize(
     "cls",
-    [conditionals.Normal, conditionals.Categorical, flows.NeuralSpline, priors.VampPrior, nets.MLP, nets.ConvDecoder],
+    [
+        conditionals.Normal,
+        conditionals.Categorical,
+        flows.NeuralSpline,
+        priors.VampPrior,
+        nets.MLP,
+        nets.ConvDecoder,
+    ],
 )
 def test_pyro_module_mixes_with_our_classes(cls):
     assert issubclass(PyroModule[cls], cls)
@@ -109,18 +116,23 @@ def movements(train):
     x = torch.randn(N, 3, dtype=torch.double)
     guide(x)  # makes the autoguide's parameters
     before = {name: p.detach().clone() for name, p in guide.named_parameters()}
-    with pyro.get_param_store().scope({"params": {}, "constraints": {}}):  # plain Pyro takes parameters of the same name
+    with pyro.get_param_store().scope(
+        {"params": {}, "constraints": {}}
+    ):  # plain Pyro takes parameters of the same name
         train(model, guide, x)
     return {name: p.detach() - before[name] for name, p in guide.named_parameters()}
 
 
 def test_gradients_of_minibatches_sum_to_those_of_plain_pyro_on_all_data_with_bayesian_weights():
-    """A small step moves parameters by the gradient: an epoch of three minibatches is three steps on all data."""
+    """A small step moves parameters by the gradient: an epoch of three minibatches is three steps on all
+    data."""
 
     def sgd():
         return pyro.optim.SGD({"lr": 1e-9})
 
-    ours = movements(lambda model, guide, x: pv.fit(model, guide, x, optim=sgd(), num_epochs=1, batch_size=N // 3))
+    ours = movements(
+        lambda model, guide, x: pv.fit(model, guide, x, optim=sgd(), num_epochs=1, batch_size=N // 3)
+    )
     plain = movements(lambda model, guide, x: SVI(model, guide, sgd(), Trace_ELBO()).step(x))
     assert any("decoder" in name for name in ours)
     for name, moved in plain.items():
@@ -130,7 +142,8 @@ def test_gradients_of_minibatches_sum_to_those_of_plain_pyro_on_all_data_with_ba
 
 
 def test_joint_log_weights_of_a_bayesian_decoder_under_its_exact_posterior_are_the_log_evidence():
-    """x = z + b + noise with b ~ N(0, 1) a PyroSample: p(x₁…x_N) is Gaussian, and so are p(b|x) and p(z|x, b)."""
+    """x = z + b + noise with b ~ N(0, 1) a PyroSample: p(x₁…x_N) is Gaussian, and so are p(b|x) and p(z|x,
+    b)."""
     vae = pv.VAE(
         priors.StandardNormal(1),
         conditionals.Normal(nets.MLP(1, ()), event_shape=1, scale=0.5),
@@ -139,7 +152,9 @@ def test_joint_log_weights_of_a_bayesian_decoder_under_its_exact_posterior_are_t
     layer = vae.model.decoder.readout["loc"].layer
     nn.init.ones_(layer.weight)
     to_pyro_module_(vae.model.decoder)
-    vae.model.decoder.readout["loc"].layer.bias = PyroSample(dist.Normal(torch.zeros(1).double(), 1.0).to_event(1))
+    vae.model.decoder.readout["loc"].layer.bias = PyroSample(
+        dist.Normal(torch.zeros(1).double(), 1.0).to_event(1)
+    )
     x = torch.randn(N, 1, dtype=torch.double) + 1
 
     def guide(x):

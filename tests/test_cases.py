@@ -70,7 +70,9 @@ VERBS = {
     "split_gap": lambda m, g, x: pv.split_gap(m, g, x, num_particles=10, max_steps=1),
     "usage": latent_usage,
     "draws": lambda m, g, x: posterior_draws(m, g, x, num_draws=3),
-    "ais": lambda m, g, x: evidence.ais(m, x, annealing=evidence.Annealing(num_temperatures=2, num_chains=2), start=g),
+    "ais": lambda m, g, x: evidence.ais(
+        m, x, annealing=evidence.Annealing(num_temperatures=2, num_chains=2), start=g
+    ),
     "free_energy": lambda m, g, x: pv.free_energy(m, g, x, num_particles=10),
 }
 
@@ -178,7 +180,9 @@ def test_a_pair_that_scales_itself_is_refused_under_a_loss_of_weights():
 
     loss = RenyiELBO(alpha=0, num_particles=5)
     with pytest.raises(ValueError, match="power of the importance weights"):
-        pv.fit(mixed, guide, torch.randn(40), loss=loss, num_epochs=1, batch_size=10, check=False, progress=False)
+        pv.fit(
+            mixed, guide, torch.randn(40), loss=loss, num_epochs=1, batch_size=10, check=False, progress=False
+        )
 
 
 # ---------------------------------------------------------------- A2: frozen parameters
@@ -258,7 +262,9 @@ def amortized(x):
 NONLINEAR = {
     "Renyi": lambda: RenyiELBO(alpha=0.0, num_particles=4, vectorize_particles=True, max_plate_nesting=1),
     "Renyi .5": lambda: RenyiELBO(alpha=0.5, num_particles=4, vectorize_particles=True, max_plate_nesting=1),
-    "tail-adaptive": lambda: TraceTailAdaptive_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1),
+    "tail-adaptive": lambda: TraceTailAdaptive_ELBO(
+        num_particles=4, vectorize_particles=True, max_plate_nesting=1
+    ),
     "TMC": lambda: TraceTMC_ELBO(max_plate_nesting=1),  # a tensor of samples, see `many`
     "ELBO": lambda: Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1),
     "mean field": lambda: TraceMeanField_ELBO(),
@@ -270,7 +276,9 @@ def many(loss, guide):
     """The guide with a tensor of samples at each site, for the tensor Monte Carlo loss."""
     if loss != "TMC":
         return guide
-    return config_enumerate(lambda x: guide(x), default="parallel", expand=False, num_samples=4, tmc="diagonal")
+    return config_enumerate(
+        lambda x: guide(x), default="parallel", expand=False, num_samples=4, tmc="diagonal"
+    )
 
 
 @pytest.mark.parametrize("loss", NONLINEAR)
@@ -302,7 +310,9 @@ def _one_step(model, guide, whole, x, optim, loss):
 
     batches = as_batches(whole, len(x))
     pair = inspect_for_training(model, guide, batches, loss, annealed=False, check=True)
-    step = MinibatchSVI(model, guide, loss, optim, pair, batches, annealed=False, clip_norm=None, group=Group())
+    step = MinibatchSVI(
+        model, guide, loss, optim, pair, batches, annealed=False, clip_norm=None, group=Group()
+    )
     step.compile = False
     step.minibatch_step(Batch((x,), {}), 1.0, 1.0, "here")
 
@@ -322,7 +332,9 @@ def test_a_nonlinear_loss_with_a_shared_latent_is_refused_in_minibatches():
 @pytest.mark.parametrize("make", [RenyiELBO, lambda **k: TraceTailAdaptive_ELBO(**k)])
 def test_evaluate_refuses_a_loss_that_is_no_elbo(make):
     with pytest.raises(ValueError, match=r"which is no ELBO.*evidence.importance"):
-        pv.evaluate(local_model, prior_guide, torch.randn(5), loss=make(num_particles=3, vectorize_particles=True))
+        pv.evaluate(
+            local_model, prior_guide, torch.randn(5), loss=make(num_particles=3, vectorize_particles=True)
+        )
 
 
 @pytest.mark.slow
@@ -333,7 +345,9 @@ def test_training_in_minibatches_ends_where_plain_svi_ends(loss):
     found = {}
     for size in (50, None):
         pyro.set_rng_seed(0)
-        optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "gamma": 0.97})
+        optim = pyro.optim.ExponentialLR(
+            {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "gamma": 0.97}
+        )
         history = pv.fit(
             local_model,
             many(loss, lambda x: amortized(x)),
@@ -373,7 +387,9 @@ def test_parameters_for_each_datum_are_refused_in_minibatches(make, name, size):
         pv.fit(local_model, make(), x, num_epochs=1, batch_size=size)
     history = pv.fit(local_model, make(), x, num_epochs=1, batch_size=None, validation=x)
     assert math.isfinite(history.epochs[0].validation.elbo)
-    with pytest.raises(ValueError, match=r"validation: the parameter .* has an entry for each of the training data"):
+    with pytest.raises(
+        ValueError, match=r"validation: the parameter .* has an entry for each of the training data"
+    ):
         pv.fit(local_model, make(), x, num_epochs=1, batch_size=None, validation=torch.randn(60))
 
 
@@ -438,10 +454,25 @@ def grey_model(x):
 
 WRONG = {
     "no site": (local_model, no_site, torch.zeros(9), "guide: it has no site 'z'"),
-    "no plate": (local_model, no_plate, torch.zeros(9), r"'z' is in plates \(\) but in the model in \('data',\)"),
-    "a column against a vector": (column, column_guide, torch.zeros(9), r"'x' has batch_shape \(9, 9\)|Shape mismatch"),
+    "no plate": (
+        local_model,
+        no_plate,
+        torch.zeros(9),
+        r"'z' is in plates \(\) but in the model in \('data',\)",
+    ),
+    "a column against a vector": (
+        column,
+        column_guide,
+        torch.zeros(9),
+        r"'x' has batch_shape \(9, 9\)|Shape mismatch",
+    ),
     "support": (wrong_support, trainable, torch.zeros(9), "outside the model's support"),
-    "grey data": (grey_model, trainable, torch.full((9,), 0.5), r"data: row 0 \(9 in all\) lies outside the support of 'x'"),
+    "grey data": (
+        grey_model,
+        trainable,
+        torch.full((9,), 0.5),
+        r"data: row 0 \(9 in all\) lies outside the support of 'x'",
+    ),
 }
 
 
@@ -474,7 +505,9 @@ def test_what_is_judged_wrong_can_be_allowed():
 def test_functions_that_a_fit_trained_need_its_param_store(verb):
     x = torch.randn(30)
     history = pv.fit(local_model, amortized_again, x, num_epochs=1)
-    with pytest.raises(ValueError, match=r"it created the parameter '(slope|width)' anew.*with history.scope\(\):"):
+    with pytest.raises(
+        ValueError, match=r"it created the parameter '(slope|width)' anew.*with history.scope\(\):"
+    ):
         VERBS[verb](local_model, amortized_again, x)
     with history.scope():
         assert VERBS[verb](local_model, amortized_again, x) is not None
@@ -537,7 +570,11 @@ def test_a_double_network_takes_arrays_and_a_single_one_takes_double_tensors():
             conditionals.Normal(nets.MLP(1, (4,)), event_shape=3),
             conditionals.Normal(nets.MLP(3, (4,)), event_shape=1),
         ).to(dtype)
-        for x in (np.random.default_rng(0).normal(size=(20, 3)), torch.randn(20, 3), torch.randn(20, 3).double()):
+        for x in (
+            np.random.default_rng(0).normal(size=(20, 3)),
+            torch.randn(20, 3),
+            torch.randn(20, 3).double(),
+        ):
             assert pv.evaluate(vae.model, vae.guide, x).elbo.dtype == dtype
             assert pv.fit(vae.model, vae.guide, x, num_epochs=1, batch_size=7, validation=x)
             assert log_weights(vae.model, vae.guide, x).dtype == dtype
@@ -607,7 +644,8 @@ def test_rows_in_another_dimension_are_refused():
 
 
 def features_of(num_rows):
-    """x[n, d] ~ N(m[d], 1): the means m lie in a plate of the features, and nothing but x lies in that of the rows."""
+    """x[n, d] ~ N(m[d], 1): the means m lie in a plate of the features, and nothing but x lies in that of the
+    rows."""
 
     def model(x):
         with pyro.plate("features", x.shape[1]):
@@ -625,7 +663,9 @@ def features_of(num_rows):
 def test_rows_of_a_plate_of_fixed_size_within_another_are_refused_unless_they_follow_the_data():
     x = torch.randn(6, 50)
     fixed = features_of(lambda _: 6)
-    message = r"plate 'features' of 50 rows, and all sites of plate 'rows' of the data's 6 rows.*size len\(x\)"
+    message = (
+        r"plate 'features' of 50 rows, and all sites of plate 'rows' of the data's 6 rows.*size len\(x\)"
+    )
     with pytest.raises(ValueError, match=message):
         pv.evaluate(*fixed, x)
     assert any("plate 'rows'" in problem for problem in pv.check_pair(*fixed, x).problems)
@@ -722,7 +762,9 @@ MARKS = {
     "auxiliary": lambda t: pyro.sample("t", dist.Bernoulli(0.5), obs=t, infer={"is_auxiliary": True}),
     "observed": lambda t: pyro.sample("t_q", dist.Bernoulli(0.25), obs=t),
     "factor": lambda t: pyro.factor("f", 0.7 * t, has_rsample=False),
-    "auxiliary draw": lambda t: pyro.sample("u", dist.Normal(torch.zeros(len(t)), 3.0), infer={"is_auxiliary": True}),
+    "auxiliary draw": lambda t: pyro.sample(
+        "u", dist.Normal(torch.zeros(len(t)), 3.0), infer={"is_auxiliary": True}
+    ),
 }
 
 
@@ -732,9 +774,13 @@ def test_what_a_guide_observes_is_no_part_of_q(mark):
     guide = lambda x, t: observing(x, t, MARKS[mark])  # noqa: E731
     exact = log_evidence(x) + math.log(0.5)
     torch.testing.assert_close(log_weights(treated, guide, (x, t), num_particles=3), exact.expand(3, 8))
-    torch.testing.assert_close(evidence.importance(treated, guide, (x, t), num_particles=5).log_evidence, exact.double())
+    torch.testing.assert_close(
+        evidence.importance(treated, guide, (x, t), num_particles=5).log_evidence, exact.double()
+    )
     torch.testing.assert_close(pv.evaluate(treated, guide, (x, t)).elbo, exact)
-    torch.testing.assert_close(joint_log_weights(treated, guide, (x, t)).log_weights, exact.sum().unsqueeze(0))
+    torch.testing.assert_close(
+        joint_log_weights(treated, guide, (x, t)).log_weights, exact.sum().unsqueeze(0)
+    )
     if mark == "auxiliary draw":
         with pytest.raises(ValueError, match="'u' is not in the model"):
             pv.free_energy(treated, guide, (x, t))
@@ -743,7 +789,9 @@ def test_what_a_guide_observes_is_no_part_of_q(mark):
     torch.testing.assert_close(found, -exact, atol=0.1, rtol=0.1)
 
 
-@pytest.mark.parametrize("loss", [None, TraceEnum_ELBO(strict_enumeration_warning=False), TraceMeanField_ELBO()])
+@pytest.mark.parametrize(
+    "loss", [None, TraceEnum_ELBO(strict_enumeration_warning=False), TraceMeanField_ELBO()]
+)
 def test_scales_are_not_in_what_is_reported(loss):
     x = torch.randn(12, generator=torch.manual_seed(0))
 
@@ -753,7 +801,13 @@ def test_scales_are_not_in_what_is_reported(loss):
     elbo = pv.evaluate(scaled(local_model), scaled(exact_guide), x, loss=loss).mean().elbo
     assert elbo == pytest.approx(log_evidence(x).mean().item(), rel=1e-5)
     history = pv.fit(
-        scaled(local_model), scaled(amortized), x, loss=loss, num_epochs=1, batch_size=4, optim=pyro.optim.SGD({"lr": 0.0})
+        scaled(local_model),
+        scaled(amortized),
+        x,
+        loss=loss,
+        num_epochs=1,
+        batch_size=4,
+        optim=pyro.optim.SGD({"lr": 0.0}),
     )
     with history.scope():
         plain = pv.evaluate(local_model, amortized, x, num_particles=3000).mean().elbo
@@ -778,7 +832,10 @@ def test_evaluate_averages_an_enumerated_loss_over_particles():
     x = torch.randn(10, generator=torch.manual_seed(0))
     loss = TraceEnum_ELBO(strict_enumeration_warning=False)
     one = [pv.evaluate(local_model, prior_guide, x, loss=loss, seed=s).mean().elbo for s in range(40)]
-    many = [pv.evaluate(local_model, prior_guide, x, loss=loss, seed=s, num_particles=25).mean().elbo for s in range(40)]
+    many = [
+        pv.evaluate(local_model, prior_guide, x, loss=loss, seed=s, num_particles=25).mean().elbo
+        for s in range(40)
+    ]
     assert np.std(many) < 0.4 * np.std(one)
 
 
@@ -800,7 +857,9 @@ def test_a_plate_without_a_size_is_a_data_plate():
     x = torch.randn(12, generator=torch.manual_seed(0))
     assert pv.check_pair(unsized, unsized_guide, x).problems == ()
     assert pv.check_pair(unsized, unsized_guide, x).data_plates == {"data"}
-    torch.testing.assert_close(log_weights(unsized, unsized_guide, x, num_particles=3), log_evidence(x).expand(3, 12))
+    torch.testing.assert_close(
+        log_weights(unsized, unsized_guide, x, num_particles=3), log_evidence(x).expand(3, 12)
+    )
     torch.testing.assert_close(pv.evaluate(unsized, unsized_guide, x, batch_size=5).elbo, log_evidence(x))
     pyro.set_rng_seed(0)
     ours = pv.fit(unsized, unsized_guide, x, num_epochs=2, batch_size=4)
@@ -811,7 +870,9 @@ def test_a_plate_without_a_size_is_a_data_plate():
             pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.5)) * x, math.sqrt(0.5)))
 
     sized = pv.fit(local_model, sized_guide, x, num_epochs=2, batch_size=4)
-    assert ours.param_store["params"]["a"].item() == pytest.approx(sized.param_store["params"]["a"].item(), rel=1e-6)
+    assert ours.param_store["params"]["a"].item() == pytest.approx(
+        sized.param_store["params"]["a"].item(), rel=1e-6
+    )
 
 
 def test_a_plate_without_a_size_whose_site_has_one_draw_for_all_is_refused():
@@ -861,7 +922,9 @@ def test_a_distribution_without_validation_is_trusted(default, monkeypatch):
 @pytest.mark.parametrize("verb", ["ais", "smc", "bdmc", "reciprocal_importance", "prior_monte_carlo"])
 def test_evidence_refuses_data_outside_the_support(verb):
     x = torch.full((6,), 0.5)
-    options = {} if verb in ("reciprocal_importance", "prior_monte_carlo") else {"annealing": evidence.Annealing(3)}
+    options = (
+        {} if verb in ("reciprocal_importance", "prior_monte_carlo") else {"annealing": evidence.Annealing(3)}
+    )
     with pytest.raises(ValueError, match=r"data: row 0 \(6 in all\) lies outside the support of 'x'"):
         getattr(evidence, verb)(grey_model, x, **options)
 
@@ -964,7 +1027,8 @@ def test_a_prior_without_support_is_named_by_ais():
 
 @pytest.mark.parametrize("in_store", [False, True])
 def test_joint_weights_of_a_pair_whose_parameters_follow_the_rows(in_store):
-    """No plate, the rows are an event: under the exact guide each joint weight is log p(x), whatever the probes made."""
+    """No plate, the rows are an event: under the exact guide each joint weight is log p(x), whatever the
+    probes made."""
     x = torch.randn(8, generator=torch.manual_seed(0))
 
     def model(x):
@@ -1006,7 +1070,9 @@ def test_a_likelihood_outside_the_data_plate_is_refused_in_minibatches():
 
     def guide(x):
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.5)) * x, pyro.param("s", torch.tensor(0.7))))
+            pyro.sample(
+                "z", dist.Normal(pyro.param("a", torch.tensor(0.5)) * x, pyro.param("s", torch.tensor(0.7)))
+            )
 
     x = torch.randn(100)
     for verb in (
@@ -1031,7 +1097,9 @@ def test_entries_in_a_plate_of_their_own_are_refused_in_minibatches():
         pyro.sample("mu", dist.Normal(pyro.param("m", torch.tensor(0.0)), 0.1))
 
     with pytest.raises(ValueError, match="'y' lies in no plate"):
-        pv.fit(model, guide, (torch.randn(40), torch.randn(40, 3)), batch_size=10, num_epochs=1, progress=False)
+        pv.fit(
+            model, guide, (torch.randn(40), torch.randn(40, 3)), batch_size=10, num_epochs=1, progress=False
+        )
 
 
 def test_a_plate_that_declares_more_data_has_no_joint_evidence():
@@ -1068,13 +1136,17 @@ def test_a_guide_of_points_with_a_density_draws_each_particle(monkeypatch):
         w = pv.log_weights(model, guide, x, num_particles=2000, seed=seed)
         assert (w.std(0) > 0).all()
         truth = dist.Normal(0.0, 2**0.5).log_prob(x)
-        assert ((w.logsumexp(0) - math.log(2000) - truth).abs() < 4 * w.exp().std(0) / w.exp().mean(0) / 2000**0.5).all()
+        assert (
+            (w.logsumexp(0) - math.log(2000) - truth).abs() < 4 * w.exp().std(0) / w.exp().mean(0) / 2000**0.5
+        ).all()
 
 
 def test_check_false_does_not_allow_what_is_undefined():
     def model(x):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0))  # judged wrong: no plate declares its dimension
+        w = pyro.sample(
+            "w", dist.Normal(torch.zeros(2), 1.0)
+        )  # judged wrong: no plate declares its dimension
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(mu + w.sum(), 1.0), obs=x)
 
@@ -1126,7 +1198,9 @@ def test_half_precision_data_of_a_pair_without_parameters_are_computed_in_the_de
 
     x = torch.randn(3000).to(dtype)
     w = pv.log_weights(model, guide, x)
-    torch.testing.assert_close(w.sum(), dist.Normal(0.0, 2**0.5).log_prob(x.float()).sum(), rtol=1e-5, atol=0.01)
+    torch.testing.assert_close(
+        w.sum(), dist.Normal(0.0, 2**0.5).log_prob(x.float()).sum(), rtol=1e-5, atol=0.01
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])

@@ -107,7 +107,17 @@ class OnSupport(c.Conditional):
 
 
 @pytest.mark.parametrize(
-    "name", ["Beta", "Gamma", "Laplace", "LogNormal", "StudentT", "ContinuousBernoulli", "Normal, learned scale", *VECTORS]
+    "name",
+    [
+        "Beta",
+        "Gamma",
+        "Laplace",
+        "LogNormal",
+        "StudentT",
+        "ContinuousBernoulli",
+        "Normal, learned scale",
+        *VECTORS,
+    ],
 )
 def test_as_guide_with_reparameterized_gradients(name):
     encoder = FAMILIES[name](nets.MLP(6, (8,)), event_shape=3)
@@ -134,7 +144,9 @@ def test_normal_is_its_formula():
     h = conditional.trunk(given)
     loc, log_scale = (conditional.readout[name].layer(h).reshape(7, 2, 3) for name in ("loc", "log_scale"))
     scale = 0.01 + log_scale.exp()
-    by_hand = (-0.5 * ((y - loc) / scale) ** 2 - scale.log() - 0.5 * torch.log(torch.tensor(2 * torch.pi))).sum((1, 2))
+    by_hand = (
+        -0.5 * ((y - loc) / scale) ** 2 - scale.log() - 0.5 * torch.log(torch.tensor(2 * torch.pi))
+    ).sum((1, 2))
     torch.testing.assert_close(conditional(given).log_prob(y), by_hand)
 
 
@@ -158,7 +170,9 @@ def test_low_rank_is_its_covariance():
     h = conditional.trunk(given)
     factor = conditional.readout["factor"](h)
     diagonal = (1e-3 + conditional.readout["log_diagonal"](h).exp()) ** 2
-    torch.testing.assert_close(conditional(given).covariance_matrix, factor @ factor.mT + torch.diag_embed(diagonal))
+    torch.testing.assert_close(
+        conditional(given).covariance_matrix, factor @ factor.mT + torch.diag_embed(diagonal)
+    )
 
 
 def test_categorical_has_classes_of_its_own_and_a_mean():
@@ -169,11 +183,14 @@ def test_categorical_has_classes_of_its_own_and_a_mean():
     y = distribution.sample()
     by_hand = logits.log_softmax(1).gather(1, y.long().unsqueeze(1)).sum((1, 2, 3))
     torch.testing.assert_close(distribution.log_prob(y), by_hand)
-    torch.testing.assert_close(distribution.mean, (logits.softmax(1) * torch.arange(4).reshape(4, 1, 1)).sum(1))
+    torch.testing.assert_close(
+        distribution.mean, (logits.softmax(1) * torch.arange(4).reshape(4, 1, 1)).sum(1)
+    )
 
 
 def test_floors_under_scales_and_concentrations():
-    """Read-outs driven to −∞ leave the scale at its floor, so the density of a datum that is met exactly is bounded."""
+    """Read-outs driven to −∞ leave the scale at its floor, so the density of a datum that is met exactly is
+    bounded."""
     for family in (c.Normal, c.Laplace, c.LogNormal, c.StudentT):
         conditional = family(nets.MLP(5, ()), event_shape=3, min_scale=0.25)
         torch.nn.init.constant_(conditional.readout["log_scale"].layer.bias, -1e4)
@@ -192,7 +209,10 @@ def test_masked_sums_the_observed_entries():
     expected = (distribution.base_dist.log_prob(y) * mask).sum((1, 2))
     torch.testing.assert_close(c.masked(distribution, mask).log_prob(y), expected)
     with pytest.raises(ValueError, match="not independent"):
-        c.masked(c.MultivariateNormal(nets.MLP(5), event_shape=3)(torch.zeros(2, 5)), torch.ones(2, 3, dtype=torch.bool))
+        c.masked(
+            c.MultivariateNormal(nets.MLP(5), event_shape=3)(torch.zeros(2, 5)),
+            torch.ones(2, 3, dtype=torch.bool),
+        )
 
 
 @pytest.mark.parametrize(
@@ -223,14 +243,19 @@ def test_parameters_trained_elsewhere_give_the_density_written_by_hand(family, d
     hidden, mean, log_variance = (torch.nn.Linear(*sizes, dtype=dtype) for sizes in [(5, 8), (8, 3), (8, 3)])
     encoder = family(nets.MLP(5, (8,)), event_shape=3, scale="log_variance", min_scale=0.0).to(dtype)
     parts = {"trunk.layers.0": hidden, "readout.loc.layer": mean, "readout.log_variance.layer": log_variance}
-    encoder.load_state_dict({f"{at}.{k}": v for at, layer in parts.items() for k, v in layer.state_dict().items()})
+    encoder.load_state_dict(
+        {f"{at}.{k}": v for at, layer in parts.items() for k, v in layer.state_dict().items()}
+    )
     x, y = torch.randn(7, 5, dtype=dtype), torch.rand(7, 3, dtype=dtype) + 0.1
     h = hidden(x).tanh()
     loc, scale = mean(h), (0.5 * log_variance(h)).exp()
     by_hand = {
         c.Normal: -0.5 * ((y - loc) / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi),
         c.Laplace: -(y - loc).abs() / scale - (2 * scale).log(),
-        c.LogNormal: -0.5 * ((y.log() - loc) / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi) - y.log(),
+        c.LogNormal: -0.5 * ((y.log() - loc) / scale) ** 2
+        - scale.log()
+        - 0.5 * math.log(2 * math.pi)
+        - y.log(),
     }[family].sum(1)
     torch.testing.assert_close(encoder(x).log_prob(y), by_hand, rtol=tolerance, atol=tolerance)
 
@@ -242,4 +267,6 @@ def test_without_a_floor_scales_are_the_exponential_alone():
     torch.testing.assert_close(encoder(given).base_dist.scale, log_scale.exp(), rtol=0, atol=0)
     full = c.MultivariateNormal(nets.MLP(5, (8,)), event_shape=3, min_scale=0.0).double()
     diagonal = full(given).scale_tril.diagonal(dim1=-2, dim2=-1)
-    torch.testing.assert_close(diagonal, full.readout["log_diagonal"](full.trunk(given)).exp(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        diagonal, full.readout["log_diagonal"](full.trunk(given)).exp(), rtol=0, atol=0
+    )

@@ -12,7 +12,11 @@ FAST = {"custom_pair", "mnist", "ring"}  # the others are slow
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(path, marks=[pytest.mark.slow] if path.stem not in FAST else [], id=path.stem) for path in EXAMPLES]
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] if path.stem not in FAST else [], id=path.stem)
+        for path in EXAMPLES
+    ],
 )
 def test_smoke(path, tmp_path, request):
     if path.stem == "lightning_svi":
@@ -21,7 +25,10 @@ def test_smoke(path, tmp_path, request):
         folder = request.getfixturevalue("data_dir").resolve()
         os.environ["PYRO_VAE_DATA"] = str(folder)
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(path), "--smoke-test"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-W", "error", str(path), "--smoke-test"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "nats" in done.stdout

@@ -14,14 +14,22 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 if not (ROOT / "pyproject.toml").is_file():
-    pytest.skip("these tests read pyproject.toml, and the package is installed without its sources", allow_module_level=True)
+    pytest.skip(
+        "these tests read pyproject.toml, and the package is installed without its sources",
+        allow_module_level=True,
+    )
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def lower_bounds():
-    """The versions that ``pyproject.toml`` gives after ``>=``, by name: a set, since extras may repeat a requirement."""
+    """The versions that ``pyproject.toml`` gives after ``>=``, by name: a set, since extras may repeat a
+    requirement."""
     extras = PROJECT["project"]["optional-dependencies"].values()
-    lines = [*PROJECT["build-system"]["requires"], *PROJECT["project"]["dependencies"], *(line for e in extras for line in e)]
+    lines = [
+        *PROJECT["build-system"]["requires"],
+        *PROJECT["project"]["dependencies"],
+        *(line for e in extras for line in e),
+    ]
     bounds = {}
     for requirement in map(Requirement, lines):
         found = [each.version for each in requirement.specifier if each.operator == ">="]
@@ -74,12 +82,19 @@ def test_a_script_imports_an_editable_install(clone, place):
     (site_packages,) = environment.glob("lib/python*/site-packages")
     with zipfile.ZipFile(built(clone, "editable")) as wheel:
         wheel.extractall(site_packages)  # what an installer does with it, but for the command's script
-    folder = {"the parent of the clone": clone.parent, "the clone": clone}.get(place, clone.parent / "elsewhere")
+    folder = {"the parent of the clone": clone.parent, "the clone": clone}.get(
+        place, clone.parent / "elsewhere"
+    )
     folder.mkdir(exist_ok=True)
     script = folder / "script.py"
     script.write_text("import pyro_vae\nprint(pyro_vae.__version__, pyro_vae.__file__)\n")
     done = subprocess.run(
-        [environment / "bin" / "python", script], cwd=folder, env={}, capture_output=True, text=True, check=False
+        [environment / "bin" / "python", script],
+        cwd=folder,
+        env={},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [PROJECT["project"]["version"], str(clone / "pyro_vae" / "__init__.py")]

@@ -51,7 +51,8 @@ def test_what_is_empty_is_white():
 
 
 def test_the_manifold_is_the_decoded_grid_of_quantiles():
-    """Its first tile is decoded at the lowest quantile of z₁ and the highest of z₂, as figure 4 of AEVB has its axes."""
+    """Its first tile is decoded at the lowest quantile of z₁ and the highest of z₂, as figure 4 of AEVB has
+    its axes."""
     vae = make_vae((9, 11))
     sheet = np.asarray(plots.plot_manifold(vae, steps=4).axes[0].images[0].get_array())
     low, high = (torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(q)) for q in (0.125, 0.875))
@@ -68,7 +69,9 @@ def mean(elbo):
 
 @pytest.mark.parametrize("elbos", [[1.0], [1.0, 3.0, 2.0], [float("nan")], list(range(20))], ids=str)
 def test_history(elbos):
-    ax = plots.plot_history([infer.Epoch(i, 1.0, mean(e), mean(e), 0.1) for i, e in enumerate(elbos, start=1)])
+    ax = plots.plot_history(
+        [infer.Epoch(i, 1.0, mean(e), mean(e), 0.1) for i, e in enumerate(elbos, start=1)]
+    )
     np.testing.assert_array_equal(ax.lines[1].get_ydata(), elbos)
     assert ax.lines[0].get_marker() == ("o" if len(elbos) < 10 else "None")
 

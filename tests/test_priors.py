@@ -23,7 +23,9 @@ PRIORS = {
     "normal": lambda encoder: priors.Normal(2),
     "mixture": lambda encoder: priors.GaussianMixture(2, 4),
     "vamp": lambda encoder: priors.VampPrior(encoder, torch.randn(5, 6)),
-    "vamp on images": lambda encoder: priors.VampPrior(encoder, torch.rand(5, 6), constraint=constraints.unit_interval),
+    "vamp on images": lambda encoder: priors.VampPrior(
+        encoder, torch.rand(5, 6), constraint=constraints.unit_interval
+    ),
 }
 
 

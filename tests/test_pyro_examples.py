@@ -1,5 +1,5 @@
-"""Pairs of the shape of Pyro's examples and tutorials: each verb works on them, with plain Pyro's numbers, or refuses with a
-reason that is true."""
+"""Pairs of the shape of Pyro's examples and tutorials: each verb works on them, with plain Pyro's numbers, or
+refuses with a reason that is true."""
 
 import inspect
 import logging
@@ -17,17 +17,29 @@ from tests.support.pyro_examples import EXAMPLES, build
 OK = None  # the verb works
 GLOBAL = r"lies? in no data plate, so there is no evidence per datum"
 UNDECLARED = r"'eta' has batch_shape \(8,\), whose dimension -1 lies in no plate"
-SHARED_NAME = r"register different networks under one name .* 't_nn', so that of the model would never be trained"
-DOCUMENTS = r"plate 'documents' of 24 rows, and all sites of plate 'words' .* dimension 1 of (argument 0|data) has 24"
+SHARED_NAME = (
+    r"register different networks under one name .* 't_nn', so that of the model would never be trained"
+)
+DOCUMENTS = (
+    r"plate 'documents' of 24 rows, and all sites of plate 'words' .* dimension 1 of (argument 0|data) has 24"
+)
 ROWS = r"from which minibatches cannot be taken; pass batch_size=None"
 PER_DATUM = ("log_weights", "importance", "diagnose", "ais")
 # scale of the example's own poutine.scale, which no verb but training knows
-SCALES = {"scanvi": 1 / 120, "scanvi_batch_norm": 1 / 120, "scanvi_unlabelled": 1 / 120, "ss_vae_classify": 46.0}
+SCALES = {
+    "scanvi": 1 / 120,
+    "scanvi_batch_norm": 1 / 120,
+    "scanvi_unlabelled": 1 / 120,
+    "ss_vae_classify": 46.0,
+}
 
 REFUSED: dict[str, dict[str, str]] = {
     "ss_vae_classify": {"ais": r"no continuous latent"},
     "cvae": {"ais": r"does not run in a plate of particles"},
-    "scanvi_batch_norm": {"check_pair": r"in training mode .* moves .* batch normalization", "ais": r"plate of particles"},
+    "scanvi_batch_norm": {
+        "check_pair": r"in training mode .* moves .* batch normalization",
+        "ais": r"plate of particles",
+    },
     "cevae_shared_name": dict.fromkeys(("check_pair", "fit", "fit_whole", "SVI"), SHARED_NAME),
     "lda": dict.fromkeys(("check_pair", "fit", "fit_whole", "evaluate"), DOCUMENTS)
     | dict.fromkeys(PER_DATUM, GLOBAL)
@@ -48,7 +60,15 @@ LOCAL = [name for name in EXAMPLES if EXPECTED[name]["log_weights"] is OK]
 
 
 # relatives of an example that is tested anyhow, and long programs, whose graphs are slow to make
-HEAVY = {"scanvi_batch_norm", "scanvi_unlabelled", "ss_vae_supervised", "dmm_iaf", "cevae_shared_name", "hmm_6", "vae_grey"}
+HEAVY = {
+    "scanvi_batch_norm",
+    "scanvi_unlabelled",
+    "ss_vae_supervised",
+    "dmm_iaf",
+    "cevae_shared_name",
+    "hmm_6",
+    "vae_grey",
+}
 SLOW = dict.fromkeys(("fit_whole", "SVI", "importance", "diagnose", "log_weights"), HEAVY)
 SLOW["SVI"] = HEAVY | {"scanvi", "dmm"}
 SLOW["diagnose"] = HEAVY | {"scanvi", "cvae", "flow_prior"}
@@ -98,10 +118,13 @@ def without_observed(guide):
 
 
 def plain_elbo(name, example, seed=0):
-    """The ELBO of all data by the example's own loss of Pyro, modules in evaluation mode, its scale taken out."""
+    """The ELBO of all data by the example's own loss of Pyro, modules in evaluation mode, its scale taken
+    out."""
     pyro.set_rng_seed(seed)
     with torch.no_grad():
-        loss = example.loss.loss(example.model, without_observed(example.guide), *example.args, **example.kwargs)
+        loss = example.loss.loss(
+            example.model, without_observed(example.guide), *example.args, **example.kwargs
+        )
     return -loss / SCALES.get(name, 1.0)
 
 
@@ -124,7 +147,13 @@ def check_problems(problems):
 def test_fit_on_all_data_at_once_is_plain_svi(name, reason):
     example = build(name)
     steps = 2
-    options = {"loss": example.loss, "optim": adam(), "num_epochs": steps, "batch_size": None, "progress": False}
+    options = {
+        "loss": example.loss,
+        "optim": adam(),
+        "num_epochs": steps,
+        "batch_size": None,
+        "progress": False,
+    }
     pyro.set_rng_seed(0)
     if reason is not OK:
         with refused(reason):
@@ -143,7 +172,8 @@ def test_fit_on_all_data_at_once_is_plain_svi(name, reason):
 
 @cases("fit")
 def test_fit_in_minibatches_is_plain_svi_under_a_scale(name, reason):
-    """Where all latents are local, a minibatch of B stands for N data by one factor N/B on model and guide."""
+    """Where all latents are local, a minibatch of B stands for N data by one factor N/B on model and
+    guide."""
     example = build(name)
     options = {"loss": example.loss, "optim": adam(), "num_epochs": 1, "batch_size": 8, "progress": False}
     pyro.set_rng_seed(0)
@@ -220,7 +250,9 @@ def test_joint_log_weights_estimate_the_elbo_of_pyro(name, reason):
             pv.joint_log_weights(example.model, example.guide, named(example), num_particles=3)
         return
     draws = 2 if "hmm" in name else 20  # a guide of points draws nothing
-    weights = pv.joint_log_weights(example.model, example.guide, example.args, num_particles=draws).log_weights.double()
+    weights = pv.joint_log_weights(
+        example.model, example.guide, example.args, num_particles=draws
+    ).log_weights.double()
     plain = torch.tensor([plain_elbo(name, example, seed) for seed in range(draws)], dtype=torch.double)
     error = torch.hypot(weights.std(), plain.std()) / draws**0.5
     assert (weights.mean() - plain.mean()).abs() <= 5 * error + 1e-4 * plain.mean().abs()
@@ -256,7 +288,8 @@ def test_diagnose_gives_its_page_or_the_reason(name, reason):
 
 @cases("ais")
 def test_ais_is_above_the_elbo_or_refuses(name, reason):
-    """Few temperatures, chains from the prior: both are lower bounds, and moves towards the posterior raise this one."""
+    """Few temperatures, chains from the prior: both are lower bounds, and moves towards the posterior raise
+    this one."""
     example = build(name)
     options = {"annealing": evidence.Annealing(3, num_chains=4, schedule="uniform"), "progress": False}
     if reason is not OK:
@@ -304,7 +337,14 @@ def test_documents_in_dimension_1_are_evaluated_together_where_that_is_asked_for
 
 def test_documents_in_dimension_1_are_trained_together_where_that_is_asked_for():
     example = build("lda")
-    options = {"loss": example.loss, "optim": adam(), "num_epochs": 2, "batch_size": None, "progress": False, "check": False}
+    options = {
+        "loss": example.loss,
+        "optim": adam(),
+        "num_epochs": 2,
+        "batch_size": None,
+        "progress": False,
+        "check": False,
+    }
     pyro.set_rng_seed(0)
     with pv.fit(example.model, example.guide, example.args[0], **options).scope():
         ours = parameters()

@@ -20,4 +20,10 @@ def test_every_snippet_runs_after_those_before_it(tmp_path, monkeypatch):
     names = {"my_model": plain.model, "my_guide": plain.guide, "data": torch.randn(60, 3)}
     for number, snippet in enumerate(snippets, start=1):
         exec(compile(snippet, f"README.md, snippet {number}", "exec"), names)
-    assert {path.name for path in tmp_path.iterdir()} >= {"guides.png", "calibration.png", "checkpoints", "my-vae", "my-pair"}
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "guides.png",
+        "calibration.png",
+        "checkpoints",
+        "my-vae",
+        "my-pair",
+    }

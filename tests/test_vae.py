@@ -119,7 +119,8 @@ def test_render_model():
 
 
 def test_the_reparameterized_gradient_is_its_closed_form_in_expectation():
-    """On a linear-Gaussian pair, whose ELBO has a closed form: each element of the mean of 600 gradients within 5 errors."""
+    """On a linear-Gaussian pair, whose ELBO has a closed form: each element of the mean of 600 gradients
+    within 5 errors."""
     d, k, n = 4, 2, 6
     vae = pv.VAE(
         prior=priors.StandardNormal(k),
@@ -183,7 +184,12 @@ def conditional_prior():
 def test_a_conditional_prior_without_a_condition_is_refused():
     vae, x = make_vae(), torch.bernoulli(torch.rand(5, 4, 4))
     vae = pv.VAE(conditional_prior(), vae.model.decoder, vae.guide.encoder)
-    for call in (vae.model, lambda: vae.model(x), lambda: vae.sample(5), lambda: pv.fit(vae.model, vae.guide, x, num_epochs=1)):
+    for call in (
+        vae.model,
+        lambda: vae.model(x),
+        lambda: vae.sample(5),
+        lambda: pv.fit(vae.model, vae.guide, x, num_epochs=1),
+    ):
         with pytest.raises(ValueError, match="Normal: it is conditional but is given nothing"):
             call()
 
@@ -229,7 +235,8 @@ def test_log_probability_of_a_conditional_model_is_that_of_prior_and_decoder(pri
 
 
 def test_two_conditions():
-    """p(z|a, b) p(x|z, a, b): every parameter moves, and every row depends on its own rows of both conditions."""
+    """p(z|a, b) p(x|z, a, b): every parameter moves, and every row depends on its own rows of both
+    conditions."""
     event, a, b = (4, 4), torch.randn(16, 2).double(), torch.randn(16, 5).double()
     vae = pv.VAE(
         prior=conditionals.Normal(nets.MLP(((2,), (5,)), (8,)), event_shape=3),
@@ -242,7 +249,9 @@ def test_two_conditions():
     before = {name: p.detach().clone() for name, p in vae.named_parameters()}
     pv.fit(vae.model, vae.guide, (x, a, b), num_epochs=1, batch_size=8)
     assert all((p != before[name]).any() for name, p in vae.named_parameters())
-    assert vae.sample(16, a, b).shape == vae.reconstruct(x, a, b).shape == vae.model(None, a, b).shape == x.shape
+    assert (
+        vae.sample(16, a, b).shape == vae.reconstruct(x, a, b).shape == vae.model(None, a, b).shape == x.shape
+    )
     z = vae.encode(x, a, b).sample()
     for given in ((a.roll(1, 0), b), (a, b.roll(1, 0))):
         assert (vae.encode(x, *given).mean != vae.encode(x, a, b).mean).any(1).all()
@@ -264,7 +273,9 @@ def test_labels_that_no_part_takes_are_left_out():
 
 def test_particles_are_vectorized():
     vae, x = make_vae().double(), torch.bernoulli(torch.rand(9, 4, 4, dtype=torch.double))
-    loss = Trace_ELBO(num_particles=2000, vectorize_particles=True, max_plate_nesting=1).loss(vae.model, vae.guide, x)
+    loss = Trace_ELBO(num_particles=2000, vectorize_particles=True, max_plate_nesting=1).loss(
+        vae.model, vae.guide, x
+    )
     pyro.set_rng_seed(5)
     draws = torch.tensor([Trace_ELBO().loss(vae.model, vae.guide, x) for _ in range(400)])
     error = draws.std() * (1 / 400 + 1 / 2000) ** 0.5
@@ -274,7 +285,9 @@ def test_particles_are_vectorized():
 def test_integer_images():
     vae = make_vae()
     x = torch.ones(5, 4, 4, dtype=torch.uint8)
-    assert math.isfinite(Trace_ELBO().loss(vae.model, vae.guide, x))  # whole numbers are what a Bernoulli takes
+    assert math.isfinite(
+        Trace_ELBO().loss(vae.model, vae.guide, x)
+    )  # whole numbers are what a Bernoulli takes
     vae.model.decoder = conditionals.Normal(nets.MLP(3), event_shape=(4, 4))
     with pytest.raises(ValueError, match=r"x\.float\(\) / 255"):
         vae.model(x)

@@ -79,7 +79,10 @@ def test_a_restricted_family_trains_another_model():
     x = exact.LinearGaussian(this.WEIGHT, noise_scale=0.4).sample(500)
     sigmas = torch.linspace(0.1, 1.2, 2201, dtype=torch.double)
     evidence, bound = this.curves(x, sigmas)
-    places = {"full covariance": sigmas[evidence.argmax()].item(), "mean-field": sigmas[bound.argmax()].item()}
+    places = {
+        "full covariance": sigmas[evidence.argmax()].item(),
+        "mean-field": sigmas[bound.argmax()].item(),
+    }
     assert places["mean-field"] > places["full covariance"] + 0.2
     for name, family in this.FAMILIES.items():
         assert this.train_sigma(x, family, 3000) == pytest.approx(places[name], abs=2e-3)
@@ -173,7 +176,9 @@ def test_analytic_terms_are_pyros_losses_with_one_mean():
         values, gradients = this.single_draws(model, x, factor, n)
         for name, value in values.items():
             assert (value.mean() - elbo).abs() < 4.5 * value.std() / n**0.5 + 1e-12
-            assert gradients[name].mean().abs() < 4.5 * gradients[name].std() / n**0.5  # the means are the best
+            assert (
+                gradients[name].mean().abs() < 4.5 * gradients[name].std() / n**0.5
+            )  # the means are the best
         assert gradients["analytic KL"].std() < 0.8 * gradients["plain"].std()
         assert (values["plain"].std() < 1e-12) == (factor == 1.0)
 
@@ -196,7 +201,8 @@ def test_a_wider_encoder_pays_less_for_amortization():
     before = [parameter.clone() for parameter in model.parameters()]
     evidence = exact.Grid(model, tolerance=1e-4).log_evidence(x).to(x)
     narrow, wide = (
-        pv.split_gap(model, this.train_guide(model, train, width, 20), x, log_evidence=evidence) for width in (2, 100)
+        pv.split_gap(model, this.train_guide(model, train, width, 20), x, log_evidence=evidence)
+        for width in (2, 100)
     )
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert narrow.amortization.mean() > wide.amortization.mean() > 0

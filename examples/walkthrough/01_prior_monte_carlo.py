@@ -55,7 +55,9 @@ def draw(truth, estimates, sizes, shares):
     for i, (num_draws, values) in enumerate(estimates.items()):
         left.plot(DIMENSIONS, values, "o-", color=f"C{i}", label=f"{num_draws:,} samples of the prior")
         right.semilogy(DIMENSIONS, sizes[num_draws], "o", color=f"C{i}", label=f"{num_draws:,} samples")
-        right.semilogy(DIMENSIONS, [max(1, num_draws * share) for share in shares], "-", color=f"C{i}", alpha=0.5)
+        right.semilogy(
+            DIMENSIONS, [max(1, num_draws * share) for share in shares], "-", color=f"C{i}", alpha=0.5
+        )
     left.set(xlabel="latent dimensions", ylabel="log p(x), nats per datum", title="Evidence under PPCA")
     right.plot([], [], "-", color="0.5", label="limit, in closed form")
     right.set(xlabel="latent dimensions", ylabel="effective sample size", title="Effective sample size")
@@ -67,7 +69,9 @@ def draw(truth, estimates, sizes, shares):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="01_prior_monte_carlo.png")
     parser.add_argument("--smoke-test", action="store_true", help="fewer samples")
     args = parser.parse_args()
@@ -78,7 +82,11 @@ if __name__ == "__main__":
     x = test[:50]
     counts = (10, 100) if args.smoke_test else (100, 10_000)
     truth, shares, estimates, sizes = [], [], {n: [] for n in counts}, {n: [] for n in counts}
-    print(f"{'dim':>4} {'log p(x)':>10}" + "".join(f" {f'{n:,} draws':>14} {'ESS':>8}" for n in counts) + "   nats per datum")
+    print(
+        f"{'dim':>4} {'log p(x)':>10}"
+        + "".join(f" {f'{n:,} draws':>14} {'ESS':>8}" for n in counts)
+        + "   nats per datum"
+    )
     for k in DIMENSIONS:
         model = exact.LinearGaussian.ppca(train, k)
         truth.append(model.log_evidence(x).mean().item())

@@ -28,7 +28,9 @@ X = torch.tensor([[1.2, 1.2]], dtype=torch.double)
 def make_model():
     """x = (|z|, |z|) + noise, with two ReLU units."""
     one = torch.ones(2, dtype=torch.double)
-    return exact.ReluDecoder(torch.tensor([1.0, -1.0]).double(), 0 * one, torch.ones(2, 2).double(), noise_scale=0.6)
+    return exact.ReluDecoder(
+        torch.tensor([1.0, -1.0]).double(), 0 * one, torch.ones(2, 2).double(), noise_scale=0.6
+    )
 
 
 def guide(x):
@@ -47,15 +49,21 @@ def draw(model, x):
     z = torch.linspace(-2.2, 2.2, 500, dtype=torch.double)
     identity = pointwise_identity(model, guide, x, z=z.reshape(-1, 1, 1))
     log_p = model.posterior(x).log_prob(z.reshape(-1, 1, 1))[:, 0]
-    weight, correction, evidence = (part[:, 0] for part in (identity.log_weight, identity.correction, identity.log_evidence))
+    weight, correction, evidence = (
+        part[:, 0] for part in (identity.log_weight, identity.correction, identity.log_evidence)
+    )
     fig, (top, bottom) = plt.subplots(2, 1, figsize=(7, 7), sharex=True, layout="constrained")
     top.fill_between(z, log_p.exp(), color="0.75", label="p(z|x)")
     top.plot(z, (log_p + correction).exp(), color="C0", label="q(z|x)")
     top.set(ylabel="density", title="A guide that covers one of two modes")
     bottom.plot(z, evidence, "k-", label="log p(x, z) − log p(z|x) = log p(x)")
     bottom.plot(z, weight, color="C0", label="log p(x, z) − log q(z|x)")
-    bottom.fill_between(z, weight, evidence, where=weight < evidence, color="C2", alpha=0.3, label="correction > 0")
-    bottom.fill_between(z, weight, evidence, where=weight > evidence, color="C3", alpha=0.3, label="correction < 0")
+    bottom.fill_between(
+        z, weight, evidence, where=weight < evidence, color="C2", alpha=0.3, label="correction > 0"
+    )
+    bottom.fill_between(
+        z, weight, evidence, where=weight > evidence, color="C3", alpha=0.3, label="correction < 0"
+    )
     level = evidence[0].item()
     bottom.set(xlabel="z", ylabel="nats", ylim=(level - 4.5, level + 7))
     for ax in (top, bottom):
@@ -64,7 +72,9 @@ def draw(model, x):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="02_pointwise_identity.png")
     parser.add_argument("--smoke-test", action="store_true", help="fewer samples")
     args = parser.parse_args()

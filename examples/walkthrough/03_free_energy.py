@@ -35,7 +35,9 @@ def make_guide(model, shift, factor):
     def guide(x):
         p = model.posterior(x)
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.MultivariateNormal(p.loc + shift * DIRECTION, scale_tril=factor * p.scale_tril))
+            pyro.sample(
+                "z", dist.MultivariateNormal(p.loc + shift * DIRECTION, scale_tril=factor * p.scale_tril)
+            )
 
     return guide
 
@@ -50,10 +52,15 @@ def divergence(model, shift, factor):
 def draw(model, shifts, factors, measured):
     fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     surprise = -model.log_evidence(X).item()
-    paths = [(shifts, lambda t: (t, 1.0), "shift of the mean"), (factors, lambda t: (0.0, t), "factor of the scales")]
+    paths = [
+        (shifts, lambda t: (t, 1.0), "shift of the mean"),
+        (factors, lambda t: (0.0, t), "factor of the scales"),
+    ]
     for ax, (points, member, label) in zip(axes, paths, strict=True):
         fine = torch.linspace(points[0], points[-1], 200).tolist()
-        ax.plot(fine, [surprise + divergence(model, *member(t)) for t in fine], "C0-", label="−log p(x) + KL(q‖p)")
+        ax.plot(
+            fine, [surprise + divergence(model, *member(t)) for t in fine], "C0-", label="−log p(x) + KL(q‖p)"
+        )
         ax.axhline(surprise, color="k", label="−log p(x)")
         energies = [measured[member(t)] for t in points]
         ax.errorbar(
@@ -73,7 +80,9 @@ def draw(model, shifts, factors, measured):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="03_free_energy.png")
     parser.add_argument("--smoke-test", action="store_true", help="fewer samples")
     args = parser.parse_args()
@@ -90,5 +99,8 @@ if __name__ == "__main__":
     print(f"{'shift':>6} {'factor':>6} {'F(q)':>16} {'−log p(x) + KL':>15}")
     for (shift, factor), energy in measured.items():
         expected = -model.log_evidence(X).item() + divergence(model, shift, factor)
-        print(f"{shift:6} {factor:6} {energy.free_energy.item():8.4f} ± {energy.free_energy_se.item():.4f} {expected:15.4f}")
+        print(
+            f"{shift:6} {factor:6} {energy.free_energy.item():8.4f} ± {energy.free_energy_se.item():.4f} "
+            f"{expected:15.4f}"
+        )
     draw(model, shifts, factors, measured).savefig(args.out, dpi=150)

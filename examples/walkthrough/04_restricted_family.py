@@ -43,14 +43,18 @@ def model(x):
 
 def decayed(lr, num_epochs):
     """Adam with a learning rate that decays by a factor of 1000."""
-    return ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": lr}, "gamma": 1e-3 ** (1 / num_epochs)})
+    return ExponentialLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": lr}, "gamma": 1e-3 ** (1 / num_epochs)}
+    )
 
 
 def train_sigma(x, family, num_epochs):
     """σ trained with a guide of this family and a linear encoder."""
     guide = pv.Guide(family(nets.MLP(2, ()), event_shape=2)).double()
     loss = TraceMeanField_ELBO(num_particles=10, vectorize_particles=True, max_plate_nesting=1)
-    history = pv.fit(model, guide, x, loss=loss, num_epochs=num_epochs, batch_size=None, optim=decayed(0.05, num_epochs))
+    history = pv.fit(
+        model, guide, x, loss=loss, num_epochs=num_epochs, batch_size=None, optim=decayed(0.05, num_epochs)
+    )
     with history.scope():
         return pyro.param("sigma").item()
 
@@ -71,7 +75,14 @@ def train_linear(x, beta, num_epochs):
     ).double()
     loss = TraceMeanField_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
     pv.fit(
-        vae.model, vae.guide, x, loss=loss, num_epochs=num_epochs, batch_size=None, beta=beta, optim=decayed(0.05, num_epochs)
+        vae.model,
+        vae.guide,
+        x,
+        loss=loss,
+        num_epochs=num_epochs,
+        batch_size=None,
+        beta=beta,
+        optim=decayed(0.05, num_epochs),
     )
     return vae
 
@@ -87,7 +98,11 @@ def draw(x, trained, eigenvalues, norms):
     sigmas = torch.linspace(0.1, 1.2, 200, dtype=torch.double)
     curve = dict(zip(("full covariance", "mean-field"), curves(x, sigmas), strict=True))
     for i, (name, sigma) in enumerate(trained.items()):
-        label = "log p(x) = bound of the full covariance" if name == "full covariance" else f"bound of the {name} guide"
+        label = (
+            "log p(x) = bound of the full covariance"
+            if name == "full covariance"
+            else f"bound of the {name} guide"
+        )
         left.plot(sigmas, curve[name], color=f"C{i}", label=label)
         left.axvline(sigma, color=f"C{i}", ls="--", label=f"σ trained with it: {sigma:.3f}")
     left.set(xlabel="σ", ylabel="nats per datum", title="Correlated posterior: bounds as functions of σ")
@@ -112,7 +127,9 @@ def digits():
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="04_restricted_family.png")
     parser.add_argument("--smoke-test", action="store_true", help="few epochs")
     args = parser.parse_args()
@@ -126,7 +143,10 @@ if __name__ == "__main__":
     best = dict(zip(("full covariance", "mean-field"), curves(x, sigmas), strict=True))
     for name, sigma in trained.items():
         highest = sigmas[best[name].argmax()]
-        print(f"σ trained with a {name} guide: {sigma:.4f}; its bound, in nats per datum, peaks at {highest:.4f}")
+        print(
+            f"σ trained with a {name} guide: {sigma:.4f}; its bound, in nats per datum, peaks at "
+            f"{highest:.4f}"
+        )
 
     x_digits = digits()
     eigenvalues = torch.linalg.eigvalsh(torch.cov(x_digits.mT, correction=0)).flip(0)

@@ -61,7 +61,15 @@ def climb(vae, x, turns, epochs_each, every=10):
         for other, frozen in ((vae.model, part == "guide"), (vae.guide, part == "model")):
             other.requires_grad_(not frozen).train(not frozen)
         for _ in range(epochs_each // every):
-            pv.fit(vae.model, vae.guide, x, loss=TraceMeanField_ELBO(), optim=optims[part], num_epochs=every, batch_size=None)
+            pv.fit(
+                vae.model,
+                vae.guide,
+                x,
+                loss=TraceMeanField_ELBO(),
+                optim=optims[part],
+                num_epochs=every,
+                batch_size=None,
+            )
             records.append((records[-1][0] + every, *bounds(vae, x), part))
     vae.requires_grad_(True).train()
     return records
@@ -87,7 +95,9 @@ def draw(in_turn, at_once, best):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="05_in_turn.png")
     parser.add_argument("--smoke-test", action="store_true", help="few turns")
     args = parser.parse_args()
@@ -100,5 +110,8 @@ if __name__ == "__main__":
         pyro.set_rng_seed(0)
         runs[name] = climb(make_vae(), x, turns, epochs_each=100)
         epochs, elbo, evidence, _ = runs[name][-1]
-        print(f"{name}: after {epochs} epochs ELBO {elbo:.3f}, log p(x) {evidence:.3f}; at best {best:.3f} nats per datum")
+        print(
+            f"{name}: after {epochs} epochs ELBO {elbo:.3f}, log p(x) {evidence:.3f}; at best {best:.3f} "
+            "nats per datum"
+        )
     draw(*runs.values(), best).savefig(args.out, dpi=150)

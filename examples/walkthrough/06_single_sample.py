@@ -74,7 +74,9 @@ def draw(singles, elbo, evidence, errors, between, within):
     left.axvline(evidence, color="k", ls=":", label="log p(x)")
     left.set(xlabel="nats", yticks=[], title="Estimates of the ELBO of one datum")
     for i, batch in enumerate(BATCHES):
-        right.loglog(DRAWS, [errors[batch, k] for k in DRAWS], "o", color=f"C{i}", label=f"minibatches of {batch}")
+        right.loglog(
+            DRAWS, [errors[batch, k] for k in DRAWS], "o", color=f"C{i}", label=f"minibatches of {batch}"
+        )
         right.loglog(DRAWS, [((between + within / k) / batch) ** 0.5 for k in DRAWS], "-", color=f"C{i}")
     right.set(
         xlabel="samples per datum",
@@ -88,7 +90,9 @@ def draw(singles, elbo, evidence, errors, between, within):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="06_single_sample.png")
     parser.add_argument("--smoke-test", action="store_true", help="fewer samples")
     args = parser.parse_args()
@@ -103,7 +107,10 @@ if __name__ == "__main__":
             pyro.sample("z", model.posterior(x))
 
     datum = x[:1]
-    singles = {"guide": single_draws(model, guide, datum, n), "exact posterior": single_draws(model, posterior, datum, n)}
+    singles = {
+        "guide": single_draws(model, guide, datum, n),
+        "exact posterior": single_draws(model, posterior, datum, n),
+    }
     report = pv.compare(model, guide, x, num_particles=2, split=False)
     elbo, evidence = report.elbo[0].item(), report.log_evidence[0].item()
     print(f"log p(x) = {evidence:.4f}, ELBO = {elbo:.4f} nats per datum")

@@ -86,7 +86,9 @@ def draw(gradients, truth, spread):
     for i, (name, values) in enumerate(gradients.items()):
         spread_of = 3 * gradients["score function, baseline"][:, 0].std().item()
         limits = (truth[0].item() - spread_of, truth[0].item() + spread_of)
-        left.hist(values[:, 0], bins=100, range=limits, density=True, histtype="step", color=f"C{i}", label=name)
+        left.hist(
+            values[:, 0], bins=100, range=limits, density=True, histtype="step", color=f"C{i}", label=name
+        )
         right.loglog(DIMENSIONS, [spread[k][name] for k in DIMENSIONS], "o-", color=f"C{i}", label=name)
     left.axvline(truth[0], color="k", ls="--", label="exact")
     left.set(xlabel="∂ELBO/∂μ₁", yticks=[], title=f"One-sample gradients, {len(truth) // 2} dimensions")
@@ -99,7 +101,9 @@ def draw(gradients, truth, spread):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="07_gradients.png")
     parser.add_argument("--smoke-test", action="store_true", help="fewer samples")
     args = parser.parse_args()
@@ -117,8 +121,14 @@ if __name__ == "__main__":
             "score function, baseline": single_gradients(model, x, n, ScoreFunctionNormal, baseline=elbo),
         }
         spread[k] = {name: values.var(0).mean().sqrt().item() for name, values in gradients.items()}
-        off = {name: ((g.mean(0) - truth) / (g.std(0) / n**0.5)).abs().max().item() for name, g in gradients.items()}
-        print(f"{k:3} dimensions  " + "   ".join(f"{name} {spread[k][name]:9.3f} ({off[name]:.1f})" for name in gradients))
+        off = {
+            name: ((g.mean(0) - truth) / (g.std(0) / n**0.5)).abs().max().item()
+            for name, g in gradients.items()
+        }
+        print(
+            f"{k:3} dimensions  "
+            + "   ".join(f"{name} {spread[k][name]:9.3f} ({off[name]:.1f})" for name in gradients)
+        )
         if k == 5:
             shown = gradients, truth
     draw(*shown, spread).savefig(args.out, dpi=150)

@@ -1,8 +1,8 @@
 """8. Estimators of the ELBO with analytic entropy or analytic KL.
 
     plain              log p(x, z) − log q(z|x)                  AEVB's estimator A; Pyro's Trace_ELBO
-    analytic entropy   log p(x, z) + H(q)
-    analytic KL        log p(x|z) − KL(q‖p(z))                   AEVB's estimator B; Pyro's TraceMeanField_ELBO
+    analytic entropy   log p(x, z) + H(q) analytic KL        log p(x|z) − KL(q‖p(z))                   AEVB's
+    estimator B; Pyro's TraceMeanField_ELBO
 
 with one sample z ~ q(z|x) are unbiased estimates of the ELBO with different variances. None is always the
 best. At the exact posterior only the plain estimator has variance 0. Let h be the curvature of −log p(x|z).
@@ -56,7 +56,9 @@ def single_draws(model, x, factor, num_draws):
     q = make_q(model, copies, factor)
     values = estimators(model, copies, q)
     loc = q.base_dist.loc
-    gradients = {name: torch.autograd.grad(v.sum(), loc, retain_graph=True)[0][:, 0] for name, v in values.items()}
+    gradients = {
+        name: torch.autograd.grad(v.sum(), loc, retain_graph=True)[0][:, 0] for name, v in values.items()
+    }
     return {name: v.detach() for name, v in values.items()}, gradients
 
 
@@ -65,7 +67,9 @@ def draw(spread):
     for ax, kind, title in zip(axes, ("value", "gradient"), ("of the ELBO", "of its gradient"), strict=True):
         for i, name in enumerate(("plain", "analytic entropy", "analytic KL")):
             style = "--" if kind == "gradient" and i == 1 else "-"
-            ax.plot(FACTORS, [spread[f][kind][name] for f in FACTORS], f"C{i}o{style}", label=name, ms=9 - 2.5 * i)
+            ax.plot(
+                FACTORS, [spread[f][kind][name] for f in FACTORS], f"C{i}o{style}", label=name, ms=9 - 2.5 * i
+            )
         ax.axvline(1, color="0.7", lw=1)
         ax.set(xlabel="scale of q / scale of the posterior", ylabel="standard deviation")
         ax.set_title(f"One-sample estimate {title}")
@@ -75,7 +79,9 @@ def draw(spread):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="08_analytic_terms.png")
     parser.add_argument("--smoke-test", action="store_true", help="fewer samples")
     args = parser.parse_args()

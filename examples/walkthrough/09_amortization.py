@@ -54,9 +54,15 @@ def draw(splits, widths):
         approximation, amortization = split.approximation.mean().item(), split.amortization.mean().item()
         ax.bar(at, approximation, color="C7", label="approximation: diagonal Gaussians" if i == 0 else None)
         ax.bar(
-            at, amortization, bottom=approximation, color="C1", label="amortization: one encoder for all" if i == 0 else None
+            at,
+            amortization,
+            bottom=approximation,
+            color="C1",
+            label="amortization: one encoder for all" if i == 0 else None,
         )
-        ax.text(at, approximation + amortization, f"{approximation + amortization:.2f}", ha="center", va="bottom")
+        ax.text(
+            at, approximation + amortization, f"{approximation + amortization:.2f}", ha="center", va="bottom"
+        )
     places = [i + 0.6 * (i // len(widths)) for i in range(len(splits))]
     ax.set_xticks(places, [f"{width} units\n{name if width == widths[0] else ''}" for name, width in splits])
     ax.set(ylabel="log p(x) − ELBO, nats per datum", title="Gap by width of the encoder")
@@ -66,7 +72,9 @@ def draw(splits, widths):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="09_amortization.png")
     parser.add_argument("--smoke-test", action="store_true", help="few epochs, few data")
     args = parser.parse_args()

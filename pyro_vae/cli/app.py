@@ -1,6 +1,7 @@
 """``pyro-vae train | evaluate | diagnose | sample | reconstruct | plot | compare | data``.
 
-Torch is imported inside the commands, so that ``--help`` answers at once. Progress goes to stderr, results to stdout.
+Torch is imported inside the commands, so that ``--help`` answers at once. Progress goes to stderr, results to
+stdout.
 """
 
 import contextlib
@@ -35,18 +36,28 @@ Prior = Literal["standard-normal", "normal", "mixture", "vamp"]
 Binarize = Literal["none", "threshold", "stochastic"]
 
 RunFolder = Annotated[Path, Argument(metavar="RUN", help="A folder that `pyro-vae train` made.")]
-DataDir = Annotated[Path | None, Option(help="Folder of the data sets.  [default: $PYRO_VAE_DATA, or ./data]")]
+DataDir = Annotated[
+    Path | None, Option(help="Folder of the data sets.  [default: $PYRO_VAE_DATA, or ./data]")
+]
 OwnPair = Annotated[
     str | None,
-    Option("--pair", metavar="SOURCE:FACTORY", help="The --pair that the run was trained with, if any: its code runs."),
+    Option(
+        "--pair",
+        metavar="SOURCE:FACTORY",
+        help="The --pair that the run was trained with, if any: its code runs.",
+    ),
 ]
 Out = Annotated[Path | None, Option(help="Folder to write.  [default: a new one]")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace what pyro-vae wrote to --out.")]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
 Seed = Annotated[int, Option(min=0, max=2**32 - 1, help="Seed of every random draw.")]
-Threads = Annotated[int | None, Option(min=1, help="Threads of torch.  [default: torch's, or OMP_NUM_THREADS]")]
+Threads = Annotated[
+    int | None, Option(min=1, help="Threads of torch.  [default: torch's, or OMP_NUM_THREADS]")
+]
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None
+)
 
 
 def _version(asked: bool) -> None:
@@ -57,7 +68,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Auto-Encoding Variational Bayes in Pyro. Numbers are in nats per datum."""
 
@@ -67,46 +80,74 @@ def train(
     context: typer.Context,
     dataset: Annotated[Dataset, Argument(**options.argument(Dataset, "What to train on"))] = "digits",
     num_epochs: Annotated[
-        int | None, Option("-n", "--num-epochs", min=1, help=f"Passes over the data.  {default('num_epochs')}")
+        int | None,
+        Option("-n", "--num-epochs", min=1, help=f"Passes over the data.  {default('num_epochs')}"),
     ] = None,
     batch_size: Annotated[int, Option("-b", "--batch-size", min=1, help="Data in a minibatch.")] = 100,
-    learning_rate: Annotated[float | None, Option(min=0, help=f"Step size of Adam.  {default('learning_rate')}")] = None,
-    latent_dim: Annotated[int | None, Option(min=1, help=f"Dimensions of z.  {default('latent_dim')}")] = None,
+    learning_rate: Annotated[
+        float | None, Option(min=0, help=f"Step size of Adam.  {default('learning_rate')}")
+    ] = None,
+    latent_dim: Annotated[
+        int | None, Option(min=1, help=f"Dimensions of z.  {default('latent_dim')}")
+    ] = None,
     hidden: Annotated[
         str | None,
-        Option(help=f"Hidden widths of the encoder, such as 500,500; the decoder mirrors.  {default('hidden')}"),
+        Option(
+            help=f"Hidden widths of the encoder, such as 500,500; the decoder mirrors.  {default('hidden')}"
+        ),
     ] = None,
-    likelihood: Annotated[Likelihood | None, Option(**one_of(Likelihood), help=f"p(x|z).  {default('likelihood')}")] = None,
-    guide: Annotated[Guide | None, Option(**one_of(Guide), help=f"Family of q(z|x).  {default('guide')}")] = None,
+    likelihood: Annotated[
+        Likelihood | None, Option(**one_of(Likelihood), help=f"p(x|z).  {default('likelihood')}")
+    ] = None,
+    guide: Annotated[
+        Guide | None, Option(**one_of(Guide), help=f"Family of q(z|x).  {default('guide')}")
+    ] = None,
     prior: Annotated[Prior | None, Option(**one_of(Prior), help=f"p(z).  {default('prior')}")] = None,
-    pair: Annotated[str | None, Option(metavar="SOURCE:FACTORY", help="Train a pair of your own, in place of a VAE.")] = None,
+    pair: Annotated[
+        str | None, Option(metavar="SOURCE:FACTORY", help="Train a pair of your own, in place of a VAE.")
+    ] = None,
     binarize: Annotated[
         Binarize | None,
         Option(**one_of(Binarize), help="What grey pixels become.  [default: stochastic for bernoulli]"),
     ] = None,
     num_particles: Annotated[int, Option(min=1, help="Draws of z for each datum and step.")] = 1,
-    beta: Annotated[float, Option(min=0, help="Weight of the KL in what is optimized, never in what is reported.")] = 1.0,
+    beta: Annotated[
+        float, Option(min=0, help="Weight of the KL in what is optimized, never in what is reported.")
+    ] = 1.0,
     warm_up: Annotated[
-        int | None, Option(min=0, help=f"Epochs over which the weight of the KL rises from 0.  {default('warm_up')}")
+        int | None,
+        Option(min=0, help=f"Epochs over which the weight of the KL rises from 0.  {default('warm_up')}"),
     ] = None,
-    patience: Annotated[int | None, Option(min=1, help="Stop after so many epochs without a better held-out ELBO.")] = None,
-    clip_norm: Annotated[float | None, Option(min=0, help="The largest norm of the gradient, in nats per datum.")] = None,
-    every: Annotated[int | None, Option(min=1, help="Steps between checkpoints, besides that at each epoch's end.")] = None,
-    resume: Annotated[str | None, Option(metavar="last|best|PATH", help="Go on with the run at --out from there.")] = None,
+    patience: Annotated[
+        int | None, Option(min=1, help="Stop after so many epochs without a better held-out ELBO.")
+    ] = None,
+    clip_norm: Annotated[
+        float | None, Option(min=0, help="The largest norm of the gradient, in nats per datum.")
+    ] = None,
+    every: Annotated[
+        int | None, Option(min=1, help="Steps between checkpoints, besides that at each epoch's end.")
+    ] = None,
+    resume: Annotated[
+        str | None, Option(metavar="last|best|PATH", help="Go on with the run at --out from there.")
+    ] = None,
     seed: Seed = 0,
     device: Annotated[str, Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     dtype: Annotated[Literal["float32", "float64"], Option(help="Of data and networks.")] = "float32",
     threads: Annotated[
         int | None,
-        Option(min=1, help="Threads of torch.  [default: one where a step is small, else torch's, or OMP_NUM_THREADS]"),
+        Option(
+            min=1,
+            help="Threads of torch.  [default: one where a step is small, else torch's, or OMP_NUM_THREADS]",
+        ),
     ] = None,
     data_dir: DataDir = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Train a VAE, or a pair of your own, by SVI; leave a run folder. An interrupted run goes on by --out RUN --resume last, to
-    the same end as if it had not been: all other options are the run's, and with more --num-epochs it trains on."""
+    """Train a VAE, or a pair of your own, by SVI; leave a run folder. An interrupted run goes on by --out RUN
+    --resume last, to the same end as if it had not been: all other options are the run's, and with more
+    --num-epochs it trains on."""
     import pyro
 
     from pyro_vae import infer
@@ -126,9 +167,18 @@ def train(
         values |= dict.fromkeys(build.FAMILIES)
     grey_to = "stochastic" if values["likelihood"] == "bernoulli" else "none"
     config = build.Config(
-        **values, dataset=dataset, pair=pair, binarize=binarize or grey_to, batch_size=batch_size, num_particles=num_particles,
-        beta=options.finite("--beta", beta), patience=patience, clip_norm=clip_norm, seed=seed, dtype=dtype,
-    )  # fmt: skip
+        **values,
+        dataset=dataset,
+        pair=pair,
+        binarize=binarize or grey_to,
+        batch_size=batch_size,
+        num_particles=num_particles,
+        beta=options.finite("--beta", beta),
+        patience=patience,
+        clip_norm=clip_norm,
+        seed=seed,
+        dtype=dtype,
+    )
     options.finite("--learning-rate", config.learning_rate)
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -150,7 +200,9 @@ def train(
     say = output.say if first else lambda _: None
     say(f"{train_data}, {len(test)} held out -> {folder}")
     other = {"--device": device if device != "cpu" else None, "--every": every, "--threads": threads}
-    repeated = _own(pair, data_dir) + [word for key, value in other.items() if value is not None for word in (key, value)]
+    repeated = _own(pair, data_dir) + [
+        word for key, value in other.items() if value is not None for word in (key, value)
+    ]
 
     def left() -> str:
         if (step := runs.last_step(folder)) is None:
@@ -160,9 +212,17 @@ def train(
     largest = options.largest_product(own, config.batch_size * config.num_particles)
     with options.threads(threads, largest), infer.process_group(device), output.interrupted(left, first):
         run = runs.train(
-            folder, config, own, train_data, test, device=device, overwrite=overwrite, every=every,
-            resume=resume, say=say,
-        )  # fmt: skip
+            folder,
+            config,
+            own,
+            train_data,
+            test,
+            device=device,
+            overwrite=overwrite,
+            every=every,
+            resume=resume,
+            say=say,
+        )
     if not first:
         return
     epochs = run.history()
@@ -186,7 +246,8 @@ def sample(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Draw x from p(z) p(x|z): samples.npy, and a picture of as many E[x|z]. By default to RUN/samples, samples-2, …"""
+    """Draw x from p(z) p(x|z): samples.npy, and a picture of as many E[x|z]. By default to RUN/samples,
+    samples-2, …"""
     import torch
 
     from pyro_vae import plots
@@ -216,8 +277,8 @@ def reconstruct(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """E[x'|z] at z ~ q(z|x) for held-out x: x.npy, reconstructions.npy, and both in one picture. By default to
-    RUN/reconstructions, reconstructions-2, …"""
+    """E[x'|z] at z ~ q(z|x) for held-out x: x.npy, reconstructions.npy, and both in one picture. By default
+    to RUN/reconstructions, reconstructions-2, …"""
     import torch
 
     from pyro_vae import plots
@@ -232,7 +293,9 @@ def reconstruct(
         y = vae.reconstruct(x)
     image = {"reconstructions": lambda: plots.plot_reconstructions(x[:100], y[:100])}
     files = output.leave(
-        folder, {"x": x, "reconstructions": y}, image if x.dim() > 2 else output.points(x=x, reconstructions=y)
+        folder,
+        {"x": x, "reconstructions": y},
+        image if x.dim() > 2 else output.points(x=x, reconstructions=y),
     )
     output.show_files(files, as_json)
     output.done(report.write_page(opened, folder), "diagnose", run, *_own(pair, data_dir))
@@ -277,8 +340,9 @@ def evaluate(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Bound log p(x) of a run's model, in nats per datum: the ladder of estimators as one table and a picture. By default to
-    RUN/evaluation, evaluation-2, … An interrupted call goes on where it was when it is given again."""
+    """Bound log p(x) of a run's model, in nats per datum: the ladder of estimators as one table and a
+    picture. By default to RUN/evaluation, evaluation-2, … An interrupted call goes on where it was when it is
+    given again."""
     from pyro_vae import plots
     from pyro_vae.cli import build, ladder, report, runs
 
@@ -295,12 +359,21 @@ def evaluate(
 
     with opened.loaded(part.x[:2]) as own, options.threads(threads), output.interrupted(left):
         for rung in ladder.climb(
-            own, part.arguments(slice(None)), names, num_particles=num_particles, num_temperatures=num_temperatures,
-            num_chains=num_chains, seed=seed, kept=kept,
-        ):  # fmt: skip
+            own,
+            part.arguments(slice(None)),
+            names,
+            num_particles=num_particles,
+            num_temperatures=num_temperatures,
+            num_chains=num_chains,
+            seed=seed,
+            kept=kept,
+        ):
             rungs.append(rung)
             output.say(f"{rung.found.method}: {rung.found.mean:.3f}, {rung.seconds:.1f} s")
-    by_name = {name: [r.found for r in rungs if r.estimator == name] for name in dict.fromkeys(r.estimator for r in rungs)}
+    by_name = {
+        name: [r.found for r in rungs if r.estimator == name]
+        for name in dict.fromkeys(r.estimator for r in rungs)
+    }
     text, rows = ladder.table(rungs), {rung.name: rung.row() for rung in rungs}
     output.draw(folder, {"ladder": lambda: plots.figure_of(plots.plot_ladder(by_name))})
     put(folder / "evaluation.txt", f"{text}\n".encode())
@@ -327,24 +400,33 @@ def diagnose(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Ask whether a run's guide is good: one page, and pictures of Pareto k, the worst data and the calibration. By default to
-    RUN/diagnosis, diagnosis-2, …"""
+    """Ask whether a run's guide is good: one page, and pictures of Pareto k, the worst data and the
+    calibration. By default to RUN/diagnosis, diagnosis-2, …"""
     from pyro_vae import diagnostics, plots
     from pyro_vae.cli import build, report
 
     if 0 < num_simulations < 100:
-        raise typer.BadParameter(f"--num-simulations: expected 100 or more, or 0 for no calibration, but got {num_simulations}")
+        raise typer.BadParameter(
+            f"--num-simulations: expected 100 or more, or 0 for no calibration, but got {num_simulations}"
+        )
     opened = _opened(run, pair)
     folder = output.free(context, out, run / "diagnosis", overwrite)
     part = build.part_of(data, *build.build_data(opened.config, data_dir))
     with opened.loaded(part.x[:2]) as own, options.threads(threads), output.interrupted(_nothing_left):
         found = diagnostics.diagnose(
-            own.model, own.guide, part, num_particles=num_particles, num_simulations=num_simulations, seed=seed
+            own.model,
+            own.guide,
+            part,
+            num_particles=num_particles,
+            num_simulations=num_simulations,
+            seed=seed,
         )
     output.draw(folder, plots.plot_diagnosis(found, part.x))
     put(folder / "diagnosis.txt", f"{found}\n".encode())
     written = report.write_page(opened, folder)
-    output.show({"pareto_k": found.pareto_k.tolist(), "worst": found.worst().tolist()}, f"{found}\n{folder}", as_json)
+    output.show(
+        {"pareto_k": found.pareto_k.tolist(), "worst": found.worst().tolist()}, f"{found}\n{folder}", as_json
+    )
     output.done(written, "reconstruct" if opened.config.pair is None else "plot", run, *_own(pair, data_dir))
 
 
@@ -353,16 +435,21 @@ def compare(
     context: typer.Context,
     model: Annotated[str | None, Argument(help="One of --list.")] = None,
     guide: Annotated[str, Option(help="Families of q(z|x), such as normal,full,flow.")] = "normal,full,flow",
-    num_epochs: Annotated[int, Option("-n", "--num-epochs", min=1, help="Passes over 2000 draws of the model.")] = 100,
+    num_epochs: Annotated[
+        int, Option("-n", "--num-epochs", min=1, help="Passes over 2000 draws of the model.")
+    ] = 100,
     num_data: Annotated[int, Option(min=2, help="Draws of the model to compare on.")] = 50,
     list_models: Annotated[bool, Option("--list", help="List the models.")] = False,
     seed: Seed = 0,
-    threads: Annotated[int | None, Option(min=1, help="Threads of torch.  [default: 1, or OMP_NUM_THREADS]")] = None,
+    threads: Annotated[
+        int | None, Option(min=1, help="Threads of torch.  [default: 1, or OMP_NUM_THREADS]")
+    ] = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Train guides on a model that knows its posterior; leave a table and a figure of how far they are from it."""
+    """Train guides on a model that knows its posterior; leave a table and a figure of how far they are from
+    it."""
     from pyro_vae.cli import exact_models, runs
 
     if list_models or model is None:
@@ -371,7 +458,9 @@ def compare(
         return output.done(None, "compare", next(iter(about)))
     if model not in exact_models.MODELS:
         near = options.nearest(model, exact_models.MODELS)
-        raise typer.BadParameter(f"MODEL: expected one of {', '.join(exact_models.MODELS)}, but got {model!r}{near}")
+        raise typer.BadParameter(
+            f"MODEL: expected one of {', '.join(exact_models.MODELS)}, but got {model!r}{near}"
+        )
     families = options.some_of("--guide", guide, get_args(Guide))
     folder = output.free(context, out, Path("runs") / f"compare-{model}", overwrite)
     with options.threads(threads, exact_models.LARGEST_PRODUCT), output.interrupted(_nothing_left):
@@ -399,13 +488,22 @@ def data(
 
     if dataset is None:
         rows = {name: {"here": is_here(name, data_dir), "source": source} for name, source in SOURCES.items()}
-        text = "\n".join(f"{name:14} {'here' if row['here'] else 'not here':9} {row['source']}" for name, row in rows.items())
+        text = "\n".join(
+            f"{name:14} {'here' if row['here'] else 'not here':9} {row['source']}"
+            for name, row in rows.items()
+        )
         output.show(rows, text, as_json)
         return output.done(None, "train", "digits")
     train_data, test = load(dataset, data_dir=data_dir)
     low, high = (float(end) for end in train_data.x.aminmax())
-    result = {"train": len(train_data), "test": len(test), "shape": list(train_data.x.shape[1:]), "range": [low, high]}
-    text = f"{dataset}: {len(train_data)} + {len(test)} held out, each {tuple(train_data.x.shape[1:])} in [{low:g}, {high:g}]"
+    result = {
+        "train": len(train_data),
+        "test": len(test),
+        "shape": list(train_data.x.shape[1:]),
+        "range": [low, high],
+    }
+    shape = tuple(train_data.x.shape[1:])
+    text = f"{dataset}: {len(train_data)} + {len(test)} held out, each {shape} in [{low:g}, {high:g}]"
     output.show(result, text, as_json)
     return output.done(None, "train", dataset, *_own(None, data_dir))
 
@@ -421,7 +519,12 @@ def _opened(run: Path, pair: str | None) -> "Run":
 
 def _own(pair: str | None, data_dir: Path | None = None) -> list[object]:
     """The options that every command on a run needs again."""
-    return [word for key, value in (("--pair", pair), ("--data-dir", data_dir)) if value is not None for word in (key, value)]
+    return [
+        word
+        for key, value in (("--pair", pair), ("--data-dir", data_dir))
+        if value is not None
+        for word in (key, value)
+    ]
 
 
 def _nothing_left() -> str:
@@ -430,7 +533,10 @@ def _nothing_left() -> str:
 
 def _vae(pair: "Pair", verb: str) -> "VAE":
     if pair.vae is None:
-        raise ValueError(f"{verb}: the run's pair is two programs of your own; expected a factory that returns a pyro_vae.VAE")
+        raise ValueError(
+            f"{verb}: the run's pair is two programs of your own; expected a factory that returns a "
+            "pyro_vae.VAE"
+        )
     return pair.vae
 
 
@@ -446,8 +552,8 @@ def _fail(code: int, error: Exception) -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Run the command line. Exit codes: 0; 2 usage; 65 bad data; 66 missing input; 70 numerical failure or memory; 74 I/O;
-    78 a run of another version; 130 and 143 interrupted; 1 a bug."""
+    """Run the command line. Exit codes: 0; 2 usage; 65 bad data; 66 missing input; 70 numerical failure or
+    memory; 74 I/O; 78 a run of another version; 130 and 143 interrupted; 1 a bug."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     for stream in (sys.__stdout__, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # in a locale without ≥ and ±, other signs stand for them
@@ -462,7 +568,9 @@ def main() -> NoReturn:
     except FileExistsError as error:
         _fail(2, error)
     except OSError as error:
-        missing = isinstance(error, FileNotFoundError) and error.errno is None  # ours, with a cause and a remedy
+        missing = (
+            isinstance(error, FileNotFoundError) and error.errno is None
+        )  # ours, with a cause and a remedy
         _fail(66 if missing else 74, error)
     except (FloatingPointError, MemoryError) as error:
         _fail(70, error)

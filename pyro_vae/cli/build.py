@@ -57,7 +57,8 @@ PSEUDO_INPUTS = 100
 
 @dataclass(frozen=True)
 class Config:
-    """What a run was told, defaults filled in: the contents of ``config.json``. A pair of one's own has no family names."""
+    """What a run was told, defaults filled in: the contents of ``config.json``. A pair of one's own has no
+    family names."""
 
     dataset: str
     pair: str | None
@@ -82,19 +83,27 @@ class Config:
 
     @classmethod
     def read(cls, record: Mapping[str, Any], source: str) -> "Config":
-        """From JSON. Raises ``ValueError`` for keys that are missing or unknown, and values of another type."""
+        """From JSON. Raises ``ValueError`` for keys that are missing or unknown, and values of another
+        type."""
         hints = get_type_hints(cls)
         if unequal := record.keys() ^ hints.keys():
             raise ValueError(
-                f"{source}: the keys {sorted(unequal)} are missing or unknown; expected those of a run's config.json"
+                f"{source}: the keys {sorted(unequal)} are missing or unknown; expected those of a run's "
+                "config.json"
             )
-        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in record.items()
+        }
         for field in fields(cls):
             value = values[field.name]
             if not isinstance(value, hints[field.name]) or isinstance(value, bool):
-                raise ValueError(f"{source}: {field.name} is {reprlib.repr(value)}; expected {hints[field.name]}")
+                raise ValueError(
+                    f"{source}: {field.name} is {reprlib.repr(value)}; expected {hints[field.name]}"
+                )
             if not _is_plausible(field.name, value):
-                raise ValueError(f"{source}: {field.name} is {reprlib.repr(value)}, which no run of pyro-vae has")
+                raise ValueError(
+                    f"{source}: {field.name} is {reprlib.repr(value)}, which no run of pyro-vae has"
+                )
         return cls(**values)
 
 
@@ -119,40 +128,49 @@ class Pair(NamedTuple):
 
 
 def build_data(config: Config, data_dir: Path | None) -> tuple[Data, Data]:
-    """``(train, test)`` as the likelihood wants them: stochastically binarized for a Bernoulli, grey levels for a
-    Categorical, grey values in [0, 1] for a density. A pair of one's own says by ``binarize`` what it wants."""
+    """``(train, test)`` as the likelihood wants them: stochastically binarized for a Bernoulli, grey levels
+    for a Categorical, grey values in [0, 1] for a density. A pair of one's own says by ``binarize`` what it
+    wants."""
     train, test = load(config.dataset, binarize=config.binarize, data_dir=data_dir)  # type: ignore[arg-type]
     if config.likelihood == "categorical":
         train, test = train.levels(), test.levels()
     dtype = _named("dtype", config.dtype, DTYPES)
     if config.event_shape and config.event_shape != tuple(train.x.shape[1:]):
         raise ValueError(
-            f"config.json: event_shape is {config.event_shape} but data of {config.dataset} have {tuple(train.x.shape[1:])}; "
-            "train again"
+            f"config.json: event_shape is {config.event_shape} but data of {config.dataset} have "
+            f"{tuple(train.x.shape[1:])}; train again"
         )
     return train.to(dtype=dtype), test.to(dtype=dtype)
 
 
 def part_of(words: str, train: Data, test: Data) -> Data:
-    """``test``, ``train`` or some of their rows, such as ``test[:1000]``; stochastic binarization is done once.
+    """``test``, ``train`` or some of their rows, such as ``test[:1000]``; stochastic binarization is done
+    once.
 
     :raises ValueError: for other words, or no rows.
     """
     found = re.fullmatch(r"(train|test)(?:\[(\d*):(\d*)\])?", words.strip())
     if not found:
-        raise ValueError(f"--data: expected test, train or some of their rows, such as test[:1000], but got {words!r}")
+        raise ValueError(
+            f"--data: expected test, train or some of their rows, such as test[:1000], but got {words!r}"
+        )
     whole, (start, stop) = {"train": train, "test": test}[found[1]].fixed(), (found[2], found[3])
     rows = slice(int(start) if start else None, int(stop) if stop else None)
     if not len(whole.x[rows]):
         raise ValueError(f"--data: {words} has no rows; {found[1]} has {len(whole)}")
-    parts = {name: part[rows] for name in ("x", "labels", "condition") if (part := getattr(whole, name)) is not None}
+    parts = {
+        name: part[rows]
+        for name in ("x", "labels", "condition")
+        if (part := getattr(whole, name)) is not None
+    }
     return replace(whole, **parts)
 
 
 def build_pair(config: Config, train: Data | None = None) -> Pair:
     """The pair that a run's configuration describes.
 
-    :param train: data for the pseudo-inputs of a VampPrior to start from; not needed where weights are loaded after.
+    :param train: data for the pseudo-inputs of a VampPrior to start from; not needed where weights are loaded
+    after.
     """
     pair = _import_pair(config.pair) if config.pair else _vae(config, train)
     for program in (pair.model, pair.guide):
@@ -176,7 +194,9 @@ def _vae(config: Config, train: Data | None) -> Pair:
     reader: torch.nn.Module = nets.MLP(x_shape, hidden)
     if config.likelihood == "categorical":
         if config.num_levels is None:
-            raise ValueError(f"--likelihood categorical: {config.dataset} has no grey levels; expected e.g. normal")
+            raise ValueError(
+                f"--likelihood categorical: {config.dataset} has no grey levels; expected e.g. normal"
+            )
         options["num_classes"] = config.num_levels
         reader = torch.nn.Sequential(nets.Standardize(0, config.num_levels - 1), reader)
     elif config.likelihood in ("normal", "laplace", "student-t"):
@@ -192,12 +212,14 @@ def _vae(config: Config, train: Data | None) -> Pair:
 
 
 def _import_pair(factory: str) -> Pair:
-    """What ``module:factory`` or ``path/to/file.py:factory`` makes: ``(model, guide)``, or anything with ``.model`` and
-    ``.guide``."""
+    """What ``module:factory`` or ``path/to/file.py:factory`` makes: ``(model, guide)``, or anything with
+    ``.model`` and ``.guide``."""
     module, _, name = factory.rpartition(":")
     is_file = module.endswith(".py")
     if is_file and not Path(module).is_file():
-        raise FileNotFoundError(f"--pair {factory}: there is no file {module}; expected path/to/file.py:factory")
+        raise FileNotFoundError(
+            f"--pair {factory}: there is no file {module}; expected path/to/file.py:factory"
+        )
     with _on_path(str(Path(module).parent.resolve()) if is_file else os.getcwd()):
         try:
             made = getattr(_import_file(Path(module)) if is_file else importlib.import_module(module), name)()
@@ -207,7 +229,9 @@ def _import_pair(factory: str) -> Pair:
         return Pair(*made)
     if hasattr(made, "model") and hasattr(made, "guide"):
         return Pair(made.model, made.guide, made if isinstance(made, VAE) else None)
-    raise ValueError(f"--pair {factory}: it made a {type(made).__name__}; expected (model, guide) or an object with both")
+    raise ValueError(
+        f"--pair {factory}: it made a {type(made).__name__}; expected (model, guide) or an object with both"
+    )
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -228,7 +252,8 @@ def _import_file(path: Path) -> ModuleType:
 
 @contextmanager
 def _on_path(folder: str) -> Iterator[None]:
-    """A folder on Python's path: the working folder for a module, as ``python -m`` has it, or that of a file."""
+    """A folder on Python's path: the working folder for a module, as ``python -m`` has it, or that of a
+    file."""
     sys.path.insert(0, folder)
     try:
         yield

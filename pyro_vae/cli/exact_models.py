@@ -46,7 +46,9 @@ MODELS: dict[str, tuple[Callable[[], exact.ExactModel], str]] = {
     ),
     "two-modes": (_two_modes, "a Gaussian-mixture prior: a posterior of two modes"),
     "relu": (
-        lambda: exact.ReluDecoder(torch.tensor([1.0, -1.0]), torch.zeros(2), torch.eye(1, 2) + 0.8, noise_scale=0.4),
+        lambda: exact.ReluDecoder(
+            torch.tensor([1.0, -1.0]), torch.zeros(2), torch.eye(1, 2) + 0.8, noise_scale=0.4
+        ),
         "a ReLU decoder of |z|: a one-dimensional posterior of two modes",
     ),
     "funnel": (lambda: exact.Funnel(2, scale=1.5), "Neal's funnel: scales that depend on another latent"),
@@ -67,8 +69,16 @@ def train_guides(
     x, test = model.sample(2000), model.sample(num_data)
     guides = {}
     for name in names:
-        guide = Guide(GUIDES[name](nets.MLP(tuple(model.event_shape), (_HIDDEN, _HIDDEN)), event_shape=model.latent_shape))
-        schedule = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 5e-3}, "gamma": 0.02 ** (1 / num_epochs)}
+        guide = Guide(
+            GUIDES[name](
+                nets.MLP(tuple(model.event_shape), (_HIDDEN, _HIDDEN)), event_shape=model.latent_shape
+            )
+        )
+        schedule = {
+            "optimizer": torch.optim.Adam,
+            "optim_args": {"lr": 5e-3},
+            "gamma": 0.02 ** (1 / num_epochs),
+        }
         fit(model, guide, x, num_epochs=num_epochs, batch_size=_BATCH, optim=ExponentialLR(schedule))
         guides[name] = guide
     return compare_guides(model, guides, test)

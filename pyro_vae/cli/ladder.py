@@ -27,10 +27,19 @@ class Rung:
         one = self.found
         heavy = None if one.pareto_k is None else (one.pareto_k > 0.7).double().mean().item()
         return {
-            "estimator": self.estimator, "method": one.method, "bound": one.bound, "log_evidence": one.mean,
-            "mean_se": one.mean_se, "noise": one.noise, "margin": one.margin(), "ess": one.ess.median().item(),
-            "num_particles": one.num_particles, "pareto_k_above_0.7": heavy, "cost": one.cost, "seconds": self.seconds,
-        }  # fmt: skip
+            "estimator": self.estimator,
+            "method": one.method,
+            "bound": one.bound,
+            "log_evidence": one.mean,
+            "mean_se": one.mean_se,
+            "noise": one.noise,
+            "margin": one.margin(),
+            "ess": one.ess.median().item(),
+            "num_particles": one.num_particles,
+            "pareto_k_above_0.7": heavy,
+            "cost": one.cost,
+            "seconds": self.seconds,
+        }
 
 
 def climb(
@@ -51,14 +60,32 @@ def climb(
     model, guide = pair.model, pair.guide
     steps, particles = _tens(num_temperatures, 100), Annealing(min(100, num_temperatures), num_chains=100)
     ways: dict[str, list[tuple[str, Callable[..., Any]]]] = {
-        "elbo": [("elbo", lambda **o: evidence.elbo(model, guide, arguments, num_particles=min(100, num_particles), **o))],
+        "elbo": [
+            (
+                "elbo",
+                lambda **o: evidence.elbo(
+                    model, guide, arguments, num_particles=min(100, num_particles), **o
+                ),
+            )
+        ],
         "importance": [
-            (f"importance-{k}", lambda k=k, **o: evidence.importance(model, guide, arguments, num_particles=k, **o))
+            (
+                f"importance-{k}",
+                lambda k=k, **o: evidence.importance(model, guide, arguments, num_particles=k, **o),
+            )
             for k in _tens(num_particles, 10)
         ],
-        "prior": [("prior", lambda **o: evidence.prior_monte_carlo(model, arguments, num_particles=num_particles, **o))],
+        "prior": [
+            (
+                "prior",
+                lambda **o: evidence.prior_monte_carlo(model, arguments, num_particles=num_particles, **o),
+            )
+        ],
         "ais": [
-            (f"ais-{t}", lambda t=t, **o: evidence.ais(model, arguments, annealing=Annealing(t, num_chains), **o))
+            (
+                f"ais-{t}",
+                lambda t=t, **o: evidence.ais(model, arguments, annealing=Annealing(t, num_chains), **o),
+            )
             for t in steps
         ],
         "smc": [("smc", lambda **o: evidence.smc(model, arguments, annealing=particles, **o))],
@@ -66,9 +93,13 @@ def climb(
     for name in names:
         if name == "bdmc":
             start = time.perf_counter()
-            both = evidence.bdmc(model, arguments, annealing=Annealing(num_temperatures, num_chains), seed=seed)
+            both = evidence.bdmc(
+                model, arguments, annealing=Annealing(num_temperatures, num_chains), seed=seed
+            )
             for side, found in (("below", both.lower), ("above", both.upper)):
-                yield Rung(f"bdmc-{side}", f"bdmc {side}, simulated data", found, (time.perf_counter() - start) / 2)
+                yield Rung(
+                    f"bdmc-{side}", f"bdmc {side}, simulated data", found, (time.perf_counter() - start) / 2
+                )
             continue
         for rung, way in ways[name]:
             told = repr((rung, num_particles, num_chains, seed, *(tuple(part.shape) for part in arguments)))
@@ -89,15 +120,21 @@ def table(rungs: Sequence[Rung]) -> str:
         row, one = rung.row(), rung.found
         sign = {"lower": "≥", "upper": "≤", "none": "≈"}[one.bound]
         heavy = "" if row["pareto_k_above_0.7"] is None else f"{row['pareto_k_above_0.7']:.0%}"
-        where = f"{one.method} {sign}" if "simulated" not in rung.estimator else f"{one.method} (simulated) {sign}"
+        where = (
+            f"{one.method} {sign}"
+            if "simulated" not in rung.estimator
+            else f"{one.method} (simulated) {sign}"
+        )
         lines.append(
             f"{where:52}{one.mean:9.3f}{one.mean_se:7.3f}{one.noise:8.3f}{row['ess']:8.1f}{heavy:>9}{one.cost:9d}"
             f"{rung.seconds:7.1f}"
         )
     n = len(rungs[0].found.log_evidence)
     lines.append(
-        f"{n} data; ±: standard error over data; noise: Monte Carlo error; cost: evaluations of the model for one datum.\n"
-        f"A lower bound's mean exceeds the truth by more than {rungs[0].found.margin():.2g} nats with probability at most 1e-6."
+        f"{n} data; ±: standard error over data; noise: Monte Carlo error; cost: evaluations of the model "
+        "for one datum.\n"
+        f"A lower bound's mean exceeds the truth by more than {rungs[0].found.margin():.2g} nats with "
+        "probability at most 1e-6."
     )
     return "\n".join(lines)
 

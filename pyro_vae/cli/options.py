@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 
 
 def one_of(literal: Any) -> dict[str, Any]:
-    """Arguments of an ``Option`` whose value is one of the words of a ``Literal``; an error names the nearest."""
+    """Arguments of an ``Option`` whose value is one of the words of a ``Literal``; an error names the
+    nearest."""
     expected = get_args(literal)
 
     def parse(word: str) -> str:
         if word not in expected:
-            raise typer.BadParameter(f"expected one of {', '.join(expected)}, but got {word!r}{nearest(word, expected)}")
+            raise typer.BadParameter(
+                f"expected one of {', '.join(expected)}, but got {word!r}{nearest(word, expected)}"
+            )
         return word
 
     return {"parser": parse, "metavar": f"[{'|'.join(expected)}]"}
@@ -31,7 +34,10 @@ def one_of(literal: Any) -> dict[str, Any]:
 
 def argument(literal: Any, about: str) -> dict[str, Any]:
     """The same of an ``Argument``, whose words are listed in its help."""
-    return one_of(literal) | {"metavar": "DATASET", "help": f"{about}: one of {', '.join(get_args(literal))}."}
+    return one_of(literal) | {
+        "metavar": "DATASET",
+        "help": f"{about}: one of {', '.join(get_args(literal))}.",
+    }
 
 
 def some_of(option: str, given: str, expected: Collection[str]) -> list[str]:
@@ -56,7 +62,9 @@ def default(key: str) -> str:
     by_value: dict[str, list[str]] = {}
     for dataset, values in DEFAULTS.items():
         value = values[key]
-        by_value.setdefault(",".join(map(str, value)) if isinstance(value, tuple) else f"{value}", []).append(dataset)
+        by_value.setdefault(",".join(map(str, value)) if isinstance(value, tuple) else f"{value}", []).append(
+            dataset
+        )
     if len(by_value) == 1:
         return f"[default: {next(iter(by_value))}]"
     return f"[default: {'; '.join(f'{value} for ' + ', '.join(names) for value, names in by_value.items())}]"
@@ -84,7 +92,9 @@ def check_device(name: str) -> None:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         cause = str(error).splitlines()[0][:200]
-        raise typer.BadParameter(f"--device {name}: {cause}; expected cpu, or a device that is here") from None
+        raise typer.BadParameter(
+            f"--device {name}: {cause}; expected cpu, or a device that is here"
+        ) from None
 
 
 def check_pair_words(pair: str, families: dict[str, Any]) -> None:
@@ -92,7 +102,8 @@ def check_pair_words(pair: str, families: dict[str, Any]) -> None:
     is_module = all(part.isidentifier() for part in module.split("."))
     if not factory.isidentifier() or not (module.endswith(".py") or is_module):
         raise typer.BadParameter(
-            f"--pair: expected module:factory or path/to/file.py:factory, such as my_pair.py:make, but got {pair!r}"
+            "--pair: expected module:factory or path/to/file.py:factory, such as my_pair.py:make, but got "
+            f"{pair!r}"
         )
     if named := [f"--{key.replace('_', '-')}" for key, value in families.items() if value is not None]:
         raise typer.BadParameter(
@@ -105,7 +116,9 @@ def to_go_on(context: typer.Context, out: Path | None, overwrite: bool, config: 
     from pyro_vae.cli import runs
 
     if out is None or overwrite:
-        raise typer.BadParameter("--resume continues the run at --out RUN and replaces nothing; expected --out alone")
+        raise typer.BadParameter(
+            "--resume continues the run at --out RUN and replaces nothing; expected --out alone"
+        )
     if not runs.is_run(out):
         return config
     sources = {name: context.get_parameter_source(name) for name in context.params}
@@ -117,19 +130,24 @@ _DENSITIES = "normal", "laplace", "student-t"
 
 
 def check_likelihood(config: "Config") -> None:
-    """Raise ``ValueError`` where a likelihood is not one of the data: points of the plane, or grey values in [0, 1]."""
+    """Raise ``ValueError`` where a likelihood is not one of the data: points of the plane, or grey values in
+    [0, 1]."""
     if config.likelihood is None:  # a pair of one's own
         return
     name = f"--likelihood {config.likelihood}"
     if config.dataset == "ring":
         if config.likelihood not in _DENSITIES:
-            raise ValueError(f"{name}: ring has points in the plane; expected --likelihood {' or '.join(_DENSITIES)}")
+            raise ValueError(
+                f"{name}: ring has points in the plane; expected --likelihood {' or '.join(_DENSITIES)}"
+            )
         if config.binarize != "none":
-            raise ValueError(f"--binarize {config.binarize}: ring has points in the plane, not grey values; leave it out")
+            raise ValueError(
+                f"--binarize {config.binarize}: ring has points in the plane, not grey values; leave it out"
+            )
     elif config.likelihood == "bernoulli" and config.binarize == "none":
         raise ValueError(
-            f"{name} is of pixels that are 0 or 1, and --binarize none leaves {config.dataset} grey; expected --binarize "
-            "stochastic or threshold, or --likelihood continuous-bernoulli"
+            f"{name} is of pixels that are 0 or 1, and --binarize none leaves {config.dataset} grey; "
+            "expected --binarize stochastic or threshold, or --likelihood continuous-bernoulli"
         )
     elif config.likelihood == "categorical" and config.binarize != "none":
         raise ValueError(
@@ -139,7 +157,8 @@ def check_likelihood(config: "Config") -> None:
 
 
 def as_options(message: str, names: Collection[str]) -> str:
-    """An error that speaks of Python's arguments, in the command line's options: ``batch_size=20`` is ``--batch-size 20``.
+    """An error that speaks of Python's arguments, in the command line's options: ``batch_size=20`` is
+    ``--batch-size 20``.
 
     :param names: the arguments of the commands.
     """
@@ -155,7 +174,9 @@ def as_options(message: str, names: Collection[str]) -> str:
     value = r'(?P<assigned>=(?:"(?P<quoted>[^"]*)"|(?P<plain>[\w+-]+(?:\.\d+)?)?))?'
     pattern = rf"(?<![\w./-])(?<!\.json: )(?P<name>{known})(?![\w(/]){value}"
     message = message.replace(", raise min_scale", "").replace("raise min_scale, or ", "")  # no option has it
-    return re.sub(r"(?<=[Ll])ower the learning rate", "ower --learning-rate", re.sub(pattern, option, message))
+    return re.sub(
+        r"(?<=[Ll])ower the learning rate", "ower --learning-rate", re.sub(pattern, option, message)
+    )
 
 
 # Multiply-adds of the largest product of a step, up to which one thread is the default. {MEASURED}
@@ -163,14 +184,17 @@ SMALL = 2_000_000
 
 
 def largest_product(pair: "Pair", rows: int) -> int | None:
-    """Multiply-adds of the largest product of a step on so many rows; ``None`` where the layers are not known to be linear."""
+    """Multiply-adds of the largest product of a step on so many rows; ``None`` where the layers are not known
+    to be linear."""
     import torch
 
     programs = [program for program in (pair.model, pair.guide) if isinstance(program, torch.nn.Module)]
     if len(programs) < 2:
         return None
     layers = [layer for program in programs for layer in program.modules()]
-    weights = [weight for layer in layers if isinstance(weight := getattr(layer, "weight", None), torch.Tensor)]
+    weights = [
+        weight for layer in layers if isinstance(weight := getattr(layer, "weight", None), torch.Tensor)
+    ]
     shapes = [weight.shape for weight in weights]
     if not shapes or any(len(shape) > 2 for shape in shapes):  # a convolution uses a weight many times
         return None
@@ -185,7 +209,11 @@ def threads(given: int | None, largest: int | None = None) -> Iterator[None]:
     """
     import torch
 
-    small = largest is not None and largest <= SMALL and not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys()
+    small = (
+        largest is not None
+        and largest <= SMALL
+        and not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys()
+    )
     number, before = given or (1 if small else None), torch.get_num_threads()
     if number is not None:
         torch.set_num_threads(number)

@@ -31,22 +31,32 @@ def points(**sets: "Tensor") -> "Pictures":
     return {"points": lambda: plots.figure_of(plots.plot_points(drawable))} if drawable else {}
 
 
-def free(context: "Context", out: Path | None, default: Path, overwrite: bool, *, apart: str | None = None) -> Path:
+def free(
+    context: "Context", out: Path | None, default: Path, overwrite: bool, *, apart: str | None = None
+) -> Path:
     """The folder to write, held until the command ends: ``out``, or ``default``, ``default-2``, …
 
     :param apart: the name of what may be there, left by an interrupted call.
     :raises FileExistsError: where something in it would be lost.
     """
-    folder: Path = context.with_resource(reserved(check_no_link(out) if out else default, numbered=out is None))
+    folder: Path = context.with_resource(
+        reserved(check_no_link(out) if out else default, numbered=out is None)
+    )
     listed = written(folder)
     here = [entry for entry in folder.iterdir() if entry.name not in (LOCK, apart)]
     if here and not overwrite:
-        raise FileExistsError(f"{folder} exists already; name another folder by --out, or replace it by --overwrite")
+        raise FileExistsError(
+            f"{folder} exists already; name another folder by --out, or replace it by --overwrite"
+        )
     if here and not listed:
-        raise FileExistsError(f"{folder} holds nothing that pyro-vae wrote, so it is not overwritten; name another by --out")
+        raise FileExistsError(
+            f"{folder} holds nothing that pyro-vae wrote, so it is not overwritten; name another by --out"
+        )
     for entry in here:
         if entry.name in listed and not is_listed(entry, listed):
-            raise FileExistsError(f"{entry} was changed after pyro-vae wrote it, so it is not overwritten; move it away")
+            raise FileExistsError(
+                f"{entry} was changed after pyro-vae wrote it, so it is not overwritten; move it away"
+            )
     return folder
 
 
@@ -65,7 +75,8 @@ def leave(folder: Path, arrays: "dict[str, Tensor]", pictures: "Pictures") -> li
 
 
 def draw(folder: Path, pictures: "Pictures") -> list[Path]:
-    """Draw pictures into a folder, and return the files. One that cannot be drawn is a warning, and the others are drawn."""
+    """Draw pictures into a folder, and return the files. One that cannot be drawn is a warning, and the
+    others are drawn."""
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +87,10 @@ def draw(folder: Path, pictures: "Pictures") -> list[Path]:
             picture().savefig(buffer, format="png", dpi=150)
         except Exception as error:
             cause = (str(error) or "no message").splitlines()[0]
-            say(f"warning: the picture {folder / name}.png could not be drawn ({type(error).__name__}: {cause})")
+            say(
+                f"warning: the picture {folder / name}.png could not be drawn ({type(error).__name__}: "
+                f"{cause})"
+            )
             continue
         finally:
             for number in set(plt.get_fignums()) - before:
@@ -96,8 +110,8 @@ def say(line: str) -> None:
 
 @contextlib.contextmanager
 def shown() -> "Iterator[None]":
-    """Warnings, and the log of pyro_vae, as lines of progress for the block: they do not cut through a bar. What other
-    libraries warn of is their own affair, unless ``python -W`` asks for it."""
+    """Warnings, and the log of pyro_vae, as lines of progress for the block: they do not cut through a bar.
+    What other libraries warn of is their own affair, unless ``python -W`` asks for it."""
     log, compiling = logging.getLogger("pyro_vae"), logging.getLogger("pyro_vae.infer.svi")
     handler, level = _Lines(), compiling.level
     if os.environ.get("RANK", "0") == "0":  # of the processes of a job, the first speaks

@@ -1,4 +1,5 @@
-"""``report.html``: what a run folder holds, on one page. Pictures and texts are those of the folder; nothing is computed."""
+"""``report.html``: what a run folder holds, on one page. Pictures and texts are those of the folder; nothing
+is computed."""
 
 import re
 from collections.abc import Iterator
@@ -23,7 +24,8 @@ _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_
     + """
 <title>{{ name }}</title>
 <style>
-  body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+  body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem;
+         margin: 2rem auto; padding: 0 1rem }
   pre { font-size: 13px; background: #f5f5f5; padding: 1rem; overflow-x: auto }
   img { max-width: 100%; max-height: 36rem }
   td { padding-right: 2rem }
@@ -36,7 +38,8 @@ _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_
 <pre>{{ text }}</pre>
 {% endfor %}
 {% for picture in pictures %}
-<figure><img src="{{ picture | urlencode }}" alt="{{ picture }}"><figcaption>{{ picture }}</figcaption></figure>
+<figure><img src="{{ picture | urlencode }}" alt="{{ picture }}">
+<figcaption>{{ picture }}</figcaption></figure>
 {% endfor %}
 {% endfor %}
 <h2>configuration</h2>
@@ -51,8 +54,8 @@ _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_
 
 
 def write_page(run: Run, changed: Path | None = None) -> Path | None:
-    """Write ``report.html`` anew, unless ``changed`` lies outside the run, and return its path. A failure is reported and ends
-    nothing."""
+    """Write ``report.html`` anew, unless ``changed`` lies outside the run, and return its path. A failure is
+    reported and ends nothing."""
     if changed is not None and changed.resolve().parent != run.path.resolve():
         return None
     try:
@@ -68,9 +71,15 @@ def write_page(run: Run, changed: Path | None = None) -> Path | None:
 def _parts(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """Title, texts and pictures of each folder in it that has any."""
     for kind in SHOWN:
-        own = [part for part in folder.iterdir() if re.fullmatch(rf"{kind}(-\d+)?", part.name) and is_folder(part)]
+        own = [
+            part
+            for part in folder.iterdir()
+            if re.fullmatch(rf"{kind}(-\d+)?", part.name) and is_folder(part)
+        ]
         for part in sorted(own, key=_number):
-            files = [file for file in sorted(part.iterdir()) if is_file(file)]  # a link would show what is elsewhere
+            files = [
+                file for file in sorted(part.iterdir()) if is_file(file)
+            ]  # a link would show what is elsewhere
             texts = [_shown(file) for file in files if file.suffix == ".txt"]
             pictures = [f"{part.name}/{file.name}" for file in files if file.suffix == ".png"]
             if texts or pictures:

@@ -1,5 +1,6 @@
-"""The folder that a training run leaves: ``config.json``, ``env.json``, ``metrics.jsonl``, ``weights/``, ``checkpoints/``,
-``plots/`` and ``report.html``. Everything is plain text, safetensors or PNG; a run is rebuilt from it alone."""
+"""The folder that a training run leaves: ``config.json``, ``env.json``, ``metrics.jsonl``, ``weights/``,
+``checkpoints/``, ``plots/`` and ``report.html``. Everything is plain text, safetensors or PNG; a run is
+rebuilt from it alone."""
 
 import json
 import math
@@ -45,10 +46,20 @@ from pyro_vae.pairs.traces import MeanElbo
 from pyro_vae.priors import StandardNormal
 
 SCHEMA = 2
-SHOWN = "plots", "evaluation", "diagnosis", "samples", "reconstructions"  # folders with pictures: plots, plots-2, …
+SHOWN = (
+    "plots",
+    "evaluation",
+    "diagnosis",
+    "samples",
+    "reconstructions",
+)  # folders with pictures: plots, plots-2, …
 _WRITTEN = "config.json", "env.json", "report.html"  # whole, or not at all
 _SHOWN = re.compile(rf"({'|'.join(SHOWN)})(-\d+)?")
-_KEYS = {"config.json": {"schema", "dataset", "pair"}, "env.json": {"pyro_vae", "command"}, "metrics.jsonl": {"epoch", "train"}}
+_KEYS = {
+    "config.json": {"schema", "dataset", "pair"},
+    "env.json": {"pyro_vae", "command"},
+    "metrics.jsonl": {"epoch", "train"},
+}
 GENERATOR = '<meta name="generator" content="pyro-vae">'  # by which a report is known
 
 
@@ -60,7 +71,10 @@ class Run(NamedTuple):
 
     def record(self, epochs: Iterable[Epoch], *, anew: bool) -> None:
         """Write epochs to ``metrics.jsonl``, or append them to it."""
-        file, text = check_no_link(self.path / "metrics.jsonl"), "".join(json.dumps(as_json(e)) + "\n" for e in epochs)
+        file, text = (
+            check_no_link(self.path / "metrics.jsonl"),
+            "".join(json.dumps(as_json(e)) + "\n" for e in epochs),
+        )
         if anew:
             write_whole(file, text.encode())
         else:
@@ -68,8 +82,8 @@ class Run(NamedTuple):
                 whole.write(text.encode())
 
     def history(self) -> list[Epoch]:
-        """The epochs of ``metrics.jsonl``, and that of the weights where a crash came between the two. Raises ``ValueError``
-        where a line of it is none."""
+        """The epochs of ``metrics.jsonl``, and that of the weights where a crash came between the two. Raises
+        ``ValueError`` where a line of it is none."""
         file, epochs = self.path / "metrics.jsonl", []
         of_weights = self._epoch_of_weights()
         no_record = of_weights is not None and not os.path.lexists(file)
@@ -79,7 +93,9 @@ class Run(NamedTuple):
                 epochs.append(_as_epoch(parse_json(line)))
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 cause = str(error)[:100]
-                raise ValueError(f"{file}, line {number} is no epoch of a run ({cause}); delete that line") from error
+                raise ValueError(
+                    f"{file}, line {number} is no epoch of a run ({cause}); delete that line"
+                ) from error
         if of_weights is not None and of_weights.epoch == len(epochs) + 1 and (epochs or no_record):
             epochs.append(of_weights)
         if not epochs:
@@ -99,7 +115,9 @@ class Run(NamedTuple):
         try:
             return None if record is None else _as_epoch(as_json(Epoch.of(record)))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{self.path / 'weights'}: its manifest holds no epoch ({str(error)[:100]})") from error
+            raise ValueError(
+                f"{self.path / 'weights'}: its manifest holds no epoch ({str(error)[:100]})"
+            ) from error
 
     def part(self, name: str) -> Path:
         """A folder of the run. Raises ``ValueError`` where it is a symbolic link."""
@@ -113,7 +131,9 @@ class Run(NamedTuple):
             return None  # whoever reads them says what is wrong
         if behind >= self.config.num_epochs or self.config.patience is not None:
             return None
-        return f"{self.path} is not finished: these are the weights of epoch {kept} of {self.config.num_epochs}"
+        return (
+            f"{self.path} is not finished: these are the weights of epoch {kept} of {self.config.num_epochs}"
+        )
 
     def summary(self) -> str:
         """How long it trained, and how good it became."""
@@ -130,7 +150,8 @@ class Run(NamedTuple):
 
     @contextmanager
     def loaded(self, rows: Tensor | None = None) -> Iterator[Pair]:
-        """The trained pair, its param store in force for the block. Modules are in evaluation mode, on the CPU.
+        """The trained pair, its param store in force for the block. Modules are in evaluation mode, on the
+        CPU.
 
         :param rows: some data, by which a pair shows what it consists of; a VAE does as well with zeros.
         """
@@ -138,15 +159,15 @@ class Run(NamedTuple):
         if not os.path.lexists(weights) and last_step(self.path) is not None:
             own = () if self.config.pair is None else ("--pair", self.config.pair)
             raise FileNotFoundError(
-                f"{self.path} has no weights: its first epoch was interrupted, or they were removed; go on by: "
-                f"{go_on(self.path, own)}"
+                f"{self.path} has no weights: its first epoch was interrupted, or they were removed; go on "
+                f"by: {go_on(self.path, own)}"
             )
         with nullcontext() if self.config.pair else checkpoint.within(weights):
             pair = build_pair(self.config)
         if rows is None and pair.vae is None:
             raise ValueError(
-                f"{self.path}: its pair is two programs of your own, which do not say how to sample or reconstruct; expected a "
-                "factory that returns a pyro_vae.VAE"
+                f"{self.path}: its pair is two programs of your own, which do not say how to sample or "
+                "reconstruct; expected a factory that returns a pyro_vae.VAE"
             )
         for program in (pair.model, pair.guide):
             if isinstance(program, torch.nn.Module):
@@ -159,8 +180,9 @@ class Run(NamedTuple):
 
 
 class _Kept(checkpoint.Checkpoints):
-    """The checkpoints of a run, which is made with the first of them: a start that fails replaces nothing. With that of an
-    epoch's end go the epoch's record and the weights; with early stopping those of the best epoch alone.
+    """The checkpoints of a run, which is made with the first of them: a start that fails replaces nothing.
+    With that of an epoch's end go the epoch's record and the weights; with early stopping those of the best
+    epoch alone.
 
     :param rows: some data, by which a pair shows what it consists of.
     """
@@ -188,7 +210,9 @@ class _Kept(checkpoint.Checkpoints):
         if not content["batch"]:
             epochs = [Epoch.of(record) for record in content["history"]]
             if self.run.config.patience is None or not content["best"]["epochs_since"]:
-                self.run.save(self.pair, self.rows, epochs[-1])  # before the record: what is recorded is there
+                self.run.save(
+                    self.pair, self.rows, epochs[-1]
+                )  # before the record: what is recorded is there
             self.run.record(epochs[-1:] if self.recorded else epochs, anew=not self.recorded)
             self.recorded = True
 
@@ -218,13 +242,30 @@ def train(
     store: dict[str, Any] = {"params": {}, "constraints": {}}
     goes_on = resume is not None and is_run(path)
     test = test.to(device)
-    kept = _Kept(path, pair, test.x[:2], lambda: create(path, config, device, overwrite=overwrite, goes_on=goes_on), goes_on)
+    kept = _Kept(
+        path,
+        pair,
+        test.x[:2],
+        lambda: create(path, config, device, overwrite=overwrite, goes_on=goes_on),
+        goes_on,
+    )
     for epoch in infer.train(
-        pair.model, pair.guide, train_data.to(device), validation=test, loss=loss,
-        optim=Adam({"lr": config.learning_rate}), num_epochs=config.num_epochs, batch_size=config.batch_size,
-        patience=config.patience, param_store=store, clip_norm=config.clip_norm, checkpoint=kept, every=every, resume=resume,
+        pair.model,
+        pair.guide,
+        train_data.to(device),
+        validation=test,
+        loss=loss,
+        optim=Adam({"lr": config.learning_rate}),
+        num_epochs=config.num_epochs,
+        batch_size=config.batch_size,
+        patience=config.patience,
+        param_store=store,
+        clip_norm=config.clip_norm,
+        checkpoint=kept,
+        every=every,
+        resume=resume,
         beta=(lambda t: config.beta * min(1.0, t / config.warm_up)) if config.warm_up else config.beta,
-    ):  # fmt: skip
+    ):
         if epoch.epoch == 1 or epoch.epoch % max(1, config.num_epochs // 20) == 0:
             say(_line(epoch))
     if infer.Group().rank:  # the first process writes for all
@@ -267,8 +308,8 @@ def continued(path: Path, config: Config, given: Collection[str]) -> Config:
         got, expected = getattr(config, name), getattr(was, name)
         if got != expected and name != "num_epochs":
             raise checkpoint.MismatchError(
-                f"--{name.replace('_', '-')} is {got} but the run at {path} was begun with {expected}; leave it out, or train "
-                "in another folder"
+                f"--{name.replace('_', '-')} is {got} but the run at {path} was begun with {expected}; leave "
+                "it out, or train in another folder"
             )
     return replace(was, num_epochs=config.num_epochs if "num_epochs" in given else was.num_epochs)
 
@@ -276,7 +317,9 @@ def continued(path: Path, config: Config, given: Collection[str]) -> Config:
 def _line(epoch: Epoch) -> str:
     parts = {"train": epoch.train, "held out": epoch.validation}
     means = (
-        f"{name} ELBO {m.elbo:8.2f} = {m.reconstruction:8.2f} - KL {m.kl:6.2f}" for name, m in parts.items() if m is not None
+        f"{name} ELBO {m.elbo:8.2f} = {m.reconstruction:8.2f} - KL {m.kl:6.2f}"
+        for name, m in parts.items()
+        if m is not None
     )
     return f"epoch {epoch.epoch:4d}   {'   '.join(means)}"
 
@@ -287,20 +330,27 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         if os.path.lexists(path):
             raise FileExistsError(f"{path} exists already and is not a folder; name another by --out")
         return
-    entries = [entry for entry in path.iterdir() if entry.name != LOCK and meant_for(entry.name) not in _WRITTEN]
+    entries = [
+        entry for entry in path.iterdir() if entry.name != LOCK and meant_for(entry.name) not in _WRITTEN
+    ]
     if entries and not overwrite:
-        raise FileExistsError(f"{path} exists already; name another folder by --out, or replace it by --overwrite")
+        raise FileExistsError(
+            f"{path} exists already; name another folder by --out, or replace it by --overwrite"
+        )
     if entries and not _is_ours(path / "config.json"):
         raise FileExistsError(
             f"{path} holds no run that pyro-vae wrote, so nothing in it is overwritten; name another by --out"
         )
     for entry in entries:
         if entry.name in (*_WRITTEN, "metrics.jsonl", "weights", "checkpoints") and not _is_ours(entry):
-            raise FileExistsError(f"{entry} was not written by pyro-vae, so it is not overwritten; move it away")
+            raise FileExistsError(
+                f"{entry} was not written by pyro-vae, so it is not overwritten; move it away"
+            )
 
 
 def create(path: Path, config: Config, device: str, *, overwrite: bool, goes_on: bool) -> Run:
-    """A new run folder. An earlier run at ``path`` is replaced only where ``overwrite`` is set, and only its own files.
+    """A new run folder. An earlier run at ``path`` is replaced only where ``overwrite`` is set, and only its
+    own files.
 
     :param goes_on: keep what the run at ``path`` left.
     :raises FileExistsError: where ``path`` holds something already.
@@ -315,7 +365,10 @@ def create(path: Path, config: Config, device: str, *, overwrite: bool, goes_on:
                 remove_listed(entry)
             elif (meant_for(entry.name) or entry.name) in (*_WRITTEN, "metrics.jsonl") and is_file(entry):
                 entry.unlink()
-    for name, content in (("config.json", {"schema": SCHEMA} | asdict(config)), ("env.json", environment(device))):
+    for name, content in (
+        ("config.json", {"schema": SCHEMA} | asdict(config)),
+        ("env.json", environment(device)),
+    ):
         write_whole(path / name, (json.dumps(content, indent=2) + "\n").encode())
     return Run(path, config)
 
@@ -353,28 +406,35 @@ def is_run(path: Path) -> bool:
 def open_run(path: Path, pair: str | None = None) -> Run:
     """A run folder that is there.
 
-    :param pair: the ``--pair`` that the run was trained with, where it was: its code runs only when it is named again.
+    :param pair: the ``--pair`` that the run was trained with, where it was: its code runs only when it is
+        named again.
     :raises FileNotFoundError: where there is no run at ``path``.
-    :raises ValueError: where its ``config.json`` is none; ``MismatchError`` where it is of another version of pyro_vae, or
-        where ``pair`` is not the run's.
+    :raises ValueError: where its ``config.json`` is none; ``MismatchError`` where it is of another version of
+        pyro_vae, or where ``pair`` is not the run's.
     """
     file = path / "config.json"
     if not is_run(path):
-        raise FileNotFoundError(f"there is no run at {path}: it has no config.json; name a folder that `pyro-vae train` made")
+        raise FileNotFoundError(
+            f"there is no run at {path}: it has no config.json; name a folder that `pyro-vae train` made"
+        )
     try:
         record = parse_json(_text(file))
         schema = record.pop("schema")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{file} is no configuration of a run ({type(error).__name__}: {str(error)[:100]})") from error
+        raise ValueError(
+            f"{file} is no configuration of a run ({type(error).__name__}: {str(error)[:100]})"
+        ) from error
     if schema != SCHEMA:
         raise checkpoint.MismatchError(
-            f"{file} has schema {reprlib.repr(schema)} but this pyro_vae reads {SCHEMA}; install the version that wrote it"
+            f"{file} has schema {reprlib.repr(schema)} but this pyro_vae reads {SCHEMA}; install the version "
+            "that wrote it"
         )
     run = Run(path, Config.read(record, str(file)))
     if run.config.pair != pair:
         recorded = reprlib.repr(run.config.pair)
         raise checkpoint.MismatchError(
-            f"{path} was trained with --pair {recorded}, whose code runs only when it is named; if you trust it, pass that"
+            f"{path} was trained with --pair {recorded}, whose code runs only when it is named; if you trust "
+            "it, pass that"
             if run.config.pair
             else f"{path} was trained without --pair; leave --pair {pair!r} out"
         )
@@ -399,7 +459,9 @@ def fresh(path: Path) -> Path:
 def with_room(folder: Path) -> Path:
     """``folder`` if all in it is pyro-vae's, to be replaced; else one beside it."""
     listed = written(folder)
-    ours = not folder.exists() or all(e.name.startswith(".") or is_listed(e, listed) for e in folder.iterdir())
+    ours = not folder.exists() or all(
+        e.name.startswith(".") or is_listed(e, listed) for e in folder.iterdir()
+    )
     return folder if ours else fresh(folder)
 
 
@@ -419,18 +481,22 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def pictures(run: Run, pair: Pair, test: Data) -> dict[str, Callable[[], Figure]]:
-    """Every picture that the run's data and pair allow, by name, each drawn when it is called. Of a user's own programs only
-    the curve is known. Raises ``ValueError`` for a record of epochs that is damaged."""
+    """Every picture that the run's data and pair allow, by name, each drawn when it is called. Of a user's
+    own programs only the curve is known. Raises ``ValueError`` for a record of epochs that is damaged."""
     history = run.history()
     found: dict[str, Callable[[], Figure]] = {"curve": lambda: plots.figure_of(plots.plot_history(history))}
     vae, image = pair.vae, test.x.dim() > 2
     if vae is None:
         return found
     if image:
-        found["reconstructions"] = lambda: plots.plot_reconstructions(test.x[:30], vae.reconstruct(test.x[:30]))
+        found["reconstructions"] = lambda: plots.plot_reconstructions(
+            test.x[:30], vae.reconstruct(test.x[:30])
+        )
         found["samples"] = lambda: plots.plot_samples(vae)
     elif test.x.shape[1:] == (2,):
-        found["samples"] = lambda: plots.figure_of(plots.plot_points({"data": test.x, "samples": vae.sample(len(test))}))
+        found["samples"] = lambda: plots.figure_of(
+            plots.plot_points({"data": test.x, "samples": vae.sample(len(test))})
+        )
     if vae.model.prior.event_shape == (2,):
         found["latent"] = lambda: plots.figure_of(plots.plot_latent(vae, test.x, test.labels))
         if image and isinstance(vae.model.prior, StandardNormal):
@@ -473,5 +539,7 @@ def _as_epoch(record: dict[str, Any]) -> Epoch:
     train = mean(record["train"])
     if type(record["epoch"]) is not int or not 0 < record["epoch"] < 2**32 or train is None:
         raise ValueError("its epoch is none, or it has no means of training")
-    plain = {key: number(value) for key, value in record.items() if key not in ("train", "validation", "epoch")}
+    plain = {
+        key: number(value) for key, value in record.items() if key not in ("train", "validation", "epoch")
+    }
     return Epoch(epoch=record["epoch"], train=train, validation=mean(record["validation"]), **plain)

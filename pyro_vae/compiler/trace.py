@@ -68,8 +68,8 @@ def trace(f: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> Grap
     module, other = (_record(f, tensors, seed) for seed in (0, 1))
     if module.code != other.code:
         raise CannotTrace(
-            "its operations differ from call to call: "
-            "it reads a counter, the time, or noise that is not torch's"
+            "its operations differ from call to call: it reads a counter, the time, or noise that is not "
+            "torch's"
         )
     for node in module.graph.nodes:
         _check_node(module, other, node)

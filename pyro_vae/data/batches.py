@@ -554,8 +554,8 @@ def as_batch(items: Any, *, share: bool = False) -> Batch:
 def as_whole(data: Any) -> Batch:
     """All data as one batch, in data order.
 
-    :param data: as for :func:`as_batches`; stochastically binarized data are binarized once. A :class:`Batch`, which verbs
-        pass to each other, is returned as it is.
+    :param data: as for :func:`as_batches`; stochastically binarized data are binarized once. A
+        :class:`Batch`, which verbs pass to each other, is returned as it is.
     :raises ValueError: as :func:`as_batches` does, and for a loader whose sampler changes the order.
     """
     if isinstance(data, Batch):
@@ -678,7 +678,8 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 
 
 def _num_positional(program: Callable[..., Any], signature: inspect.Signature | None) -> int | None:
-    """The number of positional arguments, ``None`` for any number: ``num_inputs`` of the program, or from its signature."""
+    """The number of positional arguments, ``None`` for any number: ``num_inputs`` of the program, or from its
+    signature."""
     if hasattr(program, "num_inputs") or signature is None:
         return getattr(program, "num_inputs", None)
     kinds = [p.kind for p in signature.parameters.values()]

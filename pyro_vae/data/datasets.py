@@ -166,7 +166,8 @@ class Data(Dataset):
         return replace(self, x=(self.x * (self.num_levels - 1)).round().long(), binarize="none")
 
     def given(self, condition: Tensor) -> "Data":
-        """The same data with a second argument for model and guide, such as ``one_hot(labels)`` for a conditional VAE."""
+        """The same data with a second argument for model and guide, such as ``one_hot(labels)`` for a
+        conditional VAE."""
         return replace(self, condition=condition)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Data":

@@ -1,4 +1,5 @@
-"""Is the guide good? Comparison with an exact posterior, the gap split, calibration, the use of latent dimensions."""
+"""Is the guide good? Comparison with an exact posterior, the gap split, calibration, the use of latent
+dimensions."""
 
 from pyro_vae.diagnostics.calibration import Calibration, calibration
 from pyro_vae.diagnostics.compare import Comparison, GuideComparison, compare, compare_guides

@@ -26,14 +26,15 @@ _MAX_DRAWS = 2**21
 
 @dataclass(frozen=True)
 class Comparison:
-    """A guide q beside the exact posterior p, per datum, in nats: tensors ``(batch,)``; ``*_se`` are standard errors, 0
-    where a quantity is in closed form.
+    """A guide q beside the exact posterior p, per datum, in nats: tensors ``(batch,)``; ``*_se`` are standard
+    errors, 0 where a quantity is in closed form.
 
-    elbo: E_q[log p(x, z) − log q(z|x)], a lower bound of log_evidence = log p(x). gap = KL(q‖p) = log p(x) − ELBO.
-    forward_kl: KL(p‖q), which punishes missed modes; ``nan`` where q cannot tell the density of p's draws. mean_error:
-    ‖E_q z − E_p z‖. covariance_error: Frobenius norm of the difference of covariances. w2: W₂(q, p), ``nan`` but for
-    Gaussians. coverage: ``(batch, 3)``, the exact probability of the guide's central 50, 90 and 95 % intervals, averaged over
-    latent dimensions. split: gap = approximation + amortization, or ``None``.
+    elbo: E_q[log p(x, z) − log q(z|x)], a lower bound of log_evidence = log p(x). gap = KL(q‖p) = log p(x) −
+    ELBO. forward_kl: KL(p‖q), which punishes missed modes; ``nan`` where q cannot tell the density of p's
+    draws. mean_error: ‖E_q z − E_p z‖. covariance_error: Frobenius norm of the difference of covariances. w2:
+    W₂(q, p), ``nan`` but for Gaussians. coverage: ``(batch, 3)``, the exact probability of the guide's
+    central 50, 90 and 95 % intervals, averaged over latent dimensions. split: gap = approximation +
+    amortization, or ``None``.
     """
 
     elbo: Tensor
@@ -71,7 +72,8 @@ class Comparison:
         return table(f"{len(self.elbo)} data, means in nats per datum", self.rows())
 
     def plot(self, num_data: int = 4) -> Figure:
-        """The exact posterior under the guide for the first data, side by side; of more than two dimensions the first two."""
+        """The exact posterior under the guide for the first data, side by side; of more than two dimensions
+        the first two."""
         exact_model, guide, batch = self._pair
         return draw_posteriors(exact_model, {"guide": guide}, batch.first(num_data))
 
@@ -84,7 +86,11 @@ class GuideComparison:
 
     def __str__(self) -> str:
         rows = {name: comparison.rows() for name, comparison in self.comparisons.items()}
-        quantities = list(dict.fromkeys(key for row in rows.values() for key, (mean, _) in row.items() if not math.isnan(mean)))
+        quantities = list(
+            dict.fromkeys(
+                key for row in rows.values() for key, (mean, _) in row.items() if not math.isnan(mean)
+            )
+        )
         widths = {name: max(len(name), 10) for name in rows}
         lines = [f"{'':24}" + "  ".join(f"{name:>{width}}" for name, width in widths.items())]
         for key in quantities:
@@ -112,26 +118,29 @@ def compare(
 ) -> Comparison:
     """Hold a guide against a model that knows its posterior. Nothing is trained, nothing is moved.
 
-    Between Gaussians the divergences and moments are in closed form; otherwise they are estimated on ``num_particles`` draws
-    of q and of p.
+    Between Gaussians the divergences and moments are in closed form; otherwise they are estimated on
+    ``num_particles`` draws of q and of p.
 
-    :param exact_model: a model of :mod:`pyro_vae.exact`, or any Pyro model with ``posterior(x)`` and ``log_evidence(x)``,
-        which take the arguments of the model.
+    :param exact_model: a model of :mod:`pyro_vae.exact`, or any Pyro model with ``posterior(x)`` and
+        ``log_evidence(x)``, which take the arguments of the model.
     :param data: as for :func:`~pyro_vae.fit`.
     :param split: split the gap too (see :func:`split_gap`), for families that it knows.
     :raises ValueError: for a model that knows no posterior, discrete latents, or a guide that misses a site.
     """
     if not hasattr(exact_model, "posterior") or not hasattr(exact_model, "log_evidence"):
         raise ValueError(
-            f"compare: {type(exact_model).__name__} knows no posterior(x) and log_evidence(x); expected a model of "
-            "pyro_vae.exact, or pyro_vae.exact.Grid(model) for one or two latent dimensions"
+            f"compare: {type(exact_model).__name__} knows no posterior(x) and log_evidence(x); expected a "
+            "model of pyro_vae.exact, or pyro_vae.exact.Grid(model) for one or two latent dimensions"
         )
     if num_particles < 2:
         raise ValueError(f"compare: expected num_particles ≥ 2, for standard errors, but got {num_particles}")
     batch = fitting(read_whole(data, seed=seed), exact_model, guide)
     # data are independent, and the draws of all might not fit in memory
     rows = slices(batch.num_rows, max(1, _MAX_DRAWS // num_particles))
-    parts = [_compare_rows(exact_model, guide, batch.rows(part), num_particles, split, seed, check) for part in rows]
+    parts = [
+        _compare_rows(exact_model, guide, batch.rows(part), num_particles, split, seed, check)
+        for part in rows
+    ]
     splits = [part.pop("split") for part in parts]
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return Comparison(**columns, split=_joined(splits), _pair=(exact_model, guide, batch))
@@ -150,7 +159,11 @@ def _compare_rows(
     exact_model: Any, guide: Program, batch: Batch, num_particles: int, split: bool, seed: int, check: bool
 ) -> dict[str, Any]:
     """The fields of a :class:`Comparison` for some data."""
-    given, log_evidence, posterior = batch, log_evidence_of(exact_model, batch), posterior_of(exact_model, batch)
+    given, log_evidence, posterior = (
+        batch,
+        log_evidence_of(exact_model, batch),
+        posterior_of(exact_model, batch),
+    )
     if getattr(posterior.support, "is_discrete", False):
         raise ValueError("compare: the posterior is discrete; expected continuous latents")
     with untouched(training=False, seed=seed), torch.no_grad():
@@ -161,7 +174,10 @@ def _compare_rows(
         z_p = drawn.reshape(num_particles, batch.num_rows, -1)
         try:
             forward = posterior.log_prob(drawn) - latents.log_q(guide, batch, z_p)
-        except (KeyError, NotImplementedError):  # a guide that tells the density of its own draws only, as planar flows do
+        except (
+            KeyError,
+            NotImplementedError,
+        ):  # a guide that tells the density of its own draws only, as planar flows do
             forward = torch.full_like(log_p, math.nan)
         gaussians = _gaussians(latents.distribution(guide, batch), posterior, z_q[:2], log_q[:2])
     gap, gap_se = _over_draws(log_q - log_p)
@@ -203,13 +219,16 @@ def compare_guides(
 ) -> GuideComparison:
     """:func:`compare` of several guides of one model on the same data, ranked by mean gap. Trains nothing.
 
-    :param guides: by name, such as ``{"mean-field": g1, "full covariance": g2}``. Other arguments as for :func:`compare`.
+    :param guides: by name, such as ``{"mean-field": g1, "full covariance": g2}``. Other arguments as for
+    :func:`compare`.
     """
     if not guides:
         raise ValueError("compare_guides: there are no guides; expected a dict of name to guide")
     batch = read_whole(data, seed=seed)
     each = {
-        name: compare(exact_model, guide, batch, num_particles=num_particles, split=split, seed=seed, check=check)
+        name: compare(
+            exact_model, guide, batch, num_particles=num_particles, split=split, seed=seed, check=check
+        )
         for name, guide in guides.items()
     }
     return GuideComparison(dict(sorted(each.items(), key=lambda item: item[1].gap.mean().item())))
@@ -227,17 +246,26 @@ def _coverage(z_q: Tensor, z_p: Tensor, level: float) -> Tensor:
 
 
 def _gaussians(distribution: Any, posterior: Any, z: Tensor, log_q: Tensor) -> tuple[Any, Any] | None:
-    """Guide and posterior as Gaussians over vectors, if both are: a guide with a mask or a factor is none, see log q."""
+    """Guide and posterior as Gaussians over vectors, if both are: a guide with a mask or a factor is none,
+    see log q."""
     n = z.shape[1]
     q = None if distribution is None else as_gaussian(distribution, n)
     p = as_gaussian(posterior, n)
-    if q is None or p is None or not torch.allclose(q.log_prob(z.double()), log_q.double(), rtol=1e-4, atol=1e-4):
+    if (
+        q is None
+        or p is None
+        or not torch.allclose(q.log_prob(z.double()), log_q.double(), rtol=1e-4, atol=1e-4)
+    ):
         return None
     return q, p
 
 
-def _split(model: Any, guide: Program, batch: Batch, log_evidence: Tensor, num_particles: int, seed: int) -> GapSplit | None:
+def _split(
+    model: Any, guide: Program, batch: Batch, log_evidence: Tensor, num_particles: int, seed: int
+) -> GapSplit | None:
     try:
-        return split_gap(model, guide, batch, log_evidence=log_evidence, num_particles=num_particles, seed=seed)
+        return split_gap(
+            model, guide, batch, log_evidence=log_evidence, num_particles=num_particles, seed=seed
+        )
     except UnknownFamily:
         return None

@@ -27,7 +27,9 @@ def draw_posteriors(exact_model: Any, guides: Mapping[str, Program], batch: Batc
     return fig
 
 
-def draw_ranking(exact_model: Any, guides: Mapping[str, Program], batch: Batch, gaps: Mapping[str, Any]) -> Figure:
+def draw_ranking(
+    exact_model: Any, guides: Mapping[str, Program], batch: Batch, gaps: Mapping[str, Any]
+) -> Figure:
     """The posteriors of :func:`draw_posteriors`, and a bar for the mean gap of each guide."""
     n = batch.num_rows + 1
     fig, axes = plt.subplots(1, n, figsize=(3.2 * n, 3.4), squeeze=False, layout="constrained")
@@ -39,7 +41,13 @@ def draw_ranking(exact_model: Any, guides: Mapping[str, Program], batch: Batch, 
             continue
         first = max(float(split.approximation.mean()), 0.0)
         ax.barh(i, first, color="C7", label="approximation" if i == 0 else None)
-        ax.barh(i, float(split.amortization.mean()), left=first, color="C1", label="amortization" if i == 0 else None)
+        ax.barh(
+            i,
+            float(split.amortization.mean()),
+            left=first,
+            color="C1",
+            label="amortization" if i == 0 else None,
+        )
     ax.set_yticks(range(len(gaps)), list(gaps))
     ax.invert_yaxis()
     ax.set(xlabel="gap (nats per datum)", title="log p(x) − ELBO")
@@ -91,8 +99,12 @@ def _draw_scatter(axes: list[Axes], exact: Tensor, guides: Mapping[str, Tensor])
     for i, ax in enumerate(axes):
         for j, (name, draws) in enumerate([("exact", exact), *guides.items()]):
             at = draws[:800, i].double().numpy()
-            first, second = (at[:, 0], at[:, 1]) if at.shape[1] > 1 else (np.sort(at[:, 0]), np.linspace(0, 1, len(at)))
-            ax.scatter(first, second, s=4, alpha=0.4 if j else 1.0, color=f"C{j - 1}" if j else "0.7", label=name)
+            first, second = (
+                (at[:, 0], at[:, 1]) if at.shape[1] > 1 else (np.sort(at[:, 0]), np.linspace(0, 1, len(at)))
+            )
+            ax.scatter(
+                first, second, s=4, alpha=0.4 if j else 1.0, color=f"C{j - 1}" if j else "0.7", label=name
+            )
         ax.set(xlabel="$z_1$", ylabel="$z_2$", title=f"datum {i}")
     _legend(axes)
 
@@ -108,7 +120,9 @@ def _grid(draws: list[Tensor], steps: int) -> tuple[Tensor, tuple[int, ...]]:
     ends = [[z.double().quantile(q, 0) for z in draws] for q in (0.001, 0.999)]
     low, high = torch.stack(ends[0]).amin(0), torch.stack(ends[1]).amax(0)
     dim = low.shape[-1]
-    unit = torch.stack(torch.meshgrid(*[torch.linspace(0, 1, steps, dtype=low.dtype)] * dim, indexing="ij"), -1)
+    unit = torch.stack(
+        torch.meshgrid(*[torch.linspace(0, 1, steps, dtype=low.dtype)] * dim, indexing="ij"), -1
+    )
     points = low + unit.reshape(-1, 1, dim) * (high - low)
     return points.to(draws[0].dtype), (steps,) * dim
 

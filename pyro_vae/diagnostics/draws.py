@@ -1,4 +1,5 @@
-"""Draws of a guide, for other tools: by site, as ArviZ has them, and held against draws of the posterior by a classifier."""
+"""Draws of a guide, for other tools: by site, as ArviZ has them, and held against draws of the posterior by a
+classifier."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,8 @@ def posterior_draws(
     """Draws z ~ q(z|x) of each latent site, ``(num_draws, batch, *shape)``.
 
     :param data: as for :func:`~pyro_vae.fit`.
-    :param joint: all data together as one datum, for models with latents that all data share: ``(num_draws, *shape)``, where
-        the shape has a dimension for each plate of the site, that of the data too.
+    :param joint: all data together as one datum, for models with latents that all data share: ``(num_draws,
+        *shape)``, where the shape has a dimension for each plate of the site, that of the data too.
     :raises ValueError: for latents in no data plate unless ``joint``.
     """
     batch = read_whole(data, seed=seed)
@@ -46,8 +47,9 @@ def to_arviz(
     check: bool = True,
     joint: bool = False,
 ) -> Any:
-    """A guide's draws as ArviZ has them (a ``DataTree``): group ``posterior``, one chain, with the dimension ``data``; group
-    ``sample_stats`` with the log-weight log p(x, z) − log q(z|x) of each draw, and k̂ of each datum.
+    """A guide's draws as ArviZ has them (a ``DataTree``): group ``posterior``, one chain, with the dimension
+    ``data``; group ``sample_stats`` with the log-weight log p(x, z) − log q(z|x) of each draw, and k̂ of each
+    datum.
 
     Arguments as for :func:`posterior_draws`; with ``joint`` there is no dimension ``data``, and one k̂.
 
@@ -63,7 +65,10 @@ def to_arviz(
     data_dims = [] if joint else ["data"]
     sites = {name: part.cpu().numpy()[np.newaxis] for name, part in draws.items()}
     stats = {"log_weight": log_weight.cpu().numpy()[np.newaxis]}
-    dims = {name: [*data_dims, *(f"{name}_{i}" for i in range(part.ndim - 2 - len(data_dims)))] for name, part in sites.items()}
+    dims = {
+        name: [*data_dims, *(f"{name}_{i}" for i in range(part.ndim - 2 - len(data_dims)))]
+        for name, part in sites.items()
+    }
     tree = from_dict({"posterior": sites, "sample_stats": stats}, dims=dims | {"log_weight": data_dims})
     tree["posterior"].attrs["pareto_k"] = pareto_k(log_weight).tolist()
     return tree
@@ -81,7 +86,8 @@ def _draws(
     *,
     weighted: bool,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Draws of each site, and their log-weights; log q(z|x) alone unless ``weighted``, which runs the model at every draw."""
+    """Draws of each site, and their log-weights; log q(z|x) alone unless ``weighted``, which runs the model
+    at every draw."""
     if joint:
         found = joint_log_weights(model, guide, batch, num_particles=num_draws, seed=seed, check=check)
         return found.draws, found.log_weights
@@ -93,29 +99,30 @@ def _draws(
 
 @dataclass(frozen=True)
 class TwoSample:
-    """Accuracy of a classifier that tells two sets of draws apart, over held-out folds: ½ where it cannot. ``accuracy_se`` is
-    the binomial standard error of an accuracy of ½."""
+    """Accuracy of a classifier that tells two sets of draws apart, over held-out folds: ½ where it cannot.
+    ``accuracy_se`` is the binomial standard error of an accuracy of ½."""
 
     accuracy: float
     accuracy_se: float
 
     def __str__(self) -> str:
-        return f"accuracy {self.accuracy:.3f} ± {self.accuracy_se:.3f}; 0.5 where the two sets cannot be told apart"
+        return f"accuracy {self.accuracy:.3f} ± {self.accuracy_se:.3f} (0.5 for equal distributions)"
 
 
 def two_sample_test(a: Tensor, b: Tensor, *, num_folds: int = 5, seed: int = 0) -> TwoSample:
-    """Classifier two-sample test (Lopez-Paz & Oquab 2017): a network of two layers, z-scored features, cross-validated.
+    """Classifier two-sample test (Lopez-Paz & Oquab 2017): a network of two layers, z-scored features,
+    cross-validated.
 
-    For draws of one datum's guide against those of its posterior, exact or by NUTS. Between N(0, I) and N(δ, I) the best
-    accuracy is Φ(‖δ‖/2).
+    For draws of one datum's guide against those of its posterior, exact or by NUTS. Between N(0, I) and N(δ,
+    I) the best accuracy is Φ(‖δ‖/2).
 
     :param a, b: ``(n, dim)``, as many of either.
     :raises ImportError: where ``scikit-learn`` is not installed.
     """
     if a.dim() != 2 or a.shape != b.shape or len(a) < 10 * num_folds:
         raise ValueError(
-            f"two_sample_test: expected two sets of as many draws (n, dim), {10 * num_folds} or more each, but got "
-            f"{tuple(a.shape)} and {tuple(b.shape)}"
+            f"two_sample_test: expected two sets of as many draws (n, dim), {10 * num_folds} or more each, "
+            f"but got {tuple(a.shape)} and {tuple(b.shape)}"
         )
     try:
         from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -123,7 +130,9 @@ def two_sample_test(a: Tensor, b: Tensor, *, num_folds: int = 5, seed: int = 0) 
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
-        raise ImportError("two_sample_test: scikit-learn is not installed; pip install scikit-learn") from error
+        raise ImportError(
+            "two_sample_test: scikit-learn is not installed; pip install scikit-learn"
+        ) from error
     x = torch.cat([a, b]).detach().cpu().double().numpy()
     y = np.repeat([0, 1], len(a))
     width = 10 * a.shape[1]

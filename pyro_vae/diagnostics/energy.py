@@ -18,9 +18,9 @@ from pyro_vae.pairs.traces import Program
 class FreeEnergy:
     """F = E_q[−log p(x, z)] − H(q) = −log p(x) + KL(q‖p(z|x)), in nats, each ``(batch,)``: the negative ELBO.
 
-    expected_energy: E_q[−log p(x, z)]; entropy: H(q), analytic where the guide's distribution has one, else estimated on the
-    same draws; free_energy_se: the Monte Carlo standard error of F; bits_per_dimension: F / (D ln 2), a code length for
-    discrete x of D dimensions, by bits back (Hinton & van Camp 1993).
+    expected_energy: E_q[−log p(x, z)]; entropy: H(q), analytic where the guide's distribution has one, else
+    estimated on the same draws; free_energy_se: the Monte Carlo standard error of F; bits_per_dimension: F /
+    (D ln 2), a code length for discrete x of D dimensions, by bits back (Hinton & van Camp 1993).
     """
 
     expected_energy: Tensor
@@ -77,9 +77,9 @@ def _entropy(distribution: Any, num_rows: int) -> Tensor | None:
 class PointwiseIdentity:
     """log p(x) = log p(x, z) − log p(z|x) for every z, in nats, each ``(particles, batch)``.
 
-    ``log_weight`` is log p(x, z) − log q(z|x), what a guide puts in the posterior's place, and ``correction`` is
-    log q(z|x) − log p(z|x), which it leaves out: log p(x) = log_weight + correction. Its sign varies with z; its mean under q
-    is KL(q‖p) ≥ 0.
+    ``log_weight`` is log p(x, z) − log q(z|x), what a guide puts in the posterior's place, and ``correction``
+    is log q(z|x) − log p(z|x), which it leaves out: log p(x) = log_weight + correction. Its sign varies with
+    z; its mean under q is KL(q‖p) ≥ 0.
     """
 
     log_evidence: Tensor
@@ -88,8 +88,15 @@ class PointwiseIdentity:
 
     def __str__(self) -> str:
         particles, n = self.log_evidence.shape
-        rows = {"log evidence": self.log_evidence, "log-weight": self.log_weight, "correction": self.correction}
-        lines = [f"{particles} z for each of {n} data, in nats", f"{'':16}{'smallest':>12}{'mean':>12}{'largest':>12}"]
+        rows = {
+            "log evidence": self.log_evidence,
+            "log-weight": self.log_weight,
+            "correction": self.correction,
+        }
+        lines = [
+            f"{particles} z for each of {n} data, in nats",
+            f"{'':16}{'smallest':>12}{'mean':>12}{'largest':>12}",
+        ]
         for name, value in rows.items():
             lines.append(f"{name:16}{value.min():12.4f}{value.mean():12.4f}{value.max():12.4f}")
         return "\n".join(lines)

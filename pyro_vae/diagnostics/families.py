@@ -1,5 +1,5 @@
-"""The distributions that guides draw from, taken apart: their family with parameters of its own for each datum, and the
-closed forms between Gaussians."""
+"""The distributions that guides draw from, taken apart: their family with parameters of its own for each
+datum, and the closed forms between Gaussians."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -16,7 +16,8 @@ from pyro_vae.conditionals import FromTrunk, LogNormal, MultivariateNormal, Norm
 from pyro_vae.nets import as_shape
 from pyro_vae.pairs.traces import unwrapped
 
-# Families that are known by the names of their parameters; those of a guide's distribution are read from its attributes.
+# Families that are known by the names of their parameters; those of a guide's distribution are read from its
+# attributes.
 _PARAMETERS: dict[type, tuple[str, ...]] = {
     dist.Normal: ("loc", "scale"),
     dist.LogNormal: ("loc", "scale"),
@@ -34,8 +35,9 @@ class UnknownFamily(ValueError):
 
 
 class Family:
-    """The family of a guide's distribution at a site, its parameters free for each datum: moved from what the guide says, in
-    unconstrained space, by shifts of their own. A site that depends on other latents goes on depending on them.
+    """The family of a guide's distribution at a site, its parameters free for each datum: moved from what the
+    guide says, in unconstrained space, by shifts of their own. A site that depends on other latents goes on
+    depending on them.
 
     :param name: the site.
     :param distribution: what the guide draws it from.
@@ -58,7 +60,8 @@ class Family:
     def member(self, distribution: Any, shifts: dict[str, Tensor]) -> Any:
         """``distribution`` with its parameters shifted."""
         parameters = {
-            name: _transform(self.kind, name)(value + shifts[name]) for name, value in self._parameters(distribution).items()
+            name: _transform(self.kind, name)(value + shifts[name])
+            for name, value in self._parameters(distribution).items()
         }
         moved = self.kind(**parameters)
         return moved.to_event(len(distribution.event_shape) - moved.event_dim)
@@ -71,13 +74,16 @@ class Family:
         """Unconstrained: ``(*batch, *event)``, or ``(*batch, d, …)`` for a matrix."""
         if _kind(distribution) is not self.kind:
             raise UnknownFamily(
-                f"guide: its family is {self.kind.__name__} at one time, {_kind(distribution).__name__} at another"
+                f"guide: its family is {self.kind.__name__} at one time, {_kind(distribution).__name__} at "
+                "another"
             )
         base, parameters = unwrapped(distribution), {}
         for name in _PARAMETERS[self.kind]:
             value = getattr(base, name)
             event = value.shape[-2:] if name in ("scale_tril", "cov_factor") else distribution.event_shape
-            parameters[name] = _transform(self.kind, name).inv(value.expand(*distribution.batch_shape, *event))
+            parameters[name] = _transform(self.kind, name).inv(
+                value.expand(*distribution.batch_shape, *event)
+            )
         return parameters
 
 
@@ -92,10 +98,12 @@ class _Moved(Messenger):
 
 
 class Freed:
-    """The family of a conditional, its read-outs free for each datum: moved from what its trunk says by shifts of their own.
+    """The family of a conditional, its read-outs free for each datum: moved from what its trunk says by
+    shifts of their own.
 
-    What all data share, a learned scale or the networks of a flow, stays as it is. ``kind`` is the distribution's where
-    the read-outs reach every member of its family, down to the floor under the scale, else ``None``.
+    What all data share, a learned scale or the networks of a flow, stays as it is. ``kind`` is the
+    distribution's where the read-outs reach every member of its family, down to the floor under the scale,
+    else ``None``.
     """
 
     def __init__(self, conditional: FromTrunk, rows: int, num_rows: int) -> None:
@@ -154,7 +162,8 @@ def _reached(conditional: FromTrunk) -> type | None:
 
 
 def is_same(a: Any, b: Any) -> bool:
-    """Whether two distributions of a known family have their parameters in the same memory: one is the other, expanded."""
+    """Whether two distributions of a known family have their parameters in the same memory: one is the other,
+    expanded."""
     a, b = unwrapped(a), unwrapped(b)
     return type(a) is type(b) and all(
         getattr(a, name).data_ptr() == getattr(b, name).data_ptr() for name in _PARAMETERS[type(a)]
@@ -162,9 +171,13 @@ def is_same(a: Any, b: Any) -> bool:
 
 
 def as_gaussian(distribution: Any, num_rows: int) -> torch.distributions.MultivariateNormal | None:
-    """A Gaussian over vectors as a full one of ``batch_shape (num_rows,)`` in double precision; ``None`` for what is none."""
+    """A Gaussian over vectors as a full one of ``batch_shape (num_rows,)`` in double precision; ``None`` for
+    what is none."""
     base, event = unwrapped(distribution), distribution.event_shape
-    if type(base) not in (dist.Normal, dist.MultivariateNormal, dist.LowRankMultivariateNormal) or len(event) != 1:
+    if (
+        type(base) not in (dist.Normal, dist.MultivariateNormal, dist.LowRankMultivariateNormal)
+        or len(event) != 1
+    ):
         return None
 
     def rows(parameter: Tensor, dims: int) -> Tensor:
@@ -180,7 +193,9 @@ def as_gaussian(distribution: Any, num_rows: int) -> torch.distributions.Multiva
     return torch.distributions.MultivariateNormal(loc, rows(base.covariance_matrix, 2))
 
 
-def wasserstein(a: torch.distributions.MultivariateNormal, b: torch.distributions.MultivariateNormal) -> Tensor:
+def wasserstein(
+    a: torch.distributions.MultivariateNormal, b: torch.distributions.MultivariateNormal
+) -> Tensor:
     """W₂ between Gaussians, W₂² = ‖Δμ‖² + tr(A + B − 2 (A^½ B A^½)^½): ``(batch,)``."""
     tril = a.scale_tril
     # the eigenvalues of A^½ B A^½ are those of Lᵀ B L

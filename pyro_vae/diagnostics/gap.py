@@ -30,10 +30,10 @@ Shifts = Mapping[str, dict[str, Tensor]]
 class GapSplit:
     """gap = approximation + amortization, in nats, each ``(batch,)`` with its standard error.
 
-    approximation = log p(x) − L[q*], with q* the best of the guide's family for that datum; amortization = L[q*] − L[q].
-    Where the evidence is not known the approximation is ``nan``. ``steps`` is how many the search for q* took; 0 where q* is in
-    closed form, and then an error of 0 says that a part is too. After a search both are estimates, and a q* that is short of
-    its optimum moves amortization into approximation.
+    approximation = log p(x) − L[q*], with q* the best of the guide's family for that datum; amortization =
+    L[q*] − L[q]. Where the evidence is not known the approximation is ``nan``. ``steps`` is how many the
+    search for q* took; 0 where q* is in closed form, and then an error of 0 says that a part is too. After a
+    search both are estimates, and a q* that is short of its optimum moves amortization into approximation.
     """
 
     approximation: Tensor
@@ -43,7 +43,10 @@ class GapSplit:
     steps: int
 
     def __str__(self) -> str:
-        rows = {"gap: approximation": over_data(self.approximation), "gap: amortization": over_data(self.amortization)}
+        rows = {
+            "gap: approximation": over_data(self.approximation),
+            "gap: amortization": over_data(self.amortization),
+        }
         how = f"searched in {self.steps} steps" if self.steps else "in closed form"
         return table(f"{len(self.amortization)} data, means in nats per datum; q* {how}", rows)
 
@@ -62,35 +65,41 @@ def split_gap(
 ) -> GapSplit:
     """Split the gap of a guide per datum (Cremer et al. 2018).
 
-    q* is the guide with parameters of its own for each datum: what the encoder's network says for a datum is shifted freely, so
-    that it may be any diagonal Gaussian where the encoder gives location and scale. What all data share stays as it is and
-    counts as the family: a fixed, learned or isotropic scale, the floor under it, the networks of a flow, and how one latent
-    depends on another. Where the guide does not call one conditional of ours for each of its latents, the parameters of their
-    distributions are shifted, all of them.
+    q* is the guide with parameters of its own for each datum: what the encoder's network says for a datum is
+    shifted freely, so that it may be any diagonal Gaussian where the encoder gives location and scale. What
+    all data share stays as it is and counts as the family: a fixed, learned or isotropic scale, the floor
+    under it, the networks of a flow, and how one latent depends on another. Where the guide does not call one
+    conditional of ours for each of its latents, the parameters of their distributions are shifted, all of
+    them.
 
-    q* is in closed form where an exact model knows it (``ExactModel.best``): Gaussians for a Gaussian posterior, diagonal
-    ones for the funnel and the banana, a log-normal for Gamma–Poisson. Otherwise it is searched, from the guide, by Adam on
-    reparameterized gradients of 32 draws, all data at once. The step size is halved whenever a hundred steps have not gained
-    ``tolerance`` nats per datum; when that has happened eight times, q* is the mean of five hundred steps more, or the guide
-    itself where that is better.
+    q* is in closed form where an exact model knows it (``ExactModel.best``): Gaussians for a Gaussian
+    posterior, diagonal ones for the funnel and the banana, a log-normal for Gamma–Poisson. Otherwise it is
+    searched, from the guide, by Adam on reparameterized gradients of 32 draws, all data at once. The step
+    size is halved whenever a hundred steps have not gained ``tolerance`` nats per datum; when that has
+    happened eight times, q* is the mean of five hundred steps more, or the guide itself where that is better.
 
     :param data: as for :func:`~pyro_vae.fit`.
     :param log_evidence: log p(x) per datum; by default ``model.log_evidence`` where the model knows it.
     :param num_particles: draws for each ELBO that has no closed form, 2 or more.
     :param tolerance: nats per datum that a hundred steps must gain.
-    :param max_steps: of the search, before the last five hundred; a warning is logged where they did not suffice.
+    :param max_steps: of the search, before the last five hundred; a warning is logged where they did not
+        suffice.
     :param seed: of the draws.
     :param check: ``False`` runs a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
-    :raises ValueError: for a guide whose family is not known by its parameters, or ``log_evidence`` of another length.
+    :raises ValueError: for a guide whose family is not known by its parameters, or ``log_evidence`` of
+    another length.
     """
     batch = fitting(read_whole(data, seed=seed), model, guide)
     if num_particles < 2:
-        raise ValueError(f"split_gap: expected num_particles ≥ 2, for standard errors, but got {num_particles}")
+        raise ValueError(
+            f"split_gap: expected num_particles ≥ 2, for standard errors, but got {num_particles}"
+        )
     if log_evidence is None and hasattr(model, "log_evidence"):
         log_evidence = log_evidence_of(model, batch)
     if log_evidence is not None and log_evidence.shape != (batch.num_rows,):
         raise ValueError(
-            f"split_gap: log_evidence has shape {tuple(log_evidence.shape)}; expected ({batch.num_rows},), one number a datum"
+            f"split_gap: log_evidence has shape {tuple(log_evidence.shape)}; expected ({batch.num_rows},), "
+            "one number a datum"
         )
     with untouched(training=False, seed=seed):
         pair = _Pair(model, guide, batch, check=check)
@@ -112,7 +121,8 @@ def split_gap(
 
 
 class _Pair:
-    """A pair whose guide's families are free: its ELBO at any shifts of their parameters. ``start`` is the guide itself."""
+    """A pair whose guide's families are free: its ELBO at any shifts of their parameters. ``start`` is the
+    guide itself."""
 
     def __init__(self, model: Program, guide: Program, batch: Batch, *, check: bool = True) -> None:
         self.model, self.guide = model, guide
@@ -161,8 +171,8 @@ class _Pair:
 
     @torch.no_grad()
     def kind(self) -> type | None:
-        """The family of distributions that the guide draws from, if it has one site, nothing else in log q, and all of the
-        family to choose from."""
+        """The family of distributions that the guide draws from, if it has one site, nothing else in log q,
+        and all of the family to choose from."""
         family, *others = self.families.values()
         if others:
             return None
@@ -171,7 +181,9 @@ class _Pair:
             return None
         z, log_q = self.drawn  # a mask or a factor would show
         alone = fn.log_prob(z.reshape(2, *fn.shape()))
-        return family.kind if torch.allclose(alone.reshape(log_q.shape), log_q, rtol=1e-4, atol=1e-4) else None
+        return (
+            family.kind if torch.allclose(alone.reshape(log_q.shape), log_q, rtol=1e-4, atol=1e-4) else None
+        )
 
 
 @torch.no_grad()
@@ -200,7 +212,9 @@ def _closed_form(pair: _Pair, log_evidence: Tensor, num_particles: int) -> GapSp
 
 def _search(pair: _Pair, tolerance: float, max_steps: int) -> tuple[Shifts, int]:
     """The best parameters of the families for each datum, and the steps it took."""
-    parameters = {name: {k: v.clone().requires_grad_() for k, v in own.items()} for name, own in pair.start.items()}
+    parameters = {
+        name: {k: v.clone().requires_grad_() for k, v in own.items()} for name, own in pair.start.items()
+    }
     optimizer = torch.optim.Adam([leaf for own in parameters.values() for leaf in own.values()], lr=0.05)
     reached, halvings, steps = -math.inf, 0, 0
     while halvings < 8 and steps < max_steps:
@@ -211,7 +225,10 @@ def _search(pair: _Pair, tolerance: float, max_steps: int) -> tuple[Shifts, int]
             optimizer.param_groups[0]["lr"] /= 2
         reached = max(reached, value)
     if halvings < 8:
-        logger.warning("split_gap: the search still gains after %d steps; expected a larger max_steps or tolerance", steps)
+        logger.warning(
+            "split_gap: the search still gains after %d steps; expected a larger max_steps or tolerance",
+            steps,
+        )
     _, means = _block(pair, parameters, optimizer, 500)
     named = iter(means)
     best = {name: {k: next(named) for k in own} for name, own in parameters.items()}
@@ -229,7 +246,9 @@ def _keep_better(pair: _Pair, best: Shifts) -> None:
             own[key] = torch.where(worse, pair.start[name][key], value)
 
 
-def _block(pair: _Pair, parameters: Shifts, optimizer: torch.optim.Optimizer, steps: int) -> tuple[float, list[Tensor]]:
+def _block(
+    pair: _Pair, parameters: Shifts, optimizer: torch.optim.Optimizer, steps: int
+) -> tuple[float, list[Tensor]]:
     """So many steps: the mean ELBO along them, and the mean parameters."""
     leaves = [leaf for own in parameters.values() for leaf in own.values()]
     means, value = [torch.zeros_like(leaf) for leaf in leaves], 0.0

@@ -14,14 +14,17 @@ from pyro_vae.pairs.preserve import read_whole
 from pyro_vae.pairs.traces import Program
 
 _JOINT = (
-    "latent dimensions: not computed: their use is compared between data, and with joint=True all data are one datum",
-    "calibration: not computed: simulated data sets need a guide that is amortized over data sets, and this is of one",
+    "latent dimensions: not computed: their use is compared between data, and with joint=True all data are "
+    "one datum",
+    "calibration: not computed: simulated data sets need a guide that is amortized over data sets, and this "
+    "is of one",
 )
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What :func:`diagnose` finds. ``usage`` and ``calibration`` are ``None`` where a pair has none; ``notes`` says why."""
+    """What :func:`diagnose` finds. ``usage`` and ``calibration`` are ``None`` where a pair has none;
+    ``notes`` says why."""
 
     elbo: Evidence
     importance: Evidence
@@ -31,7 +34,8 @@ class Diagnosis:
 
     @property
     def pareto_k(self) -> Tensor:
-        """k̂ of each datum's weights, ``(batch,)``: below .5 the guide is a good proposal, above .7 none to be trusted."""
+        """k̂ of each datum's weights, ``(batch,)``: below .5 the guide is a good proposal, above .7 none to
+        be trusted."""
         k = self.importance.pareto_k
         return torch.full_like(self.importance.log_evidence, torch.nan) if k is None else k
 
@@ -42,12 +46,14 @@ class Diagnosis:
     def __str__(self) -> str:
         k, gap = self.pareto_k, self.importance.log_evidence - self.elbo.log_evidence
         edges = (-torch.inf, 0.5, 0.7, torch.inf)
-        good, usable, bad = (((k >= a) & (k < b)).double().mean().item() for a, b in itertools.pairwise(edges))
+        good, usable, bad = (
+            ((k >= a) & (k < b)).double().mean().item() for a, b in itertools.pairwise(edges)
+        )
         data = "nats, all data together" if self.importance.joint else f"nats per datum, {len(k)} data"
         lines = [
             "EVIDENCE",
-            f"ELBO {self.elbo.mean:.2f}, IWAE-{self.importance.num_particles} {self.importance.mean:.2f} {data}: "
-            f"KL(q||p) is {gap.double().mean():.2f} or more",
+            f"ELBO {self.elbo.mean:.2f}, IWAE-{self.importance.num_particles} {self.importance.mean:.2f} "
+            f"{data}: KL(q||p) is {gap.double().mean():.2f} or more",
             "GUIDE AS A PROPOSAL",
         ]
         if self.importance.joint:
@@ -79,22 +85,26 @@ def diagnose(
     check: bool = True,
     joint: bool = False,
 ) -> Diagnosis:
-    """The cheap diagnostics of a pair: ELBO and importance-weighted bound, Pareto k̂ per datum, the use of the latent
-    dimensions, calibration on data simulated from the model. ``print`` gives one page.
+    """The cheap diagnostics of a pair: ELBO and importance-weighted bound, Pareto k̂ per datum, the use of
+    the latent dimensions, calibration on data simulated from the model. ``print`` gives one page.
 
     :param data: as for :func:`~pyro_vae.fit`.
     :param num_particles: draws for each datum.
     :param num_simulations: of the calibration; 0 leaves it out.
-    :param joint: all data together as one datum, for models with latents that all data share. ``usage`` and ``calibration``
-        are ``None`` then.
+    :param joint: all data together as one datum, for models with latents that all data share. ``usage`` and
+        ``calibration`` are ``None`` then.
     :raises ValueError: for a pair that is wrong; latents in no data plate unless ``joint``.
     """
     batch = read_whole(data, seed=seed)
     notes: list[str] = []
     lower = elbo(model, guide, batch, num_particles=num_particles, joint=joint, seed=seed, check=check)
-    weighted = importance(model, guide, batch, num_particles=num_particles, joint=joint, seed=seed, check=check)
+    weighted = importance(
+        model, guide, batch, num_particles=num_particles, joint=joint, seed=seed, check=check
+    )
     if weighted.bound == "none":
-        notes.append("the guide has points (Delta) without a density: ELBO, KL and Pareto k do not measure it")
+        notes.append(
+            "the guide has points (Delta) without a density: ELBO, KL and Pareto k do not measure it"
+        )
     if joint:
         return Diagnosis(lower, weighted, None, None, (*notes, *_JOINT))
     usage: LatentUsage | None = None

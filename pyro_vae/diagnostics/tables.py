@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def over_data(value: Tensor) -> tuple[float, float]:
-    """The mean over data, and its standard error from the spread over data, which includes Monte Carlo error; ``nan`` for one
-    datum. value: ``(batch,)``."""
+    """The mean over data, and its standard error from the spread over data, which includes Monte Carlo error;
+    ``nan`` for one datum. value: ``(batch,)``."""
     error = value.std().item() / math.sqrt(len(value)) if len(value) > 1 else math.nan
     return value.mean().item(), error
 

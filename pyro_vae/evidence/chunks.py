@@ -27,7 +27,8 @@ def in_chunks(
     resume: Path | str | None,
     fingerprint: str,
 ) -> dict[str, Tensor]:
-    """What ``compute`` says of each chunk of the data, end to end: tensors whose last dimension is that of the data.
+    """What ``compute`` says of each chunk of the data, end to end: tensors whose last dimension is that of
+    the data.
 
     Each chunk has its own seed, so that a resumed run gives the numbers of an uninterrupted one.
 
@@ -43,7 +44,11 @@ def in_chunks(
         done.append(compute(chunks[index]))
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {f"{i}.{name}": value.contiguous() for i, part in enumerate(done) for name, value in part.items()}
+            tensors = {
+                f"{i}.{name}": value.contiguous()
+                for i, part in enumerate(done)
+                for name, value in part.items()
+            }
             write_whole(path, to_bytes(tensors, {"fingerprint": fingerprint, "chunks": str(len(done))}))
     return {name: torch.cat([part[name] for part in done], -1) for name in done[0]}
 
@@ -69,11 +74,13 @@ def _read(path: Path, fingerprint: str) -> list[dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"resume: {path} is no file of an evidence run, or it is cut short ({error}); delete it") from error
+        raise ValueError(
+            f"resume: {path} is no file of an evidence run, or it is cut short ({error}); delete it"
+        ) from error
     if metadata.get("fingerprint") != fingerprint:
         raise ValueError(
-            f"resume: {path} is of another run: its pair, data, seed or settings, max_bytes among them, differ from these; "
-            "name another file, or delete it"
+            f"resume: {path} is of another run: its pair, data, seed or settings, max_bytes among them, "
+            "differ from these; name another file, or delete it"
         )
     done: list[dict[str, Tensor]] = [{} for _ in range(int(metadata["chunks"]))]
     for name, value in tensors.items():

@@ -30,25 +30,39 @@ def importance(
     progress: bool | None = None,
     resume: Path | str | None = None,
 ) -> Evidence:
-    """log (1/K) Σ p(x, z_k) / q(z_k|x), z_k ~ q(z|x): the importance-weighted bound IWAE_K (Burda et al. 2016), per datum.
+    """log (1/K) Σ p(x, z_k) / q(z_k|x), z_k ~ q(z|x): the importance-weighted bound IWAE_K (Burda et al.
+    2016), per datum.
 
-    A lower bound for any pair and any K, the tighter the larger K: its bias tends to −χ²(p‖q)/(2K) where that is finite, which
-    Pareto k̂ below .5 says. K = 1 is the ELBO. Takes the pairs that :func:`~pyro_vae.log_weights` takes.
+    A lower bound for any pair and any K, the tighter the larger K: its bias tends to −χ²(p‖q)/(2K) where that
+    is finite, which Pareto k̂ below .5 says. K = 1 is the ELBO. Takes the pairs that
+    :func:`~pyro_vae.log_weights` takes.
 
-    :param data: the arguments of model and guide, ``(batch, *event)``, as :func:`~pyro_vae.log_weights` takes them.
+    :param data: the arguments of model and guide, ``(batch, *event)``, as :func:`~pyro_vae.log_weights` takes
+        them.
     :param num_particles: K.
     :param max_bytes: of the tensors that one run makes; memory does not grow with K.
     :param seed: of the draws.
     :param check: ``False`` runs a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
-    :param joint: all data together as one datum, for models with latents that all data share: log p(x₁…x_N), ``(1,)``.
+    :param joint: all data together as one datum, for models with latents that all data share: log p(x₁…x_N),
+        ``(1,)``.
     :param progress: a bar on stderr; by default only where that is a terminal.
     :param resume: a file that keeps finished chunks of the data, from which an interrupted run goes on.
     :raises ValueError: as ``log_weights``; for a file of another run.
     """
     return _weighed(
-        "importance", summary, model, guide, data, num_particles=num_particles, max_bytes=max_bytes, seed=seed,
-        check=check, joint=joint, progress=progress, resume=resume,
-    )  # fmt: skip
+        "importance",
+        summary,
+        model,
+        guide,
+        data,
+        num_particles=num_particles,
+        max_bytes=max_bytes,
+        seed=seed,
+        check=check,
+        joint=joint,
+        progress=progress,
+        resume=resume,
+    )
 
 
 def elbo(
@@ -64,14 +78,27 @@ def elbo(
     progress: bool | None = None,
     resume: Path | str | None = None,
 ) -> Evidence:
-    """The mean of log p(x, z) − log q(z|x) over draws z ~ q(z|x): a lower bound, E_q[log ŵ₁]. Arguments as for
+    """The mean of log p(x, z) − log q(z|x) over draws z ~ q(z|x): a lower bound, E_q[log ŵ₁]. Arguments as
+    for
     :func:`importance`; more draws make it less noisy, not tighter."""
     found = _weighed(
-        "elbo", _mean_log, model, guide, data, num_particles=num_particles, max_bytes=max_bytes, seed=seed,
-        check=check, joint=joint, progress=progress, resume=resume,
-    )  # fmt: skip
+        "elbo",
+        _mean_log,
+        model,
+        guide,
+        data,
+        num_particles=num_particles,
+        max_bytes=max_bytes,
+        seed=seed,
+        check=check,
+        joint=joint,
+        progress=progress,
+        resume=resume,
+    )
     plural = "" if num_particles == 1 else "s"
-    return Evidence(**vars(found) | {"method": f"ELBO, {num_particles} draw{plural} from the guide", "pareto_k": None})
+    return Evidence(
+        **vars(found) | {"method": f"ELBO, {num_particles} draw{plural} from the guide", "pareto_k": None}
+    )
 
 
 def prior_monte_carlo(
@@ -88,13 +115,22 @@ def prior_monte_carlo(
 ) -> Evidence:
     """log (1/K) Σ p(x|z_k), z_k ~ p(z): importance sampling from the prior, a lower bound.
 
-    Hopeless once KL(p(z|x)‖p(z)) exceeds log K: the effective sample size, then near 1, says so. Arguments as for
+    Hopeless once KL(p(z|x)‖p(z)) exceeds log K: the effective sample size, then near 1, says so. Arguments as
+    for
     :func:`importance`.
     """
     found = importance(
-        model, prior_of(model), data, num_particles=num_particles, max_bytes=max_bytes, seed=seed, check=check,
-        joint=joint, progress=progress, resume=resume,
-    )  # fmt: skip
+        model,
+        prior_of(model),
+        data,
+        num_particles=num_particles,
+        max_bytes=max_bytes,
+        seed=seed,
+        check=check,
+        joint=joint,
+        progress=progress,
+        resume=resume,
+    )
     return Evidence(**vars(found) | {"method": f"prior Monte Carlo, {num_particles} draws"})
 
 
@@ -108,8 +144,8 @@ def importance_upper(
     seed: int = 0,
     check: bool = True,
 ) -> Evidence:
-    """log (1/K) [w(z*) + Σ_{k<K} w(z_k)], z* the latents that made x, z_k ~ q(z|x): an upper bound of log p(x) in expectation,
-    E 1/ŵ = 1/p(x), on simulated data alone.
+    """log (1/K) [w(z*) + Σ_{k<K} w(z_k)], z* the latents that made x, z_k ~ q(z|x): an upper bound of log
+    p(x) in expectation, E 1/ŵ = 1/p(x), on simulated data alone.
 
     :param simulated: from :func:`~pyro_vae.evidence.simulate`.
     """
@@ -126,9 +162,13 @@ def importance_upper(
             parts.append(summary(torch.cat([exact[:, rows], *drawn]), num_fixed=1))
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return Evidence(
-        f"importance sampling, {num_particles} draws, the first from the posterior", "upper", **found,
-        num_particles=num_particles, cost=num_particles, joint=False,
-    )  # fmt: skip
+        f"importance sampling, {num_particles} draws, the first from the posterior",
+        "upper",
+        **found,
+        num_particles=num_particles,
+        cost=num_particles,
+        joint=False,
+    )
 
 
 def _weighed(
@@ -164,16 +204,24 @@ def _weighed(
 
             found = in_chunks(of, chunks, seed=seed, bar=bar, resume=resume, fingerprint=mark)
     plural = "" if num_particles == 1 else "s"
-    bound: Bound = "lower" if weigher.pair.has_density else "none"  # a point has no density beside the model's
+    bound: Bound = (
+        "lower" if weigher.pair.has_density else "none"
+    )  # a point has no density beside the model's
     return Evidence(
-        f"importance sampling, {num_particles} draw{plural} from the guide", bound, **found,
-        num_particles=num_particles, cost=num_particles, joint=joint,
-    )  # fmt: skip
+        f"importance sampling, {num_particles} draw{plural} from the guide",
+        bound,
+        **found,
+        num_particles=num_particles,
+        cost=num_particles,
+        joint=joint,
+    )
 
 
 def _mean_log(weights: Tensor) -> dict[str, Tensor]:
     weights = weights.double()
-    error = weights.std(0) / len(weights) ** 0.5 if len(weights) > 1 else torch.full_like(weights[0], math.nan)
+    error = (
+        weights.std(0) / len(weights) ** 0.5 if len(weights) > 1 else torch.full_like(weights[0], math.nan)
+    )
     return summary(weights) | {"log_evidence": weights.mean(0), "log_evidence_se": error}
 
 

@@ -1,4 +1,5 @@
-"""The path from a base to the posterior, for Markov chains: densities and their gradients in unconstrained space."""
+"""The path from a base to the posterior, for Markov chains: densities and their gradients in unconstrained
+space."""
 
 from collections.abc import Callable
 from copy import copy
@@ -31,8 +32,8 @@ def _one(bound: Any) -> Tensor:
 
 
 class Point(NamedTuple):
-    """Where chains are: u ``(chains, batch, dim)``, unconstrained; log-densities there of base and joint, ``(chains, batch)``;
-    their gradients, of the shape of u."""
+    """Where chains are: u ``(chains, batch, dim)``, unconstrained; log-densities there of base and joint,
+    ``(chains, batch)``; their gradients, of the shape of u."""
 
     u: Tensor
     log_base: Tensor
@@ -56,8 +57,8 @@ class Point(NamedTuple):
 class Path:
     """f_β(u) = base(u)^{1−β} p(x, u)^β: from p(z), or from a guide q(z|x), at β = 0 to the posterior at 1.
 
-    u is z in unconstrained space, end to end, its densities with the Jacobian of ``biject_to`` of each site's support. Sites
-    with a finite support are summed out.
+    u is z in unconstrained space, end to end, its densities with the Jacobian of ``biject_to`` of each site's
+    support. Sites with a finite support are summed out.
 
     :param start: ``None`` for the prior, or a guide.
     :param joint: all data together are one datum.
@@ -65,20 +66,32 @@ class Path:
     """
 
     def __init__(
-        self, model: Program, start: Program | None, batch: Batch, *, verb: str, check: bool = True, joint: bool = False
+        self,
+        model: Program,
+        start: Program | None,
+        batch: Batch,
+        *,
+        verb: str,
+        check: bool = True,
+        joint: bool = False,
     ) -> None:
         self.model: Program = config_enumerate(model, default="parallel")
         self.start: Program | None = start and config_enumerate(start, default="parallel")
         guide = self.start or prior_of(self.model)
-        self.pair = inspect_checked(self.model, guide, batch, verb=verb, check=check, per_datum=not joint, joint=joint)
+        self.pair = inspect_checked(
+            self.model, guide, batch, verb=verb, check=check, per_datum=not joint, joint=joint
+        )
         self.batch = self.pair.batch
         self.latents = Latents(self.pair)
         if not self.latents.sites:
             raise ValueError("model: it has no continuous latent to run chains in; expected one or more")
         trace = self.latents.run(self.model, self.batch, 1)
-        self.transforms = {name: _transform(name, site, trace.nodes[name]["fn"]) for name, site in self.latents.sites.items()}
+        self.transforms = {
+            name: _transform(name, site, trace.nodes[name]["fn"]) for name, site in self.latents.sites.items()
+        }
         self.shapes = {
-            name: torch.Size(site.shape[: len(site.shape) - len(site.event)]) + self.transforms[name].inverse_shape(site.event)
+            name: torch.Size(site.shape[: len(site.shape) - len(site.event)])
+            + self.transforms[name].inverse_shape(site.event)
             for name, site in self.latents.sites.items()
         }
         self.dim = sum(shape.numel() for shape in self.shapes.values())
@@ -127,11 +140,17 @@ class Path:
 
     def unconstrained(self, z: Tensor) -> Tensor:
         """u of z, ``(chains, batch, dim)``."""
-        parts = (self.transforms[name].inv(part).reshape(*z.shape[:-1], -1) for name, _, part in self.latents.split(z))
+        parts = (
+            self.transforms[name].inv(part).reshape(*z.shape[:-1], -1)
+            for name, _, part in self.latents.split(z)
+        )
         return torch.cat(list(parts), -1)
 
     def _evaluate(self, u: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        with torch.enable_grad(), pyro.validation_enabled(False):  # a trajectory may leave all bounds; it is rejected then
+        with (
+            torch.enable_grad(),
+            pyro.validation_enabled(False),
+        ):  # a trajectory may leave all bounds; it is rejected then
             u = u.detach().requires_grad_()
             z, log_scale = self.constrained(u)
             log_prior, log_joint = self.latents.log_prior_and_joint(self.model, batch, z)
@@ -151,24 +170,30 @@ def _transform(name: str, site: Site, again: Any) -> Any:
         support = site.fn.support
     except NotImplementedError:
         raise ValueError(
-            f"model: {type(site.fn).__name__} of {name!r} tells no support, so there is no unconstrained space for chains; "
-            "expected a distribution with one"
+            f"model: {type(site.fn).__name__} of {name!r} tells no support, so there is no unconstrained "
+            "space for chains; expected a distribution with one"
         ) from None
     for end in ("lower_bound", "upper_bound"):
         bound, other = (torch.as_tensor(getattr(each, end, 0.0)) for each in (support, again.support))
         one = bound.reshape(-1)[0]
         if not (bound == one).all() or not (other == one).all():
             raise ValueError(
-                f"model: the support of {name!r} is another for each datum or value of other latents; expected a fixed one: "
-                "sample it on (0, 1) and scale it"
+                f"model: the support of {name!r} is another for each datum or value of other latents; "
+                "expected a fixed one: sample it on (0, 1) and scale it"
             )
         if isinstance(getattr(support, end, None), Tensor) and type(support) in _BOUNDED:
             support = _BOUNDED[type(support)](support)
-    if isinstance(support, constraints.MixtureSameFamilyConstraint):  # a mixture lives where its components do
+    if isinstance(
+        support, constraints.MixtureSameFamilyConstraint
+    ):  # a mixture lives where its components do
         support = support.base_constraint
     if support.is_discrete:
-        raise ValueError(f"model: {name!r} is discrete and cannot be summed out ({support}); expected a finite support")
+        raise ValueError(
+            f"model: {name!r} is discrete and cannot be summed out ({support}); expected a finite support"
+        )
     try:
         return biject_to(support)
     except NotImplementedError:
-        raise ValueError(f"model: {name!r} has the support {support}, which has no unconstrained space") from None
+        raise ValueError(
+            f"model: {name!r} has the support {support}, which has no unconstrained space"
+        ) from None

@@ -1,4 +1,5 @@
-"""Data simulated from a model, with the latents that made them: what an upper bound of the evidence stands on."""
+"""Data simulated from a model, with the latents that made them: what an upper bound of the evidence stands
+on."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,12 @@ from pyro_vae.pairs.traces import Program, prior_of, sampled
 
 @dataclass(frozen=True)
 class Simulated:
-    """(x, z*) ~ p(x, z): z* is an exact draw of the posterior p(z|x). From :func:`simulate`, or pairs that are there:
-    ``Simulated(x, {"z": z})``.
+    """(x, z*) ~ p(x, z): z* is an exact draw of the posterior p(z|x). From :func:`simulate`, or pairs that
+    are there: ``Simulated(x, {"z": z})``.
 
-    data: the arguments of model and guide, the observed ones simulated, as every verb takes them: a tensor, a tuple for
-    positional arguments, a dict for keyword arguments. latents: z* by name, as the sites take them, ``(batch, *event)``.
+    data: the arguments of model and guide, the observed ones simulated, as every verb takes them: a tensor, a
+    tuple for positional arguments, a dict for keyword arguments. latents: z* by name, as the sites take them,
+    ``(batch, *event)``.
     """
 
     data: Any
@@ -39,7 +41,10 @@ class Simulated:
         """
         for name, site in latents.sites.items():
             if name not in self.latents:
-                raise ValueError(f"simulated: it has no latent {name!r}, which the model samples; got {sorted(self.latents)}")
+                raise ValueError(
+                    f"simulated: it has no latent {name!r}, which the model samples; got "
+                    f"{sorted(self.latents)}"
+                )
             plates = list(site.plates)
             plates[len(plates) + site.rows] = num_rows
             expected, got = (*plates, *site.event), tuple(self.latents[name].shape)
@@ -51,8 +56,8 @@ class Simulated:
 def simulate(model: Program, data: Any, *, seed: int = 0, check: bool = True) -> Simulated:
     """Draw data like these from the model: (x, z*) ~ p(x, z).
 
-    :param data: of the shape and number to draw, as :func:`~pyro_vae.log_weights` takes them. What the model observes is
-        replaced; conditions and masks are kept.
+    :param data: of the shape and number to draw, as :func:`~pyro_vae.log_weights` takes them. What the model
+        observes is replaced; conditions and masks are kept.
     :raises ValueError: where what the model observes is none of its arguments.
     """
     batch = read_whole(data, seed=seed)
@@ -88,21 +93,23 @@ def check_simulated(verb: str, simulated: Any) -> None:
 
 def _place(name: str, value: Tensor, given: dict[Any, Any]) -> Any:
     """The argument that is observed at a site: the same memory, else the same numbers."""
-    parts = {key: part for key, part in given.items() if isinstance(part, Tensor) and part.numel() == value.numel()}
+    parts = {
+        key: part for key, part in given.items() if isinstance(part, Tensor) and part.numel() == value.numel()
+    }
     same = [key for key, part in parts.items() if part.data_ptr() == value.data_ptr()]
     same = same or [key for key, part in parts.items() if bool((part.reshape(value.shape) == value).all())]
     if len(same) != 1:
         found = "is none of its arguments" if not same else f"may be any of its arguments {same}"
         raise ValueError(
-            f"simulate: what the model observes at {name!r}, of shape {tuple(value.shape)}, {found}; expected one of them as "
-            "it is, obs=x, or reshaped"
+            f"simulate: what the model observes at {name!r}, of shape {tuple(value.shape)}, {found}; "
+            "expected one of them as it is, obs=x, or reshaped"
         )
     return same[0]
 
 
 def _check(model: Program, simulated: Simulated, drawn: Trace, observed: set[str]) -> None:
-    """Raise ``ValueError`` where the model, given what was simulated, says something else of it: where it was drawn given the
-    data that it replaces."""
+    """Raise ``ValueError`` where the model, given what was simulated, says something else of it: where it was
+    drawn given the data that it replaces."""
     batch = simulated.batch
     with untouched(training=False, seed=0), torch.no_grad():
         again = poutine.trace(Held(simulated.latents)(model)).get_trace(*batch.args, **batch.kwargs)
@@ -110,8 +117,10 @@ def _check(model: Program, simulated: Simulated, drawn: Trace, observed: set[str
         trace.compute_log_prob()
     for name in observed:
         before, after = (trace.nodes[name]["unscaled_log_prob"] for trace in (drawn, again))
-        if before.shape != after.shape or not torch.allclose(before, after, rtol=1e-4, atol=1e-4, equal_nan=True):
+        if before.shape != after.shape or not torch.allclose(
+            before, after, rtol=1e-4, atol=1e-4, equal_nan=True
+        ):
             raise ValueError(
-                f"simulate: the distribution of {name!r} depends on data that were simulated too, so it was drawn given the "
-                "old ones; expected p(x|z) to depend on latents and conditions alone"
+                f"simulate: the distribution of {name!r} depends on data that were simulated too, so it was "
+                "drawn given the old ones; expected p(x|z) to depend on latents and conditions alone"
             )

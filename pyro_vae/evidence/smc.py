@@ -31,13 +31,14 @@ def smc(
     progress: bool | None = None,
     resume: FilePath | str | None = None,
 ) -> Evidence:
-    """A sequential Monte Carlo sampler (Del Moral et al. 2006): a lower bound of log p(x) per datum, for any model.
+    """A sequential Monte Carlo sampler (Del Moral et al. 2006): a lower bound of log p(x) per datum, for any
+    model.
 
-    As :func:`~pyro_vae.evidence.ais`, but the chains are particles: whenever the effective sample size of a datum's
-    particles falls below ``threshold`` of their number they are resampled (systematically), and their mean weight is
-    multiplied into ŵ. E ŵ = p(x), since schedule, rule and step sizes are fixed before the weighted run. The standard error
-    is a jackknife over the particles' ancestors (Chan and Lai 2013); it is infinite where all particles have one ancestor.
-    Arguments as for :func:`~pyro_vae.evidence.ais`.
+    As :func:`~pyro_vae.evidence.ais`, but the chains are particles: whenever the effective sample size of a
+    datum's particles falls below ``threshold`` of their number they are resampled (systematically), and their
+    mean weight is multiplied into ŵ. E ŵ = p(x), since schedule, rule and step sizes are fixed before the
+    weighted run. The standard error is a jackknife over the particles' ancestors (Chan and Lai 2013); it is
+    infinite where all particles have one ancestor. Arguments as for :func:`~pyro_vae.evidence.ais`.
 
     :param annealing: its ``num_chains`` is the number of particles.
     :param threshold: effective sample size, as a share of the particles, below which they are resampled.
@@ -50,14 +51,27 @@ def smc(
         return _walk(path, betas, move, num_particles, threshold, bar)
 
     found = run_chains(
-        model, read_whole(data, seed=seed), walk, annealing, start=start, max_bytes=max_bytes, seed=seed, check=check,
-        progress=progress, resume=resume, name=f"SMC, threshold {threshold:g}",
-    )  # fmt: skip
+        model,
+        read_whole(data, seed=seed),
+        walk,
+        annealing,
+        start=start,
+        max_bytes=max_bytes,
+        seed=seed,
+        check=check,
+        progress=progress,
+        resume=resume,
+        name=f"SMC, threshold {threshold:g}",
+    )
     origin = "the prior" if start is None else "the guide"
     return Evidence(
-        f"SMC, {steps} temperatures, {num_particles} particles from {origin}", "lower", **found,
-        num_particles=num_particles, cost=steps * num_particles * annealing.transition.cost, joint=False,
-    )  # fmt: skip
+        f"SMC, {steps} temperatures, {num_particles} particles from {origin}",
+        "lower",
+        **found,
+        num_particles=num_particles,
+        cost=steps * num_particles * annealing.transition.cost,
+        joint=False,
+    )
 
 
 def _walk(
@@ -74,7 +88,9 @@ def _walk(
             break
         few = effective_sample_size(weights) < threshold * num_particles
         if few.any():
-            chosen = torch.where(few, _systematic(weights), torch.arange(num_particles, device=few.device).unsqueeze(1))
+            chosen = torch.where(
+                few, _systematic(weights), torch.arange(num_particles, device=few.device).unsqueeze(1)
+            )
             total = torch.where(few, total + log_mean_exp(weights), total)
             weights = torch.where(few, 0.0, weights)
             ancestor = ancestor.gather(0, chosen)
@@ -93,11 +109,13 @@ def _walk(
 
 
 def _systematic(weights: Tensor) -> Tensor:
-    """Places of the survivors of log-weights ``(particles, batch)``, one uniform number for each datum: their expected number
-    is the particles' share."""
+    """Places of the survivors of log-weights ``(particles, batch)``, one uniform number for each datum: their
+    expected number is the particles' share."""
     n = len(weights)
     shares = (weights - weights.logsumexp(0)).exp().nan_to_num(nan=1 / n).cumsum(0)
-    at = (torch.arange(n, dtype=shares.dtype, device=shares.device).unsqueeze(1) + torch.rand_like(shares[:1])) / n
+    at = (
+        torch.arange(n, dtype=shares.dtype, device=shares.device).unsqueeze(1) + torch.rand_like(shares[:1])
+    ) / n
     return torch.searchsorted((shares / shares[-1]).mT.contiguous(), at.mT.contiguous()).mT.clamp_max(n - 1)
 
 

@@ -116,8 +116,8 @@ class LinearGaussian(ExactModel):
         """
         if x.dim() != 2 or not 0 < latent_dim < x.shape[1]:
             raise ValueError(
-                "ppca: expected x of shape (N, D) and 0 < latent_dim < D "
-                f"but got {tuple(x.shape)} and {latent_dim}"
+                f"ppca: expected x of shape (N, D) and 0 < latent_dim < D but got {tuple(x.shape)} and "
+                f"{latent_dim}"
             )
         mean = x.mean(0)
         values, vectors = torch.linalg.eigh((x - mean).mT @ (x - mean) / len(x))

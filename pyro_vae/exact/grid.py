@@ -57,9 +57,10 @@ class Grid:
     :raises ValueError: if a latent is discrete or shared by the data, the latents have no or more than two
         dimensions, or the tails of the posterior are too heavy.
 
-    Methods take the data that :func:`~pyro_vae.fit` takes. A module is copied and evaluated in double precision. A function
-    is evaluated in the dtype of its tensors; use float64 for full accuracy. Mass closer to the upper end of
-    an interval than floating-point resolution, such as that of Beta(0.1, 0.1) near 1, is lost.
+    Methods take the data that :func:`~pyro_vae.fit` takes. A module is copied and evaluated in double
+    precision. A function is evaluated in the dtype of its tensors; use float64 for full accuracy. Mass closer
+    to the upper end of an interval than floating-point resolution, such as that of Beta(0.1, 0.1) near 1, is
+    lost.
 
     >>> import pyro
     >>> def model(x):
@@ -144,7 +145,8 @@ class Grid:
 
 
 def posterior_of(exact_model: Any, batch: Batch) -> Any:
-    """p(z|x) of a model that knows it: a :class:`Grid` takes the data, any other the arguments of its program."""
+    """p(z|x) of a model that knows it: a :class:`Grid` takes the data, any other the arguments of its
+    program."""
     if isinstance(exact_model, Grid):
         return exact_model.posterior(batch)
     return exact_model.posterior(*batch.args, **batch.kwargs)

@@ -1,7 +1,9 @@
-"""Data-parallel training of one pair: each rank computes the gradient of its rows of a minibatch; the mean is applied on all.
+"""Data-parallel training of one pair: each rank computes the gradient of its rows of a minibatch; the mean is
+applied on all.
 
-Gradients are averaged between the backward pass and the optimizer, so every ELBO object, several particles and the compiled
-step work. ``DistributedDataParallel`` does not apply: it hooks into ``forward``, which SVI does not call.
+Gradients are averaged between the backward pass and the optimizer, so every ELBO object, several particles
+and the compiled step work. ``DistributedDataParallel`` does not apply: it hooks into ``forward``, which SVI
+does not call.
 """
 
 import os
@@ -13,7 +15,9 @@ from typing import Any
 import pyro
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # its default arguments keep the process group that exists when it is imported
+
+# its default arguments keep the process group that exists when it is imported
+import torch.distributed.nn.functional
 from torch import Tensor
 
 from pyro_vae.checkpoint import pack, unpack
@@ -32,18 +36,21 @@ def rank_and_world_size() -> tuple[int, int]:
     for word in words.values():
         if word is None or not word.isdecimal():
             raise ValueError(
-                f"the environment has RANK={words['RANK']} and WORLD_SIZE={words['WORLD_SIZE']}; expected two whole numbers: "
-                "start the processes by torchrun, or unset both"
+                f"the environment has RANK={words['RANK']} and WORLD_SIZE={words['WORLD_SIZE']}; expected "
+                "two whole numbers: start the processes by torchrun, or unset both"
             )
     rank, size = (int(word or 0) for word in words.values())
     if rank >= size:
-        raise ValueError(f"RANK is {rank} but WORLD_SIZE is {size}; start the processes by torchrun, or unset both")
+        raise ValueError(
+            f"RANK is {rank} but WORLD_SIZE is {size}; start the processes by torchrun, or unset both"
+        )
     return rank, size
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """Initialize torch's process group for the block if ``torchrun`` started this process; by gloo, or by NCCL on GPUs."""
+    """Initialize torch's process group for the block if ``torchrun`` started this process; by gloo, or by
+    NCCL on GPUs."""
     if rank_and_world_size()[1] == 1 or dist.is_initialized():
         yield
         return
@@ -51,8 +58,8 @@ def process_group(device: str) -> Iterator[None]:
         torch.cuda.set_device(device)
     store, rank, size = next(dist.rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
-        # torchrun's store keeps the addresses of the processes before a restart (pytorch/pytorch#135712), so each start has a
-        # prefix of its own; on several machines the counts of restarts may differ
+        # torchrun's store keeps the addresses of the processes before a restart (pytorch/pytorch#135712), so
+        # each start has a prefix of its own; on several machines the counts of restarts may differ
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
@@ -70,7 +77,8 @@ class Group:
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
 
     def shard(self, batches: Batches) -> None:
-        """Give each rank its rows of every minibatch, and a random seed of its own. All ranks shuffle in the same order.
+        """Give each rank its rows of every minibatch, and a random seed of its own. All ranks shuffle in the
+        same order.
 
         :raises ValueError: for data that are not in memory.
         """
@@ -78,16 +86,16 @@ class Group:
             return
         if not isinstance(batches, InMemory):
             raise ValueError(
-                f"data: {self.size} processes cannot divide the minibatches of a DataLoader; expected tensors, arrays or a "
-                "pyro_vae.Data"
+                f"data: {self.size} processes cannot divide the minibatches of a DataLoader; expected "
+                "tensors, arrays or a pyro_vae.Data"
             )
         seed = int(self.broadcast(torch.randint(2**31, (1,))).item())
         batches.share(self.rank, self.size, seed)
         pyro.set_rng_seed((seed + 1 + self.rank) % 2**32)
 
     def gradient_weight(self, batches: Batches, index: int) -> float:
-        """The weight of this rank's gradient in the mean over ranks: n·W/B, if it has n of the B rows of minibatch ``index``,
-        and W is the number of ranks."""
+        """The weight of this rank's gradient in the mean over ranks: n·W/B, if it has n of the B rows of
+        minibatch ``index``, and W is the number of ranks."""
         if self.size == 1 or not isinstance(batches, InMemory):
             return 1.0
         num_rows = min(batches.batch_size, batches.num_rows - index * batches.batch_size)
@@ -102,20 +110,23 @@ class Group:
             return
         if any(g.is_sparse for g in gradients):
             raise ValueError(
-                f"fit: {self.size} processes cannot average sparse gradients; expected sparse=False in the pair's embeddings"
+                f"fit: {self.size} processes cannot average sparse gradients; expected sparse=False in the "
+                "pair's embeddings"
             )
         names: dict[int, str] = {}
         for name, p in pyro.get_param_store().named_parameters():  # one parameter may have two names
             names[id(p)] = min(name, names.get(id(p), name))
         order = sorted(range(len(params)), key=lambda i: names[id(params[i])])
-        gradients = [gradients[i] for i in order]  # the order of a graph's parameters may differ from rank to rank
+        gradients = [
+            gradients[i] for i in order
+        ]  # the order of a graph's parameters may differ from rank to rank
         checksum = zlib.crc32(repr([names[id(params[i])] for i in order]).encode())
         largest = torch.tensor([checksum, -checksum], device=self._device())
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         if largest[0] != -largest[1]:
             raise ValueError(
-                f"fit: {self.size} processes have gradients of different parameters, which cannot be averaged; expected a pair "
-                "that uses the same parameters for all rows"
+                f"fit: {self.size} processes have gradients of different parameters, which cannot be "
+                "averaged; expected a pair that uses the same parameters for all rows"
             )
         for dtype in dict.fromkeys(g.dtype for g in gradients):
             of_dtype = [g for g in gradients if g.dtype == dtype]
@@ -156,7 +167,9 @@ class Group:
         """The terms of all ranks, concatenated."""
         if self.size == 1:
             return terms
-        parts = [ElboTerms(*(tensor.to(terms.elbo) for tensor in part)) for part in self.all_gather(list(terms))]
+        parts = [
+            ElboTerms(*(tensor.to(terms.elbo) for tensor in part)) for part in self.all_gather(list(terms))
+        ]
         return ElboTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def all_gather(self, value: Any) -> list[Any]:
@@ -170,7 +183,14 @@ class Group:
         padded[: len(content)] = content
         contents = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(contents, padded)
-        return [unpack(one[: int(size)].cpu().numpy().tobytes()) for one, size in zip(contents, sizes, strict=True)]
+        return [
+            unpack(one[: int(size)].cpu().numpy().tobytes())
+            for one, size in zip(contents, sizes, strict=True)
+        ]
 
     def _device(self) -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if dist.get_backend() == "nccl"
+            else torch.device("cpu")
+        )

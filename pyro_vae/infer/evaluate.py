@@ -30,37 +30,44 @@ def evaluate(
     seed: int = 0,
     check: bool = True,
 ) -> ElboTerms:
-    """ELBO(x) = E_q[log p(x, z) − log q(z|x)] for each datum, in nats: a lower bound of log p(x) in expectation.
+    """ELBO(x) = E_q[log p(x, z) − log q(z|x)] for each datum, in nats: a lower bound of log p(x) in
+    expectation.
 
-    Modules run in evaluation mode, and afterwards nothing has moved: no parameter, no buffer, no random state.
+    Modules run in evaluation mode, and afterwards nothing has moved: no parameter, no buffer, no random
+    state.
 
     :param data: as for :func:`~pyro_vae.infer.fit`; stochastically binarized data are binarized once.
-    :param loss: ``None`` or one of Pyro's losses that are ELBOs. With ``TraceEnum_ELBO`` enumerated sites are summed out;
-        that loss gives one number for a batch, which each of its data then carries.
+    :param loss: ``None`` or one of Pyro's losses that are ELBOs. With ``TraceEnum_ELBO`` enumerated sites are
+        summed out; that loss gives one number for a batch, which each of its data then carries.
     :param num_particles: draws of z for each datum.
     :param seed: seed of the draws, the same at each call, so that two evaluations differ by the pair alone.
-    :param batch_size: data at a time, ``None`` for all of them (a guide with parameters for each datum needs that).
+    :param batch_size: data at a time, ``None`` for all of them (a guide with parameters for each datum needs
+        that).
     :param check: ``False`` runs a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
-    :return: :class:`~pyro_vae.pairs.ElboTerms`, tensors ``(n,)`` in the order of the data; its ``mean()`` has the standard
-        error over data. A model that draws a subsample itself has terms for those rows alone.
-    :raises ValueError: for empty or non-finite data, a pair that is wrong, a model without a data plate to tell minibatches
-        by, a loss that is no ELBO, a loader that gives the data in an order of its own, or a datum whose ELBO is not finite.
+    :return: :class:`~pyro_vae.pairs.ElboTerms`, tensors ``(n,)`` in the order of the data; its ``mean()`` has
+        the standard error over data. A model that draws a subsample itself has terms for those rows alone.
+    :raises ValueError: for empty or non-finite data, a pair that is wrong, a model without a data plate to
+        tell minibatches by, a loss that is no ELBO, a loader that gives the data in an order of its own, or a
+        datum whose ELBO is not finite.
 
     Plain functions keep their parameters in Pyro's param store: evaluate within ``with history.scope():``.
     """
     check_particles("evaluate", num_particles)
     if not reports_elbo(loss):
         raise ValueError(
-            f"evaluate: {type(loss).__name__} estimates {kind_of(loss).bound}, which is no ELBO; expected an ELBO object of "
-            "Pyro's, or evidence.importance(model, guide, x, num_particles=K) for importance-weighted bounds"
+            f"evaluate: {type(loss).__name__} estimates {kind_of(loss).bound}, which is no ELBO; expected an "
+            "ELBO object of Pyro's, or evidence.importance(model, guide, x, num_particles=K) for "
+            "importance-weighted bounds"
         )
     batches = as_batches(data.fixed() if isinstance(data, Data) else data, batch_size)
     if not batches.in_data_order:
         raise ValueError(
-            "evaluate: the loader's sampler gives the data in an order of its own, so terms could not be matched with data; "
-            "pass the data set, or DataLoader(dataset, batch_size, shuffle=False)"
+            "evaluate: the loader's sampler gives the data in an order of its own, so terms could not be "
+            "matched with data; pass the data set, or DataLoader(dataset, batch_size, shuffle=False)"
         )
-    return evaluate_batches(model, guide, batches, loss=loss, num_particles=num_particles, seed=seed, check=check)
+    return evaluate_batches(
+        model, guide, batches, loss=loss, num_particles=num_particles, seed=seed, check=check
+    )
 
 
 def evaluate_batches(
@@ -92,54 +99,68 @@ def evaluate_batches(
             if isinstance(loss, TraceEnum_ELBO):
                 terms = _enumerated(pair, batch, loss, batches.num_rows, num_particles)
             else:
-                terms = _drawn(pair, batch, batches.num_rows, num_particles, check=check and row > 0, verb=verb)
+                terms = _drawn(
+                    pair, batch, batches.num_rows, num_particles, check=check and row > 0, verb=verb
+                )
             if check and not terms.elbo.isfinite().all():
                 bad = int((~terms.elbo.isfinite()).nonzero()[0])
                 raise ValueError(
-                    f"{verb}: the ELBO of row {row + bad} is {float(terms.elbo[bad])}; expected finite log-probabilities: "
-                    "check this row of the data, and the parameters of the pair"
+                    f"{verb}: the ELBO of row {row + bad} is {float(terms.elbo[bad])}; expected finite "
+                    "log-probabilities: check this row of the data, and the parameters of the pair"
                 )
             parts.append(terms)
     empty = torch.zeros(0)  # where other processes have all rows
-    return ElboTerms(*(torch.cat(part) for part in zip(*parts, strict=True))) if parts else ElboTerms(empty, empty, empty)
+    return (
+        ElboTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        if parts
+        else ElboTerms(empty, empty, empty)
+    )
 
 
 def _check_summed_out(pair: Structure, loss: ELBO | None, verb: str) -> None:
-    """Raise ``ValueError`` for sites that the model alone has, to be summed out, where nothing sums them out."""
+    """Raise ``ValueError`` for sites that the model alone has, to be summed out, where nothing sums them
+    out."""
     if not isinstance(loss, TraceEnum_ELBO):
         for name, site in pair.latents.items():
             if is_enumerated(site) and name not in pair.guide_latents:
                 raise ValueError(
-                    f"{verb}: the model sums {name!r} out, and the guide has no such site, so a draw of it bounds nothing; "
-                    "expected loss=TraceEnum_ELBO(max_plate_nesting=…), or evidence.elbo, which sums it out for each datum"
+                    f"{verb}: the model sums {name!r} out, and the guide has no such site, so a draw of it "
+                    "bounds nothing; expected loss=TraceEnum_ELBO(max_plate_nesting=…), or evidence.elbo, "
+                    "which sums it out for each datum"
                 )
 
 
 def check_minibatch(pair: Structure, num_data: int, *, verb: str, check: bool = True) -> None:
-    """Raise ``ValueError`` where a minibatch of a pair cannot be told from the whole data set, or data are counted along
-    another dimension than the first."""
+    """Raise ``ValueError`` where a minibatch of a pair cannot be told from the whole data set, or data are
+    counted along another dimension than the first."""
     if not pair.batch.tensors:
         return
     if check and (problem := rows_problem(pair)) is not None:
         refuse([problem], verb=verb)
     if not pair.plates and pair.num_rows < num_data:
         raise ValueError(
-            f"pair: the model has no vectorized plate of the batch's {pair.num_rows} rows, so a minibatch cannot be scaled to "
-            f'the {num_data} data; put what each datum has in `with pyro.plate("data", len(x))`, or pass batch_size=None'
+            f"pair: the model has no vectorized plate of the batch's {pair.num_rows} rows, so a minibatch "
+            "cannot be scaled to "
+            f'the {num_data} data; put the sites of each datum in pyro.plate("data", len(x)), or pass '
+            "batch_size=None"
         )
     if pair.num_rows < num_data and (name := outside_of_plates(pair)):
         raise ValueError(
-            f"model: {name!r} lies in no plate of the batch's {pair.num_rows} rows, but its shape follows them, so a minibatch "
-            f"cannot be scaled to the {num_data} data; put it within the data plate, with a batch dimension for the rows and "
-            "the others declared by .to_event(k), or pass batch_size=None"
+            f"model: {name!r} lies in no plate of the batch's {pair.num_rows} rows, but its shape follows "
+            f"them, so a minibatch cannot be scaled to the {num_data} data; put it within the data plate, "
+            "with a batch dimension for the rows and the others declared by .to_event(k), or pass "
+            "batch_size=None"
         )
     if pair.row_parameters and pair.num_rows < num_data:
-        name = next((name for name in pair.latents if row_dim(pair.latents[name], pair.plates) is not None), "z")
+        name = next(
+            (name for name in pair.latents if row_dim(pair.latents[name], pair.plates) is not None), "z"
+        )
         cause = f" (the pair runs on this number of rows only: {pair.other_rows})" if pair.other_rows else ""
         raise ValueError(
-            f"guide: the parameter {pair.row_parameters[0]!r} (latent {name!r}) has an entry for each of the {pair.num_rows} "
-            f"rows of a minibatch{cause}, so other rows would share it; with {num_data} data pass batch_size=None and an "
-            "autoguide that has not run yet, or a guide that computes its parameters from the data"
+            f"guide: the parameter {pair.row_parameters[0]!r} (latent {name!r}) has an entry for each of the "
+            f"{pair.num_rows} rows of a minibatch{cause}, so other rows would share it; with {num_data} data "
+            "pass batch_size=None and an autoguide that has not run yet, or a guide that computes its "
+            "parameters from the data"
         )
 
 
@@ -149,7 +170,9 @@ def check_rows(pair: Structure, num_data: int, *, verb: str) -> None:
         refuse(dividing_problems(probe_particles(pair), num_data), verb=verb)
 
 
-def _drawn(pair: Structure, batch: Batch, num_data: int, num_particles: int, *, check: bool, verb: str) -> ElboTerms:
+def _drawn(
+    pair: Structure, batch: Batch, num_data: int, num_particles: int, *, check: bool, verb: str
+) -> ElboTerms:
     draws = []
     for i in range(num_particles):
         traces = run_pair(pair.model, pair.guide, *batch.args, **batch.kwargs)
@@ -159,10 +182,15 @@ def _drawn(pair: Structure, batch: Batch, num_data: int, num_particles: int, *, 
     return ElboTerms(*(torch.stack(part).mean(0) for part in zip(*draws, strict=True)))
 
 
-def _enumerated(pair: Structure, batch: Batch, loss: TraceEnum_ELBO, num_data: int, num_particles: int) -> ElboTerms:
+def _enumerated(
+    pair: Structure, batch: Batch, loss: TraceEnum_ELBO, num_data: int, num_particles: int
+) -> ElboTerms:
     """The loss alone knows the sites that it sums out: one ELBO for the batch, standing for all data."""
     n = batch.num_rows
     guide = prior_of(pair.guide)  # without what it observes, which is no part of q
-    programs = [Reweighted(pair.plates, num_rows=n, num_data=num_data, strip=True)(program) for program in (pair.model, guide)]
+    programs = [
+        Reweighted(pair.plates, num_rows=n, num_data=num_data, strip=True)(program)
+        for program in (pair.model, guide)
+    ]
     total = sum(loss.loss(*programs, *batch.args, **batch.kwargs) for _ in range(num_particles))
     return ElboTerms.of_batch(-total / num_particles / num_data, n)

@@ -55,8 +55,8 @@ Beta = float | Callable[[float], float]
 class History:
     """The result of :func:`fit`: its epochs, and its param store.
 
-    Modules are trained in place. Parameters of plain functions are in Pyro's param store, and each fit has a store of its
-    own: ``with history.scope():`` makes it Pyro's current one.
+    Modules are trained in place. Parameters of plain functions are in Pyro's param store, and each fit has a
+    store of its own: ``with history.scope():`` makes it Pyro's current one.
     """
 
     epochs: tuple[Epoch, ...]
@@ -68,7 +68,8 @@ class History:
 
     @property
     def best(self) -> Epoch:
-        """The epoch of the highest validation ELBO, or of the highest training ELBO without validation data."""
+        """The epoch of the highest validation ELBO, or of the highest training ELBO without validation
+        data."""
         return max(self.epochs, key=lambda epoch: (epoch.validation or epoch.train).elbo)
 
     def __str__(self) -> str:
@@ -106,16 +107,20 @@ def train(
     check: bool = True,
     param_store: dict | None = None,
 ) -> Generator[Epoch, None, History]:
-    """:func:`fit` one epoch at a time, for a loop of your own: ``for epoch in train(model, guide, data): ...``.
+    """:func:`fit` one epoch at a time, for a loop of your own: ``for epoch in train(model, guide, data):
+    ...``.
 
-    The options are those of :func:`fit`. A resumed fit yields the finished epochs first, with the parameters of the
-    checkpoint. The dictionary ``param_store`` is updated after each epoch. The return value of the generator is the
+    The options are those of :func:`fit`. A resumed fit yields the finished epochs first, with the parameters
+    of the checkpoint. The dictionary ``param_store`` is updated after each epoch. The return value of the
+    generator is the
     :class:`History`.
     """
     loss, optim, group = loss or Trace_ELBO(), optim or Adam({"lr": 1e-3}), Group()
     checkpoints = Checkpoints(Path(checkpoint)) if isinstance(checkpoint, Path | str) else checkpoint
     with _hold(checkpoints, group):
-        _check_options(num_epochs, validation, beta, patience, clip_norm, autocast, checkpoints, every, resume)
+        _check_options(
+            num_epochs, validation, beta, patience, clip_norm, autocast, checkpoints, every, resume
+        )
         batches, held_out = as_batches(data, batch_size), _held_out_batches(validation, batch_size)
         store, state = pyro.get_param_store(), _empty_store() if param_store is None else param_store
         with store.scope(state.copy()):
@@ -123,9 +128,19 @@ def train(
         _check_held_out(pair, batches, held_out)
         _warn_of_new_start(model, guide, state)
         batches.cast(pair.dtype)
-        svi = MinibatchSVI(model, guide, loss, optim, pair, batches, annealed=beta != 1.0, clip_norm=clip_norm, group=group)
-        at, stopping = Position(int(num_epochs)), EarlyStopping(PairState(model, guide, list(pair.ran)), patience)
-        settings = {"beta": beta, "patience": patience, "clip_norm": clip_norm, "autocast": autocast and str(autocast)}
+        svi = MinibatchSVI(
+            model, guide, loss, optim, pair, batches, annealed=beta != 1.0, clip_norm=clip_norm, group=group
+        )
+        at, stopping = (
+            Position(int(num_epochs)),
+            EarlyStopping(PairState(model, guide, list(pair.ran)), patience),
+        )
+        settings = {
+            "beta": beta,
+            "patience": patience,
+            "clip_norm": clip_norm,
+            "autocast": autocast and str(autocast),
+        }
         has_checkpoints = checkpoints is not None or resume is not None
         config = configuration(batches, held_out, loss, optim, group, settings) if has_checkpoints else {}
         manager = CheckpointManager(checkpoints, every, at, stopping, svi, batches, config)
@@ -133,8 +148,14 @@ def train(
             manager.start(resume, pair.batch, held_out)
         _check_resumed(at, num_epochs)
         yield from at.history
-        compile_usual, compile_last = (choose_compile(compile, at.planned_epochs * n) for n in (batches.num_batches, 1))
-        precision = nullcontext() if autocast is None else torch.autocast(pair.batch.leaves()[0].device.type, autocast)
+        compile_usual, compile_last = (
+            choose_compile(compile, at.planned_epochs * n) for n in (batches.num_batches, 1)
+        )
+        precision = (
+            nullcontext()
+            if autocast is None
+            else torch.autocast(pair.batch.leaves()[0].device.type, autocast)
+        )
         with _progress_bar(progress, num_epochs * batches.num_batches, group) as bar:
             bar.update(at.num_steps)
             while at.epoch <= num_epochs and not stopping.should_stop():
@@ -166,7 +187,8 @@ def train(
 
 
 def _with_options_of(train: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
-    """Decorate f to be called as ``f(train(...))``. The options of ``train`` are visible in ``help`` and to type checkers."""
+    """Decorate f to be called as ``f(train(...))``. The options of ``train`` are visible in ``help`` and to
+    type checkers."""
 
     def decorate(f: Callable[[T], R]) -> Callable[P, R]:
         @wraps(f)
@@ -184,49 +206,58 @@ def _with_options_of(train: Callable[P, T]) -> Callable[[Callable[[T], R]], Call
 def fit(epochs: Generator[Epoch, None, History]) -> History:
     """Train a pair by SVI: maximize ELBO(data) = N · E_q[log p(x, z) − log q(z|x)], in nats.
 
-    The loss is that of all N data, so gradients are proportional to N; reports are per datum. The steps of Adam do not depend
-    on the scale of the gradient, except for ``eps``: multiply an ``eps`` that was chosen for a loss per datum by N, and one
-    for the sum over a minibatch of B rows by N/B.
+    The loss is that of all N data, so gradients are proportional to N; reports are per datum. The steps of
+    Adam do not depend on the scale of the gradient, except for ``eps``: multiply an ``eps`` that was chosen
+    for a loss per datum by N, and one for the sum over a minibatch of B rows by N/B.
 
-    Only one thread of a process may train at a time: Pyro's param store and torch's random state are shared by all threads.
+    Only one thread of a process may train at a time: Pyro's param store and torch's random state are shared
+    by all threads.
 
     :param model: any Pyro program.
     :param guide: one with the same arguments and latent sites.
-    :param data: ``Tensor`` or ``ndarray`` ``(n, *event)``, a tuple of them for ``model(x, c)``, a dict for keyword
-        arguments, a :class:`~pyro_vae.data.Data`, a torch ``Dataset`` or a ``DataLoader``. If a batch has more arguments
-        than the model takes, the model gets the first ones, so an unsupervised pair can be trained on a labelled data set.
+    :param data: ``Tensor`` or ``ndarray`` ``(n, *event)``, a tuple of them for ``model(x, c)``, a dict for
+        keyword arguments, a :class:`~pyro_vae.data.Data`, a torch ``Dataset`` or a ``DataLoader``. If a batch
+        has more arguments than the model takes, the model gets the first ones, so an unsupervised pair can be
+        trained on a labelled data set.
     :param loss: one of Pyro's ELBO objects, by default ``Trace_ELBO()``.
-    :param optim: one of Pyro's optimizers, by default Adam with learning rate 1e-3. A scheduler steps once an epoch.
+    :param optim: one of Pyro's optimizers, by default Adam with learning rate 1e-3. A scheduler steps once an
+        epoch.
     :param num_epochs: passes over the data.
-    :param batch_size: rows of a minibatch; ``None`` for all data at once. Sites in the data plate are scaled by N/B, unless the
-        model subsamples itself, so the loss of a minibatch is an unbiased estimate also for latents that all data share. With
-        a process group of torch each rank computes some of the rows; this needs tensors, arrays or ``Data``. A guide with
-        parameters for each datum, such as an autoguide of a local latent, needs ``None``.
+    :param batch_size: rows of a minibatch; ``None`` for all data at once. Sites in the data plate are scaled
+        by N/B, unless the model subsamples itself, so the loss of a minibatch is an unbiased estimate also
+        for latents that all data share. With a process group of torch each rank computes some of the rows;
+        this needs tensors, arrays or ``Data``. A guide with parameters for each datum, such as an autoguide
+        of a local latent, needs ``None``.
     :param validation: data whose ELBO is evaluated after each epoch.
-    :param beta: weight of the latent terms, log p(z) − log q(z|x): a number, or a function of the number of epochs elapsed,
-        which is a fraction within an epoch. It changes the objective; reported ELBOs do not contain it.
-    :param patience: early stopping: stop after this many epochs without a higher validation ELBO, and restore the parameters
-        of the best epoch.
-    :param compile: how steps run, see :class:`~pyro_vae.SVI`. ``"auto"`` chooses by the number of steps: eager Pyro below 300,
-        a graph below 5000, then Inductor if there is a C++ compiler.
-    :param clip_norm: the largest norm of the gradient of the loss per datum, over all parameters together: a gradient g of the
-        loss is multiplied by min(1, N·clip_norm/‖g‖).
-    :param autocast: ``torch.bfloat16`` runs training steps under ``torch.autocast``, which computes matrix products in that
-        precision. Parameters, optimizer and densities keep their precision, and the validation ELBO is not affected.
-    :param checkpoint: a folder for checkpoints, by default none. A checkpoint is saved at the end of each epoch and after
-        every ``every`` steps: parameters, optimizer, scheduler, random states, position in the data and history. At SIGINT or
-        SIGTERM the current step is finished and a checkpoint is saved before the signal takes effect.
-    :param resume: ``"last"``: resume from the newest undamaged checkpoint in that folder, or start if there is none;
-        ``"best"``: from that of the highest validation ELBO; or the path of a checkpoint. All other arguments must be the
-        same, except that ``num_epochs`` may be larger. The parameters are those of an uninterrupted fit, bit for bit.
+    :param beta: weight of the latent terms, log p(z) − log q(z|x): a number, or a function of the number of
+        epochs elapsed, which is a fraction within an epoch. It changes the objective; reported ELBOs do not
+        contain it.
+    :param patience: early stopping: stop after this many epochs without a higher validation ELBO, and restore
+        the parameters of the best epoch.
+    :param compile: how steps run, see :class:`~pyro_vae.SVI`. ``"auto"`` chooses by the number of steps:
+        eager Pyro below 300, a graph below 5000, then Inductor if there is a C++ compiler.
+    :param clip_norm: the largest norm of the gradient of the loss per datum, over all parameters together: a
+        gradient g of the loss is multiplied by min(1, N·clip_norm/‖g‖).
+    :param autocast: ``torch.bfloat16`` runs training steps under ``torch.autocast``, which computes matrix
+        products in that precision. Parameters, optimizer and densities keep their precision, and the
+        validation ELBO is not affected.
+    :param checkpoint: a folder for checkpoints, by default none. A checkpoint is saved at the end of each
+        epoch and after every ``every`` steps: parameters, optimizer, scheduler, random states, position in
+        the data and history. At SIGINT or SIGTERM the current step is finished and a checkpoint is saved
+        before the signal takes effect.
+    :param resume: ``"last"``: resume from the newest undamaged checkpoint in that folder, or start if there
+        is none; ``"best"``: from that of the highest validation ELBO; or the path of a checkpoint. All other
+        arguments must be the same, except that ``num_epochs`` may be larger. The parameters are those of an
+        uninterrupted fit, bit for bit.
     :param progress: show a bar on stderr; by default only if that is a terminal.
     :param check: ``False`` trains a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
-    :param param_store: ``history.param_store`` of an earlier fit to continue it; by default parameters of plain functions
-        start anew.
-    :raises ValueError: before the first step, for bad data or a pair that cannot be trained (see ``check_pair``).
+    :param param_store: ``history.param_store`` of an earlier fit to continue it; by default parameters of
+        plain functions start anew.
+    :raises ValueError: before the first step, for bad data or a pair that cannot be trained (see
+        ``check_pair``).
     :raises FloatingPointError: for a loss or a gradient that is not finite, before parameters are updated.
-    :raises FileExistsError: if the ``checkpoint`` folder has checkpoints already and ``resume`` is ``None``, or has other
-        files with the name of a checkpoint.
+    :raises FileExistsError: if the ``checkpoint`` folder has checkpoints already and ``resume`` is ``None``,
+        or has other files with the name of a checkpoint.
     :raises RuntimeError: if another thread of this process trains.
     :raises BlockingIOError: if another fit saves to the ``checkpoint`` folder.
     :raises pyro_vae.checkpoint.MismatchError: if the checkpoint is of another configuration or version.
@@ -245,20 +276,24 @@ def _empty_store() -> dict:
 def inspect_for_training(
     model: Program, guide: Program, batches: Batches, loss: ELBO, *, annealed: bool, check: bool
 ) -> Structure:
-    """Inspect a pair on the first minibatch. Raises ``ValueError`` for what is wrong with it, or with its loss."""
+    """Inspect a pair on the first minibatch. Raises ``ValueError`` for what is wrong with it, or with its
+    loss."""
     first, n = next(iter(batches.epoch(shuffle=False))), batches.num_rows
     last = n % first.num_rows if first.tensors else 0
     pair = inspect(model, guide, first, training=True)
     problems = [*pair_problems(pair), *training_problems(pair)]
     if isinstance(batches, InMemory) and not batches.drawn and pair.batch.tensors:
         whole = fitting(batches.whole.cast(pair.dtype), model, guide)
-        problems += [Problem(text) for text in data_problems(pair.traces[0], pair.batch, pair.plates, whole, pair.trusted[0])]
+        problems += [
+            Problem(text)
+            for text in data_problems(pair.traces[0], pair.batch, pair.plates, whole, pair.trusted[0])
+        ]
     refuse(dict.fromkeys(problems), verb="fit", check=check)
     check_minibatch(pair, n, verb="fit", check=check)
     if last and (error := fails_on(pair, last)):
         raise ValueError(
-            f"pair: the last minibatch has {last} rows, and the pair fails on so few: {error}; pass a batch_size that leaves "
-            f"another remainder of {n} data, or leave rows out"
+            f"pair: the last minibatch has {last} rows, and the pair fails on so few: {error}; pass a "
+            f"batch_size that leaves another remainder of {n} data, or leave rows out"
         )
     check_loss(loss, pair, n, check=check)
     if (problem := scale_problem(loss, pair, n)) is not None:
@@ -270,7 +305,10 @@ def inspect_for_training(
             try:
                 moved = inspect(model, guide, pair.batch)
             except ValueError as error:
-                logger.info("fit: rows were not tested with moved parameters, since the pair fails with them: %s", error)
+                logger.info(
+                    "fit: rows were not tested with moved parameters, since the pair fails with them: %s",
+                    error,
+                )
                 moved = inspect(model, guide, pair.batch)
             check_rows(moved, n, verb="fit")
     return pair
@@ -288,9 +326,9 @@ def _check_held_out(pair: Structure, batches: Batches, held_out: Batches | None)
         )
     if not same:
         raise ValueError(
-            f"validation: the parameter {pair.row_parameters[0]!r} has an entry for each of the training data, so other data "
-            "have none; expected validation=None, the training data themselves, or a guide that computes its parameters from "
-            "the data"
+            f"validation: the parameter {pair.row_parameters[0]!r} has an entry for each of the training "
+            "data, so other data have none; expected validation=None, the training data themselves, or a "
+            "guide that computes its parameters from the data"
         )
 
 
@@ -298,7 +336,8 @@ def _warn_of_new_start(model: Program, guide: Program, state: dict) -> None:
     names = {*trained_parameters(model), *trained_parameters(guide)} - state["params"].keys()
     if names and not any(isinstance(program, torch.nn.Module) for program in (model, guide)):
         logger.warning(
-            "fit: %d parameters of these functions, such as %r, were trained by an earlier fit and start anew; to continue it "
+            "fit: %d parameters of these functions, such as %r, were trained by an earlier fit and start "
+            "anew; to continue it "
             "pass param_store=history.param_store", len(names), min(names),
         )  # fmt: skip
 
@@ -318,7 +357,9 @@ def _check_options(
         if value is not None or name == "num_epochs":
             check_count(f"fit: {name}", value)
     if patience is not None and validation is None:
-        raise ValueError(f"fit: patience is {patience} without validation data; expected both, or patience=None")
+        raise ValueError(
+            f"fit: patience is {patience} without validation data; expected both, or patience=None"
+        )
     if not callable(beta):
         _check_beta(beta, "beta")
     if autocast not in (None, torch.bfloat16):  # float16 needs gradient scaling
@@ -334,8 +375,8 @@ def _check_options(
 def _check_resumed(position: Position, num_epochs: int) -> None:
     if len(position.history) > num_epochs:
         raise ValueError(
-            f"resume: the checkpoint is after {len(position.history)} epochs but num_epochs is {num_epochs}; expected at "
-            f"least {len(position.history)}"
+            f"resume: the checkpoint is after {len(position.history)} epochs but num_epochs is {num_epochs}; "
+            f"expected at least {len(position.history)}"
         )
 
 
@@ -353,7 +394,9 @@ def _check_beta(value: Any, name: str) -> float:
     if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
         value = value.item()
     if not _is_number(value) or not math.isfinite(value):
-        raise ValueError(f"fit: {name} is {value!r}; expected a finite number, or a function that returns one")
+        raise ValueError(
+            f"fit: {name} is {value!r}; expected a finite number, or a function that returns one"
+        )
     return float(value)
 
 
@@ -373,8 +416,8 @@ def _check_annealing(pair: Structure) -> None:
     for name, site in pair.latents.items():
         if site["infer"].get("enumerate"):
             raise ValueError(
-                f"beta: {name!r} is summed out together with what is observed, so its term cannot be weighted alone; expected "
-                "beta=1 with sites that the model enumerates"
+                f"beta: {name!r} is summed out together with what is observed, so its term cannot be "
+                "weighted alone; expected beta=1 with sites that the model enumerates"
             )
 
 
@@ -392,12 +435,16 @@ def _held_out_batches(validation: Any, batch_size: int | None) -> Batches | None
     return as_batches(fixed, None if batch_size is None else max(batch_size, 500))
 
 
-def _validation_elbo(state: PairState, held_out: Batches | None, loss: ELBO, group: Group, *, check: bool) -> MeanElbo | None:
+def _validation_elbo(
+    state: PairState, held_out: Batches | None, loss: ELBO, group: Group, *, check: bool
+) -> MeanElbo | None:
     """The ELBO of the validation data of all ranks, at the parameters and buffers of rank 0."""
     if held_out is None:
         return None
     group.broadcast_(state.buffers().values())
-    terms = evaluate_batches(state.model, state.guide, held_out, loss=loss, seed=group.rank, check=check, verb="validation")
+    terms = evaluate_batches(
+        state.model, state.guide, held_out, loss=loss, seed=group.rank, check=check, verb="validation"
+    )
     return group.gather_terms(terms).mean()
 
 

@@ -32,10 +32,11 @@ Factor = Literal["sites", "objective", "none"]
 class Loss(NamedTuple):
     """A kind of loss.
 
-    factor: where N/B goes. ``"sites"``: the loss is linear in log-probabilities, so sites in data plates are scaled.
-    ``"objective"``: it is not linear (a log of a sum, ranks of weights, a kernel), so loss and gradients are multiplied, which
-    is right for minibatches only where no latent is shared by all data. ``"none"``: all data at once.
-    has_value: its ``loss`` is a number. trains: ``fit`` takes it; ``reason`` says why not. bound: what it estimates.
+    factor: where N/B goes. ``"sites"``: the loss is linear in log-probabilities, so sites in data plates are
+    scaled. ``"objective"``: it is not linear (a log of a sum, ranks of weights, a kernel), so loss and
+    gradients are multiplied, which is right for minibatches only where no latent is shared by all data.
+    ``"none"``: all data at once. has_value: its ``loss`` is a number. trains: ``fit`` takes it; ``reason``
+    says why not. bound: what it estimates.
     """
 
     factor: Factor
@@ -54,50 +55,63 @@ LOSSES: dict[type, Loss] = {
     TraceEnum_ELBO: Loss("sites", "the ELBO, enumerated sites summed out"),
     RenyiELBO: Loss("objective", "the Rényi bound of order α"),
     TraceTMC_ELBO: Loss("objective", "the tensor Monte Carlo bound"),
-    TraceTailAdaptive_ELBO: Loss("objective", "no bound: an f-divergence by ranks of weights", has_value=False),
+    TraceTailAdaptive_ELBO: Loss(
+        "objective", "no bound: an f-divergence by ranks of weights", has_value=False
+    ),
     Trace_MMD: Loss("objective", "no bound: E_q[log p(x|z)] less a kernel distance of q(z) from p(z)"),
     ReweightedWakeSleep: Loss(
-        "none", "two losses, of model and guide", has_value=False, trains=False,
-        reason="its one joint weight for a batch is no weight of a datum, and model and guide need an argument `observations`; "
-        "expected pyro.infer.SVI for it",
+        "none",
+        "two losses, of model and guide",
+        has_value=False,
+        trains=False,
+        reason="it has one joint weight for a batch, not one for each datum, and model and guide need an "
+        "argument `observations`; expected pyro.infer.SVI for it",
     ),
     EnergyDistance: Loss(
-        "none", "no bound: an energy distance", trains=False,
+        "none",
+        "no bound: an energy distance",
+        trains=False,
         reason="it is no ELBO object and has no guide to report an ELBO of; expected pyro.infer.SVI for it",
     ),
     JitTrace_ELBO: Loss("none", "the ELBO", trains=False, reason=_JIT.format("Trace_ELBO")),
     JitTraceEnum_ELBO: Loss("none", "the ELBO", trains=False, reason=_JIT.format("TraceEnum_ELBO")),
     JitTraceGraph_ELBO: Loss("none", "the ELBO", trains=False, reason=_JIT.format("TraceGraph_ELBO")),
     JitTraceMeanField_ELBO: Loss("none", "the ELBO", trains=False, reason=_JIT.format("TraceMeanField_ELBO")),
-}  # fmt: skip
+}
 _UNKNOWN = Loss("none", "unknown")
 
 
 def kind_of(loss: Any) -> Loss:
-    """The kind of a loss, by its class: a subclass may compute something else, so it is not taken for its base."""
+    """The kind of a loss, by its class: a subclass may compute something else, so it is not taken for its
+    base."""
     return LOSSES.get(type(loss), _UNKNOWN)
 
 
 def check_loss(loss: Any, pair: Structure, num_data: int, *, check: bool = True) -> None:
     """Raise ``ValueError`` for a loss that ``fit`` cannot take with this pair and these minibatches.
 
-    :param check: ``False`` takes an unknown subclass of ``ELBO`` for a loss that is linear in log-probabilities.
+    :param check: ``False`` takes an unknown subclass of ``ELBO`` for a loss that is linear in
+    log-probabilities.
     """
     name, kind = type(loss).__name__, kind_of(loss)
     if not kind.trains:
         raise ValueError(f"fit: {name}: {kind.reason}")
     if not isinstance(loss, ELBO):
-        raise ValueError(f"fit: the loss is {name}; expected one of Pyro's ELBO objects, such as Trace_ELBO()")
+        raise ValueError(
+            f"fit: the loss is {name}; expected one of Pyro's ELBO objects, such as Trace_ELBO()"
+        )
     if pair.batch.tensors and pair.num_rows < num_data:
         if kind.factor == "none" and check:
             raise ValueError(
-                f"fit: {name} is a loss that pyro_vae does not know, so it is not known where the factor N/B of a "
-                "minibatch goes; pass batch_size=None, or check=False where the loss is linear in log-probabilities"
+                f"fit: {name} is a loss that pyro_vae does not know, so it is not known where the factor N/B "
+                "of a minibatch goes; pass batch_size=None, or check=False where the loss is linear in "
+                "log-probabilities"
             )
         if kind.factor == "objective" and pair.shared:
             raise ValueError(
-                f"fit: {name} is not linear in log-probabilities, and {pair.shared[0]!r} is shared by all data, so its loss "
-                "on a minibatch is not that of all data whatever its factor; pass batch_size=None, or Trace_ELBO"
+                f"fit: {name} is not linear in log-probabilities, and {pair.shared[0]!r} is shared by all "
+                "data, so its loss on a minibatch is not that of all data whatever its factor; pass "
+                "batch_size=None, or Trace_ELBO"
             )
 
 
@@ -107,7 +121,8 @@ def reports_elbo(loss: Any) -> bool:
 
 
 def scale_problem(loss: Any, pair: Structure, num_data: int) -> Problem | None:
-    """Sites that the pair scales by M/rows, where M is not the number of data, or in a way that would count N/B twice."""
+    """Sites that the pair scales by M/rows, where M is not the number of data, or in a way that would count
+    N/B twice."""
     if pair.other_rows or not pair.batch.tensors or pair.num_rows == num_data:
         return None
     scales = [torch.as_tensor(site["scale"]) for _, _, site in pair.sites]
@@ -117,25 +132,29 @@ def scale_problem(loss: Any, pair: Structure, num_data: int) -> Problem | None:
         for name, m in scaled.items():
             if abs(m - num_data) > 1e-3 * num_data:
                 return Problem(
-                    f"{side}: {name!r} is scaled by {m:g}/rows, but there are {num_data} data; fit scales minibatches "
-                    "itself, so remove the poutine.scale, or scale by the number of data over the rows",
+                    f"{side}: {name!r} is scaled by {m:g}/rows, but there are {num_data} data; fit scales "
+                    "minibatches itself, so remove the poutine.scale, or scale by the number of data over "
+                    "the rows",
                     judged=False,
                 )
             if kind_of(loss).factor == "objective":
                 return Problem(
-                    f"{side}: {name!r} is scaled by {m:g}/rows, and under {type(loss).__name__} that is a power of the "
-                    "importance weights; remove the poutine.scale: fit multiplies the objective",
+                    f"{side}: {name!r} is scaled by {m:g}/rows, and under {type(loss).__name__} that is a "
+                    "power of the importance weights; remove the poutine.scale: fit multiplies the objective",
                     judged=False,
                 )
     own = scaled_sites(pair, num_data)
     ratio = num_data / pair.num_rows
     for side, name, site in pair.sites:
         scale = torch.as_tensor(site["scale"]).double().mean().item() / subsampling_scale(site)
-        factor = 1 / ratio if row_dim(site, pair.plates) is None else ratio  # of the likelihood up, or of a global prior down
+        factor = (
+            1 / ratio if row_dim(site, pair.plates) is None else ratio
+        )  # of the likelihood up, or of a global prior down
         if name not in own[side == "guide"] and math.isclose(scale, factor, rel_tol=1e-3):
             return Problem(
-                f"{side}: {name!r} is scaled by {scale:g}, as minibatches of {pair.num_rows} of {num_data} data are; fit "
-                "scales them itself, so remove the poutine.scale; if it means something else pass check=False"
+                f"{side}: {name!r} is scaled by {scale:g}, as minibatches of {pair.num_rows} of {num_data} "
+                "data are; fit scales them itself, so remove the poutine.scale; if it means something else "
+                "pass check=False"
             )
     return None
 
@@ -145,6 +164,7 @@ def scaled_sites(pair: Structure, num_data: int) -> tuple[frozenset[str], frozen
     if not pair.batch.tensors or pair.num_rows == num_data:
         return frozenset(), frozenset()
     model, guide = (
-        frozenset(name for name, m in scaled.items() if abs(m - num_data) <= 1e-3 * num_data) for scaled in pair.scaled
+        frozenset(name for name, m in scaled.items() if abs(m - num_data) <= 1e-3 * num_data)
+        for scaled in pair.scaled
     )
     return model, guide

@@ -20,11 +20,20 @@ from pyro_vae.pairs.check import check_observed
 from pyro_vae.pairs.preserve import untouched
 from pyro_vae.pairs.problems import has_fixed_support, improbable_rows
 from pyro_vae.pairs.structure import Structure
-from pyro_vae.pairs.traces import ElboTerms, Program, Reweighted, elbo_terms, prior_of, sampled, subsampling_scale
+from pyro_vae.pairs.traces import (
+    ElboTerms,
+    Program,
+    Reweighted,
+    elbo_terms,
+    prior_of,
+    sampled,
+    subsampling_scale,
+)
 
 
 class MinibatchSVI(SVI):
-    """SVI on minibatches: the loss of a minibatch is scaled to all N data, and each step returns the ELBO terms of its rows.
+    """SVI on minibatches: the loss of a minibatch is scaled to all N data, and each step returns the ELBO
+    terms of its rows.
 
     Training calls :meth:`minibatch_step`, not ``step``.
     """
@@ -54,7 +63,9 @@ class MinibatchSVI(SVI):
             Reweighted(pair.plates, num_rows=0, num_data=self.num_data, beta=beta, scaled=scaled)
             for scaled in scaled_sites(pair, self.num_data)
         ]
-        self.programs = [handler(program) for handler, program in zip(self.handlers, (model, guide), strict=True)]
+        self.programs = [
+            handler(program) for handler, program in zip(self.handlers, (model, guide), strict=True)
+        ]
         super().__init__(*self.programs, optim, loss, check=False)
         self._loss_and_grads = self._checked_loss_and_grads
 
@@ -67,17 +78,26 @@ class MinibatchSVI(SVI):
             cause = str(error).split(":\n", 1)[0].split("\n", 1)[0]
             if not re.search(r"\b(nan|inf)\b", str(error)):
                 raise ValueError(f"fit: {self.position}: {cause}") from error
-            # the pair ran on the first batch, so a parameter of a distribution became NaN: Pyro's error names it
-            raise FloatingPointError(f"fit: {self.position}: {cause}. Lower the learning rate, or check the data") from error
+            # the pair ran on the first batch, so a parameter of a distribution became NaN: Pyro's error names
+            # it
+            raise FloatingPointError(
+                f"fit: {self.position}: {cause}. Lower the learning rate, or check the data"
+            ) from error
         if self.checks_batches:
             self._check_data()
-        if kind_of(self._elbo).has_value and not math.isfinite(sum(value) if isinstance(value, tuple) else value):
+        if kind_of(self._elbo).has_value and not math.isfinite(
+            sum(value) if isinstance(value, tuple) else value
+        ):
             raise FloatingPointError(
-                f"fit: the loss is {value} at {self.position}{self._nonfinite_site()}; parameters are unchanged. Lower the "
-                "learning rate, raise min_scale, or check the data"
+                f"fit: the loss is {value} at {self.position}{self._nonfinite_site()}; parameters are "
+                "unchanged. Lower the learning rate, raise min_scale, or check the data"
             )
-        self.terms = self._terms_of_eager_step(value)  # before the update: distributions of the traces hold parameters
-        found = dict.fromkeys(p for _, p in pyro.get_param_store().named_parameters())  # a parameter may have two names
+        self.terms = self._terms_of_eager_step(
+            value
+        )  # before the update: distributions of the traces hold parameters
+        found = dict.fromkeys(
+            p for _, p in pyro.get_param_store().named_parameters()
+        )  # a parameter may have two names
         trained = [p for p in found if p.grad is not None]
         if self.scales_objective:
             factor = self.num_data / self.batch.num_rows
@@ -87,26 +107,32 @@ class MinibatchSVI(SVI):
         return value
 
     def _before_update(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Average the gradients over ranks, raise ``FloatingPointError`` if they are not finite, and clip them."""
+        """Average the gradients over ranks, raise ``FloatingPointError`` if they are not finite, and clip
+        them."""
         self.group.average_gradients(params, gradients, self.weight)
         total = _sum_of_entries(gradients) if self._extra is None or self.group.size > 1 else self._extra[-1]
         if not cmath.isfinite(total.item()) and (bad := _nonfinite_parameters(params, gradients)):
             raise FloatingPointError(
-                f"fit: the loss is finite but its gradient is not, at {self.position}: that of {bad}; parameters are "
-                "unchanged. Lower the learning rate, or check the model where it is not smooth"
+                f"fit: the loss is finite but its gradient is not, at {self.position}: that of {bad}; "
+                "parameters are unchanged. Lower the learning rate, or check the model where it is not smooth"
             )
         if self.clip_norm is not None and gradients:
             dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-            norm = torch.stack([g.double().norm() for g in dense]).norm()  # squares overflow in single precision
+            norm = torch.stack(
+                [g.double().norm() for g in dense]
+            ).norm()  # squares overflow in single precision
             max_norm = self.clip_norm * self.num_data  # clip_norm is per datum, the loss a sum over all data
             torch._foreach_mul_(_stored_values(gradients), (max_norm / norm).clamp_max(1.0).item())
 
     def _nonfinite_site(self) -> str:
-        """For an error: the first site whose log-probability is not finite, and its row; ``""`` if there is none."""
+        """For an error: the first site whose log-probability is not finite, and its row; ``""`` if there is
+        none."""
         for side, handler in zip(("model", "guide"), self.handlers, strict=True):
             for name, site in sampled(handler.traces[-1]) if handler.traces else ():
                 for row, value, _ in improbable_rows(site, self.plates):
-                    return f", log-probability {value} of site {name!r} of the {side} at row {row} of the batch"
+                    return (
+                        f", log-probability {value} of site {name!r} of the {side} at row {row} of the batch"
+                    )
         return ""
 
     def _check_data(self) -> None:
@@ -116,7 +142,8 @@ class MinibatchSVI(SVI):
     def minibatch_step(self, batch: Batch, beta: float, weight: float, position: object) -> ElboTerms:
         """One step of the optimizer on the loss annealed by β. Returns the ELBO terms of the rows, without β.
 
-        :param weight: of this rank's gradient in the mean over ranks; 0 for a rank without rows, whose batch is a stand-in.
+        :param weight: of this rank's gradient in the mean over ranks; 0 for a rank without rows, whose batch
+            is a stand-in.
         :param position: its ``str`` names the step in errors.
         """
         self.batch, self.weight, self.position = batch, weight, position
@@ -125,12 +152,17 @@ class MinibatchSVI(SVI):
         num_rows = batch.num_rows
         for handler in self.handlers:
             # a loss that is not linear in log-probabilities is multiplied by N/B as a whole
-            handler.num_rows, handler.num_data = num_rows, num_rows if self.scales_objective else self.num_data
+            handler.num_rows, handler.num_data = (
+                num_rows,
+                num_rows if self.scales_objective else self.num_data,
+            )
             handler.traces.clear()
         try:
             self._step(batch)
         except Exception:
-            pyro.infer.util.zero_grads(p for _, p in pyro.get_param_store().named_parameters())  # as after a step
+            pyro.infer.util.zero_grads(
+                p for _, p in pyro.get_param_store().named_parameters()
+            )  # as after a step
             raise
         terms = self.terms if self._extra is None else ElboTerms(*self._extra[:-1])
         return terms if weight else ElboTerms(*(part[:0] for part in terms))
@@ -140,7 +172,9 @@ class MinibatchSVI(SVI):
 
     def _terms_of_traces(self, traces: Traces) -> ElboTerms:
         particles = self._elbo.num_particles // len(traces)
-        drawn = [elbo_terms(*pair, self.plates, num_data=self.num_data, num_particles=particles) for pair in traces]
+        drawn = [
+            elbo_terms(*pair, self.plates, num_data=self.num_data, num_particles=particles) for pair in traces
+        ]
         return ElboTerms(*(torch.stack(part).mean(0) for part in zip(*drawn, strict=True)))
 
     @torch.no_grad()
@@ -148,10 +182,12 @@ class MinibatchSVI(SVI):
         """The terms of a step of eager Pyro, whose loss is ``value``."""
         runs = 1 if self._elbo.vectorize_particles else self._elbo.num_particles
         models, guides = (list(handler.traces)[-runs:] for handler in self.handlers)
-        traced = len(models) == len(guides) > 0  # a guide that is a handler of its model runs the model by itself
+        traced = (
+            len(models) == len(guides) > 0
+        )  # a guide that is a handler of its model runs the model by itself
         if isinstance(self._elbo, TraceEnum_ELBO) or not traced:
-            # traces do not have the terms, so the mean of the loss is taken. If it contains β, poutine.scale, or sites that
-            # the guide observes, it is computed again without them
+            # traces do not have the terms, so the mean of the loss is taken. If it contains β, poutine.scale,
+            # or sites that the guide observes, it is computed again without them
             observes = any(site["is_observed"] for trace in guides for _, site in sampled(trace))
             if self.beta is not None or self._is_scaled() or observes or not isinstance(value, float):
                 value = self._unscaled_loss()
@@ -170,11 +206,14 @@ class MinibatchSVI(SVI):
     def _factor(self, site: dict) -> float:
         """The factor by which :class:`Reweighted` scales a site: N/B in a data plate, else 1."""
         rows = self.batch.num_rows
-        in_data_plate = any(f.name in self.plates and f.full_size in (rows, -1) for f in site["cond_indep_stack"])
+        in_data_plate = any(
+            f.name in self.plates and f.full_size in (rows, -1) for f in site["cond_indep_stack"]
+        )
         return self.num_data / rows if in_data_plate else 1.0
 
     def _unscaled_loss(self) -> Any:
-        """The loss without β, ``poutine.scale`` and sites that the guide observes. The random state is restored after it."""
+        """The loss without β, ``poutine.scale`` and sites that the guide observes. The random state is
+        restored after it."""
         if self.beta is not None:
             self.beta.fill_(1.0)
         for handler in self.handlers:
@@ -191,7 +230,8 @@ class MinibatchSVI(SVI):
 
 
 def _stored_values(gradients: Iterable[Tensor]) -> list[Tensor]:
-    """The gradients, or of sparse ones the tensors of their stored values: writing to these changes the gradients."""
+    """The gradients, or of sparse ones the tensors of their stored values: writing to these changes the
+    gradients."""
     return [g._values() if g.is_sparse else g for g in gradients]
 
 
@@ -207,4 +247,6 @@ def _sum_of_entries(gradients: Sequence[Tensor]) -> Tensor:
 def _nonfinite_parameters(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> str:
     """The names of the parameters whose gradients are not finite."""
     bad = [p for p, g in zip(params, _stored_values(gradients), strict=True) if not g.isfinite().all()]
-    return ", ".join(repr(name) for name, p in pyro.get_param_store().named_parameters() if any(p is q for q in bad))
+    return ", ".join(
+        repr(name) for name, p in pyro.get_param_store().named_parameters() if any(p is q for q in bad)
+    )

@@ -1,4 +1,5 @@
-"""The state of a fit between two steps, and its checkpoints: a resumed fit repeats the uninterrupted one bit for bit."""
+"""The state of a fit between two steps, and its checkpoints: a resumed fit repeats the uninterrupted one bit
+for bit."""
 
 import logging
 import math
@@ -36,9 +37,9 @@ logger = logging.getLogger(__name__)
 
 
 class Epoch(NamedTuple):
-    """One epoch of training. ``train`` is the mean over the epoch's minibatches, each at the parameters of its step;
-    ``validation`` is evaluated at the end of the epoch. Both are the ELBO itself, without β, whatever the loss. ``beta`` is
-    that of the last step."""
+    """One epoch of training. ``train`` is the mean over the epoch's minibatches, each at the parameters of
+    its step; ``validation`` is evaluated at the end of the epoch. Both are the ELBO itself, without β,
+    whatever the loss. ``beta`` is that of the last step."""
 
     epoch: int
     beta: float
@@ -50,22 +51,32 @@ class Epoch(NamedTuple):
     def of(cls, record: Any) -> "Epoch":
         """From the sequence that a checkpoint stores."""
         epoch, beta, train, validation, seconds = record
-        return cls(epoch, beta, MeanElbo(*train), None if validation is None else MeanElbo(*validation), seconds)
+        return cls(
+            epoch, beta, MeanElbo(*train), None if validation is None else MeanElbo(*validation), seconds
+        )
 
 
 class PairState:
-    """The tensors that training changes: the parameters in Pyro's param store, which include those of modules, and the
-    buffers of the modules that ran."""
+    """The tensors that training changes: the parameters in Pyro's param store, which include those of
+    modules, and the buffers of the modules that ran."""
 
     def __init__(self, model: Program, guide: Program, modules: Collection[nn.Module]) -> None:
         self.model, self.guide, self.modules = model, guide, modules
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f"params.{name}": value for name, value in pyro.get_param_store().named_parameters()} | self.buffers()
+        return {
+            f"params.{name}": value for name, value in pyro.get_param_store().named_parameters()
+        } | self.buffers()
 
     def buffers(self) -> dict[str, Tensor]:
-        programs = {name: one for name, one in (("model", self.model), ("guide", self.guide)) if isinstance(one, nn.Module)}
-        own = {f"{side}.{name}": buffer for side, one in programs.items() for name, buffer in one.named_buffers()}
+        programs = {
+            name: one
+            for name, one in (("model", self.model), ("guide", self.guide))
+            if isinstance(one, nn.Module)
+        }
+        own = {
+            f"{side}.{name}": buffer for side, one in programs.items() for name, buffer in one.named_buffers()
+        }
         others = {
             f"{i}.{name}": buffer
             for i, module in enumerate(closed_over(self.model, self.guide, self.modules))
@@ -78,7 +89,8 @@ class PairState:
 
 
 class EarlyStopping:
-    """The highest validation ELBO so far, the number of epochs since it, and with ``patience`` a copy of the tensors there."""
+    """The highest validation ELBO so far, the number of epochs since it, and with ``patience`` a copy of the
+    tensors there."""
 
     def __init__(self, state: PairState, patience: int | None) -> None:
         self.state, self.patience = state, patience
@@ -108,7 +120,8 @@ class EarlyStopping:
 class Position:
     """The position of a fit: the finished epochs, and the number of steps taken in the current one."""
 
-    planned_epochs: int  # num_epochs of the first call; compile="auto" depends on it, and resumed fits run as the first did
+    # num_epochs of the first call; compile="auto" depends on it, and resumed fits run as the first did
+    planned_epochs: int
     history: list[Epoch] = field(default_factory=list)
     batch_index: int = 0  # of the next minibatch in the current epoch
     num_steps: int = 0
@@ -167,8 +180,9 @@ class CheckpointManager:
         self.state, self.group = stopping.state, svi.group
         if checkpoints is not None and batches.persistent:
             warnings.warn(
-                "checkpoint: the loader's workers persist between epochs, and checkpoints do not contain their random states; "
-                "if the data set draws random numbers, a resumed fit draws others. Pass persistent_workers=False",
+                "checkpoint: the loader's workers persist between epochs, and checkpoints do not contain "
+                "their random states; if the data set draws random numbers, a resumed fit draws others. "
+                "Pass persistent_workers=False",
                 stacklevel=3,
             )
 
@@ -196,7 +210,8 @@ class CheckpointManager:
 
     @contextmanager
     def save_before_signals(self) -> Iterator[None]:
-        """Delay SIGINT and SIGTERM in the block until a checkpoint is saved. Without checkpoints they act at once."""
+        """Delay SIGINT and SIGTERM in the block until a checkpoint is saved. Without checkpoints they act at
+        once."""
         if self.checkpoints is None:
             yield
             return
@@ -228,24 +243,36 @@ class CheckpointManager:
             "config": self.config,
             "versions": versions(),
             "history": [tuple(epoch) for epoch in at.history],
-            "planned": at.planned_epochs, "batch": at.batch_index, "steps": at.num_steps, "beta": at.beta, "ranks": ranks,
+            "planned": at.planned_epochs,
+            "batch": at.batch_index,
+            "steps": at.num_steps,
+            "beta": at.beta,
+            "ranks": ranks,
             "seconds": time.perf_counter() - at.start_time if at.batch_index else 0.0,
             "weights": self.state.copy(),
-            # parameters that have had a gradient: optimizers update these at each step, by momentum if by nothing else
+            # parameters that have had a gradient: optimizers update these at each step, by momentum if by
+            # nothing else
             "moved": [name for name, p in pyro.get_param_store().named_parameters() if p.grad is not None],
             "optim": optim_state(self.svi.optim),
-            "best": {"elbo": best.best_elbo, "epochs_since": best.epochs_since_best, "weights": best.best_tensors},
-            "graphs": self.svi._graph_names(), "max_plate_nesting": self.svi._elbo.max_plate_nesting,
-        }  # fmt: skip
-        self.checkpoints.save(at.num_steps, content, score=-math.inf if validation is None else validation.elbo)
+            "best": {
+                "elbo": best.best_elbo,
+                "epochs_since": best.epochs_since_best,
+                "weights": best.best_tensors,
+            },
+            "graphs": self.svi._graph_names(),
+            "max_plate_nesting": self.svi._elbo.max_plate_nesting,
+        }
+        self.checkpoints.save(
+            at.num_steps, content, score=-math.inf if validation is None else validation.elbo
+        )
         self.group.barrier()
 
     def _resume(self, resume: str | Path, first: Batch) -> None:
         """Restore a checkpoint.
 
         :raises FileNotFoundError: if it does not exist.
-        :raises ValueError: if it is damaged, or of another pair; ``MismatchError`` if it is of another version or
-            configuration.
+        :raises ValueError: if it is damaged, or of another pair; ``MismatchError`` if it is of another
+            version or configuration.
         """
         found = self._find(resume)
         if found is None:
@@ -280,27 +307,35 @@ class CheckpointManager:
         missing = [name for name in _required_entries(self.group.size) if not _has(content, name)]
         if missing:
             raise MismatchError(
-                f"resume: {path} lacks {', '.join(missing[:5])}, which fit writes in this version of pyro_vae; begin anew in "
-                "another folder"
+                f"resume: {path} lacks {', '.join(missing[:5])}, which fit writes in this version of "
+                "pyro_vae; begin anew in another folder"
             )
         for key, saved in content["config"].items():
             if self.config.get(key) != saved:
                 raise MismatchError(
-                    f"resume: {key} is {self.config.get(key)!r} but was {saved!r} in {path}; expected the same, or begin anew "
-                    "in another folder"
+                    f"resume: {key} is {self.config.get(key)!r} but was {saved!r} in {path}; expected the "
+                    "same, or begin anew in another folder"
                 )
-        installed, saved_versions = versions(), content.get("versions", {})  # checkpoints of 0.1.0 have no versions
-        changed = [f"{name} {saved} (now {installed.get(name)})" for name, saved in saved_versions.items()
-                   if installed.get(name) != saved]  # fmt: skip
+        installed, saved_versions = (
+            versions(),
+            content.get("versions", {}),
+        )  # checkpoints of 0.1.0 have no versions
+        changed = [
+            f"{name} {saved} (now {installed.get(name)})"
+            for name, saved in saved_versions.items()
+            if installed.get(name) != saved
+        ]
         if changed and not self.group.rank:
             warnings.warn(
-                f"resume: {path} was written with {', '.join(changed)}. The fit continues, but its last bits may differ from "
-                "those of a fit without interruption; install the same versions where they must agree",
+                f"resume: {path} was written with {', '.join(changed)}. The fit continues, but its last "
+                "bits may differ from those of a fit without interruption; install the same versions where "
+                "they must agree",
                 stacklevel=5,
             )
 
     def _make_parameters(self, first: Batch, names: Collection[str]) -> None:
-        """Create the parameters of the pair by running it, and those that the loss itself creates (running averages)."""
+        """Create the parameters of the pair by running it, and those that the loss itself creates (running
+        averages)."""
         model, guide = self.state.model, self.state.guide
         make_parameters(model, guide, first)
         if set(names) <= self.state.tensors().keys():
@@ -312,26 +347,44 @@ class CheckpointManager:
         store.set_state(created)
 
     def _find(self, resume: str | Path) -> tuple[Path, Any] | None:
-        """The path and content of the checkpoint that ``resume`` names; ``None`` for "last" in an empty folder."""
+        """The path and content of the checkpoint that ``resume`` names; ``None`` for "last" in an empty
+        folder."""
         if resume not in ("last", "best"):
             return Path(resume), read_checkpoint(Path(resume))
         if self.checkpoints is None:
-            raise ValueError(f'resume: "{resume}" is one of the checkpoints in a folder; pass checkpoint=FOLDER, or a path')
+            raise ValueError(
+                f'resume: "{resume}" is one of the checkpoints in a folder; pass checkpoint=FOLDER, or a path'
+            )
         if resume == "last":
             return self.checkpoints.last()
         found = self.checkpoints.best()
         if found is None:
-            raise FileNotFoundError(f"resume: {self.checkpoints.folder} has no checkpoint of an epoch with validation data")
+            raise FileNotFoundError(
+                f"resume: {self.checkpoints.folder} has no checkpoint of an epoch with validation data"
+            )
         return found
 
 
 def _required_entries(num_ranks: int) -> list[str]:
     """The dotted names of the entries that :meth:`CheckpointManager.save` writes."""
     return [
-        "config", "weights", "moved", "optim", "history", "planned", "batch", "steps", "beta", "seconds", "graphs",
-        "max_plate_nesting", "best.elbo", "best.epochs_since", "best.weights",
+        "config",
+        "weights",
+        "moved",
+        "optim",
+        "history",
+        "planned",
+        "batch",
+        "steps",
+        "beta",
+        "seconds",
+        "graphs",
+        "max_plate_nesting",
+        "best.elbo",
+        "best.epochs_since",
+        "best.weights",
         *(f"ranks.{i}.{name}" for i in range(num_ranks) for name in ("began", "now", "terms")),
-    ]  # fmt: skip
+    ]
 
 
 def _has(content: Any, name: str) -> bool:

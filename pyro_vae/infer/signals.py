@@ -18,10 +18,12 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def deferred(*, anywhere: bool = True) -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM wait until the block raises :class:`Interrupted` for it, at the latest until its end;
-    then it goes where it would have gone. A second one kills the process. Outside the main thread Python hands out no signals.
+    """Let the first SIGINT or SIGTERM wait until the block raises :class:`Interrupted` for it, at the latest
+    until its end; then it goes where it would have gone. A second one kills the process. Outside the main
+    thread Python hands out no signals.
 
-    :param anywhere: whether :func:`poll` and :func:`interruptible` may raise; else only the block itself does.
+    :param anywhere: whether :func:`poll` and :func:`interruptible` may raise; else only the block itself
+    does.
     """
     global _waits, _heard
     before = {number: signal.getsignal(number) for number in _HANDLED}
@@ -56,7 +58,8 @@ def waiting() -> bool:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within the block, work that leaves no mark, a signal need not wait: :class:`Interrupted` is raised wherever it comes."""
+    """Within the block, work that leaves no mark, a signal need not wait: :class:`Interrupted` is raised
+    wherever it comes."""
     global _anywhere
     poll()
     before, _anywhere = _anywhere, True

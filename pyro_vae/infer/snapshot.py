@@ -1,4 +1,5 @@
-"""Parts of a checkpoint besides the parameters: random states, the state of the optimizer, the configuration of a fit."""
+"""Parts of a checkpoint besides the parameters: random states, the state of the optimizer, the configuration
+of a fit."""
 
 import hashlib
 from typing import Any
@@ -14,7 +15,8 @@ from pyro_vae.infer.svi import OneOptimizer
 
 
 def random_state(batches: Batches | None = None) -> dict[str, Any]:
-    """The states of the global generators of torch (CPU and GPUs), Python and numpy, and of the generators of the batches."""
+    """The states of the global generators of torch (CPU and GPUs), Python and numpy, and of the generators of
+    the batches."""
     return pyro.util.get_rng_state() | {
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "own": [generator.get_state() for generator in batches.generators()] if batches is not None else [],
@@ -31,11 +33,15 @@ def set_random_state(state: dict[str, Any], batches: Batches | None = None) -> N
 
 
 def random_state_to_tensors(state: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A random state in the form that a checkpoint can store: the words of Python's and numpy's generators as tensors."""
+    """A random state in the form that a checkpoint can store: the words of Python's and numpy's generators as
+    tensors."""
     if state is None:
         return None
     (version, words, gauss), (kind, keys, *rest) = state["random"], state["numpy"]
-    return state | {"random": [version, torch.tensor(words), gauss], "numpy": [kind, torch.from_numpy(keys.copy()), *rest]}
+    return state | {
+        "random": [version, torch.tensor(words), gauss],
+        "numpy": [kind, torch.from_numpy(keys.copy()), *rest],
+    }
 
 
 def random_state_from_tensors(state: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -47,7 +53,8 @@ def random_state_from_tensors(state: dict[str, Any] | None) -> dict[str, Any] | 
 
 
 def optim_state(optim: Any) -> dict[str, Any]:
-    """The states of the torch optimizers (and schedulers) of one of Pyro's optimizers, by the names of the parameters."""
+    """The states of the torch optimizers (and schedulers) of one of Pyro's optimizers, by the names of the
+    parameters."""
     if isinstance(optim, OneOptimizer):
         return {"": optim.optimizer.state_dict()}
     found = {}
@@ -56,13 +63,16 @@ def optim_state(optim: Any) -> dict[str, Any]:
         if one is not None:
             is_scheduler = hasattr(one, "optimizer")
             found[name] = (
-                {"scheduler": one.state_dict(), "optimizer": one.optimizer.state_dict()} if is_scheduler else one.state_dict()
+                {"scheduler": one.state_dict(), "optimizer": one.optimizer.state_dict()}
+                if is_scheduler
+                else one.state_dict()
             )
     return found
 
 
 def set_optim_state(optim: Any, state: dict[str, Any]) -> None:
-    """Restore the state of one of Pyro's optimizers. Its torch optimizers are made here; Pyro makes them at the first step."""
+    """Restore the state of one of Pyro's optimizers. Its torch optimizers are made here; Pyro makes them at
+    the first step."""
     if isinstance(optim, OneOptimizer):
         optim.optimizer.load_state_dict(state[""])
         return
@@ -73,7 +83,9 @@ def set_optim_state(optim: Any, state: dict[str, Any]) -> None:
             if hasattr(one, "optimizer"):
                 one.load_state_dict(saved["scheduler"])
                 one.optimizer.load_state_dict(saved["optimizer"])
-                one.optimizer._opt_called = True  # else torch warns that the scheduler steps before the optimizer
+                one.optimizer._opt_called = (
+                    True  # else torch warns that the scheduler steps before the optimizer
+                )
             else:
                 one.load_state_dict(saved)
 
@@ -81,8 +93,13 @@ def set_optim_state(optim: Any, state: dict[str, Any]) -> None:
 def configuration(
     batches: Batches, held_out: Batches | None, loss: ELBO, optim: Any, group: Group, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """What must be the same when a fit is resumed. Functions cannot be compared: each is recorded as "a function"."""
-    options = {key: getattr(loss, key) for key in ("num_particles", "vectorize_particles", "alpha") if hasattr(loss, key)}
+    """What must be the same when a fit is resumed. Functions cannot be compared: each is recorded as "a
+    function"."""
+    options = {
+        key: getattr(loss, key)
+        for key in ("num_particles", "vectorize_particles", "alpha")
+        if hasattr(loss, key)
+    }
     whole = batches.whole.leaves() if isinstance(batches, InMemory) else []
     return {
         "num_processes": group.size,
@@ -93,7 +110,9 @@ def configuration(
         "data": [_checksum(tensor) for tensor in whole],
         "loss": {"name": type(loss).__name__} | options,
         "optim": _optimizer_settings(optim),
-        "validation": [_checksum(tensor) for tensor in held_out.whole.leaves()] if isinstance(held_out, InMemory) else [],
+        "validation": [_checksum(tensor) for tensor in held_out.whole.leaves()]
+        if isinstance(held_out, InMemory)
+        else [],
     } | {name: "a function" if callable(value) else value for name, value in settings.items()}
 
 
@@ -104,11 +123,16 @@ def versions() -> dict[str, str]:
 
 def _optimizer_settings(optim: Any) -> dict[str, Any]:
     """The classes of an optimizer and its scheduler, and their options that are plain values."""
-    kinds = [type(optim), *(getattr(optim, f"pt_{part}_constructor", None) for part in ("optim", "scheduler"))]
+    kinds = [
+        type(optim),
+        *(getattr(optim, f"pt_{part}_constructor", None) for part in ("optim", "scheduler")),
+    ]
     given = vars(optim).get("kwargs", {}), getattr(optim, "pt_optim_args", {})
     plain = {name: value for each in given if isinstance(each, dict) for name, value in each.items()}
     return {"name": [kind.__name__ for kind in kinds if kind is not None]} | {
-        name: repr(value) for name, value in plain.items() if isinstance(value, bool | int | float | str | tuple | list)
+        name: repr(value)
+        for name, value in plain.items()
+        if isinstance(value, bool | int | float | str | tuple | list)
     }
 
 

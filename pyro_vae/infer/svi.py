@@ -43,29 +43,32 @@ _TRACED = (Trace_ELBO, TraceMeanField_ELBO)
 class SVI(pyro.infer.SVI):
     """``pyro.infer.SVI`` with a faster step: the same constructor, ``step`` and ``evaluate_loss``.
 
-    Loss and gradients are traced through Pyro's handlers into a graph of tensor operations, one for each signature of the
-    arguments (shapes, dtypes and devices of tensors, values of others but floating numbers), and Adam and AdamW update all
-    parameters in one call. What cannot be traced runs as eager Pyro, with one logged line that says why.
+    Loss and gradients are traced through Pyro's handlers into a graph of tensor operations, one for each
+    signature of the arguments (shapes, dtypes and devices of tensors, values of others but floating numbers),
+    and Adam and AdamW update all parameters in one call. What cannot be traced runs as eager Pyro, with one
+    logged line that says why.
 
-    **Contract**, the same as that of ``jax.jit``: the Python code of a pair runs once for each signature. The graph is traced
-    again when parameters or buffers are replaced, frozen or moved, when training flags or hooks change, and when plain values
-    (numbers, strings) change: attributes of the modules that ran, and what functions of the pair close over or read as
-    globals. After any other change call :meth:`retrace`. The graph is compared with eager Pyro at the same noise when it is
-    made, at its 10th and 100th step and at every 1000th; where they differ, a line is logged and eager Pyro runs on. Making
-    and comparing a graph runs the pair a few times more: a pair that counts its own runs counts those too.
+    **Contract**, the same as that of ``jax.jit``: the Python code of a pair runs once for each signature. The
+    graph is traced again when parameters or buffers are replaced, frozen or moved, when training flags or
+    hooks change, and when plain values (numbers, strings) change: attributes of the modules that ran, and
+    what functions of the pair close over or read as globals. After any other change call :meth:`retrace`. The
+    graph is compared with eager Pyro at the same noise when it is made, at its 10th and 100th step and at
+    every 1000th; where they differ, a line is logged and eager Pyro runs on. Making and comparing a graph
+    runs the pair a few times more: a pair that counts its own runs counts those too.
 
-    Public are ``step``, ``evaluate_loss``, :meth:`explain`, :meth:`retrace`, the attribute ``compile``, and what
-    ``pyro.infer.SVI`` has.
+    Public are ``step``, ``evaluate_loss``, :meth:`explain`, :meth:`retrace`, the attribute ``compile``, and
+    what ``pyro.infer.SVI`` has.
 
     :param optim: one of Pyro's optimizers, or a ``torch.optim.Optimizer`` over the pair's parameters.
     :param loss: one of Pyro's ELBO objects; ``Trace_ELBO`` and ``TraceMeanField_ELBO`` are traced.
-    :param compile: ``"trace"``: a graph from the second step on, ready in a second; ``True``: compiled by Inductor as well,
-        which takes some seconds to a minute; ``"auto"``: the graph after 100 steps of one signature, and Inductor after 5000
-        where there is a C++ compiler; ``False``: eager Pyro.
-    :param check: raise ``ValueError`` at the first step, before a parameter moves, for a pair that is judged wrong (see
+    :param compile: ``"trace"``: a graph from the second step on, ready in a second; ``True``: compiled by
+        Inductor as well, which takes some seconds to a minute; ``"auto"``: the graph after 100 steps of one
+        signature, and Inductor after 5000 where there is a C++ compiler; ``False``: eager Pyro.
+    :param check: raise ``ValueError`` at the first step, before a parameter moves, for a pair that is judged
+        wrong (see
         :func:`~pyro_vae.check_pair`).
-    :raises ValueError: for another ``compile``, an optimizer whose step needs a closure (LBFGS), or a torch optimizer that
-        lacks one of the pair's parameters.
+    :raises ValueError: for another ``compile``, an optimizer whose step needs a closure (LBFGS), or a torch
+        optimizer that lacks one of the pair's parameters.
     """
 
     def __init__(
@@ -112,10 +115,16 @@ class SVI(pyro.infer.SVI):
             return super().evaluate_loss(*args, **kwargs)
 
     def explain(self) -> str:
-        """What runs how, and why: a line for each signature, and for each reason for steps without a signature."""
-        lines = [f"{signature.name}: {signature.how}, {signature.count} steps" for signature in self._signatures.values()]
+        """What runs how, and why: a line for each signature, and for each reason for steps without a
+        signature."""
+        lines = [
+            f"{signature.name}: {signature.how}, {signature.count} steps"
+            for signature in self._signatures.values()
+        ]
         lines += [f"eager Pyro: {reason}, {count} steps" for reason, count in self._eager_steps.items()]
-        return "\n".join(lines) or ("eager Pyro: compile=False" if self.compile is False else "no step has run yet")
+        return "\n".join(lines) or (
+            "eager Pyro: compile=False" if self.compile is False else "no step has run yet"
+        )
 
     def _first_loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
         """Loss and gradients of the first step, whose traces are checked before a parameter moves."""
@@ -158,7 +167,9 @@ class SVI(pyro.infer.SVI):
             return []
 
     def _step(self, batch: Batch) -> Any:
-        self._extra: Sequence[Tensor] | None = None  # values of _extra_outputs; None if eager Pyro ran the step
+        self._extra: Sequence[Tensor] | None = (
+            None  # values of _extra_outputs; None if eager Pyro ran the step
+        )
         reason = self._reason_for_eager()
         signature = None if reason else self._signature(batch)
         if signature is None:
@@ -201,7 +212,9 @@ class SVI(pyro.infer.SVI):
             if failure is not None:
                 from pyro_vae.compiler import describe
 
-                self._run_eagerly(signature, f"its graph failed where eager Pyro does not: {describe(failure)}")
+                self._run_eagerly(
+                    signature, f"its graph failed where eager Pyro does not: {describe(failure)}"
+                )
             return value
         self._extra = reported
         self._before_update(signature.step.params, gradients)
@@ -209,18 +222,26 @@ class SVI(pyro.infer.SVI):
         return value
 
     def _before_update(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Called between the gradients and the optimizer's update: a subclass may change the gradients in place, or raise."""
+        """Called between the gradients and the optimizer's update: a subclass may change the gradients in
+        place, or raise."""
 
     def _extra_outputs(self, traces: Traces, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:  # noqa: ARG002
-        """Further outputs of a graph, computed from the traces of model and guide and the gradients. After a step of the
-        graph their values are in ``_extra``."""
+        """Further outputs of a graph, computed from the traces of model and guide and the gradients. After a
+        step of the graph their values are in ``_extra``."""
         return ()
 
     def _graph_names(self) -> list[str]:
-        """Names of the signatures that have or may get a graph. A graph rounds differently from eager Pyro, so a resumed fit
-        needs them to reproduce each step."""
-        seen = {signature.name: signature.count > 0 and not signature.refused for signature in self._signatures.values()}
-        return [name for name, has_graph in (dict.fromkeys(self._restored_graphs, True) | seen).items() if has_graph]
+        """Names of the signatures that have or may get a graph. A graph rounds differently from eager Pyro,
+        so a resumed fit needs them to reproduce each step."""
+        seen = {
+            signature.name: signature.count > 0 and not signature.refused
+            for signature in self._signatures.values()
+        }
+        return [
+            name
+            for name, has_graph in (dict.fromkeys(self._restored_graphs, True) | seen).items()
+            if has_graph
+        ]
 
     def _restore_graphs(self, names: Collection[str]) -> None:
         """Run these signatures as graphs from their first step on; see :meth:`_graph_names`."""
@@ -245,8 +266,10 @@ class SVI(pyro.infer.SVI):
         modes = (
             *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
             torch.get_default_dtype(),
-            torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), Distribution._validate_args,
-        )  # fmt: skip
+            torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
+            Distribution._validate_args,
+        )
         key = (modes, structure, *(_key(leaf, self._floats_by_value) for leaf in leaves))
         found = self._signatures.get(key)
         if found is None and len(self._signatures) < _MAX_SIGNATURES:
@@ -254,23 +277,37 @@ class SVI(pyro.infer.SVI):
             if reason := _why_no_input(leaves):
                 self._run_eagerly(found, reason)
             if len(self._signatures) == _MAX_SIGNATURES:
-                self._log(f"{_MAX_SIGNATURES} signatures of arguments: others run as eager Pyro; pass numbers as tensors")
+                self._log(
+                    f"{_MAX_SIGNATURES} signatures of arguments: others run as eager Pyro; pass numbers as "
+                    "tensors"
+                )
         return found
 
     def _prepare(self, signature: "_Signature", batch: Batch) -> str:
-        """Trace, compile or compare the graph of a signature if it is time to. Returns why that failed, or ``""``."""
+        """Trace, compile or compare the graph of a signature if it is time to. Returns why that failed, or
+        ``""``."""
         from pyro_vae.compiler import THRESHOLDS, CannotTrace, describe
 
         signature.count += 1
         limits = THRESHOLDS["step of SVI"]
-        due = signature.count > (limits.trace if self.compile == "auto" else 1) or signature.name in self._restored_graphs
+        due = (
+            signature.count > (limits.trace if self.compile == "auto" else 1)
+            or signature.name in self._restored_graphs
+        )
         if signature.refused or not due:
             return ""
         try:
             if signature.step is not None:
-                changed = "a program, the loss or the optimizer" if self._is_replaced(signature) else signature.step.changed()
+                changed = (
+                    "a program, the loss or the optimizer"
+                    if self._is_replaced(signature)
+                    else signature.step.changed()
+                )
                 if changed:
-                    signature.step, signature.how = None, f"eager Pyro: {changed} changed; traced again at the next step"
+                    signature.step, signature.how = (
+                        None,
+                        f"eager Pyro: {changed} changed; traced again at the next step",
+                    )
                     return ""
             else:
                 with interruptible():
@@ -294,7 +331,12 @@ class SVI(pyro.infer.SVI):
 
     def _is_replaced(self, signature: "_Signature") -> bool:
         step = signature.step
-        return (self.model, self.guide, self._elbo, self.optim) != (step.model, step.guide, step.elbo, signature.move.optim)
+        return (self.model, self.guide, self._elbo, self.optim) != (
+            step.model,
+            step.guide,
+            step.elbo,
+            signature.move.optim,
+        )
 
     def _build(self, signature: "_Signature", batch: Batch) -> None:
         from pyro_vae.compiler import CannotTrace
@@ -348,7 +390,8 @@ class _Signature:
         self.has_floats = any(each and _is_float(leaf) for leaf, each in zip(leaves, is_input, strict=True))
         self.floats: set[tuple[float, ...]] = set()  # values at which the graph was compared with eager Pyro
         self.name = ", ".join(
-            "float" if each and _is_float(leaf) else _name(leaf) for leaf, each in zip(leaves, is_input, strict=True)
+            "float" if each and _is_float(leaf) else _name(leaf)
+            for leaf, each in zip(leaves, is_input, strict=True)
         )
         self.count = self.num_builds = 0
         self.step: Any = None
@@ -356,13 +399,18 @@ class _Signature:
         self.how, self.refused = "eager Pyro: the first steps", False
 
     def inputs(self, batch: Batch) -> list[Tensor]:
-        """The tensors that a graph is given: the tensors among the arguments, and floating numbers as tensors."""
+        """The tensors that a graph is given: the tensors among the arguments, and floating numbers as
+        tensors."""
         leaves = pytree.tree_leaves(tuple(batch))
         given = (leaves[i] for i in self.inputs_at)
-        return [leaf if isinstance(leaf, Tensor) else torch.tensor(float(leaf), dtype=torch.double) for leaf in given]
+        return [
+            leaf if isinstance(leaf, Tensor) else torch.tensor(float(leaf), dtype=torch.double)
+            for leaf in given
+        ]
 
     def has_new_floats(self, batch: Batch) -> bool:
-        """Whether floats among the arguments have other values than before, for the first few: Python may look them up."""
+        """Whether floats among the arguments have other values than before, for the first few: Python may
+        look them up."""
         if not self.has_floats or len(self.floats) == _NUM_FLOATS:
             return False
         num_known = len(self.floats)
@@ -370,7 +418,8 @@ class _Signature:
         return len(self.floats) > num_known
 
     def arguments(self, batch: Batch) -> Any:
-        """The function that puts such tensors back among the arguments; with ``as_floats`` those of floats as floats."""
+        """The function that puts such tensors back among the arguments; with ``as_floats`` those of floats as
+        floats."""
         leaves, structure = pytree.tree_flatten(tuple(batch))
         others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # keeps no batch
 
@@ -403,27 +452,43 @@ def _why_no_input(leaves: Sequence[Any]) -> str:
 def _key(leaf: Any, floats_by_value: bool) -> Hashable:
     if isinstance(leaf, Tensor):
         strided = leaf.layout is torch.strided
-        return leaf.shape, leaf.stride() if strided else leaf.layout, leaf.dtype, leaf.device, leaf.requires_grad
+        return (
+            leaf.shape,
+            leaf.stride() if strided else leaf.layout,
+            leaf.dtype,
+            leaf.device,
+            leaf.requires_grad,
+        )
     if _is_float(leaf):
         return float, float(leaf) if floats_by_value else None
     return type(leaf), leaf if isinstance(leaf, _PLAIN) else None
 
 
 def _name(leaf: Any) -> str:
-    return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
+    return (
+        f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+        if isinstance(leaf, Tensor)
+        else repr(leaf)
+    )
 
 
 def check_optimizer(optim: Any) -> None:
     """Raise ``ValueError`` for an optimizer whose step computes the loss several times by a closure."""
-    kind: Any = type(optim) if isinstance(optim, torch.optim.Optimizer) else getattr(optim, "pt_optim_constructor", None)
+    kind: Any = (
+        type(optim)
+        if isinstance(optim, torch.optim.Optimizer)
+        else getattr(optim, "pt_optim_constructor", None)
+    )
     step = getattr(kind, "step", None)
-    closure = signature_of(step).parameters.get("closure") if isinstance(kind, type) and step is not None else None
+    closure = (
+        signature_of(step).parameters.get("closure") if isinstance(kind, type) and step is not None else None
+    )
     if closure is not None and closure.default is closure.empty:
         raise ValueError(
-            f"optim: a step of {getattr(kind, '__name__', kind)} computes the loss several times by a closure, which SVI does "
-            "not have; expected an optimizer of one gradient a step, such as pyro.optim.Adam, or call "
-            "optimizer.step(closure) without SVI, where closure computes Trace_ELBO().differentiable_loss(model, guide, x) and "
-            "its gradients"
+            f"optim: a step of {getattr(kind, '__name__', kind)} computes the loss several times by a "
+            "closure, which SVI does not have; expected an optimizer of one gradient a step, such as "
+            "pyro.optim.Adam, or call optimizer.step(closure) without SVI, where closure computes "
+            "Trace_ELBO().differentiable_loss(model, guide, x) and its gradients"
         )
 
 
@@ -439,7 +504,8 @@ class OneOptimizer(PyroOptim):
         for p in params:
             if p not in own:
                 raise ValueError(
-                    f"optim: the pair trains a parameter of shape {tuple(p.shape)} that {type(self.optimizer).__name__} does "
-                    "not have; expected all of them: build the pair first, or pass one of Pyro's optimizers"
+                    f"optim: the pair trains a parameter of shape {tuple(p.shape)} that "
+                    f"{type(self.optimizer).__name__} does not have; expected all of them: build the pair "
+                    "first, or pass one of Pyro's optimizers"
                 )
         self.optimizer.step(*args, **kwargs)

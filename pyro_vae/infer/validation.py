@@ -10,10 +10,11 @@ from torch.distributions import TransformedDistribution, constraints
 
 
 def validity(traces: Sequence[tuple[Trace, Trace]], *, default: bool) -> Iterator[Tensor]:
-    """For each constraint of a run, whether it is satisfied, ``()``. Constraints to real numbers are left out: a NaN there
-    makes the loss NaN.
+    """For each constraint of a run, whether it is satisfied, ``()``. Constraints to real numbers are left
+    out: a NaN there makes the loss NaN.
 
-    :param default: whether distributions without ``validate_args`` are validated, see ``set_default_validate_args``.
+    :param default: whether distributions without ``validate_args`` are validated, see
+    ``set_default_validate_args``.
     """
     for model_trace, guide_trace in traces:
         for trace in (model_trace, guide_trace):
@@ -31,7 +32,8 @@ def validity(traces: Sequence[tuple[Trace, Trace]], *, default: bool) -> Iterato
 
 
 def _is_validated(fn: Any, default: bool) -> bool:
-    """Whether torch validates a distribution; one that is only reshaped, expanded or masked is validated as its base is."""
+    """Whether torch validates a distribution; one that is only reshaped, expanded or masked is validated as
+    its base is."""
     while "base_dist" in vars(fn) and not isinstance(fn, TransformedDistribution):
         fn = fn.base_dist
     validate_args = vars(fn).get("_validate_args")
@@ -59,8 +61,8 @@ def _is_real(constraint: Any) -> bool:
 
 
 def _all_satisfy(constraint: Any, value: Tensor) -> Tensor:
-    """Whether all values satisfy a constraint, ``()``. torch's check of a positive definite matrix branches in Python on its
-    symmetry, which a graph cannot contain."""
+    """Whether all values satisfy a constraint, ``()``. torch's check of a positive definite matrix branches
+    in Python on its symmetry, which a graph cannot contain."""
     if not isinstance(constraint, type(constraints.symmetric)):
         return constraint.check(value).all()
     satisfied = torch.isclose(value, value.mT, atol=1e-6).all()

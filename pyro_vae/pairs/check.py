@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 
 class SiteReport(NamedTuple):
-    """One random variable of a pair. ``plates``: outermost first. ``programs``: ``"model"``, ``"guide"`` or both."""
+    """One random variable of a pair. ``plates``: outermost first. ``programs``: ``"model"``, ``"guide"`` or
+    both."""
 
     name: str
     observed: bool
@@ -56,12 +57,21 @@ class PairReport:
     def __str__(self) -> str:
         header = ("site", "", "in", "plates", "event_shape", "distribution")
         rows = [header] + [
-            (s.name, "observed" if s.observed else "latent", ", ".join(s.programs), ", ".join(s.plates) or "-",
-             str(s.event_shape), s.distribution)
+            (
+                s.name,
+                "observed" if s.observed else "latent",
+                ", ".join(s.programs),
+                ", ".join(s.plates) or "-",
+                str(s.event_shape),
+                s.distribution,
+            )
             for s in self.sites
-        ]  # fmt: skip
+        ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        table = [
+            "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
         verdict = [f"- {problem}" for problem in self.problems] or ["Nothing is wrong with this pair."]
         return "\n".join([*table, "", *verdict])
 
@@ -69,13 +79,15 @@ class PairReport:
 def check_pair(model: Program, guide: Program, data: Any) -> PairReport:
     """Run a pair on all data at once and report its problems. All state is restored afterwards.
 
-    Checked are: sites that only model or guide has; event shapes and plates that differ between them; batch dimensions that
-    no plate declares; data that are not finite, or outside of the likelihood's support, with the row; draws of the guide
-    outside of the model's support and the reverse; log-probabilities that are not finite, with the row; networks that are
-    not registered; rows along another dimension than the first; and rows that are not independent given the latents that
-    they share, as under batch normalization in training mode.
+    Checked are: sites that only model or guide has; event shapes and plates that differ between them; batch
+    dimensions that no plate declares; data that are not finite, or outside of the likelihood's support, with
+    the row; draws of the guide outside of the model's support and the reverse; log-probabilities that are not
+    finite, with the row; networks that are not registered; rows along another dimension than the first; and
+    rows that are not independent given the latents that they share, as under batch normalization in training
+    mode.
 
-    :param data: as for :func:`~pyro_vae.fit`; some of them suffice, such as 100 rows. Invalid data are reported too.
+    :param data: as for :func:`~pyro_vae.fit`; some of them suffice, such as 100 rows. Invalid data are
+        reported too.
     :return: :class:`PairReport`; ``print(check_pair(...))`` is a table of the sites and the list of problems.
 
     >>> import pyro, pyro.distributions as dist, torch
@@ -126,7 +138,8 @@ def inspect_checked(
 
     :param check: ``False`` allows problems that are judged, not undefined results.
     :param per_datum: the verb needs log-weights per datum.
-    :param joint: the verb needs log-weights of all data together; the structure returned has them as one datum.
+    :param joint: the verb needs log-weights of all data together; the structure returned has them as one
+        datum.
     :param whole: the batch is all data, so distinct rows must stay distinct in the dtype of the parameters.
     """
     pair = inspect(model, guide, batch)
@@ -135,12 +148,18 @@ def inspect_checked(
     problems: list[Problem] = [*pair_problems(pair), *lost_parameters(pair)]
     if not problems or not check:  # these may raise on a pair with other problems
         with suppress(RuntimeError, ValueError) if problems else nullcontext():
-            problems += [*(per_datum_problems(pair) if per_datum else ()), *(joint_problems(pair) if joint else ())]
+            problems += [
+                *(per_datum_problems(pair) if per_datum else ()),
+                *(joint_problems(pair) if joint else ()),
+            ]
     refuse(problems, verb=verb, check=check)
     for side, name, site in pair.sites:
         if isinstance(site["scale"], Tensor) and site["scale"].numel() > 1 and not (site["scale"] == 1).all():
             logger.warning(
-                "%s: the weights of %r in the %s (poutine.scale) are for training, and left out here", verb, name, side
+                "%s: the weights of %r in the %s (poutine.scale) are for training, and left out here",
+                verb,
+                name,
+                side,
             )
     if not per_datum and not joint:
         return pair
@@ -159,7 +178,8 @@ def refuse(problems: Iterable[Problem], *, verb: str, check: bool = True) -> Non
 
 
 def check_observed(pair: Structure, model_trace: Trace, batch: Batch, where: str) -> None:
-    """Raise ``ValueError`` if an observed row of another run of the pair is outside of the likelihood's support."""
+    """Raise ``ValueError`` if an observed row of another run of the pair is outside of the likelihood's
+    support."""
     for problem in data_problems(model_trace, batch, pair.plates, None, pair.trusted[0]):
         raise ValueError(f"{where}: {problem}")
 
@@ -170,4 +190,6 @@ def _sites(model_trace: Trace, guide_trace: Trace) -> Iterator[SiteReport]:
         programs = tuple(side for side, sites in (("model", model), ("guide", guide)) if name in sites)
         site = model[name] if name in model else guide[name]
         fn = site["fn"]
-        yield SiteReport(name, site["is_observed"], programs, plates_of(site), tuple(fn.event_shape), family(fn))
+        yield SiteReport(
+            name, site["is_observed"], programs, plates_of(site), tuple(fn.event_shape), family(fn)
+        )

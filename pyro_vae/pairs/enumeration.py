@@ -48,15 +48,15 @@ def is_enumerated(site: dict) -> bool:
 
 
 def sum_out(traces: Sequence[tuple[Trace, Sites, int]], plates: frozenset[str]) -> Tensor:
-    """log Σ Π f over the values of the enumerated sites, by variable elimination. f are the probabilities of the sites of each
-    trace, to the power of its sign. Enumerated sites of a trace of sign −1 count as 1, since a mean of p/q over q is a sum
-    of p.
+    """log Σ Π f over the values of the enumerated sites, by variable elimination. f are the probabilities of
+    the sites of each trace, to the power of its sign. Enumerated sites of a trace of sign −1 count as 1,
+    since a mean of p/q over q is a sum of p.
 
     Scales are removed, masks are applied.
 
-    :param traces: for each trace the function that gives its sites, ``sampled`` or ``proposal``, and its sign. The guide's
-        comes first, run under ``EnumMessenger(first_available_dim)``, then the model's, run under ``EnumMessenger()``, so
-        that they do not share enumeration dimensions.
+    :param traces: for each trace the function that gives its sites, ``sampled`` or ``proposal``, and its
+        sign. The guide's comes first, run under ``EnumMessenger(first_available_dim)``, then the model's, run
+        under ``EnumMessenger()``, so that they do not share enumeration dimensions.
     :param plates: the plates that remain, of particles and of data.
     :return: ``(particles, batch)``, without the dimensions of plates that are not there.
     """
@@ -77,13 +77,17 @@ def sum_out(traces: Sequence[tuple[Trace, Sites, int]], plates: frozenset[str]) 
             dim = site["infer"].get("_enumerate_dim")
             if dim is not None and site["mask"] is not None:  # a masked site sums to 1
                 size = site["value"].shape[dim - site["fn"].event_dim]
-                masked = torch.where(torch.as_tensor(site["mask"], device=masked.device), log_prob, -math.log(size))
+                masked = torch.where(
+                    torch.as_tensor(site["mask"], device=masked.device), log_prob, -math.log(size)
+                )
             term = packed.pack(sign * masked, site["infer"]["_dim_to_symbol"])
             factors.setdefault(frozenset(symbols[frame.name] for frame in frames), []).append(term)
     of_plates = set(symbols.values())
     summed = {dim for terms in factors.values() for term in terms for dim in term._pyro_dims} - of_plates  # type: ignore[attr-defined]
     dims = {symbols[name]: frame.dim for name, frame in kept.items()}
     sizes = {symbols[name]: max(frame.size, 1) for name, frame in kept.items()}
-    total = contract_to_tensor(factors, summed, target_ordinal=frozenset(dims), ring=LogRing(dim_to_size=sizes))
+    total = contract_to_tensor(
+        factors, summed, target_ordinal=frozenset(dims), ring=LogRing(dim_to_size=sizes)
+    )
     order = sorted(kept.values(), key=lambda frame: frame.name != PARTICLES)
     return sum_to(packed.unpack(total, dims), [frame.dim for frame in order])

@@ -1,4 +1,5 @@
-"""The latents of each datum, or of all data as one datum, concatenated in one vector, for many draws at once."""
+"""The latents of each datum, or of all data as one datum, concatenated in one vector, for many draws at
+once."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -26,17 +27,18 @@ def inspect_latents(
     for name, site in pair.guide_latents.items():
         if site["infer"].get("is_auxiliary") and name not in part_of_q:
             raise ValueError(
-                f"guide: its site {name!r} is not in the model, so log q(z|x) without it is not known, and {verb} needs it; "
-                "expected a guide without auxiliary sites, or log_weights, evaluate and importance, which need no more than "
-                "log q(z|x, u)"
+                f"guide: its site {name!r} is not in the model, so log q(z|x) without it is not known, and "
+                f"{verb} needs it; expected a guide without auxiliary sites, or log_weights, evaluate and "
+                "importance, which need no more than log q(z|x, u)"
             )
     return Latents(pair), pair.batch
 
 
 class Site(NamedTuple):
-    """A latent site. event: its event shape. plates: the size of each batch dimension, 1 without a plate. rows: the batch
-    dimension of the data. dims: the batch dimensions of plates within a datum. fn: its distribution in the model. If all data
-    are one datum, ``rows`` is a dimension of size 1 to the left of all plates."""
+    """A latent site. event: its event shape. plates: the size of each batch dimension, 1 without a plate.
+    rows: the batch dimension of the data. dims: the batch dimensions of plates within a datum. fn: its
+    distribution in the model. If all data are one datum, ``rows`` is a dimension of size 1 to the left of all
+    plates."""
 
     event: torch.Size
     plates: tuple[int, ...]
@@ -57,11 +59,12 @@ class Site(NamedTuple):
 
 
 class Latents:
-    """The latents of a pair as one vector z for each datum, ``(particles, batch, dim)``, and log-probabilities at given z.
-    Sites that the model enumerates in parallel are summed out and are not part of z.
+    """The latents of a pair as one vector z for each datum, ``(particles, batch, dim)``, and
+    log-probabilities at given z. Sites that the model enumerates in parallel are summed out and are not part
+    of z.
 
-    For a joint structure all data are one datum: z contains all latents, the batch is 1, and log-probabilities are sums over
-    all data.
+    For a joint structure all data are one datum: z contains all latents, the batch is 1, and
+    log-probabilities are sums over all data.
 
     :param pair: of :func:`~pyro_vae.pairs.check.inspect_checked` with ``per_datum`` or ``joint``.
     :raises ValueError: for a latent of each datum in a sequential plate.
@@ -79,10 +82,19 @@ class Latents:
     def _site(self, name: str, site: dict) -> Site:
         frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
         if len(frames) < len(site["cond_indep_stack"]) and not self.joint:
-            raise ValueError(f"model: {name!r} lies in a sequential plate; expected a vectorized one, pyro.plate(…, dim=-2)")
-        rows, sizes = -1 - self.nesting if self.joint else row_dim(site, self.plates), [1] * (self.nesting + self.joint)
+            raise ValueError(
+                f"model: {name!r} lies in a sequential plate; expected a vectorized one, pyro.plate(…, "
+                "dim=-2)"
+            )
+        rows, sizes = (
+            -1 - self.nesting if self.joint else row_dim(site, self.plates),
+            [1] * (self.nesting + self.joint),
+        )
         if rows is None:
-            raise ValueError(f"model: {name!r} lies in no data plate; expected it within pyro.plate over the rows of the data")
+            raise ValueError(
+                f"model: {name!r} lies in no data plate; expected it within pyro.plate over the rows of the "
+                "data"
+            )
         event, value = site["fn"].event_shape, site["value"]
         batch_shape = value.shape[max(0, value.dim() - len(event) - self.nesting) : value.dim() - len(event)]
         sizes[len(sizes) - len(batch_shape) :] = batch_shape  # dimensions that no plate declares too
@@ -106,7 +118,9 @@ class Latents:
         """Values of the sites in a plate of particles, from z ``(particles, batch, dim)``."""
         values = {}
         for name, site, part in self.split(z):
-            rows = part.reshape(*z.shape[:2], *site.inner, *site.event)  # (particles, batch, plates within, event)
+            rows = part.reshape(
+                *z.shape[:2], *site.inner, *site.event
+            )  # (particles, batch, plates within, event)
             value = rows[:, 0] if self.joint else rows.movedim(1, 1 + self.nesting + site.rows)
             values[name] = value.to(site.dtype)
         return values
@@ -117,7 +131,10 @@ class Latents:
             raise ValueError("model: it has no latent of each datum that is not summed out; expected one")
         for name in self.sites:
             if name not in values:
-                raise ValueError(f"guide: it has no site {name!r}, which the model samples; expected pyro.sample({name!r}, …)")
+                raise ValueError(
+                    f"guide: it has no site {name!r}, which the model samples; expected "
+                    f"pyro.sample({name!r}, …)"
+                )
         parts = (self.part(name, values[name], num_particles, num_rows) for name in self.sites)
         return torch.cat([part.reshape(num_particles, num_rows, -1) for part in parts], -1)
 
@@ -129,9 +146,11 @@ class Latents:
         rows = rows.expand(num_particles, num_rows, *site.inner, *site.event)
         return rows.reshape(num_particles, num_rows, *site.shape)
 
-    def run(self, program: Program, batch: Batch, num_particles: int, values: Mapping[str, Tensor] | None = None) -> Trace:
-        """A trace of ``num_particles`` runs at once. With ``values`` these sites are fixed, and enumerated sites take all
-        their values."""
+    def run(
+        self, program: Program, batch: Batch, num_particles: int, values: Mapping[str, Tensor] | None = None
+    ) -> Trace:
+        """A trace of ``num_particles`` runs at once. With ``values`` these sites are fixed, and enumerated
+        sites take all their values."""
         held = program if values is None else Held(values)(program)
         if self.enumerates and values is not None:
             held = EnumMessenger(first_available_dim=-2 - self.nesting)(held)
@@ -140,8 +159,8 @@ class Latents:
                 held(*batch.args, **batch.kwargs)
             except RuntimeError as error:  # of torch, about shapes: such as of batch normalization
                 raise ValueError(
-                    f"pair: it does not run in a plate of particles: {first_line(error)}; expected code that counts dimensions "
-                    "from the right: z[..., 0], dim=-1, reshape(*z.shape[:-1], …)"
+                    f"pair: it does not run in a plate of particles: {first_line(error)}; expected code that "
+                    "counts dimensions from the right: z[..., 0], dim=-1, reshape(*z.shape[:-1], …)"
                 ) from error
         return tracer.trace
 
@@ -150,7 +169,9 @@ class Latents:
         trace = self.run(guide, batch, num_particles)
         shape = num_particles, self.num_rows(batch)
         z = self.flat(values_of(trace), *shape)
-        if any(is_enumerated(site) for _, site in sampled(trace)):  # a sampled value of what the guide enumerates
+        if any(
+            is_enumerated(site) for _, site in sampled(trace)
+        ):  # a sampled value of what the guide enumerates
             return z, self.log_q(guide, batch, z).expand(shape)
         latent, observed = self._sums(trace, proposal)
         return z, (latent + observed).expand(shape)
@@ -160,7 +181,8 @@ class Latents:
         return {name: part.to(site.dtype) for name, site, part in self.split(z)}
 
     def distribution(self, guide: Program, batch: Batch) -> Any:
-        """The distribution q(z|x) of a guide with one site; ``None`` for several sites, which may depend on each other."""
+        """The distribution q(z|x) of a guide with one site; ``None`` for several sites, which may depend on
+        each other."""
         if len(self.sites) > 1:
             return None
         (name,) = self.sites
@@ -171,15 +193,20 @@ class Latents:
         return self._total(self.run(model, batch, len(z), self.values(z)), sampled).expand(len(z), z.shape[1])
 
     def log_q(self, guide: Program, batch: Batch, z: Tensor) -> Tensor:
-        """log q(z|x). z: ``(particles, batch, dim)`` → ``(particles, batch)``. Raises ``NotImplementedError`` for a guide that
-        knows the density of its own draws only, such as an autoguide."""
+        """log q(z|x). z: ``(particles, batch, dim)`` → ``(particles, batch)``. Raises ``NotImplementedError``
+        for a guide that knows the density of its own draws only, such as an autoguide."""
         if self.pair.guide is guide and self.pair.has_auxiliary:
-            raise NotImplementedError("guide: it has auxiliary sites, so its density at given latents is not known")
+            raise NotImplementedError(
+                "guide: it has auxiliary sites, so its density at given latents is not known"
+            )
         try:
-            return self._total(self.run(guide, batch, len(z), self.values(z)), proposal).expand(len(z), z.shape[1])
+            return self._total(self.run(guide, batch, len(z), self.values(z)), proposal).expand(
+                len(z), z.shape[1]
+            )
         except KeyError as error:  # a transform that can invert its own draws only
             raise NotImplementedError(
-                f"guide: its density at given latents is not known: {first_line(error)}; a planar flow has no inverse"
+                f"guide: its density at given latents is not known: {first_line(error)}; a planar flow has "
+                "no inverse"
             ) from error
 
     def log_prior_and_joint(self, model: Program, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,9 +236,12 @@ class Latents:
         return total.unsqueeze(-1) if self.joint else total
 
     def _sums(self, trace: Trace, sites: Sites) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of latent and of observed sites, ``(particles, batch)`` or a shape that broadcasts to it."""
+        """Log-probabilities of latent and of observed sites, ``(particles, batch)`` or a shape that
+        broadcasts to it."""
         sums = sum_sites(sites(trace), self.plates, particle_dim=-1 - self.nesting)
         if not self.joint:
             return sums.latent, sums.observed
-        latent, observed = (part.unsqueeze(-1) if part.dim() else part for part in (sums.shared_latent, sums.shared_observed))
+        latent, observed = (
+            part.unsqueeze(-1) if part.dim() else part for part in (sums.shared_latent, sums.shared_observed)
+        )
         return latent, observed

@@ -1,5 +1,6 @@
-"""Log-weights log p(x, z) − log q(z|x) of any pair: what ELBO, importance-weighted bounds, effective sample size and Pareto k̂
-stand on. They are made in chunks, so that memory is bounded whatever the number of particles."""
+"""Log-weights log p(x, z) − log q(z|x) of any pair: what ELBO, importance-weighted bounds, effective sample
+size and Pareto k̂ stand on. They are made in chunks, so that memory is bounded whatever the number of
+particles."""
 
 import logging
 from collections import Counter
@@ -38,22 +39,25 @@ def log_weights(
 ) -> Tensor:
     """log p(x, z) − log q(z|x) per datum at z ~ q(z|x), in nats: ``(num_particles, batch)``.
 
-    The mean of exp over particles is an unbiased estimate of p(x), whatever the guide; the mean itself is one of the ELBO.
+    The mean of exp over particles is an unbiased estimate of p(x), whatever the guide; the mean itself is one
+    of the ELBO.
 
-    Any pair with a data plate: several latents, plates within a datum, masks (masked entries have no part in p), autoguides.
-    Sites with ``infer={"enumerate": "parallel"}`` are summed out: those of the model exactly, log Σ_y p(x, y, z), those of the
-    guide by a draw for each value, log Σ_y p(x, y, z_y) / q(z_y|x, y). Scales are removed: of subsampling, of annealing. What
-    a guide observes (``obs=``, ``pyro.factor``) is no part of q, nor are auxiliary sites that latents are not points of.
+    Any pair with a data plate: several latents, plates within a datum, masks (masked entries have no part in
+    p), autoguides. Sites with ``infer={"enumerate": "parallel"}`` are summed out: those of the model exactly,
+    log Σ_y p(x, y, z), those of the guide by a draw for each value, log Σ_y p(x, y, z_y) / q(z_y|x, y).
+    Scales are removed: of subsampling, of annealing. What a guide observes (``obs=``, ``pyro.factor``) is no
+    part of q, nor are auxiliary sites that latents are not points of.
 
-    :param data: the arguments of model and guide, ``(batch, *event)``, in whatever form :func:`~pyro_vae.fit` takes them: a
-        tensor or array, a tuple for positional arguments, a dict for keyword arguments, ``pv.Data``, a ``Dataset``, or a
-        ``DataLoader`` that keeps the order of its data set.
+    :param data: the arguments of model and guide, ``(batch, *event)``, in whatever form :func:`~pyro_vae.fit`
+        takes them: a tensor or array, a tuple for positional arguments, a dict for keyword arguments,
+        ``pv.Data``, a ``Dataset``, or a ``DataLoader`` that keeps the order of its data set.
     :param max_bytes: of the tensors that one run makes; particles and data are taken in chunks of that size.
     :param seed: of the draws.
     :param check: ``False`` runs a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
-    :raises ValueError: for a pair that is wrong; a latent outside the data plate, which has no weight per datum (see
-        :func:`joint_log_weights`); a latent on one side only; a model that draws a subsample itself; a datum whose
-        log-probability is not finite.
+    :raises ValueError: for a pair that is wrong; a latent outside the data plate, which has no weight per
+        datum (see
+        :func:`joint_log_weights`); a latent on one side only; a model that draws a subsample itself; a datum
+        whose log-probability is not finite.
     """
     check_particles("log_weights", num_particles)
     batch = read_whole(data, seed=seed)
@@ -66,9 +70,9 @@ def log_weights(
 class JointLogWeights:
     """Log-weights of all data together, from :func:`joint_log_weights`, in nats.
 
-    log_weights: log p(x₁…x_N, z) − log q(z|x), ``(num_particles,)``. draws: the z of each latent site at which they were
-    taken, ``(num_particles, *shape)``, with a dimension for each plate of the site. Sites that are summed out have none, nor
-    have those that a guide draws once for each value of what it sums out.
+    log_weights: log p(x₁…x_N, z) − log q(z|x), ``(num_particles,)``. draws: the z of each latent site at
+    which they were taken, ``(num_particles, *shape)``, with a dimension for each plate of the site. Sites
+    that are summed out have none, nor have those that a guide draws once for each value of what it sums out.
     """
 
     log_weights: Tensor
@@ -116,14 +120,16 @@ def joint_log_weights(
 ) -> JointLogWeights:
     """log p(x₁…x_N, z) − log q(z|x) of all data together, in nats, and the draws z: :class:`JointLogWeights`.
 
-    For pairs with latents that all data share, such as the weights of a regression; the log-mean-exp estimates the evidence
-    of the whole data set. Arguments as for :func:`log_weights`. All draws are kept; where latents of each datum make them
-    too large, ``evidence.importance(…, joint=True)`` keeps none.
+    For pairs with latents that all data share, such as the weights of a regression; the log-mean-exp
+    estimates the evidence of the whole data set. Arguments as for :func:`log_weights`. All draws are kept;
+    where latents of each datum make them too large, ``evidence.importance(…, joint=True)`` keeps none.
     """
     check_particles("joint_log_weights", num_particles)
     batch = read_whole(data, seed=seed)
     with untouched(training=False, seed=seed), torch.no_grad():
-        weigher = weigh(model, guide, batch, verb="joint_log_weights", check=check, max_bytes=max_bytes, joint=True)
+        weigher = weigh(
+            model, guide, batch, verb="joint_log_weights", check=check, max_bytes=max_bytes, joint=True
+        )
         (rows,) = weigher.chunks(num_particles)
         weights, draws = weigher.with_draws(rows, num_particles)
     return JointLogWeights(weights[:, 0], draws)
@@ -139,11 +145,13 @@ def weigh(
     max_bytes: int = MAX_BYTES,
     joint: bool = False,
 ) -> "Weigher":
-    """The log-weights of a pair, after a look at what it is made of. Raises ``ValueError`` for what is wrong with it."""
+    """The log-weights of a pair, after a look at what it is made of. Raises ``ValueError`` for what is wrong
+    with it."""
     pair = inspect_checked(model, guide, batch, verb=verb, check=check, per_datum=not joint, joint=joint)
     if not pair.has_density:
         logger.warning(
-            "%s: the guide has points (Delta), which have no density, so the weights bound nothing: each is log p(x, z) at "
+            "%s: the guide has points (Delta), which have no density, so the weights bound nothing: each is "
+            "log p(x, z) at "
             "the point", verb,
         )  # fmt: skip
     return Weigher(pair, max_bytes=max_bytes)
@@ -152,7 +160,8 @@ def weigh(
 class Weigher:
     """The log-weights of a pair, chunk by chunk. Modules are expected in evaluation mode, gradients off.
 
-    :param pair: inspected with ``particles``. Where it is joint, all data together are one datum: its rows are 1.
+    :param pair: inspected with ``particles``. Where it is joint, all data together are one datum: its rows
+    are 1.
     """
 
     def __init__(self, pair: Structure, *, max_bytes: int = MAX_BYTES) -> None:
@@ -174,8 +183,8 @@ class Weigher:
         return chunks
 
     def of(self, rows: slice, num_particles: int) -> Tensor:
-        """All log-weights of one chunk of the data: ``(num_particles, rows)``. Raises ``ValueError`` for a datum all of whose
-        weights are 0, or one of whose weights is NaN or infinite."""
+        """All log-weights of one chunk of the data: ``(num_particles, rows)``. Raises ``ValueError`` for a
+        datum all of whose weights are 0, or one of whose weights is NaN or infinite."""
         return self._of(rows, num_particles)[0]
 
     def with_draws(self, rows: slice, num_particles: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -197,8 +206,8 @@ class Weigher:
         return found
 
     def _graphed(self, part: Batch, calls: int) -> Callable[..., Sequence[Tensor]]:
-        """The log-weights of ``at_once`` particles as a function of the tensors of a chunk; a graph if ``calls`` calls pay for
-        one."""
+        """The log-weights of ``at_once`` particles as a function of the tensors of a chunk; a graph if
+        ``calls`` calls pay for one."""
 
         def eager(*tensors: Tensor) -> tuple[Tensor, ...]:
             return self.weigh(part.with_leaves(tensors), self.at_once)
@@ -215,8 +224,9 @@ class Weigher:
             at = int(bad.nonzero()[0])
             what, value = "of all data" if self.pair.joint else f"of row {rows.start + at}", weights[:, at]
             raise ValueError(
-                f"log-weights: those {what} are {float(value[~value.isfinite()][0])}{self._where(rows)}; expected "
-                "finite log-probabilities: check this row of the data, and the parameters of the pair"
+                f"log-weights: those {what} are {float(value[~value.isfinite()][0])}{self._where(rows)}; "
+                "expected finite log-probabilities: check this row of the data, and the parameters of the "
+                "pair"
             )
 
     def _where(self, rows: slice) -> str:
@@ -231,7 +241,8 @@ class Weigher:
         return ""
 
     def weigh(self, batch: Batch, num_particles: int) -> tuple[Tensor, ...]:
-        """Log-weights of some data, by eager Pyro: ``(num_particles, rows)``, and draws where they are kept."""
+        """Log-weights of some data, by eager Pyro: ``(num_particles, rows)``, and draws where they are
+        kept."""
         if self.vectorized:
             return self._once(batch, num_particles)
         return tuple(map(torch.cat, zip(*(self._once(batch) for _ in range(num_particles)), strict=True)))
@@ -239,12 +250,14 @@ class Weigher:
     def at(self, batch: Batch, values: Mapping[str, Tensor]) -> Tensor:
         """Log-weights at given latents, that come as the sites take them: ``(rows,)``.
 
-        :raises ValueError: where sites are summed out, or the guide does not tell its density at other values than its draws.
+        :raises ValueError: where sites are summed out, or the guide does not tell its density at other values
+        than its draws.
         """
         if self.pair.enumerates or self.pair.points or self.pair.has_auxiliary:
             raise ValueError(
-                "guide: its density at given latents is not known, since it (or the model) has sites that are summed out, "
-                "points, or auxiliary variables, as autoguides have; expected pyro.sample of a distribution for each latent"
+                "guide: its density at given latents is not known, since it (or the model) has sites that "
+                "are summed out, points, or auxiliary variables, as autoguides have; expected pyro.sample of "
+                "a distribution for each latent"
             )
         return log_weight(run_particles(self.pair, batch, None, values), self.plates).expand(batch.num_rows)
 
@@ -254,7 +267,9 @@ class Weigher:
         if self.pair.enumerates:
             weights = sum_out([(q, proposal, -1), (p, sampled, 1)], self.plates | {PARTICLES})
         else:
-            weights = log_weight((p, q), self.plates, particle_dim=None if num_particles is None else -1 - self.nesting)
+            weights = log_weight(
+                (p, q), self.plates, particle_dim=None if num_particles is None else -1 - self.nesting
+            )
         if self.pair.joint:
             weights = weights.unsqueeze(-1)
         shape = num_particles or 1, 1 if self.pair.joint else batch.num_rows
@@ -274,7 +289,9 @@ class Weigher:
         at_once = max(1, self.max_bytes // self.particles.bytes)  # rows × particles
         few = min(num_particles, _PARTICLES_AT_ONCE) if self.vectorized else 1
         rows = n
-        kept = 4 * self.max_bytes // (32 * num_particles)  # rows whose weights, and copies of them, are few bytes
+        kept = (
+            4 * self.max_bytes // (32 * num_particles)
+        )  # rows whose weights, and copies of them, are few bytes
         if min(at_once // few, kept) < n:
             wanted = max(1, min(at_once // few, kept, n // 2))
             rows = wanted if self.divides else n

@@ -18,13 +18,15 @@ from pyro_vae.pairs.traces import Program, run_pair
 
 @contextmanager
 def untouched(*, training: bool | None = None, seed: int | None = None) -> Iterator[Mapping[nn.Module, bool]]:
-    """Run a block and restore the state that it changes: random states, Pyro's param store, training flags, buffers and
-    ``requires_grad`` of every module that runs, and torch's default for validation of distributions. The autocast cache is
-    cleared, since it does not notice that parameters change. Yields the modules that ran, and whether gradients were enabled.
+    """Run a block and restore the state that it changes: random states, Pyro's param store, training flags,
+    buffers and ``requires_grad`` of every module that runs, and torch's default for validation of
+    distributions. The autocast cache is cleared, since it does not notice that parameters change. Yields the
+    modules that ran, and whether gradients were enabled.
 
     :param training: run the modules in training or in evaluation mode; ``None`` keeps their own mode.
     :param seed: the random seed within the block; ``None`` continues the random state of the caller.
-    :raises RuntimeError: if another thread trains. Other threads that run a pair are blocked until the block ends.
+    :raises RuntimeError: if another thread trains. Other threads that run a pair are blocked until the block
+    ends.
     """
     if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**32):
         raise ValueError(f"seed: expected a whole number from 0 to 2³² − 1 but got {seed!r}")
@@ -36,7 +38,9 @@ def untouched(*, training: bool | None = None, seed: int | None = None) -> Itera
 def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Module, bool]]:
     ran: dict[nn.Module, bool] = {}
     flags: dict[nn.Module, bool] = {}
-    trained: dict[nn.Parameter, bool] = {}  # Pyro's param store sets requires_grad of what it registers (pyro#3438)
+    trained: dict[
+        nn.Parameter, bool
+    ] = {}  # Pyro's param store sets requires_grad of what it registers (pyro#3438)
     buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []
 
     def enter(module: nn.Module, _: Any) -> None:
@@ -56,7 +60,9 @@ def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Mo
     hook = nn.modules.module.register_module_forward_pre_hook(enter)
     state = pyro.util.get_rng_state()
     validate = Distribution._validate_args
-    references = {p: p.__dict__["unconstrained"] for p in store._params.values() if "unconstrained" in p.__dict__}
+    references = {
+        p: p.__dict__["unconstrained"] for p in store._params.values() if "unconstrained" in p.__dict__
+    }
     torch.clear_autocast_cache()
     try:
         with torch.random.fork_rng(), store.scope(store.get_state()), _TransformModules(enter):
@@ -68,7 +74,10 @@ def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Mo
         torch.clear_autocast_cache()
         pyro.util.set_rng_state(state)
         Distribution._validate_args = validate
-        for parameter, reference in references.items():  # get_state removes them, but a step in progress needs them
+        for (
+            parameter,
+            reference,
+        ) in references.items():  # get_state removes them, but a step in progress needs them
             parameter.unconstrained = reference
         for parameter, was_trained in trained.items():
             parameter.requires_grad_(was_trained)
@@ -83,14 +92,15 @@ def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Mo
 
 
 def read_whole(data: Any, *, seed: int) -> Batch:
-    """:func:`~pyro_vae.data.batches.as_whole` of the data of a verb. What a loader draws is drawn at ``seed``, and the caller's
-    random states are unchanged."""
+    """:func:`~pyro_vae.data.batches.as_whole` of the data of a verb. What a loader draws is drawn at
+    ``seed``, and the caller's random states are unchanged."""
     with untouched(seed=seed):
         return as_whole(data)
 
 
 class _TransformModules(Messenger):
-    """Calls ``enter`` for modules that are transforms of a site's distribution, which run without forward hooks."""
+    """Calls ``enter`` for modules that are transforms of a site's distribution, which run without forward
+    hooks."""
 
     def __init__(self, enter: Callable[[nn.Module, Any], None]) -> None:
         super().__init__()
@@ -106,10 +116,12 @@ class _TransformModules(Messenger):
 
 
 class KeepFrozen(Messenger):
-    """A handler that keeps frozen parameters of modules frozen and without gradients, so that no optimizer changes them.
+    """A handler that keeps frozen parameters of modules frozen and without gradients, so that no optimizer
+    changes them.
 
-    Pyro's param store sets ``requires_grad`` of all parameters that it registers, so frozen parameters of a PyroModule would
-    be trained (pyro#3438). A parameter that is frozen later would still be changed by the momentum of the optimizer.
+    Pyro's param store sets ``requires_grad`` of all parameters that it registers, so frozen parameters of a
+    PyroModule would be trained (pyro#3438). A parameter that is frozen later would still be changed by the
+    momentum of the optimizer.
     """
 
     def _pyro_param(self, msg: dict) -> None:
@@ -142,7 +154,8 @@ def modules_that_run() -> Iterator[Mapping[nn.Module, bool]]:
 
 
 def make_parameters(model: Program, guide: Program, batch: Batch) -> list[nn.Module]:
-    """Run a pair to create the parameters that it creates lazily, and keep only these. Returns the modules that ran."""
+    """Run a pair to create the parameters that it creates lazily, and keep only these. Returns the modules
+    that ran."""
     store = pyro.get_param_store()
     with untouched(training=False) as ran, torch.no_grad():
         run_pair(model, guide, *batch.args, **batch.kwargs)
@@ -152,7 +165,13 @@ def make_parameters(model: Program, guide: Program, batch: Batch) -> list[nn.Mod
 
 
 def closed_over(model: Program, guide: Program, ran: Collection[nn.Module]) -> list[nn.Module]:
-    """The modules that ran, and their submodules, that are not submodules of model or guide, because plain functions close
-    over them. In the order in which they ran."""
-    owned = {part for program in (model, guide) if isinstance(program, nn.Module) for part in program.modules()}
-    return [part for part in dict.fromkeys(part for module in ran for part in module.modules()) if part not in owned]
+    """The modules that ran, and their submodules, that are not submodules of model or guide, because plain
+    functions close over them. In the order in which they ran."""
+    owned = {
+        part for program in (model, guide) if isinstance(program, nn.Module) for part in program.modules()
+    }
+    return [
+        part
+        for part in dict.fromkeys(part for module in ran for part in module.modules())
+        if part not in owned
+    ]

@@ -16,7 +16,16 @@ from torch.nn.parameter import is_lazy
 from pyro_vae.data.batches import Batch
 from pyro_vae.pairs.enumeration import PARTICLES, Held
 from pyro_vae.pairs.preserve import untouched
-from pyro_vae.pairs.structure import Particles, Structure, Traces, counted_bytes, first_line, latent_sites, row_dim, run_once
+from pyro_vae.pairs.structure import (
+    Particles,
+    Structure,
+    Traces,
+    counted_bytes,
+    first_line,
+    latent_sites,
+    row_dim,
+    run_once,
+)
 from pyro_vae.pairs.traces import Program, proposal, run_pair, sampled, sum_sites
 
 logger = logging.getLogger(__name__)
@@ -24,8 +33,8 @@ _PROBE_SEED = 2**31 - 1  # not a seed that a verb is likely to have, whose draws
 
 
 def log_weight(traces: Traces, plates: frozenset[str], *, particle_dim: int | None = None) -> Tensor:
-    """log p(x, z) − log q(z|x) of a run without enumeration, in nats: ``(batch,)``, or ``()`` without data plates; with
-    particles ``(particles, …)``. Terms outside of the data plates are added to every row."""
+    """log p(x, z) − log q(z|x) of a run without enumeration, in nats: ``(batch,)``, or ``()`` without data
+    plates; with particles ``(particles, …)``. Terms outside of the data plates are added to every row."""
     likelihood, prior, posterior = _terms(traces, plates, particle_dim)
     return likelihood + prior - posterior
 
@@ -38,15 +47,20 @@ def _terms(traces: Traces, plates: frozenset[str], particle_dim: int | None) -> 
 
     p = sum_sites(sampled(traces[0]), plates, particle_dim=particle_dim)
     q = sum_sites(proposal(traces[1]), plates, particle_dim=particle_dim)
-    return whole(p.observed, p.shared_observed), whole(p.latent, p.shared_latent), whole(q.latent, q.shared_latent)
+    return (
+        whole(p.observed, p.shared_observed),
+        whole(p.latent, p.shared_latent),
+        whole(q.latent, q.shared_latent),
+    )
 
 
 def probe_particles(pair: Structure) -> Structure:
     """The structure with its ``particles``.
 
-    The latents of two runs, and a mixture of both in which each row has the latents of one of them, are held fixed. The
-    log-probabilities at these are compared with those of the runs, in a plate of particles and on fewer rows. Takes two runs
-    of the pair, and more if the pair cannot be vectorized or its rows depend on each other.
+    The latents of two runs, and a mixture of both in which each row has the latents of one of them, are held
+    fixed. The log-probabilities at these are compared with those of the runs, in a plate of particles and on
+    fewer rows. Takes two runs of the pair, and more if the pair cannot be vectorized or its rows depend on
+    each other.
     """
     if pair.is_handler:
         made = counted_bytes(lambda: run_pair(pair.model, pair.guide, *pair.batch.args, **pair.batch.kwargs))
@@ -65,12 +79,16 @@ def probe_particles(pair: Structure) -> Structure:
     vectorized, reason = False, ""
     try:
         dims = {name: pair.nesting + site["fn"].event_dim for name, site in latent_sites(second).items()}
-        values = {name: torch.stack([_padded(draw[name], dim) for draw in draws]) for name, dim in dims.items()}
+        values = {
+            name: torch.stack([_padded(draw[name], dim) for draw in draws]) for name, dim in dims.items()
+        }
         with untouched(seed=_PROBE_SEED):
             traces = run_particles(pair, batch, len(draws), values)
             terms = list(_stacked(pair, traces, particle_dim=-1 - pair.nesting).unbind(1))
         vectorized = all(_agree(a, b) for a, b in zip(terms[1], other, strict=True))
-        reason = "" if vectorized else "its log-weights in a plate of particles differ from those of single runs"
+        reason = (
+            "" if vectorized else "its log-weights in a plate of particles differ from those of single runs"
+        )
     except Exception as error:  # such as a network that takes no batch dimension to the left of the data
         reason = f"{type(error).__name__}: {first_line(error)}"
     independent, coupled = None, False
@@ -81,7 +99,9 @@ def probe_particles(pair: Structure) -> Structure:
         coupled = _is_coupled(pair, terms)
         if independent is False and not _same(terms[0], _held(pair, batch, draws[0], seed=_PROBE_SEED - 1)):
             independent = None  # the pair draws noise outside of its sites
-        if not coupled and independent is not True and at is not None:  # the rows that depend on each other may be others
+        if (
+            not coupled and independent is not True and at is not None
+        ):  # the rows that depend on each other may be others
             draws = _draws(pair, _another_run(pair), None)
             coupled = _is_coupled(pair, [_held(pair, pair.batch, draw) for draw in draws])
     num_particles = 4 if vectorized else None
@@ -100,7 +120,8 @@ def _another_run(pair: Structure) -> Traces:
 
 
 def _draws(pair: Structure, second: Traces, at: Tensor | None) -> list[dict[str, Tensor]]:
-    """Latents of the first run, at the rows of the second one, those of the second run, and a mixture of both."""
+    """Latents of the first run, at the rows of the second one, those of the second run, and a mixture of
+    both."""
     first, sites = latent_sites(pair.traces), latent_sites(second)
     two = {name: site["value"] for name, site in sites.items()}
     one = {name: _take_rows(first[name], at, pair) if name in first else two[name] for name in sites}
@@ -113,13 +134,15 @@ def _stacked(pair: Structure, traces: Traces, *, particle_dim: int | None = None
 
 
 def _held(pair: Structure, batch: Batch, values: Mapping[str, Tensor], *, seed: int = _PROBE_SEED) -> Tensor:
-    """log p(x|z), log p(z) and log q(z|x) of a single run at given latents: ``(3, …)``. log q is NaN if the guide does not
-    know its density there."""
+    """log p(x|z), log p(z) and log q(z|x) of a single run at given latents: ``(3, …)``. log q is NaN if the
+    guide does not know its density there."""
     with untouched(seed=seed):
         try:
             return _stacked(pair, run_particles(pair, batch, None, values))
         except Exception as error:
-            logger.info("the guide cannot be run at given latents, so its rows are not tested: %s", first_line(error))
+            logger.info(
+                "the guide cannot be run at given latents, so its rows are not tested: %s", first_line(error)
+            )
     with untouched(seed=seed):
         trace = poutine.trace(Held(values)(pair.model)).get_trace(*batch.args, **batch.kwargs)
         terms = _stacked(pair, (trace, Trace()))
@@ -128,7 +151,8 @@ def _held(pair: Structure, batch: Batch, values: Mapping[str, Tensor], *, seed: 
 
 
 def _is_coupled(pair: Structure, terms: list[Tensor]) -> bool:
-    """Whether rows of the mixture have other log-probabilities than in the run that their latents come from."""
+    """Whether rows of the mixture have other log-probabilities than in the run that their latents come
+    from."""
     one, two, both = terms
     if not pair.plates or pair.shared or not one.shape[1:]:
         return False
@@ -136,18 +160,24 @@ def _is_coupled(pair: Structure, terms: list[Tensor]) -> bool:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether the terms ``(3, rows)`` of two runs are equal up to the rounding of networks on batches of different sizes.
-    log q is compared where both are finite: a Delta has no density at other values than its own."""
+    """Whether the terms ``(3, rows)`` of two runs are equal up to the rounding of networks on batches of
+    different sizes. log q is compared where both are finite: a Delta has no density at other values than its
+    own."""
     a, b = torch.broadcast_tensors(a, b)
     finite = a[2].isfinite() & b[2].isfinite()
     tolerance = 1e-6 if a.dtype == torch.double else 2e-3
-    return _agree(a[0], b[0], tolerance) and _agree(a[1], b[1], tolerance) and _agree(a[2][finite], b[2][finite], tolerance)
+    return (
+        _agree(a[0], b[0], tolerance)
+        and _agree(a[1], b[1], tolerance)
+        and _agree(a[2][finite], b[2][finite], tolerance)
+    )
 
 
 @contextmanager
 def moved_parameters(model: Program, guide: Program, batch: Batch) -> Iterator[None]:
-    """Run the block in evaluation mode with small noise added to all parameters, so that entries that start equal, such as a
-    table of zeros, give different terms. Positive parameters stay positive. The parameters are restored afterwards."""
+    """Run the block in evaluation mode with small noise added to all parameters, so that entries that start
+    equal, such as a table of zeros, give different terms. Positive parameters stay positive. The parameters
+    are restored afterwards."""
     noise = torch.Generator().manual_seed(_PROBE_SEED)
     with untouched(training=False) as ran, torch.no_grad():
         run_pair(model, guide, *batch.args, **batch.kwargs)  # creates the parameters
@@ -210,7 +240,8 @@ def _mixed_rows(n: int) -> Tensor:
 
 
 def _mixed(two: Tensor, one: Tensor, site: dict, pair: Structure) -> Tensor:
-    """The value of a site with a random half of its rows from another value. A site outside of the data plates is not mixed."""
+    """The value of a site with a random half of its rows from another value. A site outside of the data
+    plates is not mixed."""
     dim = row_dim(site, pair.plates)
     if dim is None or one.shape != two.shape or one.dim() < site["fn"].event_dim - dim:
         return one

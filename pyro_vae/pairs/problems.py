@@ -1,7 +1,10 @@
-"""What can be wrong with a pair: one generator of problems for each kind. :mod:`pyro_vae.pairs.check` calls them."""
+"""What can be wrong with a pair: one generator of problems for each kind. :mod:`pyro_vae.pairs.check` calls
+them."""
 
 import math
+import operator
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -22,8 +25,8 @@ from pyro_vae.pairs.traces import elbo_terms, proposal, run_pair, sampled, sum_s
 
 
 class Problem(NamedTuple):
-    """A problem of a pair. ``judged``: the results are defined but probably wrong, so ``check=False`` allows them; otherwise
-    they are undefined."""
+    """A problem of a pair. ``judged``: the results are defined but probably wrong, so ``check=False`` allows
+    them; otherwise they are undefined."""
 
     text: str
     judged: bool = True
@@ -35,7 +38,10 @@ def pair_problems(pair: Structure) -> Iterator[Problem]:
     yield from _auxiliary_problems(pair)
     yield from _plate_problems(pair)
     yield from _support_problems(pair)
-    outside = [Problem(text) for text in data_problems(pair.traces[0], pair.batch, pair.plates, None, pair.trusted[0])]
+    outside = [
+        Problem(text)
+        for text in data_problems(pair.traces[0], pair.batch, pair.plates, None, pair.trusted[0])
+    ]
     yield from outside or _density_problems(pair)
 
 
@@ -47,20 +53,29 @@ def per_datum_problems(pair: Structure) -> Iterator[Problem]:
         if row_dim(site, pair.plates) is None and (not site["is_observed"] or _counts(pair, name, site))
     }
     if outside:
-        named = [name for name, is_auxiliary in outside.items() if not is_auxiliary] or outside  # not those of an autoguide
+        named = [
+            name for name, is_auxiliary in outside.items() if not is_auxiliary
+        ] or outside  # not those of an autoguide
         yield Problem(
-            f"pair: {_lie(named)} in no data plate, so there is no evidence per datum; expected all sites within "
-            'pyro.plate("data", len(x)) over the rows of the data. For latents that all data share: joint_log_weights, or '
-            "joint=True in evidence.importance, elbo, prior_monte_carlo, ais, and in diagnose, posterior_draws, to_arviz",
+            f"pair: {_lie(named)} in no data plate, so there is no evidence per datum; expected all sites "
+            "within "
+            'pyro.plate("data", len(x)) over the rows of the data. For latents that all data share: '
+            "joint_log_weights, or joint=True in evidence.importance, elbo, prior_monte_carlo, ais, and in "
+            "diagnose, posterior_draws, to_arviz",
             judged=False,
         )
     for side, name, site in pair.sites:
-        around = [f"{frame.name!r}" for frame in site["cond_indep_stack"] if frame.name in pair.plates and frame.vectorized]
+        around = [
+            f"{frame.name!r}"
+            for frame in site["cond_indep_stack"]
+            if frame.name in pair.plates and frame.vectorized
+        ]
         if len(around) > 1:
             yield Problem(
-                f"{side}: {name!r} lies in the plates {' and '.join(around)}, which both have {pair.num_rows} rows, so it is "
-                "not known which are the data; expected a pair that runs on another number of rows "
-                f"({pair.other_rows or 'both plates follow the data'}), or the joint evidence of all data, joint=True",
+                f"{side}: {name!r} lies in the plates {' and '.join(around)}, which both have "
+                f"{pair.num_rows} rows, so it is not known which are the data; expected a pair that runs on "
+                f"another number of rows ({pair.other_rows or 'both plates follow the data'}), or the joint "
+                "evidence of all data, joint=True",
                 judged=False,
             )
             break
@@ -70,22 +85,31 @@ def per_datum_problems(pair: Structure) -> Iterator[Problem]:
 def joint_problems(pair: Structure) -> Iterator[Problem]:
     """Why a pair has no log-weights of all data together."""
     yield from subsample_problems(pair)
-    full = {f.name: f.full_size for _, _, site in pair.sites for f in site["cond_indep_stack"] if f.name in pair.plates}
+    full = {
+        f.name: f.full_size
+        for _, _, site in pair.sites
+        for f in site["cond_indep_stack"]
+        if f.name in pair.plates
+    }
     for plate, size in full.items():
         if size not in (pair.num_rows, -1):
             yield Problem(
-                f"pair: plate {plate!r} declares {size} data, of which {pair.num_rows} are given, so the evidence of all "
-                "data cannot be estimated; expected all data, or a plate over the rows that are given",
+                f"pair: plate {plate!r} declares {size} data, of which {pair.num_rows} are given, so the "
+                "evidence of all data cannot be estimated; expected all data, or a plate over the rows that "
+                "are given",
                 judged=False,
             )
 
 
 def _counts(pair: Structure, name: str, site: dict) -> bool:
-    """Whether an observed site has a non-zero log-probability: a masked site and ``pyro.factor`` of 0 have none."""
+    """Whether an observed site has a non-zero log-probability: a masked site and ``pyro.factor`` of 0 have
+    none."""
     sites = [site]
     if pair.other_traces is not None and name in pair.other_traces[0].nodes:
         sites.append(pair.other_traces[0].nodes[name])
-    return any(bool(scale_and_mask(each["fn"].log_prob(each["value"]), mask=each["mask"]).any()) for each in sites)
+    return any(
+        bool(scale_and_mask(each["fn"].log_prob(each["value"]), mask=each["mask"]).any()) for each in sites
+    )
 
 
 def coupled_latents_problems(pair: Structure) -> Iterator[Problem]:
@@ -95,35 +119,40 @@ def coupled_latents_problems(pair: Structure) -> Iterator[Problem]:
     """
     if pair.particles is not None and pair.particles.coupled:
         yield Problem(
-            "pair: the log-weight of a row moves when the latents of another row are replaced, so there is no evidence per "
-            "datum; expected rows that are independent given their own latents and what all share. For data that depend on "
-            "each other, such as the steps of one series: joint_log_weights, or joint=True in evidence.importance, elbo, "
-            "prior_monte_carlo, ais, and in diagnose, posterior_draws, to_arviz; or a series for each row of the data"
+            "pair: the log-weight of a row moves when the latents of another row are replaced, so there is "
+            "no evidence per datum; expected rows that are independent given their own latents and what all "
+            "share. For data that depend on each other, such as the steps of one series: joint_log_weights, "
+            "or joint=True in evidence.importance, elbo, prior_monte_carlo, ais, and in diagnose, "
+            "posterior_draws, to_arviz; or a series for each row of the data"
         )
 
 
 def dividing_problems(pair: Structure, num_data: int) -> Iterator[Problem]:
-    """Why a pair cannot be evaluated in minibatches: log-probabilities of a row that depend on the other rows of the batch.
+    """Why a pair cannot be evaluated in minibatches: log-probabilities of a row that depend on the other rows
+    of the batch.
 
     :param pair: with its particles.
     """
     if pair.particles is not None and pair.particles.rows_independent is False:
         yield Problem(
-            "pair: at the same latents, the log-probabilities of a row change when other rows are left out, so minibatches of "
-            f"{pair.num_rows} of the {num_data} data give other results than all data at once. Usual causes: a statistic of "
-            "the batch (x.mean()), a parameter indexed by the position in it (loc[:len(x)]), a prior that uses len(x). Pass "
-            "batch_size=None to take all data at once"
+            "pair: at the same latents, the log-probabilities of a row change when other rows are left out, "
+            f"so minibatches of {pair.num_rows} of the {num_data} data give other results than all data at "
+            "once. Usual causes: a statistic of the batch (x.mean()), a parameter indexed by the position in "
+            "it (loc[:len(x)]), a prior that uses len(x). Pass batch_size=None to take all data at once"
         )
 
 
 def outside_of_plates(pair: Structure) -> str:
-    """The first site of the model outside of the data plates whose shape depends on the number of rows, or ``""``."""
+    """The first site of the model outside of the data plates whose shape depends on the number of rows, or
+    ``""``."""
     if pair.other_traces is None:
         return ""
     others = dict(sampled(pair.other_traces[0]))
     for name, site in sampled(pair.traces[0]):
         if row_dim(site, pair.plates) is None and name in others:
-            shapes = [(tuple(each["value"].shape), tuple(each["fn"].batch_shape)) for each in (site, others[name])]
+            shapes = [
+                (tuple(each["value"].shape), tuple(each["fn"].batch_shape)) for each in (site, others[name])
+            ]
             if shapes[0] != shapes[1]:
                 return name
     return ""
@@ -137,14 +166,14 @@ def subsample_problems(pair: Structure) -> Iterator[Problem]:
     for (plate, size, full_size), names in inside.items():
         if plate in pair.plates and size not in (pair.num_rows, -1):
             yield Problem(
-                f"pair: plate {plate!r} subsamples {size} of the {pair.num_rows} rows at each run, so there are no "
-                "log-weights per datum; expected a plate over the rows that are given",
+                f"pair: plate {plate!r} subsamples {size} of the {pair.num_rows} rows at each run, so there "
+                "are no log-weights per datum; expected a plate over the rows that are given",
                 judged=False,
             )
         elif plate not in pair.plates and full_size != size:
             yield Problem(
-                f"pair: {_lie(names)} in plate {plate!r}, which subsamples {size} of its {full_size} rows, so the "
-                "evidence cannot be estimated; expected all of its rows",
+                f"pair: {_lie(names)} in plate {plate!r}, which subsamples {size} of its {full_size} rows, "
+                "so the evidence cannot be estimated; expected all of its rows",
                 judged=False,
             )
 
@@ -176,16 +205,16 @@ def rows_problem(pair: Structure) -> Problem | None:
                     rows = f"all sites of plate {inner!r} of the data's {len(part)} rows lie in it too"
                     remedy += f", or give plate {inner!r} the size len(x) where its rows are the data"
                 return Problem(
-                    f"model: {name!r} lies in plate {frame.name!r} of {size} rows, and {rows}: dimension {dim} of {key} "
-                    f"has {size}. Data are counted along dimension 0, so a mean per datum would be one of something "
-                    f"else; {remedy}"
+                    f"model: {name!r} lies in plate {frame.name!r} of {size} rows, and {rows}: dimension "
+                    f"{dim} of {key} has {size}. Data are counted along dimension 0, so a mean per datum "
+                    f"would be one of something else; {remedy}"
                 )
     return None
 
 
 def _is_within(pair: Structure, outer: str) -> bool:
-    """Whether the data plates are nested in another plate that has more sites. Used for a pair that runs on one number of rows
-    only, whose data plates are recognized by size."""
+    """Whether the data plates are nested in another plate that has more sites. Used for a pair that runs on
+    one number of rows only, whose data plates are recognized by size."""
     if pair.other is not None or any(len(part) != pair.num_rows for part in pair.batch.tensors.values()):
         return False
     sites = list(sampled(pair.traces[0]))
@@ -208,12 +237,17 @@ def _site_problems(pair: Structure) -> Iterator[Problem]:
     for name, site in model.items():
         if name not in guide and site["infer"].get("enumerate") != "parallel":
             is_summed = site["infer"].get("enumerate") is not None
-            remedy = 'infer={"enumerate": "parallel"} in the model' if is_summed else f"pyro.sample({name!r}, …)"
-            yield Problem(f"guide: it has no site {name!r}, which the model samples; expected {remedy}", judged=False)
+            remedy = (
+                'infer={"enumerate": "parallel"} in the model' if is_summed else f"pyro.sample({name!r}, …)"
+            )
+            yield Problem(
+                f"guide: it has no site {name!r}, which the model samples; expected {remedy}", judged=False
+            )
     for name, site in guide.items():
         if name not in model and not site["infer"].get("is_auxiliary"):
             yield Problem(
-                f"guide: its site {name!r} is not in the model, so log q(z|x) is not known; expected one of {sorted(model)}, "
+                f"guide: its site {name!r} is not in the model, so log q(z|x) is not known; expected one of "
+                f"{sorted(model)}, "
                 'or mark the site infer={"is_auxiliary": True}',
                 judged=False,
             )
@@ -221,24 +255,33 @@ def _site_problems(pair: Structure) -> Iterator[Problem]:
         shapes = [tuple(sites[name]["fn"].event_shape) for sites in (model, guide)]
         if shapes[0] != shapes[1]:
             yield Problem(
-                f"guide: {name!r} has event_shape {shapes[1]} but in the model {shapes[0]}; declare the same event "
-                "dimensions with .to_event(k)",
+                f"guide: {name!r} has event_shape {shapes[1]} but in the model {shapes[0]}; declare the "
+                "same event dimensions with .to_event(k)",
                 judged=False,
             )
     for name in model.keys() & guide.keys():
         if not _same_mask(model[name]["mask"], guide[name]["mask"]):
             yield Problem(
-                f"guide: {name!r} is masked differently than in the model, so p and q count different entries of it; "
-                "expected the same poutine.mask on both sides"
+                f"guide: {name!r} is masked differently than in the model, so p and q count different "
+                "entries of it; expected the same poutine.mask on both sides"
             )
     if not any(site["is_observed"] for _, site in sampled(pair.traces[0])):
         yield Problem("model: it observes nothing; expected pyro.sample(name, distribution, obs=x)")
 
 
 def _auxiliary_problems(pair: Structure) -> Iterator[Problem]:
-    """Auxiliary sites of a guide with points (Delta) that no point is computed from, see :func:`.proposal`."""
-    auxiliary = {name for name, site in pair.guide_latents.items() if site["infer"].get("is_auxiliary") and not is_point(site)}
-    points = {n for n, site in pair.guide_latents.items() if is_point(site) and not site["infer"].get("is_auxiliary")}
+    """Auxiliary sites of a guide with points (Delta) that no point is computed from, see
+    :func:`.proposal`."""
+    auxiliary = {
+        name
+        for name, site in pair.guide_latents.items()
+        if site["infer"].get("is_auxiliary") and not is_point(site)
+    }
+    points = {
+        n
+        for n, site in pair.guide_latents.items()
+        if is_point(site) and not site["infer"].get("is_auxiliary")
+    }
     if not auxiliary or not points or pair.is_handler:
         return
     with untouched(training=False, seed=0), torch.no_grad(), TrackProvenance():
@@ -246,9 +289,9 @@ def _auxiliary_problems(pair: Structure) -> Iterator[Problem]:
     behind = {name for point in points for name in get_provenance(trace.nodes[point]["value"])}
     if others := sorted(auxiliary - behind):
         yield Problem(
-            f"guide: {min(points)!r} is a point (Delta) that is not computed from the auxiliary site {others[0]!r}, so it is "
-            "not known whether log q(z|x) counts that site; compute the point from the auxiliary site, as autoguides do, or "
-            "use no Delta",
+            f"guide: {min(points)!r} is a point (Delta) that is not computed from the auxiliary site "
+            f"{others[0]!r}, so it is not known whether log q(z|x) counts that site; compute the point from "
+            "the auxiliary site, as autoguides do, or use no Delta",
             judged=False,
         )
 
@@ -266,16 +309,18 @@ def _plate_problems(pair: Structure) -> Iterator[Problem]:
     for name in model.keys() & guide.keys():
         plates = [plates_of(sites[name]) for sites in (model, guide)]
         common = [_common_names(sites[name], pair) for sites in (model, guide)]
-        dims = [sorted(f.dim for f in sites[name]["cond_indep_stack"] if f.vectorized) for sites in (model, guide)]
+        dims = [
+            sorted(f.dim for f in sites[name]["cond_indep_stack"] if f.vectorized) for sites in (model, guide)
+        ]
         if common[0] != common[1]:
             yield Problem(
-                f"guide: {name!r} is in plates {plates[1]} but in the model in {plates[0]}; expected the same plates on both "
-                "sides"
+                f"guide: {name!r} is in plates {plates[1]} but in the model in {plates[0]}; expected the "
+                "same plates on both sides"
             )
         elif dims[0] != dims[1]:
             yield Problem(
-                f"guide: the plates of {name!r} have dimensions {dims[1]} but in the model {dims[0]}; expected the same on "
-                "both sides: pyro.plate(…, dim=…)",
+                f"guide: the plates of {name!r} have dimensions {dims[1]} but in the model {dims[0]}; "
+                "expected the same on both sides: pyro.plate(…, dim=…)",
                 judged=False,
             )
     for side, trace in zip(("model", "guide"), pair.traces, strict=True):
@@ -285,17 +330,21 @@ def _plate_problems(pair: Structure) -> Iterator[Problem]:
             for frame in site["cond_indep_stack"]:
                 if frame.name not in pair.plates or not frame.vectorized or frame.size >= 0:
                     continue
-                if (len(shape) < -frame.dim or shape[frame.dim] == 1) and pair.num_rows > 1 and site["value"].numel():
+                if (
+                    (len(shape) < -frame.dim or shape[frame.dim] == 1)
+                    and pair.num_rows > 1
+                    and site["value"].numel()
+                ):
                     yield Problem(
-                        f"{side}: plate {frame.name!r} has no size and {name!r} has batch_shape {tuple(shape)}, so all data "
-                        f"share one draw; give the plate its size, pyro.plate({frame.name!r}, len(x)), or expand the "
-                        "distribution"
+                        f"{side}: plate {frame.name!r} has no size and {name!r} has batch_shape "
+                        f"{tuple(shape)}, so all data share one draw; give the plate its size, "
+                        f"pyro.plate({frame.name!r}, len(x)), or expand the distribution"
                     )
 
 
 def _common_names(site: dict, pair: Structure) -> set[str]:
-    """Names of a site's plates, with one name for all data plates, since model and guide may name them differently. With
-    enumeration they must agree, since Pyro eliminates variables by plate name."""
+    """Names of a site's plates, with one name for all data plates, since model and guide may name them
+    differently. With enumeration they must agree, since Pyro eliminates variables by plate name."""
     data = pair.plates if pair.other is not None and not pair.enumerates else ()
     return {"data" if name in data else name for name in plates_of(site)}
 
@@ -307,8 +356,9 @@ def _undeclared(side: str, name: str, site: dict) -> Iterator[Problem]:
     for dim in range(-len(fn.batch_shape), 0):
         if fn.batch_shape[dim] > 1 and dim not in declared:
             yield Problem(
-                f"{side}: {name!r} has batch_shape {tuple(fn.batch_shape)}, whose dimension {dim} lies in no plate; declare it "
-                f"as part of the event with .to_event({len(fn.event_shape) - dim}), or put the site in a pyro.plate"
+                f"{side}: {name!r} has batch_shape {tuple(fn.batch_shape)}, whose dimension {dim} lies in no "
+                f"plate; declare it as part of the event with .to_event({len(fn.event_shape) - dim}), or put "
+                "the site in a pyro.plate"
             )
             return
 
@@ -318,23 +368,25 @@ def _support_problems(pair: Structure) -> Iterator[Problem]:
     model, guide = pair.latents, pair.guide_latents
     for name in model.keys() & guide.keys():
         p, q = model[name]["fn"], guide[name]["fn"]
-        value = guide[name]["value"]
-        if p.event_shape == q.event_shape and name not in pair.trusted[0] and not _inside(p, lambda value=value: value):  # type: ignore[misc]
+        draw = partial(operator.getitem, guide[name], "value")
+        if p.event_shape == q.event_shape and name not in pair.trusted[0] and not _inside(p, draw):
             yield Problem(
-                f"guide: it draws {name!r} outside the model's support, {p.support}; expected a guide on that support, such as "
-                f"one of {family(p)}"
+                f"guide: it draws {name!r} outside the model's support, {p.support}; expected a guide on "
+                f"that support, such as one of {family(p)}"
             )
 
 
 def reach_problems(pair: Structure) -> Iterator[Problem]:
-    """Draws of the model outside of the guide's support. Training allows them: a guide may be truncated on purpose."""
+    """Draws of the model outside of the guide's support. Training allows them: a guide may be truncated on
+    purpose."""
     model, guide = pair.latents, pair.guide_latents
     for name in model.keys() & guide.keys():
         p, q = model[name]["fn"], guide[name]["fn"]
         if p.event_shape == q.event_shape and name not in pair.trusted[1] and not _inside(q, p.sample):
             yield Problem(
-                f"guide: {name!r} has support {q.support} but the model {p.support}, so the guide cannot reach the whole "
-                f"posterior; expected a guide on the model's support, such as one of {family(p)}"
+                f"guide: {name!r} has support {q.support} but the model {p.support}, so the guide cannot "
+                "reach the whole posterior; expected a guide on the model's support, such as one of "
+                f"{family(p)}"
             )
 
 
@@ -354,8 +406,8 @@ def data_problems(
 ) -> Iterator[str]:
     """Rows of the data outside the likelihood's support.
 
-    :param whole: all data. They are checked in place of the batch if an observed value is an argument of the model and the
-        support is fixed, unlike that of a ``Multinomial``, which depends on the batch.
+    :param whole: all data. They are checked in place of the batch if an observed value is an argument of the
+        model and the support is fixed, unlike that of a ``Multinomial``, which depends on the batch.
     """
     for name, site in sampled(model_trace):
         value, fn = site["value"], site["fn"]
@@ -421,18 +473,22 @@ def _masks(site: dict) -> Iterator[Tensor]:
 
 
 def _outside(name: str, support: Any, value: Tensor, outside: Tensor, row: int, count: int) -> str:
-    found = value.expand(torch.broadcast_shapes(value.shape, outside.shape))[outside] if outside.shape == value.shape else value
+    found = (
+        value.expand(torch.broadcast_shapes(value.shape, outside.shape))[outside]
+        if outside.shape == value.shape
+        else value
+    )
     low, high = (float(end) for end in found.aminmax())
     cause = (
-        f"data: row {row} ({count} in all) lies outside the support of {name!r}, {support}: such values are in "
-        f"[{low:g}, {high:g}]"
+        f"data: row {row} ({count} in all) lies outside the support of {name!r}, {support}: such values are "
+        f"in [{low:g}, {high:g}]"
     )
     if support is not constraints.boolean:
         return f"{cause}; rescale the data or use another conditional"
     if low >= 0 and high <= 1:
         return (
-            f'{cause}, grey; binarize them with load(…, binarize="threshold") or "stochastic", or keep "none" and use a '
-            "continuous conditional such as ContinuousBernoulli or Normal"
+            f'{cause}, grey; binarize them with load(…, binarize="threshold") or "stochastic", or use '
+            "a continuous conditional such as ContinuousBernoulli or Normal"
         )
     return f"{cause}; divide by the largest (255 for bytes), then binarize, or use another conditional"
 
@@ -446,10 +502,12 @@ def _density_problems(pair: Structure) -> Iterator[Problem]:
                     site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
                 except (RuntimeError, ValueError) as error:  # such as Bernoulli for integer tensors
                     is_integer = not site["value"].is_floating_point()
-                    remedy = "floating data: x.float()" if is_integer else "data and parameters of matching shapes"
+                    remedy = (
+                        "floating data: x.float()" if is_integer else "data and parameters of matching shapes"
+                    )
                     yield Problem(
-                        f"model: the log-probability of {name!r} cannot be computed for data of {site['value'].dtype}: "
-                        f"{first_line(error)}; expected {remedy}",
+                        f"model: the log-probability of {name!r} cannot be computed for data of "
+                        f"{site['value'].dtype}: {first_line(error)}; expected {remedy}",
                         judged=False,
                     )
                     continue
@@ -457,8 +515,8 @@ def _density_problems(pair: Structure) -> Iterator[Problem]:
                     if value == -math.inf and not _always(pair, name, row):
                         continue  # zero likelihood at this draw of the latents only
                     yield Problem(
-                        f"model: the log-probability of {name!r} is {value} at row {row} ({count} such rows); expected a "
-                        "finite number: check this row, or use another conditional",
+                        f"model: the log-probability of {name!r} is {value} at row {row} ({count} such "
+                        "rows); expected a finite number: check this row, or use another conditional",
                         judged=False,
                     )
                     break
@@ -475,9 +533,11 @@ def improbable_rows(site: dict, plates: frozenset[str]) -> Iterator[tuple[int, f
     if not bad.any():
         return
     rows = _by_row(bad, dim, 0)
-    by_row = log_prob.movedim(dim, 0).reshape(len(rows), -1) if dim is not None and log_prob.dim() >= -dim else (
-        log_prob.reshape(len(rows), -1)
-    )  # fmt: skip
+    by_row = (
+        log_prob.movedim(dim, 0).reshape(len(rows), -1)
+        if dim is not None and log_prob.dim() >= -dim
+        else (log_prob.reshape(len(rows), -1))
+    )
     for row in rows.nonzero().flatten().tolist():
         values = by_row[row]
         yield row, float(values[~values.isfinite()][0]), int(rows.sum())
@@ -497,21 +557,28 @@ def _always(pair: Structure, name: str, row: int) -> bool:
 
 
 def lost_parameters(pair: Structure) -> Iterator[Problem]:
-    """Parameters that this run created although a fit trained them: the param store of that fit is not active."""
+    """Parameters that this run created although a fit trained them: the param store of that fit is not
+    active."""
     for program, trace in zip((pair.model, pair.guide), pair.traces, strict=True):
         trained, asked = trained_parameters(program), set(trace.param_nodes)
-        lost = [name for name in asked & trained.keys() & pair.made.keys() if trained[name]() is not pair.made[name]]
+        lost = [
+            name
+            for name in asked & trained.keys() & pair.made.keys()
+            if trained[name]() is not pair.made[name]
+        ]
         if lost:
             yield Problem(
-                f"pair: it created the parameter {min(lost)!r} anew, although a fit in this process trained it, so the results "
-                "would be those of an untrained pair; expected `with history.scope():` around the call, with the History that "
-                "the fit returned, or check=False if the param store was cleared on purpose"
+                f"pair: it created the parameter {min(lost)!r} anew, although a fit in this process trained "
+                "it, so the results would be those of an untrained pair; expected `with history.scope():` "
+                "around the call, with the History that the fit returned, or check=False if the param store "
+                "was cleared on purpose"
             )
             return
 
 
 def training_problems(pair: Structure) -> Iterator[Problem]:
-    """Why a pair, or a part of it, would not be trained. Only verbs that train call this: frozen pairs can be evaluated."""
+    """Why a pair, or a part of it, would not be trained. Only verbs that train call this: frozen pairs can be
+    evaluated."""
     parameters = {
         name: value.unconstrained() if hasattr(value := site["value"], "unconstrained") else value
         for trace in pair.traces
@@ -529,20 +596,26 @@ def training_problems(pair: Structure) -> Iterator[Problem]:
         return
     registered = {id(value) for value in [*parameters.values(), *stored]}
     for module, with_gradients in pair.ran.items():
-        own = {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad and with_gradients}
+        own = {
+            name: p
+            for name, p in module.named_parameters(recurse=False)
+            if p.requires_grad and with_gradients
+        }
         if not own or any(id(p) in registered for p in own.values()):
             continue
         yield Problem(
             _replaced(own.values(), pair)
-            or f"pair: {_named(module, pair)} runs in it but is not registered, so it would never be trained; expected "
-            "pyro.module(name, net) with a name of its own, or an attribute of a PyroModule that its forward, or a method "
-            "marked @pyro_method, calls; or net.requires_grad_(False) where it is frozen"
+            or f"pair: {_named(module, pair)} runs but is not registered, so it would never be trained; "
+            "expected pyro.module(name, net) with a name of its own, or an attribute of a PyroModule that "
+            "its forward, or a method marked @pyro_method, calls; or net.requires_grad_(False) where it is "
+            "frozen"
         )
         return
 
 
 def _replaced(own: Collection[Tensor], pair: Structure) -> str:
-    """The problem that the param store has another tensor under the name of one of these parameters, else ``""``."""
+    """The problem that the param store has another tensor under the name of one of these parameters, else
+    ``""``."""
     model, guide = pair.traces
     for side, trace, other in (("model", model, guide), ("guide", guide, model)):
         for key, site in trace.nodes.items():
@@ -552,13 +625,14 @@ def _replaced(own: Collection[Tensor], pair: Structure) -> str:
             starts = other.nodes[key]["args"][1:2] if key in other.nodes else ()
             if any(start is not site["args"][1] for start in starts):
                 return (
-                    f"pair: model and guide register different networks under one name in Pyro's param store, {name!r}, so "
-                    f"that of the {side} would never be trained; expected two names: rename the attribute, or the name that is "
-                    "given to pyro.module, on one side"
+                    "pair: model and guide register different networks under one name in Pyro's param store, "
+                    f"{name!r}, so that of the {side} would never be trained; expected two names: rename the "
+                    "attribute, or the name that is given to pyro.module, on one side"
                 )
             return (
-                f"pair: Pyro's param store holds a network of an earlier pair as {name!r}, so that of the {side} would never "
-                "be trained; expected pyro.clear_param_store() before the first run of this pair, or a param store of its own"
+                f"pair: Pyro's param store holds a network of an earlier pair as {name!r}, so that of the "
+                f"{side} would never be trained; expected pyro.clear_param_store() before the first run of "
+                "this pair, or a param store of its own"
             )
     return ""
 
@@ -587,7 +661,8 @@ def log_prob_problems(pair: Structure) -> Iterator[Problem]:
 
 
 def coupling_problems(pair: Structure) -> Iterator[Problem]:
-    """Log-probabilities of other rows that change when one row of the data is replaced, at the same latents."""
+    """Log-probabilities of other rows that change when one row of the data is replaced, at the same
+    latents."""
     model, guide, batch, plates = pair.model, pair.guide, pair.batch, pair.plates
     n = batch.num_rows if batch.tensors else 0
     if n < 2:
@@ -616,7 +691,7 @@ def coupling_problems(pair: Structure) -> Iterator[Problem]:
         if len(others):
             j = int(others[0])
             yield Problem(
-                f"pair: in training mode {name} of row {j} changes by {float((one - after[name])[j]):.2g} when row {i} is "
-                "replaced, so there is no ELBO per datum; expected rows that are independent given the shared latents: "
-                "LayerNorm or GroupNorm in place of batch normalization"
+                f"pair: in training mode {name} of row {j} changes by {float((one - after[name])[j]):.2g} "
+                f"when row {i} is replaced, so there is no ELBO per datum; expected rows that are "
+                "independent given the shared latents: LayerNorm or GroupNorm in place of batch normalization"
             )

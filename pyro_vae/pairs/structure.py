@@ -1,4 +1,5 @@
-"""Inspect a pair: run it a few times and record its plates, latents, parameters and particles, once for every verb."""
+"""Inspect a pair: run it a few times and record its plates, latents, parameters and particles, once for every
+verb."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -24,7 +25,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyro_vae.data.batches import Batch, fitting
 from pyro_vae.pairs.enumeration import is_enumerated, max_nesting
 from pyro_vae.pairs.preserve import untouched
-from pyro_vae.pairs.traces import Program, enough_memory, proposal, run_pair, sampled, subsampling_scale, unwrapped
+from pyro_vae.pairs.traces import (
+    Program,
+    enough_memory,
+    proposal,
+    run_pair,
+    sampled,
+    subsampling_scale,
+    unwrapped,
+)
 
 Traces = tuple[Trace, Trace]
 _MAX_OTHER_ROWS = 16
@@ -35,12 +44,13 @@ LESS_MEMORY = "lower the batch size (--batch-size), or the number of particles"
 
 @dataclass(frozen=True, eq=False)
 class Particles:
-    """How log-weights of several particles and of fewer rows compare with those of single runs on the whole batch.
+    """How log-weights of several particles and of fewer rows compare with those of single runs on the whole
+    batch.
 
     vectorized: particles in one plate have the log-weights of single runs; otherwise ``reason`` says why not.
-    rows_independent: at the same latents, the log-probabilities of a row do not change when other rows are left out;
-    ``None`` if this could not be tested. coupled: the log-probabilities of a row change with the latents of other rows.
-    bytes: memory of the tensors that one particle of one row allocates.
+    rows_independent: at the same latents, the log-probabilities of a row do not change when other rows are
+    left out; ``None`` if this could not be tested. coupled: the log-probabilities of a row change with the
+    latents of other rows. bytes: memory of the tensors that one particle of one row allocates.
     """
 
     vectorized: bool
@@ -54,13 +64,14 @@ class Particles:
 class Structure:
     """The structure of a pair on a batch, the result of :func:`inspect`.
 
-    batch: the arguments of model and guide, cast to ``dtype``. traces: model and guide trace of one run on the batch.
-    ran: the modules that ran, and whether gradients were enabled. dtype: the dtype of the parameters, ``None`` if they have
-    several or there are none. plates: names of the data plates, which have one entry for each row of the batch.
-    other: the rows of a second run; other_traces: its traces; other_rows: the error if the pair does not run on another
-    number of rows, else ``""``. row_parameters: parameters with an entry for each row of this batch. scaled: for model and
-    for guide, the sites in data plates that the pair itself scales by M/rows, and M. made: parameters that the first run
-    created. trusted: for model and for guide, the sites built with ``validate_args=False``. joint: all rows together are one
+    batch: the arguments of model and guide, cast to ``dtype``. traces: model and guide trace of one run on
+    the batch. ran: the modules that ran, and whether gradients were enabled. dtype: the dtype of the
+    parameters, ``None`` if they have several or there are none. plates: names of the data plates, which have
+    one entry for each row of the batch. other: the rows of a second run; other_traces: its traces;
+    other_rows: the error if the pair does not run on another number of rows, else ``""``. row_parameters:
+    parameters with an entry for each row of this batch. scaled: for model and for guide, the sites in data
+    plates that the pair itself scales by M/rows, and M. made: parameters that the first run created. trusted:
+    for model and for guide, the sites built with ``validate_args=False``. joint: all rows together are one
     datum, see :meth:`as_one_datum`.
     """
 
@@ -86,7 +97,8 @@ class Structure:
         return self.batch.num_rows
 
     def as_one_datum(self) -> "Structure":
-        """The structure with all rows together as one datum: no plate is a data plate, and rows are not divided."""
+        """The structure with all rows together as one datum: no plate is a data plate, and rows are not
+        divided."""
         particles = self.particles and replace(self.particles, rows_independent=False)
         return replace(self, plates=frozenset(), particles=particles, joint=True)
 
@@ -135,11 +147,14 @@ class Structure:
     def points(self) -> tuple[str, ...]:
         """The latents at which the guide has a point (Delta), and the model a distribution."""
         guide = self.guide_latents
-        return tuple(n for n, site in self.latents.items() if n in guide and is_point(guide[n]) and not is_point(site))
+        return tuple(
+            n for n, site in self.latents.items() if n in guide and is_point(guide[n]) and not is_point(site)
+        )
 
     @cached_property
     def has_density(self) -> bool:
-        """Whether q(z|x) has a density. A point has none, unless it is computed from auxiliary sites, or states its own."""
+        """Whether q(z|x) has a density. A point has none, unless it is computed from auxiliary sites, or
+        states its own."""
         stated = [unwrapped(self.guide_latents[name]["fn"]).log_density for name in self.points]
         return self.has_auxiliary or all(bool(torch.as_tensor(density).any()) for density in stated)
 
@@ -163,24 +178,33 @@ def inspect(
     *,
     training: bool = False,
 ) -> Structure:
-    """Run a pair a few times and record its structure. All state is restored afterwards, see :func:`untouched`.
+    """Run a pair a few times and record its structure. All state is restored afterwards, see
+    :func:`untouched`.
 
-    The pair runs once on the batch and once on another number of rows, which tells the data plates from others. A third run
-    is needed if the batch does not have the dtype of the parameters.
+    The pair runs once on the batch and once on another number of rows, which tells the data plates from
+    others. A third run is needed if the batch does not have the dtype of the parameters.
 
     :param training: run with gradients, and each module in its own mode; otherwise in evaluation mode.
-    :raises ValueError: for a model or guide that is not callable, a missing argument, or a pair that fails on the batch.
+    :raises ValueError: for a model or guide that is not callable, a missing argument, or a pair that fails on
+    the batch.
     """
     for name, program in (("model", model), ("guide", guide)):
         if not callable(program):
-            raise ValueError(f"{name}: expected a Pyro program, called with the data, but got {program!r:.80}")
+            raise ValueError(
+                f"{name}: expected a Pyro program, called with the data, but got {program!r:.80}"
+            )
     batch = fitting(batch, model, guide)
     batch, dtype, first = _first_run(model, guide, batch, training)
     rows, second = _other_rows(batch), None
     reason = rows if isinstance(rows, str) else ""
     if isinstance(rows, Tensor):
         run = run_once(
-            model, guide, batch.map(lambda part: part[rows.to(part.device)]), False, log_probs=True, seed=_OTHER_SEED
+            model,
+            guide,
+            batch.map(lambda part: part[rows.to(part.device)]),
+            False,
+            log_probs=True,
+            seed=_OTHER_SEED,
         )
         second, reason = None if run.error else run, run.error
     num_rows = batch.num_rows if batch.tensors else _rows_of_nested(batch)
@@ -204,10 +228,17 @@ def inspect(
 
 
 def structure_of_run(
-    model: Program, guide: Program, batch: Batch, traces: Traces, ran: Mapping[nn.Module, bool], made: Mapping[str, Tensor]
+    model: Program,
+    guide: Program,
+    batch: Batch,
+    traces: Traces,
+    ran: Mapping[nn.Module, bool],
+    made: Mapping[str, Tensor],
 ) -> Structure:
     """The structure that one recorded run shows. Data plates are recognized by their size alone."""
-    known = bool(Distribution._validate_args)  # if the default is off, validate_args=False cannot be told from it
+    known = bool(
+        Distribution._validate_args
+    )  # if the default is off, validate_args=False cannot be told from it
     trusted = (_trusted(traces[0]), _trusted(traces[1])) if known else (frozenset(), frozenset())
     run = Run(ran, {}, traces)
     plates = _data_plates(batch.num_rows if batch.tensors else 0, run, None)
@@ -249,7 +280,9 @@ class _Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        before = {leaf.untyped_storage().data_ptr() for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)}
+        before = {
+            leaf.untyped_storage().data_ptr() for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)
+        }
         for leaf in pytree.tree_leaves(made):
             if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in before:
                 self.bytes += leaf.untyped_storage().nbytes()
@@ -281,21 +314,33 @@ def fails_on(pair: Structure, num_rows: int) -> str:
 
 
 def run_once(
-    model: Program, guide: Program, batch: Batch, training: bool, *, log_probs: bool = False, seed: int | None = None
+    model: Program,
+    guide: Program,
+    batch: Batch,
+    training: bool,
+    *,
+    log_probs: bool = False,
+    seed: int | None = None,
 ) -> Run:
     """
     :param log_probs: raise errors of log-probabilities too, such as shapes that do not match.
     """
     recorded = _Parameters()
-    with untouched(training=None if training else False, seed=seed) as ran, torch.set_grad_enabled(training), recorded:
+    with (
+        untouched(training=None if training else False, seed=seed) as ran,
+        torch.set_grad_enabled(training),
+        recorded,
+    ):
         run = Run(ran, recorded.values)
-        # ExpandedDistribution copies the default, which must not look like a distribution built with validate_args=False
+        # ExpandedDistribution copies the default, which must not look like a distribution built with
+        # validate_args=False
         Distribution._validate_args = Distribution._validate_args or _VALIDATION_OFF
         try:
             with enough_memory(LESS_MEMORY):
                 run.traces = run_pair(model, guide, *batch.args, **batch.kwargs)
                 run.trusted = _trusted(run.traces[0]), _trusted(run.traces[1])
-                # now, since some transforms know the density of their latest draws only; the checks report bad data
+                # now, since some transforms know the density of their latest draws only; the checks report
+                # bad data
                 for trace in run.traces:
                     with nullcontext() if log_probs else suppress(Exception):
                         trace.compute_log_prob()
@@ -324,7 +369,9 @@ def first_line(error: Exception) -> str:
     return (str(error) or repr(error)).split("\n", 1)[0].removesuffix(":")
 
 
-def _first_run(model: Program, guide: Program, batch: Batch, training: bool) -> tuple[Batch, torch.dtype | None, Run]:
+def _first_run(
+    model: Program, guide: Program, batch: Batch, training: bool
+) -> tuple[Batch, torch.dtype | None, Run]:
     """A run on the batch, cast to the dtype of the parameters; small integer types become int64."""
     batch = batch.cast(None)
     run = run_once(model, guide, batch, training)
@@ -340,11 +387,11 @@ def _first_run(model: Program, guide: Program, batch: Batch, training: bool) -> 
         shapes = {name: tuple(part.shape) for name, part in batch.tensors.items()}
         hint = ""
         if any(isinstance(part, list) for part in (*batch.args, *batch.kwargs.values())):
-            hint = ". A list of tensors is handed on as it is; where it holds the rows of the data pass torch.stack(rows)"
+            hint = ". A list is passed on unchanged; if its tensors are the rows, pass torch.stack(rows)"
         if "plate(" in run.error:
             hint = (
-                ". A guide with parameters for each datum, such as an autoguide of a local latent, runs on the data it was "
-                "built for, all at once: batch_size=None"
+                ". A guide with parameters for each datum, such as an autoguide of a local latent, runs on "
+                "the data it was built for, all at once: batch_size=None"
             )
         raise ValueError(f"pair: it fails on a batch of shape {shapes}: {run.error}{hint}") from run.cause
     return batch, dtype, run
@@ -368,7 +415,8 @@ def _other_rows(batch: Batch) -> Tensor | str:
         return "its arguments have different numbers of rows"
     if n <= 2:  # not one row, which would broadcast, and not the number of rows of the batch
         return torch.tensor([0, 0, 1] if n == 2 else [0, 0])
-    # in their order, which may be that of their lengths, and without the last one, since a pair may treat it differently
+    # in their order, which may be that of their lengths, and without the last one, since a pair may treat it
+    # differently
     return torch.randperm(n - 1, generator=torch.Generator().manual_seed(0))[:_MAX_OTHER_ROWS].sort().values
 
 
@@ -381,7 +429,8 @@ def _rows_of_nested(batch: Batch) -> int:
 
 
 def _plate_sizes(run: Run) -> dict[str, tuple[int, int]]:
-    """``(size, full_size)`` of the vectorized plates; for a plate without a size, taken from the batch shape."""
+    """``(size, full_size)`` of the vectorized plates; for a plate without a size, taken from the batch
+    shape."""
     sizes: dict[str, tuple[int, int]] = {}
     for trace in run.traces:
         for site in trace.nodes.values():
@@ -408,7 +457,8 @@ def _data_plates(num_rows: int, first: Run, second: Run | None) -> frozenset[str
 
 
 def _row_parameters(n: int, first: Run, second: Run | None, plates: frozenset[str]) -> tuple[str, ...]:
-    """Parameters with an entry for each of the n rows: they change shape with the rows, or the pair runs on no others."""
+    """Parameters with an entry for each of the n rows: they change shape with the rows, or the pair runs on
+    no others."""
     if not plates or n < 2:
         return ()
     layers = {
@@ -421,7 +471,9 @@ def _row_parameters(n: int, first: Run, second: Run | None, plates: frozenset[st
     suspects = [name for name, value in parameters.items() if n in value.shape]
     if second is not None:
         others = second.parameters
-        return tuple(name for name in suspects if name in others and others[name].shape != first.parameters[name].shape)
+        return tuple(
+            name for name in suspects if name in others and others[name].shape != first.parameters[name].shape
+        )
     if not suspects:  # autoguides keep all latents in one vector
         suspects = [name for name, value in parameters.items() if value.numel() and value.numel() % n == 0]
     return tuple(suspects)
@@ -430,7 +482,8 @@ def _row_parameters(n: int, first: Run, second: Run | None, plates: frozenset[st
 def _scaled(
     n: int, m: int, first: Run, second: Run | None, plates: frozenset[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Sites of model and guide in data plates whose scale is M/rows, and M: the pair itself scales minibatches.
+    """Sites of model and guide in data plates whose scale is M/rows, and M: the pair itself scales
+    minibatches.
 
     :param n: number of rows in the first run; m: in the second.
     """
@@ -439,7 +492,8 @@ def _scaled(
         return {
             name: float(site["scale"]) / subsampling_scale(site)
             for name, site in sampled(run.traces[side])
-            if row_dim(site, plates) is not None and not (isinstance(site["scale"], Tensor) and site["scale"].numel() > 1)
+            if row_dim(site, plates) is not None
+            and not (isinstance(site["scale"], Tensor) and site["scale"].numel() > 1)
         }
 
     found: tuple[dict[str, float], dict[str, float]] = ({}, {})
@@ -447,7 +501,9 @@ def _scaled(
         one = scales(first, side)
         two = scales(second, side) if second is not None else {}
         for name, scale in one.items():
-            follows = name in two and scale != two[name] and math.isclose(scale * n, two[name] * m, rel_tol=1e-4)
+            follows = (
+                name in two and scale != two[name] and math.isclose(scale * n, two[name] * m, rel_tol=1e-4)
+            )
             if scale != 1.0 and (follows or second is None):
                 found[side][name] = scale * n
     return found
@@ -461,7 +517,9 @@ def remember_trained(pair: Structure, parameters: Mapping[str, Tensor]) -> None:
     for program, trace in zip((pair.model, pair.guide), pair.traces, strict=True):
         names = trace.param_nodes
         try:
-            _trained[_identity(program)] = {name: ref(parameters[name]) for name in names if name in parameters}
+            _trained[_identity(program)] = {
+                name: ref(parameters[name]) for name in names if name in parameters
+            }
         except TypeError:  # a program without weak references
             continue
 
@@ -475,7 +533,8 @@ def trained_parameters(program: Program) -> Mapping[str, "ref[Tensor]"]:
 
 
 def _identity(program: Program) -> Any:
-    """The program, or the object that it is a method of: each access of a method creates another bound method."""
+    """The program, or the object that it is a method of: each access of a method creates another bound
+    method."""
     return getattr(program, "__self__", program)
 
 

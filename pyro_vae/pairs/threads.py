@@ -1,4 +1,5 @@
-"""One thread at a time: the param store, the handlers and the random state are shared by all threads of a process."""
+"""One thread at a time: the param store, the handlers and the random state are shared by all threads of a
+process."""
 
 import threading
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ def _refuse_others(what: str) -> None:
     for thread in list(_training.values()):
         if thread is not here and thread.is_alive():  # the fit of a thread that ended will not continue
             raise RuntimeError(
-                f"{what}: thread {thread.name!r} of this process trains, and Pyro's param store, handlers and random state are "
-                "shared by all threads; run it after that fit, or in a process of its own"
+                f"{what}: thread {thread.name!r} of this process trains, and Pyro's param store, handlers "
+                "and random state are shared by all threads; run it after that fit, or in a process of its "
+                "own"
             )

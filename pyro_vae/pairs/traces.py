@@ -25,8 +25,9 @@ Program = Callable[..., Any]
 class MeanElbo(NamedTuple):
     """The ELBO of a data set: means over its data in nats per datum, elbo = reconstruction − kl.
 
-    ``elbo_se`` is the standard error of the mean ``elbo`` over data; ``nan`` for one datum, and where all data carry one
-    ELBO of their batch. Where a pair has enumerated sites, ``reconstruction`` and ``kl`` are not told apart and are ``nan``.
+    ``elbo_se`` is the standard error of the mean ``elbo`` over data; ``nan`` for one datum, and where all
+    data carry one ELBO of their batch. Where a pair has enumerated sites, ``reconstruction`` and ``kl`` are
+    not told apart and are ``nan``.
     """
 
     elbo: float
@@ -36,16 +37,18 @@ class MeanElbo(NamedTuple):
 
     def __str__(self) -> str:
         se = "" if math.isnan(self.elbo_se) else f" ± {self.elbo_se:.2f}"
-        parts = "" if math.isnan(self.kl) else f" (reconstruction {self.reconstruction:.2f}, KL {self.kl:.2f})"
+        parts = (
+            "" if math.isnan(self.kl) else f" (reconstruction {self.reconstruction:.2f}, KL {self.kl:.2f})"
+        )
         return f"ELBO {self.elbo:.2f}{se} nats per datum{parts}"
 
 
 class ElboTerms(NamedTuple):
-    """The ELBO of each datum in nats, log p(x|z) + log p(z) − log q(z|x) at draws of the guide: a lower bound of log p(x) in
-    expectation. Without annealing, scaling to a data set, and ``poutine.scale``.
+    """The ELBO of each datum in nats, log p(x|z) + log p(z) − log q(z|x) at draws of the guide: a lower bound
+    of log p(x) in expectation. Without annealing, scaling to a data set, and ``poutine.scale``.
 
-    elbo: ``(batch,)``; reconstruction: log p(x|z), ``(batch,)``; kl: log q(z|x) − log p(z), ``(batch,)``. Terms of latents
-    that all data share are divided evenly among the data.
+    elbo: ``(batch,)``; reconstruction: log p(x|z), ``(batch,)``; kl: log q(z|x) − log p(z), ``(batch,)``.
+    Terms of latents that all data share are divided evenly among the data.
     """
 
     elbo: Tensor
@@ -54,7 +57,8 @@ class ElboTerms(NamedTuple):
 
     @classmethod
     def of_batch(cls, elbo: float, num_rows: int) -> "ElboTerms":
-        """The ELBO of a whole batch, divided evenly among its data, if the terms of each datum are unknown."""
+        """The ELBO of a whole batch, divided evenly among its data, if the terms of each datum are
+        unknown."""
         unknown = torch.full((num_rows,), torch.nan)
         return cls(torch.full((num_rows,), elbo), unknown, unknown)
 
@@ -72,7 +76,8 @@ class ElboTerms(NamedTuple):
 
 @contextmanager
 def enough_memory(remedy: str) -> Iterator[None]:
-    """Raise ``MemoryError`` with that remedy where the block runs out of memory, of the machine or of a GPU."""
+    """Raise ``MemoryError`` with that remedy where the block runs out of memory, of the machine or of a
+    GPU."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -100,7 +105,8 @@ def prior_of(model: Program) -> Program:
 
 
 def sampled(trace: Trace) -> Iterator[tuple[str, dict]]:
-    """The random variables of a trace, observed and latent: no subsample sites of plates, no deterministic sites."""
+    """The random variables of a trace, observed and latent: no subsample sites of plates, no deterministic
+    sites."""
     for name, site in prune_subsample_sites(trace).nodes.items():
         if site["type"] == "sample" and not site["infer"].get("_deterministic"):
             yield name, site
@@ -116,12 +122,14 @@ def unwrapped(distribution: Any) -> Any:
 def proposal(guide_trace: Trace) -> Iterator[tuple[str, dict]]:
     """The sites of a guide whose log-probabilities add up to log q(z|x): its latent sites.
 
-    Observed sites of a guide (``obs=``, ``pyro.factor``) affect its training and are not part of q. An auxiliary site u
-    counts only if latents are points (Delta) computed from u, as in autoguides. Otherwise q(z|x) stands for q(z|x, u), and the
-    log-weight is log p(x, z) − log q(z|x, u).
+    Observed sites of a guide (``obs=``, ``pyro.factor``) affect its training and are not part of q. An
+    auxiliary site u counts only if latents are points (Delta) computed from u, as in autoguides. Otherwise
+    q(z|x) stands for q(z|x, u), and the log-weight is log p(x, z) − log q(z|x, u).
     """
     latents = [(name, site) for name, site in sampled(guide_trace) if not site["is_observed"]]
-    points = any(isinstance(unwrapped(s["fn"]), dist.Delta) for _, s in latents if not s["infer"].get("is_auxiliary"))
+    points = any(
+        isinstance(unwrapped(s["fn"]), dist.Delta) for _, s in latents if not s["infer"].get("is_auxiliary")
+    )
     for name, site in latents:
         if points or not site["infer"].get("is_auxiliary"):
             yield name, site
@@ -138,7 +146,9 @@ def elbo_terms(
     """
     model, guide = sum_sites(sampled(model_trace), plates), sum_sites(proposal(guide_trace), plates)
     reconstruction = (model.observed + model.shared_observed / num_data) / num_particles
-    kl = (guide.latent - model.latent + (guide.shared_latent - model.shared_latent) / num_data) / num_particles
+    kl = (
+        guide.latent - model.latent + (guide.shared_latent - model.shared_latent) / num_data
+    ) / num_particles
     reconstruction, kl = torch.broadcast_tensors(torch.atleast_1d(reconstruction), torch.atleast_1d(kl))
     if not plates:
         reconstruction, kl = reconstruction.expand(num_data), kl.expand(num_data)
@@ -146,8 +156,8 @@ def elbo_terms(
 
 
 class SiteSums(NamedTuple):
-    """Log-probabilities of a trace in nats, summed over observed and over latent sites: those in data plates, ``(batch,)``, and
-    those outside, ``()``. With a particle dimension ``(particles, …)``."""
+    """Log-probabilities of a trace in nats, summed over observed and over latent sites: those in data plates,
+    ``(batch,)``, and those outside, ``()``. With a particle dimension ``(particles, …)``."""
 
     observed: Tensor
     latent: Tensor
@@ -155,11 +165,13 @@ class SiteSums(NamedTuple):
     shared_latent: Tensor
 
 
-def sum_sites(sites: Iterable[tuple[str, dict]], plates: frozenset[str], *, particle_dim: int | None = None) -> SiteSums:
+def sum_sites(
+    sites: Iterable[tuple[str, dict]], plates: frozenset[str], *, particle_dim: int | None = None
+) -> SiteSums:
     """Sum the log-probabilities of sites, per datum in data plates.
 
-    Subsampling plates within a datum are scaled to their full size. Other scales (N/B, annealing, ``poutine.scale``) are
-    removed.
+    Subsampling plates within a datum are scaled to their full size. Other scales (N/B, annealing,
+    ``poutine.scale``) are removed.
 
     :param sites: the result of :func:`sampled` or :func:`proposal`.
     :param particle_dim: the batch dimension of the particles, which is not summed over.
@@ -190,7 +202,9 @@ def sum_sites(sites: Iterable[tuple[str, dict]], plates: frozenset[str], *, part
 def sum_to(log_prob: Tensor, kept: list[int]) -> Tensor:
     """Sum over all dimensions except the given ones, which are returned in the given order."""
     missing = max((-dim - log_prob.dim() for dim in kept), default=0)
-    log_prob = log_prob.reshape((1,) * max(missing, 0) + log_prob.shape).movedim(kept, tuple(range(-len(kept), 0)))
+    log_prob = log_prob.reshape((1,) * max(missing, 0) + log_prob.shape).movedim(
+        kept, tuple(range(-len(kept), 0))
+    )
     return log_prob.reshape(-1, *log_prob.shape[log_prob.dim() - len(kept) :]).sum(0)
 
 
@@ -214,7 +228,8 @@ class Recorded(Messenger):
 
 
 class Reweighted(Recorded):
-    """A handler that scales sites in data plates by N/B and latent sites by β, and records a trace of each run.
+    """A handler that scales sites in data plates by N/B and latent sites by β, and records a trace of each
+    run.
 
     Sites that are scaled already are not scaled again: those in a subsampling plate, and those in ``scaled``.
 

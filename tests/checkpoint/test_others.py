@@ -68,7 +68,9 @@ def test_second_fit_in_a_folder_raises_until_the_first_ends(tmp_path):
     first = pv.infer.train(vae.model, vae.guide, x, num_epochs=3, checkpoint=tmp_path / "a", progress=False)
     next(first)
     with pytest.raises(BlockingIOError, match="in use by this process already"):
-        pv.fit(vae.model, vae.guide, x, num_epochs=1, checkpoint=tmp_path / "a", resume="last", progress=False)
+        pv.fit(
+            vae.model, vae.guide, x, num_epochs=1, checkpoint=tmp_path / "a", resume="last", progress=False
+        )
     program = (
         "import sys, pathlib; from pyro_vae import files\nwith files.locked(pathlib.Path(sys.argv[1])): pass"
     )
@@ -98,7 +100,11 @@ def test_empty_reserved_folder_is_removed(tmp_path):
     vae = small.make_vae()
     with pytest.raises(ValueError, match="row"):
         pv.fit(
-            vae.model, vae.guide, torch.full((20, 4), torch.nan), num_epochs=1, checkpoint=tmp_path / "a" / "b"
+            vae.model,
+            vae.guide,
+            torch.full((20, 4), torch.nan),
+            num_epochs=1,
+            checkpoint=tmp_path / "a" / "b",
         )
     assert not list(tmp_path.iterdir())
     with (

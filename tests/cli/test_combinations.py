@@ -1,4 +1,5 @@
-"""Every guide, prior and likelihood that the command line offers, in every combination that its data allow."""
+"""Every guide, prior and likelihood that the command line offers, in every combination that its data
+allow."""
 
 import itertools
 from pathlib import Path
@@ -37,19 +38,32 @@ def test_the_pairwise_combinations_have_any_two_words_together():
 
 
 @pytest.mark.parametrize(("name", "guide", "prior", "likelihood"), PAIRWISE)
-def test_a_pair_of_every_two_families_is_trained_judged_and_drawn(name, guide, prior, likelihood, tmp_path, monkeypatch):
+def test_a_pair_of_every_two_families_is_trained_judged_and_drawn(
+    name, guide, prior, likelihood, tmp_path, monkeypatch
+):
     """At the default latent size, on few data, to the last picture."""
     monkeypatch.setattr(build, "PSEUDO_INPUTS", 5)
     grey = "stochastic" if likelihood == "bernoulli" else "none"
     words = {"guide": guide, "prior": prior, "likelihood": likelihood, "hidden": (20,)}
     config = build.Config(
-        **DEFAULTS[name] | words, dataset=name, pair=None, binarize=grey, batch_size=100, num_particles=1, beta=1.0,
-        patience=None, clip_norm=None, seed=0, dtype="float32",
-    )  # fmt: skip
+        **DEFAULTS[name] | words,
+        dataset=name,
+        pair=None,
+        binarize=grey,
+        batch_size=100,
+        num_particles=1,
+        beta=1.0,
+        patience=None,
+        clip_norm=None,
+        seed=0,
+        dtype="float32",
+    )
     train, test = (part.head(n) for part, n in zip(build.build_data(config, None), (100, 8), strict=True))
     config = build.replace(config, event_shape=tuple(train.x.shape[1:]), num_levels=train.num_levels)
     pair = build.build_pair(config, train)
-    epochs = infer.fit(pair.model, pair.guide, train, num_epochs=1, optim=Adam({"lr": 1e-3}), progress=False).epochs
+    epochs = infer.fit(
+        pair.model, pair.guide, train, num_epochs=1, optim=Adam({"lr": 1e-3}), progress=False
+    ).epochs
     assert torch.tensor(epochs[0].train.elbo).isfinite()
     vae, x = pair.vae, test.x
     for found in (
@@ -78,10 +92,14 @@ def test_a_pair_of_every_two_families_is_trained_judged_and_drawn(name, guide, p
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "guide", "prior", "likelihood"), EVERY)
-def test_every_combination_goes_from_training_to_the_last_picture(run, name, guide, prior, likelihood, monkeypatch):
+def test_every_combination_goes_from_training_to_the_last_picture(
+    run, name, guide, prior, likelihood, monkeypatch
+):
     monkeypatch.setattr(build, "PSEUDO_INPUTS", 20)  # of 100: a density of z costs as many of the guide
     savefig = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **given: savefig(self, *args, **given | {"dpi": 40}))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **given: savefig(self, *args, **given | {"dpi": 40})
+    )
     words = ("--guide", guide, "--prior", prior, "--likelihood", likelihood)
     commands = [
         ("train", name, *words, "-n", 1, "--out", "a"),
@@ -97,7 +115,12 @@ def test_every_combination_goes_from_training_to_the_last_picture(run, name, gui
         assert "warning" not in err
         assert "Traceback" not in err
     pictures = {file.relative_to("a").as_posix(): imread(file) for file in Path("a").rglob("*.png")}
-    assert {"plots/latent.png", "plots-2/latent.png", "evaluation/ladder.png", "diagnosis/calibration.png"} <= pictures.keys()
+    assert {
+        "plots/latent.png",
+        "plots-2/latent.png",
+        "evaluation/ladder.png",
+        "diagnosis/calibration.png",
+    } <= pictures.keys()
     assert all(picture[..., :3].std() > 0.02 for picture in pictures.values())  # none is blank
 
 

@@ -33,7 +33,12 @@ def test_train_leaves_a_whole_run_folder(run, tmp_path):
         "report.html",
     }
     config = json.loads((folder / "config.json").read_text())
-    assert (config["dataset"], config["num_epochs"], config["latent_dim"], config["event_shape"]) == ("digits", 2, 2, [8, 8])
+    assert (config["dataset"], config["num_epochs"], config["latent_dim"], config["event_shape"]) == (
+        "digits",
+        2,
+        2,
+        [8, 8],
+    )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     for side in ("train", "validation"):
@@ -121,8 +126,30 @@ def test_the_same_seed_gives_the_same_run_and_another_another(run):
     "words",
     [
         ("--likelihood", "bernoulli", "--guide", "full", "--prior", "mixture", "--hidden", "20,10"),
-        ("--likelihood", "categorical", "--guide", "low-rank", "--prior", "vamp", "--latent-dim", 3, "--dtype", "float64"),
-        ("--likelihood", "normal", "--guide", "laplace", "--prior", "normal", "--num-particles", 3, "--warm-up", 2),
+        (
+            "--likelihood",
+            "categorical",
+            "--guide",
+            "low-rank",
+            "--prior",
+            "vamp",
+            "--latent-dim",
+            3,
+            "--dtype",
+            "float64",
+        ),
+        (
+            "--likelihood",
+            "normal",
+            "--guide",
+            "laplace",
+            "--prior",
+            "normal",
+            "--num-particles",
+            3,
+            "--warm-up",
+            2,
+        ),
         ("--likelihood", "student-t", "--guide", "student-t", "--beta", 0.5, "--patience", 1, "-b", 500),
         ("--likelihood", "laplace", "--binarize", "threshold"),
     ],
@@ -145,7 +172,9 @@ def test_the_ring_and_the_other_data_sets(run, data_dir):
 
 
 def test_compare(run, tmp_path):
-    code, out, err = run("compare", "factor-analysis", "--guide", "normal,full", "-n", 15, "--num-data", 5, "--json")
+    code, out, err = run(
+        "compare", "factor-analysis", "--guide", "normal,full", "-n", 15, "--num-data", 5, "--json"
+    )
     assert code == 0, err
     result = json.loads(out)
     assert list(result) == ["full", "normal"]  # ranked
@@ -162,7 +191,9 @@ def test_compare(run, tmp_path):
     assert run("compare", "banana", "--guide", "nothing")[0] == 2
 
 
-@pytest.mark.parametrize("name", ["normal-normal", "regression", "two-modes", "relu", "funnel", "banana", "state-space"])
+@pytest.mark.parametrize(
+    "name", ["normal-normal", "regression", "two-modes", "relu", "funnel", "banana", "state-space"]
+)
 def test_every_model_of_the_list_is_compared(run, name):
     code, _, err = run("compare", name, "--guide", "normal", "-n", 1, "--num-data", 3)
     assert code == 0, err
@@ -204,7 +235,9 @@ def test_a_run_goes_on(run, tmp_path):
     ours, theirs = (Path(name, "metrics.jsonl").read_text().splitlines() for name in ("a", "whole"))
     assert [json.loads(line)["train"] for line in ours] == [json.loads(line)["train"] for line in theirs]
     assert json.loads(Path("a", "config.json").read_text())["num_epochs"] == 4
-    assert run("train", "ring", "-n", 1, "--out", "new", "--resume", "last")[0] == 0  # a job that restarts itself
+    assert (
+        run("train", "ring", "-n", 1, "--out", "new", "--resume", "last")[0] == 0
+    )  # a job that restarts itself
     assert run("train", "--resume", "last")[0] == 2
     Path("mine").mkdir()
     Path("mine", "notes.txt").write_text("kept")
@@ -217,5 +250,10 @@ def test_the_words_of_the_command_line_are_the_registries():
     assert set(get_args(app.Likelihood)) == build.LIKELIHOODS.keys()
     assert set(get_args(app.Guide)) == build.GUIDES.keys()
     assert set(get_args(app.Prior)) == build.PRIORS.keys()
-    assert set(get_args(app.Dataset)) == DEFAULTS.keys() == set(get_args(datasets.Name)) == datasets.SOURCES.keys()
+    assert (
+        set(get_args(app.Dataset))
+        == DEFAULTS.keys()
+        == set(get_args(datasets.Name))
+        == datasets.SOURCES.keys()
+    )
     assert get_args(app.Binarize) == get_args(datasets.Binarize)

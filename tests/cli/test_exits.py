@@ -88,7 +88,10 @@ def test_damaged_and_newer_runs(run, tmp_path):
 def test_a_start_that_fails_replaces_nothing(run, tmp_path):
     run("train", "ring", "-n", 1, "--out", "a")
     before = {file: file.read_bytes() for file in (tmp_path / "a").rglob("*") if file.is_file()}
-    assert run("train", "ring", "-n", 1, "--likelihood", "continuous-bernoulli", "--out", "a", "--overwrite")[0] == 65
+    assert (
+        run("train", "ring", "-n", 1, "--likelihood", "continuous-bernoulli", "--out", "a", "--overwrite")[0]
+        == 65
+    )
     assert {file: file.read_bytes() for file in (tmp_path / "a").rglob("*") if file.is_file()} == before
     assert run("train", "-n", 1, "--learning-rate", "1e30", "--out", "b")[0] == 70
     assert not (tmp_path / "b").exists()
@@ -155,7 +158,10 @@ def test_a_reader_that_leaves_is_no_error():
     words = f"{sys.executable} -m pyro_vae data | true; exit ${{PIPESTATUS[0]}}"
     assert subprocess.run(["bash", "-c", words], capture_output=True).returncode == 0
     with open("/dev/full", "w") as full:
-        assert subprocess.run([sys.executable, "-m", "pyro_vae", "train", "-n", "1"], stderr=full).returncode == 0
+        assert (
+            subprocess.run([sys.executable, "-m", "pyro_vae", "train", "-n", "1"], stderr=full).returncode
+            == 0
+        )
 
 
 @pytest.mark.parametrize(
@@ -168,7 +174,10 @@ def test_a_reader_that_leaves_is_no_error():
         ("metrics.jsonl", "{}"),
         ("metrics.jsonl", '{"epoch": 1, "be'),
         ("metrics.jsonl", ""),
-        *[("config.json", change) for change in ("event_shape=null", "prior=zzz", "guide=null", "dtype=zzz", "latent_dim=2.5")],
+        *[
+            ("config.json", change)
+            for change in ("event_shape=null", "prior=zzz", "guide=null", "dtype=zzz", "latent_dim=2.5")
+        ],
     ],
 )
 def test_damaged_texts(run, tmp_path, name, text):
@@ -198,15 +207,16 @@ def test_overwrite_takes_only_what_is_ours(run, tmp_path):
 
 
 def test_help_does_not_wait_for_torch():
-    program = (
-        "import sys; from pyro_vae.cli import app\ntry: app.main()\nfinally: assert not {'torch', 'pyro'} & sys.modules.keys()"
-    )
+    imports = "import sys; from pyro_vae.cli import app"
+    program = f"{imports}\ntry: app.main()\nfinally: assert not {{'torch', 'pyro'}} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "reconstruct" in done.stdout
 
 
 def test_module_and_script_are_the_same():
-    done = subprocess.run([sys.executable, "-m", "pyro_vae", "train", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pyro_vae", "train", "--help"], capture_output=True, text=True
+    )
     assert done.returncode == 0
     assert "--learning-rate" in done.stdout

@@ -34,9 +34,21 @@ def run(call, tmp_path):
 
 def test_the_ladder_is_printed_and_kept(call, run, tmp_path):
     code, out, err = call(
-        "evaluate", run, "--estimator", "elbo,importance,prior,ais,smc,bdmc", "--num-particles", 50, "--num-temperatures", 5,
-        "--num-chains", 2, "--data", "test[:6]", "--out", tmp_path / "e",
-    )  # fmt: skip
+        "evaluate",
+        run,
+        "--estimator",
+        "elbo,importance,prior,ais,smc,bdmc",
+        "--num-particles",
+        50,
+        "--num-temperatures",
+        5,
+        "--num-chains",
+        2,
+        "--data",
+        "test[:6]",
+        "--out",
+        tmp_path / "e",
+    )
     assert code == 0, err
     rows = list(json.loads((tmp_path / "e" / "evaluation.json").read_text()).values())
     names = ["elbo", "importance", "importance", "prior", "ais", "smc", "bdmc", "bdmc"]
@@ -51,14 +63,26 @@ def test_the_ladder_is_printed_and_kept(call, run, tmp_path):
 
 def test_a_diagnosis_is_printed_and_kept(call, run, tmp_path):
     code, out, err = call(
-        "diagnose", run, "--num-particles", 100, "--num-simulations", 100, "--data", "test[:12]", "--out", tmp_path / "d"
+        "diagnose",
+        run,
+        "--num-particles",
+        100,
+        "--num-simulations",
+        100,
+        "--data",
+        "test[:12]",
+        "--out",
+        tmp_path / "d",
     )
     assert code == 0, err
     assert (tmp_path / "d" / "diagnosis.txt").read_text() in out
     assert {file.name for file in (tmp_path / "d").iterdir()} == {
         ".written.json",
-        "diagnosis.txt", "pareto-k.png", "worst.png", "calibration.png",
-    }  # fmt: skip
+        "diagnosis.txt",
+        "pareto-k.png",
+        "worst.png",
+        "calibration.png",
+    }
 
 
 @pytest.mark.parametrize(

@@ -42,13 +42,22 @@ def test_every_command_ends_with_the_report_and_a_next_command_that_runs(run):
         assert page == "a b/report.html"
         assert Path(page).is_file()
         seen.append(following[0])
-        small = {"evaluate": ["--num-particles", 2], "diagnose": ["--num-particles", 20, "--num-simulations", 0]}
+        small = {
+            "evaluate": ["--num-particles", 2],
+            "diagnose": ["--num-particles", 20, "--num-simulations", 0],
+        }
         code, out, err = run(*following, *small.get(following[0], []), "--json")
         assert code == 0, err
         json.loads(out)  # and nothing else is on stdout
         page, following = last_lines(err)
     assert seen == ["evaluate", "diagnose", "reconstruct"]
-    for command in (("sample", "a b", "-n", 3), ("plot", "a b"), ("data", "ring"), ("data",), ("compare", "--list")):
+    for command in (
+        ("sample", "a b", "-n", 3),
+        ("plot", "a b"),
+        ("data", "ring"),
+        ("data",),
+        ("compare", "--list"),
+    ):
         code, out, err = run(*command, "--json")
         assert code == 0, err
         json.loads(out)
@@ -72,7 +81,9 @@ def test_a_picture_that_fails_is_a_warning_and_no_loss_of_the_others(run, monkey
     code, out, err = run("train", "-n", 1, "--out", "a", "--json")
     assert code == 0, err
     assert json.loads(out)["num_epochs"] == 1
-    name = {"plot_latent": "latent", "plot_reconstructions": "reconstructions", "plot_history": "curve"}[broken]
+    name = {"plot_latent": "latent", "plot_reconstructions": "reconstructions", "plot_history": "curve"}[
+        broken
+    ]
     assert f"warning: the picture a/plots/{name}.png could not be drawn (RuntimeError: no ink)" in err
     left = {file.stem for file in Path("a/plots").glob("*.png")}
     assert left == {"curve", "reconstructions", "samples", "latent", "manifold"} - {name}
@@ -94,10 +105,17 @@ def test_a_guide_without_a_mean_is_drawn_by_its_draws(run):
 def interrupted(command, after, number=signal.SIGINT):
     """A command in a process of its own, stopped once it has written ``after``; exit code and stderr."""
     process = subprocess.Popen(
-        [sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-         "from pyro_vae.cli.app import main; main()", *map(str, command)],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            "from pyro_vae.cli.app import main; main()",
+            *map(str, command),
+        ],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     for _ in range(600):
         if Path(after).exists() or process.poll() is not None:
             break
@@ -161,7 +179,8 @@ def test_an_interrupted_evaluation_goes_on_by_the_same_command(run, monkeypatch)
     code, _, err = run("evaluate", "a", "--num-particles", 5)
     assert code == 130
     assert err.endswith(
-        "interrupted: nothing was finished; the same command goes on:\n  pyro-vae evaluate a --num-particles 5\n"
+        "interrupted: nothing was finished; the same command goes on:\n  pyro-vae evaluate a --num-particles "
+        "5\n"
     )
 
 
@@ -208,9 +227,20 @@ def test_a_number_of_simulations_without_effect_is_refused(run):
 def test_a_result_of_evaluate_is_keyed_by_its_estimator(run):
     run("train", "ring", "-n", 1, "--out", "a")
     _, out, _ = run(
-        "evaluate", "a", "--estimator", "importance,elbo,bdmc", "--num-particles", 20, "--num-temperatures", 3,
-        "--num-chains", 2, "--data", "test[:4]", "--json",
-    )  # fmt: skip
+        "evaluate",
+        "a",
+        "--estimator",
+        "importance,elbo,bdmc",
+        "--num-particles",
+        20,
+        "--num-temperatures",
+        3,
+        "--num-chains",
+        2,
+        "--data",
+        "test[:4]",
+        "--json",
+    )
     result = json.loads(out)
     assert list(result) == ["importance-10", "importance-20", "elbo", "bdmc-below", "bdmc-above"]
     assert result["importance-20"]["num_particles"] == 20
@@ -228,7 +258,10 @@ def test_a_result_of_evaluate_is_keyed_by_its_estimator(run):
         ("the prior of a guide, data and seed", "the prior of a guide, data and seed"),
         ("/tmp/batch_size/x and --batch-size 3", "/tmp/batch_size/x and --batch-size 3"),
         ("a/config.json: latent_dim is 2.5", "a/config.json: latent_dim is 2.5"),
-        ("Lower the learning rate, raise min_scale, or check the data", "Lower --learning-rate, or check the data"),
+        (
+            "Lower the learning rate, raise min_scale, or check the data",
+            "Lower --learning-rate, or check the data",
+        ),
         ("batch_sizes and my_data_dir", "batch_sizes and my_data_dir"),
     ],
 )
@@ -256,7 +289,8 @@ def test_errors_of_the_command_line_advise_its_options(run, monkeypatch, given, 
 
 
 def test_threads(monkeypatch):
-    """Those that are given; one where products are small, unless the environment says otherwise; and as before afterwards."""
+    """Those that are given; one where products are small, unless the environment says otherwise; and as
+    before afterwards."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
@@ -287,9 +321,20 @@ def test_the_largest_product_is_that_of_linear_layers_alone():
 @pytest.mark.parametrize("prior", ["vamp", "mixture"])
 def test_parameters_of_a_prior_are_no_layers(prior):
     config = build.Config(
-        **DEFAULTS["digits"] | {"prior": prior}, dataset="digits", pair=None, binarize="none", batch_size=100, num_particles=1,
-        beta=1.0, patience=None, clip_norm=None, seed=0, dtype="float32", event_shape=(8, 8), num_levels=17,
-    )  # fmt: skip
+        **DEFAULTS["digits"] | {"prior": prior},
+        dataset="digits",
+        pair=None,
+        binarize="none",
+        batch_size=100,
+        num_particles=1,
+        beta=1.0,
+        patience=None,
+        clip_norm=None,
+        seed=0,
+        dtype="float32",
+        event_shape=(8, 8),
+        num_levels=17,
+    )
     assert options.largest_product(build.build_pair(config), 100) == 100 * 200 * 64
 
 
@@ -311,7 +356,9 @@ def test_warnings_are_lines_and_those_of_other_libraries_are_left_out(capfd):
     with warnings.catch_warnings():
         warnings.resetwarnings()  # as outside pytest
         with output.shown():
-            warnings.warn_explicit("foreign", UserWarning, "/x/torch/_inductor/a.py", 1, module="torch._inductor.a")
+            warnings.warn_explicit(
+                "foreign", UserWarning, "/x/torch/_inductor/a.py", 1, module="torch._inductor.a"
+            )
             warnings.warn_explicit("own\nmore", UserWarning, "/x/pyro_vae/a.py", 1, module="pyro_vae.a")
             warnings.warn_explicit("a user's", UserWarning, "/x/pyrotechnics.py", 1, module="pyrotechnics")
             logging.getLogger("pyro_vae.infer.fit").warning("of %s", "fit")

@@ -1,4 +1,5 @@
-"""A run folder that someone sent runs nothing and leads nowhere; one that is there loses nothing of its owner's."""
+"""A run folder that someone sent runs nothing and leads nowhere; one that is there loses nothing of its
+owner's."""
 
 import json
 import os
@@ -58,12 +59,16 @@ def test_pair_of_a_run_without_one_is_refused(run, ring):
 def test_python_m_does_not_import_what_lies_in_the_working_folder(ring):
     for name in ("numpy", "matplotlib", "safetensors"):
         Path(f"{name}.py").write_text("open('it ran', 'w')")
-    subprocess.run([sys.executable, "-m", "pyro_vae", "sample", "a", "-n", "2"], capture_output=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-m", "pyro_vae", "sample", "a", "-n", "2"], capture_output=True, timeout=60
+    )
     assert not Path("it ran").exists()
     assert Path("a", "samples", "samples.npy").exists()
 
 
-@pytest.mark.parametrize("name", ["env.json", "report.html", "metrics.jsonl", "weights", "checkpoints", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["env.json", "report.html", "metrics.jsonl", "weights", "checkpoints", "config.json"]
+)
 def test_what_is_not_a_runs_own_is_not_overwritten(run, ring, name):
     path = ring / name
     if path.is_dir():
@@ -84,9 +89,11 @@ def test_a_users_own_files_in_a_runs_folders_stay(run, ring):
     (ring / "diagnosis" / "notes.txt").write_text("mine")
     assert run("train", "ring", "-n", 1, "--out", "a", "--overwrite")[0] == 0
     for name, content in (
-        ("plots/mine.png", "mine"), ("samples/samples.npy", "changed"), ("weights/mine.txt", "mine"),
+        ("plots/mine.png", "mine"),
+        ("samples/samples.npy", "changed"),
+        ("weights/mine.txt", "mine"),
         ("diagnosis/notes.txt", "mine"),
-    ):  # fmt: skip
+    ):
         assert (ring / name).read_text() == content
     assert not (ring / "samples" / "points.png").exists()
 
@@ -105,10 +112,14 @@ def test_a_result_that_was_changed_is_not_overwritten(run, ring):
 def test_links_out_of_a_run_are_not_followed(run, ring, name, words):
     (ring / name).rename("there")
     (ring / name).symlink_to(Path("there").resolve())
-    before = {file: file.read_bytes() for file in [Path("there"), *Path("there").rglob("*")] if file.is_file()}
+    before = {
+        file: file.read_bytes() for file in [Path("there"), *Path("there").rglob("*")] if file.is_file()
+    }
     code, _, err = run("train", "ring", "-n", 2, "--out", "a", *words)
     assert (code in (2, 65), "Traceback" in err) == (True, False), err
-    assert {file: file.read_bytes() for file in [Path("there"), *Path("there").rglob("*")] if file.is_file()} == before
+    assert {
+        file: file.read_bytes() for file in [Path("there"), *Path("there").rglob("*")] if file.is_file()
+    } == before
     assert (ring / name).is_symlink()
 
 
@@ -133,7 +144,9 @@ def test_a_crash_before_the_record_leaves_the_weights_their_own_epoch(run, monke
     assert run(*words, "--out", "whole")[0] == 0
     count, record = iter(range(9)), runs.Run.record
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Run, "record", lambda *args, **kw: (crash if next(count) == 1 else record)(*args, **kw))
+        patch.setattr(
+            runs.Run, "record", lambda *args, **kw: (crash if next(count) == 1 else record)(*args, **kw)
+        )
         assert run(*words, "--out", "a")[0] == 130
     opened = runs.open_run(Path("a"))
     assert len(Path("a", "metrics.jsonl").read_text().splitlines()) == 1
@@ -149,7 +162,13 @@ def test_a_crash_before_the_first_record_is_no_damage(run, ring):
 
 @pytest.mark.parametrize(
     "given",
-    [{"RANK": "1"}, {"RANK": "0"}, {"WORLD_SIZE": "2"}, {"RANK": "a", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}],
+    [
+        {"RANK": "1"},
+        {"RANK": "0"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "a", "WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+    ],
 )
 def test_half_of_a_process_group_is_an_error(run, monkeypatch, given):
     for name, value in given.items():
@@ -169,19 +188,33 @@ def test_evaluate_with_out_leaves_the_run_as_it_is(run, ring):
     assert run("diagnose", "a", "--num-simulations", 0, *words, "--out", "d")[0] == 0
     assert state() == before
     assert {file.name for file in Path("e").iterdir()} == {
-        "evaluation.json", "evaluation.txt", "ladder.png", ".written.json",
-    }  # fmt: skip
+        "evaluation.json",
+        "evaluation.txt",
+        "ladder.png",
+        ".written.json",
+    }
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"latent_dim": 2**30}, {"hidden": [2**20, 2**20]}, {"hidden": [1] * 10**4}, {"hidden": [-1]}, {"hidden": [True]},
-        {"event_shape": [2**15, 2**15]}, {"event_shape": [[2]]}, {"seed": -1}, {"seed": 2**70}, {"batch_size": 0},
-        {"beta": -1.0}, {"dataset": "../../etc"}, {"hidden": {}}, {"latent_dim": True},
+        {"latent_dim": 2**30},
+        {"hidden": [2**20, 2**20]},
+        {"hidden": [1] * 10**4},
+        {"hidden": [-1]},
+        {"hidden": [True]},
+        {"event_shape": [2**15, 2**15]},
+        {"event_shape": [[2]]},
+        {"seed": -1},
+        {"seed": 2**70},
+        {"batch_size": 0},
+        {"beta": -1.0},
+        {"dataset": "../../etc"},
+        {"hidden": {}},
+        {"latent_dim": True},
     ],
     ids=lambda fields: str(fields)[:30],
-)  # fmt: skip
+)
 def test_an_absurd_configuration_is_one_line(run, ring, fields):
     change(ring, **fields)
     code, _, err = run("reconstruct", "a")
@@ -220,7 +253,9 @@ def test_a_mean_that_is_no_number_is_refused(run, ring, change):
 def test_a_locale_without_signs_changes_no_exit_code(ring):
     env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     words = "evaluate a --estimator elbo --num-particles 2 --data test[:5] --out é"
-    done = subprocess.run([sys.executable, "-m", "pyro_vae", *words.split()], env=os.environ | env, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pyro_vae", *words.split()], env=os.environ | env, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     assert "±" in Path("é", "evaluation.txt").read_text(encoding="utf-8")
 

@@ -30,9 +30,13 @@ def guide_of(distribution):
 EXACT, MEAN_FIELD = guide_of(TOY.posterior), guide_of(TOY.mean_field)
 PRIOR = guide_of(lambda x: dist.Normal(torch.zeros(len(x), 2).double(), 1.0).to_event(1))
 WIDE = guide_of(
-    lambda x: dist.MultivariateNormal(TOY.posterior(x).mean, covariance_matrix=1.6 * torch.linalg.inv(TOY.precision))
+    lambda x: dist.MultivariateNormal(
+        TOY.posterior(x).mean, covariance_matrix=1.6 * torch.linalg.inv(TOY.precision)
+    )
 )
-BIASED = guide_of(lambda x: dist.MultivariateNormal(TOY.posterior(x).mean + 0.15, precision_matrix=TOY.precision))
+BIASED = guide_of(
+    lambda x: dist.MultivariateNormal(TOY.posterior(x).mean + 0.15, precision_matrix=TOY.precision)
+)
 
 
 def test_the_posterior_is_calibrated():
@@ -46,7 +50,12 @@ def test_the_posterior_is_calibrated():
 
 @pytest.mark.parametrize(
     ("guide", "shape", "bad"),
-    [(MEAN_FIELD, "U", "z[0]"), (WIDE, "hump", "z[0]"), (BIASED, "slope", "z[1]"), (PRIOR, "slope", "log p(x|z)")],
+    [
+        (MEAN_FIELD, "U", "z[0]"),
+        (WIDE, "hump", "z[0]"),
+        (BIASED, "slope", "z[1]"),
+        (PRIOR, "slope", "log p(x|z)"),
+    ],
     ids=["mean-field", "wide", "biased", "prior"],
 )
 def test_what_is_not_calibrated_shows(guide, shape, bad):
@@ -61,7 +70,8 @@ def test_the_prior_passes_but_where_the_data_speak():
 
 
 def test_coverage_of_independent_gaussians_is_the_closed_form():
-    """The right mean and a standard deviation too small by s: the central interval of level c covers 2Φ(s Φ⁻¹((1+c)/2)) − 1."""
+    """The right mean and a standard deviation too small by s: the central interval of level c covers 2Φ(s
+    Φ⁻¹((1+c)/2)) − 1."""
     found = calibration(TOY, MEAN_FIELD, X, num_simulations=2000, num_draws=999)
     narrow = (TOY.precision.diagonal() * torch.linalg.inv(TOY.precision).diagonal()) ** -0.5
     normal = torch.distributions.Normal(torch.zeros(()).double(), 1.0)
@@ -77,7 +87,9 @@ def test_pareto_k_of_gaussians(rho):
     z = seeded(1_000_000, 2, seed=1)
     weights = dist.MultivariateNormal(torch.zeros(2).double(), precision_matrix=precision).log_prob(z)
     found = pareto_k((weights - dist.Normal(0.0, 1.0).log_prob(z).sum(-1)).unsqueeze(1))
-    assert found.item() == pytest.approx(rho, abs=0.06)  # 3000 draws in the tail: a standard error of about .02
+    assert found.item() == pytest.approx(
+        rho, abs=0.06
+    )  # 3000 draws in the tail: a standard error of about .02
 
 
 def test_pareto_k_of_a_pair_is_per_datum():
@@ -87,7 +99,9 @@ def test_pareto_k_of_a_pair_is_per_datum():
         with pyro.plate("data", len(x)):
             scale = torch.where(torch.arange(len(x)) == 0, 0.05, 1.0).double()
             tril = torch.linalg.cholesky(torch.linalg.inv(TOY.precision))
-            pyro.sample("z", dist.MultivariateNormal(TOY.posterior(x).mean, scale_tril=scale[:, None, None] * tril))
+            pyro.sample(
+                "z", dist.MultivariateNormal(TOY.posterior(x).mean, scale_tril=scale[:, None, None] * tril)
+            )
 
     k = pareto_k(log_weights(TOY, guide, X, num_particles=2000))
     assert k[0] > 0.7
@@ -128,7 +142,13 @@ def test_collapsed_dimensions_are_counted():
 
 def test_a_diagnosis_is_one_page():
     found = diagnose(TOY, MEAN_FIELD, X, num_simulations=200)
-    for words in ("EVIDENCE", "Pareto k: good", "worst data: ", "2 of 2 latent dimensions active", "not calibrated: z[0]"):
+    for words in (
+        "EVIDENCE",
+        "Pareto k: good",
+        "worst data: ",
+        "2 of 2 latent dimensions active",
+        "not calibrated: z[0]",
+    ):
         assert words in str(found)
     assert found.worst(5).tolist() == found.pareto_k.argsort(descending=True)[:5].tolist()
     assert found.importance.mean >= found.elbo.mean
@@ -161,7 +181,8 @@ def test_draws_as_arviz_has_them():
     assert tree["posterior"]["z"].dims == ("chain", "draw", "data", "z_0")
     assert tree["posterior"]["z"].shape == (1, 50, 40, 2)
     torch.testing.assert_close(
-        torch.tensor(tree["sample_stats"]["log_weight"].values[0]), log_weights(TOY, MEAN_FIELD, X, num_particles=50)
+        torch.tensor(tree["sample_stats"]["log_weight"].values[0]),
+        log_weights(TOY, MEAN_FIELD, X, num_particles=50),
     )
     draws = diagnostics.posterior_draws(TOY, MEAN_FIELD, X, num_draws=50)["z"]
     assert torch.equal(draws, torch.tensor(tree["posterior"]["z"].values[0]))

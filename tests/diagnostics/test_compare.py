@@ -28,7 +28,9 @@ def _closed():
     plt.close("all")
 
 
-@pytest.mark.parametrize("name", ["factor analysis", "BayesianLinearRegression", "LinearGaussianStateSpace", "NormalNormal"])
+@pytest.mark.parametrize(
+    "name", ["factor analysis", "BayesianLinearRegression", "LinearGaussianStateSpace", "NormalNormal"]
+)
 def test_the_exact_posterior_as_guide(name):
     model = MODELS[name]
     x = model.sample(6)
@@ -61,7 +63,9 @@ def test_a_shifted_or_rescaled_guide_costs_what_the_formula_says(shift, factor):
     precision, k = FA.precision, 3
     s = torch.diag(factor**2 / precision.diagonal())
     delta = torch.full((k,), shift, dtype=torch.double)
-    expected = 0.5 * (torch.trace(precision @ s) - torch.logdet(precision @ s) - k + delta @ precision @ delta)
+    expected = 0.5 * (
+        torch.trace(precision @ s) - torch.logdet(precision @ s) - k + delta @ precision @ delta
+    )
     torch.testing.assert_close(report.gap, expected.expand(6), rtol=0, atol=1e-9)
     if factor == 1 and not shift:
         torch.testing.assert_close(report.gap, FA.mean_field_gap(x), rtol=0, atol=1e-9)
@@ -91,9 +95,14 @@ def test_the_log_normal_guide_of_gamma_poisson():
 
 
 def test_a_family_that_is_not_known_is_compared_without_a_split():
-    model = oracles.make_models()["factor analysis"].float()  # Pyro's autoregressive flows invert in the default dtype
+    model = oracles.make_models()[
+        "factor analysis"
+    ].float()  # Pyro's autoregressive flows invert in the default dtype
     x = model.sample(4)
-    for transform, knows in ((dist.transforms.affine_autoregressive(3), True), (dist.transforms.planar(3), False)):
+    for transform, knows in (
+        (dist.transforms.affine_autoregressive(3), True),
+        (dist.transforms.planar(3), False),
+    ):
         flow = dist.TransformedDistribution(dist.Normal(torch.zeros(3), 1.0).to_event(1), [transform])
         guide = guide_of(lambda x, flow=flow: flow.expand([len(x)]))
         report = pv.compare(model, guide, x, num_particles=500)
@@ -118,7 +127,11 @@ def two_sites(x):
     with pyro.plate("data", len(x)):
         mu = pyro.sample("mu", dist.Normal(x.new_zeros(()), 1.0))
         tau = pyro.sample("tau", dist.Gamma(x.new_tensor(2.0), 1.0))
-        pyro.sample("obs", dist.Normal(mu.unsqueeze(-1), tau.unsqueeze(-1) ** -0.5).expand([*mu.shape, 6]).to_event(1), obs=x)
+        pyro.sample(
+            "obs",
+            dist.Normal(mu.unsqueeze(-1), tau.unsqueeze(-1) ** -0.5).expand([*mu.shape, 6]).to_event(1),
+            obs=x,
+        )
 
 
 def two_sites_guide(x):
@@ -143,7 +156,9 @@ def test_a_users_own_function_style_pair_with_grid():
 
 def test_guides_are_ranked_and_drawn(tmp_path):
     x = FA.sample(8)
-    ranking = pv.compare_guides(FA, {"narrow": diagonal(0, 0.3), "exact": guide_of(FA.posterior), "best": diagonal()}, x)
+    ranking = pv.compare_guides(
+        FA, {"narrow": diagonal(0, 0.3), "exact": guide_of(FA.posterior), "best": diagonal()}, x
+    )
     assert list(ranking.comparisons) == ["exact", "best", "narrow"]
     assert "gap: approximation" in str(ranking)
     figure = ranking.plot()
@@ -155,7 +170,9 @@ def test_guides_are_ranked_and_drawn(tmp_path):
 @pytest.mark.parametrize("name", ["NormalNormal", "MixturePrior", "factor analysis"])
 def test_pictures_in_one_two_and_three_dimensions(name):
     model = MODELS[name]
-    figure = pv.compare(model, guide_of(model.posterior), model.sample(5), split=False, num_particles=500).plot(3)
+    figure = pv.compare(
+        model, guide_of(model.posterior), model.sample(5), split=False, num_particles=500
+    ).plot(3)
     assert [ax.get_title() for ax in figure.axes] == ["datum 0", "datum 1", "datum 2"]
     assert all(ax.collections or ax.lines for ax in figure.axes)
 
@@ -193,14 +210,18 @@ def test_free_energy_is_the_evidence_and_the_divergence():
 
 
 def test_wasserstein():
-    a, b = (torch.distributions.MultivariateNormal(seeded(4, 3, seed=i), oracles.covariance(3, i)) for i in range(2))
+    a, b = (
+        torch.distributions.MultivariateNormal(seeded(4, 3, seed=i), oracles.covariance(3, i))
+        for i in range(2)
+    )
     a_half, b_cov = (torch.linalg.eigh(g.covariance_matrix[0]) for g in (a, b))
     root = a_half.eigenvectors @ torch.diag(a_half.eigenvalues.sqrt()) @ a_half.eigenvectors.mT
     cross = torch.linalg.eigvalsh(root @ b.covariance_matrix[0] @ root).sqrt().sum()
     square = (a.loc - b.loc).square().sum(-1) + a_half.eigenvalues.sum() + b_cov.eigenvalues.sum() - 2 * cross
     torch.testing.assert_close(wasserstein(a, b) ** 2, square)
     one = [
-        torch.distributions.MultivariateNormal(torch.tensor([m]), torch.tensor([[s**2]])) for m, s in ((1.0, 2.0), (4.0, 0.5))
+        torch.distributions.MultivariateNormal(torch.tensor([m]), torch.tensor([[s**2]]))
+        for m, s in ((1.0, 2.0), (4.0, 0.5))
     ]
     assert wasserstein(*one).item() == pytest.approx(math.sqrt(9 + 2.25), rel=1e-6)
 
@@ -229,7 +250,8 @@ def test_arrays_are_data_too():
     torch.set_default_dtype(torch.double)
     try:
         assert torch.equal(
-            pv.compare(FA, diagonal(), x.numpy(), split=False).gap, pv.compare(FA, diagonal(), x, split=False).gap
+            pv.compare(FA, diagonal(), x.numpy(), split=False).gap,
+            pv.compare(FA, diagonal(), x, split=False).gap,
         )
     finally:
         torch.set_default_dtype(torch.float)

@@ -25,8 +25,12 @@ VERBS = {
     "check_pair": lambda data: str(pv.check_pair(TOY, GUIDE, data)),
     "compare": lambda data: diagnostics.compare(TOY, GUIDE, data, **SMALL).coverage,
     "compare with a grid": lambda data: diagnostics.compare(GRID, GUIDE, data, **SMALL).log_evidence,
-    "compare_guides": lambda data: str(diagnostics.compare_guides(TOY, {"mean-field": GUIDE}, data, num_particles=20)),
-    "diagnose": lambda data: str(diagnostics.diagnose(TOY, GUIDE, data, num_particles=20, num_simulations=100)),
+    "compare_guides": lambda data: str(
+        diagnostics.compare_guides(TOY, {"mean-field": GUIDE}, data, num_particles=20)
+    ),
+    "diagnose": lambda data: str(
+        diagnostics.diagnose(TOY, GUIDE, data, num_particles=20, num_simulations=100)
+    ),
     "free_energy": lambda data: diagnostics.free_energy(TOY, GUIDE, data, num_particles=20).free_energy,
     "Grid.log_evidence": GRID.log_evidence,
     "Grid.posterior": lambda data: GRID.posterior(data).mean,
@@ -91,7 +95,11 @@ def conditioned_guide(x, c):
 def test_a_pair_of_two_arguments_against_its_posterior(form):
     """z ~ N(c, 1), x ~ N(z, 1): p(x|c) = N(c, 2); a guide shifted by δ costs δ²/(2 · ½) = δ² nats."""
     x, c = seeded(5), seeded(5, seed=1)
-    forms = {"tuple": (x, c), "dict": {"c": c, "x": x}, "DataLoader": DataLoader(TensorDataset(x, c), batch_size=2)}
+    forms = {
+        "tuple": (x, c),
+        "dict": {"c": c, "x": x},
+        "DataLoader": DataLoader(TensorDataset(x, c), batch_size=2),
+    }
     grid, data = exact.Grid(conditioned), forms[form]
     found = diagnostics.compare(grid, conditioned_guide, data, num_particles=2000)
     torch.testing.assert_close(found.log_evidence, dist.Normal(c, 2**0.5).log_prob(x), rtol=0, atol=1e-6)
@@ -103,20 +111,40 @@ def test_a_pair_of_two_arguments_against_its_posterior(form):
 
 RESULTS = {
     "Calibration": (lambda: diagnostics.calibration(TOY, GUIDE, X, num_simulations=100), "100 simulations"),
-    "Comparison": (lambda: diagnostics.compare(TOY, GUIDE, X, num_particles=20), r"8 data, [\s\S]*gap KL\(q\|\|p\) "),
-    "Comparison of one": (lambda: diagnostics.compare(TOY, GUIDE, X[:1], num_particles=20), r"1 data, .*\nELBO +-?\d+\.\d+\n"),
-    "Diagnosis": (lambda: diagnostics.diagnose(TOY, GUIDE, X, num_particles=20, num_simulations=0), "EVIDENCE"),
-    "FreeEnergy": (lambda: diagnostics.free_energy(TOY, GUIDE, X), r"8 data, .*\nexpected energy +\d+\.\d+ ± \d+\.\d+\n"),
-    "GapSplit": (lambda: diagnostics.split_gap(TOY, GUIDE, X), r"8 data, .*in closed form\ngap: approximation +\d"),
+    "Comparison": (
+        lambda: diagnostics.compare(TOY, GUIDE, X, num_particles=20),
+        r"8 data, [\s\S]*gap KL\(q\|\|p\) ",
+    ),
+    "Comparison of one": (
+        lambda: diagnostics.compare(TOY, GUIDE, X[:1], num_particles=20),
+        r"1 data, .*\nELBO +-?\d+\.\d+\n",
+    ),
+    "Diagnosis": (
+        lambda: diagnostics.diagnose(TOY, GUIDE, X, num_particles=20, num_simulations=0),
+        "EVIDENCE",
+    ),
+    "FreeEnergy": (
+        lambda: diagnostics.free_energy(TOY, GUIDE, X),
+        r"8 data, .*\nexpected energy +\d+\.\d+ ± \d+\.\d+\n",
+    ),
+    "GapSplit": (
+        lambda: diagnostics.split_gap(TOY, GUIDE, X),
+        r"8 data, .*in closed form\ngap: approximation +\d",
+    ),
     "GuideComparison": (
-        lambda: diagnostics.compare_guides(TOY, {"mean-field": GUIDE}, X, num_particles=20), r" +mean-field\nELBO +-",
+        lambda: diagnostics.compare_guides(TOY, {"mean-field": GUIDE}, X, num_particles=20),
+        r" +mean-field\nELBO +-",
     ),
     "LatentUsage": (lambda: diagnostics.latent_usage(TOY, GUIDE, X), "2 of 2 latent dimensions active"),
     "PointwiseIdentity": (
-        lambda: diagnostics.pointwise_identity(TOY, GUIDE, X, z=Z), r"4 z for each of 8 data, in nats\n +smallest +mean",
+        lambda: diagnostics.pointwise_identity(TOY, GUIDE, X, z=Z),
+        r"4 z for each of 8 data, in nats\n +smallest +mean",
     ),
-    "TwoSample": (lambda: diagnostics.two_sample_test(seeded(60, 1), seeded(60, 1)), r"accuracy 0\.\d+ ± 0\.\d+"),
-}  # fmt: skip
+    "TwoSample": (
+        lambda: diagnostics.two_sample_test(seeded(60, 1), seeded(60, 1)),
+        r"accuracy 0\.\d+ ± 0\.\d+",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", RESULTS)

@@ -31,7 +31,9 @@ def test_the_search_reaches_the_closed_form(name):
     x = model.sample(3)
 
     def q(x):
-        return dist.Normal(torch.full((len(x), *model.latent_shape), 0.3, dtype=torch.double), 0.5).to_event(1)
+        return dist.Normal(torch.full((len(x), *model.latent_shape), 0.3, dtype=torch.double), 0.5).to_event(
+            1
+        )
 
     pair = _Pair(model, guide_of(q), Batch((x,), {}))
     best, _ = _search(pair, 1e-3, 5000)
@@ -60,9 +62,13 @@ def test_between_gaussians_the_split_is_in_closed_form():
     x = FA.sample(8)
     split = pv.split_gap(FA, diagonal(SHIFT), x)
     torch.testing.assert_close(split.approximation, FA.mean_field_gap(x), rtol=0, atol=1e-9)
-    torch.testing.assert_close(split.amortization, (0.5 * SHIFT**2 * FA.precision.sum()).expand(8), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        split.amortization, (0.5 * SHIFT**2 * FA.precision.sum()).expand(8), rtol=0, atol=1e-9
+    )
     assert split.steps == 0
-    full = pv.split_gap(FA, guide_of(lambda x: dist.MultivariateNormal(x[:, :3], 0.5 * torch.eye(3).double())), x)
+    full = pv.split_gap(
+        FA, guide_of(lambda x: dist.MultivariateNormal(x[:, :3], 0.5 * torch.eye(3).double())), x
+    )
     assert full.approximation.abs().max() == full.amortization_se.max() == 0
 
 
@@ -71,7 +77,9 @@ def test_the_closed_forms_that_models_know(name):
     """The best of the family has no amortization gap, and the search agrees."""
     model = MODELS[name]
     x = model.sample(4)
-    kind, best = (dist.LogNormal, model.log_normal) if name == "GammaPoisson" else (dist.Normal, model.mean_field)
+    kind, best = (
+        (dist.LogNormal, model.log_normal) if name == "GammaPoisson" else (dist.Normal, model.mean_field)
+    )
     if name == "LinearGaussianStateSpace":  # what it calls mean field is independent over time only
 
         def best(x):
@@ -133,7 +141,9 @@ def test_without_a_known_evidence_only_the_amortization_is_told():
         lambda x: dist.StudentT(5.0, x[:, :3] * 0.1, 0.7).to_event(1),
         lambda x: dist.MultivariateNormal(x[:, :3] * 0.1, scale_tril=0.7 * torch.eye(3, dtype=torch.double)),
         lambda x: dist.LowRankMultivariateNormal(
-            x[:, :3] * 0.1, 0.1 * torch.ones(3, 1, dtype=torch.double), 0.5 * torch.ones(3, dtype=torch.double)
+            x[:, :3] * 0.1,
+            0.1 * torch.ones(3, 1, dtype=torch.double),
+            0.5 * torch.ones(3, dtype=torch.double),
         ),
     ],
     ids=["Laplace", "StudentT", "MultivariateNormal", "LowRank"],
@@ -185,7 +195,8 @@ def chain_guide(loc=0.0, scale=1.0):
 
 
 def test_sites_that_depend_on_each_other_go_on_doing_so():
-    """With them the family holds the exact posterior: all of the gap is amortization, the sum of the two divergences."""
+    """With them the family holds the exact posterior: all of the gap is amortization, the sum of the two
+    divergences."""
     x = seeded(3)
     report = pv.compare(exact.Grid(chain), chain_guide(), x, num_particles=500)
     assert report.gap.abs().max() < 1e-5
@@ -200,7 +211,9 @@ def test_sites_that_depend_on_each_other_go_on_doing_so():
 def test_a_location_that_is_held_back_is_searched():
     """A mean that must be positive, where the best is negative: the closed form would be another family's."""
     x = FA.sample(4)
-    held = pv.split_gap(FA, encoder(conditionals.Normal, loc_constraint=constraints.positive), x, max_steps=1000)
+    held = pv.split_gap(
+        FA, encoder(conditionals.Normal, loc_constraint=constraints.positive), x, max_steps=1000
+    )
     assert held.steps > 0
     assert (held.approximation > FA.mean_field_gap(x) + 4.5 * held.approximation_se)[
         (FA.mean_field(x).mean < -0.1).any(-1)
@@ -271,7 +284,9 @@ def test_a_data_plate_further_left():
     torch.testing.assert_close(split.approximation, FA.mean_field_gap(x), rtol=0, atol=1e-9)
     searched = pv.split_gap(lambda x: model(x), guide, x, log_evidence=FA.log_evidence(x))
     assert searched.steps > 0
-    assert ((searched.approximation - split.approximation).abs() < 4.5 * searched.approximation_se + 1e-3).all()
+    assert (
+        (searched.approximation - split.approximation).abs() < 4.5 * searched.approximation_se + 1e-3
+    ).all()
 
 
 def test_a_mask_or_a_factor_in_the_guide_has_no_closed_form():
@@ -287,12 +302,15 @@ def test_a_mask_or_a_factor_in_the_guide_has_no_closed_form():
 
 
 def test_a_search_that_ends_below_its_start_goes_back():
-    """Between two far modes: the guide sits in the heavier one, and a step size of 0.05 cannot leave it; one that starts right
-    keeps what it has."""
+    """Between two far modes: the guide sits in the heavier one, and a step size of 0.05 cannot leave it; one
+    that starts right keeps what it has."""
     prior = exact.MixturePrior(
-        torch.tensor([0.9, 0.1]).double(), torch.tensor([[-3.0], [3.0]]).double(), 0.1 * torch.eye(1).double(),
-        weight=torch.eye(1).double(), noise_scale=5.0,
-    )  # fmt: skip
+        torch.tensor([0.9, 0.1]).double(),
+        torch.tensor([[-3.0], [3.0]]).double(),
+        0.1 * torch.eye(1).double(),
+        weight=torch.eye(1).double(),
+        noise_scale=5.0,
+    )
     x = torch.zeros(3, 1, dtype=torch.double)
     at_mode = guide_of(lambda x: dist.Normal(x - 3, 0.1).to_event(1))
     pair = _Pair(prior, at_mode, Batch((x,), {}))
@@ -314,7 +332,10 @@ def test_a_search_cut_short_says_so(caplog):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"num_particles": 1}, "num_particles ≥ 2"), ({"log_evidence": torch.zeros(5)}, r"expected \(3,\), one number a datum")],
+    [
+        ({"num_particles": 1}, "num_particles ≥ 2"),
+        ({"log_evidence": torch.zeros(5)}, r"expected \(3,\), one number a datum"),
+    ],
 )
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):

@@ -19,12 +19,16 @@ def trained(model, x, family):
     def guide(x):
         shape = (len(x), *model.latent_shape)
         loc = pyro.param("loc", torch.zeros(shape, dtype=torch.double))
-        scale = pyro.param("scale", 0.5 * torch.ones(shape, dtype=torch.double), constraint=dist.constraints.positive)
+        scale = pyro.param(
+            "scale", 0.5 * torch.ones(shape, dtype=torch.double), constraint=dist.constraints.positive
+        )
         with pyro.plate("data", len(x)):
             return pyro.sample("z", family(loc, scale).to_event(1))
 
     steps = 1500
-    optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.02 ** (1 / steps)})
+    optim = pyro.optim.ExponentialLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.02 ** (1 / steps)}
+    )
     loss = Trace_ELBO(num_particles=64, vectorize_particles=True, max_plate_nesting=1)
     svi = SVI(model, guide, optim, loss)
     for _ in range(steps):
@@ -34,10 +38,19 @@ def trained(model, x, family):
 
 
 @pytest.mark.parametrize(
-    "name", ["factor analysis", "BayesianLinearRegression", "LinearGaussianStateSpace", "Funnel", "Banana", "GammaPoisson"]
+    "name",
+    [
+        "factor analysis",
+        "BayesianLinearRegression",
+        "LinearGaussianStateSpace",
+        "Funnel",
+        "Banana",
+        "GammaPoisson",
+    ],
 )
 def test_the_measured_gap_is_the_formulas(name):
-    """Within 1e-3 nats, datum by datum: in closed form between Gaussians, elsewhere against the optimum at the same noise."""
+    """Within 1e-3 nats, datum by datum: in closed form between Gaussians, elsewhere against the optimum at
+    the same noise."""
     model = MODELS[name]
     x = model.sample(3)
     q = trained(model, x, dist.LogNormal if name == "GammaPoisson" else dist.Normal)

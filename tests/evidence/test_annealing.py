@@ -1,4 +1,5 @@
-"""Annealed importance sampling and its relatives: unbiased where they say so, and as far from the truth as the theory says."""
+"""Annealed importance sampling and its relatives: unbiased where they say so, and as far from the truth as
+the theory says."""
 
 import math
 from dataclasses import dataclass
@@ -157,7 +158,8 @@ def test_bidirectional_monte_carlo_holds_the_truth_between():
 
 
 def test_bidirectional_monte_carlo_takes_pairs_that_are_there():
-    """The same bounds as of the data that it simulates itself; latents that are not the model's are refused."""
+    """The same bounds as of the data that it simulates itself; latents that are not the model's are
+    refused."""
     data = evidence.simulate(TOY, TOY.sample(30))
     (x,), z = data.data, data.latents["z"]
     annealing = Annealing(4, num_chains=2)
@@ -173,7 +175,9 @@ def test_bidirectional_monte_carlo_takes_pairs_that_are_there():
     ):
         with pytest.raises(ValueError, match=message):
             evidence.reverse_ais(TOY, Simulated(x, latents), annealing=annealing)
-    with pytest.raises(ValueError, match=r"reverse_ais: expected data with the latents that made them.*but got Tensor"):
+    with pytest.raises(
+        ValueError, match=r"reverse_ais: expected data with the latents that made them.*but got Tensor"
+    ):
         evidence.reverse_ais(TOY, x, annealing=annealing)
 
 
@@ -195,7 +199,9 @@ def test_a_pilot_costs_no_more_than_the_weighted_run():
         Counting.moves = 0
         if name == "full":
             object.__setattr__(transition, "limited", lambda num_moves, t=transition: t)
-        found[name] = evidence.ais(TOY, x, annealing=Annealing(num_temperatures=100, num_chains=4, transition=transition))
+        found[name] = evidence.ais(
+            TOY, x, annealing=Annealing(num_temperatures=100, num_chains=4, transition=transition)
+        )
         if name == "limited":
             assert Counting.moves < 2.05 * 99 * 4
         assert 0.55 < found[name].acceptance.mean() < 0.8
@@ -313,7 +319,9 @@ def test_chains_out_of_bounds_are_rejected():
             z = pyro.sample("z", dist.Dirichlet(torch.full((5,), 0.1)))
             pyro.sample("x", dist.Categorical(z), obs=x)
 
-    found = evidence.ais(model, torch.tensor([0, 1, 2, 4]), annealing=Annealing(num_temperatures=60, num_chains=64))
+    found = evidence.ais(
+        model, torch.tensor([0, 1, 2, 4]), annealing=Annealing(num_temperatures=60, num_chains=64)
+    )
     assert ((found.log_evidence - math.log(1 / 5)).abs() < 5 * found.log_evidence_se + 0.05).all()
 
 
@@ -330,7 +338,10 @@ def test_a_schedule_of_ones_own_has_its_own_number_of_temperatures():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schedule": "cosine"}, """schedule: expected "uniform", "sigmoid", "fitted" or a tensor .* but got 'cosine'"""),
+        (
+            {"schedule": "cosine"},
+            """schedule: expected "uniform", "sigmoid", "fitted" or a tensor .* but got 'cosine'""",
+        ),
         ({"schedule": np.linspace(0, 1, 4)}, "schedule: expected .* or a tensor"),
         ({"schedule": torch.tensor([0.1, 1.0])}, "schedule: expected β from 0 to 1"),
         ({"schedule": torch.tensor([0.0, 0.9, 0.5, 1.0])}, "schedule: expected β from 0 to 1"),

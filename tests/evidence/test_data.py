@@ -39,7 +39,9 @@ VERBS = {
         evidence.importance_upper(model, guide, evidence.simulate(model, data), num_particles=5).log_evidence
     ),
     "ais": lambda data: evidence.ais(model, data, annealing=ANNEALING).log_evidence,
-    "reverse_ais": lambda data: evidence.reverse_ais(model, evidence.simulate(model, data), annealing=ANNEALING).log_evidence,
+    "reverse_ais": lambda data: (
+        evidence.reverse_ais(model, evidence.simulate(model, data), annealing=ANNEALING).log_evidence
+    ),
     "smc": lambda data: evidence.smc(model, data, annealing=Annealing(3, num_chains=5)).log_evidence,
     "bdmc": lambda data: evidence.bdmc(model, data, annealing=ANNEALING).gap,
     "reciprocal_importance": lambda data: (
@@ -73,7 +75,10 @@ def test_the_form_of_the_data_changes_no_number(verb):
 
 def test_a_tensor_is_the_one_argument():
     one, other = (lambda x, f=f: f(x, torch.zeros_like(x)) for f in (model, guide))
-    found = [pv.log_weights(one, other, data) for data in (X, X.numpy(), (X,), {"x": X}, pv.Data(X), DataLoader(X, 5))]
+    found = [
+        pv.log_weights(one, other, data)
+        for data in (X, X.numpy(), (X,), {"x": X}, pv.Data(X), DataLoader(X, 5))
+    ]
     for each in found[1:]:
         torch.testing.assert_close(each, found[0], rtol=0, atol=0)
 
@@ -122,7 +127,9 @@ def test_data_are_one_argument():
         evidence.importance(model, guide, X, SHIFT)
     with pytest.raises(ValueError, match="expected tensors or arrays of shape"):
         evidence.simulate(model, ())
-    with pytest.raises(ValueError, match=r"importance_upper: expected data with the latents that made them.*got tuple"):
+    with pytest.raises(
+        ValueError, match=r"importance_upper: expected data with the latents that made them.*got tuple"
+    ):
         evidence.importance_upper(model, guide, (X, SHIFT))
 
 

@@ -24,7 +24,9 @@ class Gaussian(torch.nn.Module):
 
     def forward(self, x):
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.MultivariateNormal(self.toy.posterior(x).mean, precision_matrix=self.precision))
+            pyro.sample(
+                "z", dist.MultivariateNormal(self.toy.posterior(x).mean, precision_matrix=self.precision)
+            )
 
 
 def chi_square(toy, precision):
@@ -61,7 +63,9 @@ def test_the_bias_tends_to_half_of_chi_square(num_particles):
     chi2 = chi_square(TOY, guide.precision)
     error = controlled.std().item() / 200
     # the next term of the expansion is of order 1/K²
-    assert abs(controlled.mean().item() + chi2 / (2 * num_particles)) < 4 * error + 5 * chi2 / num_particles**2
+    assert (
+        abs(controlled.mean().item() + chi2 / (2 * num_particles)) < 4 * error + 5 * chi2 / num_particles**2
+    )
 
 
 def test_no_bound_exceeds_the_truth_oftener_than_markov_allows():
@@ -125,7 +129,9 @@ def test_simulated_data_are_the_models():
     residual = x - z @ TOY.weight.mT
     torch.testing.assert_close(residual.std(0), torch.full((6,), 0.8).double(), rtol=0.02, atol=0)
     assert (torch.cov(z.mT) - torch.eye(2)).abs().max() < 5 * (2 / 20_000) ** 0.5
-    with pytest.raises(ValueError, match=r"simulate: what the model observes at 'x'.*is none of its arguments"):
+    with pytest.raises(
+        ValueError, match=r"simulate: what the model observes at 'x'.*is none of its arguments"
+    ):
         evidence.simulate(lambda x: TOY(x + 1), x)
 
     def chain(a, b):
@@ -162,7 +168,9 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch
     found = evidence.importance(TOY, guide, x, resume=file, **options)
     assert torch.equal(found.log_evidence, whole.log_evidence)
     assert torch.equal(found.pareto_k, whole.pareto_k)
-    again = {rows.start for rows in calls[first:]} - {0}  # the first is looked at once more, to know the run again
+    again = {rows.start for rows in calls[first:]} - {
+        0
+    }  # the first is looked at once more, to know the run again
     assert again.isdisjoint(rows.start for rows in calls[1 : first - 1])
     with pytest.raises(ValueError, match="is of another run"):
         evidence.importance(TOY, Gaussian(TOY, TOY.precision), x, resume=file, **options)
@@ -180,7 +188,12 @@ def test_a_result_says_what_it_bounds():
     found = evidence.importance(TOY, Gaussian(TOY, TOY.precision), x, num_particles=100)
     assert found.margin(1e-6) == pytest.approx(math.log(1e6) / 50)
     assert found.noise == pytest.approx(0, abs=1e-6)
-    for words in ("log p(x) ≥", "50 data", "lower bound: above the mean truth by more than 0.28 nats", "100.0 of 100"):
+    for words in (
+        "log p(x) ≥",
+        "50 data",
+        "lower bound: above the mean truth by more than 0.28 nats",
+        "100.0 of 100",
+    ):
         assert words in str(found)
     with pytest.raises(ValueError, match="probability between 0 and 1"):
         found.margin(0.0)

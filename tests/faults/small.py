@@ -58,9 +58,18 @@ def train(loss="Trace_ELBO", *, vae=None, seed=1, num_epochs=8, compile="trace",
     )
     pyro.set_rng_seed(seed)
     history = pv.fit(
-        vae.model, vae.guide, x[:1000], validation=x[1000:], loss=LOSSES[loss](), optim=optim, num_epochs=num_epochs,
-        batch_size=30, patience=num_epochs, compile=compile, **options,
-    )  # fmt: skip
+        vae.model,
+        vae.guide,
+        x[:1000],
+        validation=x[1000:],
+        loss=LOSSES[loss](),
+        optim=optim,
+        num_epochs=num_epochs,
+        batch_size=30,
+        patience=num_epochs,
+        compile=compile,
+        **options,
+    )
     return vae, history
 
 

@@ -23,9 +23,21 @@ def moved(clip_norm, compile, num_epochs):
     start = [p.detach().clone() for p in (*model.parameters(), *guide.parameters())]
     torch.manual_seed(1)
     optim = pyro.optim.SGD({"lr": 1.0})
-    pv.fit(model, guide, data(), batch_size=None, num_epochs=num_epochs, optim=optim, clip_norm=clip_norm, compile=compile)
+    pv.fit(
+        model,
+        guide,
+        data(),
+        batch_size=None,
+        num_epochs=num_epochs,
+        optim=optim,
+        clip_norm=clip_norm,
+        compile=compile,
+    )
     return torch.cat(
-        [(p - q).detach().flatten() for p, q in zip((*model.parameters(), *guide.parameters()), start, strict=True)]
+        [
+            (p - q).detach().flatten()
+            for p, q in zip((*model.parameters(), *guide.parameters()), start, strict=True)
+        ]
     )
 
 
@@ -45,7 +57,8 @@ def test_clipping_scales_the_whole_gradient():
 
 @pytest.mark.parametrize("compile", [False, "trace"])
 def test_autocast_is_of_lower_precision_in_the_networks_alone(compile):
-    """bfloat16 has eight bits: the terms are off by some 2⁻⁸, the parameters and what is reported are of full precision."""
+    """bfloat16 has eight bits: the terms are off by some 2⁻⁸, the parameters and what is reported are of full
+    precision."""
     (whole, (full, *_)), (cast, (low, *_)) = (
         run(num_epochs=2, compile=compile, autocast=dtype) for dtype in (None, torch.bfloat16)
     )
@@ -66,7 +79,16 @@ def test_shared_parameters_are_clipped_once():
         made = pv.VAE(priors.VampPrior(encoder, torch.randn(3, 4)), decoder, encoder)
         start = [p.detach().clone() for p in made.parameters()]
         optim = pyro.optim.SGD({"lr": 1.0})
-        pv.fit(made.model, made.guide, data(), batch_size=None, num_epochs=1, optim=optim, clip_norm=0.1 / N, compile=compile)
+        pv.fit(
+            made.model,
+            made.guide,
+            data(),
+            batch_size=None,
+            num_epochs=1,
+            optim=optim,
+            clip_norm=0.1 / N,
+            compile=compile,
+        )
         move = torch.cat([(p - q).flatten() for p, q in zip(made.parameters(), start, strict=True)])
         assert move.norm().item() == pytest.approx(0.1, rel=1e-3)
 
@@ -94,7 +116,11 @@ def point_guide(x):
 
 
 def point(x, optim, **options):
-    return pv.fit(point_model, point_guide, x, optim=optim, progress=False, **options).param_store["params"]["mu"].item()
+    return (
+        pv.fit(point_model, point_guide, x, optim=optim, progress=False, **options)
+        .param_store["params"]["mu"]
+        .item()
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,8 +134,8 @@ def point(x, optim, **options):
     ],
 )
 def test_one_clip_norm_does_for_data_sets_of_every_size(loss, batch_size, compile):
-    """The gradient per datum is mu − 4, for N data and for minibatches of them, so steps of lr = 0.1 / N clipped to 1.5 are
-    0.1 · min(1.5, 4 − mu), whatever N is."""
+    """The gradient per datum is mu − 4, for N data and for minibatches of them, so steps of lr = 0.1 / N
+    clipped to 1.5 are 0.1 · min(1.5, 4 − mu), whatever N is."""
     steps = []
     for n in (20, 60):
         optim = pyro.optim.SGD({"lr": 0.1 / n})
@@ -128,11 +154,13 @@ def test_one_clip_norm_does_for_data_sets_of_every_size(loss, batch_size, compil
 
 
 def test_adam_takes_the_same_steps_for_repeated_data_where_eps_is_multiplied():
-    """The loss of the data written down k times is k times that of the data: Adam's steps are those of k · eps, and those that
-    the docstring of ``fit`` promises for an eps per datum, N · eps."""
+    """The loss of the data written down k times is k times that of the data: Adam's steps are those of k ·
+    eps, and those that the docstring of ``fit`` promises for an eps per datum, N · eps."""
     x = torch.randn(30, dtype=torch.double, generator=torch.Generator().manual_seed(0)) + 4
     options = {"num_epochs": 20, "batch_size": None}
-    once, often = (point(x.repeat(k), pyro.optim.Adam({"lr": 0.1, "eps": 1.0 * 30 * k}), **options) for k in (1, 7))
+    once, often = (
+        point(x.repeat(k), pyro.optim.Adam({"lr": 0.1, "eps": 1.0 * 30 * k}), **options) for k in (1, 7)
+    )
     assert once == pytest.approx(often, rel=1e-9)
     other = point(x.repeat(7), pyro.optim.Adam({"lr": 0.1, "eps": 30.0}), **options)
     assert other != pytest.approx(once, rel=1e-3)
@@ -143,7 +171,9 @@ class Words(nn.Module):
 
     def __init__(self, bag, sparse):
         super().__init__()
-        self.table = nn.EmbeddingBag(7, 4, sparse=sparse, mode="sum") if bag else nn.Embedding(7, 4, sparse=sparse)
+        self.table = (
+            nn.EmbeddingBag(7, 4, sparse=sparse, mode="sum") if bag else nn.Embedding(7, 4, sparse=sparse)
+        )
         self.register_buffer("topics", torch.randn(2, 7))
 
     def model(self, x):
@@ -168,7 +198,16 @@ def table(how, optim, bag=True, sparse=True, compile="auto", **options):
     pyro.set_rng_seed(2)
     with pyro.get_param_store().scope():
         if how == "fit":
-            pv.fit(words.model, words.guide, x, num_epochs=5, batch_size=None, optim=optim, progress=False, **options)
+            pv.fit(
+                words.model,
+                words.guide,
+                x,
+                num_epochs=5,
+                batch_size=None,
+                optim=optim,
+                progress=False,
+                **options,
+            )
             return words.table.weight.detach(), ""
         kind = {"Pyro": SVI, "ours": functools.partial(pv.SVI, compile=compile)}[how]
         svi = kind(words.model, words.guide, optim, Trace_ELBO())
@@ -194,7 +233,8 @@ def test_sparse_gradients_train_as_by_pyro(optim, bag):
 def test_sparse_gradients_are_clipped_as_dense_ones(clip_norm, bag):
     """The rows of one word that occurs in several data are one gradient."""
     sparse, dense = (
-        table("fit", pyro.optim.SGD({"lr": 1e-3}), bag, sparse, clip_norm=clip_norm)[0] for sparse in (True, False)
+        table("fit", pyro.optim.SGD({"lr": 1e-3}), bag, sparse, clip_norm=clip_norm)[0]
+        for sparse in (True, False)
     )
     assert torch.allclose(sparse, dense, atol=1e-5)
 
@@ -205,5 +245,12 @@ def test_a_sparse_gradient_that_is_not_finite_is_found():
     before = words.table.weight.detach().clone()
     x = torch.randint(0, 5, (12, 3))
     with pytest.raises(FloatingPointError, match=r"that of 'words\$\$\$table.weight'"):
-        pv.fit(words.model, words.guide, x, num_epochs=1, optim=pyro.optim.SparseAdam({"lr": 0.1}), progress=False)
+        pv.fit(
+            words.model,
+            words.guide,
+            x,
+            num_epochs=1,
+            optim=pyro.optim.SparseAdam({"lr": 0.1}),
+            progress=False,
+        )
     assert torch.equal(words.table.weight, before)

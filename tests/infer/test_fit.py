@@ -45,9 +45,12 @@ def mean_guide(x):
 
 @pytest.mark.parametrize("model", [mean_model, subsampling_model])
 def test_minibatches_are_scaled_whether_or_not_the_model_subsamples(model):
-    """The posterior of a global mean has scale (1 + N)^-1/2; a minibatch left unscaled would give (1 + B)^-1/2."""
+    """The posterior of a global mean has scale (1 + N)^-1/2; a minibatch left unscaled would give (1 +
+    B)^-1/2."""
     x = 1.5 + torch.randn(200)
-    optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.98})
+    optim = pyro.optim.ExponentialLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.98}
+    )
     loss = Trace_ELBO(num_particles=30, vectorize_particles=True, max_plate_nesting=1)
     history = pv.fit(model, mean_guide, x, batch_size=20, num_epochs=150, optim=optim, loss=loss)
     assert len(pyro.get_param_store()) == 0
@@ -87,7 +90,9 @@ def test_every_kind_of_data(wrap):
 )
 def test_other_losses(loss):
     vae = small_vae()
-    record = pv.fit(vae.model, vae.guide, torch.randn(25, 3), loss=loss, num_epochs=2, batch_size=10).epochs[-1]
+    record = pv.fit(vae.model, vae.guide, torch.randn(25, 3), loss=loss, num_epochs=2, batch_size=10).epochs[
+        -1
+    ]
     assert record.train.elbo == pytest.approx(record.train.reconstruction - record.train.kl)
 
 
@@ -103,7 +108,9 @@ def test_autoguide_and_enumeration():
             k = pyro.sample("k", dist.Categorical(torch.ones(2)))
             pyro.sample("x", dist.Normal(loc[k], 1.0), obs=x)
 
-    history = pv.fit(mixture, lambda x: None, x, loss=TraceEnum_ELBO(), validation=x, num_epochs=2, batch_size=10)
+    history = pv.fit(
+        mixture, lambda x: None, x, loss=TraceEnum_ELBO(), validation=x, num_epochs=2, batch_size=10
+    )
     with history.scope():
         loc = pyro.param("loc").detach()
     exact = torch.logsumexp(dist.Normal(loc, 1.0).log_prob(x[:, None]) - math.log(2), -1).mean().item()
@@ -118,7 +125,11 @@ def test_annealing_never_touches_the_reported_elbo():
     for beta in (1.0, 0.1, lambda t: t):
         pyro.set_rng_seed(2)
         optim = pyro.optim.SGD({"lr": 0.0})
-        records.append(pv.fit(vae.model, vae.guide, x, num_epochs=1, batch_size=10, beta=beta, optim=optim).epochs[0].train)
+        records.append(
+            pv.fit(vae.model, vae.guide, x, num_epochs=1, batch_size=10, beta=beta, optim=optim)
+            .epochs[0]
+            .train
+        )
     assert records[0] == records[1] == records[2]
 
 
@@ -156,7 +167,9 @@ def test_evaluate_moves_nothing():
 
     vae = small_vae()
     before, state = net.running_mean.clone(), torch.get_rng_state()
-    one, two = (pv.evaluate(vae.model, guide, torch.randn(20, 3, generator=torch.manual_seed(0))) for _ in range(2))
+    one, two = (
+        pv.evaluate(vae.model, guide, torch.randn(20, 3, generator=torch.manual_seed(0))) for _ in range(2)
+    )
     torch.set_rng_state(state)
     assert torch.equal(one.elbo, two.elbo)
     assert torch.equal(net.running_mean, before)
@@ -211,7 +224,8 @@ def test_bad_pairs():
 @pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro's own, beside the error
 @pytest.mark.parametrize("validate", [True, False])
 def test_a_loss_that_is_not_finite_stops_the_fit_before_the_optimizer_moves(validate):
-    """At a huge learning rate the first step throws the parameters far off; the second finds NaN and moves nothing."""
+    """At a huge learning rate the first step throws the parameters far off; the second finds NaN and moves
+    nothing."""
     vae = small_vae()
     optim = pyro.optim.SGD({"lr": 1e30})
     with (
@@ -252,17 +266,29 @@ def ramp(epoch):
     ids=["ELBO", "beta", "annealed", "mean field", "particles", "vectorized particles"],
 )
 def test_graphs_fit_as_eager_pyro_does(loss, beta, caplog):
-    """The same parameters, and the same terms of the ELBO at every epoch, a last minibatch of fewer rows included."""
+    """The same parameters, and the same terms of the ELBO at every epoch, a last minibatch of fewer rows
+    included."""
     x = torch.randn(64, 3, dtype=torch.double)
 
     def run(compile):
         pyro.set_rng_seed(0)
         vae = small_vae().double()
-        optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.7})
+        optim = pyro.optim.ExponentialLR(
+            {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.7}
+        )
         history = pv.fit(
-            vae.model, vae.guide, x, validation=x[:20], loss=loss(), beta=beta, optim=optim, num_epochs=4, batch_size=20,
-            compile=compile, patience=2,
-        )  # fmt: skip
+            vae.model,
+            vae.guide,
+            x,
+            validation=x[:20],
+            loss=loss(),
+            beta=beta,
+            optim=optim,
+            num_epochs=4,
+            batch_size=20,
+            compile=compile,
+            patience=2,
+        )
         return vae, history
 
     caplog.set_level("INFO", "pyro_vae")
@@ -271,7 +297,9 @@ def test_graphs_fit_as_eager_pyro_does(loss, beta, caplog):
     for ours, pyros in zip(graph.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(ours, pyros, rtol=1e-9, atol=1e-9)
     for ours, pyros in zip(history.epochs, expected.epochs, strict=True):
-        np.testing.assert_allclose([*ours.train, *ours.validation], [*pyros.train, *pyros.validation], rtol=1e-9)
+        np.testing.assert_allclose(
+            [*ours.train, *ours.validation], [*pyros.train, *pyros.validation], rtol=1e-9
+        )
         assert ours.beta == pyros.beta
 
 
@@ -280,8 +308,12 @@ def test_a_fit_takes_the_way_that_pays(caplog):
     vae = small_vae()
     pv.fit(vae.model, vae.guide, torch.randn(30, 3), num_epochs=2, batch_size=10)
     assert caplog.records[-1].message == "fit ran as\neager Pyro: compile=False, 6 steps"
-    pv.fit(vae.model, vae.guide, torch.randn(65, 3), num_epochs=50, batch_size=10)  # the last five rows alone do not pay
-    assert caplog.records[-1].message == ("fit ran as\nfloat32[10, 3]: traced, 300 steps\neager Pyro: compile=False, 50 steps")
+    pv.fit(
+        vae.model, vae.guide, torch.randn(65, 3), num_epochs=50, batch_size=10
+    )  # the last five rows alone do not pay
+    assert caplog.records[-1].message == (
+        "fit ran as\nfloat32[10, 3]: traced, 300 steps\neager Pyro: compile=False, 50 steps"
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN")
@@ -314,7 +346,9 @@ def test_the_value_of_a_finished_generator_is_the_history_of_fit():
         return verb(mean_model, mean_guide, torch.arange(20.0), num_epochs=2, batch_size=10, progress=False)
 
     def values(history):
-        return [epoch._replace(seconds=0.0) for epoch in history.epochs], history.param_store["params"]["loc"].item()
+        return [epoch._replace(seconds=0.0) for epoch in history.epochs], history.param_store["params"][
+            "loc"
+        ].item()
 
     epochs = run(pv.train)
     yielded = [next(epochs), next(epochs)]

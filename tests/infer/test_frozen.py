@@ -13,7 +13,8 @@ from tests.support.steps import D, K, data
 
 
 class Guide(PyroModule):
-    """Many rows are encoded by one layer and few by another, so that those parameters are registered at different steps."""
+    """Many rows are encoded by one layer and few by another, so that those parameters are registered at
+    different steps."""
 
     def __init__(self):
         super().__init__()
@@ -48,10 +49,12 @@ ROWS = (12, 12, 12, 5, 5, 5, 12, 5)
 @pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
 @pytest.mark.parametrize(
     ("kind", "compile", "before"),
-    [(kind, False, before) for kind in FROZEN for before in (0, 3)] + [("layers", "trace", 0), ("all", "trace", 3)],
+    [(kind, False, before) for kind in FROZEN for before in (0, 3)]
+    + [("layers", "trace", 0), ("all", "trace", 3)],
 )
 def test_frozen_parameters_of_a_pyro_module_stay(kind, compile, before):
-    """Frozen before the first step or after some, when Adam has momentum; the others train, and these once they are thawed."""
+    """Frozen before the first step or after some, when Adam has momentum; the others train, and these once
+    they are thawed."""
     with pyro.get_param_store().scope():
         torch.manual_seed(0)
         guide = Guide()

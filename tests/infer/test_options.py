@@ -24,8 +24,14 @@ WRONG = [
     ({"beta": "0.5"}, "fit: beta is '0.5'; expected a finite number"),
     ({"beta": float("nan")}, "fit: beta is nan; expected a finite number"),
     ({"beta": lambda epoch: None}, r"fit: beta\(0\) is None; expected a finite number"),
-    ({"beta": lambda epoch: torch.ones(2)}, r"fit: beta\(0\) is tensor\(\[1., 1.\]\); expected a finite number"),
-    ({"patience": 1.5, "validation": data(9)}, "fit: patience: expected a whole number, 1 or more, but got 1.5"),
+    (
+        {"beta": lambda epoch: torch.ones(2)},
+        r"fit: beta\(0\) is tensor\(\[1., 1.\]\); expected a finite number",
+    ),
+    (
+        {"patience": 1.5, "validation": data(9)},
+        "fit: patience: expected a whole number, 1 or more, but got 1.5",
+    ),
     ({"patience": 0, "validation": data(9)}, "fit: patience: expected a whole number, 1 or more, but got 0"),
     ({"patience": 2}, "fit: patience is 2 without validation data"),
     ({"clip_norm": "1"}, "fit: clip_norm is '1'; expected a positive number"),
@@ -33,7 +39,7 @@ WRONG = [
     ({"clip_norm": float("nan")}, "fit: clip_norm is nan; expected a positive number"),
     ({"every": 1.5}, "fit: every: expected a whole number, 1 or more, but got 1.5"),
     ({"every": 5}, "fit: every is 5 without a folder of checkpoints"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("options", "says"), WRONG)
@@ -102,6 +108,8 @@ def test_an_optimizer_that_needs_a_closure_is_refused_before_the_first_step(kind
         "fit": lambda optim: pv.fit(model, guide, data(), num_epochs=1, optim=optim, progress=False),
         "SVI": lambda optim: pv.SVI(model, guide, optim, Trace_ELBO()),
     }
-    with pytest.raises(ValueError, match=r"optim: a step of (LBFGS|Closing) computes the loss .* pyro.optim.Adam"):
+    with pytest.raises(
+        ValueError, match=r"optim: a step of (LBFGS|Closing) computes the loss .* pyro.optim.Adam"
+    ):
         verbs[verb](CLOSURES[kind](params))
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))

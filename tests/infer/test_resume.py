@@ -10,7 +10,14 @@ import pyro.distributions as dist
 import pyro.optim
 import pytest
 import torch
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.infer import (
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -36,7 +43,9 @@ def labelled():
 
 
 def scheduled(kind, **options):
-    return lambda: pyro.optim.PyroLRScheduler(kind, {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, **options})
+    return lambda: pyro.optim.PyroLRScheduler(
+        kind, {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, **options}
+    )
 
 
 def branches():
@@ -84,7 +93,9 @@ def loader():
 def batch_sampled():
     rows = data()
     order = torch.utils.data.RandomSampler(rows, generator=torch.Generator().manual_seed(5))
-    return DataLoader(TensorDataset(rows), batch_sampler=torch.utils.data.BatchSampler(order, 20, drop_last=False))
+    return DataLoader(
+        TensorDataset(rows), batch_sampler=torch.utils.data.BatchSampler(order, 20, drop_last=False)
+    )
 
 
 class Noisy(torch.utils.data.Dataset):
@@ -102,7 +113,9 @@ class Noisy(torch.utils.data.Dataset):
 CASES = {
     "mean-field": {"loss": TraceMeanField_ELBO},
     "importance-weighted": {"loss": lambda: RenyiELBO(alpha=0, num_particles=3)},
-    "many particles": {"loss": lambda: Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)},
+    "many particles": {
+        "loss": lambda: Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
+    },
     "plain functions": {"pair": functions},
     "some parameters in some steps": {"pair": branches, "check": False},
     "some buffers in some steps": {"pair": wandering, "check": False},
@@ -169,7 +182,8 @@ def test_a_torch_optimizer(tmp_path, monkeypatch):
 
 
 def switched():
-    """A discrete latent whose score is compared with a running average of its cost, a parameter that the loss makes."""
+    """A discrete latent whose score is compared with a running average of its cost, a parameter that the loss
+    makes."""
 
     def model(x):
         locs = pyro.param("locs", torch.tensor([-1.0, 1.0]))
@@ -180,7 +194,9 @@ def switched():
     def guide(x):
         with pyro.plate("data", len(x)):
             logits = pyro.param("weight", torch.ones(4)) @ x.mT
-            pyro.sample("k", dist.Bernoulli(logits=logits), infer={"baseline": {"use_decaying_avg_baseline": True}})
+            pyro.sample(
+                "k", dist.Bernoulli(logits=logits), infer={"baseline": {"use_decaying_avg_baseline": True}}
+            )
 
     return model, guide, []
 
@@ -319,7 +335,9 @@ def test_another_version_is_a_warning_and_the_fit_continues(tmp_path, monkeypatc
         run(num_epochs=1, checkpoint=tmp_path)
     with pytest.warns(UserWarning, match=re.escape(f"{package} 0.0.7 (now {snapshot.versions()[package]})")):
         assert_same(run(num_epochs=3, checkpoint=tmp_path, resume="last"), whole)
-    run(num_epochs=4, checkpoint=tmp_path, resume="last")  # the checkpoint is now of these versions: no warning
+    run(
+        num_epochs=4, checkpoint=tmp_path, resume="last"
+    )  # the checkpoint is now of these versions: no warning
 
 
 def test_a_checkpoint_that_names_no_versions_is_no_warning(tmp_path, monkeypatch):

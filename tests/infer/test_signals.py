@@ -68,7 +68,9 @@ def test_a_signal_while_the_first_graph_of_an_epoch_is_built(tmp_path, monkeypat
 def test_a_signal_that_nobody_hears_is_not_heard(tmp_path, monkeypatch):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     after_step = CheckpointManager.after_step
-    monkeypatch.setattr(CheckpointManager, "after_step", lambda self: (os.kill(os.getpid(), signal.SIGINT), after_step(self)))
+    monkeypatch.setattr(
+        CheckpointManager, "after_step", lambda self: (os.kill(os.getpid(), signal.SIGINT), after_step(self))
+    )
     try:
         run(num_epochs=1, checkpoint=tmp_path)
     finally:
@@ -77,7 +79,9 @@ def test_a_signal_that_nobody_hears_is_not_heard(tmp_path, monkeypatch):
 
 def test_without_a_checkpoint_signals_are_left_alone(monkeypatch):
     handlers = set()
-    monkeypatch.setattr(CheckpointManager, "after_step", lambda self: handlers.add(signal.getsignal(signal.SIGINT)))
+    monkeypatch.setattr(
+        CheckpointManager, "after_step", lambda self: handlers.add(signal.getsignal(signal.SIGINT))
+    )
     run(num_epochs=1)
     assert handlers == {signal.getsignal(signal.SIGINT)}
 

@@ -1,4 +1,5 @@
-"""SVI with a traced step: the same numbers as Pyro's, for every kind of pair; and eager Pyro where a graph would be wrong."""
+"""SVI with a traced step: the same numbers as Pyro's, for every kind of pair; and eager Pyro where a graph
+would be wrong."""
 
 import os
 import shutil
@@ -15,7 +16,19 @@ from torch import nn
 
 from pyro_vae import flows
 from pyro_vae.infer.svi import SVI as CompiledSVI
-from tests.support.steps import PAIRS, Annealed, D, K, adam, assert_equal_runs, data, functions, subsampled, trained, vae
+from tests.support.steps import (
+    PAIRS,
+    Annealed,
+    D,
+    K,
+    adam,
+    assert_equal_runs,
+    data,
+    functions,
+    subsampled,
+    trained,
+    vae,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +46,9 @@ def test_every_pair_trains_as_by_pyro(name):
     assert ": traced, 30 steps" in ours[2].explain()
 
 
-@pytest.mark.parametrize("loss", [TraceMeanField_ELBO, lambda: Trace_ELBO(num_particles=3)], ids=["mean field", "particles"])
+@pytest.mark.parametrize(
+    "loss", [TraceMeanField_ELBO, lambda: Trace_ELBO(num_particles=3)], ids=["mean field", "particles"]
+)
 def test_other_losses(loss):
     ours, pyros = trained(vae, CompiledSVI, loss=loss, compile="trace"), trained(vae, SVI, loss=loss)
     assert_equal_runs(ours, pyros)
@@ -57,7 +72,9 @@ def test_two_hundred_steps_in_single_precision():
 
 OPTIMIZERS = {
     "AdamW": lambda *_: pyro.optim.AdamW({"lr": 0.01, "weight_decay": 0.1}),
-    "each parameter its own": lambda *_: pyro.optim.Adam(lambda name: {"lr": 0.001 if "log_scale" in name else 0.01}),
+    "each parameter its own": lambda *_: pyro.optim.Adam(
+        lambda name: {"lr": 0.001 if "log_scale" in name else 0.01}
+    ),
     "clipped": lambda *_: pyro.optim.Adam({"lr": 0.01}, {"clip_norm": 0.1}),
     "ClippedAdam": lambda *_: pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.99}),
     "amsgrad": lambda *_: pyro.optim.Adam({"lr": 0.01, "amsgrad": True}),
@@ -67,7 +84,10 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_moves_as_by_pyro(name):
-    ours, pyros = trained(vae, CompiledSVI, optim=OPTIMIZERS[name], compile="trace"), trained(vae, SVI, optim=OPTIMIZERS[name])
+    ours, pyros = (
+        trained(vae, CompiledSVI, optim=OPTIMIZERS[name], compile="trace"),
+        trained(vae, SVI, optim=OPTIMIZERS[name]),
+    )
     assert_equal_runs(ours, pyros)
     assert "traced" in ours[2].explain()
 
@@ -76,7 +96,9 @@ def test_a_schedule_is_followed():
     def run(svi_class, **options):
         pyro.set_rng_seed(0)
         with pyro.get_param_store().scope():
-            schedule = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.8})
+            schedule = pyro.optim.ExponentialLR(
+                {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.8}
+            )
             svi = svi_class(*vae(), schedule, Trace_ELBO(), **options)
             losses = []
             for i in range(12):
@@ -147,7 +169,9 @@ def enumerated():
         with pyro.plate("data", len(x)):
             k = pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
             loc = pyro.param("loc", torch.arange(2.0))
-            pyro.sample("x", dist.Normal(loc[k.long()].unsqueeze(-1).expand(*k.shape, D), 1.0).to_event(1), obs=x)
+            pyro.sample(
+                "x", dist.Normal(loc[k.long()].unsqueeze(-1).expand(*k.shape, D), 1.0).to_event(1), obs=x
+            )
 
     return model, lambda x: None
 
@@ -234,14 +258,18 @@ def test_noise_is_fresh_reproducible_and_independent():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 def test_inductor_follows_pyro():
-    ours, pyros = trained(PAIRS["dropout"], CompiledSVI, steps=40, compile=True), trained(PAIRS["dropout"], SVI, steps=40)
+    ours, pyros = (
+        trained(PAIRS["dropout"], CompiledSVI, steps=40, compile=True),
+        trained(PAIRS["dropout"], SVI, steps=40),
+    )
     assert_equal_runs(ours, pyros)
     assert "compiled by Inductor, 40 steps" in ours[2].explain()
     assert torch.distributions.Distribution._validate_args  # which Dynamo would turn off
 
 
 def test_at_an_optimum_rounding_does_not_count_as_a_difference(monkeypatch):
-    """Where the gradient vanishes nothing is left of it but rounding errors; another prior is still another."""
+    """Where the gradient vanishes nothing is left of it but rounding errors; another prior is still
+    another."""
     monkeypatch.setattr("pyro_vae.infer.svi._COMPARE_EVERY", 100)
     monkeypatch.setenv("SCALE", "1.0")  # no guard sees it
     torch.manual_seed(0)
@@ -255,7 +283,9 @@ def test_at_an_optimum_rounding_does_not_count_as_a_difference(monkeypatch):
             pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
 
     with pyro.get_param_store().scope():
-        svi = CompiledSVI(model, AutoDelta(model), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), compile="trace")
+        svi = CompiledSVI(
+            model, AutoDelta(model), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), compile="trace"
+        )
         for _ in range(3000):
             svi.step(x, y)
         assert ": traced, 3000 steps" in svi.explain()
@@ -305,7 +335,10 @@ def test_a_custom_loss_and_no_compiling():
 
 def test_nothing_is_left_behind_by_tracing():
     """Random state, buffers and gradients are as a plain step leaves them."""
-    ours, pyros = trained(PAIRS["BatchNorm"], CompiledSVI, steps=2, compile="trace"), trained(PAIRS["BatchNorm"], SVI, steps=2)
+    ours, pyros = (
+        trained(PAIRS["BatchNorm"], CompiledSVI, steps=2, compile="trace"),
+        trained(PAIRS["BatchNorm"], SVI, steps=2),
+    )
     assert_equal_runs(ours, pyros, tolerance=1e-12)
     trained(vae, CompiledSVI, steps=3, compile="trace")
     state = torch.get_rng_state()

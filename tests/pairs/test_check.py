@@ -41,7 +41,9 @@ def test_right_pairs():
         conditionals.Bernoulli(nets.MLP(2), event_shape=(3, 3)),
         conditionals.MultivariateNormal(nets.MLP(9), event_shape=2),
     )
-    report = pv.check_pair(vae.model, vae.guide, {"x": torch.ones(7, 3, 3), "mask": torch.rand(7, 3, 3) > 0.5})
+    report = pv.check_pair(
+        vae.model, vae.guide, {"x": torch.ones(7, 3, 3), "mask": torch.rand(7, 3, 3) > 0.5}
+    )
     assert report.problems == ()
     assert [(s.name, s.programs, s.plates) for s in report.sites] == [
         ("z", ("model", "guide"), ("data",)),
@@ -131,14 +133,26 @@ def infinite_model(x):
         ((model, lambda x: pyro.param("loc", torch.zeros(()))), torch.randn(7), "guide: it has no site 'z'"),
         ((silent, guide), torch.randn(7), "observes nothing"),
         ((model, guide_of(lambda loc: dist.Normal(loc[0], 1.0))), torch.randn(7), "event_shape ()"),
-        ((undeclared_event, undeclared_event_guide), torch.randn(7), r"lies in no plate; declare it as part of the event"),
+        (
+            (undeclared_event, undeclared_event_guide),
+            torch.randn(7),
+            r"lies in no plate; declare it as part of the event",
+        ),
         ((positive_model, guide), torch.randn(7), "outside the model's support"),
-        ((model, guide_of(lambda loc: dist.LogNormal(loc, 1.0).to_event(1))), torch.randn(7), "cannot reach the whole"),
+        (
+            (model, guide_of(lambda loc: dist.LogNormal(loc, 1.0).to_event(1))),
+            torch.randn(7),
+            "cannot reach the whole",
+        ),
         ((model, guide), torch.tensor([0.0, torch.inf]), "row 1 of 2"),
         ((model, guide), torch.zeros(0), "no data"),
         ((model, frozen), torch.randn(7), "nothing to train"),
         ((model, unregistered), torch.randn(7), "a Linear runs in it but is not registered"),
-        ((infinite_model, infinite_guide), torch.tensor([1.0, 0.0, 2.0]), "log-probability of 'x_penalty' is -inf at row 1"),
+        (
+            (infinite_model, infinite_guide),
+            torch.tensor([1.0, 0.0, 2.0]),
+            "log-probability of 'x_penalty' is -inf at row 1",
+        ),
     ],
 )
 def test_what_is_wrong(pair, x, message):
@@ -157,12 +171,16 @@ def test_what_others_left_in_the_param_store_does_not_hide_that_there_is_nothing
         assert math.isfinite(pv.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(x))
 
 
-@pytest.mark.parametrize("make", [AutoNormal, AutoMultivariateNormal, AutoNormalMessenger], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [AutoNormal, AutoMultivariateNormal, AutoNormalMessenger], ids=lambda make: make.__name__
+)
 def test_autoguides_have_something_to_train_at_the_first_step_and_later(make):
     autoguide, x = make(model), torch.randn(7)
     with pyro.get_param_store().scope({"params": {}, "constraints": {}}):
         for _ in range(2):
-            assert math.isfinite(pv.SVI(model, autoguide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(x))
+            assert math.isfinite(
+                pv.SVI(model, autoguide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(x)
+            )
             assert pv.check_pair(model, autoguide, x).problems == ()
 
 
@@ -185,7 +203,9 @@ def test_networks_of_functions_that_share_a_name_are_named():
             normal_of("net", nets[1], "z")
 
     (problem,) = pv.check_pair(model, guide, torch.randn(7)).problems
-    assert "model and guide register different networks under one name in Pyro's param store, 'net'" in problem
+    assert (
+        "model and guide register different networks under one name in Pyro's param store, 'net'" in problem
+    )
     nets[1] = nets[0]
     assert pv.check_pair(model, guide, torch.randn(7)).problems == ()
 
@@ -293,7 +313,10 @@ class _Inside(_Outside):
 
 @pytest.mark.parametrize(
     ("encoder", "name"),
-    [(torch.nn.Linear(3, 2), "encoder"), (torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)), "encoder.0")],
+    [
+        (torch.nn.Linear(3, 2), "encoder"),
+        (torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)), "encoder.0"),
+    ],
 )
 def test_a_network_that_runs_outside_forward_is_named_with_the_remedy(encoder, name):
     both = _Outside(encoder)

@@ -115,7 +115,9 @@ def test_masked_entries_may_hold_anything():
     def masked(x, seen):
         p = pyro.param("p", torch.tensor(0.5), constraint=dist.constraints.unit_interval)
         with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Bernoulli(p.expand(len(x), 3), validate_args=False).mask(seen).to_event(1), obs=x)
+            pyro.sample(
+                "x", dist.Bernoulli(p.expand(len(x), 3), validate_args=False).mask(seen).to_event(1), obs=x
+            )
 
     x, seen = torch.ones(9, 3), torch.rand(9, 3) > 0.5
     x[~seen] = -1.0

@@ -168,7 +168,10 @@ def test_the_weights_belong_to_the_draws(name):
     found = pv.joint_log_weights(model, prior, data, num_particles=4)
     for i, weight in enumerate(found.log_weights):
         values = {site: draws[i] for site, draws in found.draws.items()}
-        p, q = (poutine.trace(poutine.condition(each, values)).get_trace(*data).log_prob_sum() for each in (model, prior))
+        p, q = (
+            poutine.trace(poutine.condition(each, values)).get_trace(*data).log_prob_sum()
+            for each in (model, prior)
+        )
         torch.testing.assert_close(weight, p - q, rtol=0, atol=1e-10)
 
 
@@ -194,11 +197,15 @@ def test_draws_and_weights_are_those_of_one_run_in_whatever_chunks(monkeypatch):
     loc, scale = X.sum() / (0.25 + N), (0.25 + N) ** -0.5
 
     def expected(mu):
-        return mean_evidence(X) + dist.Normal(loc, scale).log_prob(mu) - dist.Normal(loc, 2 * scale).log_prob(mu)
+        return (
+            mean_evidence(X) + dist.Normal(loc, scale).log_prob(mu) - dist.Normal(loc, 2 * scale).log_prob(mu)
+        )
 
     for graph_from in (10**9, 5):
         monkeypatch.setitem(THRESHOLDS, "log-weights", Thresholds(graph_from, 10**9))
-        found = pv.joint_log_weights(mean_model, lambda x: mean_guide(x, 2.0), X, num_particles=403, max_bytes=40_000)
+        found = pv.joint_log_weights(
+            mean_model, lambda x: mean_guide(x, 2.0), X, num_particles=403, max_bytes=40_000
+        )
         assert found.draws["mu"].unique().shape == (403,)
         torch.testing.assert_close(found.log_weights, expected(found.draws["mu"]), rtol=0, atol=1e-9)
 
@@ -232,7 +239,9 @@ def eight_schools_evidence():
     y, sigma = SCHOOLS
     log_tau = torch.linspace(-7, 7, 4001, dtype=torch.double)
     covariance = torch.diag(sigma**2) + 25.0 + log_tau.mul(2).exp().reshape(-1, 1, 1) * torch.eye(8).double()
-    log_prob = dist.MultivariateNormal(0 * y, covariance).log_prob(y) + dist.Normal(ZERO, 1.0).log_prob(log_tau)
+    log_prob = dist.MultivariateNormal(0 * y, covariance).log_prob(y) + dist.Normal(ZERO, 1.0).log_prob(
+        log_tau
+    )
     return log_prob.logsumexp(0) + math.log(14 / 4000)
 
 
@@ -240,7 +249,15 @@ def eight_schools_evidence():
 @pytest.mark.parametrize("model", [eight_schools, eight_schools_from_the_right])
 def test_eight_schools_without_a_plate(model, autoguide):
     guide = autoguide(model, init_scale=0.5)
-    pv.fit(model, guide, SCHOOLS, num_epochs=300, batch_size=None, optim=pyro.optim.Adam({"lr": 0.03}), progress=False)
+    pv.fit(
+        model,
+        guide,
+        SCHOOLS,
+        num_epochs=300,
+        batch_size=None,
+        optim=pyro.optim.Adam({"lr": 0.03}),
+        progress=False,
+    )
     n = 400
     bound = evidence.importance(model, guide, SCHOOLS, num_particles=n, joint=True, progress=False)
     assert (bound.log_evidence - eight_schools_evidence()).abs() < 4 * bound.log_evidence_se
@@ -248,7 +265,11 @@ def test_eight_schools_without_a_plate(model, autoguide):
     torch.testing.assert_close(report.importance.log_evidence, bound.log_evidence, rtol=0, atol=0)
     assert report.usage is report.calibration is None
     draws = diagnostics.posterior_draws(model, guide, SCHOOLS, num_draws=n, joint=True)
-    assert {name: tuple(part.shape) for name, part in draws.items()} == {"mu": (n,), "tau": (n,), "eta": (n, 8)}
+    assert {name: tuple(part.shape) for name, part in draws.items()} == {
+        "mu": (n,),
+        "tau": (n,),
+        "eta": (n, 8),
+    }
     assert (draws["tau"] > 0).all()
     pytest.importorskip("arviz_base")
     tree = diagnostics.to_arviz(model, guide, SCHOOLS, num_draws=n, joint=True)
@@ -256,7 +277,9 @@ def test_eight_schools_without_a_plate(model, autoguide):
     assert tree["posterior"]["mu"].dims == ("chain", "draw")
     weights = torch.from_numpy(tree["sample_stats"]["log_weight"].values.copy())
     assert weights.shape == (1, n)
-    assert (weights[0].logsumexp(0) - math.log(n)).item() == pytest.approx(bound.log_evidence.item(), abs=1e-12)
+    assert (weights[0].logsumexp(0) - math.log(n)).item() == pytest.approx(
+        bound.log_evidence.item(), abs=1e-12
+    )
     assert tree["posterior"].attrs["pareto_k"] == pytest.approx(bound.pareto_k.item())
 
 
@@ -275,7 +298,11 @@ def test_joint_ais_of_eight_schools_is_the_log_evidence():
 def test_joint_ais_refuses_a_model_that_does_not_run_in_a_plate_of_particles():
     with pytest.raises(ValueError, match=r"does not run in a plate of particles.*unsqueeze\(-1\)"):
         evidence.ais(
-            eight_schools, SCHOOLS, annealing=evidence.Annealing(num_temperatures=3, num_chains=2), joint=True, progress=False
+            eight_schools,
+            SCHOOLS,
+            annealing=evidence.Annealing(num_temperatures=3, num_chains=2),
+            joint=True,
+            progress=False,
         )
 
 
@@ -316,7 +343,9 @@ def test_latents_in_sequential_plates_are_served():
     found = pv.joint_log_weights(model, guide, x, num_particles=5)
     torch.testing.assert_close(found.log_weights, truth.expand(5), rtol=0, atol=1e-10)
     assert found.draws.keys() == {"mu", "z_0", "z_1", "z_2"}
-    ais = evidence.ais(model, x, annealing=evidence.Annealing(num_temperatures=30, num_chains=50), joint=True, progress=False)
+    ais = evidence.ais(
+        model, x, annealing=evidence.Annealing(num_temperatures=30, num_chains=50), joint=True, progress=False
+    )
     assert (ais.log_evidence - truth).abs() < 4 * ais.log_evidence_se
 
 
@@ -354,16 +383,24 @@ def test_enumerated_sites_of_each_datum_are_summed_out(model):
     scale, loc = guide.scales.locs.double(), guide.locs.locs.double()
     log_q = dist.Normal(loc, scale).log_prob(found.draws["locs"]).sum(-1)
     expected = mixture_by_brute_force(X, found.draws["locs"]) - log_q
-    torch.testing.assert_close(found.log_weights, expected.detach(), rtol=0, atol=1e-5)  # the guide is single precision
+    torch.testing.assert_close(
+        found.log_weights, expected.detach(), rtol=0, atol=1e-5
+    )  # the guide is single precision
 
 
 def test_joint_ais_sums_enumerated_sites_out():
     """Against the integral over both locs on a grid."""
     axis = torch.linspace(-15, 15, 601, dtype=torch.double)
     grid = torch.cartesian_prod(axis, axis)
-    truth = torch.cat([mixture_by_brute_force(X, part) for part in grid.split(20_000)]).logsumexp(0) + 2 * math.log(30 / 600)
+    truth = torch.cat([mixture_by_brute_force(X, part) for part in grid.split(20_000)]).logsumexp(
+        0
+    ) + 2 * math.log(30 / 600)
     found = evidence.ais(
-        mixture_from_the_right, X, annealing=evidence.Annealing(num_temperatures=60, num_chains=100), joint=True, progress=False
+        mixture_from_the_right,
+        X,
+        annealing=evidence.Annealing(num_temperatures=60, num_chains=100),
+        joint=True,
+        progress=False,
     )
     assert (found.log_evidence - truth).abs() < 4 * found.log_evidence_se
 
@@ -397,7 +434,9 @@ def test_the_joint_weight_is_the_sum_of_those_of_each_datum(scale):
     torch.testing.assert_close(found.log_weights, apart.sum(1), rtol=0, atol=1e-10)
     assert found.draws["z"].shape == (20, N)
     elbos = [
-        evidence.elbo(local_model, lambda x: local_guide(x, scale), X, num_particles=20, seed=3, joint=joint).log_evidence
+        evidence.elbo(
+            local_model, lambda x: local_guide(x, scale), X, num_particles=20, seed=3, joint=joint
+        ).log_evidence
         for joint in (False, True)
     ]
     torch.testing.assert_close(elbos[0].sum(0, keepdim=True), elbos[1], rtol=0, atol=1e-10)
@@ -410,7 +449,9 @@ REFUSING = {
     "importance": lambda **o: evidence.importance(mean_model, mean_guide, X, **o),
     "elbo": lambda **o: evidence.elbo(mean_model, mean_guide, X, **o),
     "prior_monte_carlo": lambda **o: evidence.prior_monte_carlo(mean_model, X, **o),
-    "ais": lambda **o: evidence.ais(mean_model, X, annealing=evidence.Annealing(num_temperatures=3, num_chains=2), **o),
+    "ais": lambda **o: evidence.ais(
+        mean_model, X, annealing=evidence.Annealing(num_temperatures=3, num_chains=2), **o
+    ),
     "posterior_draws": lambda **o: diagnostics.posterior_draws(mean_model, mean_guide, X, **o),
     "to_arviz": lambda **o: diagnostics.to_arviz(mean_model, mean_guide, X, **o),
     "diagnose": lambda **o: pv.diagnose(mean_model, mean_guide, X, **o),

@@ -21,7 +21,9 @@ TOY = exact.LinearGaussian(seeded(5, 2), noise_scale=0.7)
 with torch.random.fork_rng():
     torch.manual_seed(0)
     X = TOY.sample(12)
-    DECODER, ENCODER, CLASSIFIER = (torch.nn.Linear(*sizes).double() for sizes in ((2 + 3, 5), (5 + 3, 2), (5, 3)))
+    DECODER, ENCODER, CLASSIFIER = (
+        torch.nn.Linear(*sizes).double() for sizes in ((2 + 3, 5), (5 + 3, 2), (5, 3))
+    )
 LABELS = torch.tensor([0.2, 0.3, 0.5]).double()
 
 
@@ -68,9 +70,9 @@ def z_guide(x):
 @torch.no_grad()
 def labelled_evidence(x):
     by_label = [
-        exact.LinearGaussian(DECODER.weight[:, :2], noise_scale=1.0, bias=DECODER.bias + DECODER.weight[:, 2 + k]).log_evidence(
-            x
-        )
+        exact.LinearGaussian(
+            DECODER.weight[:, :2], noise_scale=1.0, bias=DECODER.bias + DECODER.weight[:, 2 + k]
+        ).log_evidence(x)
         for k in range(3)
     ]
     return torch.logsumexp(torch.stack(by_label) + LABELS.log().unsqueeze(1), 0)
@@ -107,7 +109,9 @@ def test_an_enumerated_label_is_summed_out(model, guide):
 
 
 def test_to_sum_out_is_to_have_less_noise():
-    drawn, summed = (log_weights(labelled, g, X, num_particles=4000) for g in (label_guide, config_enumerate(label_guide)))
+    drawn, summed = (
+        log_weights(labelled, g, X, num_particles=4000) for g in (label_guide, config_enumerate(label_guide))
+    )
     assert log_mean_exp_se(summed).mean() < log_mean_exp_se(drawn).mean()
 
 
@@ -131,10 +135,13 @@ def test_plates_within_a_datum():
                 pyro.sample("scale", dist.Delta(x[..., 0].exp()))
 
     z, scale = x.mean(1), x[..., 0].exp()
-    each = dist.Normal(z[:, None, None] + topics, scale[..., None, None]).log_prob(x[:, :, None]).sum(-1) + LABELS.log()
-    expected = dist.Normal(0.0, 1.0).log_prob(z).sum(-1) + (each.logsumexp(-1) + dist.LogNormal(0.0, 1.0).log_prob(scale)).sum(
-        -1
+    each = (
+        dist.Normal(z[:, None, None] + topics, scale[..., None, None]).log_prob(x[:, :, None]).sum(-1)
+        + LABELS.log()
     )
+    expected = dist.Normal(0.0, 1.0).log_prob(z).sum(-1) + (
+        each.logsumexp(-1) + dist.LogNormal(0.0, 1.0).log_prob(scale)
+    ).sum(-1)
     for max_bytes in (1, 2**24):
         w = log_weights(model, guide, x, num_particles=3, max_bytes=max_bytes)
         torch.testing.assert_close(w, expected.expand(3, 6))
@@ -142,7 +149,11 @@ def test_plates_within_a_datum():
 
 def test_scales_are_stripped_and_masks_are_kept():
     def scaled(x, mask):
-        with pyro.plate("data", 1000, subsample_size=len(x)), poutine.scale(scale=0.1), poutine.mask(mask=mask.any(-1)):
+        with (
+            pyro.plate("data", 1000, subsample_size=len(x)),
+            poutine.scale(scale=0.1),
+            poutine.mask(mask=mask.any(-1)),
+        ):
             z = pyro.sample("z", TOY.prior())
             pyro.sample("x", TOY.decoder(z).base_dist.mask(mask).to_event(1), obs=x)
 
@@ -159,7 +170,9 @@ def test_scales_are_stripped_and_masks_are_kept():
         part = exact.LinearGaussian(TOY.weight[seen], noise_scale=0.7).log_evidence(X[i : i + 1, seen])
         assert (log_mean_exp(w)[i] - part).abs() < 4 * log_mean_exp_se(w)[i]
     elsewhere = torch.where(mask, X, 1e3)
-    torch.testing.assert_close(*(log_weights(scaled, guide, (x, mask), num_particles=9) for x in (elsewhere, X)))
+    torch.testing.assert_close(
+        *(log_weights(scaled, guide, (x, mask), num_particles=9) for x in (elsewhere, X))
+    )
 
 
 @pytest.mark.parametrize("max_bytes", [1, 5000, 2**24])
@@ -180,8 +193,12 @@ def test_graphs_weigh_as_pyro_does(monkeypatch):
         made = []
         monkeypatch.setitem(THRESHOLDS, "log-weights", limits)
         module = sys.modules["pyro_vae.pairs.log_weights"]
-        monkeypatch.setattr(module, "graphed", lambda f, kind, made=made: made.append(Graphed(f, kind=kind)) or made[-1])
-        torch.testing.assert_close(log_weights(vae.model, vae.guide, x, num_particles=64, max_bytes=2**13), eager)
+        monkeypatch.setattr(
+            module, "graphed", lambda f, kind, made=made: made.append(Graphed(f, kind=kind)) or made[-1]
+        )
+        torch.testing.assert_close(
+            log_weights(vae.model, vae.guide, x, num_particles=64, max_bytes=2**13), eager
+        )
         assert {each.how for each in made} <= {how, "traced"}
         assert made
 
@@ -279,12 +296,15 @@ def hierarchical(x):
 def test_sites_that_are_refused_for_one_reason_are_named_in_one_sentence():
     guide = poutine.block(hierarchical, hide=["x"])
     reasons = (
-        r"^pair: 'a', 'b', 'c' and 'd' lie in no data plate[^;]*; expected[^;]*; pair: 'c' and 'd' lie in plate 'groups'[^;]*;"
+        r"^pair: 'a', 'b', 'c' and 'd' lie in no data plate[^;]*; expected[^;]*; "
+        r"pair: 'c' and 'd' lie in plate 'groups'[^;]*;"
     )
     with pytest.raises(ValueError, match=reasons) as raised:
         log_weights(hierarchical, guide, X)
     assert str(raised.value).count("no data plate") == str(raised.value).count("'groups'") == 1
-    with pytest.raises(ValueError, match=r"^pair: 'c' and 'd' lie in plate 'groups', which subsamples 2 of its 6 rows"):
+    with pytest.raises(
+        ValueError, match=r"^pair: 'c' and 'd' lie in plate 'groups', which subsamples 2 of its 6 rows"
+    ):
         joint_log_weights(hierarchical, guide, X)
 
 
@@ -357,12 +377,16 @@ def test_what_is_masked_sums_to_one():
 
     mask = torch.tensor([True, False])
     w = log_weights(model, lambda x, mask: None, (torch.zeros(2).double(), mask), num_particles=3)
-    seen = torch.logsumexp(LABELS.log() + dist.Normal(torch.arange(3.0).double(), 1.0).log_prob(torch.zeros(()).double()), 0)
+    seen = torch.logsumexp(
+        LABELS.log() + dist.Normal(torch.arange(3.0).double(), 1.0).log_prob(torch.zeros(()).double()), 0
+    )
     torch.testing.assert_close(w, torch.stack([seen, torch.zeros_like(seen)]).expand(3, 2))
 
 
 def test_bad_numbers_say_so():
-    with pytest.raises(ValueError, match="expected a whole number of particles or chains, 1 or more, but got 0"):
+    with pytest.raises(
+        ValueError, match="expected a whole number of particles or chains, 1 or more, but got 0"
+    ):
         log_weights(TOY, exact_guide, X, num_particles=0)
     with pytest.raises(ValueError, match="data"):
         log_weights(TOY, exact_guide, ())

@@ -1,4 +1,5 @@
-"""The ELBO of pairs that are not simple: what is reported is Pyro's own loss, however the data are cut and scaled."""
+"""The ELBO of pairs that are not simple: what is reported is Pyro's own loss, however the data are cut and
+scaled."""
 
 import math
 import re
@@ -52,7 +53,9 @@ def test_no_standard_error_is_printed_where_none_is_known():
         assert math.isnan(terms.mean().elbo_se)
         assert re.fullmatch(r"ELBO -\d\.\d\d nats per datum, 60 data", str(terms))
     rows = torch.randn(60, 3, generator=torch.manual_seed(0))
-    assert re.fullmatch(r"ELBO \S+ nats per datum \(reconstruction .*\), 1 data", str(pv.evaluate(model, guide, rows[:1])))
+    assert re.fullmatch(
+        r"ELBO \S+ nats per datum \(reconstruction .*\), 1 data", str(pv.evaluate(model, guide, rows[:1]))
+    )
     terms = pv.evaluate(model, guide, rows)
     assert terms.mean().elbo_se == pytest.approx(terms.elbo.double().std().item() / 60**0.5)
     assert f" ± {terms.mean().elbo_se:.2f} nats" in str(terms)
@@ -229,11 +232,15 @@ def test_annealing_is_not_reported_where_the_loss_alone_knows():
         optim = pyro.optim.SGD({"lr": 0.0})
         history = pv.fit(model, guide, x, loss=loss, optim=optim, num_epochs=1, batch_size=None, beta=beta)
         elbos.append(history.epochs[0].train.elbo)
-    assert elbos[0] == pytest.approx(elbos[1], abs=0.2)  # other draws; annealing would raise it by 0.9 KL, over a nat
+    assert elbos[0] == pytest.approx(
+        elbos[1], abs=0.2
+    )  # other draws; annealing would raise it by 0.9 KL, over a nat
 
 
 def test_a_plateau_schedule_is_shown_the_loss():
-    optim = pyro.optim.ReduceLROnPlateau({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "patience": 0})
+    optim = pyro.optim.ReduceLROnPlateau(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "patience": 0}
+    )
     assert len(pv.fit(model, guide, torch.randn(20, 3), optim=optim, num_epochs=3).epochs) == 3
 
 
@@ -255,7 +262,9 @@ def test_early_stopping_restores_buffers_of_every_network_that_ran(as_module):
 
     x = 3 + torch.randn(100, 3)
     optim = pyro.optim.Adam({"lr": 0.1})
-    history = pv.fit(model, normalized, x[:50], validation=x[50:], batch_size=10, num_epochs=30, patience=3, optim=optim)
+    history = pv.fit(
+        model, normalized, x[:50], validation=x[50:], batch_size=10, num_epochs=30, patience=3, optim=optim
+    )
     with history.scope():
         again = pv.evaluate(model, normalized, x[50:]).mean().elbo
     assert again == history.best.validation.elbo

@@ -27,7 +27,8 @@ def _in_double():
 
 
 def same(make, step, num_steps=12, optim=adam, loss=Trace_ELBO):
-    """Steps of our own and of Pyro's SVI end at the same losses, parameters and random state; how ours ran."""
+    """Steps of our own and of Pyro's SVI end at the same losses, parameters and random state; how ours
+    ran."""
 
     def run(svi_class, **options):
         pyro.set_rng_seed(0)
@@ -35,7 +36,11 @@ def same(make, step, num_steps=12, optim=adam, loss=Trace_ELBO):
             model, guide = make()
             svi = svi_class(model, guide, optim(), loss(), **options)
             losses = [step(svi, i) for i in range(num_steps)]
-            return losses, {name: value.detach().clone() for name, value in pyro.get_param_store().items()}, svi
+            return (
+                losses,
+                {name: value.detach().clone() for name, value in pyro.get_param_store().items()},
+                svi,
+            )
 
     ours, pyros = run(CompiledSVI, compile="trace"), run(SVI)
     np.testing.assert_allclose(ours[0], pyros[0], rtol=1e-9)
@@ -110,7 +115,9 @@ def test_what_a_pair_writes_for_its_next_run(make):
 def test_a_pair_that_keeps_python_state_for_its_next_run_runs_eagerly(make, caplog):
     with pyro.get_param_store().scope():
         svi = CompiledSVI(*make(), adam(), Trace_ELBO(), compile="trace")
-        losses = [svi.step(data(seed=i)) for i in range(105)]  # to the comparison at the 100th step of a graph
+        losses = [
+            svi.step(data(seed=i)) for i in range(105)
+        ]  # to the comparison at the 100th step of a graph
     assert np.isfinite(losses).all()
     assert "eager Pyro: " in svi.explain()
     assert len([record for record in caplog.records if record.name == "pyro_vae.infer.svi"]) == 1
@@ -130,7 +137,9 @@ def test_the_same_tensor_twice():
     assert "traced, 12" in same(make, step)
 
 
-@pytest.mark.parametrize("optim", [adam, lambda: pyro.optim.Adam({"lr": 0.01}, {"clip_norm": 0.1})], ids=["Adam", "clipped"])
+@pytest.mark.parametrize(
+    "optim", [adam, lambda: pyro.optim.Adam({"lr": 0.01}, {"clip_norm": 0.1})], ids=["Adam", "clipped"]
+)
 def test_gradients_of_any_layout(optim):
     """One number for all elements, and one tensor for two parameters."""
 

@@ -1,4 +1,5 @@
-"""Rows of the data that depend on each other: what is per datum, or for a minibatch, is refused; what is joint is right."""
+"""Rows of the data that depend on each other: what is per datum, or for a minibatch, is refused; what is
+joint is right."""
 
 import math
 
@@ -56,7 +57,9 @@ MIXES = {
     "random walk": lambda z: z.cumsum(-1),
     "random walk from the end": lambda z: z.flip(-1).cumsum(-1).flip(-1),
     "mean": lambda z: z + z.mean(-1, keepdim=True),
-    "pairs": lambda z: z + z.reshape(*z.shape[:-1], -1, 2).flip(-1).reshape(z.shape) if z.shape[-1] % 2 == 0 else z,
+    "pairs": lambda z: (
+        z + z.reshape(*z.shape[:-1], -1, 2).flip(-1).reshape(z.shape) if z.shape[-1] % 2 == 0 else z
+    ),
     "one draw at a time": lambda z: z + z.sum() if z.dim() == 1 else 1 / 0,
 }
 VERBS = {
@@ -64,7 +67,9 @@ VERBS = {
     "importance": lambda model, x: evidence.importance(model, make_guide(), x, num_particles=10),
     "elbo": lambda model, x: evidence.elbo(model, make_guide(), x),
     "prior_monte_carlo": lambda model, x: evidence.prior_monte_carlo(model, x, num_particles=10),
-    "ais": lambda model, x: evidence.ais(model, x, annealing=evidence.Annealing(num_chains=2, num_temperatures=3)),
+    "ais": lambda model, x: evidence.ais(
+        model, x, annealing=evidence.Annealing(num_chains=2, num_temperatures=3)
+    ),
     "diagnose": lambda model, x: pv.diagnose(model, make_guide(), x),
     "posterior_draws": lambda model, x: posterior_draws(model, make_guide(), x),
     "latent_usage": lambda model, x: latent_usage(model, make_guide(), x),
@@ -150,7 +155,14 @@ def test_to_look_at_rows_moves_no_parameter():
     table = Table()
     before = table.loc.detach().clone()
     with pytest.raises(ValueError, match="left out"):
-        pv.fit(make_model(lambda z: z), lambda x: by_module(x, table), X, batch_size=2, num_epochs=1, progress=False)
+        pv.fit(
+            make_model(lambda z: z),
+            lambda x: by_module(x, table),
+            X,
+            batch_size=2,
+            num_epochs=1,
+            progress=False,
+        )
     assert torch.equal(table.loc, before)
     assert not pyro.get_param_store().keys()
 
@@ -182,7 +194,9 @@ def test_a_table_indexed_by_a_column_of_the_data_divides():
             pyro.sample("z", dist.Normal(loc[i], 0.5**0.5))
 
     optim = pyro.optim.SGD({"lr": 0.05})
-    history = pv.fit(model, guide, (X, torch.arange(4)), batch_size=2, num_epochs=200, optim=optim, progress=False)
+    history = pv.fit(
+        model, guide, (X, torch.arange(4)), batch_size=2, num_epochs=200, optim=optim, progress=False
+    )
     with history.scope():  # each entry goes to the posterior mean of its own row
         torch.testing.assert_close(pyro.param("loc").detach(), X / 2, atol=0.25, rtol=0)
 
@@ -199,7 +213,9 @@ def test_batch_normalization_is_trained_in_minibatches():
 
     with pyro.get_param_store().scope():
         pv.fit(make_model(lambda z: z), guide, torch.randn(20), batch_size=5, num_epochs=1, progress=False)
-        assert pv.evaluate(make_model(lambda z: z), guide, torch.randn(20), batch_size=5).elbo.isfinite().all()
+        assert (
+            pv.evaluate(make_model(lambda z: z), guide, torch.randn(20), batch_size=5).elbo.isfinite().all()
+        )
 
 
 def test_noise_of_its_own_is_not_taken_for_other_rows():
@@ -326,7 +342,9 @@ def test_a_misspelt_optional_argument_is_said_to_be_left_out(caplog):
     assert "label" not in caplog.text
 
 
-@pytest.mark.parametrize("collate", [lambda items: torch.cat([i[0] for i in items]), lambda items: items[0][0][:1]])
+@pytest.mark.parametrize(
+    "collate", [lambda items: torch.cat([i[0] for i in items]), lambda items: items[0][0][:1]]
+)
 def test_a_collate_function_that_gives_other_than_one_row_per_item_is_refused(collate):
     data = TensorDataset(torch.randn(6, 3))
     with pytest.raises(ValueError, match="2 items of its data set"):
@@ -336,6 +354,8 @@ def test_a_collate_function_that_gives_other_than_one_row_per_item_is_refused(co
 @pytest.mark.parametrize("num_samples", [4, 10, 25])
 def test_samplers_with_replacement_count_the_data_set(num_samples):
     data = TensorDataset(torch.randn(10, 3))
-    batches = as_batches(DataLoader(data, 2, sampler=WeightedRandomSampler(torch.ones(10), num_samples)), None)
+    batches = as_batches(
+        DataLoader(data, 2, sampler=WeightedRandomSampler(torch.ones(10), num_samples)), None
+    )
     assert batches.num_rows == 10
     assert sum(batch.num_rows for batch in batches.epoch(shuffle=True)) == num_samples

@@ -1,4 +1,5 @@
-"""Pyro's param store and torch's random state belong to the process: one thread at a time trains, or looks at a pair."""
+"""Pyro's param store and torch's random state belong to the process: one thread at a time trains, or looks at
+a pair."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +88,8 @@ def test_verbs_that_do_not_train_wait_for_each_other():
 
 
 def test_fits_of_one_thread_may_alternate():
-    """Two ``train()`` in one loop; the random state that they share apart, each has its parameters for itself."""
+    """Two ``train()`` in one loop; the random state that they share apart, each has its parameters for
+    itself."""
     x, stores = data(), [{"params": {}, "constraints": {}} for _ in range(2)]
     fits = [pv.infer.train(*pair(), x, num_epochs=3, progress=False, param_store=store) for store in stores]
     epochs = [record.epoch for records in zip(*fits, strict=True) for record in records]

@@ -22,13 +22,16 @@ def vae():
     made = pv.VAE(
         priors.StandardNormal(2),
         conditionals.Normal(nets.MLP(2, (9,)), event_shape=4),
-        conditionals.Normal(nn.Sequential(nets.MLP(4, (9,)), nn.BatchNorm1d(9), nn.Dropout(0.1)), event_shape=2),
+        conditionals.Normal(
+            nn.Sequential(nets.MLP(4, (9,)), nn.BatchNorm1d(9), nn.Dropout(0.1)), event_shape=2
+        ),
     )
     return made.model, made.guide, [*made.parameters(), *made.buffers()]
 
 
 def functions():
-    """A pair without modules of its own: parameters in the store, a batch norm that a function closes over."""
+    """A pair without modules of its own: parameters in the store, a batch norm that a function closes
+    over."""
     network = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 1))
 
     def model(x):

@@ -1,7 +1,8 @@
-"""Small pairs with the structure of Pyro's examples and tutorials: plates, enumeration, auxiliary sites, subsampling.
+"""Small pairs with the structure of Pyro's examples and tutorials: plates, enumeration, auxiliary sites,
+subsampling.
 
-Each function returns an :class:`Example`. Sizes are toy sizes, parameters are new at each call, data and parameters come
-from a fixed seed.
+Each function returns an :class:`Example`. Sizes are toy sizes, parameters are new at each call, data and
+parameters come from a fixed seed.
 """
 
 import functools
@@ -67,7 +68,8 @@ def _labels(n: int = N) -> torch.Tensor:
 
 
 def vae(*, grey: bool = False) -> Example:
-    """``examples/vae``: networks registered by ``pyro.module``; a Bernoulli that is not validated, as grey images need."""
+    """``examples/vae``: networks registered by ``pyro.module``; a Bernoulli that is not validated, as grey
+    images need."""
     encoder, decoder = _mlp(16, 2 * LATENT), _mlp(LATENT, 16)
 
     def model(x):
@@ -122,9 +124,15 @@ class _SSVAE(nn.Module):
 
 
 def ss_vae_unsupervised() -> Example:
-    """``examples/vae/ss_vae_M2`` without labels: ``pyro.plate("data")`` without a size, labels enumerated in the guide."""
+    """``examples/vae/ss_vae_M2`` without labels: ``pyro.plate("data")`` without a size, labels enumerated in
+    the guide."""
     net = _SSVAE()
-    return Example(net.model, config_enumerate(net.guide, "parallel", expand=True), (_images().reshape(-1, 16),), _enum(1))
+    return Example(
+        net.model,
+        config_enumerate(net.guide, "parallel", expand=True),
+        (_images().reshape(-1, 16),),
+        _enum(1),
+    )
 
 
 def ss_vae_supervised() -> Example:
@@ -136,7 +144,9 @@ def ss_vae_supervised() -> Example:
 def ss_vae_classify() -> Example:
     """Its auxiliary loss: a scaled classifier as model, and a guide that does nothing."""
     net = _SSVAE()
-    return Example(net.model_classify, net.guide_classify, (_images().reshape(-1, 16), _labels()), Trace_ELBO())
+    return Example(
+        net.model_classify, net.guide_classify, (_images().reshape(-1, 16), _labels()), Trace_ELBO()
+    )
 
 
 def _enum(nesting: int) -> TraceEnum_ELBO:
@@ -144,7 +154,8 @@ def _enum(nesting: int) -> TraceEnum_ELBO:
 
 
 def cvae() -> Example:
-    """``examples/cvae``: a frozen baseline under ``no_grad``, half of each image observed, a learned prior p(z|x)."""
+    """``examples/cvae``: a frozen baseline under ``no_grad``, half of each image observed, a learned prior
+    p(z|x)."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -174,11 +185,14 @@ def cvae() -> Example:
 
 
 def scanvi(*, norm: bool = False) -> Example:
-    """``examples/scanvi``: a common ``poutine.scale``, a hierarchy of latents, ``pyro.factor`` in the guide."""
+    """``examples/scanvi``: a common ``poutine.scale``, a hierarchy of latents, ``pyro.factor`` in the
+    guide."""
     genes, alpha = 5, 0.1
     gen = torch.Generator().manual_seed(2)
     x, y = torch.poisson(3 * torch.rand(N, genes, generator=gen), generator=gen), _labels()
-    decoders = nn.ModuleDict({"z2": _mlp(LATENT + LABELS, 2 * LATENT, norm=norm), "x": _mlp(LATENT, 2 * genes, norm=norm)})
+    decoders = nn.ModuleDict(
+        {"z2": _mlp(LATENT + LABELS, 2 * LATENT, norm=norm), "x": _mlp(LATENT, 2 * genes, norm=norm)}
+    )
     encoders = nn.ModuleDict(
         {
             "z2l": _mlp(genes, 2 * LATENT + 2, norm=norm),
@@ -228,7 +242,8 @@ def scanvi_unlabelled() -> Example:
 
 
 def prodlda() -> Example:
-    """``tutorial/prodlda``: Multinomial word counts whose ``total_count`` is the longest document of the minibatch."""
+    """``tutorial/prodlda``: Multinomial word counts whose ``total_count`` is the longest document of the
+    minibatch."""
     words = 6
     encoder, decoder = _mlp(words, 2 * LABELS), nn.Linear(LABELS, words, bias=False)
     gen = torch.Generator().manual_seed(3)
@@ -239,7 +254,9 @@ def prodlda() -> Example:
     def model(docs):
         pyro.module("decoder", decoder)
         with pyro.plate("documents", docs.shape[0]):
-            logtheta = pyro.sample("logtheta", dist.Normal(docs.new_zeros(len(docs), LABELS), 1.0).to_event(1))
+            logtheta = pyro.sample(
+                "logtheta", dist.Normal(docs.new_zeros(len(docs), LABELS), 1.0).to_event(1)
+            )
             probs = softmax(decoder(softmax(logtheta, -1)), -1)
             pyro.sample("obs", dist.Multinomial(int(docs.sum(-1).max()), probs), obs=docs)
 
@@ -304,7 +321,8 @@ def _scalar(features: torch.Tensor) -> dist.TorchDistribution:
 
 
 def lda() -> Example:
-    """``examples/lda``: documents along dimension 1, global topics, words enumerated, an inner plate that subsamples."""
+    """``examples/lda``: documents along dimension 1, global topics, words enumerated, an inner plate that
+    subsamples."""
     topics, vocabulary, length = 2, 5, 6
     predictor = nn.Sequential(nn.Linear(vocabulary, topics), nn.Softmax(-1))
     words = torch.randint(vocabulary, (length, N), generator=torch.Generator().manual_seed(5))
@@ -317,13 +335,19 @@ def lda() -> Example:
             data = data[:, ind]
             doc_topics = pyro.sample("doc_topics", dist.Dirichlet(weights))
             with pyro.plate("words", length):
-                word_topics = pyro.sample("word_topics", dist.Categorical(doc_topics), infer={"enumerate": "parallel"})
+                word_topics = pyro.sample(
+                    "word_topics", dist.Categorical(doc_topics), infer={"enumerate": "parallel"}
+                )
                 pyro.sample("doc_words", dist.Categorical(topic_words[word_topics]), obs=data)
 
     def guide(predictor, data, batch_size=None):
-        weights = pyro.param("topic_weights_posterior", lambda: torch.ones(topics), constraint=constraints.positive)
+        weights = pyro.param(
+            "topic_weights_posterior", lambda: torch.ones(topics), constraint=constraints.positive
+        )
         topic_words = pyro.param(
-            "topic_words_posterior", lambda: torch.ones(topics, vocabulary), constraint=constraints.greater_than(0.5)
+            "topic_words_posterior",
+            lambda: torch.ones(topics, vocabulary),
+            constraint=constraints.greater_than(0.5),
         )
         with pyro.plate("topics", topics):
             pyro.sample("topic_weights", dist.Gamma(weights, 1.0))
@@ -343,7 +367,8 @@ def _sequences() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def hmm_1() -> Example:
-    """``examples/hmm``, model 1: states enumerated along the chain, global probabilities under an ``AutoDelta``."""
+    """``examples/hmm``, model 1: states enumerated along the chain, global probabilities under an
+    ``AutoDelta``."""
     states = 2
 
     def model(sequences, lengths, batch_size=None):
@@ -377,15 +402,21 @@ def hmm_6() -> Example:
             for t in pyro.markov(range(length), history=2):
                 with poutine.mask(mask=(t < lengths[batch]).unsqueeze(-1)):
                     probs = Vindex(probs_x)[before, now]
-                    before, now = now, pyro.sample(f"x_{t}", dist.Categorical(probs), infer={"enumerate": "parallel"})
+                    before, now = (
+                        now,
+                        pyro.sample(f"x_{t}", dist.Categorical(probs), infer={"enumerate": "parallel"}),
+                    )
                     with tones_plate:
-                        pyro.sample(f"y_{t}", dist.Bernoulli(probs_y[now.squeeze(-1)]), obs=sequences[batch, t])
+                        pyro.sample(
+                            f"y_{t}", dist.Bernoulli(probs_y[now.squeeze(-1)]), obs=sequences[batch, t]
+                        )
 
     return Example(model, AutoDelta(poutine.block(model, expose=["probs_y"])), _sequences(), _enum(2))
 
 
 def eight_schools() -> Example:
-    """``examples/eight_schools/svi``: no plate at all, the schools are a batch dimension that nothing declares."""
+    """``examples/eight_schools/svi``: no plate at all, the schools are a batch dimension that nothing
+    declares."""
     y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
     return Example(*_schools(declared=False), (torch.stack([y, sigma], 1),), Trace_ELBO())
@@ -420,7 +451,8 @@ def _schools(*, declared: bool) -> tuple[Callable[..., Any], Callable[..., Any]]
 
 
 def dmm(*, num_iafs: int = 0) -> Example:
-    """``examples/dmm``: a deep Markov model, its reversed sequences a ``PackedSequence``, masks, an annealing factor."""
+    """``examples/dmm``: a deep Markov model, its reversed sequences a ``PackedSequence``, masks, an annealing
+    factor."""
     x, lengths = _sequences()
     lengths = lengths.sort(descending=True).values
     mask = (torch.arange(4) < lengths[:, None]).float()
@@ -429,10 +461,16 @@ def dmm(*, num_iafs: int = 0) -> Example:
     class DMM(nn.Module):
         def __init__(self):
             super().__init__()
-            self.emitter, self.trans, self.combiner = _mlp(LATENT, 3), _mlp(LATENT, 2 * LATENT), nn.Linear(LATENT, 5)
+            self.emitter, self.trans, self.combiner = (
+                _mlp(LATENT, 3),
+                _mlp(LATENT, 2 * LATENT),
+                nn.Linear(LATENT, 5),
+            )
             self.readout, self.rnn = nn.Linear(5, 2 * LATENT), nn.RNN(3, 5, batch_first=True)
             self.z_0, self.z_q_0 = nn.Parameter(torch.zeros(LATENT)), nn.Parameter(torch.zeros(LATENT))
-            self.iafs = nn.ModuleList(T.affine_autoregressive(LATENT, hidden_dims=[4]) for _ in range(num_iafs))
+            self.iafs = nn.ModuleList(
+                T.affine_autoregressive(LATENT, hidden_dims=[4]) for _ in range(num_iafs)
+            )
 
         def model(self, x, reversed_x, mask, lengths, annealing_factor=1.0):
             pyro.module("dmm", self)
@@ -452,7 +490,9 @@ def dmm(*, num_iafs: int = 0) -> Example:
             with pyro.plate("z_minibatch", len(x)):
                 for t in pyro.markov(range(x.size(1))):
                     back = (lengths - 1 - t).clamp(min=0)
-                    normal = _gaussian(self.readout(self.combiner(z).tanh() + h[torch.arange(len(x)), back])).base_dist
+                    normal = _gaussian(
+                        self.readout(self.combiner(z).tanh() + h[torch.arange(len(x)), back])
+                    ).base_dist
                     q: Any = normal.mask(mask[:, t : t + 1].bool()).to_event(1)
                     if num_iafs:
                         q = dist.TransformedDistribution(normal, list(self.iafs)).mask(mask[:, t].bool())
@@ -469,12 +509,15 @@ def dmm_iaf() -> Example:
 
 
 def _reversed(x: torch.Tensor, lengths: torch.Tensor) -> PackedSequence:
-    turned = torch.stack([torch.cat([row[:n].flip(0), row[n:]]) for row, n in zip(x, lengths.tolist(), strict=True)])
+    turned = torch.stack(
+        [torch.cat([row[:n].flip(0), row[n:]]) for row, n in zip(x, lengths.tolist(), strict=True)]
+    )
     return pack_padded_sequence(turned, lengths, batch_first=True)
 
 
 def flow_prior() -> Example:
-    """The tutorial on flow priors: p(z) is a normal distribution under Pyro's transforms, registered in the model."""
+    """The tutorial on flow priors: p(z) is a normal distribution under Pyro's transforms, registered in the
+    model."""
     encoder, decoder = _mlp(16, 2 * LATENT), _mlp(LATENT, 16)
     flows = nn.ModuleList(T.affine_coupling(LATENT, hidden_dims=[4]) for _ in range(2))
 
@@ -514,11 +557,29 @@ def svi_part_i() -> Example:
 EXAMPLES: dict[str, Callable[[], Example]] = {
     f.__name__: f
     for f in (
-        vae, vae_grey, ss_vae_unsupervised, ss_vae_supervised, ss_vae_classify, cvae, scanvi, scanvi_batch_norm,
-        scanvi_unlabelled, prodlda, cevae, cevae_shared_name, lda, hmm_1, hmm_6, eight_schools, eight_schools_declared,
-        dmm, dmm_iaf, flow_prior, svi_part_i,
+        vae,
+        vae_grey,
+        ss_vae_unsupervised,
+        ss_vae_supervised,
+        ss_vae_classify,
+        cvae,
+        scanvi,
+        scanvi_batch_norm,
+        scanvi_unlabelled,
+        prodlda,
+        cevae,
+        cevae_shared_name,
+        lda,
+        hmm_1,
+        hmm_6,
+        eight_schools,
+        eight_schools_declared,
+        dmm,
+        dmm_iaf,
+        flow_prior,
+        svi_part_i,
     )
-}  # fmt: skip
+}
 
 
 def build(name: str) -> Example:
