@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from pyro_vae.data.batches import Batch, bytes_of
 from pyro_vae.files import write_whole
+from pyro_vae.pairs.preserve import stream_seed
 
 
 def in_chunks(
@@ -40,7 +41,7 @@ def in_chunks(
     done = _read(path, fingerprint) if path is not None and path.exists() else []
     bar.update(int(bar.total * len(done) / len(chunks)))
     for index in range(len(done), len(chunks)):
-        pyro.set_rng_seed((seed + 1_000_003 * index) % 2**32)
+        pyro.set_rng_seed(stream_seed(seed, index))
         done.append(compute(chunks[index]))
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

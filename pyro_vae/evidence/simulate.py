@@ -13,7 +13,7 @@ from pyro_vae.data.batches import Batch, as_batch
 from pyro_vae.pairs.check import inspect_checked
 from pyro_vae.pairs.enumeration import Held
 from pyro_vae.pairs.latents import Latents
-from pyro_vae.pairs.preserve import read_whole, untouched
+from pyro_vae.pairs.preserve import read_whole, stream_seed, untouched
 from pyro_vae.pairs.traces import Program, prior_of, sampled
 
 
@@ -64,7 +64,7 @@ def simulate(model: Program, data: Any, *, seed: int = 0, check: bool = True) ->
     with untouched(training=False, seed=seed), torch.no_grad():
         batch = inspect_checked(model, prior_of(model), batch, verb="simulate", check=check).batch
     # another stream than that of the estimators, whose draws must be fresh
-    with untouched(training=False, seed=(seed ^ 0x9E3779B9) % 2**32), torch.no_grad():
+    with untouched(training=False, seed=stream_seed(seed, 1)), torch.no_grad():
         observed = {
             name: site["value"]
             for name, site in sampled(poutine.trace(model).get_trace(*batch.args, **batch.kwargs))

@@ -176,9 +176,8 @@ def train(
                     stopping.update(held_out_elbo)
                     manager.save()
                 bar.set_postfix(_postfix(record))
-                if record.epoch == num_epochs:
-                    logger.info("fit ran as\n%s", svi.explain())
                 yield record
+            logger.info("fit ran as\n%s", svi.explain())
         if patience is not None:
             with store.scope(state):
                 stopping.restore_best()

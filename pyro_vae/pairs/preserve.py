@@ -16,6 +16,15 @@ from pyro_vae.pairs.threads import exclusive
 from pyro_vae.pairs.traces import Program, run_pair
 
 
+def stream_seed(seed: int, index: int = 0) -> int:
+    """The seed of torch for the ``index``-th part of what a verb draws at ``seed``.
+
+    It differs from ``seed``, so that data drawn after ``torch.manual_seed(0)`` do not share their noise with
+    a verb at ``seed=0``: its first draws would then be the latents that made the data.
+    """
+    return ((seed ^ 0x9E3779B9) + 1_000_003 * index) % 2**32
+
+
 @contextmanager
 def untouched(*, training: bool | None = None, seed: int | None = None) -> Iterator[Mapping[nn.Module, bool]]:
     """Run a block and restore the state that it changes: random states, Pyro's param store, training flags,
@@ -24,7 +33,8 @@ def untouched(*, training: bool | None = None, seed: int | None = None) -> Itera
     modules that ran, and whether gradients were enabled.
 
     :param training: run the modules in training or in evaluation mode; ``None`` keeps their own mode.
-    :param seed: the random seed within the block; ``None`` continues the random state of the caller.
+    :param seed: seed of the random state within the block, see :func:`stream_seed`; ``None`` continues the
+        random state of the caller.
     :raises RuntimeError: if another thread trains. Other threads that run a pair are blocked until the block
     ends.
     """
@@ -67,7 +77,7 @@ def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Mo
     try:
         with torch.random.fork_rng(), store.scope(store.get_state()), _TransformModules(enter):
             if seed is not None:
-                pyro.set_rng_seed(seed)
+                pyro.set_rng_seed(stream_seed(seed))
             yield ran
     finally:
         hook.remove()

@@ -2,9 +2,7 @@
 them."""
 
 import math
-import operator
-from collections.abc import Callable, Collection, Iterable, Iterator
-from functools import partial
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import pyro
@@ -368,8 +366,8 @@ def _support_problems(pair: Structure) -> Iterator[Problem]:
     model, guide = pair.latents, pair.guide_latents
     for name in model.keys() & guide.keys():
         p, q = model[name]["fn"], guide[name]["fn"]
-        draw = partial(operator.getitem, guide[name], "value")
-        if p.event_shape == q.event_shape and name not in pair.trusted[0] and not _inside(p, draw):
+        value = guide[name]["value"]
+        if p.event_shape == q.event_shape and name not in pair.trusted[0] and not _inside(p, value):
             yield Problem(
                 f"guide: it draws {name!r} outside the model's support, {p.support}; expected a guide on "
                 f"that support, such as one of {family(p)}"
@@ -382,7 +380,7 @@ def reach_problems(pair: Structure) -> Iterator[Problem]:
     model, guide = pair.latents, pair.guide_latents
     for name in model.keys() & guide.keys():
         p, q = model[name]["fn"], guide[name]["fn"]
-        if p.event_shape == q.event_shape and name not in pair.trusted[1] and not _inside(q, p.sample):
+        if p.event_shape == q.event_shape and name not in pair.trusted[1] and not _inside(q, drawn_from=p):
             yield Problem(
                 f"guide: {name!r} has support {q.support} but the model {p.support}, so the guide cannot "
                 "reach the whole posterior; expected a guide on the model's support, such as one of "
@@ -390,9 +388,10 @@ def reach_problems(pair: Structure) -> Iterator[Problem]:
             )
 
 
-def _inside(distribution: Any, draw: Callable[[], Tensor]) -> bool:
+def _inside(distribution: Any, value: Tensor | None = None, *, drawn_from: Any = None) -> bool:
+    """Whether a value, or a draw of another distribution, is within the support of a distribution."""
     try:
-        return bool(distribution.support.check(draw()).all())
+        return bool(distribution.support.check(drawn_from.sample() if value is None else value).all())
     except (NotImplementedError, RuntimeError, AttributeError):  # no support, such as Delta, or no sampling
         return True
 
@@ -487,8 +486,8 @@ def _outside(name: str, support: Any, value: Tensor, outside: Tensor, row: int, 
         return f"{cause}; rescale the data or use another conditional"
     if low >= 0 and high <= 1:
         return (
-            f'{cause}, grey; binarize them with load(…, binarize="threshold") or "stochastic", or use '
-            "a continuous conditional such as ContinuousBernoulli or Normal"
+            f'{cause}, grey; binarize them with load(…, binarize="threshold") or "stochastic", or keep '
+            '"none" and use a continuous conditional such as ContinuousBernoulli or Normal'
         )
     return f"{cause}; divide by the largest (255 for bytes), then binarize, or use another conditional"
 

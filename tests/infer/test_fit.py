@@ -243,7 +243,7 @@ def test_a_networks_parameters_that_are_not_registered_are_an_error():
         pyro.param("scale", torch.ones(()))
         pyro.sample("z", dist.Normal(net(x[:1]).squeeze(), 1.0))
 
-    with pytest.raises(ValueError, match="a Linear runs in it but is not registered"):
+    with pytest.raises(ValueError, match="a Linear runs but is not registered"):
         pv.fit(mean_model, guide, torch.randn(10))
     net.requires_grad_(False)
     assert pv.fit(mean_model, guide, torch.randn(10), num_epochs=1).epochs

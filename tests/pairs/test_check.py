@@ -147,7 +147,7 @@ def infinite_model(x):
         ((model, guide), torch.tensor([0.0, torch.inf]), "row 1 of 2"),
         ((model, guide), torch.zeros(0), "no data"),
         ((model, frozen), torch.randn(7), "nothing to train"),
-        ((model, unregistered), torch.randn(7), "a Linear runs in it but is not registered"),
+        ((model, unregistered), torch.randn(7), "a Linear runs but is not registered"),
         (
             (infinite_model, infinite_guide),
             torch.tensor([1.0, 0.0, 2.0]),

@@ -86,7 +86,7 @@ def test_a_tensor_is_the_one_argument():
 @every_verb
 def test_a_loader_with_an_order_of_its_own_is_refused(verb):
     loader = DataLoader(TensorDataset(X, SHIFT), 5, sampler=SubsetRandomSampler(range(N)))
-    with pytest.raises(ValueError, match=r"data: the loader's sampler gives the data in an order of its own"):
+    with pytest.raises(ValueError, match=r"data: the loader's sampler has an order of its own"):
         VERBS[verb](loader)
 
 
