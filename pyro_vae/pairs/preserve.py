@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -61,8 +61,8 @@ def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Mo
                 buffers.append((module, name, buffer, kept))
             for parameter in module.parameters():
                 trained.setdefault(parameter, parameter.requires_grad)
-            if training is not None:
-                module.training = training
+        if training is not None:  # each time, since the end of a nested block restores the module's own mode
+            module.training = training
         ran[module] = ran.get(module, False) or torch.is_grad_enabled()
 
     store = pyro.get_param_store()
@@ -109,19 +109,32 @@ def read_whole(data: Any, *, seed: int) -> Batch:
 
 
 class _TransformModules(Messenger):
-    """Calls ``enter`` for modules that are transforms of a site's distribution, which run without forward
-    hooks."""
+    """Calls ``enter`` for modules that are transforms of a distribution, which run without forward hooks.
+    In nested blocks those of the outer blocks come first, as with forward hooks."""
+
+    _nested: ClassVar[list[Callable[[nn.Module, Any], None]]] = []
 
     def __init__(self, enter: Callable[[nn.Module, Any], None]) -> None:
         super().__init__()
         self.enter = enter
 
+    def __enter__(self) -> "_TransformModules":
+        self._nested.append(self.enter)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._nested.remove(self.enter)
+        return super().__exit__(*error)
+
     def _pyro_sample(self, msg: dict) -> None:
+        if self.enter is not self._nested[-1]:
+            return
         distribution = msg["fn"]
         while distribution is not None:
             for transform in getattr(distribution, "transforms", ()):
                 for module in transform.modules() if isinstance(transform, nn.Module) else ():
-                    self.enter(module, None)
+                    for enter in self._nested:
+                        enter(module, None)
             distribution = getattr(distribution, "base_dist", None)
 
 

@@ -1,6 +1,7 @@
 """Log-weights of a run, and how they compare between single runs, particles in a plate, and fewer rows."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -29,6 +30,7 @@ from pyro_vae.pairs.structure import (
 from pyro_vae.pairs.traces import Program, proposal, run_pair, sampled, sum_sites
 
 logger = logging.getLogger(__name__)
+_MAX_MIXTURES = 4
 _PROBE_SEED = 2**31 - 1  # not a seed that a verb is likely to have, whose draws would be repeated
 
 
@@ -57,7 +59,7 @@ def _terms(traces: Traces, plates: frozenset[str], particle_dim: int | None) -> 
 def probe_particles(pair: Structure) -> Structure:
     """The structure with its ``particles``.
 
-    The latents of two runs, and a mixture of both in which each row has the latents of one of them, are held
+    The latents of two runs, and mixtures of both in which each row has the latents of one of them, are held
     fixed. The log-probabilities at these are compared with those of the runs, in a plate of particles and on
     fewer rows. Takes two runs of the pair, and more if the pair cannot be vectorized or its rows depend on
     each other.
@@ -120,12 +122,22 @@ def _another_run(pair: Structure) -> Traces:
 
 
 def _draws(pair: Structure, second: Traces, at: Tensor | None) -> list[dict[str, Tensor]]:
-    """Latents of the first run, at the rows of the second one, those of the second run, and a mixture of
-    both."""
+    """Latents of the first run at the rows of the second one, those of the second run, others to mix with the
+    first, and mixtures in which some rows have the others, such that any two rows differ in one of them."""
     first, sites = latent_sites(pair.traces), latent_sites(second)
     two = {name: site["value"] for name, site in sites.items()}
     one = {name: _take_rows(first[name], at, pair) if name in first else two[name] for name in sites}
-    return [one, two, {name: _mixed(two[name], one[name], site, pair) for name, site in sites.items()}]
+    others = {
+        # a point is the same in each run, so a row gets the point of its neighbour
+        name: _rolled(two[name], site, pair) if torch.equal(two[name], one[name]) else two[name]
+        for name, site in sites.items()
+    }
+    n = pair.num_rows if at is None else len(at)
+    mixtures = [
+        {name: _mixed(others[name], one[name], rows, site, pair) for name, site in sites.items()}
+        for rows in _mixed_rows(n)
+    ]
+    return [one, two, others, *mixtures]
 
 
 def _stacked(pair: Structure, traces: Traces, *, particle_dim: int | None = None) -> Tensor:
@@ -151,12 +163,15 @@ def _held(pair: Structure, batch: Batch, values: Mapping[str, Tensor], *, seed: 
 
 
 def _is_coupled(pair: Structure, terms: list[Tensor]) -> bool:
-    """Whether rows of the mixture have other log-probabilities than in the run that their latents come
-    from."""
-    one, two, both = terms
+    """Whether rows of a mixture have other log-probabilities than in the run that their latents come from."""
+    one, _, others, *mixtures = terms
     if not pair.plates or pair.shared or not one.shape[1:]:
         return False
-    return not _same(both, torch.where(_mixed_rows(one.shape[1]).to(one.device), two, one))
+    masks = _mixed_rows(one.shape[1])
+    return any(
+        not _same(mixture, torch.where(rows.to(one.device), others, one))
+        for mixture, rows in zip(mixtures, masks, strict=True)
+    )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -232,21 +247,33 @@ def _take_rows(site: dict, at: Tensor | None, pair: Structure) -> Tensor:
     return value.index_select(dim, at) if value.dim() >= -dim and value.shape[dim] == pair.num_rows else value
 
 
-def _mixed_rows(n: int) -> Tensor:
-    """The rows that take their latents from the second run: a random half of them."""
-    rows = torch.rand(n, generator=torch.Generator().manual_seed(0)) < 0.5
-    rows[0], rows[-1] = True, False
-    return rows
+def _mixed_rows(n: int) -> list[Tensor]:
+    """The rows with other latents, for each mixture: those with a binary digit 1 in the row number, or random
+    rows if the row number has more than four digits."""
+    digits = max(1, math.ceil(math.log2(max(n, 2))))
+    if digits > _MAX_MIXTURES:
+        return list(torch.rand(_MAX_MIXTURES, n, generator=torch.Generator().manual_seed(0)) < 0.5)
+    return [torch.arange(n) // 2**digit % 2 == 1 for digit in range(digits)]
 
 
-def _mixed(two: Tensor, one: Tensor, site: dict, pair: Structure) -> Tensor:
-    """The value of a site with a random half of its rows from another value. A site outside of the data
-    plates is not mixed."""
+def _row_dim_of_value(value: Tensor, site: dict, pair: Structure) -> int | None:
+    """The dimension of the rows in the value of a site, ``None`` if it has none."""
     dim = row_dim(site, pair.plates)
-    if dim is None or one.shape != two.shape or one.dim() < site["fn"].event_dim - dim:
+    dim = None if dim is None else dim - site["fn"].event_dim
+    return None if dim is None or value.dim() < -dim else dim
+
+
+def _rolled(value: Tensor, site: dict, pair: Structure) -> Tensor:
+    dim = _row_dim_of_value(value, site, pair)
+    return value if dim is None else value.roll(1, dim)
+
+
+def _mixed(others: Tensor, one: Tensor, rows: Tensor, site: dict, pair: Structure) -> Tensor:
+    """The value of a site with some rows of another value. A site outside of the data plates is not mixed."""
+    dim = _row_dim_of_value(one, site, pair)
+    if dim is None or one.shape != others.shape or one.shape[dim] != len(rows):
         return one
-    rows = _mixed_rows(one.shape[dim - site["fn"].event_dim])
-    return torch.where(rows.to(one.device).reshape(-1, *(1,) * (site["fn"].event_dim - dim - 1)), two, one)
+    return torch.where(rows.to(one.device).reshape(-1, *(1,) * (-1 - dim)), others, one)
 
 
 def _padded(value: Tensor, dim: int) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoGuideList, AutoNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoGuideList, AutoLaplaceApproximation, AutoNormal
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
@@ -359,3 +359,270 @@ def test_samplers_with_replacement_count_the_data_set(num_samples):
     )
     assert batches.num_rows == 10
     assert sum(batch.num_rows for batch in batches.epoch(shuffle=True)) == num_samples
+
+
+def lag(k):
+    return lambda z: z + nn.functional.pad(z, (k, 0))[..., : z.shape[-1]]
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 6), (2, 6), (3, 6), (4, 6), (1, 40), (3, 40), (7, 40), (20, 40)])
+def test_rows_that_depend_on_rows_at_a_distance_are_found(k, n):
+    with pytest.raises(ValueError, match="latents of another row"):
+        pv.log_weights(make_model(lag(k)), make_guide(), torch.randn(n))
+
+
+def with_columns(mix):
+    """A pair whose rows depend on other arguments with a row for each datum."""
+
+    def model(x, column):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(mix(z, column), 1.0), obs=x)
+
+    def guide(x, column):
+        exact_guide(x)
+
+    return model, guide
+
+
+def group_mean(z, group):
+    same = (group[:, None] == group).float()
+    return (z.unsqueeze(-2) * same).sum(-1) / same.sum(-1)
+
+
+COLUMNS = {
+    "groups": (group_mean, torch.tensor([0, 0, 1, 1, 1, 0])),
+    "neighbours by index": (lambda z, neighbour: z + z[..., neighbour], torch.tensor([1, 2, 3, 4, 5, 0])),
+    "adjacency": (lambda z, a: z @ a.T, torch.eye(6) + torch.eye(6).flip(0)),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_rows_coupled_by_a_column_of_the_data_are_found(name):
+    mix, column = COLUMNS[name]
+    model, guide = with_columns(mix)
+    x = torch.randn(6)
+    with pytest.raises(ValueError, match="latents of another row"):
+        pv.log_weights(model, guide, (x, column))
+    assert (
+        evidence.importance(model, guide, (x, column), joint=True, num_particles=5)
+        .log_evidence.isfinite()
+        .all()
+    )
+
+
+def test_a_scalar_tensor_among_the_arguments_does_not_switch_the_checks_off():
+    def model(x, beta):
+        make_model(lambda z: z)(x)
+
+    def by_mean(x, beta):
+        by_batch_mean(x)
+
+    options = {"batch_size": 2, "num_epochs": 1, "progress": False}
+    with pytest.raises(ValueError, match="other rows are left out"):
+        pv.fit(model, by_mean, (X, torch.tensor(0.5)), **options)
+
+    net = nn.Linear(1, 4)  # of as many entries as a minibatch has rows
+
+    def by_network(x, beta):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(net(x.unsqueeze(-1)).mean(-1), 1.0))
+
+    pv.fit(model, by_network, (torch.randn(16), torch.tensor(0.5)), **(options | {"batch_size": 4}))
+
+
+def planar_guide(condition=lambda x: x):
+    transform = dist.transforms.Planar(1)
+
+    def guide(x):
+        pyro.module("transform", transform)
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(0.5 * condition(x).unsqueeze(-1), 1.0).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [transform]))
+
+    return guide
+
+
+def test_the_model_is_tested_where_the_guide_knows_its_own_draws_only():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z[..., 0].cumsum(-1), 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="latents of another row"):
+        pv.log_weights(model, planar_guide(), X)
+    with pytest.raises(ValueError, match="other rows are left out"):
+        pv.evaluate(model, planar_guide(), X, batch_size=2)
+
+    def points(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x / 2))
+
+    with pytest.raises(ValueError, match="latents of another row"):
+        pv.log_weights(make_model(MIXES["random walk"]), points, X)
+
+
+def test_noise_outside_of_sites_does_not_hide_coupled_rows():
+    def model(x):
+        noise = 1e-3 * torch.rand(())
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z.cumsum(-1) + noise, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="latents of another row"):
+        pv.log_weights(model, make_guide(), X)
+
+
+def test_a_last_row_of_its_own_kind_is_found():
+    def model(x):
+        scale = torch.ones(len(x)).index_fill(0, torch.tensor(len(x) - 1), 0.1)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+    with pytest.raises(ValueError, match="other rows are left out"):
+        pv.evaluate(model, exact_guide, torch.randn(40), batch_size=5)
+
+
+class PositiveTable(Table):
+    """With a positive parameter near 0, which noise must not make negative."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((8,), 0.01))
+
+
+def test_noise_on_parameters_keeps_positive_ones_positive():
+    table = PositiveTable()
+
+    def guide(x):
+        pyro.module("table", table)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(table(x), table.scale.min()))
+
+    with pytest.raises(ValueError, match="other rows are left out"):
+        pv.fit(make_model(lambda z: z), guide, X, batch_size=2, num_epochs=1, progress=False)
+
+
+def test_transforms_with_buffers_run_in_evaluation_mode_and_are_restored():
+    norm = dist.transforms.BatchNorm(3)
+    x = 3 * torch.randn(60, 3) + 1
+
+    def model(x):
+        pyro.module("norm", norm)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1e-4))
+            base = dist.Normal(z.unsqueeze(-1).expand(*z.shape, 3), 1.0).to_event(1)
+            pyro.sample("x", dist.TransformedDistribution(base, [norm]), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1e-4))
+
+    whole, part = (pv.log_weights(model, guide, rows)[0, :3] for rows in (x, x[:10]))
+    torch.testing.assert_close(whole, part, rtol=0, atol=0.02)  # z has a deviation of 1e-4
+    pv.evaluate(model, guide, x)
+    assert torch.equal(norm.moving_mean, torch.zeros(3))
+    assert norm.training
+
+
+def test_a_mask_of_one_side_is_refused():
+    keep = torch.arange(4) % 2 == 0
+
+    def masked(program):
+        def run(x):
+            with poutine.mask(mask=keep[: len(x)]):
+                program(x)
+
+        return run
+
+    model = make_model(lambda z: z)
+    for pair in ((masked(model), exact_guide), (model, masked(exact_guide))):
+        with pytest.raises(ValueError, match="'z' is masked differently"):
+            evidence.importance(*pair, X)
+    torch.testing.assert_close(
+        pv.log_weights(masked(model), masked(exact_guide), X)[0], log_evidence(X) * keep.float()
+    )
+
+
+def ragged_pair():
+    """One series for each row, of its own length: sites up to the longest series of the batch."""
+
+    def model(x, lengths):
+        with pyro.plate("data", len(x)):
+            z = torch.zeros(len(x))
+            for i in range(int(lengths.max())):
+                with poutine.mask(mask=i < lengths):
+                    z = pyro.sample(f"z{i}", dist.Normal(0.5 * z, 1.0))
+                    pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[:, i])
+
+    def guide(x, lengths):
+        with pyro.plate("data", len(x)):
+            for i in range(int(lengths.max())):
+                with poutine.mask(mask=i < lengths):
+                    pyro.sample(f"z{i}", dist.Normal(0.5 * x[:, i], 0.8))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_series_of_different_lengths(descending):
+    """log p(x) of a row depends on its own entries only: x = A z + noise."""
+    lengths = torch.tensor([5, 3, 4, 2, 5, 1, 3, 2, 2, 2]).sort(descending=descending).values
+    x = torch.randn(10, 5)
+    model, guide = ragged_pair()
+    found = evidence.importance(model, guide, (x, lengths), num_particles=20_000)
+    mixing = torch.tensor([[0.5 ** (i - j) if j <= i else 0.0 for j in range(5)] for i in range(5)])
+    covariance = mixing @ mixing.T + torch.eye(5)
+    truth = torch.stack(
+        [
+            dist.MultivariateNormal(torch.zeros(n), covariance[:n, :n]).log_prob(row[:n])
+            for row, n in zip(x, lengths.tolist(), strict=True)
+        ]
+    )
+    assert ((found.log_evidence - truth).abs() < 4 * found.log_evidence_se + 1e-6).all()
+    assert pv.evaluate(model, guide, (x, lengths), batch_size=4).elbo.isfinite().all()
+
+
+def test_rounding_of_networks_on_batches_of_other_sizes_is_not_taken_for_dependence():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(10, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 1))
+    c = torch.randn(600, 10)
+    with torch.no_grad():
+        net[-1].weight *= 100
+        y = net(c)
+    y = y + 1e-3 * torch.randn_like(y)
+
+    def model(c, y):
+        pyro.module("net", net)
+        with pyro.plate("data", len(c)):
+            pyro.sample("y", dist.Normal(net(c), 1e-3).to_event(1), obs=y)
+
+    assert pv.evaluate(model, lambda c, y: None, (c, y), batch_size=100).elbo.isfinite().all()
+
+
+def test_the_laplace_approximation_is_trained():
+    def model(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+    guide = AutoLaplaceApproximation(model)
+    optim = pyro.optim.Adam({"lr": 0.1})
+    with pyro.get_param_store().scope():
+        history = pv.fit(model, guide, X, num_epochs=200, batch_size=None, optim=optim, progress=False)
+        with history.scope():
+            torch.testing.assert_close(guide.loc.detach(), X.sum().reshape(1) / 5, rtol=0, atol=1e-3)
+
+
+def test_points_per_datum_are_said_to_have_no_density(caplog):
+    def points(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x / 2))
+
+    model = make_model(lambda z: z)
+    w = pv.log_weights(model, points, X)
+    torch.testing.assert_close(w[0], dist.Normal(0.0, 1.0).log_prob(X / 2) * 2)
+    assert "points (Delta), which have no density" in caplog.text
+    assert "points (Delta)" in str(pv.diagnose(model, points, X, num_simulations=0))
