@@ -172,7 +172,7 @@ def test_two_samples_are_told_apart_as_well_as_they_can_be(distance):
     best = torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor(distance / 2)).item()
     found = two_sample_test(a, b)
     assert found.accuracy == pytest.approx(best, abs=4 * found.accuracy_se)
-    with pytest.raises(ValueError, match="two sets of as many draws"):
+    with pytest.raises(ValueError, match="two sets of draws of equal shape"):
         two_sample_test(a, b[:20])
 
 

@@ -13,7 +13,7 @@ import pyro_vae as pv
 from pyro_vae import conditionals, exact, flows, nets
 from pyro_vae.data.batches import Batch
 from pyro_vae.diagnostics.families import as_gaussian
-from pyro_vae.diagnostics.gap import _keep_better, _Pair, _search
+from pyro_vae.diagnostics.gap import _optimize, _PerDatumPair, _restore_worse
 from tests.support import oracles
 from tests.support.oracles import guide_of, seeded
 
@@ -35,9 +35,9 @@ def test_the_search_reaches_the_closed_form(name):
             1
         )
 
-    pair = _Pair(model, guide_of(q), Batch((x,), {}))
-    best, _ = _search(pair, 1e-3, 5000)
-    best = poutine.trace(pair.freed(best)).get_trace(x).nodes["z"]["fn"]
+    pair = _PerDatumPair(model, guide_of(q), Batch((x,), {}))
+    best, _ = _optimize(pair, 1e-3, 5000)
+    best = poutine.trace(pair.shifted_guide(best)).get_trace(x).nodes["z"]["fn"]
     if name in ("Funnel", "Banana"):
         formula = model.mean_field_gap(x)
         z = best.base_dist.loc + best.base_dist.scale * seeded(200_000, 1, *model.latent_shape)
@@ -93,8 +93,8 @@ def test_the_closed_forms_that_models_know(name):
     assert exactly.steps == 0
     assert (exactly.amortization.abs() < 4.5 * exactly.amortization_se + 1e-9).all()
     known = pv.split_gap(model, guide_of(shifted), x, num_particles=10_000)
-    pair = _Pair(model, guide_of(shifted), Batch((x,), {}))
-    searched, _ = _search(pair, 1e-3, 5000)
+    pair = _PerDatumPair(model, guide_of(shifted), Batch((x,), {}))
+    searched, _ = _optimize(pair, 1e-3, 5000)
     with torch.no_grad():
         draws = pair.elbo(searched, 10_000)
     error = draws.std(0) / 100
@@ -313,28 +313,28 @@ def test_a_search_that_ends_below_its_start_goes_back():
     )
     x = torch.zeros(3, 1, dtype=torch.double)
     at_mode = guide_of(lambda x: dist.Normal(x - 3, 0.1).to_event(1))
-    pair = _Pair(prior, at_mode, Batch((x,), {}))
+    pair = _PerDatumPair(prior, at_mode, Batch((x,), {}))
     worse = {name: {k: v + 1.0 for k, v in own.items()} for name, own in pair.start.items()}
     kept = {name: dict(own) for name, own in worse.items()}
-    _keep_better(pair, kept)
+    _restore_worse(pair, kept)
     assert all(torch.equal(kept[name][k], v) for name, own in pair.start.items() for k, v in own.items())
-    off = _Pair(prior, guide_of(lambda x: dist.Normal(x - 2, 1.0).to_event(1)), Batch((x,), {}))
+    off = _PerDatumPair(prior, guide_of(lambda x: dist.Normal(x - 2, 1.0).to_event(1)), Batch((x,), {}))
     moved = {"z": {"loc": torch.full((3, 1), -1.0).double(), "scale": torch.full((3, 1), -2.3).double()}}
     kept = {name: dict(own) for name, own in moved.items()}
-    _keep_better(off, kept)
+    _restore_worse(off, kept)
     assert all(torch.equal(kept["z"][k], v) for k, v in moved["z"].items())
 
 
 def test_a_search_cut_short_says_so(caplog):
     pv.split_gap(lambda x: FA(x), diagonal(2.0), FA.sample(2), max_steps=100, num_particles=100)
-    assert "still gains after 100 steps" in caplog.text
+    assert "the ELBO still improves after 100 steps" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"num_particles": 1}, "num_particles ≥ 2"),
-        ({"log_evidence": torch.zeros(5)}, r"expected \(3,\), one number a datum"),
+        ({"log_evidence": torch.zeros(5)}, r"expected \(3,\), one number per datum"),
     ],
 )
 def test_bad_input(options, message):
