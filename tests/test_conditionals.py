@@ -134,7 +134,7 @@ def test_as_guide_with_reparameterized_gradients(name):
 @every
 def test_what_reads_a_trunk_is_refused_where_it_is_given_nothing(name):
     conditional = make(name, nn.Linear(5, 8), 4)
-    with pytest.raises(ValueError, match="is given nothing"):
+    with pytest.raises(ValueError, match="got no inputs"):
         conditional()
 
 
@@ -223,9 +223,9 @@ def test_masked_sums_the_observed_entries():
         (lambda trunk: c.Normal(trunk, event_shape=3, scale="netwrok"), '"network"'),
         (lambda trunk: c.Normal(trunk, event_shape=3, scale=None), '"network"'),
         (lambda trunk: c.Normal(trunk, event_shape=4, scale=torch.ones(3)), r"of shape \(4,\)"),
-        (lambda trunk: c.Normal(trunk, event_shape=3, min_scale=-1.0), "positive floor"),
-        (lambda trunk: c.Normal(trunk, event_shape=3, min_scale=float("inf")), "positive floor"),
-        (lambda trunk: priors.Normal(3, min_scale=-1.0), "positive floor"),
+        (lambda trunk: c.Normal(trunk, event_shape=3, min_scale=-1.0), "finite number ≥ 0"),
+        (lambda trunk: c.Normal(trunk, event_shape=3, min_scale=float("inf")), "finite number ≥ 0"),
+        (lambda trunk: priors.Normal(3, min_scale=-1.0), "finite number ≥ 0"),
         (lambda trunk: c.MultivariateNormal(trunk, event_shape=(3, 4)), "one dimension"),
         (lambda trunk: c.Categorical(trunk, event_shape=3, num_classes=1), "2 or more"),
         (lambda trunk: c.Normal(torch.nn.ReLU(), event_shape=3), "out_shape"),

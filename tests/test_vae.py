@@ -105,7 +105,7 @@ def test_wrong_shapes_name_the_remedy():
         vae.model(torch.zeros(5, 3, 3))
     with pytest.raises(ValueError, match="in_shape"):
         vae.guide(torch.zeros(5, 3, 3))
-    with pytest.raises(ValueError, match="prior is over z"):
+    with pytest.raises(ValueError, match="prior has event_shape"):
         pv.VAE(priors.StandardNormal(2), vae.model.decoder, vae.guide.encoder)
 
 
@@ -190,7 +190,7 @@ def test_a_conditional_prior_without_a_condition_is_refused():
         lambda: vae.sample(5),
         lambda: pv.fit(vae.model, vae.guide, x, num_epochs=1),
     ):
-        with pytest.raises(ValueError, match="Normal: it is conditional but is given nothing"):
+        with pytest.raises(ValueError, match="Normal: it is conditional but got no inputs"):
             call()
 
 
@@ -208,10 +208,10 @@ def test_another_number_of_conditions_is_refused(number):
 def test_draws_and_conditions_are_as_many():
     vae, c = make_cvae(priors.StandardNormal(3)), torch.randn(5, 2)
     for n in (1, 4):
-        with pytest.raises(ValueError, match=f"{n} draws of conditions with 5 rows"):
+        with pytest.raises(ValueError, match=f"n is {n} but the conditions have 5 rows"):
             vae.sample(n, c)
     for n, got in ((0, "0"), (c, "Tensor")):
-        with pytest.raises(ValueError, match=f"one draw or more but got {got}"):
+        with pytest.raises(ValueError, match=f"expected n ≥ 1 but got {got}"):
             vae.sample(n)
 
 

@@ -34,8 +34,8 @@ class GapSplit:
     approximation = log p(x) − L[q*] and amortization = L[q*] − L[q], where L is the ELBO and q* maximizes it
     within the guide's family for that datum. The approximation is ``nan`` if log p(x) is not known.
 
-    steps: number of optimization steps for q*, 0 if q* is in closed form. In closed form a standard error of 0
-    marks an exact part. After an optimization both parts are estimates; a q* short of the optimum
+    steps: number of optimization steps for q*, 0 if q* is in closed form. A part in closed form has standard
+    error 0. After an optimization both parts are estimates; a q* short of the optimum
     overestimates approximation and underestimates amortization.
     """
 
