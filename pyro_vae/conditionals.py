@@ -82,8 +82,8 @@ class FromTrunk(Conditional):
     def forward(self, *given: Tensor) -> dist.TorchDistribution:
         if not given:
             raise ValueError(
-                f"{type(self).__name__}: it is conditional but got no inputs; expected those of its trunk. If "
-                "it is a prior p(z|c), pass the condition: model(x, c), guide(x, c), vae.sample(n, c)"
+                f"{type(self).__name__}: it is conditional but got no inputs; expected those of its trunk. "
+                "If it is a prior p(z|c), pass the condition: model(x, c), guide(x, c), vae.sample(n, c)"
             )
         features = self.trunk(*given)
         return self.distribution(**{name: readout(features) for name, readout in self.readout.items()})
@@ -318,9 +318,7 @@ class Categorical(FromTrunk):
         self.num_classes = num_classes
 
     def distribution(self, *, logits: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
-        class_dim = -1 - len(
-            self.event_shape
-        )  # before the event, as the channels of a convolution
+        class_dim = -1 - len(self.event_shape)  # before the event, as the channels of a convolution
         return _OrderedCategorical(logits=logits.movedim(class_dim, -1)).to_event(len(self.event_shape))
 
 
