@@ -3,8 +3,8 @@
 A decoder p(x|z), an encoder q(z|x) and a prior p(z) or p(z|c) are all conditionals; see
 :mod:`pyro_vae.priors` for p(z). Each class here takes a trunk (see :mod:`pyro_vae.nets`) and an
 ``event_shape``, and adds a linear read-out of the trunk's features for each parameter of its distribution.
-Positive parameters are exp or softplus of a read-out plus a small positive constant, the floor, which bounds
-the density.
+Positive parameters are exp or softplus of a read-out; most add a small positive constant, without which the
+density is unbounded.
 
 >>> import torch
 >>> from pyro_vae import conditionals, nets
@@ -89,7 +89,7 @@ class FromTrunk(Conditional):
         return self.distribution(**{name: readout(features) for name, readout in self.readout.items()})
 
     def distribution(self, **parameters: Tensor) -> dist.TorchDistribution:
-        """The distribution with shape ``event_shape`` of events, from the read-outs."""
+        """The distribution with these read-outs as parameters and event shape ``event_shape``."""
         raise NotImplementedError(f"{type(self).__name__} does not define distribution()")
 
 
@@ -173,9 +173,9 @@ class LocationScale(Elementwise):
         min_scale + exp(v/2) with v linear in the features, as in Kingma & Welling (2013); ``"learned"``: σ =
         min_scale + exp(s) with a learned s of shape ``event_shape`` that all data share; ``"isotropic"``: the
         same with a learned scalar s, as in probabilistic PCA; a number or tensor: a fixed σ.
-    :param min_scale: lower bound of a learned scale, such that log p(y) ≤ −log min_scale + const per element.
-        Without it the density is unbounded as σ → 0 if the location equals y, as for a constant pixel. Pass
-        0 for parameters trained elsewhere, see "Parameters trained elsewhere" in the README.
+    :param min_scale: lower bound of a scale that is not fixed, so that log p(y) ≤ −log min_scale + const per
+        element. Without it the density is unbounded as σ → 0 if the location equals y, as for a constant
+        pixel. Pass 0 for parameters trained elsewhere, see "Parameters trained elsewhere" in the README.
     :param loc_constraint: support of the location. ``constraints.unit_interval`` applies a sigmoid, as
         Kingma & Welling (2013) do for Frey Face.
     :raises ValueError: if ``scale`` or ``min_scale`` is invalid.

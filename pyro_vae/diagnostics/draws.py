@@ -117,7 +117,7 @@ def two_sample_test(a: Tensor, b: Tensor, *, num_folds: int = 5, seed: int = 0) 
     Compares draws of the guide with draws of the posterior, exact or by NUTS, for one datum. The best
     accuracy between N(0, I) and N(δ, I) is Φ(‖δ‖/2).
 
-    :param a, b: draws ``(n, dim)`` of equal shape, n at least 10 ``num_folds``.
+    :param a, b: draws ``(n, dim)`` of equal shape, with n ≥ 10 ``num_folds``.
     :raises ImportError: if ``scikit-learn`` is not installed.
     :raises ValueError: if the shapes differ or n is too small.
     """

@@ -35,8 +35,8 @@ class GapSplit:
     within the guide's family for that datum. The approximation is ``nan`` if log p(x) is not known.
 
     steps: number of optimization steps for q*, 0 if q* is in closed form. A part in closed form has standard
-    error 0. After an optimization both parts are estimates; a q* short of the optimum
-    overestimates approximation and underestimates amortization.
+    error 0. After an optimization both parts are estimates; a q* short of the optimum overestimates
+    approximation and underestimates amortization.
     """
 
     approximation: Tensor
@@ -87,7 +87,8 @@ def split_gap(
     :param max_steps: largest number of steps before the last 500; a warning is logged if the ELBO still
         improves.
     :param seed: seed of the draws.
-    :param check: ``False`` skips the validation of the pair, see :func:`~pyro_vae.check_pair`.
+    :param check: ``False`` runs a pair even if :func:`~pyro_vae.check_pair` reports problems, unless the
+        result is undefined.
     :raises ValueError: if the guide's family is not supported, or ``log_evidence`` has another shape.
     """
     batch = fitting(read_whole(data, seed=seed), model, guide)
