@@ -1,11 +1,10 @@
-"""Distributions given something: modules whose ``forward(*given)`` returns a Pyro distribution.
+"""Conditional distributions: modules whose ``forward(*given)`` returns a Pyro distribution.
 
-One vocabulary for all parts: a decoder p(x|z), an encoder q(z|x) and a prior p(z) or p(z|c) are conditionals
-alike; those of
-:mod:`pyro_vae.priors` are given nothing. Each class here is built from a trunk (see :mod:`pyro_vae.nets`) and
-an ``event_shape``; it knows which parameters its distribution needs and adds its own linear read-out for
-each, so nobody computes ``2 * latent_dim`` by hand. Positive parameters are exp or softplus of a read-out
-plus a floor, which each class states: without a floor a density may grow without bound.
+A decoder p(x|z), an encoder q(z|x) and a prior p(z) or p(z|c) are all conditionals; see
+:mod:`pyro_vae.priors` for p(z). Each class here takes a trunk (see :mod:`pyro_vae.nets`) and an
+``event_shape``, and adds a linear read-out of the trunk's features for each parameter of its distribution.
+Positive parameters are exp or softplus of a read-out; most add a small positive constant, without which the
+density is unbounded.
 
 >>> import torch
 >>> from pyro_vae import conditionals, nets
@@ -34,20 +33,19 @@ _SCALE_READOUTS = {"network": ("log_scale",), "log_variance": ("log_variance",)}
 
 
 class Conditional(Part):
-    """p(y | given) over events y of ``event_shape``: the base class of priors, decoders and encoders.
+    """Base class of priors, decoders and encoders: p(y | given) for events y of shape ``event_shape``.
 
-    ``forward(*given)`` → a Pyro distribution of that ``event_shape``, its event dimensions declared. Each
-    given has shape ``(*batch, *its event)``, and the distribution has ``batch_shape`` ``batch``, or ``()``
-    where it depends on none of them.
+    ``forward(*given)`` returns a Pyro distribution with that ``event_shape``. Each input has shape ``(*batch,
+    *its event)``. The distribution has batch shape ``batch``, or ``()`` if it does not depend on the inputs.
     """
 
     def __init__(self, event_shape: Shape) -> None:
         super().__init__()
         self.event_shape = as_shape(event_shape)
 
-    # no ABC: its metaclass conflicts with that of PyroModule[Normal]
+    # not an ABC, whose metaclass conflicts with that of PyroModule[Normal]
     def forward(self, *given: Tensor) -> dist.TorchDistribution:
-        """The distribution."""
+        """The distribution p(y | given)."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward()")
 
     def extra_repr(self) -> str:
@@ -55,14 +53,14 @@ class Conditional(Part):
 
 
 class FromTrunk(Conditional):
-    """p(y | given): reads the named parameters of a distribution from a trunk's features.
+    """A conditional with a linear read-out of a trunk's features for each parameter of its distribution.
 
-    :param trunk: any module that says its ``out_shape`` (ours do; ``nn.Linear`` and ``nn.Sequential`` are
-        understood).
+    :param trunk: a module of :mod:`pyro_vae.nets`, ``nn.Linear``, ``nn.Sequential``, or any module with an
+        attribute ``out_shape``.
     :param event_shape: the shape of one y.
-    :param readouts: shape of each parameter that the network gives.
+    :param readouts: the shape of each read-out, by name of the parameter.
 
-    ``forward(*given)`` passes what is given to the trunk, and raises ``ValueError`` where that is nothing.
+    ``forward(*given)`` passes its inputs to the trunk, and raises ``ValueError`` if there are none.
     """
 
     def __init__(self, trunk: nn.Module, *, event_shape: Shape, readouts: Mapping[str, Shape]) -> None:
@@ -78,26 +76,25 @@ class FromTrunk(Conditional):
 
     @property
     def num_inputs(self) -> int | None:
-        """How many tensors its trunk takes, ``None`` for any number."""
+        """Number of inputs of the trunk; ``None`` for any number."""
         return num_inputs(self.trunk)
 
     def forward(self, *given: Tensor) -> dist.TorchDistribution:
         if not given:
             raise ValueError(
-                f"{type(self).__name__}: it is conditional but is given nothing; expected the inputs of its "
-                "trunk. A VAE whose prior is p(z|c) needs the condition: model(x, c), guide(x, c), "
-                "vae.sample(n, c)"
+                f"{type(self).__name__}: it is conditional but got no inputs; expected those of its trunk. "
+                "If it is a prior p(z|c), pass the condition: model(x, c), guide(x, c), vae.sample(n, c)"
             )
         features = self.trunk(*given)
         return self.distribution(**{name: readout(features) for name, readout in self.readout.items()})
 
     def distribution(self, **parameters: Tensor) -> dist.TorchDistribution:
-        """The distribution with these read-outs, event dimensions declared."""
+        """The distribution with these read-outs as parameters and event shape ``event_shape``."""
         raise NotImplementedError(f"{type(self).__name__} does not define distribution()")
 
 
 class Elementwise(FromTrunk):
-    """Independent elements: every read-out has the ``event_shape``."""
+    """A distribution with independent elements: every read-out has shape ``event_shape``."""
 
     names: ClassVar[tuple[str, ...]]
 
@@ -113,7 +110,7 @@ class Elementwise(FromTrunk):
 
 
 class Bernoulli(Elementwise):
-    """y ∈ {0, 1}: logits from the network. For binarized images; grey values want another conditional."""
+    """y ∈ {0, 1}, with logits from the network. For binarized images, not for grey values."""
 
     names = ("logits",)
 
@@ -122,7 +119,7 @@ class Bernoulli(Elementwise):
 
 
 class ContinuousBernoulli(Elementwise):
-    """y ∈ [0, 1] with density C(λ) λ^y (1−λ)^{1−y}: grey values (Loaiza-Ganem & Cunningham 2019)."""
+    """y ∈ [0, 1] with density C(λ) λ^y (1−λ)^{1−y}, for grey values (Loaiza-Ganem & Cunningham 2019)."""
 
     names = ("logits",)
 
@@ -131,7 +128,7 @@ class ContinuousBernoulli(Elementwise):
 
 
 class Poisson(Elementwise):
-    """Counts: log rate from the network."""
+    """Counts, with log-rate from the network."""
 
     names = ("log_rate",)
 
@@ -140,8 +137,8 @@ class Poisson(Elementwise):
 
 
 class NegativeBinomial(Elementwise):
-    """Over-dispersed counts: total_count = 1e-3 + softplus and success logits from the network;
-    mean = total_count · exp(logits)."""
+    """Over-dispersed counts with mean total_count · exp(logits): total_count is 1e-3 + softplus of a
+    read-out, logits are a read-out."""
 
     names = ("total_count", "logits")
 
@@ -150,8 +147,8 @@ class NegativeBinomial(Elementwise):
 
 
 class Beta(Elementwise):
-    """y ∈ (0, 1): both concentrations are 1e-3 + softplus of a read-out. Implicit reparameterization as
-    q(z|x)."""
+    """y ∈ (0, 1): both concentrations are 1e-3 + softplus of a read-out. As q(z|x) it has implicit
+    reparameterization gradients."""
 
     names = ("concentration1", "concentration0")
 
@@ -160,8 +157,8 @@ class Beta(Elementwise):
 
 
 class Gamma(Elementwise):
-    """y > 0: concentration and rate are 1e-3 + softplus of a read-out. Implicit reparameterization as
-    q(z|x)."""
+    """y > 0: concentration and rate are 1e-3 + softplus of a read-out. As q(z|x) it has implicit
+    reparameterization gradients."""
 
     names = ("concentration", "rate")
 
@@ -170,18 +167,18 @@ class Gamma(Elementwise):
 
 
 class LocationScale(Elementwise):
-    """Location from the network, scale from one of four places: Normal, Laplace, LogNormal and StudentT.
+    """Base class of Normal, Laplace, LogNormal and StudentT: location from the network, scale σ by ``scale``.
 
-    :param scale: ``"network"``: σ = min_scale + exp(s), s linear in the features; ``"log_variance"``: σ =
-        min_scale + exp(v/2), v linear in the features, as in AEVB and in most other code; ``"learned"``: σ =
-        min_scale + exp(s) with one learned vector s, the same for every datum; ``"isotropic"``: with one
-        learned number, as in probabilistic PCA; a number or tensor: σ itself, fixed.
-    :param min_scale: the floor under a trained scale. A datum that the mean meets exactly has unbounded
-        density as σ → 0 (a pixel that is always black is enough); with it log p(y) ≤ −log min_scale + const
-        per element. 0 removes it, as parameters trained elsewhere need: see "Parameters trained elsewhere" in
-        the README.
-    :param loc_constraint: where the location lives: ``constraints.unit_interval`` puts the means through a
-        sigmoid, as AEVB does for Frey Face.
+    :param scale: ``"network"``: σ = min_scale + exp(s) with s linear in the features; ``"log_variance"``: σ =
+        min_scale + exp(v/2) with v linear in the features, as in Kingma & Welling (2013); ``"learned"``: σ =
+        min_scale + exp(s) with a learned s of shape ``event_shape`` that all data share; ``"isotropic"``: the
+        same with a learned scalar s, as in probabilistic PCA; a number or tensor: a fixed σ.
+    :param min_scale: lower bound of a scale that is not fixed, so that log p(y) ≤ −log min_scale + const per
+        element. Without it the density is unbounded as σ → 0 if the location equals y, as for a constant
+        pixel. Pass 0 for parameters trained elsewhere, see "Parameters trained elsewhere" in the README.
+    :param loc_constraint: support of the location. ``constraints.unit_interval`` applies a sigmoid, as
+        Kingma & Welling (2013) do for Frey Face.
+    :raises ValueError: if ``scale`` or ``min_scale`` is invalid.
     """
 
     names: ClassVar[tuple[str, ...]] = ("loc",)
@@ -197,28 +194,29 @@ class LocationScale(Elementwise):
         min_scale: float = 1e-3,
         loc_constraint: constraints.Constraint = constraints.real,
     ) -> None:
-        extra = _SCALE_READOUTS.get(scale, ()) if isinstance(scale, str) else ()
-        FromTrunk.__init__(
-            self, trunk, event_shape=event_shape, readouts=dict.fromkeys(self.names + extra, event_shape)
-        )
+        scale_readouts = _SCALE_READOUTS.get(scale, ()) if isinstance(scale, str) else ()
+        readouts = dict.fromkeys(self.names + scale_readouts, event_shape)
+        FromTrunk.__init__(self, trunk, event_shape=event_shape, readouts=readouts)
         self.min_scale = scale_floor(min_scale)
         self.register_buffer("fixed_scale", None)
         self.loc_transform = transform_to(loc_constraint)
-        expected = '"network", "log_variance", "learned", "isotropic" or a positive number'
-        unknown = f"scale: expected {expected} but got {scale!r}"
+        invalid = (
+            'scale: expected "network", "log_variance", "learned", "isotropic" or a positive number, but got '
+            f"{scale!r}"
+        )
         if not isinstance(scale, str | Number | Tensor):
-            raise ValueError(unknown)
+            raise ValueError(invalid)
         if not isinstance(scale, str):
             fixed = torch.as_tensor(scale, dtype=torch.get_default_dtype())
             if not (fixed > 0).all() or fixed.shape not in (torch.Size(), self.event_shape):
                 raise ValueError(
-                    "scale: a fixed scale must be positive, one number or of shape "
+                    "scale: a fixed scale must be positive, and a number or of shape "
                     f"{tuple(self.event_shape)}, but got {scale}"
                 )
             self.register_buffer("fixed_scale", fixed.expand(self.event_shape).clone())
-        elif not extra:
+        elif not scale_readouts:
             if scale not in ("learned", "isotropic"):
-                raise ValueError(unknown)
+                raise ValueError(invalid)
             self.log_scale = nn.Parameter(torch.zeros(self.event_shape if scale == "learned" else ()))
 
     def distribution(self, **parameters: Tensor) -> dist.TorchDistribution:
@@ -235,28 +233,28 @@ class LocationScale(Elementwise):
 
 
 class Normal(LocationScale):
-    """N(μ, σ²), independent elements: AEVB's Gaussian encoder and decoder; ``scale`` is σ."""
+    """N(μ, σ²) with independent elements (Kingma & Welling 2013); ``scale`` is σ."""
 
     def element(self, *, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
         return dist.Normal(loc, scale)
 
 
 class Laplace(LocationScale):
-    """Laplace(μ, b), independent elements; ``scale`` is b."""
+    """Laplace(μ, b) with independent elements; ``scale`` is b."""
 
     def element(self, *, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
         return dist.Laplace(loc, scale)
 
 
 class LogNormal(LocationScale):
-    """exp of N(μ, σ²): y > 0; location and scale are those of log y."""
+    """y > 0 with log y ~ N(μ, σ²), independent elements; location and scale are those of log y."""
 
     def element(self, *, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
         return dist.LogNormal(loc, scale)
 
 
 class StudentT(LocationScale):
-    """Student's t with df = 1 + softplus of a read-out, so that the mean exists; heavy tails for outliers."""
+    """Student's t, robust to outliers; df = 1 + softplus of a read-out, so that the mean exists."""
 
     names = ("loc", "df")
 
@@ -265,9 +263,9 @@ class StudentT(LocationScale):
 
 
 class MultivariateNormal(FromTrunk):
-    """N(μ, L Lᵀ): full covariance through its Cholesky factor, diag L = min_scale + exp of a read-out.
+    """N(μ, L Lᵀ) with full covariance; the diagonal of L is min_scale + exp of a read-out.
 
-    ``event_shape`` is one number d; the network gives d + d(d+1)/2 numbers.
+    ``event_shape`` has a single dimension d; the read-outs have d + d(d+1)/2 elements.
     """
 
     def __init__(self, trunk: nn.Module, *, event_shape: Shape, min_scale: float = 1e-3) -> None:
@@ -283,15 +281,14 @@ class MultivariateNormal(FromTrunk):
         if lower is not None:
             d = loc.shape[-1]
             row, column = torch.tril_indices(d, d, offset=-1, device=loc.device)
-            # matrix[row, column] = lower as one scatter along the flattened matrix: out of place, any batch
-            # shape
+            # scale_tril[..., row, column] = lower, out of place
             flat = scale_tril.flatten(-2)
             scale_tril = flat.index_add(-1, row * d + column, lower).unflatten(-1, (d, d))
         return dist.MultivariateNormal(loc, scale_tril=scale_tril)
 
 
 class LowRankMultivariateNormal(FromTrunk):
-    """N(μ, W Wᵀ + D): factor W of ``rank`` columns, diagonal √D = min_scale + exp of a read-out."""
+    """N(μ, W Wᵀ + D) with W of shape ``(d, rank)`` and diagonal √D = min_scale + exp of a read-out."""
 
     def __init__(
         self, trunk: nn.Module, *, event_shape: Shape, rank: int = 2, min_scale: float = 1e-3
@@ -307,9 +304,9 @@ class LowRankMultivariateNormal(FromTrunk):
 
 
 class Categorical(FromTrunk):
-    """y ∈ {0, …, num_classes−1} for each element: grey levels, for example 256 of them.
+    """y ∈ {0, …, num_classes−1} for each element, such as 256 grey levels.
 
-    The distribution's ``mean`` is Σ k·p(k), which a picture of grey levels wants.
+    The ``mean`` of the distribution is Σ k·p(k).
     """
 
     def __init__(self, trunk: nn.Module, *, event_shape: Shape, num_classes: int) -> None:
@@ -321,12 +318,12 @@ class Categorical(FromTrunk):
         self.num_classes = num_classes
 
     def distribution(self, *, logits: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
-        classes = -1 - len(self.event_shape)  # in front of the event, where a convolution puts its channels
-        return _OrderedCategorical(logits=logits.movedim(classes, -1)).to_event(len(self.event_shape))
+        class_dim = -1 - len(self.event_shape)  # before the event, as the channels of a convolution
+        return _OrderedCategorical(logits=logits.movedim(class_dim, -1)).to_event(len(self.event_shape))
 
 
 class _OrderedCategorical(dist.Categorical):
-    """A categorical whose classes are numbers, so that it has a mean."""
+    """A categorical distribution over numbers, which has a mean."""
 
     @property
     def mean(self) -> Tensor:
@@ -334,35 +331,34 @@ class _OrderedCategorical(dist.Categorical):
 
 
 def masked(distribution: dist.TorchDistribution, mask: Tensor) -> dist.TorchDistribution:
-    """``distribution`` of an event of which only the entries where ``mask`` is true are observed.
+    """Mask the entries of an event: ``log_prob`` is the sum over the entries where ``mask`` is true.
 
-    log p(y_observed) for independent elements: the others leave the sum.
-
-    :param mask: bool, ``(*batch, *event)``.
-    :raises ValueError: where the elements of the event are not independent (a full covariance).
+    :param distribution: a distribution with independent elements.
+    :param mask: bool, ``(*batch, *event)``, true where observed.
+    :raises ValueError: if the elements are not independent, as under a full covariance.
     """
     dims = distribution.event_dim
     if not isinstance(distribution, dist.Independent) or distribution.reinterpreted_batch_ndims != dims:
         raise ValueError(
-            f"mask: the entries of {type(distribution).__name__} are not independent, so they cannot be "
-            "masked one by one; use an elementwise conditional such as Normal or Bernoulli"
+            f"mask: the entries of {type(distribution).__name__} are not independent and cannot be masked "
+            "separately; use an elementwise conditional such as Normal or Bernoulli"
         )
     return distribution.base_dist.mask(mask).to_event(dims)
 
 
 def vector_size(name: str, event_shape: Shape) -> int:
-    """d of an ``event_shape`` of one dimension. Raises ``ValueError`` for another; ``name`` says who asks."""
+    """The size d of a one-dimensional ``event_shape``. Raises ``ValueError`` otherwise, with ``name`` as the
+    prefix of the message."""
     shape = as_shape(event_shape)
     if len(shape) != 1:
         raise ValueError(
-            f"{name}: expected an event_shape of one dimension, such as 20, but got {tuple(shape)}"
+            f"{name}: expected an event_shape with one dimension, such as 20, but got {tuple(shape)}"
         )
     return shape[0]
 
 
 def scale_floor(min_scale: float) -> float:
-    """``min_scale`` itself, the floor under a trained scale. Raises ``ValueError`` where it is negative or
-    not finite."""
+    """Validate and return ``min_scale``. Raises ``ValueError`` if it is negative or not finite."""
     if not 0 <= min_scale < math.inf:
-        raise ValueError(f"min_scale: expected 0 or a positive floor under the scale but got {min_scale}")
+        raise ValueError(f"min_scale: expected a finite number ≥ 0 but got {min_scale}")
     return min_scale

@@ -1,4 +1,4 @@
-"""Pictures: results in, Axes or Figure out. Nothing is shown, nothing is written."""
+"""Plots of results. Each function returns Axes or a Figure, and neither shows nor saves it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
@@ -19,13 +19,13 @@ from pyro_vae.vae import VAE
 
 
 def figure_of(ax: Axes) -> Figure:
-    """The figure that ``ax`` is drawn in, to save it."""
+    """The figure of ``ax``."""
     return cast(Figure, ax.figure)
 
 
 def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None) -> Axes:
-    """ELBO in nats per datum over epochs, training and held out; the training ELBO is that of the moving
-    parameters."""
+    """ELBO in nats per datum over epochs, on training and held-out data. The training ELBO is averaged over
+    the steps of an epoch, while the parameters change."""
     ax = ax or plt.subplots(figsize=(6, 4), layout="constrained")[1]
     numbers = [record.epoch for record in epochs]
     marker = "o" if len(epochs) < 10 else None
@@ -34,7 +34,7 @@ def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None) -> Axes:
     if len(held_out):
         best = f"held out, best {np.nanmax(held_out):.2f}" if np.isfinite(held_out).any() else "held out"
         ax.plot(numbers, held_out, label=best, color="C1", marker=marker)
-        # the first epochs lie far below; show the rest
+        # omit the first epochs, whose ELBO is far lower
         low = np.nanquantile(held_out, 0.1) if np.isfinite(held_out).any() else np.nan
         if len(epochs) >= 10 and np.isfinite(low):
             ax.set_ylim(bottom=low - 0.1 * abs(low))
@@ -46,31 +46,34 @@ def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None) -> Axes:
 
 
 def plot_ladder(rungs: Mapping[str, Sequence[Evidence]], ax: Axes | None = None) -> Axes:
-    """Estimates of log p(x) over their cost, evaluations of the model for one datum: of each estimator the
-    rungs by rising cost, with their Monte Carlo errors. Means over the same data differ by bias and noise
-    alone."""
+    """Estimates of log p(x) in nats per datum over cost, the number of model evaluations per datum.
+
+    ``rungs`` maps the name of each estimator to its estimates by increasing cost, all on the same data. Error
+    bars are Monte Carlo errors.
+    """
     ax = ax or plt.subplots(figsize=(6.4, 4.4), layout="constrained")[1]
-    for name, found in rungs.items():
-        noise = [one.noise if np.isfinite(one.noise) else 0.0 for one in found]
-        ax.errorbar(
-            [one.cost for one in found], [one.mean for one in found], noise, marker="o", capsize=3, label=name
-        )
+    for name, estimates in rungs.items():
+        costs, values = [e.cost for e in estimates], [e.mean for e in estimates]
+        noise = [e.noise if np.isfinite(e.noise) else 0.0 for e in estimates]
+        ax.errorbar(costs, values, noise, marker="o", capsize=3, label=name)
     ax.set_xscale("log")
-    means = sorted(one.mean for found in rungs.values() for one in found if np.isfinite(one.mean))
+    means = sorted(e.mean for estimates in rungs.values() for e in estimates if np.isfinite(e.mean))
+    # exclude outliers far below the other estimates from the limits; an annotation shows them
     while len(means) > 2 and means[-1] - means[0] > 8 * (means[-1] - means[1]):
-        del means[0]  # it lies so far below that it would leave no room for the others
+        del means[0]
     if means and means[-1] > means[0]:
         height = means[-1] - means[0]
         ax.set_ylim(means[0] - 0.2 * height, means[-1] + 0.1 * height)
-        for i, (name, found) in enumerate(rungs.items()):
-            for one in found:
-                if one.mean < means[0]:
-                    note, at = f"{name}: {one.mean:.1f} ↓", (one.cost, means[0] - 0.18 * height)
-                    ax.annotate(note, at, color=f"C{i}", ha="center", va="bottom")
+        for i, (name, estimates) in enumerate(rungs.items()):
+            for estimate in estimates:
+                if estimate.mean < means[0]:
+                    position = (estimate.cost, means[0] - 0.18 * height)
+                    text = f"{name}: {estimate.mean:.1f} ↓"
+                    ax.annotate(text, position, color=f"C{i}", ha="center", va="bottom")
     ax.set(
-        xlabel="evaluations of the model for one datum",
+        xlabel="model evaluations per datum",
         ylabel="log p(x) (nats per datum)",
-        title="Lower bounds of the evidence",
+        title="Lower bounds of log p(x)",
     )
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, loc="lower right")
@@ -78,38 +81,41 @@ def plot_ladder(rungs: Mapping[str, Sequence[Evidence]], ax: Axes | None = None)
 
 
 def plot_pareto_k(k: Tensor, ax: Axes | None = None) -> Axes:
-    """Pareto k̂ of each datum, over the thresholds .5 and .7."""
+    """Histogram of Pareto k̂ over data, with the thresholds 0.5 and 0.7."""
     ax = ax or plt.subplots(figsize=(6, 3.6), layout="constrained")[1]
     finite = k[k.isfinite()].numpy()
     ax.hist(finite, bins=40, color="C0")
     for threshold, colour in ((0.5, "C2"), (0.7, "C3")):
         ax.axvline(threshold, color=colour, linestyle="--", label=f"{threshold}")
     ax.set(
-        xlabel="Pareto k of a datum's weights",
+        xlabel="Pareto k per datum",
         ylabel="data",
-        title="The guide as a proposal: good below .5, bad above .7",
+        title="The guide as a proposal: good below 0.5, bad above 0.7",
     )
     ax.legend(frameon=False)
     return ax
 
 
 def plot_diagnosis(found: Diagnosis, x: Tensor) -> dict[str, Callable[[], Figure]]:
-    """Every picture of a diagnosis, by name, each drawn when it is called: Pareto k̂, the worst data where
-    they are images ``x``, the calibration."""
-    pictures: dict[str, Callable[[], Figure]] = {}
+    """Functions that draw the plots of a diagnosis, by name: Pareto k̂, the data with the largest k̂ if ``x``
+    are images, and the calibration."""
+    plots: dict[str, Callable[[], Figure]] = {}
     if found.pareto_k.isfinite().any():
-        pictures["pareto-k"] = lambda: figure_of(plot_pareto_k(found.pareto_k))
+        plots["pareto-k"] = lambda: figure_of(plot_pareto_k(found.pareto_k))
         if x.dim() in (3, 4):
-            title = "The data whose posterior the guide misses most, the worst first"
-            pictures["worst"] = lambda: plot_images(x[found.worst(20)], title=title)
+            title = "The data with the largest Pareto k, in decreasing order"
+            plots["worst"] = lambda: plot_images(x[found.worst(20)], title=title)
     if found.calibration is not None:
-        pictures["calibration"] = found.calibration.plot
-    return pictures
+        plots["calibration"] = found.calibration.plot
+    return plots
 
 
 def plot_images(images: Tensor, *, columns: int = 10, title: str | None = None) -> Figure:
-    """A grid of images ``(n, height, width)`` or ``(n, channels, height, width)``, row by row, on one grey
-    scale; an image of NaN leaves its place empty."""
+    """A grid of images ``(n, height, width)`` or ``(n, channels, height, width)``, row by row, with a common
+    range of values. An image of NaN is an empty cell.
+
+    :raises ValueError: for another shape or number of channels, or no images.
+    """
     if (
         images.dim() not in (3, 4)
         or not len(images)
@@ -124,7 +130,7 @@ def plot_images(images: Tensor, *, columns: int = 10, title: str | None = None) 
     sheet = (sheet - low) / max(high - low, 1e-12)
     rows = -(-len(images) // columns)
     fig, ax = plt.subplots(figsize=(columns * 0.8, rows * 0.8 + 0.4), layout="constrained")
-    # what is empty is white; NaN is drawn so in grey images alone
+    # empty cells are white: imshow leaves NaN transparent in grey images, but not in RGB images
     ax.imshow(sheet if sheet.ndim == 2 else np.nan_to_num(sheet, nan=1.0), cmap="gray", vmin=0, vmax=1)
     ax.set_axis_off()
     if title:
@@ -133,8 +139,8 @@ def plot_images(images: Tensor, *, columns: int = 10, title: str | None = None) 
 
 
 def _tiled(images: Tensor, columns: int, *, gap: int = 0) -> np.ndarray:
-    """Images ``(n, height, width)`` or ``(n, channels, height, width)`` as one, row by row, with NaN in the
-    gaps."""
+    """Arrange images ``(n, height, width)`` or ``(n, channels, height, width)`` in one array, row by row,
+    with NaN in the gaps."""
     images = images.unsqueeze(1) if images.dim() == 3 else images
     empty = images.new_full((-len(images) % columns, *images.shape[1:]), torch.nan)
     images = torch.nn.functional.pad(torch.cat([images, empty]), (0, gap, 0, gap), value=torch.nan)
@@ -150,8 +156,8 @@ def plot_reconstructions(x: Tensor, reconstructions: Tensor, *, columns: int = 1
     reconstructions."""
     columns = min(columns, len(x))
     empty = reconstructions.new_full((-len(x) % columns, *x.shape[1:]), torch.nan)
-    originals, others = (torch.cat([part.to(empty), empty]).split(columns) for part in (x, reconstructions))
-    rows = [row for pair in zip(originals, others, strict=True) for row in pair]
+    padded = (torch.cat([images.to(empty), empty]) for images in (x, reconstructions))
+    rows = [row for pair in zip(*(images.split(columns) for images in padded), strict=True) for row in pair]
     return plot_images(
         torch.cat(rows), columns=columns, title="Originals, each row above its reconstructions"
     )
@@ -159,13 +165,14 @@ def plot_reconstructions(x: Tensor, reconstructions: Tensor, *, columns: int = 1
 
 @torch.no_grad()
 def plot_samples(vae: VAE, n: int = 100) -> Figure:
-    """E[x|z] at n draws of z from the prior: images ``(height, width)`` or ``(channels, height, width)``."""
+    """E[x|z] at n draws of z from the prior, for images ``(height, width)`` or ``(channels, height,
+    width)``."""
     images = vae.decode(vae.model.prior().sample((n,))).mean
     return plot_images(images, title="E[x|z] at draws of z from the prior")
 
 
 def plot_points(sets: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
-    """Named sets of points in the plane, ``(n, 2)`` each."""
+    """Scatter plot of named sets of points, ``(n, 2)`` each."""
     ax = ax or plt.subplots(figsize=(5.5, 5), layout="constrained")[1]
     for name, points in sets.items():
         first, second = points.detach().cpu().numpy().T
@@ -177,8 +184,7 @@ def plot_points(sets: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
 
 @torch.no_grad()
 def plot_manifold(vae: VAE, *, steps: int = 20) -> Figure:
-    """The manifold of a 2-D latent: a grid of quantiles through the inverse Gaussian CDF, decoded (AEVB,
-    figure 4)."""
+    """E[x|z] on a grid of Gaussian quantiles of a 2-D latent (Kingma & Welling 2013, figure 4)."""
     q = (torch.arange(steps) + 0.5) / steps
     z = torch.distributions.Normal(0.0, 1.0).icdf(q)
     parameter = next(vae.parameters())
@@ -192,10 +198,10 @@ def plot_manifold(vae: VAE, *, steps: int = 20) -> Figure:
 
 @torch.no_grad()
 def plot_latent(vae: VAE, x: Tensor, labels: Tensor | None = None, ax: Axes | None = None) -> Axes:
-    """Means of q(z|x) of a 2-D latent, coloured by label; draws of it, one for each datum, where its mean is
-    not known in closed form, as that of a flow."""
+    """Means of q(z|x) of a 2-D latent, coloured by label. If the mean is not implemented, as for a flow, one
+    draw for each datum."""
     ax = ax or plt.subplots(figsize=(6, 5.5), layout="constrained")[1]
-    what, points = _means(vae.encode(x))
+    kind, points = _means_or_draws(vae.encode(x))
     z = points.cpu().numpy()
     if labels is None:
         ax.scatter(z[:, 0], z[:, 1], s=6, alpha=0.7)
@@ -206,13 +212,12 @@ def plot_latent(vae: VAE, x: Tensor, labels: Tensor | None = None, ax: Axes | No
                 z[rows, 0], z[rows, 1], s=6, alpha=0.7, label=str(int(label)), color=f"C{int(label) % 10}"
             )
         ax.legend(title="label", markerscale=2, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
-    ax.set(xlabel="$z_1$", ylabel="$z_2$", title=f"{what} of q(z|x), held-out data", aspect="equal")
+    ax.set(xlabel="$z_1$", ylabel="$z_2$", title=f"{kind} of q(z|x), held-out data", aspect="equal")
     return ax
 
 
-def _means(distribution: TorchDistribution) -> tuple[str, Tensor]:
-    """``"Means"`` and the means, or ``"Draws"`` and one draw for each datum where a distribution has no mean
-    to give."""
+def _means_or_draws(distribution: TorchDistribution) -> tuple[str, Tensor]:
+    """``"Means"`` and the means, or ``"Draws"`` and draws if the distribution does not implement its mean."""
     try:
         return "Means", distribution.mean
     except NotImplementedError:

@@ -1,8 +1,7 @@
-"""Priors p(z): conditionals that are given nothing. The prior of a VAE is an argument, and nothing assumes
-N(0, I).
+"""Priors p(z): conditionals that ignore their inputs.
 
-In a VAE with conditions each is p(z) for every condition: ``forward(*given)`` ignores what is given. A p(z|c)
-is a conditional that reads a trunk, such as :class:`pyro_vae.conditionals.Normal`.
+In a conditional VAE they are independent of the conditions. For a prior p(z|c) use a conditional with a
+trunk, such as :class:`pyro_vae.conditionals.Normal`.
 
 >>> from pyro_vae import priors
 >>> priors.StandardNormal(20)().event_shape
@@ -19,25 +18,22 @@ from pyro_vae.nets import Shape, as_shape
 
 
 class StandardNormal(Conditional):
-    """N(0, I), AEVB's prior."""
+    """N(0, I), the prior of Kingma & Welling (2013)."""
 
     zero: Tensor
 
     def __init__(self, event_shape: Shape) -> None:
         super().__init__(event_shape)
-        # a buffer, so that the prior follows .to(device) and .double()
+        # a buffer, which .to(device) and .double() convert
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
     def forward(self, *_: Tensor) -> dist.TorchDistribution:
-        mean, scale = (
-            torch.zeros_like(self.zero),
-            torch.ones_like(self.zero),
-        )  # numbers, of which a graph is free
+        mean, scale = torch.zeros_like(self.zero), torch.ones_like(self.zero)
         return dist.Normal(mean, scale).expand(self.event_shape).to_event(len(self.event_shape))
 
 
 class Normal(Conditional):
-    """N(m, diag s²) with learned m and s = min_scale + exp(log_scale); it starts at m = 0, s ≈ 1."""
+    """N(m, diag s²) with learned m and s = min_scale + exp(log_scale), initialized to m = 0, s ≈ 1."""
 
     def __init__(self, event_shape: Shape, *, min_scale: float = 1e-3) -> None:
         super().__init__(event_shape)
@@ -50,9 +46,9 @@ class Normal(Conditional):
 
 
 class GaussianMixture(Conditional):
-    """Σₖ πₖ N(mₖ, diag sₖ²), all learned: softmax weights, scales min_scale + exp(log_scale).
+    """Σₖ πₖ N(mₖ, diag sₖ²) with learned π = softmax(logits), m, and s = min_scale + exp(log_scale).
 
-    :param num_components: K. The means start as draws from N(0, I), so that the components differ.
+    :param num_components: K. The means are initialized to draws from N(0, I), so that the components differ.
     """
 
     def __init__(self, event_shape: Shape, num_components: int = 10, *, min_scale: float = 1e-3) -> None:
@@ -70,14 +66,12 @@ class GaussianMixture(Conditional):
 
 
 class VampPrior(Conditional):
-    """The variational mixture of posteriors 1/K Σₖ q(z|uₖ), with learned pseudo-inputs uₖ (Tomczak & Welling
-    2018).
+    """Mixture of posteriors 1/K Σₖ q(z|uₖ) with learned pseudo-inputs uₖ (Tomczak & Welling 2018).
 
-    The encoder is the guide's own, shared: the prior moves with the guide.
-
-    :param encoder: the conditional q(z|x) that the guide uses.
-    :param pseudo_inputs: where u₁…u_K start, ``(K, *x_event)``: some training data, or noise.
-    :param constraint: where the pseudo-inputs live, ``constraints.unit_interval`` for images.
+    :param encoder: the encoder q(z|x) of the guide; prior and guide share its parameters.
+    :param pseudo_inputs: initial u₁…u_K, ``(K, *x_event)``: training data, or noise.
+    :param constraint: support of the pseudo-inputs, such as ``constraints.unit_interval`` for images.
+    :raises ValueError: if ``pseudo_inputs`` has no rows or no event dimension.
     """
 
     def __init__(
@@ -96,7 +90,7 @@ class VampPrior(Conditional):
         self.encoder = encoder
         self.transform = transform_to(constraint)
         start = pseudo_inputs.detach().to(torch.get_default_dtype())
-        if constraint is constraints.unit_interval:  # the ends of the interval lie at infinity
+        if constraint is constraints.unit_interval:  # 0 and 1 are infinite when unconstrained
             start = start.clamp(0.05, 0.95)
         self.pseudo_inputs = nn.Parameter(self.transform.inv(start).clone())
 

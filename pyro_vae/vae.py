@@ -1,9 +1,9 @@
-"""The variational auto-encoder as two Pyro programs: a model that samples z from p(z) and observes x under
-p(x|z), and a guide that samples z from q(z|x) (Kingma & Welling 2013); all given conditions too in a
-conditional VAE (Sohn et al. 2015).
+"""The variational auto-encoder as a Pyro model and guide: the model samples z from p(z) and observes x under
+p(x|z), the guide samples z from q(z|x) (Kingma & Welling 2013). In a conditional VAE all three distributions
+also depend on conditions (Sohn et al. 2015).
 
-Both are PyroModules with the same arguments ``(x, *given)``, latent site ``"z"``, observed site ``"x"`` and
-plate ``"data"`` at dim −1: whatever Pyro does with a model/guide pair works on them unchanged.
+Both are PyroModules with arguments ``(x, *given)``, latent site ``"z"``, observed site ``"x"`` and plate
+``"data"`` at dim −1, and work with any Pyro inference algorithm for a model/guide pair.
 """
 
 from contextlib import suppress
@@ -20,37 +20,40 @@ from pyro_vae.nets import Part, num_inputs
 
 
 class _Program(PyroModule):
-    """A Pyro program whose parameters are its own.
+    """A PyroModule that always uses the parameters it contains, not those of another module in the param
+    store.
 
-    Pyro's param store goes by name, so a second pair would silently be handed the first one's parameters and
-    train those. Here the module is the truth: entries of the same name that are not its own leave the store
-    before it runs, and nothing is lost with them, for they live in their own module.
+    Pyro's param store is keyed by name, so a second pair with the same names would silently train the
+    parameters of the first. Each call therefore deletes entries with the same names that belong to another
+    module; that module still holds their values.
     """
 
     def __call__(self, *args, **kwargs):
         store = pyro.get_param_store()
         if len(store):
-            own = dict(self.named_parameters(remove_duplicate=False))
-            stale = [
+            parameters = dict(self.named_parameters(remove_duplicate=False))
+            stale_names = [
                 name
                 for name, value in store.named_parameters()
-                if (mine := own.get(normalize_param_name(name))) is not None and mine is not value
+                if parameters.get(normalize_param_name(name), value) is not value
             ]
-            for name in stale:
-                with suppress(KeyError):  # a parameter shared under two names is known to the store by one
+            for name in stale_names:
+                with suppress(KeyError):  # the store maps a shared parameter to one of its names only
                     del store[name]
         return super().__call__(*args, **kwargs)
 
 
 class Model(_Program):
-    """p(z) p(x|z): ``z ~ prior()``, ``x ~ decoder(z)``, a Pyro program. With conditions c₁, …, each ``(batch,
-    *its event)``, p(z|c…) p(x|z, c…): ``z ~ prior(*given)``, ``x ~ decoder(z, *given)``.
+    """The Pyro model p(z) p(x|z): ``z ~ prior()``, ``x ~ decoder(z)``. With conditions c₁, …: p(z|c…) p(x|z,
+    c…), ``z ~ prior(*given)``, ``x ~ decoder(z, *given)``.
 
-    ``model(x, *given)``: x ``(batch, *event)``. ``mask``: bool like x, true where an entry is observed; log p
-    is then that of the observed entries. ``c``: a condition by name, for data in a dict. ``model()`` draws
-    one datum from the joint, ``model(None, *given)`` one for each row of the conditions. Raises
-    ``ValueError`` for x of another shape, whole numbers under a continuous likelihood, or a conditional prior
-    without a condition.
+    ``model(x, *given, c=None, mask=None)``: x ``(batch, *event)``; each condition ``(batch, *its event)``;
+    ``c``, a condition by name, for data in a dict; ``mask``, bool ``(batch, *event)``, true where x is
+    observed: log p(x|z) is then that of the observed entries. ``model()`` draws one datum from the joint,
+    ``model(None, *given)`` one for each row of the conditions.
+
+    Raises ``ValueError`` if x has another shape or is integer under a continuous likelihood, or if a
+    conditional prior gets no condition.
     """
 
     def __init__(self, prior: Conditional, decoder: Conditional) -> None:
@@ -60,8 +63,7 @@ class Model(_Program):
 
     @property
     def num_inputs(self) -> int | None:
-        """1 for x, and the number of conditions: as many as the decoder takes after z; ``None`` for any
-        number."""
+        """Number of inputs: x and the conditions; ``None`` if the decoder takes any number of conditions."""
         return num_inputs(self.decoder)
 
     def forward(
@@ -77,16 +79,18 @@ class Model(_Program):
             if x is not None:
                 x = _as_observed(x, likelihood, z.dtype)
             if mask is not None and x is not None:
-                # a missing entry may hold anything, NaN too: a draw takes its place, and the mask takes it
-                # out again
+                # replace missing entries, which may be NaN, by draws in the support; the mask excludes them
                 x = torch.where(_check_mask(mask, x), x, likelihood.sample())
                 likelihood = masked(likelihood, mask)
             return pyro.sample("x", likelihood, obs=x)
 
 
 class Guide(_Program):
-    """q(z|x), or q(z|x, c…) with conditions: ``z ~ encoder(x, *given)``, a Pyro program. Missing entries
-    (``mask`` false) reach the encoder as zeros."""
+    """The Pyro guide q(z|x), or q(z|x, c…) with conditions: ``z ~ encoder(x, *given)``.
+
+    The arguments are those of :class:`Model`. Missing entries (``mask`` false) are set to zero before the
+    encoder.
+    """
 
     def __init__(self, encoder: Conditional) -> None:
         super().__init__()
@@ -94,7 +98,7 @@ class Guide(_Program):
 
     @property
     def num_inputs(self) -> int | None:
-        """1 for x, and the number of conditions; ``None`` for any number."""
+        """Number of inputs: x and the conditions; ``None`` if the encoder takes any number of conditions."""
         return num_inputs(self.encoder)
 
     def forward(
@@ -108,20 +112,19 @@ class Guide(_Program):
             posterior = self.encoder(x, *given)
             if posterior.batch_shape != x.shape[:1]:
                 raise ValueError(
-                    f"encoder: it read x of shape {tuple(x.shape)} as a batch of shape "
-                    f"{tuple(posterior.batch_shape)}; expected {tuple(x.shape[:1])}: build its trunk with "
-                    f"in_shape={tuple(x.shape[1:])}"
+                    f"encoder: x of shape {tuple(x.shape)} gives batch_shape {tuple(posterior.batch_shape)}; "
+                    f"expected {tuple(x.shape[:1])}: build the trunk with in_shape={tuple(x.shape[1:])}"
                 )
             return pyro.sample("z", posterior)
 
 
 class VAE(Part):
-    """A variational auto-encoder: the pair ``vae.model``, ``vae.guide`` over shared parts.
+    """A variational auto-encoder: ``vae.model`` and ``vae.guide``.
 
     :param prior: p(z), such as ``priors.StandardNormal(20)``.
-    :param decoder: p(x|z), a conditional over events of x.
-    :param encoder: q(z|x), a conditional over events of z.
-    :raises ValueError: where prior and encoder disagree on the shape of z.
+    :param decoder: p(x|z), a conditional whose ``event_shape`` is the shape of x.
+    :param encoder: q(z|x), a conditional whose ``event_shape`` is the shape of z.
+    :raises ValueError: if prior and encoder have different event shapes.
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import conditionals, nets, priors
@@ -133,8 +136,8 @@ class VAE(Part):
     >>> vae.sample(5).shape
     torch.Size([5, 8, 8])
 
-    A conditional VAE is a VAE whose decoder p(x|z, c) and encoder q(z|x, c) take conditions, after z and x.
-    Its prior is p(z), independent of them (Doersch 2016), or a conditional p(z|c) (Sohn et al. 2015).
+    In a conditional VAE the decoder p(x|z, c) and the encoder q(z|x, c) take conditions after z and x. The
+    prior is p(z), independent of them (Doersch 2016), or a conditional p(z|c) (Sohn et al. 2015).
 
     >>> cvae = pv.VAE(
     ...     prior=conditionals.Normal(nets.MLP(10, (50,)), event_shape=2),
@@ -149,35 +152,35 @@ class VAE(Part):
         super().__init__()
         if prior.event_shape != encoder.event_shape:
             raise ValueError(
-                f"VAE: the prior is over z of shape {tuple(prior.event_shape)} but the encoder gives "
+                f"VAE: the prior has event_shape {tuple(prior.event_shape)} but the encoder has "
                 f"{tuple(encoder.event_shape)}; pass both the same event_shape"
             )
         self.model = Model(prior, decoder)
         self.guide = Guide(encoder)
 
     def encode(self, x: Tensor, *given: Tensor) -> dist.TorchDistribution:
-        """q(z|x), or q(z|x, c…). x, and each condition: ``(batch, *its event)``."""
+        """q(z|x), or q(z|x, c…) with conditions. x and each condition: ``(batch, *its event)``."""
         _check_event(x, self.model.decoder.event_shape)
         return self.guide.encoder(x, *given)
 
     def decode(self, z: Tensor, *given: Tensor) -> dist.TorchDistribution:
-        """p(x|z), or p(x|z, c…). z: ``(*batch, *latent)``; its ``mean`` is what a picture wants."""
+        """p(x|z), or p(x|z, c…) with conditions. z: ``(*batch, *latent)``. Plot its ``mean`` for images."""
         return self.model.decoder(z, *given)
 
     @torch.no_grad()
     def sample(self, n: int, *given: Tensor) -> Tensor:
-        """n draws of x from p(z) p(x|z): ``(n, *event)``. Conditions have n rows, one for each draw. Raises
-        ``ValueError`` for other numbers of rows."""
+        """Draw n samples of x from p(z) p(x|z): ``(n, *event)``. Each condition has n rows, one per sample.
+
+        :raises ValueError: if n is not a positive int, or a condition has another number of rows.
+        """
         if not isinstance(n, int) or n < 1:
             raise ValueError(
-                f"sample: expected one draw or more but got {n if isinstance(n, int) else type(n).__name__}; "
-                "conditions follow the number of draws, as in vae.sample(len(c), c)"
+                f"sample: expected n ≥ 1 but got {n if isinstance(n, int) else type(n).__name__}; pass the "
+                "conditions after n, as in vae.sample(len(c), c)"
             )
         if any(len(c) != n for c in given):
             rows = ", ".join(str(len(c)) for c in given)
-            raise ValueError(
-                f"sample: {n} draws of conditions with {rows} rows; expected one row for each draw"
-            )
+            raise ValueError(f"sample: n is {n} but the conditions have {rows} rows; expected n rows each")
         return self.decode(self.model.prior(*given).expand((n,)).sample(), *given).sample()
 
     @torch.no_grad()
@@ -187,9 +190,11 @@ class VAE(Part):
 
 
 def _sample_weights(program: PyroModule) -> None:
-    """Sample the ``PyroSample`` attributes of a program's parts, as Bayesian networks have: all data share
-    them, so they are sampled before the data plate. Within one call of the program, later reads of an
-    attribute return the same draw."""
+    """Sample the ``PyroSample`` attributes of a program's modules, as in Bayesian neural networks.
+
+    All data share these attributes, so they must be sampled outside of the data plate. Pyro caches the
+    samples for the rest of the call.
+    """
     for module in program.modules():
         if isinstance(module, PyroModule):
             for name in module._pyro_samples:
@@ -197,7 +202,7 @@ def _sample_weights(program: PyroModule) -> None:
 
 
 def _check_event(x: Tensor, event_shape: torch.Size) -> int:
-    """The number of rows of ``x``, whose other dimensions must be the event's."""
+    """Validate that ``x`` has shape ``(batch, *event_shape)`` and return its number of rows."""
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[1:] != event_shape:
         got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         remedy = (
@@ -210,25 +215,27 @@ def _check_event(x: Tensor, event_shape: torch.Size) -> int:
             f"{', '.join(map(str, event_shape))}) but x has {got}; reshape x, or pass {remedy}"
         )
     if not len(x):
-        raise ValueError(f"model: x has no rows, its shape is {tuple(x.shape)}; expected at least one datum")
+        raise ValueError(f"model: x has no rows (shape {tuple(x.shape)}); expected at least one datum")
     return len(x)
 
 
 def _as_observed(x: Tensor, likelihood: dist.TorchDistribution, dtype: torch.dtype) -> Tensor:
+    """``x`` as floating point; integers are valid under a discrete likelihood only."""
     if x.is_floating_point():
         return x
     if not likelihood.support.is_discrete:
         raise ValueError(
-            f"decoder: x holds whole numbers ({x.dtype}) but the likelihood is continuous; pass x.float() / "
+            f"decoder: x has whole numbers ({x.dtype}) but the likelihood is continuous; pass x.float() / "
             "255 for bytes, or use a discrete conditional such as Categorical or Poisson"
         )
     return x.to(dtype)
 
 
 def _check_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """Validate that ``mask`` is bool with the shape of ``x``, and return it."""
     if mask.dtype != torch.bool or mask.shape != x.shape:
         raise ValueError(
-            f"mask: expected bool of x's shape {tuple(x.shape)}, true where observed, but got {mask.dtype} "
-            f"of shape {tuple(mask.shape)}"
+            f"mask: expected bool of shape {tuple(x.shape)}, true where observed, but got {mask.dtype} of "
+            f"shape {tuple(mask.shape)}"
         )
     return mask

@@ -1,4 +1,4 @@
-"""Pyro's route to Bayesian networks: ``to_pyro_module_`` and ``PyroSample`` on the parts of a pair."""
+"""Bayesian networks: ``to_pyro_module_`` and ``PyroSample`` on the modules of a pair."""
 
 import pyro
 import pyro.distributions as dist
@@ -28,12 +28,12 @@ N = 12
         nets.ConvDecoder,
     ],
 )
-def test_pyro_module_mixes_with_our_classes(cls):
+def test_pyro_module_subclasses_the_classes_of_the_library(cls):
     assert issubclass(PyroModule[cls], cls)
     assert issubclass(PyroModule[cls], PyroModule)
 
 
-def test_a_conditional_built_as_a_pyro_module_is_the_same_distribution():
+def test_conditional_as_a_pyro_module_is_the_same_distribution():
     plain = conditionals.Normal(nets.MLP(3, (4,)), event_shape=2)
     bayesian = PyroModule[conditionals.Normal](PyroModule[nets.MLP](3, (4,)), event_shape=2)
     bayesian.load_state_dict(plain.state_dict())
@@ -42,7 +42,7 @@ def test_a_conditional_built_as_a_pyro_module_is_the_same_distribution():
 
 
 def make_bayesian(module: nn.Module) -> None:
-    """Standard normal priors on all parameters."""
+    """Put a standard normal prior on every parameter, in place."""
     to_pyro_module_(module)
     for part in module.modules():
         for name, value in list(part.named_parameters(recurse=False)):
@@ -57,7 +57,7 @@ TRUNKS = {
 
 
 @pytest.mark.parametrize("trunk", TRUNKS)
-def test_weights_of_a_decoder_are_sampled_once_and_outside_the_data_plate(trunk):
+def test_parameters_of_a_bayesian_decoder_are_sampled_outside_of_the_data_plate(trunk):
     vae = pv.VAE(
         priors.StandardNormal(2),
         conditionals.Bernoulli(TRUNKS[trunk](), event_shape=(4, 4)),
@@ -74,7 +74,7 @@ def test_weights_of_a_decoder_are_sampled_once_and_outside_the_data_plate(trunk)
     assert plates == {name: set() for name in names} | {"z": {"data"}, "x": {"data"}}
 
 
-def test_weights_of_a_conditional_prior_and_of_a_conditional_vae_are_outside_the_data_plate():
+def test_parameters_of_a_bayesian_conditional_vae_are_sampled_outside_of_the_data_plate():
     cvae = pv.VAE(
         conditionals.Normal(nets.MLP(3, (4,)), event_shape=2),
         conditionals.Normal(nets.MLP(((2,), (3,)), (4,)), event_shape=5),
@@ -87,63 +87,61 @@ def test_weights_of_a_conditional_prior_and_of_a_conditional_vae_are_outside_the
 
 
 def bayesian_pair():
-    """A pair whose guide is a point, so that its loss is no random number."""
+    """A pair with a Delta guide, whose loss is deterministic."""
     vae = pv.VAE(
         priors.StandardNormal(2),
         conditionals.Normal(nets.MLP(2, (4,)), event_shape=3, scale=0.5),
         conditionals.Normal(nets.MLP(3, (4,)), event_shape=2),
     ).double()
     make_bayesian(vae.model.decoder)
-    weights = AutoDelta(poutine.block(vae.model, hide=["z", "x"]))
+    parameter_guide = AutoDelta(poutine.block(vae.model, hide=["z", "x"]))
 
     class PointGuide(PyroModule):
         def __init__(self):
             super().__init__()
-            self.weights, self.encoder = weights, vae.guide.encoder
+            self.parameter_guide, self.encoder = parameter_guide, vae.guide.encoder
 
         def forward(self, x):
-            self.weights(x)
+            self.parameter_guide(x)
             with pyro.plate("data", len(x), dim=-1):
                 pyro.sample("z", dist.Delta(self.encoder(x).mean, event_dim=1))
 
     return vae.model, PointGuide()
 
 
-def movements(train):
-    """What a training run does to the parameters of the pair."""
+def parameter_changes(train):
+    """The change of each parameter of the guide by ``train(model, guide, x)``."""
     torch.manual_seed(0)
     model, guide = bayesian_pair()
     x = torch.randn(N, 3, dtype=torch.double)
-    guide(x)  # makes the autoguide's parameters
+    guide(x)  # initializes the autoguide
     before = {name: p.detach().clone() for name, p in guide.named_parameters()}
-    with pyro.get_param_store().scope(
-        {"params": {}, "constraints": {}}
-    ):  # plain Pyro takes parameters of the same name
+    # an empty param store: plain Pyro would reuse parameters of the same name
+    with pyro.get_param_store().scope({"params": {}, "constraints": {}}):
         train(model, guide, x)
     return {name: p.detach() - before[name] for name, p in guide.named_parameters()}
 
 
-def test_gradients_of_minibatches_sum_to_those_of_plain_pyro_on_all_data_with_bayesian_weights():
-    """A small step moves parameters by the gradient: an epoch of three minibatches is three steps on all
-    data."""
+def test_minibatch_gradients_of_a_bayesian_decoder_sum_to_the_gradient_of_plain_pyro():
+    """A small SGD step is proportional to the gradient, so an epoch of three minibatches changes the
+    parameters as three steps on all data."""
 
     def sgd():
         return pyro.optim.SGD({"lr": 1e-9})
 
-    ours = movements(
+    ours = parameter_changes(
         lambda model, guide, x: pv.fit(model, guide, x, optim=sgd(), num_epochs=1, batch_size=N // 3)
     )
-    plain = movements(lambda model, guide, x: SVI(model, guide, sgd(), Trace_ELBO()).step(x))
+    plain = parameter_changes(lambda model, guide, x: SVI(model, guide, sgd(), Trace_ELBO()).step(x))
     assert any("decoder" in name for name in ours)
-    for name, moved in plain.items():
-        if "encoder.readout.log_scale" not in name:  # of a point guide it has no part
-            assert moved.abs().max() > 0, name
-        torch.testing.assert_close(ours[name] / 3, moved, rtol=1e-5, atol=1e-14)
+    for name, change in plain.items():
+        if "encoder.readout.log_scale" not in name:  # the Delta guide does not use it
+            assert change.abs().max() > 0, name
+        torch.testing.assert_close(ours[name] / 3, change, rtol=1e-5, atol=1e-14)
 
 
 def test_joint_log_weights_of_a_bayesian_decoder_under_its_exact_posterior_are_the_log_evidence():
-    """x = z + b + noise with b ~ N(0, 1) a PyroSample: p(x₁…x_N) is Gaussian, and so are p(b|x) and p(z|x,
-    b)."""
+    """x = z + b + noise with b ~ N(0, 1) a PyroSample: p(x₁…x_N), p(b|x) and p(z|x, b) are Gaussian."""
     vae = pv.VAE(
         priors.StandardNormal(1),
         conditionals.Normal(nets.MLP(1, ()), event_shape=1, scale=0.5),
@@ -166,10 +164,10 @@ def test_joint_log_weights_of_a_bayesian_decoder_under_its_exact_posterior_are_t
 
     covariance = 1.25 * torch.eye(N, dtype=torch.double) + 1
     exact = dist.MultivariateNormal(torch.zeros(N, dtype=torch.double), covariance).log_prob(x[:, 0])
-    weights = pv.joint_log_weights(vae.model, guide, x, num_particles=5).log_weights
-    torch.testing.assert_close(weights, exact.expand(5), rtol=0, atol=1e-10)
+    log_weights = pv.joint_log_weights(vae.model, guide, x, num_particles=5).log_weights
+    torch.testing.assert_close(log_weights, exact.expand(5), rtol=0, atol=1e-10)
 
 
-def test_check_pair_finds_nothing_wrong_with_a_bayesian_decoder():
+def test_check_pair_accepts_a_bayesian_decoder():
     model, guide = bayesian_pair()
     assert not pv.check_pair(model, guide, torch.randn(N, 3, dtype=torch.double)).problems

@@ -1,4 +1,4 @@
-"""Every family serves as p(x|z) and as q(z|x); its distribution is its formula."""
+"""Conditionals as p(x|z) and q(z|x): shapes, gradients and densities."""
 
 import math
 
@@ -35,14 +35,14 @@ FAMILIES = {
     "Categorical": lambda *a, **k: c.Categorical(*a, num_classes=5, **k),
 }
 VECTORS = ("MultivariateNormal", "LowRankMultivariateNormal")
-every = pytest.mark.parametrize("name", FAMILIES)
+every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def make(name, trunk, event_shape):
     return FAMILIES[name](trunk, event_shape=event_shape).double()
 
 
-@every
+@every_family
 @pytest.mark.parametrize("batch", [(), (6,), (3, 6)], ids=str)
 def test_shapes_and_support(name, batch):
     event = (4,) if name in VECTORS else (2, 3)
@@ -57,8 +57,8 @@ def test_shapes_and_support(name, batch):
     assert torch.isfinite(log_prob).all()
 
 
-@every
-def test_every_readout_is_used(name):
+@every_family
+def test_every_parameter_has_a_gradient(name):
     event = (4,) if name in VECTORS else (2, 3)
     conditional = make(name, nets.MLP(5, (8,)), event)
     distribution = conditional(torch.randn(20, 5, dtype=torch.double))
@@ -69,7 +69,7 @@ def test_every_readout_is_used(name):
 
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - VECTORS))
 @pytest.mark.parametrize("image", [(8, 8), (3, 8, 8)], ids=str)
-def test_convolutional_trunks_work_as_mlps_do(name, image):
+def test_shapes_with_convolutional_trunks(name, image):
     decoder = make(name, nets.ConvDecoder(5, image, (6, 4)), image)
     distribution = decoder(torch.randn(2, 7, 5, dtype=torch.double))
     assert distribution.batch_shape == (2, 7)
@@ -78,8 +78,8 @@ def test_convolutional_trunks_work_as_mlps_do(name, image):
     assert encoder(torch.randn(2, 7, *image, dtype=torch.double)).shape() == (2, 7, 3)
 
 
-@every
-def test_as_likelihood_under_svi(name):
+@every_family
+def test_svi_moves_every_parameter_of_a_likelihood(name):
     event = (4,) if name in VECTORS else (2, 3)
     vae = pv.VAE(
         priors.StandardNormal(2),
@@ -95,8 +95,8 @@ def test_as_likelihood_under_svi(name):
     assert vae.reconstruct(x).shape == x.shape
 
 
-class OnSupport(c.Conditional):
-    """A prior on the support of a guide's family: one distribution for all data."""
+class PriorOnSupport(c.Conditional):
+    """A prior from the family of a guide, which has the same support."""
 
     def __init__(self, conditional):
         super().__init__(conditional.event_shape)
@@ -119,9 +119,9 @@ class OnSupport(c.Conditional):
         *VECTORS,
     ],
 )
-def test_as_guide_with_reparameterized_gradients(name):
+def test_svi_moves_every_parameter_of_a_reparameterized_guide(name):
     encoder = FAMILIES[name](nets.MLP(6, (8,)), event_shape=3)
-    prior = OnSupport(FAMILIES[name](nets.MLP(5, (8,)), event_shape=3))
+    prior = PriorOnSupport(FAMILIES[name](nets.MLP(5, (8,)), event_shape=3))
     vae = pv.VAE(prior, c.Normal(nets.MLP(3, (8,)), event_shape=6), encoder)
     assert encoder(torch.zeros(2, 6)).has_rsample
     before = [p.detach().clone() for p in encoder.parameters()]
@@ -131,26 +131,26 @@ def test_as_guide_with_reparameterized_gradients(name):
     assert all((p != b).any() for p, b in zip(encoder.parameters(), before, strict=True))
 
 
-@every
-def test_what_reads_a_trunk_is_refused_where_it_is_given_nothing(name):
+@every_family
+def test_conditional_without_inputs_raises(name):
     conditional = make(name, nn.Linear(5, 8), 4)
-    with pytest.raises(ValueError, match="is given nothing"):
+    with pytest.raises(ValueError, match="got no inputs"):
         conditional()
 
 
-def test_normal_is_its_formula():
+def test_log_prob_of_normal_is_its_formula():
     conditional = c.Normal(nets.MLP(5, (8,)), event_shape=(2, 3), min_scale=0.01).double()
     given, y = torch.randn(7, 5, dtype=torch.double), torch.randn(7, 2, 3, dtype=torch.double)
     h = conditional.trunk(given)
     loc, log_scale = (conditional.readout[name].layer(h).reshape(7, 2, 3) for name in ("loc", "log_scale"))
     scale = 0.01 + log_scale.exp()
-    by_hand = (
+    expected = (
         -0.5 * ((y - loc) / scale) ** 2 - scale.log() - 0.5 * torch.log(torch.tensor(2 * torch.pi))
     ).sum((1, 2))
-    torch.testing.assert_close(conditional(given).log_prob(y), by_hand)
+    torch.testing.assert_close(conditional(given).log_prob(y), expected)
 
 
-def test_multivariate_normal_is_its_cholesky_factor():
+def test_covariance_of_multivariate_normal_is_that_of_its_cholesky_factor():
     d = 4
     conditional = c.MultivariateNormal(nets.MLP(5, (8,)), event_shape=d).double()
     given = torch.randn(3, 7, 5, dtype=torch.double)
@@ -164,7 +164,7 @@ def test_multivariate_normal_is_its_cholesky_factor():
     assert c.MultivariateNormal(nets.MLP(5, (8,)), event_shape=1)(torch.zeros(2, 5)).event_shape == (1,)
 
 
-def test_low_rank_is_its_covariance():
+def test_covariance_of_low_rank_normal_is_its_formula():
     conditional = c.LowRankMultivariateNormal(nets.MLP(5, (8,)), event_shape=6, rank=2).double()
     given = torch.randn(7, 5, dtype=torch.double)
     h = conditional.trunk(given)
@@ -175,22 +175,21 @@ def test_low_rank_is_its_covariance():
     )
 
 
-def test_categorical_has_classes_of_its_own_and_a_mean():
+def test_log_prob_and_mean_of_categorical_are_their_formulas():
     conditional = c.Categorical(nets.MLP(5, (8,)), event_shape=(2, 3), num_classes=4).double()
     given = torch.randn(7, 5, dtype=torch.double)
     logits = conditional.readout["logits"](conditional.trunk(given))
     distribution = conditional(given)
     y = distribution.sample()
-    by_hand = logits.log_softmax(1).gather(1, y.long().unsqueeze(1)).sum((1, 2, 3))
-    torch.testing.assert_close(distribution.log_prob(y), by_hand)
+    expected = logits.log_softmax(1).gather(1, y.long().unsqueeze(1)).sum((1, 2, 3))
+    torch.testing.assert_close(distribution.log_prob(y), expected)
     torch.testing.assert_close(
         distribution.mean, (logits.softmax(1) * torch.arange(4).reshape(4, 1, 1)).sum(1)
     )
 
 
-def test_floors_under_scales_and_concentrations():
-    """Read-outs driven to −∞ leave the scale at its floor, so the density of a datum that is met exactly is
-    bounded."""
+def test_scales_and_rates_have_lower_bounds():
+    """Read-outs of −1e4 give the smallest scale and rate, so densities are bounded."""
     for family in (c.Normal, c.Laplace, c.LogNormal, c.StudentT):
         conditional = family(nets.MLP(5, ()), event_shape=3, min_scale=0.25)
         torch.nn.init.constant_(conditional.readout["log_scale"].layer.bias, -1e4)
@@ -202,7 +201,7 @@ def test_floors_under_scales_and_concentrations():
     assert torch.all(conditional(torch.zeros(2, 5)).base_dist.rate == 1e-3 + softplus(bias.detach()))
 
 
-def test_masked_sums_the_observed_entries():
+def test_log_prob_of_masked_is_the_sum_over_observed_entries():
     conditional = c.Bernoulli(nets.MLP(5, (8,)), event_shape=(2, 3)).double()
     distribution = conditional(torch.randn(7, 5, dtype=torch.double))
     y, mask = distribution.sample(), torch.rand(7, 2, 3) > 0.4
@@ -223,33 +222,33 @@ def test_masked_sums_the_observed_entries():
         (lambda trunk: c.Normal(trunk, event_shape=3, scale="netwrok"), '"network"'),
         (lambda trunk: c.Normal(trunk, event_shape=3, scale=None), '"network"'),
         (lambda trunk: c.Normal(trunk, event_shape=4, scale=torch.ones(3)), r"of shape \(4,\)"),
-        (lambda trunk: c.Normal(trunk, event_shape=3, min_scale=-1.0), "positive floor"),
-        (lambda trunk: c.Normal(trunk, event_shape=3, min_scale=float("inf")), "positive floor"),
-        (lambda trunk: priors.Normal(3, min_scale=-1.0), "positive floor"),
+        (lambda trunk: c.Normal(trunk, event_shape=3, min_scale=-1.0), "finite number ≥ 0"),
+        (lambda trunk: c.Normal(trunk, event_shape=3, min_scale=float("inf")), "finite number ≥ 0"),
+        (lambda trunk: priors.Normal(3, min_scale=-1.0), "finite number ≥ 0"),
         (lambda trunk: c.MultivariateNormal(trunk, event_shape=(3, 4)), "one dimension"),
         (lambda trunk: c.Categorical(trunk, event_shape=3, num_classes=1), "2 or more"),
         (lambda trunk: c.Normal(torch.nn.ReLU(), event_shape=3), "out_shape"),
     ],
 )
-def test_bad_input(make, message):
+def test_invalid_arguments_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make(nets.MLP(5))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float, 1e-6), (torch.double, 1e-12)], ids=str)
 @pytest.mark.parametrize("family", [c.Normal, c.Laplace, c.LogNormal])
-def test_parameters_trained_elsewhere_give_the_density_written_by_hand(family, dtype, tolerance):
-    """An encoder of plain layers h = tanh(Ax + a), μ = Bh + b, log σ² = Ch + c, loaded by its state_dict."""
+def test_loaded_parameters_give_the_density_of_the_original_network(family, dtype, tolerance):
+    """Loads the state_dict of plain layers h = tanh(Ax + a), μ = Bh + b, log σ² = Ch + c."""
     hidden, mean, log_variance = (torch.nn.Linear(*sizes, dtype=dtype) for sizes in [(5, 8), (8, 3), (8, 3)])
     encoder = family(nets.MLP(5, (8,)), event_shape=3, scale="log_variance", min_scale=0.0).to(dtype)
-    parts = {"trunk.layers.0": hidden, "readout.loc.layer": mean, "readout.log_variance.layer": log_variance}
+    layers = {"trunk.layers.0": hidden, "readout.loc.layer": mean, "readout.log_variance.layer": log_variance}
     encoder.load_state_dict(
-        {f"{at}.{k}": v for at, layer in parts.items() for k, v in layer.state_dict().items()}
+        {f"{path}.{k}": v for path, layer in layers.items() for k, v in layer.state_dict().items()}
     )
     x, y = torch.randn(7, 5, dtype=dtype), torch.rand(7, 3, dtype=dtype) + 0.1
     h = hidden(x).tanh()
     loc, scale = mean(h), (0.5 * log_variance(h)).exp()
-    by_hand = {
+    expected = {
         c.Normal: -0.5 * ((y - loc) / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi),
         c.Laplace: -(y - loc).abs() / scale - (2 * scale).log(),
         c.LogNormal: -0.5 * ((y.log() - loc) / scale) ** 2
@@ -257,10 +256,10 @@ def test_parameters_trained_elsewhere_give_the_density_written_by_hand(family, d
         - 0.5 * math.log(2 * math.pi)
         - y.log(),
     }[family].sum(1)
-    torch.testing.assert_close(encoder(x).log_prob(y), by_hand, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(encoder(x).log_prob(y), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_without_a_floor_scales_are_the_exponential_alone():
+def test_scales_without_min_scale_are_the_exponential():
     given = torch.randn(7, 5, dtype=torch.double)
     encoder = c.Normal(nets.MLP(5, (8,)), event_shape=3, min_scale=0.0).double()
     log_scale = encoder.readout["log_scale"](encoder.trunk(given))

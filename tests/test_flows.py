@@ -116,7 +116,7 @@ def test_split_gap_of_a_mixture_guide_sums_to_the_gap():
         (lambda trunk: flows.NeuralSpline(trunk, event_shape=(2, 3)), "one dimension"),
         (lambda trunk: flows.NormalMixture(trunk, event_shape=1), "2 or more"),
         (lambda trunk: flows.NeuralSpline(trunk, event_shape=2, num_transforms=0), "positive whole"),
-        (lambda trunk: flows.NormalMixture(trunk, event_shape=2, min_scale=-1.0), "positive floor"),
+        (lambda trunk: flows.NormalMixture(trunk, event_shape=2, min_scale=-1.0), "finite number ≥ 0"),
     ],
 )
 def test_invalid_input_raises(make, message):

@@ -1,4 +1,4 @@
-"""Plots return Axes or Figures, and hold what they were given."""
+"""Plots return Axes or Figures that show the given data."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,7 +11,7 @@ from pyro_vae.pairs.traces import MeanElbo
 
 
 @pytest.fixture(autouse=True)
-def _closed():
+def _close_figures():
     yield
     plt.close("all")
 
@@ -25,7 +25,7 @@ def make_vae(image):
 
 
 @pytest.mark.parametrize("image", [(9, 11), (1, 9, 11), (3, 9, 11)], ids=str)
-def test_images_of_every_kind(image):
+def test_image_plots_show_the_pixels_of_grey_and_rgb_images(image):
     vae = make_vae(image)
     x = vae.sample(13)
     plots.plot_samples(vae, 7)
@@ -37,8 +37,8 @@ def test_images_of_every_kind(image):
     assert sheet.shape[:2] == (45, 55)
 
 
-def test_what_is_empty_is_white():
-    """The gaps, and the places of a last row that is not full."""
+def test_empty_cells_and_gaps_are_white():
+    """Including the cells of an incomplete last row."""
     for images in (torch.zeros(3, 5, 5), torch.zeros(3, 3, 5, 5)):
         images[0] = 1.0
         image = plots.plot_images(images, columns=2).axes[0].images[0]
@@ -50,17 +50,17 @@ def test_what_is_empty_is_white():
         assert ((sheet == 255) | (alpha == 0))[6:, 6:].all()
 
 
-def test_the_manifold_is_the_decoded_grid_of_quantiles():
-    """Its first tile is decoded at the lowest quantile of z₁ and the highest of z₂, as figure 4 of AEVB has
-    its axes."""
+def test_manifold_is_the_decoded_grid_of_quantiles():
+    """The first tile is decoded at the lowest quantile of z₁ and the highest quantile of z₂, as in figure 4
+    of Kingma & Welling (2013)."""
     vae = make_vae((9, 11))
     sheet = np.asarray(plots.plot_manifold(vae, steps=4).axes[0].images[0].get_array())
     low, high = (torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(q)) for q in (0.125, 0.875))
     with torch.no_grad():
-        corner = vae.decode(torch.stack([low, high])).mean.numpy()
-        other = vae.decode(torch.stack([high, high])).mean.numpy()
-    np.testing.assert_allclose(sheet[:9, :11], corner, atol=1e-6)
-    np.testing.assert_allclose(sheet[:9, -11:], other, atol=1e-6)
+        top_left = vae.decode(torch.stack([low, high])).mean.numpy()
+        top_right = vae.decode(torch.stack([high, high])).mean.numpy()
+    np.testing.assert_allclose(sheet[:9, :11], top_left, atol=1e-6)
+    np.testing.assert_allclose(sheet[:9, -11:], top_right, atol=1e-6)
 
 
 def mean(elbo):
@@ -68,7 +68,7 @@ def mean(elbo):
 
 
 @pytest.mark.parametrize("elbos", [[1.0], [1.0, 3.0, 2.0], [float("nan")], list(range(20))], ids=str)
-def test_history(elbos):
+def test_history_shows_the_elbos(elbos):
     ax = plots.plot_history(
         [infer.Epoch(i, 1.0, mean(e), mean(e), 0.1) for i, e in enumerate(elbos, start=1)]
     )
@@ -76,7 +76,7 @@ def test_history(elbos):
     assert ax.lines[0].get_marker() == ("o" if len(elbos) < 10 else "None")
 
 
-def test_latent_and_points():
+def test_latent_shows_the_posterior_means():
     vae, x = make_vae((9, 11)), torch.rand(20, 9, 11)
     ax = plots.plot_latent(vae, x, torch.arange(20) % 3)
     drawn = np.concatenate([np.asarray(c.get_offsets()) for c in ax.collections])
@@ -85,6 +85,6 @@ def test_latent_and_points():
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 3), (4, 2, 3, 3), (5,)], ids=str)
-def test_what_is_no_image(shape):
+def test_invalid_image_shape_raises(shape):
     with pytest.raises(ValueError, match="expected"):
         plots.plot_images(torch.zeros(shape))

@@ -1,4 +1,4 @@
-"""Priors: every parameter trains, and each is its formula."""
+"""Priors: SVI trains every parameter, and log-probabilities equal their formulas."""
 
 import math
 
@@ -43,22 +43,24 @@ def test_plain_svi_moves_every_parameter(prior_of):
 def test_vamp_prior_is_the_mixture_of_posteriors():
     vae = make_vae(PRIORS["vamp"]).double()
     prior, z = vae.model.prior, torch.randn(9, 2, dtype=torch.double)
-    each = vae.guide.encoder(prior.pseudo_inputs).log_prob(z.unsqueeze(1))
-    torch.testing.assert_close(prior().log_prob(z), torch.logsumexp(each, 1) - math.log(5))
+    log_probs = vae.guide.encoder(prior.pseudo_inputs).log_prob(z.unsqueeze(1))
+    torch.testing.assert_close(prior().log_prob(z), torch.logsumexp(log_probs, 1) - math.log(5))
     assert prior.encoder is vae.guide.encoder
 
 
-def test_mixture_is_its_formula():
+def test_log_prob_of_mixture_is_its_formula():
     prior = priors.GaussianMixture((2, 3), 4).double()
     torch.nn.init.normal_(prior.logits)
     z = torch.randn(9, 2, 3, dtype=torch.double)
     scale = 1e-3 + prior.log_scale.exp()
-    each = torch.distributions.Normal(prior.loc, scale).log_prob(z.unsqueeze(1)).sum((2, 3))
-    torch.testing.assert_close(prior().log_prob(z), torch.logsumexp(each + prior.logits.log_softmax(0), 1))
+    log_probs = torch.distributions.Normal(prior.loc, scale).log_prob(z.unsqueeze(1)).sum((2, 3))
+    torch.testing.assert_close(
+        prior().log_prob(z), torch.logsumexp(log_probs + prior.logits.log_softmax(0), 1)
+    )
 
 
 @pytest.mark.parametrize("prior_of", PRIORS.values(), ids=PRIORS.keys())
-def test_an_unconditional_prior_of_a_conditional_vae_is_p_of_z_for_every_row(prior_of):
+def test_prior_of_a_conditional_vae_is_independent_of_the_conditions(prior_of):
     prior = prior_of(conditionals.Normal(nets.MLP(6, (8,)), event_shape=2)).double()
     vae = pv.VAE(
         prior,
@@ -69,12 +71,14 @@ def test_an_unconditional_prior_of_a_conditional_vae_is_p_of_z_for_every_row(pri
     site = poutine.trace(vae.model).get_trace(x, c).nodes["z"]
     assert site["fn"].batch_shape == (5,)
     torch.testing.assert_close(site["fn"].log_prob(site["value"]), prior().log_prob(site["value"]))
-    # draws of p(z) p(x|z, c), each row of its own z
+    # every row has a separate draw of z
     assert len(poutine.trace(vae.model).get_trace(None, c).nodes["z"]["value"].unique(dim=0)) == 5
     assert len(vae.sample(5, c[:1].expand(5, 3)).unique(dim=0)) == 5
 
 
-@pytest.mark.parametrize("pseudo_inputs", [torch.zeros(0, 6), torch.zeros(6)], ids=["none", "no rows"])
-def test_vamp_prior_needs_pseudo_inputs(pseudo_inputs):
+@pytest.mark.parametrize(
+    "pseudo_inputs", [torch.zeros(0, 6), torch.zeros(6)], ids=["no rows", "no event dimension"]
+)
+def test_vamp_prior_without_pseudo_inputs_raises(pseudo_inputs):
     with pytest.raises(ValueError, match="K ≥ 1"):
         make_vae(lambda encoder: priors.VampPrior(encoder, pseudo_inputs))

@@ -317,7 +317,7 @@ def test_split_gap_is_not_negative(name):
     [
         ("hmm_1", GLOBAL),
         ("svi_part_i", GLOBAL),
-        ("dmm", r"family of MaskedDistribution is not known"),
+        ("dmm", r"family of MaskedDistribution is not supported"),
         ("cvae", r"plate of particles"),
         ("ss_vae_classify", r"no latent"),
         ("scanvi_batch_norm", r"particles"),

@@ -1,4 +1,4 @@
-"""The pair works with plain Pyro, unchanged."""
+"""VAE and conditional VAE work with plain Pyro."""
 
 import math
 
@@ -32,8 +32,8 @@ def test_plain_svi_moves_every_parameter():
     assert all((p != before[name]).any() for name, p in vae.named_parameters())
 
 
-def test_a_second_pair_trains_its_own_parameters():
-    """Pyro's store goes by name; a second pair of the same names must not be handed the first one's."""
+def test_second_pair_with_equal_names_trains_its_parameters():
+    """Pyro's param store is keyed by name, but the second pair does not get the parameters of the first."""
     x = torch.bernoulli(torch.rand(16, 4, 4))
     for vae in (make_vae(), make_vae()):
         before = [p.detach().clone() for p in vae.parameters()]
@@ -41,7 +41,7 @@ def test_a_second_pair_trains_its_own_parameters():
         assert all((p != b).any() for p, b in zip(vae.parameters(), before, strict=True))
 
 
-def test_elbo_module_exposes_every_parameter():
+def test_elbo_module_has_every_parameter():
     vae = make_vae()
     elbo = Trace_ELBO()(vae.model, vae.guide)
     assert {id(p) for p in elbo.parameters()} == {id(p) for p in vae.parameters()}
@@ -54,7 +54,7 @@ def test_predictive_and_format_shapes():
     assert "z" in poutine.trace(vae.model).get_trace(x).format_shapes()
 
 
-def test_the_loss_is_the_hand_written_elbo_at_the_same_noise():
+def test_loss_is_the_hand_written_elbo_at_the_same_noise():
     d, k, sigma = 5, 2, 0.7
     vae = pv.VAE(
         prior=priors.StandardNormal(k),
@@ -69,10 +69,10 @@ def test_the_loss_is_the_hand_written_elbo_at_the_same_noise():
     scale = vae.guide.encoder.fixed_scale
     mean = x @ encode.weight.T + encode.bias
     z = mean + scale * torch.randn(11, k, dtype=torch.double)
-    sigma_stored = vae.model.decoder.fixed_scale  # the fixed scale as the module holds it
-    r = (x - z @ decode.weight.T - decode.bias) / sigma_stored
+    decoder_scale = vae.model.decoder.fixed_scale  # sigma, rounded to float32
+    r = (x - z @ decode.weight.T - decode.bias) / decoder_scale
     log2pi = math.log(2 * math.pi)
-    log_px = -0.5 * (r**2 + log2pi).sum() - 11 * sigma_stored.log().sum()
+    log_px = -0.5 * (r**2 + log2pi).sum() - 11 * decoder_scale.log().sum()
     log_pz = -0.5 * (z**2 + log2pi).sum()
     log_qz = -0.5 * (((z - mean) / scale) ** 2 + log2pi).sum() - 11 * scale.log().sum()
     assert loss == pytest.approx(-(log_px + log_pz - log_qz).item(), rel=1e-10)
@@ -88,7 +88,7 @@ def test_elbo_terms_sum_to_the_loss():
     assert -terms.elbo.sum().item() == pytest.approx(loss, rel=1e-10)
 
 
-def test_missing_entries_leave_the_likelihood_whatever_they_hold():
+def test_likelihood_is_independent_of_missing_entries():
     vae, x = make_vae(), torch.bernoulli(torch.rand(6, 4, 4))
     mask = torch.rand(6, 4, 4) > 0.3
     with_nan = torch.where(mask, x, torch.nan)
@@ -99,13 +99,13 @@ def test_missing_entries_leave_the_likelihood_whatever_they_hold():
     assert losses[0] == losses[1]
 
 
-def test_wrong_shapes_name_the_remedy():
+def test_invalid_shapes_raise():
     vae = make_vae()
     with pytest.raises(ValueError, match=r"event_shape \(4, 4\)"):
         vae.model(torch.zeros(5, 3, 3))
     with pytest.raises(ValueError, match="in_shape"):
         vae.guide(torch.zeros(5, 3, 3))
-    with pytest.raises(ValueError, match="prior is over z"):
+    with pytest.raises(ValueError, match="prior has event_shape"):
         pv.VAE(priors.StandardNormal(2), vae.model.decoder, vae.guide.encoder)
 
 
@@ -118,9 +118,9 @@ def test_render_model():
     assert "z" in pyro.render_model(vae.guide, model_args=(x,)).source
 
 
-def test_the_reparameterized_gradient_is_its_closed_form_in_expectation():
-    """On a linear-Gaussian pair, whose ELBO has a closed form: each element of the mean of 600 gradients
-    within 5 errors."""
+def test_mean_reparameterized_gradient_is_its_closed_form():
+    """A linear-Gaussian pair has an ELBO in closed form. Each element of the mean of 600 gradients is within
+    5 standard errors of its gradient."""
     d, k, n = 4, 2, 6
     vae = pv.VAE(
         prior=priors.StandardNormal(k),
@@ -161,7 +161,7 @@ def make_cvae(prior):
 
 
 @pytest.mark.parametrize("is_conditional", [False, True])
-def test_conditional_vae_under_plain_svi(is_conditional):
+def test_plain_svi_moves_every_parameter_of_a_conditional_vae(is_conditional):
     prior = conditional_prior() if is_conditional else priors.StandardNormal(3)
     cvae, x, c = make_cvae(prior), torch.bernoulli(torch.rand(16, 4, 4)), torch.randn(16, 2)
     before = {name: p.detach().clone() for name, p in cvae.named_parameters()}
@@ -171,7 +171,7 @@ def test_conditional_vae_under_plain_svi(is_conditional):
     assert all((p != before[name]).any() for name, p in cvae.named_parameters())
     assert cvae.sample(16, c).shape == cvae.model(None, c).shape == x.shape
     assert cvae.reconstruct(x, c).shape == x.shape
-    # z ~ p(z|c) where the prior is a conditional, and p(z) where it is none
+    # the distribution of z depends on c only if the prior is conditional
     z = poutine.trace(cvae.model).get_trace(x, c).nodes["z"]["fn"]
     assert z.has_rsample
     assert (z.mean.std(0) > 0).all() == is_conditional
@@ -181,7 +181,7 @@ def conditional_prior():
     return conditionals.Normal(nets.MLP(2, (8,)), event_shape=3)
 
 
-def test_a_conditional_prior_without_a_condition_is_refused():
+def test_conditional_prior_without_a_condition_raises():
     vae, x = make_vae(), torch.bernoulli(torch.rand(5, 4, 4))
     vae = pv.VAE(conditional_prior(), vae.model.decoder, vae.guide.encoder)
     for call in (
@@ -190,12 +190,12 @@ def test_a_conditional_prior_without_a_condition_is_refused():
         lambda: vae.sample(5),
         lambda: pv.fit(vae.model, vae.guide, x, num_epochs=1),
     ):
-        with pytest.raises(ValueError, match="Normal: it is conditional but is given nothing"):
+        with pytest.raises(ValueError, match="Normal: it is conditional but got no inputs"):
             call()
 
 
 @pytest.mark.parametrize("number", [0, 2])
-def test_another_number_of_conditions_is_refused(number):
+def test_invalid_number_of_conditions_raises(number):
     vae, x = make_cvae(priors.StandardNormal(3)), torch.bernoulli(torch.rand(5, 4, 4))
     c = [torch.randn(5, 2)] * number
     for call in (vae.model, vae.guide, vae.encode, vae.decode, vae.reconstruct):
@@ -205,18 +205,18 @@ def test_another_number_of_conditions_is_refused(number):
         vae.sample(5, *c)
 
 
-def test_draws_and_conditions_are_as_many():
+def test_sample_raises_unless_conditions_have_n_rows():
     vae, c = make_cvae(priors.StandardNormal(3)), torch.randn(5, 2)
     for n in (1, 4):
-        with pytest.raises(ValueError, match=f"{n} draws of conditions with 5 rows"):
+        with pytest.raises(ValueError, match=f"n is {n} but the conditions have 5 rows"):
             vae.sample(n, c)
     for n, got in ((0, "0"), (c, "Tensor")):
-        with pytest.raises(ValueError, match=f"one draw or more but got {got}"):
+        with pytest.raises(ValueError, match=f"expected n ≥ 1 but got {got}"):
             vae.sample(n)
 
 
 @pytest.mark.parametrize("prior", [lambda: priors.Normal(3), conditional_prior], ids=["p(z)", "p(z|c)"])
-def test_log_probability_of_a_conditional_model_is_that_of_prior_and_decoder(prior):
+def test_log_prob_of_conditional_model_is_the_sum_of_prior_and_decoder(prior):
     vae = make_cvae(prior()).double()
     x, c = torch.bernoulli(torch.rand(5, 4, 4, dtype=torch.double)), torch.randn(5, 2, dtype=torch.double)
     z = torch.randn(5, 3, dtype=torch.double)
@@ -234,9 +234,9 @@ def test_log_probability_of_a_conditional_model_is_that_of_prior_and_decoder(pri
     torch.testing.assert_close(trace.log_prob_sum(), log_pz + log_px)
 
 
-def test_two_conditions():
-    """p(z|a, b) p(x|z, a, b): every parameter moves, and every row depends on its own rows of both
-    conditions."""
+def test_each_row_depends_on_both_of_its_conditions():
+    """Model p(z|a, b) p(x|z, a, b): ``fit`` moves every parameter, and each row depends on its rows of a and
+    b."""
     event, a, b = (4, 4), torch.randn(16, 2).double(), torch.randn(16, 5).double()
     vae = pv.VAE(
         prior=conditionals.Normal(nets.MLP(((2,), (5,)), (8,)), event_shape=3),
@@ -259,8 +259,8 @@ def test_two_conditions():
         assert (vae.decode(z, *given).mean != vae.decode(z, a, b).mean).flatten(1).any(1).all()
 
 
-def test_labels_that_no_part_takes_are_left_out():
-    """The pair says how many conditions it takes, so data with labels train a VAE without conditions too."""
+def test_unused_labels_are_ignored():
+    """``num_inputs`` is the number of inputs of a pair, so a VAE without conditions ignores labels."""
     x, labels = torch.bernoulli(torch.rand(16, 4, 4)), torch.randn(16, 2)
     assert (make_vae().model.num_inputs, make_cvae(conditional_prior()).guide.num_inputs) == (1, 2)
     bounds = []
@@ -271,7 +271,7 @@ def test_labels_that_no_part_takes_are_left_out():
     assert torch.equal(*bounds)
 
 
-def test_particles_are_vectorized():
+def test_vectorized_particles_give_the_same_loss():
     vae, x = make_vae().double(), torch.bernoulli(torch.rand(9, 4, 4, dtype=torch.double))
     loss = Trace_ELBO(num_particles=2000, vectorize_particles=True, max_plate_nesting=1).loss(
         vae.model, vae.guide, x
@@ -282,19 +282,17 @@ def test_particles_are_vectorized():
     assert abs(loss - draws.mean()) < 4 * error
 
 
-def test_integer_images():
+def test_integers_are_valid_under_a_discrete_likelihood_only():
     vae = make_vae()
     x = torch.ones(5, 4, 4, dtype=torch.uint8)
-    assert math.isfinite(
-        Trace_ELBO().loss(vae.model, vae.guide, x)
-    )  # whole numbers are what a Bernoulli takes
+    assert math.isfinite(Trace_ELBO().loss(vae.model, vae.guide, x))
     vae.model.decoder = conditionals.Normal(nets.MLP(3), event_shape=(4, 4))
     with pytest.raises(ValueError, match=r"x\.float\(\) / 255"):
         vae.model(x)
 
 
-def test_a_condition_may_have_a_name_and_missing_entries_a_mask():
-    """Data in a dict: the numbers are those of the condition by position."""
+def test_condition_and_mask_by_keyword():
+    """A condition by name gives the same ELBO as by position, and missing entries give a finite ELBO."""
     torch.manual_seed(0)
     vae = pv.VAE(
         priors.StandardNormal(2),

@@ -1,4 +1,4 @@
-"""Is the guide good? Comparison with an exact posterior, the gap split, calibration, the use of latent
+"""Quality of a guide: comparison with an exact posterior, split of the gap, calibration, use of latent
 dimensions."""
 
 from pyro_vae.diagnostics.calibration import Calibration, calibration

@@ -1,5 +1,4 @@
-"""Is a guide calibrated? Data are simulated from the model, and the guide is asked for them: nothing is
-fitted again."""
+"""Calibration of an amortized guide on data simulated from its model, without a refit."""
 
 import math
 from dataclasses import dataclass
@@ -19,19 +18,18 @@ from pyro_vae.pairs.preserve import read_whole, untouched
 from pyro_vae.pairs.traces import Program
 
 _BINS = 20
-_ROWS = 50  # data at a time
+_CHUNK_ROWS = 50  # data that are processed at once
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Ranks of the latents that made the data among the guide's draws: uniform where q(z|x) is the posterior.
+    """Ranks of the true latents z* among L = ``num_draws`` draws of the guide; uniform if q(z|x) = p(z|x).
 
-    ranks: ``(num_simulations, statistics)``, how many of the ``num_draws`` draws lie below, in 0…L.
-    statistics: every latent dimension; ``"log p(x|z)"``, which depends on the data and so tells the posterior
-    from the prior (Modrák et al. 2023); ``"distance"``, TARP's: the distance from a reference point that
-    depends on x (Lemos et al. 2023), whose rank/L is the expected coverage. p_values: of uniformity, by χ²
-    over 20 bins, for each statistic. coverage: the share of the true latents in the guide's central 50, 90
-    and 95 % intervals, ``(dim, 3)``.
+    ranks: ``(num_simulations, statistics)``, the number of draws below z*, in 0…L.
+    statistics: each latent dimension; ``"log p(x|z)"``, which depends on the data and so distinguishes the
+    posterior from the prior (Modrák et al. 2023); ``"distance"``, the distance from a reference point that
+    depends on x (TARP, Lemos et al. 2023): its rank/L is the expected coverage.
+    coverage: fraction of the true latents in the guide's central 50, 90 and 95 % intervals, ``(dim, 3)``.
     """
 
     ranks: Tensor
@@ -41,6 +39,7 @@ class Calibration:
 
     @property
     def p_values(self) -> Tensor:
+        """p-value of a χ² test of uniform ranks in 20 bins, ``(statistics,)``."""
         n, size = len(self.ranks), (self.num_draws + 1) // _BINS
         counts = torch.stack(
             [torch.bincount(column // size, minlength=_BINS) for column in self.ranks.unbind(1)]
@@ -50,23 +49,22 @@ class Calibration:
 
     @property
     def coverage_se(self) -> Tensor:
-        """Standard errors of a calibrated guide's coverage, by the binomial, ``(3,)``."""
+        """Binomial standard errors of the coverage of a calibrated guide, ``(3,)``."""
         level = torch.tensor(LEVELS).double()
         return (level * (1 - level) / len(self.ranks)).sqrt()
 
     def rejected(self, level: float = 0.01) -> tuple[str, ...]:
-        """The statistics that a calibrated guide would show with probability below ``level`` in all
-        (Bonferroni)."""
-        found = self.p_values < level / len(self.statistics)
-        return tuple(name for name, bad in zip(self.statistics, found.tolist(), strict=True) if bad)
+        """Statistics with non-uniform ranks, at a family-wise error rate of ``level`` (Bonferroni)."""
+        is_rejected = self.p_values < level / len(self.statistics)
+        return tuple(name for name, bad in zip(self.statistics, is_rejected.tolist(), strict=True) if bad)
 
     def shape(self, statistic: str) -> str:
-        """What the histogram of a statistic looks like: ``"U"``, the guide is too narrow; ``"hump"``, too
-        wide; ``"slope"``, biased; ``"flat"``."""
-        share = (self.ranks[:, self.statistics.index(statistic)].double() + 0.5) / (self.num_draws + 1)
-        n = len(share)
-        slope = (share.mean() - 0.5) / math.sqrt(1 / 12 / n)
-        width = (((share - 0.5) ** 2).mean() - 1 / 12) / math.sqrt(1 / 180 / n)
+        """Shape of the rank histogram of a statistic: ``"U"`` if the guide is too narrow, ``"hump"`` if it is
+        too wide, ``"slope"`` if it is biased, else ``"flat"``."""
+        u = (self.ranks[:, self.statistics.index(statistic)].double() + 0.5) / (self.num_draws + 1)
+        n = len(u)
+        slope = (u.mean() - 0.5) / math.sqrt(1 / 12 / n)
+        width = (((u - 0.5) ** 2).mean() - 1 / 12) / math.sqrt(1 / 180 / n)
         if max(abs(slope), abs(width)) < 3:
             return "flat"
         if abs(slope) > abs(width):
@@ -88,12 +86,12 @@ class Calibration:
         lines.append(f"coverage of central intervals, mean over dimensions: {means}")
         bad = self.rejected()
         lines.append(
-            f"not calibrated: {', '.join(bad)}" if bad else "no sign against calibration at the 1 % level"
+            f"not calibrated: {', '.join(bad)}" if bad else "calibration is not rejected at the 1 % level"
         )
         return "\n".join(lines)
 
     def plot(self) -> Figure:
-        """Histograms of the ranks, each with the band of 99 % in which a calibrated guide's bars lie."""
+        """Histograms of the ranks, each with the 99 % band of the counts of a calibrated guide."""
         columns = min(4, len(self.statistics))
         rows = -(-len(self.statistics) // columns)
         fig, axes = plt.subplots(
@@ -122,13 +120,14 @@ def calibration(
 ) -> Calibration:
     """Simulation-based calibration (Talts et al. 2018), interval coverage and TARP, of an amortized guide.
 
-    (x, z*) are drawn from the model, and z* ranked among draws z ~ q(z|x). No refit: the guide is asked for
-    data that it has not seen. q = prior passes in every latent dimension, but not in ``log p(x|z)``.
+    Draws (x, z*) from the model and ranks z* among draws z ~ q(z|x). The guide is not refitted. A guide equal
+    to the prior passes in every latent dimension, but fails in ``log p(x|z)``.
 
-    :param data: as for :func:`~pyro_vae.fit`, of the shape to simulate, see
-        :func:`~pyro_vae.evidence.simulate`. Their rows are repeated to ``num_simulations``.
-    :param num_draws: L, with L + 1 a multiple of 20.
-    :raises ValueError: for another L, or fewer than 100 simulations.
+    :param data: as for :func:`~pyro_vae.fit`; gives the shapes and conditions of the simulated data, see
+        :func:`~pyro_vae.evidence.simulate`. The rows are repeated up to ``num_simulations``.
+    :param num_simulations: number of simulated data, at least 100.
+    :param num_draws: L, the number of draws for each; L + 1 must be a multiple of 20.
+    :raises ValueError: if ``num_draws`` or ``num_simulations`` is invalid.
     """
     if (num_draws + 1) % _BINS or num_simulations < 5 * _BINS:
         raise ValueError(
@@ -144,24 +143,28 @@ def calibration(
         for name, site in latents.sites.items():
             size = site.shape.numel()
             names += [name] if size == 1 else [f"{name}[{i}]" for i in range(size)]
-        reference = _reference(given, true)
+        reference = _reference_points(given, true)
         ranks = []
-        for rows in slices(num_simulations, _ROWS):
+        for rows in slices(num_simulations, _CHUNK_ROWS):
             batch, z_true = given.rows(rows), true[rows]
             z, _ = latents.draw(guide, batch, num_draws)
-            both = torch.cat([z_true.unsqueeze(0), z])
-            log_prior, log_joint = latents.log_prior_and_joint(model, batch, both)
-            distance = ((both - reference[rows]) / true.std(0).clamp_min(1e-12)).norm(dim=-1)
-            statistics = torch.cat([both, (log_joint - log_prior).unsqueeze(-1), distance.unsqueeze(-1)], -1)
-            ranks.append(_ranks(statistics))
-    found = torch.cat(ranks)
+            candidates = torch.cat([z_true.unsqueeze(0), z])  # the true latents first
+            log_prior, log_joint = latents.log_prior_and_joint(model, batch, candidates)
+            distance = ((candidates - reference[rows]) / true.std(0).clamp_min(1e-12)).norm(dim=-1)
+            log_likelihood = log_joint - log_prior
+            statistics = torch.cat([candidates, log_likelihood.unsqueeze(-1), distance.unsqueeze(-1)], -1)
+            ranks.append(_rank_of_first(statistics))
+    all_ranks = torch.cat(ranks)
     return Calibration(
-        found, (*names, "log p(x|z)", "distance"), num_draws, _coverage(found[:, : len(names)], num_draws)
+        all_ranks,
+        (*names, "log p(x|z)", "distance"),
+        num_draws,
+        _coverage(all_ranks[:, : len(names)], num_draws),
     )
 
 
 def _coverage(ranks: Tensor, num_draws: int) -> Tensor:
-    """The share of ranks in the central intervals, each rank spread over its cell: ``(dim, 3)``."""
+    """Fraction of ranks in the central intervals, ``(dim, 3)``; rank r is uniform on [r, r + 1] / (L + 1)."""
     left, right = ranks.double() / (num_draws + 1), (ranks.double() + 1) / (num_draws + 1)
     inside = [
         (right.clamp_max((1 + level) / 2) - left.clamp_min((1 - level) / 2)).clamp_min(0).mean(0)
@@ -171,18 +174,16 @@ def _coverage(ranks: Tensor, num_draws: int) -> Tensor:
     return torch.stack(inside, -1)
 
 
-def _ranks(values: Tensor) -> Tensor:
-    """Of the first among the others, ties at random: ``(1 + L, rows, statistics)`` → ``(rows,
-    statistics)``."""
+def _rank_of_first(values: Tensor) -> Tensor:
+    """Rank of ``values[0]`` among ``values[1:]``, ties broken at random: ``(1 + L, rows, statistics)`` →
+    ``(rows, statistics)``."""
     below, tied = (values[1:] < values[:1]).sum(0), (values[1:] == values[:1]).sum(0)
     return below + (torch.rand(tied.shape, device=tied.device) * (tied + 1)).long()
 
 
-def _reference(batch: Batch, true: Tensor) -> Tensor:
-    """A point for each datum, a random linear map of the data at the scale of the latents."""
+def _reference_points(batch: Batch, true: Tensor) -> Tensor:
+    """A reference point for each datum: a random linear map of x, scaled as the latents: ``(rows, dim)``."""
     x = torch.cat([part.reshape(len(part), -1).to(true) for part in batch.tensors.values()], -1)
     x = (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
-    mapped = (
-        x @ torch.randn(x.shape[1], true.shape[1], dtype=x.dtype, device=x.device) / math.sqrt(x.shape[1])
-    )
-    return true.mean(0) + mapped * true.std(0)
+    weight = torch.randn(x.shape[1], true.shape[1], dtype=x.dtype, device=x.device) / math.sqrt(x.shape[1])
+    return true.mean(0) + x @ weight * true.std(0)

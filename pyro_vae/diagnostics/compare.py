@@ -1,4 +1,4 @@
-"""A guide against an exact posterior, per datum."""
+"""Comparison of a guide with an exact posterior, per datum."""
 
 import math
 from collections.abc import Mapping
@@ -21,18 +21,19 @@ from pyro_vae.pairs.preserve import read_whole, untouched
 from pyro_vae.pairs.traces import Program
 
 LEVELS = (0.5, 0.9, 0.95)
-_MAX_DRAWS = 2**21
+_MAX_DRAWS = 2**21  # particles × data that are in memory at once
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A guide q beside the exact posterior p, per datum, in nats: tensors ``(batch,)``; ``*_se`` are standard
-    errors, 0 where a quantity is in closed form.
+    """Divergences and errors of a guide q against the exact posterior p, per datum, ``(batch,)``, in nats.
 
-    elbo: E_q[log p(x, z) − log q(z|x)], a lower bound of log_evidence = log p(x). gap = KL(q‖p) = log p(x) −
-    ELBO. forward_kl: KL(p‖q), which punishes missed modes; ``nan`` where q cannot tell the density of p's
-    draws. mean_error: ‖E_q z − E_p z‖. covariance_error: Frobenius norm of the difference of covariances. w2:
-    W₂(q, p), ``nan`` but for Gaussians. coverage: ``(batch, 3)``, the exact probability of the guide's
+    The standard errors ``*_se`` are 0 where a quantity is in closed form.
+
+    elbo: E_q[log p(x, z) − log q(z|x)], a lower bound of log_evidence = log p(x). gap: KL(q‖p) = log p(x) −
+    ELBO. forward_kl: KL(p‖q), large if q misses a mode; ``nan`` if q cannot evaluate its density at draws
+    of p. mean_error: ‖E_q z − E_p z‖. covariance_error: Frobenius norm of the difference of covariances. w2:
+    W₂(q, p), ``nan`` unless both are Gaussian. coverage: ``(batch, 3)``, probability under p of the guide's
     central 50, 90 and 95 % intervals, averaged over latent dimensions. split: gap = approximation +
     amortization, or ``None``.
     """
@@ -52,7 +53,7 @@ class Comparison:
     _pair: tuple[Any, Program, Batch] = field(repr=False)
 
     def rows(self) -> dict[str, tuple[float, float]]:
-        """Means over data, each with its standard error: the spread over data, Monte Carlo error in it."""
+        """Means over data with their standard errors, which include the Monte Carlo error."""
         parts = {
             "ELBO": self.elbo,
             "log evidence": self.log_evidence,
@@ -72,15 +73,15 @@ class Comparison:
         return table(f"{len(self.elbo)} data, means in nats per datum", self.rows())
 
     def plot(self, num_data: int = 4) -> Figure:
-        """The exact posterior under the guide for the first data, side by side; of more than two dimensions
-        the first two."""
+        """Contours of the exact posterior and the guide for the first ``num_data`` data; a scatter plot of
+        the first two dimensions if there are more."""
         exact_model, guide, batch = self._pair
         return draw_posteriors(exact_model, {"guide": guide}, batch.first(num_data))
 
 
 @dataclass(frozen=True)
 class GuideComparison:
-    """Guides of one model on the same data, the best first: the smallest mean gap."""
+    """Guides of one model on the same data, sorted by mean gap, smallest first."""
 
     comparisons: Mapping[str, Comparison]
 
@@ -99,7 +100,7 @@ class GuideComparison:
         return "\n".join(lines)
 
     def plot(self, num_data: int = 3) -> Figure:
-        """Every guide over the exact posterior, and their gaps, split where they were."""
+        """The guides over the exact posterior, and a bar chart of their gaps, split if the split is known."""
         exact_model, _, batch = next(iter(self.comparisons.values()))._pair
         guides = {name: comparison._pair[1] for name, comparison in self.comparisons.items()}
         gaps = {name: (comparison.gap, comparison.split) for name, comparison in self.comparisons.items()}
@@ -116,37 +117,38 @@ def compare(
     seed: int = 0,
     check: bool = True,
 ) -> Comparison:
-    """Hold a guide against a model that knows its posterior. Nothing is trained, nothing is moved.
+    """Compare a guide with the exact posterior of its model. The parameters of both are unchanged.
 
-    Between Gaussians the divergences and moments are in closed form; otherwise they are estimated on
+    Between Gaussians the divergences and moments are in closed form; otherwise they are estimated from
     ``num_particles`` draws of q and of p.
 
-    :param exact_model: a model of :mod:`pyro_vae.exact`, or any Pyro model with ``posterior(x)`` and
-        ``log_evidence(x)``, which take the arguments of the model.
+    :param exact_model: a model of :mod:`pyro_vae.exact`, or any Pyro model with methods ``posterior(x)`` and
+        ``log_evidence(x)`` that take the arguments of the model.
     :param data: as for :func:`~pyro_vae.fit`.
-    :param split: split the gap too (see :func:`split_gap`), for families that it knows.
-    :raises ValueError: for a model that knows no posterior, discrete latents, or a guide that misses a site.
+    :param split: also split the gap (see :func:`split_gap`), if the guide's family is supported.
+    :raises ValueError: if the model has no exact posterior, a latent is discrete, or the guide misses a site.
     """
     if not hasattr(exact_model, "posterior") or not hasattr(exact_model, "log_evidence"):
         raise ValueError(
-            f"compare: {type(exact_model).__name__} knows no posterior(x) and log_evidence(x); expected a "
+            f"compare: {type(exact_model).__name__} has no posterior(x) and log_evidence(x); expected a "
             "model of pyro_vae.exact, or pyro_vae.exact.Grid(model) for one or two latent dimensions"
         )
     if num_particles < 2:
         raise ValueError(f"compare: expected num_particles ≥ 2, for standard errors, but got {num_particles}")
     batch = fitting(read_whole(data, seed=seed), exact_model, guide)
-    # data are independent, and the draws of all might not fit in memory
-    rows = slices(batch.num_rows, max(1, _MAX_DRAWS // num_particles))
+    # the draws for all data may not fit in memory
+    chunks = slices(batch.num_rows, max(1, _MAX_DRAWS // num_particles))
     parts = [
         _compare_rows(exact_model, guide, batch.rows(part), num_particles, split, seed, check)
-        for part in rows
+        for part in chunks
     ]
     splits = [part.pop("split") for part in parts]
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return Comparison(**columns, split=_joined(splits), _pair=(exact_model, guide, batch))
+    return Comparison(**columns, split=_concatenate(splits), _pair=(exact_model, guide, batch))
 
 
-def _joined(splits: list[GapSplit | None]) -> GapSplit | None:
+def _concatenate(splits: list[GapSplit | None]) -> GapSplit | None:
+    """The splits of all data, from those of consecutive chunks."""
     known = [split for split in splits if split is not None]
     if not known:
         return None
@@ -158,30 +160,24 @@ def _joined(splits: list[GapSplit | None]) -> GapSplit | None:
 def _compare_rows(
     exact_model: Any, guide: Program, batch: Batch, num_particles: int, split: bool, seed: int, check: bool
 ) -> dict[str, Any]:
-    """The fields of a :class:`Comparison` for some data."""
-    given, log_evidence, posterior = (
-        batch,
-        log_evidence_of(exact_model, batch),
-        posterior_of(exact_model, batch),
-    )
+    """The fields of a :class:`Comparison` for a chunk of the data."""
+    given = batch
+    log_evidence, posterior = log_evidence_of(exact_model, batch), posterior_of(exact_model, batch)
     if getattr(posterior.support, "is_discrete", False):
         raise ValueError("compare: the posterior is discrete; expected continuous latents")
     with untouched(training=False, seed=seed), torch.no_grad():
         latents, batch = inspect_latents(exact_model, guide, batch, verb="compare", check=check)
         z_q, log_q = latents.draw(guide, batch, num_particles)
         log_p = latents.log_joint(exact_model, batch, z_q) - log_evidence
-        drawn = posterior.sample((num_particles,))
-        z_p = drawn.reshape(num_particles, batch.num_rows, -1)
+        draws = posterior.sample((num_particles,))
+        z_p = draws.reshape(num_particles, batch.num_rows, -1)
         try:
-            forward = posterior.log_prob(drawn) - latents.log_q(guide, batch, z_p)
-        except (
-            KeyError,
-            NotImplementedError,
-        ):  # a guide that tells the density of its own draws only, as planar flows do
+            forward = posterior.log_prob(draws) - latents.log_q(guide, batch, z_p)
+        except (KeyError, NotImplementedError):  # a transform without an inverse, such as a planar flow
             forward = torch.full_like(log_p, math.nan)
         gaussians = _gaussians(latents.distribution(guide, batch), posterior, z_q[:2], log_q[:2])
-    gap, gap_se = _over_draws(log_q - log_p)
-    forward_kl, forward_kl_se = _over_draws(forward)
+    gap, gap_se = _mean_and_se(log_q - log_p)
+    forward_kl, forward_kl_se = _mean_and_se(forward)
     moments = [(z.mean(0), covariance(z)) for z in (z_q, z_p)]
     w2 = torch.full_like(log_evidence, math.nan)
     if gaussians is not None:
@@ -217,37 +213,41 @@ def compare_guides(
     seed: int = 0,
     check: bool = True,
 ) -> GuideComparison:
-    """:func:`compare` of several guides of one model on the same data, ranked by mean gap. Trains nothing.
+    """Compare several guides of one model on the same data, ranked by mean gap; see :func:`compare`.
 
-    :param guides: by name, such as ``{"mean-field": g1, "full covariance": g2}``. Other arguments as for
-    :func:`compare`.
+    :param guides: guides by name, such as ``{"mean-field": g1, "full covariance": g2}``. The other arguments
+        are those of :func:`compare`.
+    :raises ValueError: if ``guides`` is empty, or as :func:`compare`.
     """
     if not guides:
-        raise ValueError("compare_guides: there are no guides; expected a dict of name to guide")
+        raise ValueError("compare_guides: got no guides; expected a dict of name to guide")
     batch = read_whole(data, seed=seed)
-    each = {
+    comparisons = {
         name: compare(
             exact_model, guide, batch, num_particles=num_particles, split=split, seed=seed, check=check
         )
         for name, guide in guides.items()
     }
-    return GuideComparison(dict(sorted(each.items(), key=lambda item: item[1].gap.mean().item())))
+    return GuideComparison(dict(sorted(comparisons.items(), key=lambda item: item[1].gap.mean().item())))
 
 
-def _over_draws(terms: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_and_se(terms: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over draws and its standard error."""
     return terms.mean(0), terms.std(0) / math.sqrt(len(terms))
 
 
 def _coverage(z_q: Tensor, z_p: Tensor, level: float) -> Tensor:
-    """Share of the draws of p in the central interval of q, averaged over dimensions: ``(batch,)``."""
+    """Fraction of draws of p in the central interval of q, averaged over dimensions: ``(batch,)``."""
     ordered, n = z_q.sort(0).values, len(z_q)
     low, high = (ordered[round(q * (n - 1))] for q in ((1 - level) / 2, (1 + level) / 2))
     return ((z_p >= low) & (z_p <= high)).to(z_q.dtype).mean((0, 2))
 
 
 def _gaussians(distribution: Any, posterior: Any, z: Tensor, log_q: Tensor) -> tuple[Any, Any] | None:
-    """Guide and posterior as Gaussians over vectors, if both are: a guide with a mask or a factor is none,
-    see log q."""
+    """Guide and posterior as :class:`MultivariateNormal`, or ``None`` if either is not Gaussian.
+
+    A guide with a mask or a factor is not Gaussian: its ``log_q`` differs from the Gaussian log-density of z.
+    """
     n = z.shape[1]
     q = None if distribution is None else as_gaussian(distribution, n)
     p = as_gaussian(posterior, n)

@@ -1,4 +1,4 @@
-"""Pictures of posteriors: the exact one filled, guides as lines over it."""
+"""Plots of posteriors: the exact posterior as filled contours, guides as lines."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ _MASSES = (0.95, 0.5)
 
 
 def draw_posteriors(exact_model: Any, guides: Mapping[str, Program], batch: Batch) -> Figure:
-    """One panel for each datum: p(z|x) and every q(z|x)."""
+    """One panel for each datum, with p(z|x) and every q(z|x)."""
     n = batch.num_rows
     fig, axes = plt.subplots(1, n, figsize=(3.2 * n, 3.4), squeeze=False, layout="constrained")
     _draw_row(list(axes[0]), exact_model, guides, batch)
@@ -30,7 +30,7 @@ def draw_posteriors(exact_model: Any, guides: Mapping[str, Program], batch: Batc
 def draw_ranking(
     exact_model: Any, guides: Mapping[str, Program], batch: Batch, gaps: Mapping[str, Any]
 ) -> Figure:
-    """The posteriors of :func:`draw_posteriors`, and a bar for the mean gap of each guide."""
+    """The panels of :func:`draw_posteriors`, and a bar chart of the mean gap of each guide."""
     n = batch.num_rows + 1
     fig, axes = plt.subplots(1, n, figsize=(3.2 * n, 3.4), squeeze=False, layout="constrained")
     _draw_row(list(axes[0][:-1]), exact_model, guides, batch)
@@ -39,12 +39,12 @@ def draw_ranking(
         if split is None:
             ax.barh(i, float(gap.mean()), color="0.6", label="gap" if i == 0 else None)
             continue
-        first = max(float(split.approximation.mean()), 0.0)
-        ax.barh(i, first, color="C7", label="approximation" if i == 0 else None)
+        approximation = max(float(split.approximation.mean()), 0.0)
+        ax.barh(i, approximation, color="C7", label="approximation" if i == 0 else None)
         ax.barh(
             i,
             float(split.amortization.mean()),
-            left=first,
+            left=approximation,
             color="C1",
             label="amortization" if i == 0 else None,
         )
@@ -68,7 +68,7 @@ def _draw_row(axes: list[Axes], exact_model: Any, guides: Mapping[str, Program],
         densities = {"exact": posterior.log_prob(grid.reshape(*grid.shape[:2], *posterior.event_shape))}
         try:
             densities |= {name: latents.log_q(guide, batch, grid) for name, guide in guides.items()}
-        except (KeyError, NotImplementedError):  # a guide that tells the density of its own draws only
+        except (KeyError, NotImplementedError):  # a transform without an inverse, such as a planar flow
             return _draw_scatter(axes, z, draws)
     for i, ax in enumerate(axes):
         at = grid[:, i].double().numpy()
@@ -76,9 +76,8 @@ def _draw_row(axes: list[Axes], exact_model: Any, guides: Mapping[str, Program],
             density = log_density[:, i].double().exp().numpy()
             colour = "0.75" if j == 0 else f"C{j - 1}"
             if latents.dim == 1:
-                ax.fill_between(at[:, 0], density, color=colour, label=name) if j == 0 else ax.plot(
-                    at[:, 0], density, color=colour, label=name
-                )
+                draw = ax.fill_between if j == 0 else ax.plot
+                draw(at[:, 0], density, color=colour, label=name)
                 continue
             levels = _levels(density)
             field = density.reshape(shape)
@@ -95,7 +94,7 @@ def _draw_row(axes: list[Axes], exact_model: Any, guides: Mapping[str, Program],
 
 
 def _draw_scatter(axes: list[Axes], exact: Tensor, guides: Mapping[str, Tensor]) -> None:
-    """Draws of the first two dimensions, or of one against their order."""
+    """Scatter plot of draws in the first two dimensions; in one dimension, of the empirical CDF."""
     for i, ax in enumerate(axes):
         for j, (name, draws) in enumerate([("exact", exact), *guides.items()]):
             at = draws[:800, i].double().numpy()
@@ -110,13 +109,13 @@ def _draw_scatter(axes: list[Axes], exact: Tensor, guides: Mapping[str, Tensor])
 
 
 def _legend(axes: list[Axes]) -> None:
-    """One legend for the row, under it."""
+    """A shared legend below the row."""
     handles, labels = axes[0].get_legend_handles_labels()
     axes[0].get_figure().legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)  # type: ignore[union-attr]
 
 
 def _grid(draws: list[Tensor], steps: int) -> tuple[Tensor, tuple[int, ...]]:
-    """Points among the draws of each datum, which all lie in the support: ``(G, batch, d)``."""
+    """Grid over the range of the draws of each datum, ``(points, batch, d)``, and its shape."""
     ends = [[z.double().quantile(q, 0) for z in draws] for q in (0.001, 0.999)]
     low, high = torch.stack(ends[0]).amin(0), torch.stack(ends[1]).amax(0)
     dim = low.shape[-1]
@@ -128,7 +127,7 @@ def _grid(draws: list[Tensor], steps: int) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def _levels(density: np.ndarray) -> list[float]:
-    """The densities above which the masses lie."""
+    """Densities whose superlevel sets have the masses ``_MASSES``, in increasing order."""
     ordered = np.sort(density.ravel())[::-1]
     cumulative = ordered.cumsum() / ordered.sum()
     levels = [float(ordered[np.searchsorted(cumulative, mass)]) for mass in _MASSES]

@@ -1,5 +1,4 @@
-"""Draws of a guide, for other tools: by site, as ArviZ has them, and held against draws of the posterior by a
-classifier."""
+"""Draws of a guide: by site, as an ArviZ ``DataTree``, and a classifier two-sample test."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +28,10 @@ def posterior_draws(
     """Draws z ~ q(z|x) of each latent site, ``(num_draws, batch, *shape)``.
 
     :param data: as for :func:`~pyro_vae.fit`.
-    :param joint: all data together as one datum, for models with latents that all data share: ``(num_draws,
-        *shape)``, where the shape has a dimension for each plate of the site, that of the data too.
-    :raises ValueError: for latents in no data plate unless ``joint``.
+    :param joint: treat all data as one datum, for models with global latents. Draws then have shape
+        ``(num_draws, *shape)``, where ``shape`` has a dimension for each plate of the site, including the
+        data plate.
+    :raises ValueError: if a latent is outside of the data plate and ``joint`` is false.
     """
     batch = read_whole(data, seed=seed)
     return _draws("posterior_draws", model, guide, batch, num_draws, seed, check, joint, weighted=False)[0]
@@ -47,14 +47,16 @@ def to_arviz(
     check: bool = True,
     joint: bool = False,
 ) -> Any:
-    """A guide's draws as ArviZ has them (a ``DataTree``): group ``posterior``, one chain, with the dimension
-    ``data``; group ``sample_stats`` with the log-weight log p(x, z) − log q(z|x) of each draw, and k̂ of each
-    datum.
+    """A guide's draws as an ArviZ ``DataTree``.
 
-    Arguments as for :func:`posterior_draws`; with ``joint`` there is no dimension ``data``, and one k̂.
+    Group ``posterior`` has one chain, the dimension ``data`` and the attribute ``pareto_k``, k̂ of each datum.
+    Group ``sample_stats`` has the log-weight log p(x, z) − log q(z|x) of each draw, in nats.
 
-    :raises ImportError: where ``arviz-base`` is not installed.
-    :raises ValueError: for latents in no data plate unless ``joint``.
+    The arguments are those of :func:`posterior_draws`; with ``joint`` there is no dimension ``data``, and a
+    single k̂.
+
+    :raises ImportError: if ``arviz-base`` is not installed.
+    :raises ValueError: if a latent is outside of the data plate and ``joint`` is false.
     """
     try:
         from arviz_base import from_dict
@@ -86,11 +88,10 @@ def _draws(
     *,
     weighted: bool,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Draws of each site, and their log-weights; log q(z|x) alone unless ``weighted``, which runs the model
-    at every draw."""
+    """Draws of each site, and their log-weights if ``weighted``, which runs the model; else log q(z|x)."""
     if joint:
-        found = joint_log_weights(model, guide, batch, num_particles=num_draws, seed=seed, check=check)
-        return found.draws, found.log_weights
+        joint_draws = joint_log_weights(model, guide, batch, num_particles=num_draws, seed=seed, check=check)
+        return joint_draws.draws, joint_draws.log_weights
     with untouched(training=False, seed=seed), torch.no_grad():
         latents, batch = inspect_latents(model, guide, batch, verb=verb, check=check)
         z, log_q = latents.draw(guide, batch, num_draws)
@@ -99,8 +100,8 @@ def _draws(
 
 @dataclass(frozen=True)
 class TwoSample:
-    """Accuracy of a classifier that tells two sets of draws apart, over held-out folds: ½ where it cannot.
-    ``accuracy_se`` is the binomial standard error of an accuracy of ½."""
+    """Held-out accuracy of a classifier between two sets of draws: ½ if their distributions are equal.
+    ``accuracy_se`` is the binomial standard error at an accuracy of ½."""
 
     accuracy: float
     accuracy_se: float
@@ -110,18 +111,19 @@ class TwoSample:
 
 
 def two_sample_test(a: Tensor, b: Tensor, *, num_folds: int = 5, seed: int = 0) -> TwoSample:
-    """Classifier two-sample test (Lopez-Paz & Oquab 2017): a network of two layers, z-scored features,
-    cross-validated.
+    """Classifier two-sample test (Lopez-Paz & Oquab 2017): a network with two hidden layers on z-scored
+    features, cross-validated.
 
-    For draws of one datum's guide against those of its posterior, exact or by NUTS. Between N(0, I) and N(δ,
-    I) the best accuracy is Φ(‖δ‖/2).
+    Compares draws of the guide with draws of the posterior, exact or by NUTS, for one datum. The best
+    accuracy between N(0, I) and N(δ, I) is Φ(‖δ‖/2).
 
-    :param a, b: ``(n, dim)``, as many of either.
-    :raises ImportError: where ``scikit-learn`` is not installed.
+    :param a, b: draws ``(n, dim)`` of equal shape, with n ≥ 10 ``num_folds``.
+    :raises ImportError: if ``scikit-learn`` is not installed.
+    :raises ValueError: if the shapes differ or n is too small.
     """
     if a.dim() != 2 or a.shape != b.shape or len(a) < 10 * num_folds:
         raise ValueError(
-            f"two_sample_test: expected two sets of as many draws (n, dim), {10 * num_folds} or more each, "
+            f"two_sample_test: expected two sets of draws of equal shape (n, dim) with n ≥ {10 * num_folds}, "
             f"but got {tuple(a.shape)} and {tuple(b.shape)}"
         )
     try:

@@ -1,4 +1,4 @@
-"""The variational free energy in its parts, and the identity behind it."""
+"""Variational free energy as energy minus entropy, and the pointwise identity for log p(x)."""
 
 import math
 from dataclasses import dataclass
@@ -16,11 +16,12 @@ from pyro_vae.pairs.traces import Program
 
 @dataclass(frozen=True)
 class FreeEnergy:
-    """F = E_q[−log p(x, z)] − H(q) = −log p(x) + KL(q‖p(z|x)), in nats, each ``(batch,)``: the negative ELBO.
+    """Free energy F = E_q[−log p(x, z)] − H(q) = −log p(x) + KL(q‖p(z|x)), the negative ELBO, in nats, each
+    ``(batch,)``.
 
-    expected_energy: E_q[−log p(x, z)]; entropy: H(q), analytic where the guide's distribution has one, else
-    estimated on the same draws; free_energy_se: the Monte Carlo standard error of F; bits_per_dimension: F /
-    (D ln 2), a code length for discrete x of D dimensions, by bits back (Hinton & van Camp 1993).
+    expected_energy: E_q[−log p(x, z)]. entropy: H(q), analytic if the guide's distribution implements it,
+    else estimated from the same draws. free_energy_se: Monte Carlo standard error of F. bits_per_dimension:
+    F / (D ln 2), the bits-back code length of a discrete x of D dimensions (Hinton & van Camp 1993).
     """
 
     expected_energy: Tensor
@@ -43,7 +44,10 @@ class FreeEnergy:
 def free_energy(
     model: Program, guide: Program, data: Any, *, num_particles: int = 1000, seed: int = 0, check: bool = True
 ) -> FreeEnergy:
-    """The free energy of a pair per datum. data: as for :func:`~pyro_vae.fit`."""
+    """Free energy of a pair per datum, estimated from ``num_particles`` draws of the guide.
+
+    :param data: as for :func:`~pyro_vae.fit`.
+    """
     batch = read_whole(data, seed=seed)
     with untouched(training=False, seed=seed), torch.no_grad():
         latents, batch = inspect_latents(model, guide, batch, verb="free_energy", check=check)
@@ -66,7 +70,7 @@ def free_energy(
 
 
 def _entropy(distribution: Any, num_rows: int) -> Tensor | None:
-    """The entropy of the guide's one distribution, if it has one in closed form: ``(batch,)``."""
+    """Analytic entropy of the guide's distribution, ``(batch,)``, or ``None``."""
     try:
         return None if distribution is None else distribution.entropy().reshape(-1).expand(num_rows)
     except NotImplementedError:
@@ -77,9 +81,8 @@ def _entropy(distribution: Any, num_rows: int) -> Tensor | None:
 class PointwiseIdentity:
     """log p(x) = log p(x, z) − log p(z|x) for every z, in nats, each ``(particles, batch)``.
 
-    ``log_weight`` is log p(x, z) − log q(z|x), what a guide puts in the posterior's place, and ``correction``
-    is log q(z|x) − log p(z|x), which it leaves out: log p(x) = log_weight + correction. Its sign varies with
-    z; its mean under q is KL(q‖p) ≥ 0.
+    log_weight: log p(x, z) − log q(z|x). correction: log q(z|x) − log p(z|x), so that log p(x) = log_weight +
+    correction. The sign of the correction varies with z; its mean under q is KL(q‖p) ≥ 0.
     """
 
     log_evidence: Tensor
@@ -103,11 +106,11 @@ class PointwiseIdentity:
 
 
 def pointwise_identity(exact_model: Any, guide: Program, data: Any, *, z: Tensor) -> PointwiseIdentity:
-    """The identity at any z: ``log_evidence`` is the same number in every row.
+    """Evaluate the identity at any ``z``. All rows of ``log_evidence`` are equal.
 
     :param exact_model: as for :func:`~pyro_vae.compare`.
     :param data: as for :func:`~pyro_vae.fit`.
-    :param z: ``(particles, batch, *latent)``.
+    :param z: latents, ``(particles, batch, *latent)``.
     """
     batch = read_whole(data, seed=0)
     with untouched(training=False), torch.no_grad():

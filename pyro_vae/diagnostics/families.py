@@ -1,5 +1,4 @@
-"""The distributions that guides draw from, taken apart: their family with parameters of its own for each
-datum, and the closed forms between Gaussians."""
+"""Variational families with separate parameters for each datum, and closed forms between Gaussians."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -16,8 +15,7 @@ from pyro_vae.conditionals import FromTrunk, LogNormal, MultivariateNormal, Norm
 from pyro_vae.nets import as_shape
 from pyro_vae.pairs.traces import unwrapped
 
-# Families that are known by the names of their parameters; those of a guide's distribution are read from its
-# attributes.
+# the supported families, with the attributes that hold their parameters
 _PARAMETERS: dict[type, tuple[str, ...]] = {
     dist.Normal: ("loc", "scale"),
     dist.LogNormal: ("loc", "scale"),
@@ -31,18 +29,19 @@ _PARAMETERS: dict[type, tuple[str, ...]] = {
 
 
 class UnknownFamily(ValueError):
-    """A guide whose distributions cannot be given parameters of their own for each datum."""
+    """A guide with a distribution whose family is not supported."""
 
 
 class Family:
-    """The family of a guide's distribution at a site, its parameters free for each datum: moved from what the
-    guide says, in unconstrained space, by shifts of their own. A site that depends on other latents goes on
-    depending on them.
+    """The family of a guide's distribution at a site: the unconstrained parameters of the distribution plus
+    separate shifts for each datum. The distribution still depends on other latents as in the guide.
 
-    :param name: the site.
-    :param distribution: what the guide draws it from.
-    :param rows: the dimension of the data plate.
-    :raises UnknownFamily: for a distribution whose family is not known.
+    ``start``: shifts of zero, which are the guide itself.
+
+    :param name: name of the site.
+    :param distribution: the guide's distribution at the site.
+    :param rows: dimension of the data plate.
+    :raises UnknownFamily: if the family of the distribution is not supported.
     """
 
     def __init__(self, name: str, distribution: Any, rows: int) -> None:
@@ -53,29 +52,29 @@ class Family:
             shape = (distribution.batch_shape[rows], *[1] * (-rows - 1), *event)
             self.start[name] = torch.zeros(shape, dtype=value.dtype, device=value.device)
 
-    def moved(self, shifts: dict[str, Tensor]) -> AbstractContextManager:
-        """Inside, a guide draws from the members with these shifts."""
-        return _Moved(self, shifts)
+    def shifted(self, shifts: dict[str, Tensor]) -> AbstractContextManager:
+        """Context manager in which the guide draws from the shifted distribution."""
+        return _ShiftMessenger(self, shifts)
 
     def member(self, distribution: Any, shifts: dict[str, Tensor]) -> Any:
-        """``distribution`` with its parameters shifted."""
+        """``distribution`` with its unconstrained parameters shifted."""
         parameters = {
             name: _transform(self.kind, name)(value + shifts[name])
             for name, value in self._parameters(distribution).items()
         }
-        moved = self.kind(**parameters)
-        return moved.to_event(len(distribution.event_shape) - moved.event_dim)
+        shifted = self.kind(**parameters)
+        return shifted.to_event(len(distribution.event_shape) - shifted.event_dim)
 
-    def holds(self, _: Any) -> bool:
-        """Whether a distribution of its kind is one of its members: all are."""
+    def contains(self, _: Any) -> bool:
+        """Whether the family contains a distribution of its kind: always."""
         return True
 
     def _parameters(self, distribution: Any) -> dict[str, Tensor]:
-        """Unconstrained: ``(*batch, *event)``, or ``(*batch, d, …)`` for a matrix."""
+        """Unconstrained parameters, ``(*batch, *event)``, or ``(*batch, d, …)`` for a matrix."""
         if _kind(distribution) is not self.kind:
             raise UnknownFamily(
-                f"guide: its family is {self.kind.__name__} at one time, {_kind(distribution).__name__} at "
-                "another"
+                f"guide: expected the same family in every run, but got {self.kind.__name__} and "
+                f"{_kind(distribution).__name__}"
             )
         base, parameters = unwrapped(distribution), {}
         for name in _PARAMETERS[self.kind]:
@@ -87,7 +86,9 @@ class Family:
         return parameters
 
 
-class _Moved(Messenger):
+class _ShiftMessenger(Messenger):
+    """Replaces the distribution at the site of a family by its shifted member."""
+
     def __init__(self, family: Family, shifts: dict[str, Tensor]) -> None:
         super().__init__()
         self.family, self.shifts = family, shifts
@@ -97,17 +98,17 @@ class _Moved(Messenger):
             msg["fn"] = self.family.member(msg["fn"], self.shifts)
 
 
-class Freed:
-    """The family of a conditional, its read-outs free for each datum: moved from what its trunk says by
-    shifts of their own.
+class ReadoutFamily:
+    """The family of a conditional: its read-outs plus separate shifts for each datum.
 
-    What all data share, a learned scale or the networks of a flow, stays as it is. ``kind`` is the
-    distribution's where the read-outs reach every member of its family, down to the floor under the scale,
-    else ``None``.
+    Parameters that all data share, such as a learned scale or the networks of a flow, are unchanged.
+
+    ``start``: shifts of zero, which are the guide itself. ``kind``: the class of the distribution if some
+    shifts reach every member of that class whose scale is above ``min_scale``, else ``None``.
     """
 
     def __init__(self, conditional: FromTrunk, rows: int, num_rows: int) -> None:
-        self.conditional, self.kind = conditional, _reached(conditional)
+        self.conditional, self.kind = conditional, _reachable_kind(conditional)
         parameter = next(conditional.parameters())
         self.start = {}
         for name, readout in conditional.readout.items():
@@ -115,8 +116,8 @@ class Freed:
             self.start[name] = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
 
     @contextmanager
-    def moved(self, shifts: dict[str, Tensor]) -> Iterator[None]:
-        """Inside, a guide draws from what the conditional says with its read-outs shifted."""
+    def shifted(self, shifts: dict[str, Tensor]) -> Iterator[None]:
+        """Context manager in which the read-outs of the conditional are shifted."""
         hooks = [
             readout.register_forward_hook(lambda _, __, value, name=name: value + shifts[name])
             for name, readout in self.conditional.readout.items()
@@ -127,19 +128,21 @@ class Freed:
             for hook in hooks:
                 hook.remove()
 
-    def holds(self, distribution: Any) -> bool:
-        """Whether a Gaussian, or a log-normal, is one of the members: where no scale is below the floor."""
+    def contains(self, distribution: Any) -> bool:
+        """Whether the family contains a Gaussian or log-normal distribution: every scale is above
+        ``min_scale``."""
         base = unwrapped(distribution)
         scale = base.scale_tril.diagonal(dim1=-2, dim2=-1) if hasattr(base, "scale_tril") else base.scale
         return bool((scale > self.conditional.min_scale).all())
 
 
 def _kind(distribution: Any) -> type:
+    """The class of a distribution, without wrappers such as ``Independent``."""
     kind = type(unwrapped(distribution))
     if kind not in _PARAMETERS:
         raise UnknownFamily(
-            f"guide: the family of {kind.__name__} is not known by its parameters; expected one of "
-            f"{', '.join(known.__name__ for known in _PARAMETERS)}"
+            f"guide: the family of {kind.__name__} is not supported; expected one of "
+            f"{', '.join(supported.__name__ for supported in _PARAMETERS)}"
         )
     return kind
 
@@ -148,22 +151,22 @@ def _transform(kind: Any, name: str) -> Any:
     return transform_to(kind.arg_constraints[name])
 
 
-def _reached(conditional: FromTrunk) -> type | None:
-    """The kind of distribution of which a conditional's read-outs reach every member."""
+def _reachable_kind(conditional: FromTrunk) -> type | None:
+    """The class of distributions all of whose members the read-outs of a conditional can reach."""
     if type(conditional) is MultivariateNormal:
         return dist.MultivariateNormal
     if type(conditional) in (Normal, LogNormal):
-        free = (
+        has_all_parameters = (
             not {"log_scale", "log_variance"}.isdisjoint(conditional.readout)
             and conditional.loc_transform == identity_transform
         )
-        return getattr(dist, type(conditional).__name__) if free else None
+        return getattr(dist, type(conditional).__name__) if has_all_parameters else None
     return None
 
 
 def is_same(a: Any, b: Any) -> bool:
-    """Whether two distributions of a known family have their parameters in the same memory: one is the other,
-    expanded."""
+    """Whether two distributions of a supported family share the memory of their parameters, as a
+    distribution and its expansion do."""
     a, b = unwrapped(a), unwrapped(b)
     return type(a) is type(b) and all(
         getattr(a, name).data_ptr() == getattr(b, name).data_ptr() for name in _PARAMETERS[type(a)]
@@ -171,8 +174,8 @@ def is_same(a: Any, b: Any) -> bool:
 
 
 def as_gaussian(distribution: Any, num_rows: int) -> torch.distributions.MultivariateNormal | None:
-    """A Gaussian over vectors as a full one of ``batch_shape (num_rows,)`` in double precision; ``None`` for
-    what is none."""
+    """A Gaussian over vectors as a ``MultivariateNormal`` in float64 with batch shape ``(num_rows,)``, or
+    ``None`` if the distribution is not Gaussian."""
     base, event = unwrapped(distribution), distribution.event_shape
     if (
         type(base) not in (dist.Normal, dist.MultivariateNormal, dist.LowRankMultivariateNormal)
@@ -182,8 +185,8 @@ def as_gaussian(distribution: Any, num_rows: int) -> torch.distributions.Multiva
 
     def rows(parameter: Tensor, dims: int) -> Tensor:
         shape = parameter.shape[-dims:] if dims == 2 else event
-        each = parameter.expand(*distribution.batch_shape, *shape).reshape(-1, *shape)
-        return each.expand(num_rows, *shape).double()
+        flat = parameter.expand(*distribution.batch_shape, *shape).reshape(-1, *shape)
+        return flat.expand(num_rows, *shape).double()
 
     loc = rows(base.loc, 1)
     if type(base) is dist.Normal:
@@ -196,7 +199,7 @@ def as_gaussian(distribution: Any, num_rows: int) -> torch.distributions.Multiva
 def wasserstein(
     a: torch.distributions.MultivariateNormal, b: torch.distributions.MultivariateNormal
 ) -> Tensor:
-    """W₂ between Gaussians, W₂² = ‖Δμ‖² + tr(A + B − 2 (A^½ B A^½)^½): ``(batch,)``."""
+    """2-Wasserstein distance of Gaussians, W₂² = ‖Δμ‖² + tr(A + B − 2 (A^½ B A^½)^½), ``(batch,)``."""
     tril = a.scale_tril
     # the eigenvalues of A^½ B A^½ are those of Lᵀ B L
     cross = torch.linalg.eigvalsh(tril.mT @ b.covariance_matrix @ tril).clamp_min(0).sqrt().sum(-1)

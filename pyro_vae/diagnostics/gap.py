@@ -1,4 +1,5 @@
-"""The gap between evidence and ELBO, split: how much the family costs, and how much sharing one encoder."""
+"""Split of the gap between log p(x) and ELBO into the approximation gap of the variational family and the
+amortization gap of a shared encoder."""
 
 import logging
 import math
@@ -14,7 +15,7 @@ from torch.distributions import kl_divergence
 
 from pyro_vae.conditionals import FromTrunk
 from pyro_vae.data.batches import Batch, fitting
-from pyro_vae.diagnostics.families import Family, Freed, as_gaussian, is_same
+from pyro_vae.diagnostics.families import Family, ReadoutFamily, as_gaussian, is_same
 from pyro_vae.diagnostics.tables import over_data, table
 from pyro_vae.exact import ExactModel
 from pyro_vae.exact.grid import log_evidence_of
@@ -30,10 +31,12 @@ Shifts = Mapping[str, dict[str, Tensor]]
 class GapSplit:
     """gap = approximation + amortization, in nats, each ``(batch,)`` with its standard error.
 
-    approximation = log p(x) − L[q*], with q* the best of the guide's family for that datum; amortization =
-    L[q*] − L[q]. Where the evidence is not known the approximation is ``nan``. ``steps`` is how many the
-    search for q* took; 0 where q* is in closed form, and then an error of 0 says that a part is too. After a
-    search both are estimates, and a q* that is short of its optimum moves amortization into approximation.
+    approximation = log p(x) − L[q*] and amortization = L[q*] − L[q], where L is the ELBO and q* maximizes it
+    within the guide's family for that datum. The approximation is ``nan`` if log p(x) is not known.
+
+    steps: number of optimization steps for q*, 0 if q* is in closed form. A part in closed form has standard
+    error 0. After an optimization both parts are estimates; a q* short of the optimum overestimates
+    approximation and underestimates amortization.
     """
 
     approximation: Tensor
@@ -47,7 +50,7 @@ class GapSplit:
             "gap: approximation": over_data(self.approximation),
             "gap: amortization": over_data(self.amortization),
         }
-        how = f"searched in {self.steps} steps" if self.steps else "in closed form"
+        how = f"optimized in {self.steps} steps" if self.steps else "in closed form"
         return table(f"{len(self.amortization)} data, means in nats per datum; q* {how}", rows)
 
 
@@ -65,29 +68,28 @@ def split_gap(
 ) -> GapSplit:
     """Split the gap of a guide per datum (Cremer et al. 2018).
 
-    q* is the guide with parameters of its own for each datum: what the encoder's network says for a datum is
-    shifted freely, so that it may be any diagonal Gaussian where the encoder gives location and scale. What
-    all data share stays as it is and counts as the family: a fixed, learned or isotropic scale, the floor
-    under it, the networks of a flow, and how one latent depends on another. Where the guide does not call one
-    conditional of ours for each of its latents, the parameters of their distributions are shifted, all of
-    them.
+    q* is the guide with separate parameters for each datum. If the guide calls one conditional of
+    :mod:`pyro_vae` for each latent, the outputs of its read-outs are free: any diagonal Gaussian if the
+    encoder gives location and scale. Otherwise all parameters of the guide's distributions are free.
+    Everything that data share is unchanged and belongs to the family: a fixed, learned or isotropic scale,
+    ``min_scale``, the networks of a flow, and the dependence of a latent on others.
 
-    q* is in closed form where an exact model knows it (``ExactModel.best``): Gaussians for a Gaussian
-    posterior, diagonal ones for the funnel and the banana, a log-normal for Gamma–Poisson. Otherwise it is
-    searched, from the guide, by Adam on reparameterized gradients of 32 draws, all data at once. The step
-    size is halved whenever a hundred steps have not gained ``tolerance`` nats per datum; when that has
-    happened eight times, q* is the mean of five hundred steps more, or the guide itself where that is better.
+    q* is in closed form if the model implements ``ExactModel.best``: Gaussians for a Gaussian posterior,
+    diagonal Gaussians for the funnel and the banana, a log-normal for Gamma–Poisson. Otherwise Adam optimizes
+    it from the guide, on reparameterized gradients of 32 draws and all data at once. The learning rate is
+    halved whenever 100 steps gain less than ``tolerance`` nats per datum. After eight halvings q* is the
+    average of the parameters over 500 more steps, or the guide itself if its ELBO is larger.
 
     :param data: as for :func:`~pyro_vae.fit`.
-    :param log_evidence: log p(x) per datum; by default ``model.log_evidence`` where the model knows it.
+    :param log_evidence: log p(x), ``(batch,)``; default ``model.log_evidence`` if the model has it.
     :param num_particles: draws for each ELBO that has no closed form, 2 or more.
-    :param tolerance: nats per datum that a hundred steps must gain.
-    :param max_steps: of the search, before the last five hundred; a warning is logged where they did not
-        suffice.
-    :param seed: of the draws.
-    :param check: ``False`` runs a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
-    :raises ValueError: for a guide whose family is not known by its parameters, or ``log_evidence`` of
-    another length.
+    :param tolerance: smallest gain of 100 steps in nats per datum.
+    :param max_steps: largest number of steps before the last 500; a warning is logged if the ELBO still
+        improves.
+    :param seed: seed of the draws.
+    :param check: ``False`` runs a pair even if :func:`~pyro_vae.check_pair` reports problems, unless the
+        result is undefined.
+    :raises ValueError: if the guide's family is not supported, or ``log_evidence`` has another shape.
     """
     batch = fitting(read_whole(data, seed=seed), model, guide)
     if num_particles < 2:
@@ -99,165 +101,176 @@ def split_gap(
     if log_evidence is not None and log_evidence.shape != (batch.num_rows,):
         raise ValueError(
             f"split_gap: log_evidence has shape {tuple(log_evidence.shape)}; expected ({batch.num_rows},), "
-            "one number a datum"
+            "one number per datum"
         )
     with untouched(training=False, seed=seed):
-        pair = _Pair(model, guide, batch, check=check)
-        if log_evidence is not None and (known := _closed_form(pair, log_evidence, num_particles)):
-            return known
-        best, steps = _search(pair, tolerance, max_steps)
+        pair = _PerDatumPair(model, guide, batch, check=check)
+        if log_evidence is not None and (split := _closed_form(pair, log_evidence, num_particles)):
+            return split
+        best, steps = _optimize(pair, tolerance, max_steps)
         with torch.no_grad():
-            at_best, own = pair.elbo(best, num_particles), pair.elbo(pair.start, num_particles)
-    amortization = at_best.mean(0) - own.mean(0)
-    errors = [draws.std(0) / math.sqrt(num_particles) for draws in (at_best, own)]
+            terms_best, terms_guide = (pair.elbo(shifts, num_particles) for shifts in (best, pair.start))
+    amortization = terms_best.mean(0) - terms_guide.mean(0)
+    se_best, se_guide = (terms.std(0) / math.sqrt(num_particles) for terms in (terms_best, terms_guide))
     unknown = torch.full_like(amortization, math.nan)
     return GapSplit(
-        approximation=unknown if log_evidence is None else log_evidence - at_best.mean(0),
-        approximation_se=errors[0],
+        approximation=unknown if log_evidence is None else log_evidence - terms_best.mean(0),
+        approximation_se=se_best,
         amortization=amortization,
-        amortization_se=torch.hypot(*errors),
+        amortization_se=torch.hypot(se_best, se_guide),
         steps=steps,
     )
 
 
-class _Pair:
-    """A pair whose guide's families are free: its ELBO at any shifts of their parameters. ``start`` is the
-    guide itself."""
+class _PerDatumPair:
+    """A pair whose guide has separate parameters for each datum: those of the guide plus shifts. ``start`` is
+    the guide itself, with shifts of zero."""
 
     def __init__(self, model: Program, guide: Program, batch: Batch, *, check: bool = True) -> None:
         self.model, self.guide = model, guide
         self.latents, batch = inspect_latents(model, guide, batch, verb="split_gap", check=check)
         self.batch = batch
         with torch.no_grad():
-            self.drawn = self.latents.draw(guide, batch, 2)  # a guide that has no log q(z|x) says so
+            # raises if the guide has no log q(z|x)
+            self.draws = self.latents.draw(guide, batch, 2)
             calls: list[tuple[FromTrunk, Any]] = []
-            note = nn.modules.module.register_module_forward_hook(
+            hook = nn.modules.module.register_module_forward_hook(
                 lambda module, _, q: calls.append((module, q)) if isinstance(module, FromTrunk) else None
             )
             try:
                 trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
             finally:
-                note.remove()
+                hook.remove()
         self.fns = {name: trace.nodes[name]["fn"] for name in self.latents.sites}
-        self.families = self._by_readouts(calls) or {
+        self.families = self._readout_families(calls) or {
             name: Family(name, self.fns[name], site.rows) for name, site in self.latents.sites.items()
         }
-        self.said = calls[0][1] if calls else None
+        self.conditional_output = calls[0][1] if calls else None
         self.start = {name: family.start for name, family in self.families.items()}
 
-    def _by_readouts(self, calls: list[tuple[FromTrunk, Any]]) -> dict[str, Family | Freed]:
-        """The families of the conditionals that the guide calls, where it calls one for each of its sites."""
-        (rows, *others), n = {site.rows for site in self.latents.sites.values()}, self.batch.num_rows
-        aligned = all(len(q.batch_shape) == -rows and q.batch_shape[rows] == n for _, q in calls)
-        if others or not aligned or not len({c for c, _ in calls}) == len(calls) == len(self.fns):
+    def _readout_families(self, calls: list[tuple[FromTrunk, Any]]) -> dict[str, Family | ReadoutFamily]:
+        """The families of the conditionals that the guide calls, or ``{}`` unless it calls one per site."""
+        (rows, *other_rows), n = {site.rows for site in self.latents.sites.values()}, self.batch.num_rows
+        has_data_plate = all(len(q.batch_shape) == -rows and q.batch_shape[rows] == n for _, q in calls)
+        is_one_per_site = len({conditional for conditional, _ in calls}) == len(calls) == len(self.fns)
+        if other_rows or not has_data_plate or not is_one_per_site:
             return {}
-        return {f"conditional {i}": Freed(conditional, rows, n) for i, (conditional, _) in enumerate(calls)}
+        return {
+            f"conditional {i}": ReadoutFamily(conditional, rows, n)
+            for i, (conditional, _) in enumerate(calls)
+        }
 
-    def freed(self, shifts: Shifts) -> Program:
-        """The guide with its families at these shifts."""
+    def shifted_guide(self, shifts: Shifts) -> Program:
+        """The guide with its parameters shifted."""
 
         def guide(*args: Any, **kwargs: Any) -> Any:
             with ExitStack() as stack:
                 for name, family in self.families.items():
-                    stack.enter_context(family.moved(shifts[name]))
+                    stack.enter_context(family.shifted(shifts[name]))
                 return self.guide(*args, **kwargs)
 
         return guide
 
     def elbo(self, shifts: Shifts, num_particles: int) -> Tensor:
-        """log p(x, z) − log q(z) at draws of the families: ``(particles, batch)``."""
-        z, log_q = self.latents.draw(self.freed(shifts), self.batch, num_particles)
+        """log p(x, z) − log q(z|x) at draws of the shifted guide: ``(particles, batch)``."""
+        z, log_q = self.latents.draw(self.shifted_guide(shifts), self.batch, num_particles)
         return self.latents.log_joint(self.model, self.batch, z) - log_q
 
     @torch.no_grad()
     def kind(self) -> type | None:
-        """The family of distributions that the guide draws from, if it has one site, nothing else in log q,
-        and all of the family to choose from."""
-        family, *others = self.families.values()
-        if others:
+        """The class of distributions that the family consists of, or ``None`` if it contains only some of
+        them, the guide has several sites, or log q has other terms, such as a mask or a factor."""
+        family, *other_families = self.families.values()
+        if other_families:
             return None
-        ((_, fn),) = self.fns.items()
-        if isinstance(family, Freed) and (family.kind is None or not is_same(fn, self.said)):
-            return None
-        z, log_q = self.drawn  # a mask or a factor would show
-        alone = fn.log_prob(z.reshape(2, *fn.shape()))
-        return (
-            family.kind if torch.allclose(alone.reshape(log_q.shape), log_q, rtol=1e-4, atol=1e-4) else None
+        (fn,) = self.fns.values()
+        is_partial = isinstance(family, ReadoutFamily) and (
+            family.kind is None or not is_same(fn, self.conditional_output)
         )
+        if is_partial:
+            return None
+        z, log_q = self.draws
+        log_prob = fn.log_prob(z.reshape(2, *fn.shape())).reshape(log_q.shape)
+        return family.kind if torch.allclose(log_prob, log_q, rtol=1e-4, atol=1e-4) else None
 
 
 @torch.no_grad()
-def _closed_form(pair: _Pair, log_evidence: Tensor, num_particles: int) -> GapSplit | None:
-    """The split where the best of the family is known in closed form; between Gaussians all of it is."""
+def _closed_form(pair: _PerDatumPair, log_evidence: Tensor, num_particles: int) -> GapSplit | None:
+    """The split with q* in closed form, or ``None``. Between Gaussians the amortization is exact too."""
     kind, n = pair.kind(), pair.batch.num_rows
     if kind is None or not isinstance(pair.model, ExactModel):
         return None
-    known = pair.model.best(kind, *pair.batch.args, **pair.batch.kwargs)
-    if known is None:
+    solution = pair.model.best(kind, *pair.batch.args, **pair.batch.kwargs)
+    if solution is None:
         return None
-    best, gap_of_best = known
+    best, approximation = solution
     (family,) = pair.families.values()
-    if not family.holds(best):
+    if not family.contains(best):
         return None
-    zero = torch.zeros_like(gap_of_best)
+    zero = torch.zeros_like(approximation)
     (fn,) = pair.fns.values()
     q = as_gaussian(fn, n)
     p = as_gaussian(pair.model.posterior(*pair.batch.args, **pair.batch.kwargs), n)
     if q is not None and p is not None:
-        return GapSplit(gap_of_best, zero, kl_divergence(q, p).to(zero) - gap_of_best, zero, steps=0)
-    own = pair.elbo(pair.start, num_particles)
-    amortization = log_evidence - gap_of_best - own.mean(0)
-    return GapSplit(gap_of_best, zero, amortization, own.std(0) / math.sqrt(num_particles), steps=0)
+        return GapSplit(approximation, zero, kl_divergence(q, p).to(zero) - approximation, zero, steps=0)
+    terms = pair.elbo(pair.start, num_particles)
+    amortization = log_evidence - approximation - terms.mean(0)
+    return GapSplit(approximation, zero, amortization, terms.std(0) / math.sqrt(num_particles), steps=0)
 
 
-def _search(pair: _Pair, tolerance: float, max_steps: int) -> tuple[Shifts, int]:
-    """The best parameters of the families for each datum, and the steps it took."""
-    parameters = {
-        name: {k: v.clone().requires_grad_() for k, v in own.items()} for name, own in pair.start.items()
+def _optimize(pair: _PerDatumPair, tolerance: float, max_steps: int) -> tuple[Shifts, int]:
+    """The shifts of q* for each datum, and the number of optimization steps."""
+    shifts = {
+        name: {k: v.clone().requires_grad_() for k, v in tensors.items()}
+        for name, tensors in pair.start.items()
     }
-    optimizer = torch.optim.Adam([leaf for own in parameters.values() for leaf in own.values()], lr=0.05)
-    reached, halvings, steps = -math.inf, 0, 0
+    optimizer = torch.optim.Adam(_leaves(shifts), lr=0.05)
+    best_elbo, halvings, steps = -math.inf, 0, 0
     while halvings < 8 and steps < max_steps:
-        value, _ = _block(pair, parameters, optimizer, 100)
+        elbo, _ = _run_steps(pair, shifts, optimizer, 100)
         steps += 100
-        if value < reached + tolerance:
+        if elbo < best_elbo + tolerance:
             halvings += 1
             optimizer.param_groups[0]["lr"] /= 2
-        reached = max(reached, value)
+        best_elbo = max(best_elbo, elbo)
     if halvings < 8:
         logger.warning(
-            "split_gap: the search still gains after %d steps; expected a larger max_steps or tolerance",
-            steps,
+            "split_gap: the ELBO still improves after %d steps; pass a larger max_steps or tolerance", steps
         )
-    _, means = _block(pair, parameters, optimizer, 500)
-    named = iter(means)
-    best = {name: {k: next(named) for k in own} for name, own in parameters.items()}
-    _keep_better(pair, best)
+    _, means = _run_steps(pair, shifts, optimizer, 500)
+    mean = iter(means)
+    best = {name: {k: next(mean) for k in tensors} for name, tensors in shifts.items()}
+    _restore_worse(pair, best)
     return best, steps + 500
 
 
 @torch.no_grad()
-def _keep_better(pair: _Pair, best: Shifts) -> None:
-    """A datum whose search ended below its start, as between the modes of a mixture, goes back to it."""
-    ended, began = (pair.elbo(parameters, 1000).mean(0) for parameters in (best, pair.start))
-    for name, own in best.items():
-        for key, value in own.items():
-            worse = (ended < began).reshape(-1, *[1] * (value.dim() - 1))
-            own[key] = torch.where(worse, pair.start[name][key], value)
+def _restore_worse(pair: _PerDatumPair, shifts: Shifts) -> None:
+    """Reset the shifts of each datum whose ELBO is below that of the guide, in place. The ELBO may decrease
+    between the modes of a mixture."""
+    elbo, start_elbo = (pair.elbo(s, 1000).mean(0) for s in (shifts, pair.start))
+    for name, tensors in shifts.items():
+        for key, value in tensors.items():
+            is_worse = (elbo < start_elbo).reshape(-1, *[1] * (value.dim() - 1))
+            tensors[key] = torch.where(is_worse, pair.start[name][key], value)
 
 
-def _block(
-    pair: _Pair, parameters: Shifts, optimizer: torch.optim.Optimizer, steps: int
+def _leaves(shifts: Shifts) -> list[Tensor]:
+    return [leaf for tensors in shifts.values() for leaf in tensors.values()]
+
+
+def _run_steps(
+    pair: _PerDatumPair, shifts: Shifts, optimizer: torch.optim.Optimizer, num_steps: int
 ) -> tuple[float, list[Tensor]]:
-    """So many steps: the mean ELBO along them, and the mean parameters."""
-    leaves = [leaf for own in parameters.values() for leaf in own.values()]
-    means, value = [torch.zeros_like(leaf) for leaf in leaves], 0.0
-    for _ in range(steps):
-        elbo = pair.elbo(parameters, 32).mean(0)
+    """Run ``num_steps`` optimization steps. Returns the ELBO and the shifts, averaged over the steps."""
+    leaves = _leaves(shifts)
+    means, mean_elbo = [torch.zeros_like(leaf) for leaf in leaves], 0.0
+    for _ in range(num_steps):
+        elbo = pair.elbo(shifts, 32).mean(0)
         for leaf, gradient in zip(leaves, torch.autograd.grad(-elbo.sum(), leaves), strict=True):
             leaf.grad = gradient
         optimizer.step()
-        value += elbo.mean().item() / steps
+        mean_elbo += elbo.mean().item() / num_steps
         for mean, leaf in zip(means, leaves, strict=True):
-            mean += leaf.detach() / steps
-    return value, means
+            mean += leaf.detach() / num_steps
+    return mean_elbo, means

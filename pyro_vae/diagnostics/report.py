@@ -1,4 +1,4 @@
-"""The cheap diagnostics of a pair on one page."""
+"""Summary of the diagnostics of a pair that need no exact posterior."""
 
 import itertools
 from dataclasses import dataclass
@@ -13,18 +13,17 @@ from pyro_vae.evidence import Evidence, elbo, importance
 from pyro_vae.pairs.preserve import read_whole
 from pyro_vae.pairs.traces import Program
 
-_JOINT = (
-    "latent dimensions: not computed: their use is compared between data, and with joint=True all data are "
-    "one datum",
-    "calibration: not computed: simulated data sets need a guide that is amortized over data sets, and this "
-    "is of one",
+_JOINT_NOTES = (
+    "latent dimensions: not computed: they are compared across data, but joint=True treats all data as one "
+    "datum",
+    "calibration: not computed: with joint=True it needs a guide that is amortized over data sets",
 )
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What :func:`diagnose` finds. ``usage`` and ``calibration`` are ``None`` where a pair has none;
-    ``notes`` says why."""
+    """Result of :func:`diagnose`. ``usage`` and ``calibration`` are ``None`` if they are not computed;
+    ``notes`` gives the reasons."""
 
     elbo: Evidence
     importance: Evidence
@@ -34,13 +33,13 @@ class Diagnosis:
 
     @property
     def pareto_k(self) -> Tensor:
-        """k̂ of each datum's weights, ``(batch,)``: below .5 the guide is a good proposal, above .7 none to
-        be trusted."""
+        """k̂ of the importance weights of each datum, ``(batch,)``: below 0.5 the guide is a good proposal,
+        above 0.7 it is unreliable."""
         k = self.importance.pareto_k
         return torch.full_like(self.importance.log_evidence, torch.nan) if k is None else k
 
     def worst(self, n: int = 10) -> Tensor:
-        """The data of the largest k̂, the worst first: their places."""
+        """Indices of the ``n`` data with the largest k̂, in decreasing order."""
         return self.pareto_k.nan_to_num(nan=-torch.inf).argsort(descending=True)[:n]
 
     def __str__(self) -> str:
@@ -85,15 +84,16 @@ def diagnose(
     check: bool = True,
     joint: bool = False,
 ) -> Diagnosis:
-    """The cheap diagnostics of a pair: ELBO and importance-weighted bound, Pareto k̂ per datum, the use of
-    the latent dimensions, calibration on data simulated from the model. ``print`` gives one page.
+    """Diagnose a pair: ELBO and importance-weighted bound, Pareto k̂ per datum, use of the latent dimensions,
+    calibration on data simulated from the model. ``print`` the result for a summary.
 
     :param data: as for :func:`~pyro_vae.fit`.
-    :param num_particles: draws for each datum.
-    :param num_simulations: of the calibration; 0 leaves it out.
-    :param joint: all data together as one datum, for models with latents that all data share. ``usage`` and
-        ``calibration`` are ``None`` then.
-    :raises ValueError: for a pair that is wrong; latents in no data plate unless ``joint``.
+    :param num_particles: number of draws for each datum.
+    :param num_simulations: number of simulations of the calibration; 0 skips it.
+    :param joint: treat all data as one datum, for models with global latents. ``usage`` and ``calibration``
+        are then ``None``.
+    :raises ValueError: if the pair is invalid, or a latent is outside of the data plate and ``joint`` is
+        false.
     """
     batch = read_whole(data, seed=seed)
     notes: list[str] = []
@@ -103,21 +103,21 @@ def diagnose(
     )
     if weighted.bound == "none":
         notes.append(
-            "the guide has points (Delta) without a density: ELBO, KL and Pareto k do not measure it"
+            "the guide has points (Delta), which have no density: ELBO, KL and Pareto k are not meaningful"
         )
     if joint:
-        return Diagnosis(lower, weighted, None, None, (*notes, *_JOINT))
+        return Diagnosis(lower, weighted, None, None, (*notes, *_JOINT_NOTES))
     usage: LatentUsage | None = None
     calibrated: Calibration | None = None
     try:
         usage = latent_usage(model, guide, batch, seed=seed, check=check)
-    except Exception as reason:  # of the user's pair; the other parts are computed all the same
-        notes.append(f"latent dimensions: not computed: {type(reason).__name__}: {reason}")
+    except Exception as error:  # an unsupported pair; the other diagnostics are still computed
+        notes.append(f"latent dimensions: not computed: {type(error).__name__}: {error}")
     if num_simulations:
         try:
             calibrated = calibration(
                 model, guide, batch, num_simulations=num_simulations, seed=seed, check=check
             )
-        except Exception as reason:
-            notes.append(f"calibration: not computed: {type(reason).__name__}: {reason}")
+        except Exception as error:
+            notes.append(f"calibration: not computed: {type(error).__name__}: {error}")
     return Diagnosis(lower, weighted, usage, calibrated, tuple(notes))

@@ -1,4 +1,4 @@
-"""Guides whose distance from the posterior is known, and what compare and free_energy say of them."""
+"""compare, free_energy and pointwise_identity of guides with a known gap."""
 
 import math
 import sys
@@ -23,7 +23,7 @@ diagonal = partial(oracles.diagonal, FA)
 
 
 @pytest.fixture(autouse=True)
-def _closed():
+def _close_figures():
     yield
     plt.close("all")
 
@@ -31,22 +31,22 @@ def _closed():
 @pytest.mark.parametrize(
     "name", ["factor analysis", "BayesianLinearRegression", "LinearGaussianStateSpace", "NormalNormal"]
 )
-def test_the_exact_posterior_as_guide(name):
+def test_exact_posterior_as_guide_has_no_gap(name):
     model = MODELS[name]
     x = model.sample(6)
     report = pv.compare(model, guide_of(model.posterior), x, split=False)
     for part in (report.gap, report.forward_kl, report.mean_error, report.covariance_error):
         assert part.abs().max() < 1e-10
-    assert report.w2.max() < 1e-6  # a square root of rounding
+    assert report.w2.max() < 1e-6  # W2 is the square root of a rounding error
     torch.testing.assert_close(report.elbo, report.log_evidence, rtol=0, atol=1e-10)
     nominal = torch.tensor([0.5, 0.9, 0.95], dtype=torch.double)
-    error = (nominal * (1 - nominal) / 10_000).sqrt() * 2**0.5  # of draws of p, and of the quantiles of q
+    error = (nominal * (1 - nominal) / 10_000).sqrt() * 2**0.5  # of the draws of p and the quantiles of q
     assert ((report.coverage.mean(0) - nominal).abs() < 4 * error).all()
 
 
 @pytest.mark.parametrize("name", ["MixturePrior", "BetaBernoulli", "GammaPoisson", "Funnel", "Banana"])
-def test_the_exact_posterior_as_guide_where_there_is_no_closed_form(name):
-    """Every term of the Monte Carlo sums is 0 itself."""
+def test_exact_posterior_as_guide_has_constant_log_weights(name):
+    """Each term of the Monte Carlo sums is 0."""
     model = MODELS[name]
     report = pv.compare(model, guide_of(model.posterior), model.sample(6), split=False)
     assert report.gap.abs().max() < 1e-10
@@ -56,7 +56,7 @@ def test_the_exact_posterior_as_guide_where_there_is_no_closed_form(name):
 
 @pytest.mark.parametrize("shift", [0.0, 0.3])
 @pytest.mark.parametrize("factor", [1.0, 0.5, 2.0])
-def test_a_shifted_or_rescaled_guide_costs_what_the_formula_says(shift, factor):
+def test_gap_of_shifted_and_scaled_guide_is_its_closed_form(shift, factor):
     """KL(q‖p) = ½[tr ΛS − log |ΛS| − k + δᵀΛδ]."""
     x = FA.sample(6)
     report = pv.compare(FA, diagonal(shift, factor), x, split=False)
@@ -71,18 +71,18 @@ def test_a_shifted_or_rescaled_guide_costs_what_the_formula_says(shift, factor):
         torch.testing.assert_close(report.gap, FA.mean_field_gap(x), rtol=0, atol=1e-9)
 
 
-def test_the_monte_carlo_path_agrees_with_the_closed_form(monkeypatch):
+def test_monte_carlo_estimates_equal_the_closed_form(monkeypatch):
     x = FA.sample(6)
-    exactly = pv.compare(FA, diagonal(0.2, 0.8), x, split=False)
+    analytic = pv.compare(FA, diagonal(0.2, 0.8), x, split=False)
     monkeypatch.setattr(sys.modules["pyro_vae.diagnostics.compare"], "_gaussians", lambda *_: None)
     drawn = pv.compare(FA, diagonal(0.2, 0.8), x, split=False)
     for part in ("elbo", "gap", "forward_kl"):
-        difference = (getattr(drawn, part) - getattr(exactly, part)).abs()
+        difference = (getattr(drawn, part) - getattr(analytic, part)).abs()
         assert (difference < 4.5 * getattr(drawn, f"{part}_se")).all()
-    assert (drawn.mean_error - exactly.mean_error).abs().max() < 0.03
+    assert (drawn.mean_error - analytic.mean_error).abs().max() < 0.03
 
 
-def test_the_log_normal_guide_of_gamma_poisson():
+def test_gap_of_log_normal_guide_of_gamma_poisson_is_its_closed_form():
     model = MODELS["GammaPoisson"]
     x = model.sample(6)
     report = pv.compare(model, guide_of(model.log_normal), x, num_particles=100_000)
@@ -94,12 +94,11 @@ def test_the_log_normal_guide_of_gamma_poisson():
     assert (split.amortization.abs() < 4.5 * split.amortization_se + 1e-3).all()
 
 
-def test_a_family_that_is_not_known_is_compared_without_a_split():
-    model = oracles.make_models()[
-        "factor analysis"
-    ].float()  # Pyro's autoregressive flows invert in the default dtype
+def test_unsupported_family_is_compared_without_a_split():
+    # the inverse of Pyro's autoregressive flows has the default dtype
+    model = oracles.make_models()["factor analysis"].float()
     x = model.sample(4)
-    for transform, knows in (
+    for transform, has_inverse in (
         (dist.transforms.affine_autoregressive(3), True),
         (dist.transforms.planar(3), False),
     ):
@@ -108,13 +107,13 @@ def test_a_family_that_is_not_known_is_compared_without_a_split():
         report = pv.compare(model, guide, x, num_particles=500)
         assert report.split is None
         assert (report.gap > 0).all()
-        assert report.forward_kl.isfinite().all() == knows
+        assert report.forward_kl.isfinite().all() == has_inverse
         assert report.plot(2).axes
         with pytest.raises(ValueError, match="family of TransformedDistribution"):
             pv.split_gap(model, guide, x)
 
 
-def test_many_data_go_in_chunks(monkeypatch):
+def test_chunks_of_data_give_the_same_gap(monkeypatch):
     x = FA.sample(7)
     whole = pv.compare(FA, diagonal(0.2), x, num_particles=100)
     monkeypatch.setattr(sys.modules["pyro_vae.diagnostics.compare"], "_MAX_DRAWS", 300)
@@ -123,7 +122,7 @@ def test_many_data_go_in_chunks(monkeypatch):
     assert parts.split.amortization.shape == (7,)
 
 
-def two_sites(x):
+def two_site_model(x):
     with pyro.plate("data", len(x)):
         mu = pyro.sample("mu", dist.Normal(x.new_zeros(()), 1.0))
         tau = pyro.sample("tau", dist.Gamma(x.new_tensor(2.0), 1.0))
@@ -134,27 +133,27 @@ def two_sites(x):
         )
 
 
-def two_sites_guide(x):
+def two_site_guide(x):
     with pyro.plate("data", len(x)):
         pyro.sample("mu", dist.Normal(0.8 * x.mean(-1), 0.4))
         pyro.sample("tau", dist.Gamma(x.new_tensor(4.0), 1.5))
 
 
-def test_a_users_own_function_style_pair_with_grid():
+def test_function_pair_is_compared_with_a_grid():
     x = 0.5 * seeded(4, 6)
-    report = pv.compare(exact.Grid(two_sites), two_sites_guide, x, num_particles=5000)
+    report = pv.compare(exact.Grid(two_site_model), two_site_guide, x, num_particles=5000)
     assert (report.gap > 4 * report.gap_se).all()
     split = report.split
     assert split.approximation.mean() < report.gap.mean()
     error = torch.hypot(split.approximation_se, torch.hypot(split.amortization_se, report.gap_se))
     assert ((split.approximation + split.amortization - report.gap).abs() < 4.5 * error).all()
     report.plot(2)
-    # the ELBO is that of evaluate, at other draws
-    elbo = pv.evaluate(two_sites, two_sites_guide, x, num_particles=3000).elbo
+    # evaluate estimates the same ELBO from other draws
+    elbo = pv.evaluate(two_site_model, two_site_guide, x, num_particles=3000).elbo
     assert (elbo - report.elbo).abs().max() < 0.2
 
 
-def test_guides_are_ranked_and_drawn(tmp_path):
+def test_compare_guides_ranks_by_gap_and_plots(tmp_path):
     x = FA.sample(8)
     ranking = pv.compare_guides(
         FA, {"narrow": diagonal(0, 0.3), "exact": guide_of(FA.posterior), "best": diagonal()}, x
@@ -168,7 +167,7 @@ def test_guides_are_ranked_and_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["NormalNormal", "MixturePrior", "factor analysis"])
-def test_pictures_in_one_two_and_three_dimensions(name):
+def test_plot_in_one_two_and_three_dimensions(name):
     model = MODELS[name]
     figure = pv.compare(
         model, guide_of(model.posterior), model.sample(5), split=False, num_particles=500
@@ -177,9 +176,9 @@ def test_pictures_in_one_two_and_three_dimensions(name):
     assert all(ax.collections or ax.lines for ax in figure.axes)
 
 
-def test_the_identity_holds_at_any_z_and_the_correction_changes_sign():
+def test_pointwise_identity_is_exact_at_any_z_and_the_correction_changes_sign():
     x, guide = FA.sample(5), diagonal(0.2, 0.8)
-    z = 2 * seeded(50, 5, 3)  # anywhere
+    z = 2 * seeded(50, 5, 3)
     identity = pointwise_identity(FA, guide, x, z=z)
     torch.testing.assert_close(identity.log_evidence, FA.log_evidence(x).expand(50, 5), rtol=0, atol=1e-8)
     torch.testing.assert_close(identity.log_weight + identity.correction, identity.log_evidence)
@@ -192,7 +191,7 @@ def test_the_identity_holds_at_any_z_and_the_correction_changes_sign():
     assert ((correction.mean(0) - kl).abs() < 4.5 * error).all()
 
 
-def test_free_energy_is_the_evidence_and_the_divergence():
+def test_free_energy_is_divergence_minus_log_evidence():
     x, guide = FA.sample(5), diagonal(0.2, 0.8)
     energy = pv.free_energy(FA, guide, x, num_particles=20_000)
     kl = pv.compare(FA, guide, x, split=False).gap
@@ -200,16 +199,16 @@ def test_free_energy_is_the_evidence_and_the_divergence():
     s = 0.8 * FA.mean_field(x).base_dist.scale.expand(5, 3)
     torch.testing.assert_close(energy.entropy, (s.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1))
     torch.testing.assert_close(energy.bits_per_dimension, energy.free_energy / (6 * math.log(2)))
-    exactly = pv.free_energy(FA, guide_of(FA.posterior), x)
-    assert ((exactly.free_energy + FA.log_evidence(x)).abs() < 4.5 * exactly.free_energy_se + 1e-9).all()
-    # without an analytic entropy it is estimated on the same draws
+    energy = pv.free_energy(FA, guide_of(FA.posterior), x)
+    assert ((energy.free_energy + FA.log_evidence(x)).abs() < 4.5 * energy.free_energy_se + 1e-9).all()
+    # an entropy without closed form is estimated from the same draws
     mixture = MODELS["MixturePrior"]
     y = mixture.sample(4)
     drawn = pv.free_energy(mixture, guide_of(mixture.posterior), y)
     torch.testing.assert_close(drawn.free_energy, -mixture.log_evidence(y), rtol=0, atol=1e-8)
 
 
-def test_wasserstein():
+def test_wasserstein_is_its_closed_form():
     a, b = (
         torch.distributions.MultivariateNormal(seeded(4, 3, seed=i), oracles.covariance(3, i))
         for i in range(2)
@@ -219,33 +218,29 @@ def test_wasserstein():
     cross = torch.linalg.eigvalsh(root @ b.covariance_matrix[0] @ root).sqrt().sum()
     square = (a.loc - b.loc).square().sum(-1) + a_half.eigenvalues.sum() + b_cov.eigenvalues.sum() - 2 * cross
     torch.testing.assert_close(wasserstein(a, b) ** 2, square)
-    one = [
+    univariate = [
         torch.distributions.MultivariateNormal(torch.tensor([m]), torch.tensor([[s**2]]))
         for m, s in ((1.0, 2.0), (4.0, 0.5))
     ]
-    assert wasserstein(*one).item() == pytest.approx(math.sqrt(9 + 2.25), rel=1e-6)
+    assert wasserstein(*univariate).item() == pytest.approx(math.sqrt(9 + 2.25), rel=1e-6)
 
 
-def test_nothing_is_moved():
-    state = torch.get_rng_state()
-    pv.compare(FA, diagonal(), FA.sample(3), num_particles=100)
-    torch.set_rng_state(state)
+def test_compare_is_deterministic_and_leaves_the_random_state_unchanged():
     x = FA.sample(3)
     state = torch.get_rng_state()
-    one, two = (pv.compare(FA, diagonal(), x, num_particles=100) for _ in range(2))
-    assert torch.equal(one.coverage, two.coverage)
-    assert torch.equal(one.split.amortization, two.split.amortization)
-    posterior_state = torch.get_rng_state()
-    assert torch.equal(state, posterior_state)
+    first, second = (pv.compare(FA, diagonal(), x, num_particles=100) for _ in range(2))
+    assert torch.equal(first.coverage, second.coverage)
+    assert torch.equal(first.split.amortization, second.split.amortization)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
-def auxiliary(x):
+def auxiliary_guide(x):
     with pyro.plate("data", len(x)):
         u = pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
         pyro.sample("z", dist.Normal(u.unsqueeze(-1).double().expand(*u.shape, 3), 0.5).to_event(1))
 
 
-def test_arrays_are_data_too():
+def test_compare_takes_numpy_arrays():
     x = FA.sample(3)
     torch.set_default_dtype(torch.double)
     try:
@@ -265,17 +260,17 @@ def discrete_guide(x):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: pv.compare(two_sites, two_sites_guide, torch.zeros(3, 6)), "knows no posterior"),
+        (lambda: pv.compare(two_site_model, two_site_guide, torch.zeros(3, 6)), "has no posterior"),
         (lambda: pv.compare(MODELS["FiniteMixture"], discrete_guide, torch.zeros(3, 2).double()), "discrete"),
         (lambda: pv.compare(FA, lambda x: None, FA.sample(3)), "no site 'z'"),
         (lambda: pv.split_gap(FA, lambda x: None, FA.sample(3)), "no site 'z'"),
-        (lambda: pv.compare_guides(FA, {}, FA.sample(3)), "no guides"),
-        (lambda: pv.compare(FA, auxiliary, FA.sample(3)), "'u' is not in the model"),
-        (lambda: pv.free_energy(FA, auxiliary, FA.sample(3)), "'u' is not in the model"),
+        (lambda: pv.compare_guides(FA, {}, FA.sample(3)), "got no guides"),
+        (lambda: pv.compare(FA, auxiliary_guide, FA.sample(3)), "'u' is not in the model"),
+        (lambda: pv.free_energy(FA, auxiliary_guide, FA.sample(3)), "'u' is not in the model"),
         (lambda: pv.compare(FA, diagonal(), FA.sample(3), num_particles=1), "≥ 2"),
         (lambda: pv.compare(FA, diagonal(), torch.zeros(3, 5)), r"expected x of shape \(batch, 6\)"),
     ],
 )
-def test_bad_input(call, message):
+def test_invalid_input_raises(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,4 +1,4 @@
-"""split_gap: the cost of the family and of the encoder, where both are known."""
+"""split_gap of guides with known approximation and amortization gaps."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ import pyro_vae as pv
 from pyro_vae import conditionals, exact, flows, nets
 from pyro_vae.data.batches import Batch
 from pyro_vae.diagnostics.families import as_gaussian
-from pyro_vae.diagnostics.gap import _keep_better, _Pair, _search
+from pyro_vae.diagnostics.gap import _optimize, _PerDatumPair, _restore_worse
 from tests.support import oracles
 from tests.support.oracles import guide_of, seeded
 
@@ -25,8 +25,8 @@ diagonal = partial(oracles.diagonal, FA)
 @pytest.mark.parametrize(
     "name", ["factor analysis", "BayesianLinearRegression", "Funnel", "Banana", "LinearGaussianStateSpace"]
 )
-def test_the_search_reaches_the_closed_form(name):
-    """A diagonal Gaussian far from its best, optimized per datum, ends within 1e-3 nats of the formula."""
+def test_optimized_family_reaches_the_closed_form(name):
+    """A diagonal Gaussian optimized per datum is within 1e-3 nats of the closed form."""
     model = MODELS[name]
     x = model.sample(3)
 
@@ -35,13 +35,13 @@ def test_the_search_reaches_the_closed_form(name):
             1
         )
 
-    pair = _Pair(model, guide_of(q), Batch((x,), {}))
-    best, _ = _search(pair, 1e-3, 5000)
-    best = poutine.trace(pair.freed(best)).get_trace(x).nodes["z"]["fn"]
+    pair = _PerDatumPair(model, guide_of(q), Batch((x,), {}))
+    best, _ = _optimize(pair, 1e-3, 5000)
+    best = poutine.trace(pair.shifted_guide(best)).get_trace(x).nodes["z"]["fn"]
     if name in ("Funnel", "Banana"):
         formula = model.mean_field_gap(x)
         z = best.base_dist.loc + best.base_dist.scale * seeded(200_000, 1, *model.latent_shape)
-        # the same noise at the optimum in closed form is a control variate: only the difference is estimated
+        # the closed-form optimum at the same noise is a control variate
         optimum = model.mean_field(x).base_dist
         z_optimum = optimum.loc + optimum.scale * seeded(200_000, 1, *model.latent_shape)
         terms = best.log_prob(z) - model.prior().log_prob(z)
@@ -57,8 +57,8 @@ def test_the_search_reaches_the_closed_form(name):
 SHIFT = 0.3
 
 
-def test_between_gaussians_the_split_is_in_closed_form():
-    """The family's cost is that of the formula, and the shift is amortization: ½ δᵀΛδ."""
+def test_split_between_gaussians_is_in_closed_form():
+    """A mean shifted by δ from the mean-field optimum has an amortization gap of ½ δᵀΛδ."""
     x = FA.sample(8)
     split = pv.split_gap(FA, diagonal(SHIFT), x)
     torch.testing.assert_close(split.approximation, FA.mean_field_gap(x), rtol=0, atol=1e-9)
@@ -73,14 +73,14 @@ def test_between_gaussians_the_split_is_in_closed_form():
 
 
 @pytest.mark.parametrize("name", ["Funnel", "Banana", "GammaPoisson", "LinearGaussianStateSpace"])
-def test_the_closed_forms_that_models_know(name):
-    """The best of the family has no amortization gap, and the search agrees."""
+def test_closed_form_of_exact_models_equals_the_optimized_split(name):
+    """The optimum of the family has no amortization gap, and the optimization reaches the same ELBO."""
     model = MODELS[name]
     x = model.sample(4)
     kind, best = (
         (dist.LogNormal, model.log_normal) if name == "GammaPoisson" else (dist.Normal, model.mean_field)
     )
-    if name == "LinearGaussianStateSpace":  # what it calls mean field is independent over time only
+    if name == "LinearGaussianStateSpace":  # its mean_field is independent over time only
 
         def best(x):
             return dist.Normal(model._mean(x), model.precision.diagonal() ** -0.5).to_event(1)
@@ -89,26 +89,29 @@ def test_the_closed_forms_that_models_know(name):
         q = best(x).base_dist
         return kind(q.loc + 0.2, q.scale * 0.7).to_event(1)
 
-    exactly = pv.split_gap(model, guide_of(best), x, num_particles=10_000)
-    assert exactly.steps == 0
-    assert (exactly.amortization.abs() < 4.5 * exactly.amortization_se + 1e-9).all()
-    known = pv.split_gap(model, guide_of(shifted), x, num_particles=10_000)
-    pair = _Pair(model, guide_of(shifted), Batch((x,), {}))
-    searched, _ = _search(pair, 1e-3, 5000)
+    optimal = pv.split_gap(model, guide_of(best), x, num_particles=10_000)
+    assert optimal.steps == 0
+    assert (optimal.amortization.abs() < 4.5 * optimal.amortization_se + 1e-9).all()
+    suboptimal = pv.split_gap(model, guide_of(shifted), x, num_particles=10_000)
+    pair = _PerDatumPair(model, guide_of(shifted), Batch((x,), {}))
+    optimized, _ = _optimize(pair, 1e-3, 5000)
     with torch.no_grad():
-        draws = pair.elbo(searched, 10_000)
+        draws = pair.elbo(optimized, 10_000)
     error = draws.std(0) / 100
-    assert ((model.log_evidence(x) - draws.mean(0) - known.approximation).abs() < 4.5 * error + 1e-3).all()
-    torch.testing.assert_close(known.approximation, exactly.approximation)
-    assert (known.amortization > 4 * known.amortization_se).all()
+    assert (
+        (model.log_evidence(x) - draws.mean(0) - suboptimal.approximation).abs() < 4.5 * error + 1e-3
+    ).all()
+    torch.testing.assert_close(suboptimal.approximation, optimal.approximation)
+    assert (suboptimal.amortization > 4 * suboptimal.amortization_se).all()
 
 
 def encoder(kind, **options):
     return pv.Guide(kind(nets.MLP(6, (8,)), event_shape=3, **options)).double()
 
 
-def test_a_family_that_is_held_back_is_searched():
-    """A fixed scale, or a floor above the best one, is part of the family: KL(q‖p) at S fixed is its cost."""
+def test_family_with_restricted_scale_is_optimized():
+    """A fixed scale, or a ``min_scale`` above the optimal scale, belongs to the family. With a fixed
+    covariance S the approximation gap is KL(q‖p) at the optimal mean."""
     x = FA.sample(4)
     scale = torch.tensor([0.5, 0.9, 0.7], dtype=torch.double)
     s = torch.diag(scale**2)
@@ -123,7 +126,7 @@ def test_a_family_that_is_held_back_is_searched():
     assert (floored.approximation > FA.mean_field_gap(x) + 0.1).all()
 
 
-def test_without_a_known_evidence_only_the_amortization_is_told():
+def test_approximation_is_nan_without_log_evidence():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", FA.prior())
@@ -148,7 +151,7 @@ def test_without_a_known_evidence_only_the_amortization_is_told():
     ],
     ids=["Laplace", "StudentT", "MultivariateNormal", "LowRank"],
 )
-def test_every_family_that_is_known_by_its_parameters_improves(q):
+def test_optimization_of_every_supported_family_reduces_the_gap(q):
     x = FA.sample(4)
     split = pv.split_gap(FA, guide_of(q), x)
     assert (split.amortization > 4 * split.amortization_se).all()
@@ -156,8 +159,8 @@ def test_every_family_that_is_known_by_its_parameters_improves(q):
         assert (split.approximation.abs() < 4.5 * split.approximation_se + 2e-3).all()
 
 
-class Wider(torch.nn.Module):
-    """A guide with an encoder of ours, read another way: it draws from shifted data."""
+class ShiftedInputGuide(torch.nn.Module):
+    """A guide whose encoder reads transformed data."""
 
     def __init__(self):
         super().__init__()
@@ -169,8 +172,8 @@ class Wider(torch.nn.Module):
             pyro.sample("z", self.encoder(0.2 * x - 1))
 
 
-def test_the_split_is_of_what_the_guide_draws_from():
-    report = pv.compare(FA, Wider(), FA.sample(5), num_particles=4000)
+def test_split_of_a_guide_that_transforms_the_input_of_its_encoder():
+    report = pv.compare(FA, ShiftedInputGuide(), FA.sample(5), num_particles=4000)
     split = report.split
     error = torch.hypot(split.approximation_se, torch.hypot(split.amortization_se, report.gap_se))
     assert ((split.approximation + split.amortization - report.gap).abs() < 4.5 * error + 1e-9).all()
@@ -184,7 +187,7 @@ def chain(x):
 
 
 def chain_guide(loc=0.0, scale=1.0):
-    """The exact posterior of the chain, what it says of b shifted, and of a | b stretched."""
+    """The exact posterior of the chain, with the mean of b shifted and the scale of a | b multiplied."""
 
     def guide(x):
         with pyro.plate("data", len(x)):
@@ -194,9 +197,9 @@ def chain_guide(loc=0.0, scale=1.0):
     return guide
 
 
-def test_sites_that_depend_on_each_other_go_on_doing_so():
-    """With them the family holds the exact posterior: all of the gap is amortization, the sum of the two
-    divergences."""
+def test_split_keeps_the_dependence_between_sites():
+    """The family contains the exact posterior, so the gap is amortization: the sum of the divergences of
+    the two sites."""
     x = seeded(3)
     report = pv.compare(exact.Grid(chain), chain_guide(), x, num_particles=500)
     assert report.gap.abs().max() < 1e-5
@@ -208,33 +211,33 @@ def test_sites_that_depend_on_each_other_go_on_doing_so():
     assert (split.approximation.abs() < 4.5 * split.approximation_se + 1e-3).all()
 
 
-def test_a_location_that_is_held_back_is_searched():
-    """A mean that must be positive, where the best is negative: the closed form would be another family's."""
+def test_family_with_restricted_location_is_optimized():
+    """The location is positive but the optimum is negative, so the closed form does not apply."""
     x = FA.sample(4)
-    held = pv.split_gap(
+    restricted = pv.split_gap(
         FA, encoder(conditionals.Normal, loc_constraint=constraints.positive), x, max_steps=1000
     )
-    assert held.steps > 0
-    assert (held.approximation > FA.mean_field_gap(x) + 4.5 * held.approximation_se)[
+    assert restricted.steps > 0
+    assert (restricted.approximation > FA.mean_field_gap(x) + 4.5 * restricted.approximation_se)[
         (FA.mean_field(x).mean < -0.1).any(-1)
     ].all()
 
 
-def test_what_the_guide_adds_to_its_encoder_stays():
-    """The scale is the guide's own, not the encoder's: only locations are free, whatever its value."""
+def test_scale_of_the_guide_outside_of_its_encoder_is_unchanged():
+    """The guide sets its scale itself, so the split optimizes the location only."""
     x, network = FA.sample(4), conditionals.Normal(nets.MLP(6, (8,)), event_shape=3, scale=0.5).double()
 
     def splits(factor):
         guide = guide_of(lambda x: dist.Normal(network(x).base_dist.loc, 0.5 * factor).to_event(1))
         return pv.split_gap(FA, guide, x, max_steps=1000)
 
-    one, close = splits(1.0), splits(1.01)
-    assert one.steps > 0
-    error = torch.hypot(one.approximation_se, close.approximation_se)
-    assert ((one.approximation - close.approximation).abs() < 4.5 * error + 0.02).all()
+    unscaled, scaled = splits(1.0), splits(1.01)
+    assert unscaled.steps > 0
+    error = torch.hypot(unscaled.approximation_se, scaled.approximation_se)
+    assert ((unscaled.approximation - scaled.approximation).abs() < 4.5 * error + 0.02).all()
 
 
-def test_arguments_by_keyword_and_more_of_them():
+def test_split_of_pairs_with_keyword_and_several_arguments():
     x, guide = FA.sample(4), encoder(conditionals.Normal, scale=0.5)
     for model in (FA, lambda x: FA(x)):
         by_position, by_name = (pv.split_gap(model, guide, data, max_steps=100) for data in (x, {"x": x}))
@@ -242,8 +245,8 @@ def test_arguments_by_keyword_and_more_of_them():
     diagonal_gap = pv.split_gap(FA, encoder(conditionals.Normal), {"x": x})
     assert diagonal_gap.steps == 0
 
-    class Conditioned(exact.LinearGaussian):
-        """A user's own: the bias comes with the datum."""
+    class ConditionalLinearGaussian(exact.LinearGaussian):
+        """A user-defined model with a bias for each datum."""
 
         def forward(self, x, c):
             return super().forward(x - c)
@@ -256,7 +259,7 @@ def test_arguments_by_keyword_and_more_of_them():
 
         best = exact.ExactModel.best
 
-    model = Conditioned(FA.weight, noise_scale=FA.noise_scale)
+    model = ConditionalLinearGaussian(FA.weight, noise_scale=FA.noise_scale)
 
     def guide_of_two(x, c):
         with pyro.plate("data", len(x)):
@@ -268,8 +271,8 @@ def test_arguments_by_keyword_and_more_of_them():
     assert (split.amortization > 0).all()
 
 
-def test_a_data_plate_further_left():
-    class Rows(exact.LinearGaussian):
+def test_split_with_a_data_plate_at_dim_minus_2():
+    class DataPlateAtMinus2(exact.LinearGaussian):
         def forward(self, x):
             with pyro.plate("data", len(x), dim=-2):
                 z = pyro.sample("z", self.prior())
@@ -279,31 +282,30 @@ def test_a_data_plate_further_left():
         with pyro.plate("data", len(x), dim=-2):
             pyro.sample("z", dist.Normal(x[:, None, :3], 0.5).to_event(1))
 
-    x, model = FA.sample(4), Rows(FA.weight, noise_scale=FA.noise_scale, bias=FA.bias)
+    x, model = FA.sample(4), DataPlateAtMinus2(FA.weight, noise_scale=FA.noise_scale, bias=FA.bias)
     split = pv.split_gap(model, guide, x)
     torch.testing.assert_close(split.approximation, FA.mean_field_gap(x), rtol=0, atol=1e-9)
-    searched = pv.split_gap(lambda x: model(x), guide, x, log_evidence=FA.log_evidence(x))
-    assert searched.steps > 0
+    optimized = pv.split_gap(lambda x: model(x), guide, x, log_evidence=FA.log_evidence(x))
+    assert optimized.steps > 0
     assert (
-        (searched.approximation - split.approximation).abs() < 4.5 * searched.approximation_se + 1e-3
+        (optimized.approximation - split.approximation).abs() < 4.5 * optimized.approximation_se + 1e-3
     ).all()
 
 
-def test_a_mask_or_a_factor_in_the_guide_has_no_closed_form():
+def test_guide_with_a_mask_has_no_closed_form():
     x = FA.sample(4)
 
-    def halved(x):
+    def masked_guide(x):
         with poutine.mask(mask=False):
             diagonal()(x)
 
-    report = pv.compare(FA, halved, x, num_particles=500, split=False, check=False)
-    assert (report.gap_se > 0).all()  # drawn
-    assert pv.split_gap(FA, halved, x, max_steps=100, check=False).steps > 0
+    report = pv.compare(FA, masked_guide, x, num_particles=500, split=False, check=False)
+    assert (report.gap_se > 0).all()
+    assert pv.split_gap(FA, masked_guide, x, max_steps=100, check=False).steps > 0
 
 
-def test_a_search_that_ends_below_its_start_goes_back():
-    """Between two far modes: the guide sits in the heavier one, and a step size of 0.05 cannot leave it; one
-    that starts right keeps what it has."""
+def test_data_whose_elbo_decreased_are_reset():
+    """Shifts away from the mode of the posterior are reset to zero; shifts toward it are unchanged."""
     prior = exact.MixturePrior(
         torch.tensor([0.9, 0.1]).double(),
         torch.tensor([[-3.0], [3.0]]).double(),
@@ -313,36 +315,38 @@ def test_a_search_that_ends_below_its_start_goes_back():
     )
     x = torch.zeros(3, 1, dtype=torch.double)
     at_mode = guide_of(lambda x: dist.Normal(x - 3, 0.1).to_event(1))
-    pair = _Pair(prior, at_mode, Batch((x,), {}))
-    worse = {name: {k: v + 1.0 for k, v in own.items()} for name, own in pair.start.items()}
-    kept = {name: dict(own) for name, own in worse.items()}
-    _keep_better(pair, kept)
-    assert all(torch.equal(kept[name][k], v) for name, own in pair.start.items() for k, v in own.items())
-    off = _Pair(prior, guide_of(lambda x: dist.Normal(x - 2, 1.0).to_event(1)), Batch((x,), {}))
+    pair = _PerDatumPair(prior, at_mode, Batch((x,), {}))
+    worse = {name: {k: v + 1.0 for k, v in tensors.items()} for name, tensors in pair.start.items()}
+    shifts = {name: dict(tensors) for name, tensors in worse.items()}
+    _restore_worse(pair, shifts)
+    assert all(
+        torch.equal(shifts[name][k], v) for name, tensors in pair.start.items() for k, v in tensors.items()
+    )
+    far_pair = _PerDatumPair(prior, guide_of(lambda x: dist.Normal(x - 2, 1.0).to_event(1)), Batch((x,), {}))
     moved = {"z": {"loc": torch.full((3, 1), -1.0).double(), "scale": torch.full((3, 1), -2.3).double()}}
-    kept = {name: dict(own) for name, own in moved.items()}
-    _keep_better(off, kept)
-    assert all(torch.equal(kept["z"][k], v) for k, v in moved["z"].items())
+    shifts = {name: dict(tensors) for name, tensors in moved.items()}
+    _restore_worse(far_pair, shifts)
+    assert all(torch.equal(shifts["z"][k], v) for k, v in moved["z"].items())
 
 
-def test_a_search_cut_short_says_so(caplog):
+def test_optimization_that_still_improves_logs_a_warning(caplog):
     pv.split_gap(lambda x: FA(x), diagonal(2.0), FA.sample(2), max_steps=100, num_particles=100)
-    assert "still gains after 100 steps" in caplog.text
+    assert "the ELBO still improves after 100 steps" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"num_particles": 1}, "num_particles ≥ 2"),
-        ({"log_evidence": torch.zeros(5)}, r"expected \(3,\), one number a datum"),
+        ({"log_evidence": torch.zeros(5)}, r"expected \(3,\), one number per datum"),
     ],
 )
-def test_bad_input(options, message):
+def test_invalid_input_raises(options, message):
     with pytest.raises(ValueError, match=message):
         pv.split_gap(FA, diagonal(), FA.sample(3), **options)
 
 
-def test_a_flow_is_split_by_its_readouts():
+def test_split_of_a_flow_optimizes_its_readouts():
     model = oracles.make_models()["factor analysis"].float()
     x = model.sample(4)
     guide = pv.Guide(flows.AffineAutoregressive(nets.MLP(6, (8,)), event_shape=3))
