@@ -83,7 +83,7 @@ def plot_ladder(rungs: Mapping[str, Sequence[Evidence]], ax: Axes | None = None)
 def plot_pareto_k(k: Tensor, ax: Axes | None = None) -> Axes:
     """Histogram of Pareto k̂ over data, with the thresholds 0.5 and 0.7."""
     ax = ax or plt.subplots(figsize=(6, 3.6), layout="constrained")[1]
-    finite = k[k.isfinite()].numpy()
+    finite = k[k.isfinite()].cpu().numpy()
     ax.hist(finite, bins=40, color="C0")
     for threshold, colour in ((0.5, "C2"), (0.7, "C3")):
         ax.axvline(threshold, color=colour, linestyle="--", label=f"{threshold}")
@@ -148,7 +148,7 @@ def _tiled(images: Tensor, columns: int, *, gap: int = 0) -> np.ndarray:
     tiles = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)
     sheet = tiles.reshape(tiles.shape[0] * tiles.shape[1], -1, tiles.shape[4])
     sheet = sheet[: len(sheet) - gap, : sheet.shape[1] - gap]
-    return sheet.squeeze(-1).numpy()
+    return sheet.squeeze(-1).cpu().numpy()
 
 
 def plot_reconstructions(x: Tensor, reconstructions: Tensor, *, columns: int = 10) -> Figure:

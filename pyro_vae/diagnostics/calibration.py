@@ -101,7 +101,7 @@ class Calibration:
         expected, spread = n / _BINS, 2.58 * math.sqrt(n / _BINS * (1 - 1 / _BINS))
         for ax, name, ranks in zip(axes.flat, self.statistics, self.ranks.unbind(1), strict=False):
             ax.axhspan(expected - spread, expected + spread, color="0.85")
-            ax.hist(ranks.numpy(), bins=np.linspace(-0.5, self.num_draws + 0.5, _BINS + 1), color="C0")
+            ax.hist(ranks.cpu().numpy(), bins=np.linspace(-0.5, self.num_draws + 0.5, _BINS + 1), color="C0")
             ax.set(title=name, xlabel="rank", yticks=[])
         for ax in list(axes.flat)[len(self.statistics) :]:
             ax.set_axis_off()

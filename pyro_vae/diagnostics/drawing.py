@@ -71,9 +71,9 @@ def _draw_row(axes: list[Axes], exact_model: Any, guides: Mapping[str, Program],
         except (KeyError, NotImplementedError):  # a transform without an inverse, such as a planar flow
             return _draw_scatter(axes, z, draws)
     for i, ax in enumerate(axes):
-        at = grid[:, i].double().numpy()
+        at = grid[:, i].double().cpu().numpy()
         for j, (name, log_density) in enumerate(densities.items()):
-            density = log_density[:, i].double().exp().numpy()
+            density = log_density[:, i].double().exp().cpu().numpy()
             colour = "0.75" if j == 0 else f"C{j - 1}"
             if latents.dim == 1:
                 draw = ax.fill_between if j == 0 else ax.plot
@@ -97,7 +97,7 @@ def _draw_scatter(axes: list[Axes], exact: Tensor, guides: Mapping[str, Tensor])
     """Scatter plot of draws in the first two dimensions; in one dimension, of the empirical CDF."""
     for i, ax in enumerate(axes):
         for j, (name, draws) in enumerate([("exact", exact), *guides.items()]):
-            at = draws[:800, i].double().numpy()
+            at = draws[:800, i].double().cpu().numpy()
             first, second = (
                 (at[:, 0], at[:, 1]) if at.shape[1] > 1 else (np.sort(at[:, 0]), np.linspace(0, 1, len(at)))
             )

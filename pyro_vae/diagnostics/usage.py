@@ -65,7 +65,7 @@ class LatentUsage:
             f"{math.log(n):.2f}) + KL of the aggregate posterior {self.marginal_kl:.2f}"
         )
         if dim > 1:
-            off_diagonal = (self.correlation - torch.eye(dim)).abs()
+            off_diagonal = (self.correlation - torch.eye(dim, device=self.correlation.device)).abs()
             lines.append(f"largest correlation of the aggregate posterior {off_diagonal.max():.2f}")
         return "\n".join(lines)
 
