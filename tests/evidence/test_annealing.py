@@ -176,7 +176,7 @@ def test_bidirectional_monte_carlo_takes_pairs_that_are_there():
         with pytest.raises(ValueError, match=message):
             evidence.reverse_ais(TOY, Simulated(x, latents), annealing=annealing)
     with pytest.raises(
-        ValueError, match=r"reverse_ais: expected data with the latents that made them.*but got Tensor"
+        ValueError, match=r"reverse_ais: expected simulated data with their latents.*but got Tensor"
     ):
         evidence.reverse_ais(TOY, x, annealing=annealing)
 
@@ -242,7 +242,7 @@ def test_appendix_d():
     for found in (by_exact_draws, by_hmc):
         assert (found.log_evidence - truth).abs().max() < 0.1
     wide = exact.LinearGaussian(seeded(8, 5), noise_scale=1.0)
-    with pytest.raises(ValueError, match="the model has 5 latent dimensions a datum; expected 4 or fewer"):
+    with pytest.raises(ValueError, match="the model has 5 latent dimensions per datum; expected at most 4"):
         evidence.reciprocal_importance(wide, wide.sample(3))
 
 
@@ -264,9 +264,9 @@ def test_chunks_and_resumption(tmp_path, monkeypatch):
         evidence.ais(TOY, x, resume=file, **options)
     found = evidence.ais(TOY, x, resume=file, **options)
     assert torch.equal(found.log_evidence, whole.log_evidence)
-    with pytest.raises(ValueError, match="is of another run"):
+    with pytest.raises(ValueError, match="belongs to another run"):
         evidence.ais(TOY, x, resume=file, **options | {"annealing": Annealing(16, num_chains=2)})
-    with pytest.raises(ValueError, match=rf"{file.name} is of another run.*max_bytes"):  # other chunks
+    with pytest.raises(ValueError, match=rf"{file.name} belongs to another run.*max_bytes"):  # other chunks
         evidence.ais(TOY, x, resume=file, **options | {"max_bytes": 40_000})
 
 
@@ -307,7 +307,7 @@ def test_supports():
             z = pyro.sample("z", dist.Uniform(torch.zeros_like(top), top))
             pyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
-    with pytest.raises(ValueError, match="the support of 'z' is another for each datum"):
+    with pytest.raises(ValueError, match="the support of 'z' depends on the datum"):
         evidence.ais(moving, (x, x + 2))
 
 

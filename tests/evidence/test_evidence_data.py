@@ -128,7 +128,7 @@ def test_data_are_one_argument():
     with pytest.raises(ValueError, match="expected tensors or arrays of shape"):
         evidence.simulate(model, ())
     with pytest.raises(
-        ValueError, match=r"importance_upper: expected data with the latents that made them.*got tuple"
+        ValueError, match=r"importance_upper: expected simulated data with their latents.*got tuple"
     ):
         evidence.importance_upper(model, guide, (X, SHIFT))
 
