@@ -149,8 +149,8 @@ def importance_upper(
     expectation, since E 1/ŵ = 1/p(x). Arguments as for :func:`importance`.
 
     :param simulated: the result of :func:`~pyro_vae.evidence.simulate`.
-    :raises ValueError: in the cases of :func:`~pyro_vae.log_weights`, and if the guide has no density at given
-        latents.
+    :raises ValueError: in the cases of :func:`~pyro_vae.log_weights`, and for a guide without a density at
+        given latents.
     """
     check_particles("importance_upper", num_particles)
     check_simulated("importance_upper", simulated)

@@ -151,7 +151,7 @@ def weigh(
     pair = inspect_checked(model, guide, batch, verb=verb, check=check, per_datum=not joint, joint=joint)
     if not pair.has_density:
         logger.warning(
-            "%s: the guide has points (Delta), which have no density; the log-weights are log p(x, z) at these "
+            "%s: the guide has points (Delta), which have no density; the log-weights are log p(x, z) at the "
             "points and give no bound",
             verb,
         )
@@ -161,7 +161,7 @@ def weigh(
 class Weigher:
     """Computes the log-weights of a pair by chunks of the data, in evaluation mode and without gradients.
 
-    :param pair: a structure with ``particles``. If ``pair.joint``, all data are one datum with one log-weight.
+    :param pair: a structure with ``particles``. If it is joint, all data are one datum with one log-weight.
     :param max_bytes: memory of the tensors that one run allocates.
     """
 
@@ -231,12 +231,12 @@ class Weigher:
             values = weights[:, index]
             raise ValueError(
                 f"log-weights: got {float(values[~values.isfinite()][0])} for {datum}"
-                f"{self._nonfinite_site(rows)}; expected finite log-probabilities: check this part of the data "
-                "and the parameters of the pair"
+                f"{self._nonfinite_site(rows)}; expected finite log-probabilities: check these data and the "
+                "parameters of the pair"
             )
 
     def _nonfinite_site(self, rows: slice) -> str:
-        """For an error: the first site whose log-probability is not finite in a run on these rows, or ``""``."""
+        """For an error: the first site with a log-probability that is not finite, else ``""``."""
         batch = self.batch.rows(rows)
         with untouched(seed=0):
             traces = run_pair(self.pair.model, self.pair.guide, *batch.args, **batch.kwargs)
@@ -263,13 +263,13 @@ class Weigher:
         if self.pair.enumerates or self.pair.points or self.pair.has_auxiliary:
             raise ValueError(
                 "guide: its density at given latents is not known, since the pair has sites that are summed "
-                "out, points (Delta), or auxiliary sites, as autoguides do; expected a guide with a pyro.sample "
-                "statement for each latent"
+                "out, points (Delta), or auxiliary sites, as autoguides do; expected pyro.sample of a "
+                "distribution for each latent"
             )
         return log_weight(run_particles(self.pair, batch, None, values), self.plates).expand(batch.num_rows)
 
     def _run(self, batch: Batch, num_particles: int | None = None) -> tuple[Tensor, ...]:
-        """Log-weights and draws of one run of the pair, in a plate of ``num_particles`` particles if given."""
+        """Log-weights and draws of one run, in a plate of ``num_particles`` particles if given."""
         p, q = run_particles(self.pair, batch, num_particles)
         if self.pair.enumerates:
             weights = sum_out([(q, proposal, -1), (p, sampled, 1)], self.plates | {PARTICLES})
