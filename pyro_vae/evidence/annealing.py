@@ -82,7 +82,7 @@ class Annealing:
     def betas(self) -> Tensor:
         """β₀ = 0 ≤ … ≤ β_K = 1 in double precision, ``(K + 1,)``.
 
-        ``"sigmoid"`` has radius 4. For ``"fitted"`` this is the sigmoid schedule of its pilot run.
+        ``"sigmoid"`` has radius 4. For ``"fitted"``, the sigmoid schedule, at which step sizes are tuned.
         """
         if isinstance(self.schedule, Tensor):
             return self.schedule.double()

@@ -133,8 +133,8 @@ def joint_log_weights(
             model, guide, batch, verb="joint_log_weights", check=check, max_bytes=max_bytes, joint=True
         )
         (rows,) = weigher.chunks(num_particles)
-        weights, draws = weigher.with_draws(rows, num_particles)
-    return JointLogWeights(weights[:, 0], draws)
+        log_w, draws = weigher.with_draws(rows, num_particles)
+    return JointLogWeights(log_w[:, 0], draws)
 
 
 def weigh(
@@ -194,8 +194,8 @@ class Weigher:
     def with_draws(self, rows: slice, num_particles: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The log-weights of a joint pair, and the draws by site, ``(num_particles, *shape)``."""
         self.latents = Latents(self.pair)
-        weights, *draws = self._compute(rows, num_particles)
-        return weights, dict(zip(self.sites, draws, strict=True))
+        log_w, *draws = self._compute(rows, num_particles)
+        return log_w, dict(zip(self.sites, draws, strict=True))
 
     def _compute(self, rows: slice, num_particles: int) -> tuple[Tensor, ...]:
         """The log-weights of a chunk of the data, and the draws by site if they are returned."""
@@ -206,9 +206,9 @@ class Weigher:
         if num_calls:
             run = self._graphed(part, calls=num_calls * self.chunk_counts[rows.stop - rows.start])
             runs += [tuple(run(*part.leaves())) for _ in range(num_calls)]
-        weights, *draws = map(torch.cat, zip(*runs, strict=True))
-        self._check_finite(weights, rows)
-        return weights, *draws
+        log_w, *draws = map(torch.cat, zip(*runs, strict=True))
+        self._check_finite(log_w, rows)
+        return log_w, *draws
 
     def _graphed(self, part: Batch, calls: int) -> Callable[..., Sequence[Tensor]]:
         """The log-weights of ``particles_per_run`` particles as a function of the tensors of a chunk, by a
@@ -223,12 +223,12 @@ class Weigher:
             self.graphs[key].prepare(part.leaves(), calls=calls)
         return self.graphs[key]
 
-    def _check_finite(self, weights: Tensor, rows: slice) -> None:
-        invalid = (weights.isnan() | (weights == torch.inf)).any(0) | (weights == -torch.inf).all(0)
+    def _check_finite(self, log_w: Tensor, rows: slice) -> None:
+        invalid = (log_w.isnan() | (log_w == torch.inf)).any(0) | (log_w == -torch.inf).all(0)
         if invalid.any():
             index = int(invalid.nonzero()[0])
             datum = "all data" if self.pair.joint else f"row {rows.start + index}"
-            values = weights[:, index]
+            values = log_w[:, index]
             raise ValueError(
                 f"log-weights: got {float(values[~values.isfinite()][0])} for {datum}"
                 f"{self._nonfinite_site(rows)}; expected finite log-probabilities: check these data and the "
@@ -272,23 +272,23 @@ class Weigher:
         """Log-weights and draws of one run, in a plate of ``num_particles`` particles if given."""
         p, q = run_particles(self.pair, batch, num_particles)
         if self.pair.enumerates:
-            weights = sum_out([(q, proposal, -1), (p, sampled, 1)], self.plates | {PARTICLES})
+            log_w = sum_out([(q, proposal, -1), (p, sampled, 1)], self.plates | {PARTICLES})
         else:
-            weights = log_weight(
+            log_w = log_weight(
                 (p, q), self.plates, particle_dim=None if num_particles is None else -1 - self.nesting
             )
         if self.pair.joint:
-            weights = weights.unsqueeze(-1)
+            log_w = log_w.unsqueeze(-1)
         shape = num_particles or 1, 1 if self.pair.joint else batch.num_rows
         if self.latents is None:
-            return (weights.expand(shape),)
+            return (log_w.expand(shape),)
         max_plates, values, draws = self.nesting + (num_particles is not None), values_of(q), {}
         for name, site in self.latents.sites.items():
             # leave out draws with further dimensions: of enumerated sites of the guide, or without a plate
             if name in values and values[name].dim() <= max_plates + len(site.event):
                 draws[name] = self.latents.part(name, values[name], shape[0], 1)[:, 0]
         self.sites = list(draws)
-        return weights.expand(shape), *draws.values()
+        return log_w.expand(shape), *draws.values()
 
     def _chunk_sizes(self, num_particles: int) -> tuple[int, int]:
         """Rows per chunk of the data, and particles per run."""

@@ -77,14 +77,14 @@ class AdaptiveHMC(HMC):
 def weights_of_short_runs(transition, n=10_000):
     """p̂(x) / p(x) of n independent runs on the same datum."""
     x = torch.tensor([[2.5, 2.0]]).double().expand(n, -1)
-    found = evidence.ais(
+    result = evidence.ais(
         PLAIN,
         x,
         annealing=Annealing(num_temperatures=20, num_chains=1, schedule="uniform", transition=transition),
         max_bytes=2**40,
         seed=5,
     )
-    return (found.log_evidence - PLAIN.log_evidence(x[:1])).exp()
+    return (result.log_evidence - PLAIN.log_evidence(x[:1])).exp()
 
 
 def standard_errors_from_one(weights):
@@ -123,13 +123,13 @@ def test_ais_is_unbiased_for_every_schedule_and_base(annealing, use_guide):
                 pyro.sample("z", dist.Normal(TOY.posterior(x).mean, 0.7).to_event(1))
 
     x = TOY.sample(1).expand(400, -1)
-    found = evidence.ais(TOY, x, start=guide, annealing=annealing)
-    excess = found.log_evidence - TOY.log_evidence(x[:1])
+    result = evidence.ais(TOY, x, start=guide, annealing=annealing)
+    excess = result.log_evidence - TOY.log_evidence(x[:1])
     assert standard_errors_from_one(excess.exp()) < 4
     assert excess.mean() < 4 * excess.std() / 20
-    assert found.bound == "lower"
+    assert result.bound == "lower"
     if annealing.num_temperatures > 3:
-        assert 0.5 < found.acceptance.mean() < 0.8  # the target is 0.65
+        assert 0.5 < result.acceptance.mean() < 0.8  # the target is 0.65
 
 
 @pytest.mark.slow
@@ -137,25 +137,27 @@ def test_ais_with_many_temperatures_is_close_to_log_evidence():
     """`python -m benchmarks.evidence toys` runs the same model with more temperatures."""
     toy = exact.LinearGaussian(0.3 * seeded(100, 10), noise_scale=1.0)
     x = toy.sample(40)
-    found = evidence.ais(toy, x, annealing=Annealing(num_temperatures=200, num_chains=16))
-    assert abs((found.log_evidence - toy.log_evidence(x)).mean()) < 0.25
+    result = evidence.ais(toy, x, annealing=Annealing(num_temperatures=200, num_chains=16))
+    assert abs((result.log_evidence - toy.log_evidence(x)).mean()) < 0.25
 
 
 def test_smc_is_unbiased_and_its_standard_error_is_accurate():
     x = TOY.sample(1).expand(400, -1)
-    found = evidence.smc(TOY, x, annealing=Annealing(num_temperatures=8, num_chains=20), threshold=0.7)
-    excess = found.log_evidence - TOY.log_evidence(x[:1])
+    result = evidence.smc(TOY, x, annealing=Annealing(num_temperatures=8, num_chains=20), threshold=0.7)
+    excess = result.log_evidence - TOY.log_evidence(x[:1])
     assert standard_errors_from_one(excess.exp()) < 4
-    assert found.log_evidence_se.square().mean().sqrt().item() == pytest.approx(excess.std().item(), rel=0.25)
+    assert result.log_evidence_se.square().mean().sqrt().item() == pytest.approx(
+        excess.std().item(), rel=0.25
+    )
 
 
 def test_bdmc_bounds_log_evidence_from_both_sides():
-    found = evidence.bdmc(TOY, TOY.sample(60), annealing=Annealing(num_temperatures=30, num_chains=4))
+    result = evidence.bdmc(TOY, TOY.sample(60), annealing=Annealing(num_temperatures=30, num_chains=4))
     truth = TOY.log_evidence(*evidence.simulate(TOY, TOY.sample(60)).data)
-    assert found.lower.mean < found.upper.mean
-    assert (found.lower.log_evidence - truth).mean() < 0.1
-    assert (found.upper.log_evidence - truth).mean() > -0.1
-    assert "data simulated from the model" in str(found)
+    assert result.lower.mean < result.upper.mean
+    assert (result.lower.log_evidence - truth).mean() < 0.1
+    assert (result.upper.log_evidence - truth).mean() > -0.1
+    assert "data simulated from the model" in str(result)
 
 
 def test_bdmc_on_given_pairs_equals_bdmc_on_simulated_data():
@@ -165,8 +167,8 @@ def test_bdmc_on_given_pairs_equals_bdmc_on_simulated_data():
     annealing = Annealing(4, num_chains=2)
     expected = evidence.bdmc(TOY, TOY.sample(30), annealing=annealing)
     for given in (x, (x,), {"x": x}):
-        found = evidence.bdmc(TOY, Simulated(given, {"z": z}), annealing=annealing)
-        torch.testing.assert_close(found.gap, expected.gap, rtol=0, atol=0)
+        result = evidence.bdmc(TOY, Simulated(given, {"z": z}), annealing=annealing)
+        torch.testing.assert_close(result.gap, expected.gap, rtol=0, atol=0)
     for latents, message in (
         ({"u": z}, r"no latent 'z', which the model samples; got \['u'\]"),
         ({"z": z[:1]}, r"'z' of shape \(30, 2\) but got \(1, 2\)"),
@@ -192,20 +194,20 @@ class CountingHMC(HMC):
 
 
 def test_pilot_run_costs_no_more_than_the_weighted_run():
-    """At 100 temperatures and 4 chains. Acceptance and bias equal those with a full pilot run."""
+    """At 100 temperatures and 4 chains. Acceptance and bias agree with those of a full pilot run."""
     x = TOY.sample(100)
-    truth, found = TOY.log_evidence(x), {}
+    truth, results = TOY.log_evidence(x), {}
     for name, transition in (("limited", CountingHMC()), ("full", CountingHMC())):
         CountingHMC.moves = 0
         if name == "full":
             object.__setattr__(transition, "limited", lambda num_moves, t=transition: t)
-        found[name] = evidence.ais(
+        results[name] = evidence.ais(
             TOY, x, annealing=Annealing(num_temperatures=100, num_chains=4, transition=transition)
         )
         if name == "limited":
             assert CountingHMC.moves < 2.05 * 99 * 4
-        assert 0.55 < found[name].acceptance.mean() < 0.8
-    errors = [truth - estimate.log_evidence for estimate in found.values()]
+        assert 0.55 < results[name].acceptance.mean() < 0.8
+    errors = [truth - estimate.log_evidence for estimate in results.values()]
     assert abs(errors[0].mean() - errors[1].mean()) < 4 * ((errors[0].var() + errors[1].var()) / 100).sqrt()
 
 
@@ -214,8 +216,8 @@ def test_ais_is_close_to_log_evidence_for_constrained_and_enumerated_latents():
     """A Gamma–Poisson model, and a mixture whose label is summed out."""
     poisson = exact.GammaPoisson(4, concentration=2.5, rate=0.8)
     x = poisson.sample(60)
-    found = evidence.ais(poisson, x, annealing=Annealing(num_temperatures=40))
-    assert abs((found.log_evidence - poisson.log_evidence(x)).mean()) < 0.05
+    result = evidence.ais(poisson, x, annealing=Annealing(num_temperatures=40))
+    assert abs((result.log_evidence - poisson.log_evidence(x)).mean()) < 0.05
     weights, locs = torch.tensor([0.3, 0.7]).double(), torch.tensor([-2.0, 1.0]).double()
 
     def model(x):
@@ -227,8 +229,8 @@ def test_ais_is_close_to_log_evidence_for_constrained_and_enumerated_latents():
     x = torch.linspace(-4, 4, 60).double()
     truth = torch.logsumexp(dist.Normal(locs, 1.25**0.5).log_prob(x.unsqueeze(1)) + weights.log(), 1)
     for program in (model, config_enumerate(model)):
-        found = evidence.ais(program, x, annealing=Annealing(num_temperatures=40))
-        assert abs((found.log_evidence - truth).mean()) < 0.05
+        result = evidence.ais(program, x, annealing=Annealing(num_temperatures=40))
+        assert abs((result.log_evidence - truth).mean()) < 0.05
     sandwich = evidence.bdmc(model, x, annealing=Annealing(num_temperatures=20))
     assert -0.1 < sandwich.gap.mean() < 0.3
 
@@ -239,8 +241,8 @@ def test_reciprocal_importance_is_close_to_log_evidence():
     by_exact_draws = evidence.reciprocal_importance(TOY, x)
     by_hmc = evidence.reciprocal_importance(lambda x: TOY(x), x)
     assert (by_exact_draws.bound, by_hmc.bound) == ("upper", "none")
-    for found in (by_exact_draws, by_hmc):
-        assert (found.log_evidence - truth).abs().max() < 0.1
+    for result in (by_exact_draws, by_hmc):
+        assert (result.log_evidence - truth).abs().max() < 0.1
     wide = exact.LinearGaussian(seeded(8, 5), noise_scale=1.0)
     with pytest.raises(ValueError, match="the model has 5 latent dimensions per datum; expected at most 4"):
         evidence.reciprocal_importance(wide, wide.sample(3))
@@ -262,8 +264,8 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, monkeypatch):
     monkeypatch.setattr(HMC, "move", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evidence.ais(TOY, x, resume=file, **options)
-    found = evidence.ais(TOY, x, resume=file, **options)
-    assert torch.equal(found.log_evidence, expected.log_evidence)
+    result = evidence.ais(TOY, x, resume=file, **options)
+    assert torch.equal(result.log_evidence, expected.log_evidence)
     with pytest.raises(ValueError, match="belongs to another run"):
         evidence.ais(TOY, x, resume=file, **options | {"annealing": Annealing(16, num_chains=2)})
     with pytest.raises(ValueError, match=rf"{file.name} belongs to another run.*max_bytes"):  # other chunks
@@ -298,8 +300,8 @@ def test_bounded_latents_have_the_exact_evidence_and_bounds_that_depend_on_data_
     x = torch.linspace(-1, 2, 30).double()
     normal = torch.distributions.Normal(0.0, 1.0)
     truth = ((normal.cdf((2 - x) / 0.5) - normal.cdf((-1 - x) / 0.5)) / 3).log()
-    found = evidence.ais(model, x, annealing=Annealing(num_temperatures=40))
-    assert abs((found.log_evidence - truth).mean()) < 0.05
+    result = evidence.ais(model, x, annealing=Annealing(num_temperatures=40))
+    assert abs((result.log_evidence - truth).mean()) < 0.05
 
     def varying(x, top):
         with pyro.plate("data", len(x)):
@@ -318,10 +320,10 @@ def test_proposals_outside_the_support_are_rejected():
             z = pyro.sample("z", dist.Dirichlet(torch.full((5,), 0.1)))
             pyro.sample("x", dist.Categorical(z), obs=x)
 
-    found = evidence.ais(
+    result = evidence.ais(
         model, torch.tensor([0, 1, 2, 4]), annealing=Annealing(num_temperatures=60, num_chains=64)
     )
-    assert ((found.log_evidence - math.log(1 / 5)).abs() < 5 * found.log_evidence_se + 0.05).all()
+    assert ((result.log_evidence - math.log(1 / 5)).abs() < 5 * result.log_evidence_se + 0.05).all()
 
 
 def test_tensor_schedule_sets_the_number_of_temperatures():
@@ -329,9 +331,9 @@ def test_tensor_schedule_sets_the_number_of_temperatures():
     annealing = Annealing(schedule=betas)
     assert annealing.num_temperatures == 3
     assert torch.equal(annealing.betas, betas.double())
-    found = evidence.ais(TOY, TOY.sample(2), annealing=Annealing(num_chains=2, schedule=betas))
-    assert found.cost == 3 * 2 * HMC().cost
-    assert "3 temperatures, 2 chains" in found.method
+    result = evidence.ais(TOY, TOY.sample(2), annealing=Annealing(num_chains=2, schedule=betas))
+    assert result.cost == 3 * 2 * HMC().cost
+    assert "3 temperatures, 2 chains" in result.method
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every function of ``evidence`` accepts data in every form that ``fit`` accepts, with the same result."""
+"""Functions of log-weights and evidence accept every form of data that ``fit`` accepts."""
 
 import inspect
 
@@ -60,7 +60,7 @@ def test_all_public_functions_are_tested():
 @every_verb
 def test_result_does_not_depend_on_the_form_of_the_data(verb):
     rows = TensorDataset(X, SHIFT)
-    found = VERBS[verb]((X, SHIFT))
+    expected = VERBS[verb]((X, SHIFT))
     for data in (
         (X.numpy(), SHIFT.numpy()),
         {"x": X, "shift": SHIFT},
@@ -70,7 +70,7 @@ def test_result_does_not_depend_on_the_form_of_the_data(verb):
         DataLoader(rows, batch_size=5),
         DataLoader(rows, batch_size=5, shuffle=True),  # shuffling is ignored
     ):
-        torch.testing.assert_close(VERBS[verb](data), found, rtol=0, atol=0)
+        torch.testing.assert_close(VERBS[verb](data), expected, rtol=0, atol=0)
 
 
 def test_tensor_is_passed_as_the_only_argument():
@@ -131,8 +131,8 @@ def test_data_in_an_invalid_form_raise():
 
 
 def test_standard_error_of_the_gap_combines_both_bounds():
-    found = evidence.bdmc(model, (X, SHIFT), annealing=ANNEALING)
-    square = found.lower.log_evidence_se**2 + found.upper.log_evidence_se**2
-    torch.testing.assert_close(found.gap_se, square.sqrt())
-    assert found.mean_se == pytest.approx(found.gap.std().item() / N**0.5)
-    assert f"gap {found.mean:.3f} ± {found.mean_se:.3f}" in str(found)
+    result = evidence.bdmc(model, (X, SHIFT), annealing=ANNEALING)
+    square = result.lower.log_evidence_se**2 + result.upper.log_evidence_se**2
+    torch.testing.assert_close(result.gap_se, square.sqrt())
+    assert result.mean_se == pytest.approx(result.gap.std().item() / N**0.5)
+    assert f"gap {result.mean:.3f} ± {result.mean_se:.3f}" in str(result)

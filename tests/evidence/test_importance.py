@@ -40,15 +40,15 @@ def test_lower_bounds_do_not_exceed_log_evidence(k):
     toy = exact.LinearGaussian(0.3 * seeded(100, k), noise_scale=1.0)
     x = toy.sample(50)
     truth, guide = toy.log_evidence(x), Gaussian(toy, 0.8 * toy.precision)
-    for found in (
+    for result in (
         evidence.prior_monte_carlo(toy, x, num_particles=500),
         evidence.importance(toy, guide, x, num_particles=500),
         evidence.importance(toy, guide, x, num_particles=1),
     ):
-        excess = found.log_evidence - truth
-        assert found.bound == "lower"
+        excess = result.log_evidence - truth
+        assert result.bound == "lower"
         assert excess.mean() < 3 * excess.std() / 50**0.5
-        assert found.mean - truth.mean().item() < found.margin()
+        assert result.mean - truth.mean().item() < result.margin()
 
 
 @pytest.mark.parametrize("num_particles", [16, 64])
@@ -66,11 +66,11 @@ def test_bias_is_minus_chi_square_over_two_k(num_particles):
 def test_lower_bound_satisfies_markovs_inequality():
     guide = Gaussian(TOY, 1.5 * TOY.precision)
     x = TOY.sample(1).expand(10_000, -1)
-    found = evidence.importance(TOY, guide, x, num_particles=3).log_evidence - TOY.log_evidence(x[:1])
+    excess = evidence.importance(TOY, guide, x, num_particles=3).log_evidence - TOY.log_evidence(x[:1])
     for b in (0.1, 0.5, 1.0, 2.0):
-        frequency, bound = (found > b).double().mean().item(), math.exp(-b)
+        frequency, bound = (excess > b).double().mean().item(), math.exp(-b)
         assert frequency <= bound + 4 * (bound / 10_000) ** 0.5
-    assert (found > 0.1).any()
+    assert (excess > 0.1).any()
 
 
 def test_inverse_of_the_upper_bound_is_unbiased():
@@ -89,8 +89,8 @@ def test_inverse_of_the_upper_bound_is_unbiased():
 
 def test_simulated_latents_are_independent_of_draws_at_the_same_seed():
     data = evidence.simulate(TOY, TOY.sample(6000))
-    found = evidence.prior_monte_carlo(TOY, data.data, num_particles=3, max_bytes=2**40)
-    weight = (found.log_evidence - TOY.log_evidence(*data.data)).exp()
+    result = evidence.prior_monte_carlo(TOY, data.data, num_particles=3, max_bytes=2**40)
+    weight = (result.log_evidence - TOY.log_evidence(*data.data)).exp()
     assert abs(weight.mean() - 1) < 5 * weight.std() / 6000**0.5
 
 
@@ -99,9 +99,9 @@ def test_delta_guide_gives_no_bound():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Delta(x[:, :2], event_dim=1))
 
-    found = evidence.importance(TOY, point, TOY.sample(5), num_particles=4)
-    assert found.bound == "none"
-    assert found.margin() == math.inf
+    result = evidence.importance(TOY, point, TOY.sample(5), num_particles=4)
+    assert result.bound == "none"
+    assert result.margin() == math.inf
     with pytest.raises(ValueError, match="its density at given latents is not known"):
         evidence.importance_upper(TOY, point, evidence.simulate(TOY, TOY.sample(5)))
 
@@ -112,9 +112,9 @@ def test_prior_monte_carlo_is_importance_sampling_from_the_prior():
             pyro.sample("z", TOY.prior())
 
     x = TOY.sample(8)
-    found, expected = evidence.prior_monte_carlo(TOY, x), evidence.importance(TOY, prior, x)
-    torch.testing.assert_close(found.log_evidence, expected.log_evidence)
-    assert found.ess.median() < 200
+    result, expected = evidence.prior_monte_carlo(TOY, x), evidence.importance(TOY, prior, x)
+    torch.testing.assert_close(result.log_evidence, expected.log_evidence)
+    assert result.ess.median() < 200
 
 
 def test_simulate_draws_from_the_joint_distribution_and_invalid_models_raise():
@@ -159,9 +159,9 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         evidence.importance(TOY, guide, x, resume=file, **options)
     first = len(calls)
-    found = evidence.importance(TOY, guide, x, resume=file, **options)
-    assert torch.equal(found.log_evidence, expected.log_evidence)
-    assert torch.equal(found.pareto_k, expected.pareto_k)
+    result = evidence.importance(TOY, guide, x, resume=file, **options)
+    assert torch.equal(result.log_evidence, expected.log_evidence)
+    assert torch.equal(result.pareto_k, expected.pareto_k)
     # the fingerprint runs on the first chunk again; no other finished chunk is computed again
     resumed = {rows.start for rows in calls[first:]} - {0}
     assert resumed.isdisjoint(rows.start for rows in calls[1 : first - 1])
@@ -178,18 +178,18 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, monkeypatch):
 
 def test_printed_result_states_the_bound_and_its_margin():
     x = TOY.sample(50)
-    found = evidence.importance(TOY, Gaussian(TOY, TOY.precision), x, num_particles=100)
-    assert found.margin(1e-6) == pytest.approx(math.log(1e6) / 50)
-    assert found.noise == pytest.approx(0, abs=1e-6)
+    result = evidence.importance(TOY, Gaussian(TOY, TOY.precision), x, num_particles=100)
+    assert result.margin(1e-6) == pytest.approx(math.log(1e6) / 50)
+    assert result.noise == pytest.approx(0, abs=1e-6)
     for text in (
         "log p(x) ≥",
         "50 data",
         "lower bound: above the true mean by more than 0.28 nats",
         "100.0 of 100",
     ):
-        assert text in str(found)
+        assert text in str(result)
     with pytest.raises(ValueError, match="probability between 0 and 1"):
-        found.margin(0.0)
+        result.margin(0.0)
 
 
 def test_noise_of_the_upper_bound_is_the_standard_deviation_over_seeds():
@@ -197,20 +197,20 @@ def test_noise_of_the_upper_bound_is_the_standard_deviation_over_seeds():
     guide = Gaussian(TOY, 3.0 * TOY.precision)
     data = evidence.simulate(TOY, TOY.sample(60))
     seeds = [evidence.importance_upper(TOY, guide, data, num_particles=40, seed=seed) for seed in range(30)]
-    expected = torch.stack([found.log_evidence for found in seeds]).var(0).sum().sqrt().item() / 60
-    noise = sum(found.noise for found in seeds) / 30
+    expected = torch.stack([result.log_evidence for result in seeds]).var(0).sum().sqrt().item() / 60
+    noise = sum(result.noise for result in seeds) / 30
     assert 1 / 1.25 < noise / expected < 1.25
 
 
 def test_standard_error_of_the_elbo_is_that_of_a_mean():
     x = TOY.sample(5)
-    found = evidence.elbo(TOY, Gaussian(TOY, 2 * TOY.precision), x, num_particles=50)
+    result = evidence.elbo(TOY, Gaussian(TOY, 2 * TOY.precision), x, num_particles=50)
     w = log_weights(TOY, Gaussian(TOY, 2 * TOY.precision), x, num_particles=50)
-    torch.testing.assert_close(found.log_evidence_se, w.std(0) / 50**0.5)
+    torch.testing.assert_close(result.log_evidence_se, w.std(0) / 50**0.5)
 
 
 def test_noise_of_a_single_draw_is_printed_as_unknown():
     x = TOY.sample(3)
-    found = evidence.importance(TOY, Gaussian(TOY, TOY.precision / 2), x, num_particles=1)
-    assert not found.is_reliable
-    assert "Monte Carlo error unknown" in str(found)
+    result = evidence.importance(TOY, Gaussian(TOY, TOY.precision / 2), x, num_particles=1)
+    assert not result.is_reliable
+    assert "Monte Carlo error unknown" in str(result)
