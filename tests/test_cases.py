@@ -1018,7 +1018,7 @@ def test_a_prior_without_support_is_named_by_ais():
             z = pyro.sample("z", NoSupport(x.new_zeros(()), 1.0, validate_args=False))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    with pytest.raises(ValueError, match="NoSupport of 'z' tells no support"):
+    with pytest.raises(ValueError, match="NoSupport of 'z' does not define its support"):
         evidence.ais(model, torch.randn(4), annealing=evidence.Annealing(num_temperatures=3, num_chains=2))
 
 

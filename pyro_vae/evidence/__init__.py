@@ -1,4 +1,4 @@
-"""How good is the model? Bounds of log p(x) in nats per datum, for any pair."""
+"""Estimators and stochastic bounds of the log evidence log p(x), in nats per datum, for any pair."""
 
 from pyro_vae.evidence.annealing import Annealing, ais, bdmc, reverse_ais
 from pyro_vae.evidence.hmc import HMC, Transition

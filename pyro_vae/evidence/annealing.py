@@ -1,5 +1,4 @@
-"""Annealed importance sampling, forward and backward: bounds of log p(x) by chains that walk from a base to
-the posterior."""
+"""Annealed importance sampling, forward and reverse, and bidirectional Monte Carlo: bounds of log p(x)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,21 +24,22 @@ from pyro_vae.pairs.traces import Program
 
 Schedule = Literal["uniform", "sigmoid", "fitted"] | Tensor
 Walk = Callable[[Path, Tensor, Transition, tqdm], dict[str, Tensor]]
-MAX_BYTES = 2**28  # of the tensors that one evaluation makes
+MAX_BYTES = 2**28  # memory of the tensors that one evaluation allocates
 
 
 @dataclass(frozen=True)
 class Annealing:
-    """How chains walk along f_β = base^{1−β} p(x, z)^β from β₀ = 0 to β_K = 1: options of :func:`ais`,
-    :func:`reverse_ais`,
-    :func:`bdmc`, :func:`~pyro_vae.evidence.smc` and :func:`~pyro_vae.evidence.reciprocal_importance`.
+    """Options of annealed chains: they target f_β = base^{1−β} p(x, z)^β at β₀ = 0 ≤ … ≤ β_K = 1 in turn.
 
-    :param num_temperatures: K; bounds tighten with it. A schedule that is a tensor has its own.
-    :param num_chains: chains for each datum, averaged over; the particles of ``smc``.
-    :param schedule: ``"fitted"`` (a pilot run makes neighbours equally far from each other), ``"sigmoid"``
-        (finer at both ends, as is common), ``"uniform"``, or β₀ = 0 ≤ … ≤ β_K = 1, ``(K + 1,)``.
-    :param transition: a Markov move, :class:`HMC` by default.
-    :raises ValueError: for a number below 1, another schedule, or a transition that is no
+    Used by :func:`ais`, :func:`reverse_ais`, :func:`bdmc`, :func:`~pyro_vae.evidence.smc` and
+    :func:`~pyro_vae.evidence.reciprocal_importance`.
+
+    :param num_temperatures: K. A larger K tightens the bounds. A ``schedule`` of shape ``(K + 1,)`` sets it.
+    :param num_chains: chains per datum, whose weights are averaged; for ``smc`` the number of particles.
+    :param schedule: ``"fitted"`` (a pilot run spaces the temperatures at equal KL divergence), ``"sigmoid"``
+        (finer at both ends), ``"uniform"``, or a tensor β₀ = 0 ≤ … ≤ β_K = 1 of shape ``(K + 1,)``.
+    :param transition: a Markov transition that leaves f_β invariant, by default :class:`HMC`.
+    :raises ValueError: for a count below 1, an invalid schedule, or a transition that is not a
         :class:`Transition`.
 
     >>> Annealing(num_temperatures=4, schedule="uniform").betas
@@ -62,8 +62,8 @@ class Annealing:
                 or not (betas.diff() >= 0).all()
             ):
                 raise ValueError(
-                    "schedule: expected β from 0 to 1, rising, of shape (K + 1,), but got a tensor of shape "
-                    f"{tuple(betas.shape)}"
+                    "schedule: expected β from 0 to 1, nondecreasing, of shape (K + 1,), but got a tensor of "
+                    f"shape {tuple(betas.shape)}"
                 )
             object.__setattr__(self, "num_temperatures", len(betas) - 1)
         elif not isinstance(self.schedule, str) or self.schedule not in ("uniform", "sigmoid", "fitted"):
@@ -80,8 +80,10 @@ class Annealing:
 
     @property
     def betas(self) -> Tensor:
-        """β₀ = 0 < … < β_K = 1, ``(K + 1,)`` in double precision. ``"fitted"`` starts from the sigmoid of
-        radius 4."""
+        """β₀ = 0 ≤ … ≤ β_K = 1 in double precision, ``(K + 1,)``.
+
+        ``"sigmoid"`` has radius 4. For ``"fitted"``, the sigmoid schedule, at which step sizes are tuned.
+        """
         if isinstance(self.schedule, Tensor):
             return self.schedule.double()
         t = torch.linspace(0, 1, self.num_temperatures + 1, dtype=torch.double)
@@ -109,30 +111,30 @@ def ais(
     progress: bool | None = None,
     resume: FilePath | str | None = None,
 ) -> Evidence:
-    """Annealed importance sampling (Neal 2001): a lower bound of log p(x) per datum, for any model.
+    """Annealed importance sampling (Neal 2001): a lower bound of log p(x) per datum, in nats, for any model.
 
-    Chains start at the prior, or at a guide, and walk along f_β = base^{1−β} p(x, z)^β; each of K
-    temperatures adds (β_k − β_{k−1}) log [p(x, z) / base(z)] to a chain's log-weight, then moves the chain. E
-    ŵ = p(x) holds since schedule and step sizes are fixed before the weighted run, which has fresh random
-    numbers, and moves are Metropolis-corrected.
+    Chains start at draws from the base, which is the prior or a guide, and target f_β = base^{1−β} p(x, z)^β.
+    Each of the K temperatures adds (β_k − β_{k−1}) log [p(x, z) / base(z)] to the log-weight of a chain, then
+    applies the transition. E ŵ = p(x), because a pilot run fixes the schedule and the step sizes before the
+    weighted run, the weighted run draws independent random numbers, and transitions are Metropolis-corrected.
 
-    :param data: the arguments of the model, ``(batch, *event)``, as :func:`~pyro_vae.log_weights` takes them.
-    :param start: a guide to start from; ``None`` for the prior.
-    :param annealing: temperatures, chains, schedule and moves.
-    :param max_bytes: of the tensors that one evaluation makes; data are taken in chunks of that size.
-    :param check: ``False`` runs a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
-    :param joint: all data together as one datum, for models with latents that all data share: log p(x₁…x_N),
-        ``(1,)``.
-    :param progress: a bar on stderr; by default only where that is a terminal.
-    :param resume: a file that keeps finished chunks of the data, from which an interrupted run goes on.
-    :raises ValueError: for latents in no data plate unless ``joint``, discrete latents that cannot be summed
-    out.
+    :param data: the arguments of the model, ``(batch, *event)``, in any form that
+        :func:`~pyro_vae.log_weights` accepts.
+    :param start: a guide as the base; ``None`` for the prior.
+    :param annealing: temperatures, chains, schedule and transition.
+    :param max_bytes: memory of the tensors that one evaluation allocates; it sets the size of data chunks.
+    :param check: ``False`` runs a pair that :func:`~pyro_vae.check_pair` rejects.
+    :param joint: treat all data as one datum, for models with global latents: log p(x₁…x_N), ``(1,)``.
+    :param progress: show a progress bar on stderr; by default only if stderr is a terminal.
+    :param resume: a file that stores finished chunks of the data; an interrupted run resumes from it.
+    :raises ValueError: for latents outside the data plate unless ``joint``, discrete latents that cannot be
+        summed out, or a ``resume`` file of another run.
     """
 
-    def forward(path: Path, betas: Tensor, move: Transition, bar: tqdm) -> dict[str, Tensor]:
-        return _forward(path, betas, move, annealing.num_chains, bar)
+    def forward(path: Path, betas: Tensor, transition: Transition, bar: tqdm) -> dict[str, Tensor]:
+        return _forward(path, betas, transition, annealing.num_chains, bar)
 
-    found = run_chains(
+    estimates = run_chains(
         model,
         read_whole(data, seed=seed),
         forward,
@@ -146,7 +148,7 @@ def ais(
         name="AIS",
         joint=joint,
     )
-    return _evidence("AIS", "lower", found, annealing, start, joint=joint)
+    return _evidence("AIS", "lower", estimates, annealing, start, joint=joint)
 
 
 def reverse_ais(
@@ -161,24 +163,25 @@ def reverse_ais(
     progress: bool | None = None,
     resume: FilePath | str | None = None,
 ) -> Evidence:
-    """:func:`ais` backwards from the latents that made the data: an upper bound of log p(x), on simulated
-    data alone.
+    """Reverse AIS (Grosse et al. 2015): an upper bound of log p(x) per datum, in nats, for simulated data.
 
-    E 1/ŵ = 1/p(x), log ŵ = −log mean exp(−log ŵ_chain) (Grosse et al. 2015). Arguments as for :func:`ais`.
+    Chains start at the latents z* of the simulated data, which are exact posterior draws, and run from the
+    posterior to the base. E 1/ŵ = 1/p(x), with log ŵ = −log mean exp(−log ŵ_chain). Arguments as for
+    :func:`ais`.
 
-    :param simulated: from :func:`~pyro_vae.evidence.simulate`.
+    :param simulated: the result of :func:`~pyro_vae.evidence.simulate`.
     """
 
-    def backward(path: Path, betas: Tensor, move: Transition, bar: tqdm) -> dict[str, Tensor]:
-        return _backward(path, exact[path.rows], betas, move, annealing.num_chains, bar)
+    def backward(path: Path, betas: Tensor, transition: Transition, bar: tqdm) -> dict[str, Tensor]:
+        return _backward(path, exact_draws[path.rows], betas, transition, annealing.num_chains, bar)
 
     check_simulated("reverse_ais", simulated)
     batch = simulated.batch
     with untouched(training=False), torch.no_grad():
-        whole = Path(model, start, batch, verb="reverse_ais", check=check)
-        batch = whole.batch
-        exact = whole.unconstrained(simulated.flat(whole.latents, batch.num_rows).unsqueeze(0))[0]
-    found = run_chains(
+        path = Path(model, start, batch, verb="reverse_ais", check=check)
+        batch = path.batch
+        exact_draws = path.unconstrained(simulated.flat(path.latents, batch.num_rows).unsqueeze(0))[0]
+    estimates = run_chains(
         model,
         batch,
         backward,
@@ -191,7 +194,7 @@ def reverse_ais(
         resume=resume,
         name="reverse AIS",
     )
-    return _evidence("reverse AIS", "upper", found, annealing, start)
+    return _evidence("reverse AIS", "upper", estimates, annealing, start)
 
 
 def bdmc(
@@ -205,15 +208,14 @@ def bdmc(
     check: bool = True,
     progress: bool | None = None,
 ) -> Sandwich:
-    """Bidirectional Monte Carlo (Grosse et al. 2015): log p(x) of data simulated from the model between AIS
-    below and reverse AIS above. The gap is an upper bound, in expectation, of the error of either.
+    """Bidirectional Monte Carlo (Grosse et al. 2015): AIS and reverse AIS on data simulated from the model.
 
-    Arguments as for :func:`ais`.
+    AIS is the lower bound of log p(x), reverse AIS the upper bound. In expectation, their gap is an upper
+    bound of the error of each. Arguments as for :func:`ais`.
 
-    :param data: of the shape and number to simulate, see :func:`~pyro_vae.evidence.simulate`; or pairs (x,
-        z*) that are there, ``evidence.Simulated(x, {"z": z})``. Bounds hold for exact draws of the model
-        alone.
-    :raises ValueError: for latents of other names or shapes than the model's.
+    :param data: data to simulate from, see :func:`~pyro_vae.evidence.simulate`; or given pairs (x, z*) as
+        ``evidence.Simulated(x, {"z": z})``. The bounds hold only for exact draws from the model.
+    :raises ValueError: for latents whose names or shapes differ from those of the model.
     """
     simulated = data if isinstance(data, Simulated) else simulate(model, data, seed=seed, check=check)
     lower = ais(
@@ -239,26 +241,26 @@ def bdmc(
     return Sandwich(lower, upper)
 
 
-def _fitted(path: Path, move: Transition, num_temperatures: int, num_moves: int) -> Tensor:
-    """β whose neighbours are equally far: the KL between them is ½ dβ² Var_β[log joint − log base], whose
-    mean over data is taken from a pilot run of about ``num_moves`` moves of a chain."""
+def _fit_schedule(path: Path, transition: Transition, num_temperatures: int, num_moves: int) -> Tensor:
+    """A schedule with equal KL divergence between neighbours, ``(num_temperatures + 1,)``.
+
+    The divergence is ½ dβ² Var_β[log joint − log base]. A pilot run of about ``num_moves`` moves estimates
+    its mean over data.
+    """
     num_chains = 8 if num_moves >= 8 * 50 else 4
     coarse = Annealing(min(num_temperatures, 50, max(10, num_moves // num_chains)), schedule="sigmoid").betas
-    point, spread = path.draw(num_chains), []
+    point, variances = path.draw(num_chains), []
     for beta in coarse:
-        point, _ = move.move(path, point, beta.to(point.u))
-        spread.append(point.log_ratio.var(0).mean())
-    speed = torch.stack(spread).double().cpu().sqrt().nan_to_num(nan=0.0, posinf=0.0)
-    speed = (
-        torch.stack([speed[max(0, i - 2) : i + 3].mean() for i in range(len(speed))])
-        + 1e-3 * speed.max()
-        + 1e-12
-    )
+        point, _ = transition.move(path, point, beta.to(point.u))
+        variances.append(point.log_ratio.var(0).mean())
+    speed = torch.stack(variances).double().cpu().sqrt().nan_to_num(nan=0.0, posinf=0.0)
+    smoothed = torch.stack([speed[max(0, i - 2) : i + 3].mean() for i in range(len(speed))])
+    speed = smoothed + 1e-3 * speed.max() + 1e-12
     length = torch.cat([torch.zeros(1).double(), (0.5 * (speed[1:] + speed[:-1]) * coarse.diff()).cumsum(0)])
-    wanted = torch.linspace(0, 1, num_temperatures + 1, dtype=torch.double) * length[-1]
-    right = torch.searchsorted(length, wanted).clamp(1, len(length) - 1)
-    share = (wanted - length[right - 1]) / (length[right] - length[right - 1])
-    betas = coarse[right - 1] + share * (coarse[right] - coarse[right - 1])
+    targets = torch.linspace(0, 1, num_temperatures + 1, dtype=torch.double) * length[-1]
+    right = torch.searchsorted(length, targets).clamp(1, len(length) - 1)
+    fraction = (targets - length[right - 1]) / (length[right] - length[right - 1])
+    betas = coarse[right - 1] + fraction * (coarse[right] - coarse[right - 1])
     betas[0], betas[-1] = 0.0, 1.0
     return betas
 
@@ -266,36 +268,38 @@ def _fitted(path: Path, move: Transition, num_temperatures: int, num_moves: int)
 def _forward(
     path: Path, betas: Tensor, transition: Transition, num_chains: int, bar: tqdm
 ) -> dict[str, Tensor]:
+    """Estimates of chains from the base to the posterior."""
     point = path.draw(num_chains)
-    weights, rates = torch.zeros_like(point.log_base, dtype=torch.double), []
+    log_weights, rates = torch.zeros_like(point.log_base, dtype=torch.double), []
     for k in range(1, len(betas)):
-        weights += (betas[k] - betas[k - 1]) * point.log_ratio.double()
+        log_weights += (betas[k] - betas[k - 1]) * point.log_ratio.double()
         if k < len(betas) - 1:
             point, rate = transition.move(path, point, betas[k].to(point.u))
             rates.append(rate.mean(0))
         bar.update()
-    return _kept(weights, rates)
+    return _chain_estimates(log_weights, rates)
 
 
 def _backward(
-    path: Path, exact: Tensor, betas: Tensor, transition: Transition, num_chains: int, bar: tqdm
+    path: Path, exact_draws: Tensor, betas: Tensor, transition: Transition, num_chains: int, bar: tqdm
 ) -> dict[str, Tensor]:
-    point = path.at(exact.expand(num_chains, *exact.shape).clone())
-    weights, rates = torch.zeros_like(point.log_base, dtype=torch.double), []
+    """Estimates of chains from the posterior draws ``exact_draws``, ``(batch, dim)``, to the base."""
+    point = path.at(exact_draws.expand(num_chains, *exact_draws.shape).clone())
+    log_weights, rates = torch.zeros_like(point.log_base, dtype=torch.double), []
     for k in range(len(betas) - 1, 0, -1):
-        weights += (betas[k] - betas[k - 1]) * point.log_ratio.double()
+        log_weights += (betas[k] - betas[k - 1]) * point.log_ratio.double()
         if k > 1:
             point, rate = transition.move(path, point, betas[k - 1].to(point.u))
             rates.append(rate.mean(0))
         bar.update()
-    found = _kept(-weights, rates)
-    return found | {"log_evidence": -log_mean_exp(-weights)}
+    estimates = _chain_estimates(-log_weights, rates)
+    return estimates | {"log_evidence": -log_mean_exp(-log_weights)}
 
 
-def _kept(weights: Tensor, rates: list[Tensor]) -> dict[str, Tensor]:
-    """What is kept of the log-weights of chains, ``(chains, batch)``."""
-    rate = torch.stack(rates).mean(0).double() if rates else torch.ones_like(weights[0])
-    return summary(weights) | {"acceptance": rate}
+def _chain_estimates(log_weights: Tensor, rates: list[Tensor]) -> dict[str, Tensor]:
+    """:func:`summary` of the log-weights of chains, ``(chains, batch)``, and the mean acceptance rate."""
+    rate = torch.stack(rates).mean(0).double() if rates else torch.ones_like(log_weights[0])
+    return summary(log_weights) | {"acceptance": rate}
 
 
 def run_chains(
@@ -313,16 +317,20 @@ def run_chains(
     name: str,
     joint: bool = False,
 ) -> dict[str, Tensor]:
-    """Chains over all data, chunk by chunk: a pilot run finds schedule and settings, then a weighted run."""
+    """Run chains on each chunk of the data: pilot runs set step sizes and schedule, then ``walk`` computes
+    the weights. The estimates are concatenated over data."""
     coarse, num_chains = annealing.betas, annealing.num_chains
+    num_moves = (
+        num_chains * annealing.num_temperatures
+    )  # of the weighted run; also the budget of the pilot runs
     with untouched(training=False, seed=seed), torch.no_grad():
-        whole = Path(model, start, batch, verb=name, check=check, joint=joint)
-        batch = whole.batch
-        chunks = _chunks(whole, num_chains, max_bytes)
-        mark = ""
+        path = Path(model, start, batch, verb=name, check=check, joint=joint)
+        batch = path.batch
+        chunks = _chunks(path, num_chains, max_bytes)
+        digest = ""
         if resume is not None:
-            probe = whole.on(chunks[0]).draw(1)
-            mark = fingerprint(
+            probe = path.on(chunks[0]).draw(1)
+            digest = fingerprint(
                 batch,
                 [probe.log_base, probe.log_joint, coarse],
                 name=name,
@@ -332,38 +340,41 @@ def run_chains(
             )
         with progress_bar(len(chunks) * annealing.num_temperatures, progress, name) as bar:
 
-            def of(chunk: slice) -> dict[str, Tensor]:
-                path = whole.on(chunk)
-                planned = (
-                    num_chains * annealing.num_temperatures
-                )  # moves of the weighted run, which the pilot runs share
-                move, betas = annealing.transition.limited(4 * planned // 5).tuned(path, coarse), coarse
+            def compute(chunk: slice) -> dict[str, Tensor]:
+                part = path.on(chunk)
+                transition = annealing.transition.limited(4 * num_moves // 5).tuned(part, coarse)
+                betas = coarse
                 if isinstance(annealing.schedule, str) and annealing.schedule == "fitted":
-                    betas = _fitted(path, move, annealing.num_temperatures, planned // 5)
-                return walk(path, betas, move, bar)
+                    betas = _fit_schedule(part, transition, annealing.num_temperatures, num_moves // 5)
+                return walk(part, betas, transition, bar)
 
-            return in_chunks(of, chunks, seed=seed, bar=bar, resume=resume, fingerprint=mark)
+            return in_chunks(compute, chunks, seed=seed, bar=bar, resume=resume, fingerprint=digest)
 
 
 def _chunks(path: Path, num_chains: int, max_bytes: int) -> list[slice]:
+    """Slices of the data for which the tensors of one evaluation take at most ``max_bytes``.
+
+    :raises ValueError: if the model does not run in a plate of particles.
+    """
     n, particles = path.batch.num_rows, path.pair.particles
     if particles is None or not particles.vectorized:
         raise ValueError(
             "model: it does not run in a plate of particles "
-            f"({particles.reason if particles else 'not tried'}), so chains cannot run side by side; "
-            "expected code that counts dimensions from the right: z[..., 0], dim=-1, reshape(*z.shape[:-1], "
-            "…), z.unsqueeze(-1) for a number beside a vector"
+            f"({particles.reason if particles else 'not tested'}), so chains cannot run in parallel; "
+            "expected code that counts dimensions from the right: z[..., 0], dim=-1, "
+            "reshape(*z.shape[:-1], …), z.unsqueeze(-1) to broadcast a scalar latent with a vector"
         )
     probe = path.on(slice(0, 8)) if particles.rows_independent else path
-    made = [counted_bytes(partial(probe.draw, k)) for k in (2, 4)]
-    at_once = max(1, max_bytes * 2 * probe.batch.num_rows // max(1, made[1] - made[0]) // num_chains)
-    return slices(n, at_once if at_once < n and particles.rows_independent else n)
+    num_bytes = [counted_bytes(partial(probe.draw, k)) for k in (2, 4)]
+    per_two_chains = max(1, num_bytes[1] - num_bytes[0])
+    size = max(1, max_bytes * 2 * probe.batch.num_rows // per_two_chains // num_chains)
+    return slices(n, size if size < n and particles.rows_independent else n)
 
 
 def _evidence(
     name: str,
     bound: Bound,
-    found: dict[str, Tensor],
+    estimates: dict[str, Tensor],
     annealing: Annealing,
     start: Program | None,
     *,
@@ -371,11 +382,11 @@ def _evidence(
 ) -> Evidence:
     origin = "the prior" if start is None else "the guide"
     steps, num_chains = annealing.num_temperatures, annealing.num_chains
-    found = {key: value for key, value in found.items() if key != "pareto_k"}
+    estimates = {key: value for key, value in estimates.items() if key != "pareto_k"}
     return Evidence(
         f"{name}, {steps} temperatures, {num_chains} chains from {origin}",
         bound,
-        **found,
+        **estimates,
         num_particles=num_chains,
         cost=steps * num_chains * annealing.transition.cost,
         joint=joint,

@@ -1,4 +1,4 @@
-"""Long runs in chunks of data: a progress bar, and a file from which an interrupted run goes on."""
+"""Run an estimator on chunks of the data, with a progress bar and a file to resume from."""
 
 import hashlib
 import json
@@ -28,14 +28,13 @@ def in_chunks(
     resume: Path | str | None,
     fingerprint: str,
 ) -> dict[str, Tensor]:
-    """What ``compute`` says of each chunk of the data, end to end: tensors whose last dimension is that of
-    the data.
+    """Call ``compute`` on each chunk of the data and concatenate its tensors along their last dimension.
 
-    Each chunk has its own seed, so that a resumed run gives the numbers of an uninterrupted one.
+    Each chunk has its own seed, so a resumed run returns the same numbers as an uninterrupted run.
 
-    :param resume: a file that keeps the chunks that are done; where it is there, the run goes on from it.
-    :param fingerprint: of all that the result depends on.
-    :raises ValueError: where the file at ``resume`` is of another run.
+    :param resume: a file that stores the finished chunks; if it exists, the run resumes from it.
+    :param fingerprint: a hash of everything that the result depends on, see :func:`fingerprint`.
+    :raises ValueError: if the file at ``resume`` has another fingerprint or is damaged.
     """
     path = None if resume is None else Path(resume)
     done = _read(path, fingerprint) if path is not None and path.exists() else []
@@ -56,12 +55,14 @@ def in_chunks(
 
 @contextmanager
 def progress_bar(total: int, progress: bool | None, name: str) -> Iterator[tqdm]:
+    """A bar on stderr; ``None`` shows it only if stderr is a terminal."""
     with tqdm(total=total, desc=name, disable=None if progress is None else not progress) as bar:
         yield bar
 
 
 def fingerprint(batch: Batch, probe: Iterable[Tensor], **settings: Any) -> str:
-    """SHA-256 of the data, of what the pair says of a first datum, and of the settings."""
+    """SHA-256 of the data, of the tensors ``probe`` that the pair returns for a part of the data, and of the
+    settings."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for tensor in (*batch.tensors.values(), *probe):
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
@@ -70,18 +71,19 @@ def fingerprint(batch: Batch, probe: Iterable[Tensor], **settings: Any) -> str:
 
 
 def _read(path: Path, fingerprint: str) -> list[dict[str, Tensor]]:
+    """The finished chunks in a file that :func:`in_chunks` wrote."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
-            f"resume: {path} is no file of an evidence run, or it is cut short ({error}); delete it"
+            f"resume: {path} is not a file of an evidence run, or it is truncated ({error}); delete it"
         ) from error
     if metadata.get("fingerprint") != fingerprint:
         raise ValueError(
-            f"resume: {path} is of another run: its pair, data, seed or settings, max_bytes among them, "
-            "differ from these; name another file, or delete it"
+            f"resume: {path} belongs to another run: the pair, the data, the seed or a setting such as "
+            "max_bytes differs; pass another file, or delete this one"
         )
     done: list[dict[str, Tensor]] = [{} for _ in range(int(metadata["chunks"]))]
     for name, value in tensors.items():

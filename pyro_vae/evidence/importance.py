@@ -1,7 +1,8 @@
-"""Importance sampling: p̂(x) is the mean of p(x, z) / q(z|x) over draws from a proposal."""
+"""Importance sampling estimators: p̂(x) is the mean of p(x, z) / q(z|x) over draws z from a proposal q."""
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +31,25 @@ def importance(
     progress: bool | None = None,
     resume: Path | str | None = None,
 ) -> Evidence:
-    """log (1/K) Σ p(x, z_k) / q(z_k|x), z_k ~ q(z|x): the importance-weighted bound IWAE_K (Burda et al.
-    2016), per datum.
+    """log (1/K) Σ p(x, z_k) / q(z_k|x), z_k ~ q(z|x): the IWAE bound (Burda et al. 2016) per datum, in nats.
 
-    A lower bound for any pair and any K, the tighter the larger K: its bias tends to −χ²(p‖q)/(2K) where that
-    is finite, which Pareto k̂ below .5 says. K = 1 is the ELBO. Takes the pairs that
-    :func:`~pyro_vae.log_weights` takes.
+    A lower bound of log p(x) in expectation for every pair and every K. It tightens with K: its bias tends to
+    −χ²(p‖q)/(2K) if χ² is finite, which a Pareto k̂ below 0.5 indicates. K = 1 is the ELBO. Accepts the pairs
+    that :func:`~pyro_vae.log_weights` accepts.
 
-    :param data: the arguments of model and guide, ``(batch, *event)``, as :func:`~pyro_vae.log_weights` takes
-        them.
+    :param data: the arguments of model and guide, ``(batch, *event)``, in any form that
+        :func:`~pyro_vae.log_weights` accepts.
     :param num_particles: K.
-    :param max_bytes: of the tensors that one run makes; memory does not grow with K.
-    :param seed: of the draws.
-    :param check: ``False`` runs a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
-    :param joint: all data together as one datum, for models with latents that all data share: log p(x₁…x_N),
-        ``(1,)``.
-    :param progress: a bar on stderr; by default only where that is a terminal.
-    :param resume: a file that keeps finished chunks of the data, from which an interrupted run goes on.
-    :raises ValueError: as ``log_weights``; for a file of another run.
+    :param max_bytes: memory of the tensors that one run allocates; memory does not grow with K.
+    :param seed: seed of the draws.
+    :param check: ``False`` runs a pair that :func:`~pyro_vae.check_pair` rejects.
+    :param joint: treat all data as one datum, for models with global latents: log p(x₁…x_N), ``(1,)``.
+    :param progress: show a progress bar on stderr; by default only if stderr is a terminal.
+    :param resume: a file that stores finished chunks of the data; an interrupted run resumes from it.
+    :raises ValueError: in the cases of :func:`~pyro_vae.log_weights`, and for a ``resume`` file of another
+        run.
     """
-    return _weighed(
+    return _estimate(
         "importance",
         summary,
         model,
@@ -78,12 +78,14 @@ def elbo(
     progress: bool | None = None,
     resume: Path | str | None = None,
 ) -> Evidence:
-    """The mean of log p(x, z) − log q(z|x) over draws z ~ q(z|x): a lower bound, E_q[log ŵ₁]. Arguments as
-    for
-    :func:`importance`; more draws make it less noisy, not tighter."""
-    found = _weighed(
+    """The ELBO: the mean of log p(x, z) − log q(z|x) over draws z ~ q(z|x), per datum, in nats.
+
+    A lower bound of log p(x) in expectation. More draws reduce its noise but do not tighten it. Arguments as
+    for :func:`importance`.
+    """
+    result = _estimate(
         "elbo",
-        _mean_log,
+        _elbo_estimates,
         model,
         guide,
         data,
@@ -96,9 +98,7 @@ def elbo(
         resume=resume,
     )
     plural = "" if num_particles == 1 else "s"
-    return Evidence(
-        **vars(found) | {"method": f"ELBO, {num_particles} draw{plural} from the guide", "pareto_k": None}
-    )
+    return replace(result, method=f"ELBO, {num_particles} draw{plural} from the guide", pareto_k=None)
 
 
 def prior_monte_carlo(
@@ -113,13 +113,12 @@ def prior_monte_carlo(
     progress: bool | None = None,
     resume: Path | str | None = None,
 ) -> Evidence:
-    """log (1/K) Σ p(x|z_k), z_k ~ p(z): importance sampling from the prior, a lower bound.
+    """log (1/K) Σ p(x|z_k), z_k ~ p(z): importance sampling from the prior, a lower bound per datum, in nats.
 
-    Hopeless once KL(p(z|x)‖p(z)) exceeds log K: the effective sample size, then near 1, says so. Arguments as
-    for
-    :func:`importance`.
+    The bound is loose if KL(p(z|x)‖p(z)) exceeds log K; the effective sample size is then close to 1.
+    Arguments as for :func:`importance`.
     """
-    found = importance(
+    result = importance(
         model,
         prior_of(model),
         data,
@@ -131,7 +130,7 @@ def prior_monte_carlo(
         progress=progress,
         resume=resume,
     )
-    return Evidence(**vars(found) | {"method": f"prior Monte Carlo, {num_particles} draws"})
+    return replace(result, method=f"prior Monte Carlo, {num_particles} draws")
 
 
 def importance_upper(
@@ -144,10 +143,14 @@ def importance_upper(
     seed: int = 0,
     check: bool = True,
 ) -> Evidence:
-    """log (1/K) [w(z*) + Σ_{k<K} w(z_k)], z* the latents that made x, z_k ~ q(z|x): an upper bound of log
-    p(x) in expectation, E 1/ŵ = 1/p(x), on simulated data alone.
+    """log (1/K) [w(z*) + Σ_{k<K} w(z_k)], z_k ~ q(z|x): an upper bound of log p(x) per datum, in nats.
 
-    :param simulated: from :func:`~pyro_vae.evidence.simulate`.
+    z* are the latents of the simulated data, an exact draw from the posterior. The bound holds in
+    expectation, since E 1/ŵ = 1/p(x). Arguments as for :func:`importance`.
+
+    :param simulated: the result of :func:`~pyro_vae.evidence.simulate`.
+    :raises ValueError: in the cases of :func:`~pyro_vae.log_weights`, and for a guide without a density at
+        given latents.
     """
     check_particles("importance_upper", num_particles)
     check_simulated("importance_upper", simulated)
@@ -160,18 +163,18 @@ def importance_upper(
         for rows in weigher.chunks(max(1, num_particles - 1)):
             drawn = [weigher.of(rows, num_particles - 1)] if num_particles > 1 else []
             parts.append(summary(torch.cat([exact[:, rows], *drawn]), num_fixed=1))
-    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    estimates = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return Evidence(
         f"importance sampling, {num_particles} draws, the first from the posterior",
         "upper",
-        **found,
+        **estimates,
         num_particles=num_particles,
         cost=num_particles,
         joint=False,
     )
 
 
-def _weighed(
+def _estimate(
     name: str,
     summarize: Callable[[Tensor], dict[str, Tensor]],
     model: Program,
@@ -186,7 +189,7 @@ def _weighed(
     progress: bool | None,
     resume: Path | str | None,
 ) -> Evidence:
-    """What the log-weights of each datum, ``(K, rows)``, say in sum."""
+    """Apply ``summarize`` to the log-weights ``(K, rows)`` of each chunk of the data."""
     check_particles(name, num_particles)
     batch = read_whole(data, seed=seed)
     with untouched(training=False, seed=seed), torch.no_grad():
@@ -194,48 +197,51 @@ def _weighed(
         batch = weigher.batch
         chunks = weigher.chunks(num_particles)
         settings = {"name": name, "particles": num_particles, "seed": seed, "chunks": len(chunks)}
-        mark = "" if resume is None else fingerprint(batch, _probe(weigher, chunks[0]), **settings)
+        digest = "" if resume is None else fingerprint(batch, _probe(weigher, chunks[0]), **settings)
         with progress_bar(batch.num_rows, progress, f"{name}, {num_particles}") as bar:
 
-            def of(rows: slice) -> dict[str, Tensor]:
-                found = summarize(weigher.of(rows, num_particles))
+            def compute(rows: slice) -> dict[str, Tensor]:
+                estimates = summarize(weigher.of(rows, num_particles))
                 bar.update(rows.stop - rows.start)
-                return found
+                return estimates
 
-            found = in_chunks(of, chunks, seed=seed, bar=bar, resume=resume, fingerprint=mark)
+            estimates = in_chunks(compute, chunks, seed=seed, bar=bar, resume=resume, fingerprint=digest)
     plural = "" if num_particles == 1 else "s"
-    bound: Bound = (
-        "lower" if weigher.pair.has_density else "none"
-    )  # a point has no density beside the model's
+    bound: Bound = "lower" if weigher.pair.has_density else "none"  # a Delta has no density
     return Evidence(
         f"importance sampling, {num_particles} draw{plural} from the guide",
         bound,
-        **found,
+        **estimates,
         num_particles=num_particles,
         cost=num_particles,
         joint=joint,
     )
 
 
-def _mean_log(weights: Tensor) -> dict[str, Tensor]:
-    weights = weights.double()
-    error = (
-        weights.std(0) / len(weights) ** 0.5 if len(weights) > 1 else torch.full_like(weights[0], math.nan)
-    )
-    return summary(weights) | {"log_evidence": weights.mean(0), "log_evidence_se": error}
+def _elbo_estimates(log_weights: Tensor) -> dict[str, Tensor]:
+    """As :func:`summary`, but the estimate is the mean of the log-weights ``(K, rows)``."""
+    log_weights = log_weights.double()
+    error = torch.full_like(log_weights[0], math.nan)
+    if len(log_weights) > 1:
+        error = log_weights.std(0) / len(log_weights) ** 0.5
+    return summary(log_weights) | {"log_evidence": log_weights.mean(0), "log_evidence_se": error}
 
 
-def summary(weights: Tensor, *, num_fixed: int = 0) -> dict[str, Tensor]:
-    """What is kept of log-weights ``(K, rows)``, the first ``num_fixed`` of which do not vary over seeds."""
-    weights = weights.double()
+def summary(log_weights: Tensor, *, num_fixed: int = 0) -> dict[str, Tensor]:
+    """Estimates from log-weights ``(K, rows)`` as fields of :class:`Evidence`, ``(rows,)``.
+
+    :param num_fixed: number of leading log-weights that do not depend on the seed.
+    """
+    log_weights = log_weights.double()
     return {
-        "log_evidence": log_mean_exp(weights),
-        "log_evidence_se": log_mean_exp_se(weights, num_fixed=num_fixed),
-        "ess": effective_sample_size(weights),
-        "pareto_k": pareto_k(weights),
+        "log_evidence": log_mean_exp(log_weights),
+        "log_evidence_se": log_mean_exp_se(log_weights, num_fixed=num_fixed),
+        "ess": effective_sample_size(log_weights),
+        "pareto_k": pareto_k(log_weights),
     }
 
 
 def _probe(weigher: Weigher, rows: slice) -> list[Tensor]:
+    """Log-weights at a fixed seed, which identify the pair in a fingerprint."""
     with untouched(seed=0):
         return [weigher.of(rows, 1)]

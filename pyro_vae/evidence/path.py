@@ -1,5 +1,4 @@
-"""The path from a base to the posterior, for Markov chains: densities and their gradients in unconstrained
-space."""
+"""The annealing path from a base to the posterior: log-densities and gradients in unconstrained space."""
 
 from collections.abc import Callable
 from copy import copy
@@ -18,22 +17,23 @@ from pyro_vae.pairs.graphs import graphed
 from pyro_vae.pairs.latents import Latents, Site
 from pyro_vae.pairs.traces import Program, prior_of
 
-_BOUNDED: dict[type, Callable[[Any], Any]] = {  # with numbers for bounds, which go with any number of data
+# replace tensor bounds by floats, which broadcast with any number of rows
+_WITH_SCALAR_BOUNDS: dict[type, Callable[[Any], Any]] = {
     type(constraints.interval(0.0, 1.0)): lambda c: constraints.interval(
-        float(_one(c.lower_bound)), float(_one(c.upper_bound))
+        _scalar(c.lower_bound), _scalar(c.upper_bound)
     ),
-    type(constraints.greater_than(0.0)): lambda c: constraints.greater_than(float(_one(c.lower_bound))),
-    type(constraints.greater_than_eq(0.0)): lambda c: constraints.greater_than_eq(float(_one(c.lower_bound))),
+    type(constraints.greater_than(0.0)): lambda c: constraints.greater_than(_scalar(c.lower_bound)),
+    type(constraints.greater_than_eq(0.0)): lambda c: constraints.greater_than_eq(_scalar(c.lower_bound)),
 }
 
 
-def _one(bound: Any) -> Tensor:
-    return torch.as_tensor(bound).reshape(-1)[0]
+def _scalar(bound: Any) -> float:
+    return float(torch.as_tensor(bound).reshape(-1)[0])
 
 
 class Point(NamedTuple):
-    """Where chains are: u ``(chains, batch, dim)``, unconstrained; log-densities there of base and joint,
-    ``(chains, batch)``; their gradients, of the shape of u."""
+    """The state of the chains: positions u in unconstrained space, ``(chains, batch, dim)``, log-densities of
+    base and joint at u, ``(chains, batch)``, and their gradients, of the shape of u."""
 
     u: Tensor
     log_base: Tensor
@@ -43,26 +43,30 @@ class Point(NamedTuple):
 
     @property
     def log_ratio(self) -> Tensor:
-        """log joint − log base; −∞ where chains cannot be."""
+        """log joint − log base, ``(chains, batch)``; −∞ if it is NaN, as outside the support."""
         return (self.log_joint - self.log_base).nan_to_num(nan=-torch.inf)
 
     def log_density(self, beta: Tensor) -> Tensor:
-        """log f_β = (1 − β) log base + β log joint."""
+        """log f_β = (1 − β) log base + β log joint, ``(chains, batch)``; −∞ if it is NaN."""
         return (self.log_base + beta * (self.log_joint - self.log_base)).nan_to_num(nan=-torch.inf)
 
     def gradient(self, beta: Tensor) -> Tensor:
+        """The gradient of log f_β, of the shape of u."""
         return self.base_gradient + beta * (self.joint_gradient - self.base_gradient)
 
 
 class Path:
-    """f_β(u) = base(u)^{1−β} p(x, u)^β: from p(z), or from a guide q(z|x), at β = 0 to the posterior at 1.
+    """The densities f_β(u) = base(u)^{1−β} p(x, u)^β, from the base at β = 0 to the posterior at β = 1.
 
-    u is z in unconstrained space, end to end, its densities with the Jacobian of ``biject_to`` of each site's
-    support. Sites with a finite support are summed out.
+    u concatenates the latents in unconstrained space; densities include the log-Jacobian of ``biject_to`` of
+    the support of each site. Discrete sites with a finite support are summed out.
 
-    :param start: ``None`` for the prior, or a guide.
-    :param joint: all data together are one datum.
-    :raises ValueError: for latents that have no unconstrained space, or no data plate.
+    :param start: a guide as the base; ``None`` for the prior.
+    :param verb: name of the public function, for error messages.
+    :param check: ``False`` runs a pair that :func:`~pyro_vae.check_pair` rejects.
+    :param joint: treat all data as one datum.
+    :raises ValueError: for a support without a bijection from unconstrained space, or for latents outside the
+        data plate unless ``joint``.
     """
 
     def __init__(
@@ -84,7 +88,7 @@ class Path:
         self.batch = self.pair.batch
         self.latents = Latents(self.pair)
         if not self.latents.sites:
-            raise ValueError("model: it has no continuous latent to run chains in; expected one or more")
+            raise ValueError("model: it has no continuous latent for chains; expected at least one")
         trace = self.latents.run(self.model, self.batch, 1)
         self.transforms = {
             name: _transform(name, site, trace.nodes[name]["fn"]) for name, site in self.latents.sites.items()
@@ -96,16 +100,16 @@ class Path:
         }
         self.dim = sum(shape.numel() for shape in self.shapes.values())
         self.rows = slice(0, self.batch.num_rows)
-        self.graphs: dict[Any, Any] = {}  # by the shapes of u and the data: shared by the chunks of the data
+        self.graphs: dict[Any, Any] = {}  # by the shapes of u and the data; shared by all chunks of the data
 
     def on(self, rows: slice) -> "Path":
-        """The same for some of the data, whose ``rows`` it keeps."""
+        """The path of the given ``rows`` of the data."""
         part = copy(self)
         part.rows, part.batch = rows, self.batch.rows(rows)
         return part
 
     def draw(self, num_chains: int) -> Point:
-        """Chains at draws from the base."""
+        """Chains at independent draws from the base."""
         if self.start is None:
             drawn = values_of(self.latents.run(self.model, self.batch, num_chains))
             z = self.latents.flat(drawn, num_chains, self.latents.num_rows(self.batch))
@@ -114,7 +118,7 @@ class Path:
         return self.at(self.unconstrained(z))
 
     def at(self, u: Tensor) -> Point:
-        """Densities and gradients at u. By a graph once that pays."""
+        """Log-densities and gradients at u, by a compiled graph if enough calls justify its compilation."""
 
         def evaluate(u: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
             return self._evaluate(u, self.batch.with_leaves(parts))
@@ -127,19 +131,19 @@ class Path:
         return Point(u, *self.graphs[key](*tensors))
 
     def constrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """z, ``(chains, batch, dim)``, and log |dz/du|, ``(chains, batch)``."""
+        """Map u to z, ``(chains, batch, dim)``, and log |dz/du|, ``(chains, batch)``."""
         z, log_scale = [], torch.zeros(u.shape[:-1], dtype=u.dtype, device=u.device)
         parts = u.split([shape.numel() for shape in self.shapes.values()], -1)
         for (name, shape), part in zip(self.shapes.items(), parts, strict=True):
-            own = part.reshape(*u.shape[:-1], *shape)
-            value = self.transforms[name](own)
-            jacobian = self.transforms[name].log_abs_det_jacobian(own, value)
+            part = part.reshape(*u.shape[:-1], *shape)
+            value = self.transforms[name](part)
+            jacobian = self.transforms[name].log_abs_det_jacobian(part, value)
             log_scale = log_scale + jacobian.reshape(*u.shape[:-1], -1).sum(-1)
             z.append(value.reshape(*u.shape[:-1], -1))
         return torch.cat(z, -1), log_scale
 
     def unconstrained(self, z: Tensor) -> Tensor:
-        """u of z, ``(chains, batch, dim)``."""
+        """Map z to u, ``(chains, batch, dim)``."""
         parts = (
             self.transforms[name].inv(part).reshape(*z.shape[:-1], -1)
             for name, _, part in self.latents.split(z)
@@ -147,45 +151,41 @@ class Path:
         return torch.cat(list(parts), -1)
 
     def _evaluate(self, u: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        with (
-            torch.enable_grad(),
-            pyro.validation_enabled(False),
-        ):  # a trajectory may leave all bounds; it is rejected then
+        # without validation: values outside the support have log-density −∞ or NaN, and are rejected
+        with torch.enable_grad(), pyro.validation_enabled(False):
             u = u.detach().requires_grad_()
             z, log_scale = self.constrained(u)
             log_prior, log_joint = self.latents.log_prior_and_joint(self.model, batch, z)
             log_base = log_prior if self.start is None else self.latents.log_q(self.start, batch, z)
-            flat = log_scale + 0.0 * u.sum(-1)  # a density may be constant
-            densities = log_base + flat, log_joint + flat
+            jacobian = log_scale + 0.0 * u.sum(-1)  # the term in u gives constant densities a gradient
+            densities = log_base + jacobian, log_joint + jacobian
             gradients = [torch.autograd.grad(density.sum(), u, retain_graph=True)[0] for density in densities]
         return *(density.detach() for density in densities), *gradients
 
 
-def _transform(name: str, site: Site, again: Any) -> Any:
+def _transform(name: str, site: Site, other: Any) -> Any:
     """The bijection from unconstrained space to the support of a site.
 
-    :param again: the distribution of the site in another run.
+    :param other: the distribution of the site in another run, whose support must have the same bounds.
     """
     try:
         support = site.fn.support
     except NotImplementedError:
         raise ValueError(
-            f"model: {type(site.fn).__name__} of {name!r} tells no support, so there is no unconstrained "
-            "space for chains; expected a distribution with one"
+            f"model: {type(site.fn).__name__} of {name!r} does not define its support, so chains cannot run "
+            "in unconstrained space; expected a distribution with a support"
         ) from None
     for end in ("lower_bound", "upper_bound"):
-        bound, other = (torch.as_tensor(getattr(each, end, 0.0)) for each in (support, again.support))
-        one = bound.reshape(-1)[0]
-        if not (bound == one).all() or not (other == one).all():
+        bounds = [torch.as_tensor(getattr(each, end, 0.0)) for each in (support, other.support)]
+        value = bounds[0].reshape(-1)[0]
+        if not all((bound == value).all() for bound in bounds):
             raise ValueError(
-                f"model: the support of {name!r} is another for each datum or value of other latents; "
-                "expected a fixed one: sample it on (0, 1) and scale it"
+                f"model: the support of {name!r} depends on the datum or on other latents; expected a fixed "
+                "support: sample a latent on (0, 1) and scale it"
             )
-        if isinstance(getattr(support, end, None), Tensor) and type(support) in _BOUNDED:
-            support = _BOUNDED[type(support)](support)
-    if isinstance(
-        support, constraints.MixtureSameFamilyConstraint
-    ):  # a mixture lives where its components do
+        if isinstance(getattr(support, end, None), Tensor) and type(support) in _WITH_SCALAR_BOUNDS:
+            support = _WITH_SCALAR_BOUNDS[type(support)](support)
+    if isinstance(support, constraints.MixtureSameFamilyConstraint):
         support = support.base_constraint
     if support.is_discrete:
         raise ValueError(
@@ -195,5 +195,5 @@ def _transform(name: str, site: Site, again: Any) -> Any:
         return biject_to(support)
     except NotImplementedError:
         raise ValueError(
-            f"model: {name!r} has the support {support}, which has no unconstrained space"
+            f"model: {name!r} has the support {support}, for which biject_to has no bijection"
         ) from None

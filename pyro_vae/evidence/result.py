@@ -1,4 +1,4 @@
-"""What an estimate of the evidence is: log p̂(x) per datum, what it bounds, and with what right."""
+"""Results of the estimators: log p̂(x) per datum, the kind of bound, and its Monte Carlo error."""
 
 import math
 from dataclasses import dataclass
@@ -14,15 +14,20 @@ Bound = Literal["lower", "upper", "none"]
 
 @dataclass(frozen=True)
 class Evidence:
-    """An estimate of log p(x) in nats, per datum: tensors ``(batch,)``.
+    """An estimate of log p(x) per datum, in nats. Tensors have the shape ``(batch,)``.
 
-    log_evidence: log ŵ, where ŵ is an average of weights. log_evidence_se: its Monte Carlo error by the
-    jackknife, see
-    :func:`~pyro_vae.numerics.log_mean_exp_se`. bound: ``"lower"`` where E ŵ = p(x), so that E log ŵ ≤ log
-    p(x); ``"upper"`` where E 1/ŵ = 1/p(x); ``"none"`` where neither is certain. ess: effective number of the
-    ``num_particles`` weights. pareto_k: k̂ of their tail, where there are enough of them. acceptance: mean
-    rate of the accepted moves, where there were moves. cost: evaluations of the model for one datum. joint:
-    all data are one datum, so this is log p(x₁…x_N).
+    :param method: description of the estimator.
+    :param bound: ``"lower"`` if E ŵ = p(x), so that E log ŵ ≤ log p(x); ``"upper"`` if E 1/ŵ = 1/p(x);
+        ``"none"`` if neither is guaranteed.
+    :param log_evidence: log ŵ, where ŵ is the average of the weights.
+    :param log_evidence_se: its Monte Carlo standard error by the jackknife, see
+        :func:`~pyro_vae.numerics.log_mean_exp_se`; for the ELBO the standard error of a mean.
+    :param ess: effective sample size of the ``num_particles`` weights.
+    :param num_particles: number of weights per datum.
+    :param cost: evaluations of the model per datum.
+    :param pareto_k: k̂ of the tail of the weights, NaN if there are too few; ``None`` if it does not apply.
+    :param acceptance: mean acceptance rate of the moves; ``None`` for estimators without moves.
+    :param joint: all data are one datum: the estimate is of log p(x₁…x_N).
     """
 
     method: str
@@ -38,40 +43,46 @@ class Evidence:
 
     @property
     def mean(self) -> float:
-        """Mean over data, in nats per datum."""
+        """Mean of ``log_evidence`` over data, in nats per datum."""
         return self.log_evidence.double().mean().item()
 
     @property
     def mean_se(self) -> float:
-        """Standard error of the mean: the spread over data, Monte Carlo error in it; ``nan`` for one
-        datum."""
+        """Standard error of the mean in nats, from the standard deviation over data, which includes Monte
+        Carlo error; NaN for a single datum."""
         return _mean_se(self.log_evidence)
 
     @property
     def noise(self) -> float:
-        """Monte Carlo error of the mean, as it would vary over seeds on the same data: √(Σᵢ SEᵢ²)/N in nats.
-        Where ``is_reliable`` is false, a few weights decide on it."""
+        """Monte Carlo standard error of the mean in nats, over seeds on the same data: √(Σᵢ SEᵢ²)/N.
+
+        If ``is_reliable`` is false, a few weights dominate and this error is not accurate.
+        """
         return (self.log_evidence_se.double().square().sum().sqrt() / len(self.log_evidence_se)).item()
 
     @property
     def is_reliable(self) -> bool:
-        """Whether ``noise`` is to be trusted, see :func:`~pyro_vae.numerics.is_reliable`."""
+        """Whether ``noise`` is accurate, see :func:`~pyro_vae.numerics.is_reliable`."""
         return is_reliable(self.log_evidence_se, self.ess, self.pareto_k)
 
     def margin(self, probability: float = 1e-6) -> float:
-        """b, in nats per datum: a lower bound's mean exceeds the truth by more than b with at most this
-        ``probability``, an upper bound's falls short of it. By Markov's inequality for N independent data,
-        e^{−bN}; infinite for no bound."""
+        """b = −log(``probability``)/N in nats per datum, infinite if ``bound`` is ``"none"``.
+
+        By Markov's inequality for N independent data, the mean of a lower bound exceeds the true mean of
+        log p(x) by more than b with at most this probability. An upper bound is below it likewise.
+
+        :raises ValueError: for a probability outside (0, 1).
+        """
         if not 0 < probability < 1:
             raise ValueError(f"margin: expected a probability between 0 and 1 but got {probability}")
         return math.inf if self.bound == "none" else -math.log(probability) / len(self.log_evidence)
 
     def __str__(self) -> str:
         n, sign = len(self.log_evidence), _sign(self.bound)
-        what, truth = f"± {self.mean_se:.3f} nats per datum, {n} data", "the mean truth"
+        unit, truth = f"± {self.mean_se:.3f} nats per datum, {n} data", "the true mean"
         if self.joint:
-            what, truth = "nats, all data together", "the truth"
-        lines = [f"log p({'x₁…x_N' if self.joint else 'x'}) {sign} {self.mean:.3f} {what}; {self.method}"]
+            unit, truth = "nats, all data together", "the true value"
+        lines = [f"log p({'x₁…x_N' if self.joint else 'x'}) {sign} {self.mean:.3f} {unit}; {self.method}"]
         if self.bound != "none":
             side = "above" if self.bound == "lower" else "below"
             lines.append(
@@ -81,10 +92,10 @@ class Evidence:
         ess = self.ess.double()
         error = f"{self.noise:.2g}"
         if not math.isfinite(self.noise):
-            error = "unknown (one weight is all there is)"
+            error = "unknown (only one independent weight)"
         elif not self.is_reliable:
-            error += " (not reliable: few weights outweigh the rest)"
-        spread = "" if self.joint else f" (median; least {ess.min():.1f})"
+            error += " (not reliable: a few weights dominate)"
+        spread = "" if self.joint else f" (median; minimum {ess.min():.1f})"
         lines.append(
             f"Monte Carlo error {error}; effective sample size {ess.median():.1f} of "
             f"{self.num_particles}{spread}"
@@ -110,10 +121,13 @@ def _sign(bound: Bound) -> str:
 
 @dataclass(frozen=True)
 class Sandwich:
-    """log p(x) of data simulated from the model, between two bounds.
+    """A lower and an upper bound of log p(x) for data simulated from the model, from :func:`bdmc`.
 
-    The gap bounds the error of either on these data, and estimates how far ``lower`` is from the truth on
-    others like them.
+    In expectation, the gap is an upper bound of the error of each on these data. It also estimates the error
+    of the lower bound on other data from the model.
+
+    :param lower: the lower bound.
+    :param upper: the upper bound.
     """
 
     lower: Evidence
@@ -121,12 +135,12 @@ class Sandwich:
 
     @property
     def gap(self) -> Tensor:
-        """upper − lower in nats, ``(batch,)``: positive in expectation, with noise."""
+        """upper − lower in nats, ``(batch,)``. Its expectation is positive; single values may be negative."""
         return self.upper.log_evidence - self.lower.log_evidence
 
     @property
     def gap_se(self) -> Tensor:
-        """Monte Carlo error of the gap, √(SE² of lower + SE² of upper) in nats, ``(batch,)``."""
+        """Monte Carlo standard error of the gap, √(SE² of lower + SE² of upper) in nats, ``(batch,)``."""
         return torch.hypot(self.lower.log_evidence_se, self.upper.log_evidence_se)
 
     @property
@@ -136,13 +150,11 @@ class Sandwich:
 
     @property
     def mean_se(self) -> float:
-        """Standard error of the mean: the spread over data, Monte Carlo error in it; ``nan`` for one
-        datum."""
+        """Standard error of the mean in nats, from the standard deviation over data, which includes Monte
+        Carlo error; NaN for a single datum."""
         return _mean_se(self.gap)
 
     def __str__(self) -> str:
         n = len(self.gap)
-        lines = (
-            f"gap {self.mean:.3f} ± {self.mean_se:.3f} nats per datum, on {n} data simulated from the model"
-        )
-        return f"{lines}\n{self.lower}\n{self.upper}"
+        gap = f"gap {self.mean:.3f} ± {self.mean_se:.3f} nats per datum, on {n} data simulated from the model"
+        return f"{gap}\n{self.lower}\n{self.upper}"

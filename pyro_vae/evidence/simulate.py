@@ -1,5 +1,4 @@
-"""Data simulated from a model, with the latents that made them: what an upper bound of the evidence stands
-on."""
+"""Data simulated from a model, with their latents, as upper bounds of the evidence require."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +18,13 @@ from pyro_vae.pairs.traces import Program, prior_of, sampled
 
 @dataclass(frozen=True)
 class Simulated:
-    """(x, z*) ~ p(x, z): z* is an exact draw of the posterior p(z|x). From :func:`simulate`, or pairs that
-    are there: ``Simulated(x, {"z": z})``.
+    """Pairs (x, z*) ~ p(x, z), so z* is an exact draw from the posterior p(z|x).
 
-    data: the arguments of model and guide, the observed ones simulated, as every verb takes them: a tensor, a
-    tuple for positional arguments, a dict for keyword arguments. latents: z* by name, as the sites take them,
-    ``(batch, *event)``.
+    The result of :func:`simulate`; or construct it from given pairs: ``Simulated(x, {"z": z})``.
+
+    :param data: the arguments of model and guide, with simulated observations: a tensor, a tuple for
+        positional arguments, or a dict for keyword arguments.
+    :param latents: z* by site name, in the shapes of the sites, ``(batch, *event)``.
     """
 
     data: Any
@@ -32,12 +32,13 @@ class Simulated:
 
     @property
     def batch(self) -> Batch:
+        """The data as arguments of the model."""
         return as_batch(self.data)
 
     def flat(self, latents: Latents, num_rows: int) -> Tensor:
-        """z* end to end in one vector for each datum: ``(batch, dim)``.
+        """Concatenate z* to one vector per datum, ``(batch, dim)``.
 
-        :raises ValueError: for a latent that is missing or has another shape than its site.
+        :raises ValueError: for a latent that is missing or whose shape differs from the shape of its site.
         """
         for name, site in latents.sites.items():
             if name not in self.latents:
@@ -54,16 +55,17 @@ class Simulated:
 
 
 def simulate(model: Program, data: Any, *, seed: int = 0, check: bool = True) -> Simulated:
-    """Draw data like these from the model: (x, z*) ~ p(x, z).
+    """Simulate (x, z*) ~ p(x, z) from the model, with the shape and the number of rows of ``data``.
 
-    :param data: of the shape and number to draw, as :func:`~pyro_vae.log_weights` takes them. What the model
-        observes is replaced; conditions and masks are kept.
-    :raises ValueError: where what the model observes is none of its arguments.
+    :param data: the arguments of the model, in any form that :func:`~pyro_vae.log_weights` accepts. Arguments
+        that the model observes are replaced by simulated values; conditions and masks are unchanged.
+    :raises ValueError: if an observed value is not an argument of the model, or if the distribution of a
+        simulated site depends on another observed argument.
     """
     batch = read_whole(data, seed=seed)
     with untouched(training=False, seed=seed), torch.no_grad():
         batch = inspect_checked(model, prior_of(model), batch, verb="simulate", check=check).batch
-    # another stream than that of the estimators, whose draws must be fresh
+    # another stream than the estimators', whose draws must be independent of z*
     with untouched(training=False, seed=stream_seed(seed, 1)), torch.no_grad():
         observed = {
             name: site["value"]
@@ -75,52 +77,57 @@ def simulate(model: Program, data: Any, *, seed: int = 0, check: bool = True) ->
     given: dict[Any, Any] = dict(enumerate(batch.args)) | batch.kwargs
     arguments = dict(given)
     for name, value in observed.items():
-        key = _place(name, value, given)
+        key = _observed_argument(name, value, given)
         arguments[key] = drawn[name].reshape(given[key].shape).to(given[key].dtype)
     latents = {name: value for name, value in drawn.items() if name not in observed}
     simulated = Simulated(arguments if batch.kwargs else tuple(arguments.values()), latents)
-    _check(model, simulated, trace, set(observed))
+    _check_observed(model, simulated, trace, set(observed))
     return simulated
 
 
 def check_simulated(verb: str, simulated: Any) -> None:
+    """Raise ``ValueError`` if the argument of the function ``verb`` is not a :class:`Simulated`."""
     if not isinstance(simulated, Simulated):
         raise ValueError(
-            f"{verb}: expected data with the latents that made them, evidence.simulate(model, data), but got "
+            f"{verb}: expected simulated data with their latents, evidence.simulate(model, data), but got "
             f"{type(simulated).__name__}"
         )
 
 
-def _place(name: str, value: Tensor, given: dict[Any, Any]) -> Any:
-    """The argument that is observed at a site: the same memory, else the same numbers."""
-    parts = {
+def _observed_argument(name: str, value: Tensor, given: dict[Any, Any]) -> Any:
+    """The key of the argument that a site observes: it shares memory with ``value``, or has equal entries."""
+    candidates = {
         key: part for key, part in given.items() if isinstance(part, Tensor) and part.numel() == value.numel()
     }
-    same = [key for key, part in parts.items() if part.data_ptr() == value.data_ptr()]
-    same = same or [key for key, part in parts.items() if bool((part.reshape(value.shape) == value).all())]
-    if len(same) != 1:
-        found = "is none of its arguments" if not same else f"may be any of its arguments {same}"
+    keys = [key for key, part in candidates.items() if part.data_ptr() == value.data_ptr()]
+    if not keys:
+        keys = [key for key, part in candidates.items() if bool((part.reshape(value.shape) == value).all())]
+    if len(keys) != 1:
+        problem = f"equals several of its arguments, {keys}" if keys else "is not one of its arguments"
         raise ValueError(
-            f"simulate: what the model observes at {name!r}, of shape {tuple(value.shape)}, {found}; "
-            "expected one of them as it is, obs=x, or reshaped"
+            f"simulate: the value that the model observes at {name!r}, of shape {tuple(value.shape)}, "
+            f"{problem}; expected an argument, obs=x, unchanged or reshaped"
         )
-    return same[0]
+    return keys[0]
 
 
-def _check(model: Program, simulated: Simulated, drawn: Trace, observed: set[str]) -> None:
-    """Raise ``ValueError`` where the model, given what was simulated, says something else of it: where it was
-    drawn given the data that it replaces."""
+def _check_observed(model: Program, simulated: Simulated, drawn: Trace, observed: set[str]) -> None:
+    """Raise ``ValueError`` if log-probabilities of the simulated values change when the model runs on them.
+
+    The distribution of such a site depends on an observed argument, which had its old value in the trace
+    ``drawn``.
+    """
     batch = simulated.batch
     with untouched(training=False, seed=0), torch.no_grad():
-        again = poutine.trace(Held(simulated.latents)(model)).get_trace(*batch.args, **batch.kwargs)
-    for trace in (drawn, again):
+        rerun = poutine.trace(Held(simulated.latents)(model)).get_trace(*batch.args, **batch.kwargs)
+    for trace in (drawn, rerun):
         trace.compute_log_prob()
     for name in observed:
-        before, after = (trace.nodes[name]["unscaled_log_prob"] for trace in (drawn, again))
+        before, after = (trace.nodes[name]["unscaled_log_prob"] for trace in (drawn, rerun))
         if before.shape != after.shape or not torch.allclose(
             before, after, rtol=1e-4, atol=1e-4, equal_nan=True
         ):
             raise ValueError(
-                f"simulate: the distribution of {name!r} depends on data that were simulated too, so it was "
-                "drawn given the old ones; expected p(x|z) to depend on latents and conditions alone"
+                f"simulate: the distribution of {name!r} depends on an observed argument, so it was drawn "
+                "given the old value; expected p(x|z) to depend only on latents and conditions"
             )

@@ -1,4 +1,4 @@
-"""Sequential Monte Carlo along a path: annealed importance sampling whose chains are resampled on the way."""
+"""Sequential Monte Carlo along a path: annealed importance sampling with resampling."""
 
 from pathlib import Path as FilePath
 from typing import Any
@@ -31,29 +31,31 @@ def smc(
     progress: bool | None = None,
     resume: FilePath | str | None = None,
 ) -> Evidence:
-    """A sequential Monte Carlo sampler (Del Moral et al. 2006): a lower bound of log p(x) per datum, for any
-    model.
+    """A sequential Monte Carlo sampler (Del Moral et al. 2006): a lower bound of log p(x) per datum, in nats.
 
-    As :func:`~pyro_vae.evidence.ais`, but the chains are particles: whenever the effective sample size of a
-    datum's particles falls below ``threshold`` of their number they are resampled (systematically), and their
-    mean weight is multiplied into ŵ. E ŵ = p(x), since schedule, rule and step sizes are fixed before the
-    weighted run. The standard error is a jackknife over the particles' ancestors (Chan and Lai 2013); it is
-    infinite where all particles have one ancestor. Arguments as for :func:`~pyro_vae.evidence.ais`.
+    As :func:`~pyro_vae.evidence.ais`, with resampling: if the effective sample size of the particles of a
+    datum is below ``threshold`` times their number, ŵ is multiplied by their mean weight and they are
+    resampled systematically. E ŵ = p(x), because the schedule, the threshold and the step sizes are fixed
+    before the weighted run. The standard error is a jackknife over the ancestors of the particles (Chan and
+    Lai 2013). It is infinite if all particles have the same ancestor. Arguments as for
+    :func:`~pyro_vae.evidence.ais`.
 
-    :param annealing: its ``num_chains`` is the number of particles.
-    :param threshold: effective sample size, as a share of the particles, below which they are resampled.
+    :param annealing: ``num_chains`` is the number of particles.
+    :param threshold: effective sample size below which particles are resampled, as a fraction of their
+        number.
+    :raises ValueError: in the cases of :func:`~pyro_vae.evidence.ais`, and for a threshold outside [0, 1].
     """
     num_particles, steps = annealing.num_chains, annealing.num_temperatures
     if not 0 <= threshold <= 1:
         raise ValueError(f"smc: expected a threshold between 0 and 1 but got {threshold}")
 
-    def walk(path: Path, betas: Tensor, move: Transition, bar: tqdm) -> dict[str, Tensor]:
-        return _walk(path, betas, move, num_particles, threshold, bar)
+    def run(path: Path, betas: Tensor, transition: Transition, bar: tqdm) -> dict[str, Tensor]:
+        return _run_particles(path, betas, transition, num_particles, threshold, bar)
 
-    found = run_chains(
+    estimates = run_chains(
         model,
         read_whole(data, seed=seed),
-        walk,
+        run,
         annealing,
         start=start,
         max_bytes=max_bytes,
@@ -67,57 +69,60 @@ def smc(
     return Evidence(
         f"SMC, {steps} temperatures, {num_particles} particles from {origin}",
         "lower",
-        **found,
+        **estimates,
         num_particles=num_particles,
         cost=steps * num_particles * annealing.transition.cost,
         joint=False,
     )
 
 
-def _walk(
+def _run_particles(
     path: Path, betas: Tensor, transition: Transition, num_particles: int, threshold: float, bar: tqdm
 ) -> dict[str, Tensor]:
+    """Estimates of particles from the base to the posterior."""
     point = path.draw(num_particles)
-    weights = torch.zeros_like(point.log_base, dtype=torch.double)
-    total, rates = torch.zeros_like(weights[0]), []
-    ancestor = torch.arange(num_particles, device=weights.device).unsqueeze(1).expand_as(weights)
+    log_weights = torch.zeros_like(point.log_base, dtype=torch.double)
+    log_product, rates = torch.zeros_like(log_weights[0]), []  # of the mean weights before each resampling
+    particles = torch.arange(num_particles, device=log_weights.device).unsqueeze(1)
+    ancestors = particles.expand_as(log_weights)
     for k in range(1, len(betas)):
-        weights = weights + (betas[k] - betas[k - 1]) * point.log_ratio.double()
+        log_weights = log_weights + (betas[k] - betas[k - 1]) * point.log_ratio.double()
         if k == len(betas) - 1:
             bar.update()
             break
-        few = effective_sample_size(weights) < threshold * num_particles
-        if few.any():
-            chosen = torch.where(
-                few, _systematic(weights), torch.arange(num_particles, device=few.device).unsqueeze(1)
-            )
-            total = torch.where(few, total + log_mean_exp(weights), total)
-            weights = torch.where(few, 0.0, weights)
-            ancestor = ancestor.gather(0, chosen)
-            point = Point(*(_taken(part, chosen) for part in point))
+        resampled = effective_sample_size(log_weights) < threshold * num_particles
+        if resampled.any():
+            indices = torch.where(resampled, _systematic_indices(log_weights), particles)
+            log_product = torch.where(resampled, log_product + log_mean_exp(log_weights), log_product)
+            log_weights = torch.where(resampled, 0.0, log_weights)
+            ancestors = ancestors.gather(0, indices)
+            point = Point(*(_gather_particles(part, indices) for part in point))
         point, rate = transition.move(path, point, betas[k].to(point.u))
         rates.append(rate.mean(0))
         bar.update()
-    normalized = (weights - weights.logsumexp(0)).exp()
-    by_ancestor = torch.zeros_like(normalized).scatter_add(0, ancestor, normalized)
+    normalized = (log_weights - log_weights.logsumexp(0)).exp()
+    by_ancestor = torch.zeros_like(normalized).scatter_add(0, ancestors, normalized)
     return {
-        "log_evidence": total + log_mean_exp(weights),
+        "log_evidence": log_product + log_mean_exp(log_weights),
         "log_evidence_se": log_mean_exp_se(by_ancestor.log()),
-        "ess": effective_sample_size(weights),
-        "acceptance": torch.stack(rates).mean(0).double() if rates else torch.ones_like(total),
+        "ess": effective_sample_size(log_weights),
+        "acceptance": torch.stack(rates).mean(0).double() if rates else torch.ones_like(log_product),
     }
 
 
-def _systematic(weights: Tensor) -> Tensor:
-    """Places of the survivors of log-weights ``(particles, batch)``, one uniform number for each datum: their
-    expected number is the particles' share."""
-    n = len(weights)
-    shares = (weights - weights.logsumexp(0)).exp().nan_to_num(nan=1 / n).cumsum(0)
-    at = (
-        torch.arange(n, dtype=shares.dtype, device=shares.device).unsqueeze(1) + torch.rand_like(shares[:1])
-    ) / n
-    return torch.searchsorted((shares / shares[-1]).mT.contiguous(), at.mT.contiguous()).mT.clamp_max(n - 1)
+def _systematic_indices(log_weights: Tensor) -> Tensor:
+    """Indices of the particles that systematic resampling selects, ``(particles, batch)``.
+
+    One uniform number per datum. The expected number of copies is proportional to the weight.
+    """
+    n = len(log_weights)
+    cumulative = (log_weights - log_weights.logsumexp(0)).exp().nan_to_num(nan=1 / n).cumsum(0)
+    strata = torch.arange(n, dtype=cumulative.dtype, device=cumulative.device).unsqueeze(1)
+    positions = (strata + torch.rand_like(cumulative[:1])) / n
+    cumulative = (cumulative / cumulative[-1]).mT.contiguous()
+    return torch.searchsorted(cumulative, positions.mT.contiguous()).mT.clamp_max(n - 1)
 
 
-def _taken(part: Tensor, chosen: Tensor) -> Tensor:
-    return part.gather(0, chosen.reshape(*chosen.shape, *[1] * (part.dim() - 2)).expand_as(part))
+def _gather_particles(part: Tensor, indices: Tensor) -> Tensor:
+    """Select particles of a tensor ``(particles, batch, …)`` by ``indices``, ``(particles, batch)``."""
+    return part.gather(0, indices.reshape(*indices.shape, *[1] * (part.dim() - 2)).expand_as(part))

@@ -1,6 +1,5 @@
-"""Log-weights log p(x, z) − log q(z|x) of any pair: what ELBO, importance-weighted bounds, effective sample
-size and Pareto k̂ stand on. They are made in chunks, so that memory is bounded whatever the number of
-particles."""
+"""Log-weights log p(x, z) − log q(z|x) of any pair, in chunks of bounded memory. The ELBO,
+importance-weighted bounds, effective sample size and Pareto k̂ are functions of log-weights."""
 
 import logging
 from collections import Counter
@@ -23,8 +22,8 @@ from pyro_vae.pairs.structure import Particles, Structure
 from pyro_vae.pairs.traces import Program, proposal, run_pair, sampled
 
 logger = logging.getLogger(__name__)
-MAX_BYTES = 2**24  # of the tensors that one run of a pair makes: what stays in a processor's cache is fastest
-_PARTICLES_AT_ONCE = 64  # enough that an encoder, which runs once for all of them, costs little
+MAX_BYTES = 2**24  # memory of the tensors that one run allocates; fits in the cache of a CPU
+_MIN_PARTICLES_PER_RUN = 64  # amortizes the encoder, which runs once for all particles of a run
 
 
 def log_weights(
@@ -39,25 +38,27 @@ def log_weights(
 ) -> Tensor:
     """log p(x, z) − log q(z|x) per datum at z ~ q(z|x), in nats: ``(num_particles, batch)``.
 
-    The mean of exp over particles is an unbiased estimate of p(x), whatever the guide; the mean itself is one
-    of the ELBO.
+    The mean of their exponentials over particles is an unbiased estimate of p(x) for every guide. The mean of
+    the log-weights is an unbiased estimate of the ELBO.
 
-    Any pair with a data plate: several latents, plates within a datum, masks (masked entries have no part in
-    p), autoguides. Sites with ``infer={"enumerate": "parallel"}`` are summed out: those of the model exactly,
-    log Σ_y p(x, y, z), those of the guide by a draw for each value, log Σ_y p(x, y, z_y) / q(z_y|x, y).
-    Scales are removed: of subsampling, of annealing. What a guide observes (``obs=``, ``pyro.factor``) is no
-    part of q, nor are auxiliary sites that latents are not points of.
+    Accepts any pair with a data plate: several latents, plates within a datum, masks (masked entries do not
+    contribute to p), autoguides. Sites with ``infer={"enumerate": "parallel"}`` are summed out: sites of the
+    model exactly, log Σ_y p(x, y, z); sites of the guide with one draw per value,
+    log Σ_y p(x, y, z_y) / q(z_y|x, y). Scales, such as those of subsampling and annealing, are removed.
+    Observed sites of the guide (``obs=``, ``pyro.factor``) are not part of q; nor are auxiliary sites from
+    which no latent is computed.
 
-    :param data: the arguments of model and guide, ``(batch, *event)``, in whatever form :func:`~pyro_vae.fit`
-        takes them: a tensor or array, a tuple for positional arguments, a dict for keyword arguments,
+    :param data: the arguments of model and guide, ``(batch, *event)``, in any form that :func:`~pyro_vae.fit`
+        accepts: a tensor or array, a tuple for positional arguments, a dict for keyword arguments,
         ``pv.Data``, a ``Dataset``, or a ``DataLoader`` that keeps the order of its data set.
-    :param max_bytes: of the tensors that one run makes; particles and data are taken in chunks of that size.
-    :param seed: of the draws.
-    :param check: ``False`` runs a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
-    :raises ValueError: for a pair that is wrong; a latent outside the data plate, which has no weight per
-        datum (see
-        :func:`joint_log_weights`); a latent on one side only; a model that draws a subsample itself; a datum
-        whose log-probability is not finite.
+    :param num_particles: draws per datum.
+    :param max_bytes: memory of the tensors that one run allocates; it sets the size of chunks of particles
+        and data.
+    :param seed: seed of the draws.
+    :param check: ``False`` runs a pair that :func:`~pyro_vae.check_pair` rejects.
+    :raises ValueError: for an invalid pair; a latent outside the data plate, which has no weight per datum
+        (see :func:`joint_log_weights`); a latent that only model or guide samples; a model that subsamples;
+        or a datum whose log-probability is not finite.
     """
     check_particles("log_weights", num_particles)
     batch = read_whole(data, seed=seed)
@@ -70,9 +71,10 @@ def log_weights(
 class JointLogWeights:
     """Log-weights of all data together, from :func:`joint_log_weights`, in nats.
 
-    log_weights: log p(x₁…x_N, z) − log q(z|x), ``(num_particles,)``. draws: the z of each latent site at
-    which they were taken, ``(num_particles, *shape)``, with a dimension for each plate of the site. Sites
-    that are summed out have none, nor have those that a guide draws once for each value of what it sums out.
+    :param log_weights: log p(x₁…x_N, z) − log q(z|x), ``(num_particles,)``.
+    :param draws: the draws z by latent site, ``(num_particles, *shape)``, with a dimension for each plate of
+        the site. Sites that are summed out have no draws. Sites of which the guide makes one draw per value
+        of an enumerated site are left out.
     """
 
     log_weights: Tensor
@@ -80,12 +82,12 @@ class JointLogWeights:
 
     @property
     def log_evidence(self) -> float:
-        """log (1/K) Σ exp(log w): a lower bound of log p(x₁…x_N) in expectation."""
+        """log (1/K) Σ exp(log w) in nats: a lower bound of log p(x₁…x_N) in expectation."""
         return log_mean_exp(self.log_weights.double()).item()
 
     @property
     def log_evidence_se(self) -> float:
-        """Its Monte Carlo error by the jackknife, see :func:`~pyro_vae.numerics.log_mean_exp_se`."""
+        """Its Monte Carlo standard error by the jackknife, see :func:`~pyro_vae.numerics.log_mean_exp_se`."""
         return log_mean_exp_se(self.log_weights.double()).item()
 
     @property
@@ -95,7 +97,7 @@ class JointLogWeights:
 
     @property
     def pareto_k(self) -> float:
-        """k̂ of their tail, see :func:`~pyro_vae.numerics.pareto_k`."""
+        """k̂ of the tail of the weights, see :func:`~pyro_vae.numerics.pareto_k`."""
         return pareto_k(self.log_weights).item()
 
     def __str__(self) -> str:
@@ -120,9 +122,9 @@ def joint_log_weights(
 ) -> JointLogWeights:
     """log p(x₁…x_N, z) − log q(z|x) of all data together, in nats, and the draws z: :class:`JointLogWeights`.
 
-    For pairs with latents that all data share, such as the weights of a regression; the log-mean-exp
-    estimates the evidence of the whole data set. Arguments as for :func:`log_weights`. All draws are kept;
-    where latents of each datum make them too large, ``evidence.importance(…, joint=True)`` keeps none.
+    For pairs with global latents, such as the coefficients of a regression. The log-mean-exp estimates the
+    log evidence of the whole data set. Arguments as for :func:`log_weights`. The result stores all draws. If
+    local latents make them too large, use ``evidence.importance(…, joint=True)``, which does not store draws.
     """
     check_particles("joint_log_weights", num_particles)
     batch = read_whole(data, seed=seed)
@@ -131,8 +133,8 @@ def joint_log_weights(
             model, guide, batch, verb="joint_log_weights", check=check, max_bytes=max_bytes, joint=True
         )
         (rows,) = weigher.chunks(num_particles)
-        weights, draws = weigher.with_draws(rows, num_particles)
-    return JointLogWeights(weights[:, 0], draws)
+        log_w, draws = weigher.with_draws(rows, num_particles)
+    return JointLogWeights(log_w[:, 0], draws)
 
 
 def weigh(
@@ -145,72 +147,75 @@ def weigh(
     max_bytes: int = MAX_BYTES,
     joint: bool = False,
 ) -> "Weigher":
-    """The log-weights of a pair, after a look at what it is made of. Raises ``ValueError`` for what is wrong
-    with it."""
+    """Validate a pair and return its :class:`Weigher`. Raises ``ValueError`` for an invalid pair."""
     pair = inspect_checked(model, guide, batch, verb=verb, check=check, per_datum=not joint, joint=joint)
     if not pair.has_density:
         logger.warning(
-            "%s: the guide has points (Delta), which have no density, so the weights bound nothing: each is "
-            "log p(x, z) at "
-            "the point", verb,
-        )  # fmt: skip
+            "%s: the guide has points (Delta), which have no density; the log-weights are log p(x, z) at the "
+            "points and give no bound",
+            verb,
+        )
     return Weigher(pair, max_bytes=max_bytes)
 
 
 class Weigher:
-    """The log-weights of a pair, chunk by chunk. Modules are expected in evaluation mode, gradients off.
+    """Computes the log-weights of a pair by chunks of the data, in evaluation mode and without gradients.
 
-    :param pair: inspected with ``particles``. Where it is joint, all data together are one datum: its rows
-    are 1.
+    :param pair: a structure with ``particles``. If it is joint, all data are one datum with one log-weight.
+    :param max_bytes: memory of the tensors that one run allocates.
     """
 
     def __init__(self, pair: Structure, *, max_bytes: int = MAX_BYTES) -> None:
         if pair.particles is None:
-            raise ValueError("pair: expected a structure with its particles, of probe_particles")
+            raise ValueError("pair: its particles are missing; expected a structure from probe_particles")
         self.pair, self.batch, self.max_bytes = pair, pair.batch, max_bytes
         self.particles: Particles = pair.particles
         self.plates, self.nesting = pair.plates, pair.nesting
-        self.vectorized, self.divides = self.particles.vectorized, self.particles.rows_independent
-        self.latents: Latents | None = None  # whose draws are kept
-        self.sites: list[str] = []  # those that have draws
-        self.graphs: dict[Any, Any] = {}  # of chunks of one shape that come again and again
+        self.vectorized = self.particles.vectorized
+        self.latents: Latents | None = None  # set if draws are returned
+        self.sites: list[str] = []  # names of the sites whose draws are returned
+        self.graphs: dict[Any, Any] = {}  # by the shapes of a chunk of the data
 
     def chunks(self, num_particles: int) -> list[slice]:
-        """The rows of the data that are to be taken at a time."""
-        rows, self.at_once = self._sizes(num_particles)
+        """Slices of the rows of the data; also sets the number of particles per run. Call it before
+        :meth:`of`."""
+        rows, self.particles_per_run = self._chunk_sizes(num_particles)
         chunks = slices(self.batch.num_rows, rows)
-        self.alike = Counter(chunk.stop - chunk.start for chunk in chunks)
+        self.chunk_counts = Counter(chunk.stop - chunk.start for chunk in chunks)
         return chunks
 
     def of(self, rows: slice, num_particles: int) -> Tensor:
-        """All log-weights of one chunk of the data: ``(num_particles, rows)``. Raises ``ValueError`` for a
-        datum all of whose weights are 0, or one of whose weights is NaN or infinite."""
-        return self._of(rows, num_particles)[0]
+        """The log-weights of a chunk of the data, ``(num_particles, rows)``.
+
+        :raises ValueError: for a datum with a log-weight that is NaN or ∞, or if all of them are −∞.
+        """
+        return self._compute(rows, num_particles)[0]
 
     def with_draws(self, rows: slice, num_particles: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """:meth:`of` all data of a joint pair, and the draws of each site, ``(num_particles, *shape)``."""
+        """The log-weights of a joint pair, and the draws by site, ``(num_particles, *shape)``."""
         self.latents = Latents(self.pair)
-        weights, *draws = self._of(rows, num_particles)
-        return weights, dict(zip(self.sites, draws, strict=True))
+        log_w, *draws = self._compute(rows, num_particles)
+        return log_w, dict(zip(self.sites, draws, strict=True))
 
-    def _of(self, rows: slice, num_particles: int) -> tuple[Tensor, ...]:
+    def _compute(self, rows: slice, num_particles: int) -> tuple[Tensor, ...]:
+        """The log-weights of a chunk of the data, and the draws by site if they are returned."""
         part = self.batch.rows(rows)
-        # Pyro's own validation sees each datum once
-        drawn = [self.weigh(part, num_particles % self.at_once or self.at_once)]
-        rest = (num_particles - 1) // self.at_once
-        if rest:
-            run = self._graphed(part, calls=rest * self.alike[rows.stop - rows.start])
-            drawn += [tuple(run(*part.leaves())) for _ in range(rest)]
-        found = tuple(map(torch.cat, zip(*drawn, strict=True)))
-        self._check_finite(found[0], rows)
-        return found
+        # the first run is eager, so that Pyro validates each datum
+        runs = [self.weigh(part, num_particles % self.particles_per_run or self.particles_per_run)]
+        num_calls = (num_particles - 1) // self.particles_per_run
+        if num_calls:
+            run = self._graphed(part, calls=num_calls * self.chunk_counts[rows.stop - rows.start])
+            runs += [tuple(run(*part.leaves())) for _ in range(num_calls)]
+        log_w, *draws = map(torch.cat, zip(*runs, strict=True))
+        self._check_finite(log_w, rows)
+        return log_w, *draws
 
     def _graphed(self, part: Batch, calls: int) -> Callable[..., Sequence[Tensor]]:
-        """The log-weights of ``at_once`` particles as a function of the tensors of a chunk; a graph if
-        ``calls`` calls pay for one."""
+        """The log-weights of ``particles_per_run`` particles as a function of the tensors of a chunk, by a
+        compiled graph if ``calls`` calls justify its compilation."""
 
         def eager(*tensors: Tensor) -> tuple[Tensor, ...]:
-            return self.weigh(part.with_leaves(tensors), self.at_once)
+            return self.weigh(part.with_leaves(tensors), self.particles_per_run)
 
         key = tuple(tensor.shape for tensor in part.leaves())
         if key not in self.graphs:
@@ -218,19 +223,20 @@ class Weigher:
             self.graphs[key].prepare(part.leaves(), calls=calls)
         return self.graphs[key]
 
-    def _check_finite(self, weights: Tensor, rows: slice) -> None:
-        bad = (weights.isnan() | (weights == torch.inf)).any(0) | (weights == -torch.inf).all(0)
-        if bad.any():
-            at = int(bad.nonzero()[0])
-            what, value = "of all data" if self.pair.joint else f"of row {rows.start + at}", weights[:, at]
+    def _check_finite(self, log_w: Tensor, rows: slice) -> None:
+        invalid = (log_w.isnan() | (log_w == torch.inf)).any(0) | (log_w == -torch.inf).all(0)
+        if invalid.any():
+            index = int(invalid.nonzero()[0])
+            datum = "all data" if self.pair.joint else f"row {rows.start + index}"
+            values = log_w[:, index]
             raise ValueError(
-                f"log-weights: those {what} are {float(value[~value.isfinite()][0])}{self._where(rows)}; "
-                "expected finite log-probabilities: check this row of the data, and the parameters of the "
-                "pair"
+                f"log-weights: got {float(values[~values.isfinite()][0])} for {datum}"
+                f"{self._nonfinite_site(rows)}; expected finite log-probabilities: check these data and the "
+                "parameters of the pair"
             )
 
-    def _where(self, rows: slice) -> str:
-        """The site whose log-probability is not finite, in a run on these rows."""
+    def _nonfinite_site(self, rows: slice) -> str:
+        """For an error: the first site with a log-probability that is not finite, else ``""``."""
         batch = self.batch.rows(rows)
         with untouched(seed=0):
             traces = run_pair(self.pair.model, self.pair.guide, *batch.args, **batch.kwargs)
@@ -241,62 +247,61 @@ class Weigher:
         return ""
 
     def weigh(self, batch: Batch, num_particles: int) -> tuple[Tensor, ...]:
-        """Log-weights of some data, by eager Pyro: ``(num_particles, rows)``, and draws where they are
-        kept."""
+        """Log-weights of a batch, ``(num_particles, rows)``, and the draws by site if they are returned.
+
+        Particles that do not run in one plate run one after another.
+        """
         if self.vectorized:
-            return self._once(batch, num_particles)
-        return tuple(map(torch.cat, zip(*(self._once(batch) for _ in range(num_particles)), strict=True)))
+            return self._run(batch, num_particles)
+        return tuple(map(torch.cat, zip(*(self._run(batch) for _ in range(num_particles)), strict=True)))
 
     def at(self, batch: Batch, values: Mapping[str, Tensor]) -> Tensor:
-        """Log-weights at given latents, that come as the sites take them: ``(rows,)``.
+        """Log-weights at given latents, in the shapes of their sites: ``(rows,)``.
 
-        :raises ValueError: where sites are summed out, or the guide does not tell its density at other values
-        than its draws.
+        :raises ValueError: if sites are summed out, or the guide has no density at given values.
         """
         if self.pair.enumerates or self.pair.points or self.pair.has_auxiliary:
             raise ValueError(
-                "guide: its density at given latents is not known, since it (or the model) has sites that "
-                "are summed out, points, or auxiliary variables, as autoguides have; expected pyro.sample of "
-                "a distribution for each latent"
+                "guide: its density at given latents is not known, since the pair has sites that are summed "
+                "out, points (Delta), or auxiliary sites, as autoguides do; expected pyro.sample of a "
+                "distribution for each latent"
             )
         return log_weight(run_particles(self.pair, batch, None, values), self.plates).expand(batch.num_rows)
 
-    def _once(self, batch: Batch, num_particles: int | None = None) -> tuple[Tensor, ...]:
-        """One run of the pair, in a plate of particles if their number is given."""
+    def _run(self, batch: Batch, num_particles: int | None = None) -> tuple[Tensor, ...]:
+        """Log-weights and draws of one run, in a plate of ``num_particles`` particles if given."""
         p, q = run_particles(self.pair, batch, num_particles)
         if self.pair.enumerates:
-            weights = sum_out([(q, proposal, -1), (p, sampled, 1)], self.plates | {PARTICLES})
+            log_w = sum_out([(q, proposal, -1), (p, sampled, 1)], self.plates | {PARTICLES})
         else:
-            weights = log_weight(
+            log_w = log_weight(
                 (p, q), self.plates, particle_dim=None if num_particles is None else -1 - self.nesting
             )
         if self.pair.joint:
-            weights = weights.unsqueeze(-1)
+            log_w = log_w.unsqueeze(-1)
         shape = num_particles or 1, 1 if self.pair.joint else batch.num_rows
         if self.latents is None:
-            return (weights.expand(shape),)
-        most, values, draws = self.nesting + (num_particles is not None), values_of(q), {}
+            return (log_w.expand(shape),)
+        max_plates, values, draws = self.nesting + (num_particles is not None), values_of(q), {}
         for name, site in self.latents.sites.items():
-            # further dimensions are of what the guide sums out, or declared by no plate
-            if name in values and values[name].dim() <= most + len(site.event):
+            # leave out draws with further dimensions: of enumerated sites of the guide, or without a plate
+            if name in values and values[name].dim() <= max_plates + len(site.event):
                 draws[name] = self.latents.part(name, values[name], shape[0], 1)[:, 0]
         self.sites = list(draws)
-        return weights.expand(shape), *draws.values()
+        return log_w.expand(shape), *draws.values()
 
-    def _sizes(self, num_particles: int) -> tuple[int, int]:
-        """Rows and particles of a chunk."""
-        n = self.batch.num_rows
-        at_once = max(1, self.max_bytes // self.particles.bytes)  # rows × particles
-        few = min(num_particles, _PARTICLES_AT_ONCE) if self.vectorized else 1
-        rows = n
-        kept = (
-            4 * self.max_bytes // (32 * num_particles)
-        )  # rows whose weights, and copies of them, are few bytes
-        if min(at_once // few, kept) < n:
-            wanted = max(1, min(at_once // few, kept, n // 2))
-            rows = wanted if self.divides else n
-        return rows, min(num_particles, max(1, at_once // rows)) if self.vectorized else 1
+    def _chunk_sizes(self, num_particles: int) -> tuple[int, int]:
+        """Rows per chunk of the data, and particles per run."""
+        rows = self.batch.num_rows
+        size = max(1, self.max_bytes // self.particles.bytes)  # rows × particles of one run
+        min_particles = min(num_particles, _MIN_PARTICLES_PER_RUN) if self.vectorized else 1
+        # the second limit is for the log-weights of all particles of a chunk and their copies
+        max_rows = min(size // min_particles, 4 * self.max_bytes // (32 * num_particles))
+        if max_rows < rows and self.particles.rows_independent:
+            rows = max(1, min(max_rows, rows // 2))
+        return rows, min(num_particles, max(1, size // rows)) if self.vectorized else 1
 
 
 def check_particles(verb: str, num_particles: int) -> None:
+    """Raise ``ValueError`` if a number of particles is not a positive integer."""
     check_count(verb, num_particles, expected="a whole number of particles or chains, 1 or more,")

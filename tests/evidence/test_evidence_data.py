@@ -1,4 +1,4 @@
-"""Every verb takes its data in the forms that ``fit`` takes, with the same numbers."""
+"""Functions of log-weights and evidence accept every form of data that ``fit`` accepts."""
 
 import inspect
 
@@ -52,15 +52,15 @@ VERBS = {
 every_verb = pytest.mark.parametrize("verb", VERBS)
 
 
-def test_every_verb_is_tested():
+def test_all_public_functions_are_tested():
     public = {name for name in evidence.__all__ if inspect.isfunction(getattr(evidence, name))}
     assert public | {"log_weights", "joint_log_weights"} == set(VERBS)
 
 
 @every_verb
-def test_the_form_of_the_data_changes_no_number(verb):
+def test_result_does_not_depend_on_the_form_of_the_data(verb):
     rows = TensorDataset(X, SHIFT)
-    found = VERBS[verb]((X, SHIFT))
+    expected = VERBS[verb]((X, SHIFT))
     for data in (
         (X.numpy(), SHIFT.numpy()),
         {"x": X, "shift": SHIFT},
@@ -68,30 +68,27 @@ def test_the_form_of_the_data_changes_no_number(verb):
         pv.Data(X, labels=torch.arange(N), condition=SHIFT),
         rows,
         DataLoader(rows, batch_size=5),
-        DataLoader(rows, batch_size=5, shuffle=True),  # read in the order of its data set
+        DataLoader(rows, batch_size=5, shuffle=True),  # shuffling is ignored
     ):
-        torch.testing.assert_close(VERBS[verb](data), found, rtol=0, atol=0)
+        torch.testing.assert_close(VERBS[verb](data), expected, rtol=0, atol=0)
 
 
-def test_a_tensor_is_the_one_argument():
-    one, other = (lambda x, f=f: f(x, torch.zeros_like(x)) for f in (model, guide))
-    found = [
-        pv.log_weights(one, other, data)
-        for data in (X, X.numpy(), (X,), {"x": X}, pv.Data(X), DataLoader(X, 5))
-    ]
-    for each in found[1:]:
-        torch.testing.assert_close(each, found[0], rtol=0, atol=0)
+def test_tensor_is_passed_as_the_only_argument():
+    unary_model, unary_guide = (lambda x, f=f: f(x, torch.zeros_like(x)) for f in (model, guide))
+    expected = pv.log_weights(unary_model, unary_guide, X)
+    for data in (X.numpy(), (X,), {"x": X}, pv.Data(X), DataLoader(X, 5)):
+        torch.testing.assert_close(pv.log_weights(unary_model, unary_guide, data), expected, rtol=0, atol=0)
 
 
 @every_verb
-def test_a_loader_with_an_order_of_its_own_is_refused(verb):
+def test_loader_with_a_custom_sampler_raises(verb):
     loader = DataLoader(TensorDataset(X, SHIFT), 5, sampler=SubsetRandomSampler(range(N)))
     with pytest.raises(ValueError, match=r"data: the loader's sampler has an order of its own"):
         VERBS[verb](loader)
 
 
 class Noisy(Dataset):
-    """A data set that draws its rows anew each time."""
+    """A data set whose rows are random at each access."""
 
     def __len__(self):
         return N
@@ -101,7 +98,7 @@ class Noisy(Dataset):
 
 
 @every_verb
-def test_data_that_are_drawn_are_drawn_at_the_seed_of_the_verb(verb):
+def test_random_data_sets_are_read_at_the_given_seed(verb):
     torch.manual_seed(1)
     first = VERBS[verb](DataLoader(Noisy(), 5))
     state = torch.get_rng_state()
@@ -110,32 +107,32 @@ def test_data_that_are_drawn_are_drawn_at_the_seed_of_the_verb(verb):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_simulated_data_set_has_the_form_of_its_data():
+def test_simulated_data_have_the_form_of_the_given_data():
     by_position = evidence.simulate(model, (X, SHIFT))
     by_name = evidence.simulate(model, {"x": X, "shift": SHIFT})
     assert isinstance(by_position.data, tuple)
     assert by_name.data.keys() == {"x", "shift"}
-    for part, same, old in zip(by_position.data, by_name.data.values(), (X, SHIFT), strict=True):
-        assert torch.equal(part, same)
-        assert part.shape == old.shape
+    for part, named, given in zip(by_position.data, by_name.data.values(), (X, SHIFT), strict=True):
+        assert torch.equal(part, named)
+        assert part.shape == given.shape
     assert torch.equal(by_position.data[1], SHIFT)
     assert not torch.equal(by_position.data[0], X)
 
 
-def test_data_are_one_argument():
+def test_data_in_an_invalid_form_raise():
     with pytest.raises(TypeError):
         evidence.importance(model, guide, X, SHIFT)
     with pytest.raises(ValueError, match="expected tensors or arrays of shape"):
         evidence.simulate(model, ())
     with pytest.raises(
-        ValueError, match=r"importance_upper: expected data with the latents that made them.*got tuple"
+        ValueError, match=r"importance_upper: expected simulated data with their latents.*got tuple"
     ):
         evidence.importance_upper(model, guide, (X, SHIFT))
 
 
-def test_the_standard_error_of_a_gap_is_that_of_both_sides():
-    found = evidence.bdmc(model, (X, SHIFT), annealing=ANNEALING)
-    square = found.lower.log_evidence_se**2 + found.upper.log_evidence_se**2
-    torch.testing.assert_close(found.gap_se, square.sqrt())
-    assert found.mean_se == pytest.approx(found.gap.std().item() / N**0.5)
-    assert f"gap {found.mean:.3f} ± {found.mean_se:.3f}" in str(found)
+def test_standard_error_of_the_gap_combines_both_bounds():
+    result = evidence.bdmc(model, (X, SHIFT), annealing=ANNEALING)
+    square = result.lower.log_evidence_se**2 + result.upper.log_evidence_se**2
+    torch.testing.assert_close(result.gap_se, square.sqrt())
+    assert result.mean_se == pytest.approx(result.gap.std().item() / N**0.5)
+    assert f"gap {result.mean:.3f} ± {result.mean_se:.3f}" in str(result)
