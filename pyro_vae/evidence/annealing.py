@@ -224,7 +224,7 @@ def bdmc(
         start=start,
         annealing=annealing,
         max_bytes=max_bytes,
-        seed=seed + 1,
+        seed=(seed + 1) % 2**32,
         check=check,
         progress=progress,
     )
@@ -234,7 +234,7 @@ def bdmc(
         start=start,
         annealing=annealing,
         max_bytes=max_bytes,
-        seed=seed + 2,
+        seed=(seed + 2) % 2**32,
         check=check,
         progress=progress,
     )
