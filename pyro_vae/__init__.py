@@ -1,6 +1,6 @@
 """Auto-Encoding Variational Bayes in Pyro: model/guide pairs trained by SVI.
 
-The public names. They are imported on first use, so that ``pyro-vae --help`` need not wait for torch.
+Submodules and public names are imported on first use, so that ``import pyro_vae`` does not import torch.
 """
 
 import importlib
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-_HOME = {
+_SUBMODULE_OF = {
     "VAE": "vae",
     "Data": "data",
     "Epoch": "infer",
@@ -56,7 +56,7 @@ _HOME = {
     "log_weights": "pairs",
     "train": "infer",
 }
-_MODULES = (
+_SUBMODULES = (
     "checkpoint",
     "conditionals",
     "data",
@@ -112,9 +112,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"pyro_vae.{_HOME[name]}"), name)
-    if name in _MODULES:
+    if name in _SUBMODULE_OF:
+        return getattr(importlib.import_module(f"pyro_vae.{_SUBMODULE_OF[name]}"), name)
+    if name in _SUBMODULES:
         return importlib.import_module(f"pyro_vae.{name}")
     raise AttributeError(f"module 'pyro_vae' has no attribute {name!r}")
 

@@ -1,4 +1,4 @@
-"""Every example runs, and leaves the picture that it promises."""
+"""Smoke tests of the examples."""
 
 import os
 import subprocess
@@ -18,19 +18,19 @@ FAST = {"custom_pair", "mnist", "ring"}  # the others are slow
         for path in EXAMPLES
     ],
 )
-def test_smoke(path, tmp_path, request):
+def test_example_runs_and_saves_its_picture(path, tmp_path, request):
     if path.stem == "lightning_svi":
         pytest.importorskip("lightning")
     if path.stem in ("mnist", "frey_faces"):
         folder = request.getfixturevalue("data_dir").resolve()
         os.environ["PYRO_VAE_DATA"] = str(folder)
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-W", "error", str(path), "--smoke-test"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert "nats" in done.stdout
+    assert process.returncode == 0, process.stderr
+    assert "nats" in process.stdout
     pictures = list(tmp_path.glob("*.png"))
     assert [picture.stem for picture in pictures] == ([path.stem] if "savefig" in path.read_text() else [])

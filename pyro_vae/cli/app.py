@@ -1,6 +1,6 @@
 """``pyro-vae train | evaluate | diagnose | sample | reconstruct | plot | compare | data``.
 
-Torch is imported inside the commands, so that ``--help`` answers at once. Progress goes to stderr, results to
+Each command imports torch when it runs, so that ``--help`` is fast. Progress goes to stderr, results go to
 stdout.
 """
 
@@ -21,12 +21,13 @@ from typer import Argument, Option
 from pyro_vae import __version__
 from pyro_vae.cli import options, output
 from pyro_vae.cli.defaults import DEFAULTS
-from pyro_vae.cli.options import default, one_of
+from pyro_vae.cli.options import default_text, one_of
 from pyro_vae.files import put, reserved
 
 if TYPE_CHECKING:
     from pyro_vae.cli.build import Pair
     from pyro_vae.cli.runs import Run
+    from pyro_vae.evidence import Evidence
     from pyro_vae.vae import VAE
 
 Dataset = Literal["digits", "mnist", "fashion-mnist", "frey-faces", "ring"]
@@ -35,24 +36,25 @@ Guide = Literal["normal", "full", "low-rank", "laplace", "student-t", "flow", "s
 Prior = Literal["standard-normal", "normal", "mixture", "vamp"]
 Binarize = Literal["none", "threshold", "stochastic"]
 
-RunFolder = Annotated[Path, Argument(metavar="RUN", help="A folder that `pyro-vae train` made.")]
+RunFolder = Annotated[Path, Argument(metavar="RUN", help="A folder that `pyro-vae train` wrote.")]
 DataDir = Annotated[
-    Path | None, Option(help="Folder of the data sets.  [default: $PYRO_VAE_DATA, or ./data]")
+    Path | None, Option(help="Folder with the data sets.  [default: $PYRO_VAE_DATA, or ./data]")
 ]
-OwnPair = Annotated[
+RunPair = Annotated[
     str | None,
     Option(
         "--pair",
         metavar="SOURCE:FACTORY",
-        help="The --pair that the run was trained with, if any: its code runs.",
+        help="The --pair that the run was trained with, if any. Its code is executed.",
     ),
 ]
-Out = Annotated[Path | None, Option(help="Folder to write.  [default: a new one]")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace what pyro-vae wrote to --out.")]
+Out = Annotated[Path | None, Option(help="Output folder.  [default: a new one]")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace the files that pyro-vae wrote to --out.")]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
-Seed = Annotated[int, Option(min=0, max=2**32 - 1, help="Seed of every random draw.")]
+Seed = Annotated[int, Option(min=0, max=2**32 - 1, help="Random seed.")]
 Threads = Annotated[
-    int | None, Option(min=1, help="Threads of torch.  [default: torch's, or OMP_NUM_THREADS]")
+    int | None,
+    Option(min=1, help="Number of threads of torch.  [default: OMP_NUM_THREADS, or torch's default]"),
 ]
 
 app = typer.Typer(
@@ -60,8 +62,8 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"pyro-vae {__version__}", file=sys.__stdout__, flush=True)
         raise typer.Exit
 
@@ -69,75 +71,80 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Auto-Encoding Variational Bayes in Pyro. Numbers are in nats per datum."""
+    """Auto-Encoding Variational Bayes in Pyro. All log-densities and bounds are in nats per datum."""
 
 
 @app.command()
 def train(
     context: typer.Context,
-    dataset: Annotated[Dataset, Argument(**options.argument(Dataset, "What to train on"))] = "digits",
+    dataset: Annotated[Dataset, Argument(**options.argument(Dataset, "Data set"))] = "digits",
     num_epochs: Annotated[
         int | None,
-        Option("-n", "--num-epochs", min=1, help=f"Passes over the data.  {default('num_epochs')}"),
+        Option("-n", "--num-epochs", min=1, help=f"Passes over the data.  {default_text('num_epochs')}"),
     ] = None,
-    batch_size: Annotated[int, Option("-b", "--batch-size", min=1, help="Data in a minibatch.")] = 100,
+    batch_size: Annotated[int, Option("-b", "--batch-size", min=1, help="Size of a minibatch.")] = 100,
     learning_rate: Annotated[
-        float | None, Option(min=0, help=f"Step size of Adam.  {default('learning_rate')}")
+        float | None, Option(min=0, help=f"Learning rate of Adam.  {default_text('learning_rate')}")
     ] = None,
     latent_dim: Annotated[
-        int | None, Option(min=1, help=f"Dimensions of z.  {default('latent_dim')}")
+        int | None, Option(min=1, help=f"Dimension of z.  {default_text('latent_dim')}")
     ] = None,
     hidden: Annotated[
         str | None,
         Option(
-            help=f"Hidden widths of the encoder, such as 500,500; the decoder mirrors.  {default('hidden')}"
+            help="Hidden widths of the encoder, such as 500,500; the decoder has them in reverse order.  "
+            + default_text("hidden")
         ),
     ] = None,
     likelihood: Annotated[
-        Likelihood | None, Option(**one_of(Likelihood), help=f"p(x|z).  {default('likelihood')}")
+        Likelihood | None, Option(**one_of(Likelihood), help=f"p(x|z).  {default_text('likelihood')}")
     ] = None,
     guide: Annotated[
-        Guide | None, Option(**one_of(Guide), help=f"Family of q(z|x).  {default('guide')}")
+        Guide | None, Option(**one_of(Guide), help=f"Family of q(z|x).  {default_text('guide')}")
     ] = None,
-    prior: Annotated[Prior | None, Option(**one_of(Prior), help=f"p(z).  {default('prior')}")] = None,
+    prior: Annotated[Prior | None, Option(**one_of(Prior), help=f"p(z).  {default_text('prior')}")] = None,
     pair: Annotated[
-        str | None, Option(metavar="SOURCE:FACTORY", help="Train a pair of your own, in place of a VAE.")
+        str | None, Option(metavar="SOURCE:FACTORY", help="Train your own model and guide instead of a VAE.")
     ] = None,
     binarize: Annotated[
         Binarize | None,
-        Option(**one_of(Binarize), help="What grey pixels become.  [default: stochastic for bernoulli]"),
+        Option(
+            **one_of(Binarize),
+            help="Binarization of grey pixels.  [default: stochastic for bernoulli, else none]",
+        ),
     ] = None,
-    num_particles: Annotated[int, Option(min=1, help="Draws of z for each datum and step.")] = 1,
+    num_particles: Annotated[int, Option(min=1, help="Draws of z per datum and step.")] = 1,
     beta: Annotated[
-        float, Option(min=0, help="Weight of the KL in what is optimized, never in what is reported.")
+        float, Option(min=0, help="Weight of the KL in the loss. Reported ELBOs have weight 1.")
     ] = 1.0,
     warm_up: Annotated[
         int | None,
-        Option(min=0, help=f"Epochs over which the weight of the KL rises from 0.  {default('warm_up')}"),
+        Option(min=0, help=f"Epochs over which the KL weight rises from 0.  {default_text('warm_up')}"),
     ] = None,
     patience: Annotated[
-        int | None, Option(min=1, help="Stop after so many epochs without a better held-out ELBO.")
+        int | None, Option(min=1, help="Early stopping: epochs without a better held-out ELBO.")
     ] = None,
     clip_norm: Annotated[
-        float | None, Option(min=0, help="The largest norm of the gradient, in nats per datum.")
+        float | None, Option(min=0, help="Maximal norm of the gradient, in nats per datum.")
     ] = None,
     every: Annotated[
-        int | None, Option(min=1, help="Steps between checkpoints, besides that at each epoch's end.")
+        int | None, Option(min=1, help="Steps between checkpoints, in addition to the end of each epoch.")
     ] = None,
     resume: Annotated[
-        str | None, Option(metavar="last|best|PATH", help="Go on with the run at --out from there.")
+        str | None, Option(metavar="last|best|PATH", help="Resume the run at --out from this checkpoint.")
     ] = None,
     seed: Seed = 0,
     device: Annotated[str, Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    dtype: Annotated[Literal["float32", "float64"], Option(help="Of data and networks.")] = "float32",
+    dtype: Annotated[Literal["float32", "float64"], Option(help="Of the data and the networks.")] = "float32",
     threads: Annotated[
         int | None,
         Option(
             min=1,
-            help="Threads of torch.  [default: one where a step is small, else torch's, or OMP_NUM_THREADS]",
+            help="Number of threads of torch.  [default: OMP_NUM_THREADS; else 1 if a step is small, or "
+            "torch's default]",
         ),
     ] = None,
     data_dir: DataDir = None,
@@ -145,9 +152,9 @@ def train(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Train a VAE, or a pair of your own, by SVI; leave a run folder. An interrupted run goes on by --out RUN
-    --resume last, to the same end as if it had not been: all other options are the run's, and with more
-    --num-epochs it trains on."""
+    """Train a VAE, or your own model and guide, by SVI, and write a run folder. --out RUN --resume last
+    resumes an interrupted run with its recorded options; the result is the same as without the interruption.
+    A larger --num-epochs trains for more epochs."""
     import pyro
 
     from pyro_vae import infer
@@ -158,147 +165,154 @@ def train(
         "guide": guide,
         "prior": prior,
         "latent_dim": latent_dim,
-        "hidden": options.widths(hidden),
+        "hidden": options.parse_widths(hidden),
     }
     given = {"num_epochs": num_epochs, "learning_rate": learning_rate, "warm_up": warm_up} | families
     values = DEFAULTS[dataset] | {key: value for key, value in given.items() if value is not None}
     if pair is not None:
-        options.check_pair_words(pair, families)
-        values |= dict.fromkeys(build.FAMILIES)
-    grey_to = "stochastic" if values["likelihood"] == "bernoulli" else "none"
+        options.check_pair_option(pair, families)
+        values |= dict.fromkeys(build.VAE_FIELDS)
+    default_binarize = "stochastic" if values["likelihood"] == "bernoulli" else "none"
     config = build.Config(
         **values,
         dataset=dataset,
         pair=pair,
-        binarize=binarize or grey_to,
+        binarize=binarize or default_binarize,
         batch_size=batch_size,
         num_particles=num_particles,
-        beta=options.finite("--beta", beta),
+        beta=options.check_finite("--beta", beta),
         patience=patience,
         clip_norm=clip_norm,
         seed=seed,
         dtype=dtype,
     )
-    options.finite("--learning-rate", config.learning_rate)
+    options.check_finite("--learning-rate", config.learning_rate)
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     options.check_device(device)
-    first = infer.rank_and_world_size()[0] == 0  # only rank 0 prints
+    is_first = infer.rank_and_world_size()[0] == 0
     if resume is not None:
-        config = options.to_go_on(context, out, overwrite, config)
+        config = options.resumed_config(context, out, overwrite, config)
     options.check_likelihood(config)
     folder = out or Path("runs") / dataset
-    if first:  # it writes for all
+    if is_first:  # only rank 0 writes and prints
         folder = context.with_resource(reserved(folder, numbered=out is None))
-        runs.check_parts(folder)
+        runs.check_no_links(folder)
         if resume is None or not runs.is_run(folder):
             runs.check_free(folder, overwrite=overwrite)
     train_data, test = build.build_data(config, data_dir)
     config = replace(config, event_shape=tuple(train_data.x.shape[1:]), num_levels=train_data.num_levels)
     pyro.set_rng_seed(config.seed)
-    own = build.build_pair(config, train_data)
-    say = output.say if first else lambda _: None
-    say(f"{train_data}, {len(test)} held out -> {folder}")
-    other = {"--device": device if device != "cpu" else None, "--every": every, "--threads": threads}
-    repeated = _own(pair, data_dir) + [
-        word for key, value in other.items() if value is not None for word in (key, value)
+    built = build.build_pair(config, train_data)
+    print_progress = output.print_progress if is_first else lambda _: None
+    print_progress(f"{train_data}, {len(test)} held out -> {folder}")
+    unrecorded = {"--device": device if device != "cpu" else None, "--every": every, "--threads": threads}
+    repeated = _repeated_options(pair, data_dir) + [
+        word for key, value in unrecorded.items() if value is not None for word in (key, value)
     ]
 
-    def left() -> str:
+    def describe_saved() -> str:
         if (step := runs.last_step(folder)) is None:
-            return _nothing_left()
-        return f"{folder} has a checkpoint after step {step}; go on by\n  {runs.go_on(folder, repeated)}"
+            return _nothing_saved()
+        command = runs.resume_command(folder, repeated)
+        return f"{folder} has a checkpoint after step {step}; resume with\n  {command}"
 
-    largest = options.largest_product(own, config.batch_size * config.num_particles)
-    with options.threads(threads, largest), infer.process_group(device), output.interrupted(left, first):
+    largest = options.largest_product(built, config.batch_size * config.num_particles)
+    with (
+        options.threads(threads, largest),
+        infer.process_group(device),
+        output.report_interruption(describe_saved, is_first),
+    ):
         run = runs.train(
             folder,
             config,
-            own,
+            built,
             train_data,
             test,
             device=device,
             overwrite=overwrite,
             every=every,
             resume=resume,
-            say=say,
+            print_progress=print_progress,
         )
-    if not first:
+    if not is_first:
         return
     epochs = run.history()
     with run.loaded(test.x[:2]) as trained:
-        output.draw(runs.with_room(run.path / "plots"), runs.pictures(run, trained, test))
-    written = report.write_page(run)
-    seconds = sum(epoch.seconds for epoch in epochs)
-    result = {"run": str(run.path), "num_epochs": len(epochs), **run.kept()._asdict(), "seconds": seconds}
-    output.show(result, f"{run.path}: {run.summary()}", as_json)
-    output.done(written, "evaluate", run.path, *_own(pair, data_dir))
+        output.write_pictures(runs.replaceable_or_new(run.path / "plots"), runs.pictures(run, trained, test))
+    epoch, seconds = run.saved_epoch(), sum(epoch.seconds for epoch in epochs)
+    result = {"run": str(run.path), "num_epochs": len(epochs), **epoch._asdict(), "seconds": seconds}
+    page = report.write_report(run)
+    output.print_result(result, f"{run.path}: {run.summary()}", as_json)
+    output.print_next(page, "evaluate", run.path, *_repeated_options(pair, data_dir))
 
 
 @app.command()
 def sample(
     context: typer.Context,
     run: RunFolder,
-    n: Annotated[int, Option("-n", "--num-samples", min=1, help="How many.")] = 100,
+    n: Annotated[int, Option("-n", "--num-samples", min=1, help="Number of samples.")] = 100,
     seed: Seed = 0,
-    pair: OwnPair = None,
+    pair: RunPair = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Draw x from p(z) p(x|z): samples.npy, and a picture of as many E[x|z]. By default to RUN/samples,
-    samples-2, …"""
+    """Draw x from p(z) p(x|z): samples.npy, and a picture of up to 400 means E[x|z]. The default output
+    folder is RUN/samples, samples-2, …"""
     import torch
 
     from pyro_vae import plots
     from pyro_vae.cli import report
 
-    opened = _opened(run, pair)
-    folder = output.free(context, out, run / "samples", overwrite)
-    with opened.loaded() as own:
-        vae = _vae(own, "sample")
+    opened = _open_run(run, pair)
+    folder = output.reserve_folder(context, out, run / "samples", overwrite)
+    with opened.loaded() as trained:
+        vae = _vae(trained, "sample")
         torch.manual_seed(seed)
         x = vae.sample(n)
         image = {"samples": lambda: plots.plot_samples(vae, min(n, 400))}
-        files = output.leave(folder, {"samples": x}, image if x.dim() > 2 else output.points(samples=x))
-    output.show_files(files, as_json)
-    output.done(report.write_page(opened, folder), "reconstruct", run, *_own(pair))
+        pictures = image if x.dim() > 2 else output.points(samples=x)
+        files = output.write_results(folder, {"samples": x}, pictures)
+    output.print_files(files, as_json)
+    page = report.write_report(opened, folder)
+    output.print_next(page, "reconstruct", run, *_repeated_options(pair))
 
 
 @app.command()
 def reconstruct(
     context: typer.Context,
     run: RunFolder,
-    n: Annotated[int, Option("-n", "--num-data", min=1, help="The first so many held-out data.")] = 100,
+    n: Annotated[
+        int, Option("-n", "--num-data", min=1, help="Number of held-out data, from the first.")
+    ] = 100,
     seed: Seed = 0,
     data_dir: DataDir = None,
-    pair: OwnPair = None,
+    pair: RunPair = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """E[x'|z] at z ~ q(z|x) for held-out x: x.npy, reconstructions.npy, and both in one picture. By default
-    to RUN/reconstructions, reconstructions-2, …"""
+    """E[x'|z] at z ~ q(z|x) for held-out x: x.npy, reconstructions.npy, and a picture of both. The default
+    output folder is RUN/reconstructions, reconstructions-2, …"""
     import torch
 
     from pyro_vae import plots
     from pyro_vae.cli import build, report
 
-    opened = _opened(run, pair)
-    folder = output.free(context, out, run / "reconstructions", overwrite)
+    opened = _open_run(run, pair)
+    folder = output.reserve_folder(context, out, run / "reconstructions", overwrite)
     x = build.build_data(opened.config, data_dir)[1].x[:n]
-    with opened.loaded(x) as own:
-        vae = _vae(own, "reconstruct")
+    with opened.loaded(x) as trained:
+        vae = _vae(trained, "reconstruct")
         torch.manual_seed(seed)
         y = vae.reconstruct(x)
     image = {"reconstructions": lambda: plots.plot_reconstructions(x[:100], y[:100])}
-    files = output.leave(
-        folder,
-        {"x": x, "reconstructions": y},
-        image if x.dim() > 2 else output.points(x=x, reconstructions=y),
-    )
-    output.show_files(files, as_json)
-    output.done(report.write_page(opened, folder), "diagnose", run, *_own(pair, data_dir))
+    pictures = image if x.dim() > 2 else output.points(x=x, reconstructions=y)
+    files = output.write_results(folder, {"x": x, "reconstructions": y}, pictures)
+    output.print_files(files, as_json)
+    page = report.write_report(opened, folder)
+    output.print_next(page, "diagnose", run, *_repeated_options(pair, data_dir))
 
 
 @app.command()
@@ -306,102 +320,106 @@ def plot(
     context: typer.Context,
     run: RunFolder,
     data_dir: DataDir = None,
-    pair: OwnPair = None,
+    pair: RunPair = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Draw a run's pictures again, by default to RUN/plots-2, plots-3, …"""
+    """Draw the pictures of a run again. The default output folder is RUN/plots-2, plots-3, …"""
     from pyro_vae.cli import build, report, runs
 
-    opened = _opened(run, pair)
-    folder = output.free(context, out, run / "plots", overwrite)
+    opened = _open_run(run, pair)
+    folder = output.reserve_folder(context, out, run / "plots", overwrite)
     _, test = build.build_data(opened.config, data_dir)
-    with opened.loaded(test.x[:2]) as own:
-        files = output.draw(folder, runs.pictures(opened, own, test))
-    output.show_files(files, as_json)
-    output.done(report.write_page(opened, folder), "evaluate", run, *_own(pair, data_dir))
+    with opened.loaded(test.x[:2]) as trained:
+        files = output.write_pictures(folder, runs.pictures(opened, trained, test))
+    output.print_files(files, as_json)
+    page = report.write_report(opened, folder)
+    output.print_next(page, "evaluate", run, *_repeated_options(pair, data_dir))
 
 
 @app.command()
 def evaluate(
     context: typer.Context,
     run: RunFolder,
-    estimator: Annotated[str, Option(help="Of elbo, importance, prior, ais, smc, bdmc.")] = "elbo,importance",
-    num_particles: Annotated[int, Option(min=1, help="Draws of z for each datum, at most.")] = 1000,
-    num_temperatures: Annotated[int, Option(min=1, help="Temperatures of ais and bdmc, at most.")] = 1000,
-    num_chains: Annotated[int, Option(min=1, help="Chains of ais and bdmc for each datum.")] = 16,
+    estimator: Annotated[str, Option(help="Any of elbo,importance,prior,ais,smc,bdmc.")] = "elbo,importance",
+    num_particles: Annotated[int, Option(min=1, help="Maximal number of draws of z per datum.")] = 1000,
+    num_temperatures: Annotated[int, Option(min=1, help="Maximal number of temperatures.")] = 1000,
+    num_chains: Annotated[int, Option(min=1, help="Chains of ais and bdmc per datum.")] = 16,
     data: Annotated[str, Option(help="Which data, such as test, train, test[:1000].")] = "test",
     seed: Seed = 0,
     threads: Threads = None,
     data_dir: DataDir = None,
-    pair: OwnPair = None,
+    pair: RunPair = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Bound log p(x) of a run's model, in nats per datum: the ladder of estimators as one table and a
-    picture. By default to RUN/evaluation, evaluation-2, … An interrupted call goes on where it was when it is
-    given again."""
+    """Estimate and bound log p(x) of a run's model, in nats per datum: a table and a picture of the
+    estimators at increasing cost. The default output folder is RUN/evaluation, evaluation-2, … After an
+    interruption, the same command resumes."""
     from pyro_vae import plots
     from pyro_vae.cli import build, ladder, report, runs
 
-    names = options.some_of("--estimator", estimator, ladder.ESTIMATORS)
-    opened = _opened(run, pair)
-    folder = output.free(context, out, run / "evaluation", overwrite, apart=".evidence")
-    part = build.part_of(data, *build.build_data(opened.config, data_dir))
-    kept = opened.part(".evidence") if out is None else out / ".evidence"
+    names = options.comma_separated("--estimator", estimator, ladder.ESTIMATORS)
+    opened = _open_run(run, pair)
+    folder = output.reserve_folder(context, out, run / "evaluation", overwrite, ignore=".evidence")
+    selected = build.select_rows(data, *build.build_data(opened.config, data_dir))
+    resume_folder = opened.subpath(".evidence") if out is None else out / ".evidence"
     rungs = []
 
-    def left() -> str:
-        what = "what was finished is kept" if kept.is_dir() else "nothing was finished"
-        return f"{what}; the same command goes on:\n  {output.again()}"
+    def describe_saved() -> str:
+        saved = "finished chunks are saved" if resume_folder.is_dir() else "nothing was saved"
+        return f"{saved}; resume with the same command\n  {output.current_command()}"
 
-    with opened.loaded(part.x[:2]) as own, options.threads(threads), output.interrupted(left):
-        for rung in ladder.climb(
-            own,
-            part.arguments(slice(None)),
+    with (
+        opened.loaded(selected.x[:2]) as trained,
+        options.threads(threads),
+        output.report_interruption(describe_saved),
+    ):
+        for rung in ladder.compute(
+            trained,
+            selected.arguments(slice(None)),
             names,
             num_particles=num_particles,
             num_temperatures=num_temperatures,
             num_chains=num_chains,
             seed=seed,
-            kept=kept,
+            resume_folder=resume_folder,
         ):
             rungs.append(rung)
-            output.say(f"{rung.found.method}: {rung.found.mean:.3f}, {rung.seconds:.1f} s")
-    by_name = {
-        name: [r.found for r in rungs if r.estimator == name]
-        for name in dict.fromkeys(r.estimator for r in rungs)
-    }
+            output.print_progress(f"{rung.estimate.method}: {rung.estimate.mean:.3f}, {rung.seconds:.1f} s")
+    by_estimator: dict[str, list[Evidence]] = {}
+    for rung in rungs:
+        by_estimator.setdefault(rung.estimator, []).append(rung.estimate)
     text, rows = ladder.table(rungs), {rung.name: rung.row() for rung in rungs}
-    output.draw(folder, {"ladder": lambda: plots.figure_of(plots.plot_ladder(by_name))})
+    output.write_pictures(folder, {"ladder": lambda: plots.figure_of(plots.plot_ladder(by_estimator))})
     put(folder / "evaluation.txt", f"{text}\n".encode())
-    put(folder / "evaluation.json", (json.dumps(runs.as_json(rows), indent=2) + "\n").encode())
-    written = report.write_page(opened, folder)
-    output.show(rows, f"{text}\n{folder}", as_json)
-    output.done(written, "diagnose", run, *_own(pair, data_dir))
+    put(folder / "evaluation.json", (json.dumps(runs.to_json(rows), indent=2) + "\n").encode())
+    page = report.write_report(opened, folder)
+    output.print_result(rows, f"{text}\n{folder}", as_json)
+    output.print_next(page, "diagnose", run, *_repeated_options(pair, data_dir))
 
 
 @app.command()
 def diagnose(
     context: typer.Context,
     run: RunFolder,
-    num_particles: Annotated[int, Option(min=1, help="Draws of z for each datum.")] = 1000,
+    num_particles: Annotated[int, Option(min=1, help="Draws of z per datum.")] = 1000,
     num_simulations: Annotated[
-        int, Option(min=0, help="Data to simulate for the calibration, 100 or more; 0 leaves it out.")
+        int, Option(min=0, help="Simulated data for the calibration: 100 or more, or 0 for no calibration.")
     ] = 1000,
     data: Annotated[str, Option(help="Which data, such as test, train, test[:1000].")] = "test[:1000]",
     seed: Seed = 0,
     threads: Threads = None,
     data_dir: DataDir = None,
-    pair: OwnPair = None,
+    pair: RunPair = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Ask whether a run's guide is good: one page, and pictures of Pareto k, the worst data and the
-    calibration. By default to RUN/diagnosis, diagnosis-2, …"""
+    """Diagnose the guide of a run: a text, and pictures of Pareto k, of the data with the worst fit and of
+    the calibration. The default output folder is RUN/diagnosis, diagnosis-2, …"""
     from pyro_vae import diagnostics, plots
     from pyro_vae.cli import build, report
 
@@ -409,81 +427,85 @@ def diagnose(
         raise typer.BadParameter(
             f"--num-simulations: expected 100 or more, or 0 for no calibration, but got {num_simulations}"
         )
-    opened = _opened(run, pair)
-    folder = output.free(context, out, run / "diagnosis", overwrite)
-    part = build.part_of(data, *build.build_data(opened.config, data_dir))
-    with opened.loaded(part.x[:2]) as own, options.threads(threads), output.interrupted(_nothing_left):
-        found = diagnostics.diagnose(
-            own.model,
-            own.guide,
-            part,
+    opened = _open_run(run, pair)
+    folder = output.reserve_folder(context, out, run / "diagnosis", overwrite)
+    selected = build.select_rows(data, *build.build_data(opened.config, data_dir))
+    with (
+        opened.loaded(selected.x[:2]) as trained,
+        options.threads(threads),
+        output.report_interruption(_nothing_saved),
+    ):
+        diagnosis = diagnostics.diagnose(
+            trained.model,
+            trained.guide,
+            selected,
             num_particles=num_particles,
             num_simulations=num_simulations,
             seed=seed,
         )
-    output.draw(folder, plots.plot_diagnosis(found, part.x))
-    put(folder / "diagnosis.txt", f"{found}\n".encode())
-    written = report.write_page(opened, folder)
-    output.show(
-        {"pareto_k": found.pareto_k.tolist(), "worst": found.worst().tolist()}, f"{found}\n{folder}", as_json
-    )
-    output.done(written, "reconstruct" if opened.config.pair is None else "plot", run, *_own(pair, data_dir))
+    output.write_pictures(folder, plots.plot_diagnosis(diagnosis, selected.x))
+    put(folder / "diagnosis.txt", f"{diagnosis}\n".encode())
+    page = report.write_report(opened, folder)
+    result = {"pareto_k": diagnosis.pareto_k.tolist(), "worst": diagnosis.worst().tolist()}
+    output.print_result(result, f"{diagnosis}\n{folder}", as_json)
+    following = "reconstruct" if opened.config.pair is None else "plot"
+    output.print_next(page, following, run, *_repeated_options(pair, data_dir))
 
 
 @app.command()
 def compare(
     context: typer.Context,
-    model: Annotated[str | None, Argument(help="One of --list.")] = None,
+    model: Annotated[str | None, Argument(help="A name from --list.")] = None,
     guide: Annotated[str, Option(help="Families of q(z|x), such as normal,full,flow.")] = "normal,full,flow",
     num_epochs: Annotated[
         int, Option("-n", "--num-epochs", min=1, help="Passes over 2000 draws of the model.")
     ] = 100,
-    num_data: Annotated[int, Option(min=2, help="Draws of the model to compare on.")] = 50,
+    num_data: Annotated[int, Option(min=2, help="Draws of the model that the comparison uses.")] = 50,
     list_models: Annotated[bool, Option("--list", help="List the models.")] = False,
     seed: Seed = 0,
     threads: Annotated[
-        int | None, Option(min=1, help="Threads of torch.  [default: 1, or OMP_NUM_THREADS]")
+        int | None, Option(min=1, help="Number of threads of torch.  [default: OMP_NUM_THREADS, or 1]")
     ] = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Train guides on a model that knows its posterior; leave a table and a figure of how far they are from
-    it."""
+    """Train guides on a model with a known posterior, and write a table and a figure of their gaps."""
     from pyro_vae.cli import exact_models, runs
 
     if list_models or model is None:
-        about = {name: text for name, (_, text) in exact_models.MODELS.items()}
-        output.show(about, "\n".join(f"{name:16} {text}" for name, text in about.items()), as_json)
-        return output.done(None, "compare", next(iter(about)))
+        descriptions = {name: text for name, (_, text) in exact_models.MODELS.items()}
+        listing = "\n".join(f"{name:16} {text}" for name, text in descriptions.items())
+        output.print_result(descriptions, listing, as_json)
+        return output.print_next(None, "compare", next(iter(descriptions)))
     if model not in exact_models.MODELS:
-        near = options.nearest(model, exact_models.MODELS)
+        suggestion = options.suggestion(model, exact_models.MODELS)
         raise typer.BadParameter(
-            f"MODEL: expected one of {', '.join(exact_models.MODELS)}, but got {model!r}{near}"
+            f"MODEL: expected one of {', '.join(exact_models.MODELS)}, but got {model!r}{suggestion}"
         )
-    families = options.some_of("--guide", guide, get_args(Guide))
-    folder = output.free(context, out, Path("runs") / f"compare-{model}", overwrite)
-    with options.threads(threads, exact_models.LARGEST_PRODUCT), output.interrupted(_nothing_left):
-        found = exact_models.train_guides(
+    families = options.comma_separated("--guide", guide, get_args(Guide))
+    folder = output.reserve_folder(context, out, Path("runs") / f"compare-{model}", overwrite)
+    with options.threads(threads, exact_models.LARGEST_PRODUCT), output.report_interruption(_nothing_saved):
+        comparison = exact_models.train_guides(
             exact_models.MODELS[model][0](), families, num_epochs=num_epochs, num_data=num_data, seed=seed
         )
-    output.draw(folder, {"guides": found.plot})
-    put(folder / "comparison.txt", f"{found}\n".encode())
-    result = {name: dict(one.rows()) for name, one in found.comparisons.items()}
-    put(folder / "comparison.json", (json.dumps(runs.as_json(result), indent=2) + "\n").encode())
-    output.show(result, f"{found}\n{folder}", as_json)
-    return output.done(None, "compare", "--list")
+    output.write_pictures(folder, {"guides": comparison.plot})
+    put(folder / "comparison.txt", f"{comparison}\n".encode())
+    result = {name: dict(guide.rows()) for name, guide in comparison.comparisons.items()}
+    put(folder / "comparison.json", (json.dumps(runs.to_json(result), indent=2) + "\n").encode())
+    output.print_result(result, f"{comparison}\n{folder}", as_json)
+    return output.print_next(None, "compare", "--list")
 
 
 @app.command()
 def data(
     dataset: Annotated[
-        Dataset | None, Argument(**options.argument(Dataset, "Read it, check its contents, tell its shapes"))
+        Dataset | None, Argument(**options.argument(Dataset, "Data set to load and validate"))
     ] = None,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """List the data sets and where they are read from."""
+    """List the data sets and their sources, or load a data set and print its shape and range."""
     from pyro_vae.data.datasets import SOURCES, is_here, load
 
     if dataset is None:
@@ -492,8 +514,8 @@ def data(
             f"{name:14} {'here' if row['here'] else 'not here':9} {row['source']}"
             for name, row in rows.items()
         )
-        output.show(rows, text, as_json)
-        return output.done(None, "train", "digits")
+        output.print_result(rows, text, as_json)
+        return output.print_next(None, "train", "digits")
     train_data, test = load(dataset, data_dir=data_dir)
     low, high = (float(end) for end in train_data.x.aminmax())
     result = {
@@ -504,21 +526,23 @@ def data(
     }
     shape = tuple(train_data.x.shape[1:])
     text = f"{dataset}: {len(train_data)} + {len(test)} held out, each {shape} in [{low:g}, {high:g}]"
-    output.show(result, text, as_json)
-    return output.done(None, "train", dataset, *_own(None, data_dir))
+    output.print_result(result, text, as_json)
+    return output.print_next(None, "train", dataset, *_repeated_options(None, data_dir))
 
 
-def _opened(run: Path, pair: str | None) -> "Run":
+def _open_run(run: Path, pair: str | None) -> "Run":
+    """Open a run folder. Prints a warning if the training is not finished."""
     from pyro_vae.cli import runs
 
     opened = runs.open_run(run, pair)
     if unfinished := opened.unfinished():
-        output.say(f"warning: {unfinished}; go on by\n  {runs.go_on(run, _own(pair))}")
+        command = runs.resume_command(run, _repeated_options(pair))
+        output.print_progress(f"warning: {unfinished}; resume with\n  {command}")
     return opened
 
 
-def _own(pair: str | None, data_dir: Path | None = None) -> list[object]:
-    """The options that every command on a run needs again."""
+def _repeated_options(pair: str | None, data_dir: Path | None = None) -> list[object]:
+    """The options of a run that a further command on it must repeat."""
     return [
         word
         for key, value in (("--pair", pair), ("--data-dir", data_dir))
@@ -527,51 +551,61 @@ def _own(pair: str | None, data_dir: Path | None = None) -> list[object]:
     ]
 
 
-def _nothing_left() -> str:
-    return f"nothing was kept; begin again by\n  {output.again()}"
+def _nothing_saved() -> str:
+    return f"nothing was saved; start again with\n  {output.current_command()}"
 
 
 def _vae(pair: "Pair", verb: str) -> "VAE":
     if pair.vae is None:
         raise ValueError(
-            f"{verb}: the run's pair is two programs of your own; expected a factory that returns a "
-            "pyro_vae.VAE"
+            f"{verb}: the run was trained with a model and a guide of your own; expected a run whose --pair "
+            "returns a pyro_vae.VAE"
         )
     return pair.vae
 
 
-def _arguments() -> set[str]:
-    """The commands' arguments that are options."""
-    commands: list[Any] = [command.callback for command in app.registered_commands]
-    names = {name for command in commands for name in inspect.signature(command).parameters if len(name) > 1}
-    return names - {"context", "run", "dataset", "model", "as_json", "list_models"}
+def _option_arguments() -> set[str]:
+    """The arguments of the commands' functions that are options with a long name."""
+    functions: list[Any] = [command.callback for command in app.registered_commands]
+    names = {name for function in functions for name in inspect.signature(function).parameters}
+    return {name for name in names if len(name) > 1} - {
+        "context",
+        "run",
+        "dataset",
+        "model",
+        "as_json",
+        "list_models",
+    }
 
 
 def _fail(code: int, error: Exception) -> NoReturn:
-    output.fail(code, options.as_options(str(error), _arguments()))
+    output.exit_with_error(code, options.with_option_names(str(error), _option_arguments()))
 
 
 def main() -> NoReturn:
-    """Run the command line. Exit codes: 0; 2 usage; 65 bad data; 66 missing input; 70 numerical failure or
-    memory; 74 I/O; 78 a run of another version; 130 and 143 interrupted; 1 a bug."""
+    """Run the command line and exit.
+
+    Exit codes: 0 success; 1 a bug; 2 usage; 65 invalid data; 66 missing input; 70 numerical failure or out of
+    memory; 74 I/O; 78 a run of another version or configuration; 130 and 143 interrupted.
+    """
     os.environ.setdefault("MPLBACKEND", "Agg")
     for stream in (sys.__stdout__, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # in a locale without ≥ and ±, other signs stand for them
+        if isinstance(stream, io.TextIOWrapper):  # the locale may not have ≥ and ±
             stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        # stdout is for results; what a user's own code prints is progress
-        given = sys.argv[1:]
-        asks = not given or "--help" in given
-        with contextlib.nullcontext() if asks else contextlib.redirect_stdout(sys.stderr), output.shown():
+        arguments = sys.argv[1:]
+        prints_help = not arguments or "--help" in arguments
+        # results go to sys.__stdout__, and the output of a user's code goes to stderr
+        redirect = contextlib.nullcontext() if prints_help else contextlib.redirect_stdout(sys.stderr)
+        with redirect, output.progress_lines():
             app()
     except FileExistsError as error:
         _fail(2, error)
     except OSError as error:
-        missing = (
-            isinstance(error, FileNotFoundError) and error.errno is None
-        )  # ours, with a cause and a remedy
-        _fail(66 if missing else 74, error)
+        # pyro_vae raises FileNotFoundError without errno for missing input
+        is_missing_input = isinstance(error, FileNotFoundError) and error.errno is None
+        _fail(66 if is_missing_input else 74, error)
     except (FloatingPointError, MemoryError) as error:
         _fail(70, error)
     except ValueError as error:

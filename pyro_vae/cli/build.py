@@ -1,6 +1,6 @@
-"""From the words of the command line to objects: data sets, likelihoods, guides and priors by name.
+"""Build data sets, likelihoods, guides and priors from the names on the command line.
 
-Only the command line speaks in names; everything below takes the objects themselves.
+The other subpackages take objects, not names.
 """
 
 import importlib.util
@@ -52,13 +52,14 @@ PRIORS: dict[str, Callable[[conditionals.Conditional, Tensor], conditionals.Cond
     "vamp": priors.VampPrior,
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-PSEUDO_INPUTS = 100
+PSEUDO_INPUTS = 100  # of a VampPrior
+VAE_FIELDS = ("likelihood", "guide", "prior", "latent_dim", "hidden")  # ``None`` with --pair
 
 
 @dataclass(frozen=True)
 class Config:
-    """What a run was told, defaults filled in: the contents of ``config.json``. A pair of one's own has no
-    family names."""
+    """The options of a run, with defaults filled in: the contents of ``config.json``. With ``--pair``, the
+    fields in :data:`VAE_FIELDS` are ``None``."""
 
     dataset: str
     pair: str | None
@@ -83,12 +84,15 @@ class Config:
 
     @classmethod
     def read(cls, record: Mapping[str, Any], source: str) -> "Config":
-        """From JSON. Raises ``ValueError`` for keys that are missing or unknown, and values of another
-        type."""
+        """Validate a parsed ``config.json``. Raises ``ValueError`` for missing or unknown keys, and for
+        values of the wrong type or outside of their range.
+
+        :param source: the path of the file, for error texts.
+        """
         hints = get_type_hints(cls)
-        if unequal := record.keys() ^ hints.keys():
+        if invalid := record.keys() ^ hints.keys():
             raise ValueError(
-                f"{source}: the keys {sorted(unequal)} are missing or unknown; expected those of a run's "
+                f"{source}: the keys {sorted(invalid)} are missing or unknown; expected those of a run's "
                 "config.json"
             )
         values: dict[str, Any] = {
@@ -100,15 +104,13 @@ class Config:
                 raise ValueError(
                     f"{source}: {field.name} is {reprlib.repr(value)}; expected {hints[field.name]}"
                 )
-            if not _is_plausible(field.name, value):
-                raise ValueError(
-                    f"{source}: {field.name} is {reprlib.repr(value)}, which no run of pyro-vae has"
-                )
+            if not _is_in_range(field.name, value):
+                raise ValueError(f"{source}: {field.name} is {reprlib.repr(value)}, which is out of range")
         return cls(**values)
 
 
-def _is_plausible(name: str, value: Any) -> bool:
-    """Whether a number, or each of a list of sizes, is one that the command line gives."""
+def _is_in_range(name: str, value: Any) -> bool:
+    """Whether a number, or each size of a tuple, is in the range that the command line accepts."""
     if isinstance(value, tuple):
         return len(value) <= 100 and all(type(size) is int and 0 < size < 2**31 for size in value)
     if isinstance(value, int):
@@ -116,11 +118,8 @@ def _is_plausible(name: str, value: Any) -> bool:
     return not isinstance(value, float) or (math.isfinite(value) and value >= 0)
 
 
-FAMILIES = ("likelihood", "guide", "prior", "latent_dim", "hidden")
-
-
 class Pair(NamedTuple):
-    """A model and a guide; ``vae`` is the VAE that they belong to, if any."""
+    """A model and a guide, and the VAE that they belong to, if any."""
 
     model: Program
     guide: Program
@@ -128,13 +127,15 @@ class Pair(NamedTuple):
 
 
 def build_data(config: Config, data_dir: Path | None) -> tuple[Data, Data]:
-    """``(train, test)`` as the likelihood wants them: stochastically binarized for a Bernoulli, grey levels
-    for a Categorical, grey values in [0, 1] for a density. A pair of one's own says by ``binarize`` what it
-    wants."""
+    """Load ``(train, test)``, binarized by ``config.binarize``: integer grey levels for a categorical
+    likelihood, values in [0, 1] otherwise.
+
+    :raises ValueError: if the shape of the data is not that of the run.
+    """
     train, test = load(config.dataset, binarize=config.binarize, data_dir=data_dir)  # type: ignore[arg-type]
     if config.likelihood == "categorical":
         train, test = train.levels(), test.levels()
-    dtype = _named("dtype", config.dtype, DTYPES)
+    dtype = _look_up("dtype", config.dtype, DTYPES)
     if config.event_shape and config.event_shape != tuple(train.x.shape[1:]):
         raise ValueError(
             f"config.json: event_shape is {config.event_shape} but data of {config.dataset} have "
@@ -143,104 +144,109 @@ def build_data(config: Config, data_dir: Path | None) -> tuple[Data, Data]:
     return train.to(dtype=dtype), test.to(dtype=dtype)
 
 
-def part_of(words: str, train: Data, test: Data) -> Data:
-    """``test``, ``train`` or some of their rows, such as ``test[:1000]``; stochastic binarization is done
-    once.
+def select_rows(selection: str, train: Data, test: Data) -> Data:
+    """The data that ``selection`` names: ``test``, ``train`` or a slice such as ``test[:1000]``. A stochastic
+    binarization is drawn once.
 
-    :raises ValueError: for other words, or no rows.
+    :raises ValueError: for an invalid or empty selection.
     """
-    found = re.fullmatch(r"(train|test)(?:\[(\d*):(\d*)\])?", words.strip())
-    if not found:
+    match = re.fullmatch(r"(train|test)(?:\[(\d*):(\d*)\])?", selection.strip())
+    if not match:
         raise ValueError(
-            f"--data: expected test, train or some of their rows, such as test[:1000], but got {words!r}"
+            f"--data: expected test, train or some of their rows, such as test[:1000], but got {selection!r}"
         )
-    whole, (start, stop) = {"train": train, "test": test}[found[1]].fixed(), (found[2], found[3])
+    name, start, stop = match.groups()
+    whole = {"train": train, "test": test}[name].fixed()
     rows = slice(int(start) if start else None, int(stop) if stop else None)
     if not len(whole.x[rows]):
-        raise ValueError(f"--data: {words} has no rows; {found[1]} has {len(whole)}")
-    parts = {
-        name: part[rows]
-        for name in ("x", "labels", "condition")
-        if (part := getattr(whole, name)) is not None
+        raise ValueError(f"--data: {selection} has no rows; {name} has {len(whole)}")
+    tensors = {
+        field: tensor[rows]
+        for field in ("x", "labels", "condition")
+        if (tensor := getattr(whole, field)) is not None
     }
-    return replace(whole, **parts)
+    return replace(whole, **tensors)
 
 
 def build_pair(config: Config, train: Data | None = None) -> Pair:
     """The pair that a run's configuration describes.
 
-    :param train: data for the pseudo-inputs of a VampPrior to start from; not needed where weights are loaded
-    after.
+    :param train: data to initialize the pseudo-inputs of a VampPrior. Not needed if parameters are loaded
+        afterwards.
     """
     pair = _import_pair(config.pair) if config.pair else _vae(config, train)
     for program in (pair.model, pair.guide):
         if isinstance(program, torch.nn.Module):
-            program.to(dtype=_named("dtype", config.dtype, DTYPES))
+            program.to(dtype=_look_up("dtype", config.dtype, DTYPES))
     return pair
 
 
-def _named(kind: str, name: str | None, table: Mapping[str, T]) -> T:
+def _look_up(kind: str, name: str | None, table: Mapping[str, T]) -> T:
+    """The entry of a name. Raises ``ValueError`` for an unknown name."""
     if name is None or name not in table:
-        raise ValueError(f"{kind}: there is no {name!r}; expected one of {', '.join(table)}")
+        raise ValueError(f"{kind}: got {name!r}; expected one of {', '.join(table)}")
     return table[name]
 
 
 def _vae(config: Config, train: Data | None) -> Pair:
-    """MLP trunks of tanh units on both sides, as in AEVB."""
+    """A VAE with MLPs of tanh units as encoder and decoder, as in AEVB."""
     x_shape, hidden, latent_dim = config.event_shape, config.hidden, config.latent_dim
     if hidden is None or latent_dim is None:
         raise ValueError("config: expected hidden and latent_dim for a VAE but got neither")
     options: dict[str, Any] = {}
-    reader: torch.nn.Module = nets.MLP(x_shape, hidden)
+    trunk: torch.nn.Module = nets.MLP(x_shape, hidden)
     if config.likelihood == "categorical":
         if config.num_levels is None:
             raise ValueError(
-                f"--likelihood categorical: {config.dataset} has no grey levels; expected e.g. normal"
+                f"--likelihood categorical: {config.dataset} has no grey levels; expected for example normal"
             )
         options["num_classes"] = config.num_levels
-        reader = torch.nn.Sequential(nets.Standardize(0, config.num_levels - 1), reader)
+        trunk = torch.nn.Sequential(nets.Standardize(0, config.num_levels - 1), trunk)
     elif config.likelihood in ("normal", "laplace", "student-t"):
         options["min_scale"] = 0.02
-        if config.num_levels:  # grey values: means through a sigmoid, as AEVB has them for Frey Face
+        if config.num_levels:  # grey values: the decoder's means pass a sigmoid, as in AEVB for Frey Face
             options["loc_constraint"] = constraints.unit_interval
-    likelihood = _named("likelihood", config.likelihood, LIKELIHOODS)
+    likelihood = _look_up("likelihood", config.likelihood, LIKELIHOODS)
     decoder = likelihood(nets.MLP(latent_dim, hidden[::-1]), event_shape=x_shape, **options)
-    encoder = _named("guide", config.guide, GUIDES)(reader, event_shape=latent_dim)
-    start = torch.zeros(PSEUDO_INPUTS, *x_shape) if train is None else train.x[:PSEUDO_INPUTS].float()
-    vae = VAE(_named("prior", config.prior, PRIORS)(encoder, start), decoder, encoder)
+    encoder = _look_up("guide", config.guide, GUIDES)(trunk, event_shape=latent_dim)
+    pseudo_inputs = torch.zeros(PSEUDO_INPUTS, *x_shape) if train is None else train.x[:PSEUDO_INPUTS].float()
+    vae = VAE(_look_up("prior", config.prior, PRIORS)(encoder, pseudo_inputs), decoder, encoder)
     return Pair(vae.model, vae.guide, vae)
 
 
 def _import_pair(factory: str) -> Pair:
-    """What ``module:factory`` or ``path/to/file.py:factory`` makes: ``(model, guide)``, or anything with
-    ``.model`` and ``.guide``."""
+    """Import and call ``module:factory`` or ``path/to/file.py:factory``. The factory returns
+    ``(model, guide)``, or an object with the attributes ``model`` and ``guide``."""
     module, _, name = factory.rpartition(":")
     is_file = module.endswith(".py")
     if is_file and not Path(module).is_file():
         raise FileNotFoundError(
-            f"--pair {factory}: there is no file {module}; expected path/to/file.py:factory"
+            f"--pair {factory}: {module} does not exist; expected path/to/file.py:factory"
         )
     with _on_path(str(Path(module).parent.resolve()) if is_file else os.getcwd()):
         try:
-            made = getattr(_import_file(Path(module)) if is_file else importlib.import_module(module), name)()
-        except Exception as error:  # whatever the user's code does
+            imported = _import_file(Path(module)) if is_file else importlib.import_module(module)
+            result = getattr(imported, name)()
+        except Exception as error:  # any error of the user's code
             raise ValueError(f"--pair {factory}: {type(error).__name__}: {error}") from error
-    if isinstance(made, tuple) and len(made) == 2:
-        return Pair(*made)
-    if hasattr(made, "model") and hasattr(made, "guide"):
-        return Pair(made.model, made.guide, made if isinstance(made, VAE) else None)
+    if isinstance(result, tuple) and len(result) == 2:
+        return Pair(*result)
+    if hasattr(result, "model") and hasattr(result, "guide"):
+        return Pair(result.model, result.guide, result if isinstance(result, VAE) else None)
     raise ValueError(
-        f"--pair {factory}: it made a {type(made).__name__}; expected (model, guide) or an object with both"
+        f"--pair {factory}: the factory returned {type(result).__name__}; expected (model, guide) or an "
+        "object with both"
     )
 
 
 def _import_file(path: Path) -> ModuleType:
-    """The module of a file, whatever its name; one that was imported is not run again."""
+    """Import a file as a module. The file name need not be an identifier. A second call returns the same
+    module."""
     name = f"pyro_vae pair {path.resolve()}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         if spec is None or spec.loader is None:
-            raise ImportError(f"{path} is no Python file")
+            raise ImportError(f"{path} is not a Python file")
         sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(sys.modules[name])
@@ -252,8 +258,7 @@ def _import_file(path: Path) -> ModuleType:
 
 @contextmanager
 def _on_path(folder: str) -> Iterator[None]:
-    """A folder on Python's path: the working folder for a module, as ``python -m`` has it, or that of a
-    file."""
+    """Put a folder first in ``sys.path`` for the block."""
     sys.path.insert(0, folder)
     try:
         yield

@@ -1,5 +1,4 @@
-"""What a data set is trained with where the command line does not say. Torch is not imported, so that
-``--help`` shows it."""
+"""The default options of each data set. Torch is not imported, so that ``--help`` is fast."""
 
 from typing import Any
 

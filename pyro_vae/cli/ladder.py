@@ -1,4 +1,4 @@
-"""The ladder of bounds that ``pyro-vae evaluate`` climbs: estimators by name, each at rising cost."""
+"""The estimators that ``pyro-vae evaluate`` runs, by name, each at increasing cost."""
 
 import hashlib
 import time
@@ -16,33 +16,34 @@ ESTIMATORS = ("elbo", "importance", "prior", "ais", "smc", "bdmc")
 
 @dataclass(frozen=True)
 class Rung:
-    """One estimate, its name, such as ``importance-100``, and the seconds that it took."""
+    """An estimate of log p(x), its name, such as ``importance-100``, and its run time in seconds."""
 
     name: str
     estimator: str
-    found: Evidence
+    estimate: Evidence
     seconds: float
 
     def row(self) -> dict[str, Any]:
-        one = self.found
-        heavy = None if one.pareto_k is None else (one.pareto_k > 0.7).double().mean().item()
+        """The entry of ``evaluation.json``, in nats per datum."""
+        estimate = self.estimate
+        k = estimate.pareto_k
         return {
             "estimator": self.estimator,
-            "method": one.method,
-            "bound": one.bound,
-            "log_evidence": one.mean,
-            "mean_se": one.mean_se,
-            "noise": one.noise,
-            "margin": one.margin(),
-            "ess": one.ess.median().item(),
-            "num_particles": one.num_particles,
-            "pareto_k_above_0.7": heavy,
-            "cost": one.cost,
+            "method": estimate.method,
+            "bound": estimate.bound,
+            "log_evidence": estimate.mean,
+            "mean_se": estimate.mean_se,
+            "noise": estimate.noise,
+            "margin": estimate.margin(),
+            "ess": estimate.ess.median().item(),
+            "num_particles": estimate.num_particles,
+            "pareto_k_above_0.7": None if k is None else (k > 0.7).double().mean().item(),
+            "cost": estimate.cost,
             "seconds": self.seconds,
         }
 
 
-def climb(
+def compute(
     pair: Pair,
     arguments: tuple[Any, ...],
     names: Sequence[str],
@@ -51,15 +52,17 @@ def climb(
     num_temperatures: int,
     num_chains: int,
     seed: int,
-    kept: Path,
+    resume_folder: Path,
 ) -> Iterator[Rung]:
-    """The rungs of each estimator, by tens up to ``num_particles`` and ``num_temperatures``.
+    """Run each estimator at costs that increase by factors of ten up to ``num_particles`` and
+    ``num_temperatures``.
 
-    :param kept: a folder for finished chunks, from which the same call goes on; what is finished is removed.
+    :param resume_folder: folder for finished chunks. The same call resumes from them after an interruption.
+        The file of a rung is deleted when the rung is finished.
     """
     model, guide = pair.model, pair.guide
-    steps, particles = _tens(num_temperatures, 100), Annealing(min(100, num_temperatures), num_chains=100)
-    ways: dict[str, list[tuple[str, Callable[..., Any]]]] = {
+    smc_annealing = Annealing(min(100, num_temperatures), num_chains=100)
+    estimators: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         "elbo": [
             (
                 "elbo",
@@ -73,7 +76,7 @@ def climb(
                 f"importance-{k}",
                 lambda k=k, **o: evidence.importance(model, guide, arguments, num_particles=k, **o),
             )
-            for k in _tens(num_particles, 10)
+            for k in _powers_of_ten(10, num_particles)
         ],
         "prior": [
             (
@@ -86,60 +89,54 @@ def climb(
                 f"ais-{t}",
                 lambda t=t, **o: evidence.ais(model, arguments, annealing=Annealing(t, num_chains), **o),
             )
-            for t in steps
+            for t in _powers_of_ten(100, num_temperatures)
         ],
-        "smc": [("smc", lambda **o: evidence.smc(model, arguments, annealing=particles, **o))],
+        "smc": [("smc", lambda **o: evidence.smc(model, arguments, annealing=smc_annealing, **o))],
     }
     for name in names:
         if name == "bdmc":
             start = time.perf_counter()
-            both = evidence.bdmc(
+            sandwich = evidence.bdmc(
                 model, arguments, annealing=Annealing(num_temperatures, num_chains), seed=seed
             )
-            for side, found in (("below", both.lower), ("above", both.upper)):
-                yield Rung(
-                    f"bdmc-{side}", f"bdmc {side}, simulated data", found, (time.perf_counter() - start) / 2
-                )
+            for side, estimate in (("below", sandwich.lower), ("above", sandwich.upper)):
+                seconds = (time.perf_counter() - start) / 2
+                yield Rung(f"bdmc-{side}", f"bdmc {side}, simulated data", estimate, seconds)
             continue
-        for rung, way in ways[name]:
-            told = repr((rung, num_particles, num_chains, seed, *(tuple(part.shape) for part in arguments)))
-            file = kept / f"{rung}-{hashlib.sha256(told.encode()).hexdigest()[:12]}.safetensors"
+        for rung, estimator in estimators[name]:
+            shapes = [tuple(part.shape) for part in arguments]
+            key = repr((rung, num_particles, num_chains, seed, *shapes)).encode()
+            file = resume_folder / f"{rung}-{hashlib.sha256(key).hexdigest()[:12]}.safetensors"
             start = time.perf_counter()
-            found = way(seed=seed, resume=file)
-            yield Rung(rung, name, found, time.perf_counter() - start)
+            estimate = estimator(seed=seed, resume=file)
+            yield Rung(rung, name, estimate, time.perf_counter() - start)
             file.unlink(missing_ok=True)
-    if kept.is_dir() and not any(kept.iterdir()):
-        kept.rmdir()
+    if resume_folder.is_dir() and not any(resume_folder.iterdir()):
+        resume_folder.rmdir()
 
 
 def table(rungs: Sequence[Rung]) -> str:
-    """One line for each rung."""
-    head = f"{'':52}{'nats':>9}{'±':>7}{'noise':>8}{'ESS':>8}{'k > 0.7':>9}{'cost':>9}{'s':>7}"
-    lines = [head]
+    """A text table with one line per rung."""
+    lines = [f"{'':52}{'nats':>9}{'±':>7}{'noise':>8}{'ESS':>8}{'k > 0.7':>9}{'cost':>9}{'s':>7}"]
     for rung in rungs:
-        row, one = rung.row(), rung.found
-        sign = {"lower": "≥", "upper": "≤", "none": "≈"}[one.bound]
-        heavy = "" if row["pareto_k_above_0.7"] is None else f"{row['pareto_k_above_0.7']:.0%}"
-        where = (
-            f"{one.method} {sign}"
-            if "simulated" not in rung.estimator
-            else f"{one.method} (simulated) {sign}"
-        )
+        row, estimate = rung.row(), rung.estimate
+        sign = {"lower": "≥", "upper": "≤", "none": "≈"}[estimate.bound]
+        fraction = "" if row["pareto_k_above_0.7"] is None else f"{row['pareto_k_above_0.7']:.0%}"
+        simulated = " (simulated)" if "simulated" in rung.estimator else ""
         lines.append(
-            f"{where:52}{one.mean:9.3f}{one.mean_se:7.3f}{one.noise:8.3f}{row['ess']:8.1f}{heavy:>9}{one.cost:9d}"
-            f"{rung.seconds:7.1f}"
+            f"{f'{estimate.method}{simulated} {sign}':52}{estimate.mean:9.3f}{estimate.mean_se:7.3f}"
+            f"{estimate.noise:8.3f}{row['ess']:8.1f}{fraction:>9}{estimate.cost:9d}{rung.seconds:7.1f}"
         )
-    n = len(rungs[0].found.log_evidence)
+    first = rungs[0].estimate
     lines.append(
-        f"{n} data; ±: standard error over data; noise: Monte Carlo error; cost: evaluations of the model "
-        "for one datum.\n"
-        f"A lower bound's mean exceeds the truth by more than {rungs[0].found.margin():.2g} nats with "
+        f"{len(first.log_evidence)} data; ±: standard error over data; noise: Monte Carlo error; "
+        "cost: evaluations of the model per datum.\n"
+        f"The mean of a lower bound exceeds the true value by more than {first.margin():.2g} nats with "
         "probability at most 1e-6."
     )
     return "\n".join(lines)
 
 
-def _tens(most: int, first: int) -> list[int]:
-    """first, 10 first, … up to ``most``, and that itself."""
-    steps = [first * 10**i for i in range(12) if first * 10**i < most]
-    return [*steps, most]
+def _powers_of_ten(first: int, last: int) -> list[int]:
+    """``first``, ``10 * first``, … below ``last``, and then ``last``."""
+    return [*(first * 10**i for i in range(12) if first * 10**i < last), last]

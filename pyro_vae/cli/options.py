@@ -1,4 +1,4 @@
-"""What the words of the command line must be, beyond what typer asks of them; and errors in those words."""
+"""Parsing and validation of options beyond what typer does, and error texts that name options."""
 
 import math
 import os
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def one_of(literal: Any) -> dict[str, Any]:
-    """Arguments of an ``Option`` whose value is one of the words of a ``Literal``; an error names the
-    nearest."""
+    """Keyword arguments of an ``Option`` whose value is one of the strings of a ``Literal``. An error
+    suggests the closest string."""
     expected = get_args(literal)
 
     def parse(word: str) -> str:
         if word not in expected:
             raise typer.BadParameter(
-                f"expected one of {', '.join(expected)}, but got {word!r}{nearest(word, expected)}"
+                f"expected one of {', '.join(expected)}, but got {word!r}{suggestion(word, expected)}"
             )
         return word
 
@@ -33,44 +33,46 @@ def one_of(literal: Any) -> dict[str, Any]:
 
 
 def argument(literal: Any, about: str) -> dict[str, Any]:
-    """The same of an ``Argument``, whose words are listed in its help."""
+    """As :func:`one_of`, for the ``Argument`` DATASET, whose help lists the strings."""
     return one_of(literal) | {
         "metavar": "DATASET",
         "help": f"{about}: one of {', '.join(get_args(literal))}.",
     }
 
 
-def some_of(option: str, given: str, expected: Collection[str]) -> list[str]:
-    """The words of a list with commas between them."""
-    found = given.split(",")
-    for word in found:
+def comma_separated(option: str, given: str, expected: Collection[str]) -> list[str]:
+    """Split a list at its commas. Raises ``BadParameter`` for a word that is not in ``expected``."""
+    words = given.split(",")
+    for word in words:
         if word not in expected:
             raise typer.BadParameter(
-                f"{option}: expected some of {','.join(expected)}, but got {word!r}{nearest(word, expected)}"
+                f"{option}: expected some of {','.join(expected)}, but got {word!r}"
+                f"{suggestion(word, expected)}"
             )
-    return found
+    return words
 
 
-def nearest(word: str, expected: Collection[str]) -> str:
-    """``"; did you mean 'full'?"``, or nothing where none is near."""
-    found = get_close_matches(word, expected, n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+def suggestion(word: str, expected: Collection[str]) -> str:
+    """``"; did you mean 'full'?"``, or an empty string if no expected word is similar."""
+    matches = get_close_matches(word, expected, n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
-def default(key: str) -> str:
-    """What a data set is trained with, for ``--help``: ``[default: 200 for digits, ring; 15 for mnist]``."""
-    by_value: dict[str, list[str]] = {}
+def default_text(key: str) -> str:
+    """The defaults by data set, for ``--help``: ``[default: 200 for digits, ring; 15 for mnist]``."""
+    names_by_value: dict[str, list[str]] = {}
     for dataset, values in DEFAULTS.items():
         value = values[key]
-        by_value.setdefault(",".join(map(str, value)) if isinstance(value, tuple) else f"{value}", []).append(
-            dataset
-        )
-    if len(by_value) == 1:
-        return f"[default: {next(iter(by_value))}]"
-    return f"[default: {'; '.join(f'{value} for ' + ', '.join(names) for value, names in by_value.items())}]"
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
+        names_by_value.setdefault(text, []).append(dataset)
+    if len(names_by_value) == 1:
+        return f"[default: {next(iter(names_by_value))}]"
+    parts = (f"{value} for {', '.join(names)}" for value, names in names_by_value.items())
+    return f"[default: {'; '.join(parts)}]"
 
 
-def widths(hidden: str | None) -> tuple[int, ...] | None:
+def parse_widths(hidden: str | None) -> tuple[int, ...] | None:
+    """Parse ``--hidden``, such as ``"500,500"``."""
     if hidden is None:
         return None
     words = hidden.split(",")
@@ -79,25 +81,26 @@ def widths(hidden: str | None) -> tuple[int, ...] | None:
     return tuple(map(int, words))
 
 
-def finite(name: str, value: float) -> float:
+def check_finite(name: str, value: float) -> float:
+    """Return ``value``. Raises ``BadParameter`` if it is infinite or NaN."""
     if not math.isfinite(value):
         raise typer.BadParameter(f"{name}: expected a finite number but got {value}")
     return value
 
 
 def check_device(name: str) -> None:
+    """Raise ``BadParameter`` if torch cannot allocate a tensor on the device."""
     import torch
 
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         cause = str(error).splitlines()[0][:200]
-        raise typer.BadParameter(
-            f"--device {name}: {cause}; expected cpu, or a device that is here"
-        ) from None
+        raise typer.BadParameter(f"--device {name}: {cause}; expected cpu, or an available device") from None
 
 
-def check_pair_words(pair: str, families: dict[str, Any]) -> None:
+def check_pair_option(pair: str, families: dict[str, Any]) -> None:
+    """Raise ``BadParameter`` if ``--pair`` is malformed, or passed together with options of a VAE."""
     module, _, factory = pair.rpartition(":")
     is_module = all(part.isidentifier() for part in module.split("."))
     if not factory.isidentifier() or not (module.endswith(".py") or is_module):
@@ -107,85 +110,84 @@ def check_pair_words(pair: str, families: dict[str, Any]) -> None:
         )
     if named := [f"--{key.replace('_', '-')}" for key, value in families.items() if value is not None]:
         raise typer.BadParameter(
-            f"--pair brings model and guide whole; {', '.join(named)} would have no effect, leave them out"
+            f"--pair defines both model and guide; {', '.join(named)} would have no effect, leave them out"
         )
 
 
-def to_go_on(context: typer.Context, out: Path | None, overwrite: bool, config: "Config") -> "Config":
-    """The configuration of the run that is to go on; ``config`` itself where it is to begin."""
+def resumed_config(context: typer.Context, out: Path | None, overwrite: bool, config: "Config") -> "Config":
+    """The configuration of the run to resume, or ``config`` if there is no run at ``out`` yet."""
     from pyro_vae.cli import runs
 
     if out is None or overwrite:
         raise typer.BadParameter(
-            "--resume continues the run at --out RUN and replaces nothing; expected --out alone"
+            "--resume continues the run at --out RUN; expected --out RUN, without --overwrite"
         )
     if not runs.is_run(out):
         return config
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-    return runs.continued(out, config, given & vars(config).keys())
+    return runs.resumed_config(out, config, given & vars(config).keys())
 
 
 _DENSITIES = "normal", "laplace", "student-t"
 
 
 def check_likelihood(config: "Config") -> None:
-    """Raise ``ValueError`` where a likelihood is not one of the data: points of the plane, or grey values in
-    [0, 1]."""
-    if config.likelihood is None:  # a pair of one's own
+    """Raise ``ValueError`` if the data are outside of the support of the likelihood."""
+    if config.likelihood is None:  # a pair from --pair
         return
     name = f"--likelihood {config.likelihood}"
     if config.dataset == "ring":
         if config.likelihood not in _DENSITIES:
             raise ValueError(
-                f"{name}: ring has points in the plane; expected --likelihood {' or '.join(_DENSITIES)}"
+                f"{name}: the data of ring are points in the plane; expected --likelihood "
+                f"{' or '.join(_DENSITIES)}"
             )
         if config.binarize != "none":
             raise ValueError(
-                f"--binarize {config.binarize}: ring has points in the plane, not grey values; leave it out"
+                f"--binarize {config.binarize}: the data of ring are points in the plane, not grey values; "
+                "leave it out"
             )
     elif config.likelihood == "bernoulli" and config.binarize == "none":
         raise ValueError(
-            f"{name} is of pixels that are 0 or 1, and --binarize none leaves {config.dataset} grey; "
-            "expected --binarize stochastic or threshold, or --likelihood continuous-bernoulli"
+            f"{name} requires pixels that are 0 or 1, but with --binarize none {config.dataset} has grey "
+            "values; expected --binarize stochastic or threshold, or --likelihood continuous-bernoulli"
         )
     elif config.likelihood == "categorical" and config.binarize != "none":
         raise ValueError(
-            f"{name} is of grey levels, and --binarize {config.binarize} leaves none; leave it out, or give "
-            "--likelihood bernoulli"
+            f"{name} requires grey levels, which --binarize {config.binarize} removes; leave --binarize out, "
+            "or pass --likelihood bernoulli"
         )
 
 
-def as_options(message: str, names: Collection[str]) -> str:
-    """An error that speaks of Python's arguments, in the command line's options: ``batch_size=20`` is
-    ``--batch-size 20``.
+def with_option_names(message: str, names: Collection[str]) -> str:
+    """Replace Python arguments in an error text by options: ``batch_size=20`` by ``--batch-size 20``.
 
-    :param names: the arguments of the commands.
+    :param names: the arguments to replace.
     """
 
-    def option(found: re.Match[str]) -> str:
-        name, assigned, value = found["name"], found["assigned"], found["quoted"] or found["plain"] or ""
-        if "_" not in name and not assigned:  # an ordinary word
-            return found[0]
+    def option(match: re.Match[str]) -> str:
+        name, assigned, value = match["name"], match["assigned"], match["quoted"] or match["plain"] or ""
+        if "_" not in name and not assigned:  # an ordinary English word
+            return match[0]
         spelled = f"--{name.replace('_', '-')}"
         return f"{spelled} {value}" if value else spelled
 
     known = "|".join(sorted(map(re.escape, set(names)), key=len, reverse=True))
     value = r'(?P<assigned>=(?:"(?P<quoted>[^"]*)"|(?P<plain>[\w+-]+(?:\.\d+)?)?))?'
     pattern = rf"(?<![\w./-])(?<!\.json: )(?P<name>{known})(?![\w(/]){value}"
-    message = message.replace(", raise min_scale", "").replace("raise min_scale, or ", "")  # no option has it
-    return re.sub(
-        r"(?<=[Ll])ower the learning rate", "ower --learning-rate", re.sub(pattern, option, message)
-    )
+    # the command line has no option for min_scale
+    message = message.replace(", raise min_scale", "").replace("raise min_scale, or ", "")
+    message = re.sub(pattern, option, message)
+    return re.sub(r"(?<=[Ll])ower the learning rate", "ower --learning-rate", message)
 
 
-# Multiply-adds of the largest product of a step, up to which one thread is the default. {MEASURED}
-SMALL = 2_000_000
+SMALL_PRODUCT = 2_000_000  # multiply-adds; up to this size of the largest product, one thread is the default
 
 
 def largest_product(pair: "Pair", rows: int) -> int | None:
-    """Multiply-adds of the largest product of a step on so many rows; ``None`` where the layers are not known
-    to be linear."""
+    """Multiply-adds of the largest matrix product of a step on ``rows`` rows. ``None`` if the model or the
+    guide is not a module, or if a layer is not linear."""
     import torch
 
     programs = [program for program in (pair.model, pair.guide) if isinstance(program, torch.nn.Module)]
@@ -196,25 +198,26 @@ def largest_product(pair: "Pair", rows: int) -> int | None:
         weight for layer in layers if isinstance(weight := getattr(layer, "weight", None), torch.Tensor)
     ]
     shapes = [weight.shape for weight in weights]
-    if not shapes or any(len(shape) > 2 for shape in shapes):  # a convolution uses a weight many times
+    if not shapes or any(len(shape) > 2 for shape in shapes):  # a convolution uses each weight many times
         return None
     return rows * max(shape.numel() for shape in shapes)
 
 
 @contextmanager
 def threads(given: int | None, largest: int | None = None) -> Iterator[None]:
-    """Torch's threads for the block: those ``given``; one where products are small; else as they are.
+    """Set the number of torch's threads for the block: ``given``, else one if the products are small and no
+    environment variable sets the number.
 
-    :param largest: multiply-adds of the largest product; ``None`` where it is not known.
+    :param largest: multiply-adds of the largest product; ``None`` if unknown.
     """
     import torch
 
-    small = (
+    is_small = (
         largest is not None
-        and largest <= SMALL
+        and largest <= SMALL_PRODUCT
         and not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys()
     )
-    number, before = given or (1 if small else None), torch.get_num_threads()
+    number, before = given or (1 if is_small else None), torch.get_num_threads()
     if number is not None:
         torch.set_num_threads(number)
     try:

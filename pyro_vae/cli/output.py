@@ -1,4 +1,4 @@
-"""What the command line leaves: lines, JSON, arrays and pictures. Torch is not waited for."""
+"""Output of the command line: progress, JSON, arrays and pictures. The module does not import torch."""
 
 import contextlib
 import io
@@ -20,39 +20,40 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typer import Context
 
-    Pictures = Mapping[str, Callable[[], Figure]]  # each is drawn when it is called
+    Pictures = Mapping[str, Callable[[], Figure]]  # a call draws the figure
 
 
 def points(**sets: "Tensor") -> "Pictures":
-    """A picture of those sets that lie in the plane."""
+    """A scatter plot of the sets of shape ``(n, 2)``; empty if there are none."""
     from pyro_vae import plots
 
     drawable = {name: points for name, points in sets.items() if points.shape[1:] == (2,)}
     return {"points": lambda: plots.figure_of(plots.plot_points(drawable))} if drawable else {}
 
 
-def free(
-    context: "Context", out: Path | None, default: Path, overwrite: bool, *, apart: str | None = None
+def reserve_folder(
+    context: "Context", out: Path | None, default: Path, overwrite: bool, *, ignore: str | None = None
 ) -> Path:
-    """The folder to write, held until the command ends: ``out``, or ``default``, ``default-2``, …
+    """Lock the output folder until the command ends: ``out``, or the first free one of ``default``,
+    ``default-2``, …
 
-    :param apart: the name of what may be there, left by an interrupted call.
-    :raises FileExistsError: where something in it would be lost.
+    :param ignore: the name of a file or folder that an interrupted call may have left there.
+    :raises FileExistsError: if the folder contains files that must not be overwritten.
     """
     folder: Path = context.with_resource(
         reserved(check_no_link(out) if out else default, numbered=out is None)
     )
     listed = written(folder)
-    here = [entry for entry in folder.iterdir() if entry.name not in (LOCK, apart)]
-    if here and not overwrite:
+    entries = [entry for entry in folder.iterdir() if entry.name not in (LOCK, ignore)]
+    if entries and not overwrite:
         raise FileExistsError(
-            f"{folder} exists already; name another folder by --out, or replace it by --overwrite"
+            f"{folder} exists already; pass another folder as --out, or pass --overwrite to replace it"
         )
-    if here and not listed:
+    if entries and not listed:
         raise FileExistsError(
-            f"{folder} holds nothing that pyro-vae wrote, so it is not overwritten; name another by --out"
+            f"{folder} was not written by pyro-vae, so it is not overwritten; pass another folder as --out"
         )
-    for entry in here:
+    for entry in entries:
         if entry.name in listed and not is_listed(entry, listed):
             raise FileExistsError(
                 f"{entry} was changed after pyro-vae wrote it, so it is not overwritten; move it away"
@@ -60,8 +61,8 @@ def free(
     return folder
 
 
-def leave(folder: Path, arrays: "dict[str, Tensor]", pictures: "Pictures") -> list[Path]:
-    """Write arrays and pictures into a folder, and return the files."""
+def write_results(folder: Path, arrays: "dict[str, Tensor]", pictures: "Pictures") -> list[Path]:
+    """Write arrays and pictures to a folder. Returns the files."""
     import numpy as np
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,12 +72,12 @@ def leave(folder: Path, arrays: "dict[str, Tensor]", pictures: "Pictures") -> li
         np.save(buffer, array.cpu().numpy(), allow_pickle=False)
         files.append(folder / f"{name}.npy")
         put(files[-1], buffer.getvalue())
-    return files + draw(folder, pictures)
+    return files + write_pictures(folder, pictures)
 
 
-def draw(folder: Path, pictures: "Pictures") -> list[Path]:
-    """Draw pictures into a folder, and return the files. One that cannot be drawn is a warning, and the
-    others are drawn."""
+def write_pictures(folder: Path, pictures: "Pictures") -> list[Path]:
+    """Draw pictures and write them to a folder. Returns the files. A picture that fails is skipped with a
+    warning."""
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +88,7 @@ def draw(folder: Path, pictures: "Pictures") -> list[Path]:
             picture().savefig(buffer, format="png", dpi=150)
         except Exception as error:
             cause = (str(error) or "no message").splitlines()[0]
-            say(
+            print_progress(
                 f"warning: the picture {folder / name}.png could not be drawn ({type(error).__name__}: "
                 f"{cause})"
             )
@@ -100,8 +101,8 @@ def draw(folder: Path, pictures: "Pictures") -> list[Path]:
     return files
 
 
-def say(line: str) -> None:
-    """A line of progress; what cannot be said stops nothing."""
+def print_progress(line: str) -> None:
+    """Print a line to stderr, above any progress bar. Errors of the stream are ignored."""
     from tqdm import tqdm
 
     with contextlib.suppress(OSError):
@@ -109,76 +110,82 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def shown() -> "Iterator[None]":
-    """Warnings, and the log of pyro_vae, as lines of progress for the block: they do not cut through a bar.
-    What other libraries warn of is their own affair, unless ``python -W`` asks for it."""
-    log, compiling = logging.getLogger("pyro_vae"), logging.getLogger("pyro_vae.infer.svi")
-    handler, level = _Lines(), compiling.level
-    if os.environ.get("RANK", "0") == "0":  # of the processes of a job, the first speaks
+def progress_lines() -> "Iterator[None]":
+    """Print warnings, and the log of pyro_vae, as lines of progress within the block. Warnings of other
+    libraries are ignored, unless ``python -W`` enables them."""
+    log, svi_log = logging.getLogger("pyro_vae"), logging.getLogger("pyro_vae.infer.svi")
+    handler, level = _ProgressHandler(), svi_log.level
+    if os.environ.get("RANK", "0") == "0":  # only rank 0 prints
         log.addHandler(handler)
-    compiling.setLevel(logging.INFO)
+    svi_log.setLevel(logging.INFO)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"(torch|pyro|matplotlib|numpy)(\.|$)", append=True)
-            warnings.showwarning = lambda message, *_, **__: say(f"warning: {str(message).splitlines()[0]}")
+            warnings.showwarning = lambda message, *_, **__: print_progress(
+                f"warning: {str(message).splitlines()[0]}"
+            )
             yield
     finally:
         log.removeHandler(handler)
-        compiling.setLevel(level)
+        svi_log.setLevel(level)
 
 
-class _Lines(logging.Handler):
+class _ProgressHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage() if record.levelno < logging.WARNING else f"warning: {record.getMessage()}")
+        message = record.getMessage()
+        print_progress(message if record.levelno < logging.WARNING else f"warning: {message}")
 
 
-def again() -> str:
-    """The command as it was given."""
-    return command(*sys.argv[1:])
+def current_command() -> str:
+    """The command line of this process, quoted for a shell."""
+    return shell_command(*sys.argv[1:])
 
 
-def command(*words: object) -> str:
-    """A command to copy into a shell."""
+def shell_command(*words: object) -> str:
+    """A ``pyro-vae`` command, quoted for a shell."""
     return shlex.join(["pyro-vae", *map(str, words)])
 
 
 @contextlib.contextmanager
-def interrupted(kept: "Callable[[], str]", speaks: bool = True) -> "Iterator[None]":
-    """Say what was kept where SIGINT or SIGTERM ends the block.
+def report_interruption(describe_saved: "Callable[[], str]", enabled: bool = True) -> "Iterator[None]":
+    """If SIGINT or SIGTERM ends the block, print what was saved.
 
-    :param speaks: whether this is the process of a job that speaks.
+    :param enabled: false for the ranks that do not print.
     """
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
-        if speaks and (isinstance(stop, KeyboardInterrupt) or stop.code == 143):
+        if enabled and (isinstance(stop, KeyboardInterrupt) or stop.code == 143):
             with contextlib.suppress(Exception):
-                say(f"interrupted: {kept()}")
+                print_progress(f"interrupted: {describe_saved()}")
         raise
 
 
-def done(page: Path | None, *then: object) -> None:
-    """The last lines of a command: the path of the report, and the next useful command."""
-    if page is not None:
-        say(f"report: {page}")
-    say(f"next: {command(*then)}")
+def print_next(report: Path | None, *command: object) -> None:
+    """Print the last lines of a command: the path of the report, and a command to run next."""
+    if report is not None:
+        print_progress(f"report: {report}")
+    print_progress(f"next: {shell_command(*command)}")
 
 
-def show_files(files: list[Path], as_json: bool) -> None:
+def print_files(files: list[Path], as_json: bool) -> None:
+    """Print paths to stdout."""
     names = list(map(str, files))
-    show({"files": names}, "\n".join(names), as_json)
+    print_result({"files": names}, "\n".join(names), as_json)
 
 
-def show(result: Any, text: str, as_json: bool) -> None:
-    from pyro_vae.cli.runs import as_json as plain
+def print_result(result: Any, text: str, as_json: bool) -> None:
+    """Print a result to stdout: ``text``, or ``result`` as JSON. A closed pipe is not an error."""
+    from pyro_vae.cli.runs import to_json
 
     try:
-        print(json.dumps(plain(result)) if as_json else text, file=sys.__stdout__, flush=True)
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(json.dumps(to_json(result)) if as_json else text, file=sys.__stdout__, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the flush at exit must not fail either
 
 
-def fail(code: int, message: object) -> NoReturn:
+def exit_with_error(code: int, message: object) -> NoReturn:
+    """Print the first line of a message to stderr and exit."""
     with contextlib.suppress(OSError):
         print(f"pyro-vae: {str(message).split(chr(10), 1)[0]}", file=sys.stderr, flush=True)
     sys.exit(code)

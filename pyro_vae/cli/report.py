@@ -1,16 +1,14 @@
-"""``report.html``: what a run folder holds, on one page. Pictures and texts are those of the folder; nothing
-is computed."""
+"""``report.html``: the pictures and texts of a run folder on one page. Nothing is computed."""
 
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment
 
 from pyro_vae.cli import output
-from pyro_vae.cli.runs import GENERATOR, SHOWN, Run
+from pyro_vae.cli.runs import GENERATOR, RESULT_FOLDERS, Run
 from pyro_vae.files import is_file, is_folder, read_bytes, write_whole
 
 _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
@@ -32,7 +30,7 @@ _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_
 </style>
 <h1>{{ name }}</h1>
 <p>{{ summary }}</p>
-{% for title, texts, pictures in parts %}
+{% for title, texts, pictures in sections %}
 <h2>{{ title }}</h2>
 {% for text in texts %}
 <pre>{{ text }}</pre>
@@ -53,47 +51,48 @@ _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_
 )
 
 
-def write_page(run: Run, changed: Path | None = None) -> Path | None:
-    """Write ``report.html`` anew, unless ``changed`` lies outside the run, and return its path. A failure is
-    reported and ends nothing."""
+def write_report(run: Run, changed: Path | None = None) -> Path | None:
+    """Write ``report.html`` and return its path. A failure prints a warning and returns ``None``.
+
+    :param changed: the folder with new results. If it is not in the run folder, nothing is written.
+    """
     if changed is not None and changed.resolve().parent != run.path.resolve():
         return None
     try:
-        name, parts = run.path.resolve().name, list(_parts(run.path))
-        page = _PAGE.render(name=name, summary=run.summary(), config=asdict(run.config), parts=parts)
+        name, sections = run.path.resolve().name, list(_sections(run.path))
+        page = _PAGE.render(name=name, summary=run.summary(), config=asdict(run.config), sections=sections)
         write_whole(run.path / "report.html", page.encode("utf-8", "replace"))
         return run.path / "report.html"
     except (OSError, ValueError) as error:
-        output.say(f"{run.path}: report.html is not written: {error}")
+        output.print_progress(f"{run.path}: report.html was not written: {error}")
         return None
 
 
-def _parts(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Title, texts and pictures of each folder in it that has any."""
-    for kind in SHOWN:
-        own = [
-            part
-            for part in folder.iterdir()
-            if re.fullmatch(rf"{kind}(-\d+)?", part.name) and is_folder(part)
+def _sections(run: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Title, texts and pictures of each result folder of a run that has any. Links are ignored."""
+    for kind in RESULT_FOLDERS:
+        folders = [
+            entry
+            for entry in run.iterdir()
+            if re.fullmatch(rf"{kind}(-\d+)?", entry.name) and is_folder(entry)
         ]
-        for part in sorted(own, key=_number):
-            files = [
-                file for file in sorted(part.iterdir()) if is_file(file)
-            ]  # a link would show what is elsewhere
-            texts = [_shown(file) for file in files if file.suffix == ".txt"]
-            pictures = [f"{part.name}/{file.name}" for file in files if file.suffix == ".png"]
+        for folder in sorted(folders, key=_folder_number):
+            files = [file for file in sorted(folder.iterdir()) if is_file(file)]
+            texts = [_read_or_error(file) for file in files if file.suffix == ".txt"]
+            pictures = [f"{folder.name}/{file.name}" for file in files if file.suffix == ".png"]
             if texts or pictures:
-                yield part.name, texts, pictures
+                yield folder.name, texts, pictures
 
 
-def _shown(file: Path) -> str:
+def _read_or_error(file: Path) -> str:
+    """The text of a file, or the error text if it is too large."""
     try:
         return read_bytes(file, max_bytes=2**20).decode("utf-8", "replace").rstrip()
     except ValueError as error:
         return str(error)
 
 
-def _number(path: Path) -> Any:
-    """plots, plots-2, …, plots-10."""
-    found = re.search(r"-(\d+)$", path.name)
-    return int(found[1]) if found else 1
+def _folder_number(path: Path) -> int:
+    """10 for ``plots-10``, 1 for ``plots``."""
+    match = re.search(r"-(\d+)$", path.name)
+    return int(match[1]) if match else 1

@@ -1,6 +1,5 @@
-"""The folder that a training run leaves: ``config.json``, ``env.json``, ``metrics.jsonl``, ``weights/``,
-``checkpoints/``, ``plots/`` and ``report.html``. Everything is plain text, safetensors or PNG; a run is
-rebuilt from it alone."""
+"""The run folder: ``config.json``, ``env.json``, ``metrics.jsonl``, ``weights/``, ``checkpoints/``,
+``plots/`` and ``report.html``. All files are plain text, safetensors or PNG, and suffice to load the run."""
 
 import json
 import math
@@ -46,21 +45,15 @@ from pyro_vae.pairs.traces import MeanElbo
 from pyro_vae.priors import StandardNormal
 
 SCHEMA = 2
-SHOWN = (
-    "plots",
-    "evaluation",
-    "diagnosis",
-    "samples",
-    "reconstructions",
-)  # folders with pictures: plots, plots-2, …
-_WRITTEN = "config.json", "env.json", "report.html"  # whole, or not at all
-_SHOWN = re.compile(rf"({'|'.join(SHOWN)})(-\d+)?")
-_KEYS = {
+RESULT_FOLDERS = ("plots", "evaluation", "diagnosis", "samples", "reconstructions")  # and plots-2, …
+_ATOMIC_FILES = "config.json", "env.json", "report.html"
+_RESULT_FOLDER = re.compile(rf"({'|'.join(RESULT_FOLDERS)})(-\d+)?")
+_KEYS = {  # by which a file of a run is recognized
     "config.json": {"schema", "dataset", "pair"},
     "env.json": {"pyro_vae", "command"},
     "metrics.jsonl": {"epoch", "train"},
 }
-GENERATOR = '<meta name="generator" content="pyro-vae">'  # by which a report is known
+GENERATOR = '<meta name="generator" content="pyro-vae">'  # by which a report is recognized
 
 
 class Run(NamedTuple):
@@ -69,105 +62,111 @@ class Run(NamedTuple):
     path: Path
     config: Config
 
-    def record(self, epochs: Iterable[Epoch], *, anew: bool) -> None:
-        """Write epochs to ``metrics.jsonl``, or append them to it."""
-        file, text = (
-            check_no_link(self.path / "metrics.jsonl"),
-            "".join(json.dumps(as_json(e)) + "\n" for e in epochs),
-        )
-        if anew:
-            write_whole(file, text.encode())
+    def record(self, epochs: Iterable[Epoch], *, append: bool) -> None:
+        """Append epochs to ``metrics.jsonl``, or replace the file by them."""
+        file = check_no_link(self.path / "metrics.jsonl")
+        content = "".join(json.dumps(to_json(epoch)) + "\n" for epoch in epochs).encode()
+        if append:
+            with file.open("ab", buffering=0) as stream:
+                stream.write(content)
         else:
-            with file.open("ab", buffering=0) as whole:
-                whole.write(text.encode())
+            write_whole(file, content)
 
     def history(self) -> list[Epoch]:
-        """The epochs of ``metrics.jsonl``, and that of the weights where a crash came between the two. Raises
-        ``ValueError`` where a line of it is none."""
+        """The epochs in ``metrics.jsonl``. The epoch of the saved parameters is appended if it is missing
+        because of a crash.
+
+        :raises ValueError: if a line is not an epoch, or if there are no epochs.
+        """
         file, epochs = self.path / "metrics.jsonl", []
-        of_weights = self._epoch_of_weights()
-        no_record = of_weights is not None and not os.path.lexists(file)
-        lines = [] if no_record else _text(file).splitlines()
+        saved = self._read_saved_epoch()
+        is_missing = saved is not None and not os.path.lexists(file)
+        lines = [] if is_missing else _read_text(file).splitlines()
         for number, line in enumerate(lines, start=1):
             try:
                 epochs.append(_as_epoch(parse_json(line)))
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 cause = str(error)[:100]
                 raise ValueError(
-                    f"{file}, line {number} is no epoch of a run ({cause}); delete that line"
+                    f"{file}, line {number} is not an epoch of a run ({cause}); delete that line"
                 ) from error
-        if of_weights is not None and of_weights.epoch == len(epochs) + 1 and (epochs or no_record):
-            epochs.append(of_weights)
+        if saved is not None and saved.epoch == len(epochs) + 1 and (epochs or is_missing):
+            epochs.append(saved)
         if not epochs:
-            raise ValueError(f"{file} holds no epoch; train again")
+            raise ValueError(f"{file} has no epochs; train again")
         return epochs
 
-    def kept(self) -> Epoch:
-        """The epoch whose weights the run holds: the last, or with early stopping the best."""
-        return self._epoch_of_weights() or best_of(self.history(), self.config)
+    def saved_epoch(self) -> Epoch:
+        """The epoch of the saved parameters: the last, or with early stopping the best."""
+        return self._read_saved_epoch() or select_epoch(self.history(), self.config)
 
-    def _epoch_of_weights(self) -> Epoch | None:
-        """The epoch that is stored with the weights, in one with them; ``None`` where there is none."""
+    def _read_saved_epoch(self) -> Epoch | None:
+        """The epoch in the manifest of the saved parameters, if any."""
         try:
-            record = checkpoint.read_about(self.part("weights")).get("epoch")
+            record = checkpoint.read_about(self.subpath("weights")).get("epoch")
         except FileNotFoundError:
             return None
         try:
-            return None if record is None else _as_epoch(as_json(Epoch.of(record)))
+            return None if record is None else _as_epoch(to_json(Epoch.of(record)))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
-                f"{self.path / 'weights'}: its manifest holds no epoch ({str(error)[:100]})"
+                f"{self.path / 'weights'}: the epoch in the manifest is invalid ({str(error)[:100]})"
             ) from error
 
-    def part(self, name: str) -> Path:
-        """A folder of the run. Raises ``ValueError`` where it is a symbolic link."""
+    def subpath(self, name: str) -> Path:
+        """A folder of the run. Raises ``ValueError`` if it is a symbolic link."""
         return check_no_link(self.path / name)
 
     def unfinished(self) -> str | None:
-        """How far training is, where it did not come to its end; else ``None``."""
+        """A warning if the training is not finished, else ``None``."""
         try:
-            kept, behind = self.kept().epoch, len(self.history())
+            saved, trained = self.saved_epoch().epoch, len(self.history())
         except (FileNotFoundError, ValueError):
-            return None  # whoever reads them says what is wrong
-        if behind >= self.config.num_epochs or self.config.patience is not None:
+            return None  # loading the run reports the error
+        if trained >= self.config.num_epochs or self.config.patience is not None:
             return None
         return (
-            f"{self.path} is not finished: these are the weights of epoch {kept} of {self.config.num_epochs}"
+            f"{self.path} is not finished: the parameters are those of epoch {saved} of "
+            f"{self.config.num_epochs}"
         )
 
     def summary(self) -> str:
-        """How long it trained, and how good it became."""
-        kept, epochs = self.kept(), self.history()
+        """The duration of the training and the held-out ELBO, as text."""
+        saved, epochs = self.saved_epoch(), self.history()
         seconds = sum(epoch.seconds for epoch in epochs)
-        which = "" if kept == epochs[-1] else f", epoch {kept.epoch} kept"
-        return f"{len(epochs)} epochs in {seconds:.0f} s{which}; held out: {kept.validation}"
+        note = "" if saved == epochs[-1] else f", parameters of epoch {saved.epoch}"
+        return f"{len(epochs)} epochs in {seconds:.0f} s{note}; held out: {saved.validation}"
 
     def save(self, pair: Pair, rows: Tensor, epoch: Epoch) -> None:
-        """Write the weights, those in Pyro's param store too, and the epoch that they are of; see
-        :func:`~pyro_vae.checkpoint.save`."""
+        """Save the parameters, including those in Pyro's param store, with their epoch. See
+        :func:`~pyro_vae.checkpoint.save`.
+
+        :param rows: two rows of data, on which the pair is run to collect its parameters.
+        """
         programs = pair.vae or (pair.model, pair.guide)
-        checkpoint.save_pair(self.part("weights"), programs, (rows,), {}, about={"epoch": tuple(epoch)})
+        checkpoint.save_pair(self.subpath("weights"), programs, (rows,), {}, about={"epoch": tuple(epoch)})
 
     @contextmanager
     def loaded(self, rows: Tensor | None = None) -> Iterator[Pair]:
-        """The trained pair, its param store in force for the block. Modules are in evaluation mode, on the
-        CPU.
+        """Load the trained pair on the CPU, in evaluation mode. Its param store is Pyro's within the block.
 
-        :param rows: some data, by which a pair shows what it consists of; a VAE does as well with zeros.
+        :param rows: two rows of data, on which the pair is run to collect its parameters. The default for a
+            VAE is zeros.
+        :raises FileNotFoundError: if no parameters are saved.
         """
-        weights = self.part("weights")
+        weights = self.subpath("weights")
         if not os.path.lexists(weights) and last_step(self.path) is not None:
-            own = () if self.config.pair is None else ("--pair", self.config.pair)
+            pair_option = () if self.config.pair is None else ("--pair", self.config.pair)
             raise FileNotFoundError(
-                f"{self.path} has no weights: its first epoch was interrupted, or they were removed; go on "
-                f"by: {go_on(self.path, own)}"
+                f"{self.path} has no weights: the first epoch was interrupted, or they were deleted; resume "
+                f"with: {resume_command(self.path, pair_option)}"
             )
         with nullcontext() if self.config.pair else checkpoint.within(weights):
             pair = build_pair(self.config)
         if rows is None and pair.vae is None:
             raise ValueError(
-                f"{self.path}: its pair is two programs of your own, which do not say how to sample or "
-                "reconstruct; expected a factory that returns a pyro_vae.VAE"
+                f"{self.path}: the run was trained with a model and a guide of your own, without samples or "
+                "reconstructions; expected a run whose --pair returns a pyro_vae.VAE"
             )
         for program in (pair.model, pair.guide):
             if isinstance(program, torch.nn.Module):
@@ -179,42 +178,43 @@ class Run(NamedTuple):
             yield pair
 
 
-class _Kept(checkpoint.Checkpoints):
-    """The checkpoints of a run, which is made with the first of them: a start that fails replaces nothing.
-    With that of an epoch's end go the epoch's record and the weights; with early stopping those of the best
-    epoch alone.
+class _RunCheckpoints(checkpoint.Checkpoints):
+    """The checkpoints of a run. The first checkpoint creates the run folder, so that a failed start replaces
+    nothing. A checkpoint at the end of an epoch also saves the parameters and records the epoch. With early
+    stopping, only the parameters of the best epoch are saved.
 
-    :param rows: some data, by which a pair shows what it consists of.
+    :param rows: two rows of data, on which the pair is run to collect its parameters.
     """
 
-    def __init__(self, path: Path, pair: Pair, rows: Tensor, make: Callable[[], Run], goes_on: bool) -> None:
+    def __init__(
+        self, path: Path, pair: Pair, rows: Tensor, create_run: Callable[[], Run], resumes: bool
+    ) -> None:
         super().__init__(path / "checkpoints")
-        self.pair, self.rows, self.make, self.goes_on = pair, rows, make, goes_on
+        self.pair, self.rows, self.create_run, self.resumes = pair, rows, create_run, resumes
         self.run: Run | None = None
-        self.recorded = False
+        self.has_recorded = False
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
-        """The run's folder is held already, and this one made with the first checkpoint."""
+        """Take no lock: the run folder is locked already."""
         check_no_link(self.folder)
-        if self.goes_on:
+        if self.resumes:
             self.check_ours()
         yield
 
     def check_free(self) -> None:
-        """What is at the run's path has been looked at: see :func:`check_free`."""
+        """Do nothing: the function :func:`check_free` has checked the run folder."""
 
     def save(self, steps: int, content: Any, *, score: float) -> None:
-        self.run = self.run or self.make()
+        self.run = self.run or self.create_run()
         super().save(steps, content, score=score)
         if not content["batch"]:
             epochs = [Epoch.of(record) for record in content["history"]]
             if self.run.config.patience is None or not content["best"]["epochs_since"]:
-                self.run.save(
-                    self.pair, self.rows, epochs[-1]
-                )  # before the record: what is recorded is there
-            self.run.record(epochs[-1:] if self.recorded else epochs, anew=not self.recorded)
-            self.recorded = True
+                self.run.save(self.pair, self.rows, epochs[-1])
+            # after the parameters: after a crash, no recorded epoch is without them
+            self.run.record(epochs[-1:] if self.has_recorded else epochs, append=self.has_recorded)
+            self.has_recorded = True
 
 
 def train(
@@ -228,26 +228,29 @@ def train(
     overwrite: bool,
     every: int | None,
     resume: str | None,
-    say: Callable[[str], None],
+    print_progress: Callable[[str], None],
 ) -> Run:
-    """Train a pair, with a checkpoint, its record and its weights after each epoch.
+    """Train a pair. After each epoch, save a checkpoint and the parameters, and record the epoch.
 
-    :param resume: go on with the run that is at ``path``, if any: see :func:`~pyro_vae.infer.fit`.
+    :param resume: the checkpoint to resume from if there is a run at ``path``; see
+        :func:`~pyro_vae.infer.fit`.
     """
     for program in (pair.model, pair.guide):
         if isinstance(program, torch.nn.Module):
             program.to(device)
-    many: dict[str, Any] = {"vectorize_particles": True, "max_plate_nesting": 1} if pair.vae else {}
-    loss = Trace_ELBO(num_particles=config.num_particles, **(many if config.num_particles > 1 else {}))
+    vectorize: dict[str, Any] = {}
+    if pair.vae and config.num_particles > 1:
+        vectorize = {"vectorize_particles": True, "max_plate_nesting": 1}
+    loss = Trace_ELBO(num_particles=config.num_particles, **vectorize)
     store: dict[str, Any] = {"params": {}, "constraints": {}}
-    goes_on = resume is not None and is_run(path)
+    resumes = resume is not None and is_run(path)
     test = test.to(device)
-    kept = _Kept(
+    checkpoints = _RunCheckpoints(
         path,
         pair,
         test.x[:2],
-        lambda: create(path, config, device, overwrite=overwrite, goes_on=goes_on),
-        goes_on,
+        lambda: create(path, config, device, overwrite=overwrite, resumes=resumes),
+        resumes,
     )
     for epoch in infer.train(
         pair.model,
@@ -261,60 +264,61 @@ def train(
         patience=config.patience,
         param_store=store,
         clip_norm=config.clip_norm,
-        checkpoint=kept,
+        checkpoint=checkpoints,
         every=every,
         resume=resume,
         beta=(lambda t: config.beta * min(1.0, t / config.warm_up)) if config.warm_up else config.beta,
     ):
         if epoch.epoch == 1 or epoch.epoch % max(1, config.num_epochs // 20) == 0:
-            say(_line(epoch))
-    if infer.Group().rank:  # the first process writes for all
+            print_progress(_epoch_line(epoch))
+    if infer.Group().rank:  # only rank 0 writes
         return Run(path, config)
-    run = kept.run or kept.make()
-    with pyro.get_param_store().scope(store):
-        run.save(pair, kept.rows, best_of(run.history(), config))  # early stopping went back to the best
+    run = checkpoints.run or checkpoints.create_run()
+    with pyro.get_param_store().scope(store):  # early stopping has restored the best parameters
+        run.save(pair, checkpoints.rows, select_epoch(run.history(), config))
     return run
 
 
 def last_step(path: Path) -> int | None:
-    """The steps behind the newest checkpoint of the run at ``path``; ``None`` where there is none."""
+    """The step of the newest checkpoint of the run at ``path``, if any."""
     checkpoints = checkpoint.Checkpoints(path / "checkpoints").paths()
     return int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else None
 
 
-def go_on(path: Path, options: Iterable[object] = ()) -> str:
-    """The command that goes on with the run at ``path``.
+def resume_command(path: Path, options: Iterable[object] = ()) -> str:
+    """The shell command that resumes the run at ``path``.
 
-    :param options: those of its command that a run does not record.
+    :param options: the options to repeat, which a run does not record.
     """
     return shlex.join(["pyro-vae", "train", "--out", str(path), "--resume", "last", *map(str, options)])
 
 
-def best_of(epochs: list[Epoch], config: Config) -> Epoch:
-    """The epoch whose weights are kept: the last, or with early stopping the best."""
+def select_epoch(epochs: list[Epoch], config: Config) -> Epoch:
+    """The epoch whose parameters are saved: the last, or with early stopping the best."""
     if config.patience is None:
         return epochs[-1]
     return max(epochs, key=lambda epoch: epoch.validation.elbo if epoch.validation else -math.inf)
 
 
-def continued(path: Path, config: Config, given: Collection[str]) -> Config:
-    """The configuration of the run at ``path``, to be gone on with.
+def resumed_config(path: Path, config: Config, given: Collection[str]) -> Config:
+    """The configuration with which the run at ``path`` resumes.
 
-    :param given: the fields of ``config`` that the user gave; those that nobody gave are the run's.
-    :raises MismatchError: for a field that is not the run's; only ``num_epochs`` may change.
+    :param given: the fields of ``config`` that the command line sets. The others are read from the run.
+    :raises MismatchError: if such a field differs from the run. Only ``num_epochs`` may change.
     """
-    was = open_run(path, config.pair if "pair" in given else None).config
+    recorded = open_run(path, config.pair if "pair" in given else None).config
     for name in given:
-        got, expected = getattr(config, name), getattr(was, name)
+        got, expected = getattr(config, name), getattr(recorded, name)
         if got != expected and name != "num_epochs":
             raise checkpoint.MismatchError(
-                f"--{name.replace('_', '-')} is {got} but the run at {path} was begun with {expected}; leave "
-                "it out, or train in another folder"
+                f"--{name.replace('_', '-')} is {got} but the run at {path} has {expected}; leave it "
+                "out, or train in another folder"
             )
-    return replace(was, num_epochs=config.num_epochs if "num_epochs" in given else was.num_epochs)
+    return replace(recorded, num_epochs=config.num_epochs) if "num_epochs" in given else recorded
 
 
-def _line(epoch: Epoch) -> str:
+def _epoch_line(epoch: Epoch) -> str:
+    """A line of progress."""
     parts = {"train": epoch.train, "held out": epoch.validation}
     means = (
         f"{name} ELBO {m.elbo:8.2f} = {m.reconstruction:8.2f} - KL {m.kl:6.2f}"
@@ -325,45 +329,49 @@ def _line(epoch: Epoch) -> str:
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
-    """Raise ``FileExistsError`` where ``path`` holds something that is not to be replaced."""
+    """Raise ``FileExistsError`` if ``path`` contains files that must not be replaced."""
     if not path.is_dir():
         if os.path.lexists(path):
-            raise FileExistsError(f"{path} exists already and is not a folder; name another by --out")
+            raise FileExistsError(f"{path} exists already and is not a folder; pass another as --out")
         return
     entries = [
-        entry for entry in path.iterdir() if entry.name != LOCK and meant_for(entry.name) not in _WRITTEN
+        entry for entry in path.iterdir() if entry.name != LOCK and meant_for(entry.name) not in _ATOMIC_FILES
     ]
     if entries and not overwrite:
         raise FileExistsError(
-            f"{path} exists already; name another folder by --out, or replace it by --overwrite"
+            f"{path} exists already; pass another folder as --out, or pass --overwrite to replace it"
         )
-    if entries and not _is_ours(path / "config.json"):
+    if entries and not _is_from_run(path / "config.json"):
         raise FileExistsError(
-            f"{path} holds no run that pyro-vae wrote, so nothing in it is overwritten; name another by --out"
+            f"{path} is not a run that pyro-vae wrote, so it is not overwritten; pass another folder as --out"
         )
     for entry in entries:
-        if entry.name in (*_WRITTEN, "metrics.jsonl", "weights", "checkpoints") and not _is_ours(entry):
+        if entry.name in (*_ATOMIC_FILES, "metrics.jsonl", "weights", "checkpoints") and not _is_from_run(
+            entry
+        ):
             raise FileExistsError(
                 f"{entry} was not written by pyro-vae, so it is not overwritten; move it away"
             )
 
 
-def create(path: Path, config: Config, device: str, *, overwrite: bool, goes_on: bool) -> Run:
-    """A new run folder. An earlier run at ``path`` is replaced only where ``overwrite`` is set, and only its
-    own files.
+def create(path: Path, config: Config, device: str, *, overwrite: bool, resumes: bool) -> Run:
+    """Create a run folder. With ``overwrite``, the files of an earlier run at ``path`` are deleted, and no
+    others.
 
-    :param goes_on: keep what the run at ``path`` left.
-    :raises FileExistsError: where ``path`` holds something already.
+    :param resumes: keep the files of the run at ``path``.
+    :raises FileExistsError: as :func:`check_free`.
     """
     path.mkdir(parents=True, exist_ok=True)
-    if not goes_on:
+    if not resumes:
         check_free(path, overwrite=overwrite)
         checkpoint.remove(path / "weights")
         checkpoint.Checkpoints(path / "checkpoints").remove_all()
         for entry in path.iterdir():
-            if _SHOWN.fullmatch(entry.name):
+            if _RESULT_FOLDER.fullmatch(entry.name):
                 remove_listed(entry)
-            elif (meant_for(entry.name) or entry.name) in (*_WRITTEN, "metrics.jsonl") and is_file(entry):
+            elif (meant_for(entry.name) or entry.name) in (*_ATOMIC_FILES, "metrics.jsonl") and is_file(
+                entry
+            ):
                 entry.unlink()
     for name, content in (
         ("config.json", {"schema": SCHEMA} | asdict(config)),
@@ -373,15 +381,15 @@ def create(path: Path, config: Config, device: str, *, overwrite: bool, goes_on:
     return Run(path, config)
 
 
-def check_parts(path: Path) -> None:
-    """Raise ``ValueError`` where a folder of a run is a link, which would lead out of it."""
+def check_no_links(path: Path) -> None:
+    """Raise ``ValueError`` if a folder in a run, or its ``metrics.jsonl``, is a symbolic link."""
     for entry in path.iterdir() if path.is_dir() else ():
-        if entry.name in ("weights", "checkpoints", "metrics.jsonl") or _SHOWN.fullmatch(entry.name):
+        if entry.name in ("weights", "checkpoints", "metrics.jsonl") or _RESULT_FOLDER.fullmatch(entry.name):
             check_no_link(entry)
 
 
-def _is_ours(entry: Path) -> bool:
-    """Whether a run left it, by what it holds."""
+def _is_from_run(entry: Path) -> bool:
+    """Whether a file or folder was written by a run, by its content."""
     if entry.name == "weights":
         return checkpoint.is_ours(entry)
     if entry.name == "checkpoints":
@@ -392,10 +400,10 @@ def _is_ours(entry: Path) -> bool:
         text = read_bytes(entry)
         if entry.name == "report.html":
             return GENERATOR.encode() in text
-        found = parse_json(text.splitlines()[0] if entry.name == "metrics.jsonl" else text)
+        content = parse_json(text.splitlines()[0] if entry.name == "metrics.jsonl" else text)
     except (OSError, ValueError, IndexError):
         return False
-    return isinstance(found, dict) and found.keys() >= _KEYS[entry.name]
+    return isinstance(content, dict) and content.keys() >= _KEYS[entry.name]
 
 
 def is_run(path: Path) -> bool:
@@ -404,25 +412,25 @@ def is_run(path: Path) -> bool:
 
 
 def open_run(path: Path, pair: str | None = None) -> Run:
-    """A run folder that is there.
+    """Open an existing run folder.
 
-    :param pair: the ``--pair`` that the run was trained with, where it was: its code runs only when it is
-        named again.
-    :raises FileNotFoundError: where there is no run at ``path``.
-    :raises ValueError: where its ``config.json`` is none; ``MismatchError`` where it is of another version of
-        pyro_vae, or where ``pair`` is not the run's.
+    :param pair: the ``--pair`` that the run was trained with, if any. The caller must repeat it, since its
+        code is executed.
+    :raises FileNotFoundError: if there is no run at ``path``.
+    :raises ValueError: if its ``config.json`` is invalid; ``MismatchError`` if another version of pyro_vae
+        wrote it, or if ``pair`` differs from the run.
     """
     file = path / "config.json"
     if not is_run(path):
         raise FileNotFoundError(
-            f"there is no run at {path}: it has no config.json; name a folder that `pyro-vae train` made"
+            f"there is no run at {path}: it has no config.json; expected a folder that `pyro-vae train` wrote"
         )
     try:
-        record = parse_json(_text(file))
+        record = parse_json(_read_text(file))
         schema = record.pop("schema")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"{file} is no configuration of a run ({type(error).__name__}: {str(error)[:100]})"
+            f"{file} is not a configuration of a run ({type(error).__name__}: {str(error)[:100]})"
         ) from error
     if schema != SCHEMA:
         raise checkpoint.MismatchError(
@@ -433,40 +441,42 @@ def open_run(path: Path, pair: str | None = None) -> Run:
     if run.config.pair != pair:
         recorded = reprlib.repr(run.config.pair)
         raise checkpoint.MismatchError(
-            f"{path} was trained with --pair {recorded}, whose code runs only when it is named; if you trust "
-            "it, pass that"
+            f"{path} was trained with --pair {recorded}, whose code would be executed; pass the same --pair "
+            "if you trust it"
             if run.config.pair
             else f"{path} was trained without --pair; leave --pair {pair!r} out"
         )
     return run
 
 
-def _text(file: Path) -> str:
+def _read_text(file: Path) -> str:
+    """Read a text file of a run. Raises ``FileNotFoundError`` or ``ValueError``."""
     try:
         return read_bytes(file).decode("utf-8")
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no {file}; the run is not whole, train again") from None
+        raise FileNotFoundError(f"{file} does not exist; the run is incomplete, train again") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text ({error})") from error
+        raise ValueError(f"{file} is not UTF-8 text ({error})") from error
 
 
-def fresh(path: Path) -> Path:
-    """``path``, or ``path-2``, ``path-3`` … where it is taken."""
+def next_free(path: Path) -> Path:
+    """The first of ``path``, ``path-2``, ``path-3``, … that does not exist."""
     candidates = (path if i == 1 else path.with_name(f"{path.name}-{i}") for i in count(1))
     return next(candidate for candidate in candidates if not os.path.lexists(candidate))
 
 
-def with_room(folder: Path) -> Path:
-    """``folder`` if all in it is pyro-vae's, to be replaced; else one beside it."""
+def replaceable_or_new(folder: Path) -> Path:
+    """``folder`` if pyro-vae wrote all files in it, else the next free ``folder-2``, …"""
     listed = written(folder)
-    ours = not folder.exists() or all(
-        e.name.startswith(".") or is_listed(e, listed) for e in folder.iterdir()
+    is_replaceable = not folder.exists() or all(
+        entry.name.startswith(".") or is_listed(entry, listed) for entry in folder.iterdir()
     )
-    return folder if ours else fresh(folder)
+    return folder if is_replaceable else next_free(folder)
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What the run ran on: versions, threads, device; nothing that names the machine or its user."""
+    """The contents of ``env.json``: versions, threads, device. It does not identify the machine or the
+    user."""
     packages = ("torch", "pyro-ppl", "numpy", "torchvision", "safetensors")
     return {
         "pyro_vae": __version__,
@@ -481,56 +491,61 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def pictures(run: Run, pair: Pair, test: Data) -> dict[str, Callable[[], Figure]]:
-    """Every picture that the run's data and pair allow, by name, each drawn when it is called. Of a user's
-    own programs only the curve is known. Raises ``ValueError`` for a record of epochs that is damaged."""
+    """Functions that draw the pictures of a run, by name. Without a VAE, there is only the training curve.
+
+    :raises ValueError: if ``metrics.jsonl`` is invalid.
+    """
     history = run.history()
-    found: dict[str, Callable[[], Figure]] = {"curve": lambda: plots.figure_of(plots.plot_history(history))}
-    vae, image = pair.vae, test.x.dim() > 2
+    drawings: dict[str, Callable[[], Figure]] = {
+        "curve": lambda: plots.figure_of(plots.plot_history(history))
+    }
+    vae, is_image = pair.vae, test.x.dim() > 2
     if vae is None:
-        return found
-    if image:
-        found["reconstructions"] = lambda: plots.plot_reconstructions(
+        return drawings
+    if is_image:
+        drawings["reconstructions"] = lambda: plots.plot_reconstructions(
             test.x[:30], vae.reconstruct(test.x[:30])
         )
-        found["samples"] = lambda: plots.plot_samples(vae)
+        drawings["samples"] = lambda: plots.plot_samples(vae)
     elif test.x.shape[1:] == (2,):
-        found["samples"] = lambda: plots.figure_of(
+        drawings["samples"] = lambda: plots.figure_of(
             plots.plot_points({"data": test.x, "samples": vae.sample(len(test))})
         )
     if vae.model.prior.event_shape == (2,):
-        found["latent"] = lambda: plots.figure_of(plots.plot_latent(vae, test.x, test.labels))
-        if image and isinstance(vae.model.prior, StandardNormal):
-            found["manifold"] = lambda: plots.plot_manifold(vae)
+        drawings["latent"] = lambda: plots.figure_of(plots.plot_latent(vae, test.x, test.labels))
+        if is_image and isinstance(vae.model.prior, StandardNormal):
+            drawings["manifold"] = lambda: plots.plot_manifold(vae)
 
-    def seeded(picture: Callable[[], Figure]) -> Callable[[], Figure]:
-        def drawn() -> Figure:
+    def seeded(draw: Callable[[], Figure]) -> Callable[[], Figure]:
+        def draw_with_seed() -> Figure:
             torch.manual_seed(run.config.seed)
-            return picture()
+            return draw()
 
-        return drawn
+        return draw_with_seed
 
-    return {name: seeded(picture) for name, picture in found.items()}
+    return {name: seeded(draw) for name, draw in drawings.items()}
 
 
-def as_json(result: Any) -> Any:
-    """A result as JSON has it: no NaN, no infinity."""
+def to_json(result: Any) -> Any:
+    """Convert a result to JSON types. NaN and infinity become ``None``."""
     if hasattr(result, "_asdict"):
-        return {key: as_json(value) for key, value in result._asdict().items()}
+        return {key: to_json(value) for key, value in result._asdict().items()}
     if isinstance(result, Mapping):
-        return {key: as_json(value) for key, value in result.items()}
+        return {key: to_json(value) for key, value in result.items()}
     if isinstance(result, tuple):
-        return [as_json(value) for value in result]
+        return [to_json(value) for value in result]
     return None if isinstance(result, float) and not math.isfinite(result) else result
 
 
 def _as_epoch(record: dict[str, Any]) -> Epoch:
-    """From JSON. Raises ``ValueError``, ``TypeError`` or ``KeyError`` for what is none."""
+    """Convert a parsed line of ``metrics.jsonl``. Raises ``ValueError``, ``TypeError``, ``KeyError`` or
+    ``AttributeError`` for an invalid one."""
 
     def number(value: Any) -> float:
         if value is None:
             return math.nan
         if type(value) not in (int, float) or abs(value) > sys.float_info.max:
-            raise ValueError(f"{reprlib.repr(value)} is no number")
+            raise ValueError(f"{reprlib.repr(value)} is not a number")
         return value
 
     def mean(part: dict[str, float | None] | None) -> MeanElbo | None:
@@ -538,8 +553,8 @@ def _as_epoch(record: dict[str, Any]) -> Epoch:
 
     train = mean(record["train"])
     if type(record["epoch"]) is not int or not 0 < record["epoch"] < 2**32 or train is None:
-        raise ValueError("its epoch is none, or it has no means of training")
-    plain = {
+        raise ValueError("the number of the epoch is invalid, or there is no training ELBO")
+    numbers = {
         key: number(value) for key, value in record.items() if key not in ("train", "validation", "epoch")
     }
-    return Epoch(epoch=record["epoch"], train=train, validation=mean(record["validation"]), **plain)
+    return Epoch(epoch=record["epoch"], train=train, validation=mean(record["validation"]), **numbers)

@@ -1,4 +1,4 @@
-"""``pyro-vae`` in this process, in a folder of its own."""
+"""Fixtures that run ``pyro-vae`` in this process and in a temporary working folder."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from pyro_vae.cli import app
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+def _temporary_working_folder(tmp_path, monkeypatch):
     if folder := os.environ.get("PYRO_VAE_DATA"):
         monkeypatch.setenv("PYRO_VAE_DATA", os.path.abspath(folder))
     monkeypatch.chdir(tmp_path)
@@ -21,10 +21,10 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """``pyro-vae`` in this process: exit code, stdout, stderr."""
+    """A function that runs ``pyro-vae`` and returns the exit code, stdout and stderr."""
 
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["pyro-vae", *map(str, words)])
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pyro-vae", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_:
             app.main()
         out, err = capfd.readouterr()

@@ -1,4 +1,4 @@
-"""The command line: what it leaves, and what it prints."""
+"""Files and output of the commands."""
 
 import html
 import json
@@ -18,7 +18,7 @@ from pyro_vae.data import datasets
 from tests.support.runs import PAIR, weights_file, weights_of
 
 
-def test_train_leaves_a_whole_run_folder(run, tmp_path):
+def test_train_writes_a_run_folder(run, tmp_path):
     code, out, err = run("train", "-n", 2, "--json")
     assert code == 0, err
     result = json.loads(out)
@@ -41,20 +41,20 @@ def test_train_leaves_a_whole_run_folder(run, tmp_path):
     )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
-    for side in ("train", "validation"):
-        mean = lines[-1][side]
+    for part in ("train", "validation"):
+        mean = lines[-1][part]
         assert mean["elbo"] == pytest.approx(mean["reconstruction"] - mean["kl"], rel=1e-4)
     assert result["validation"] == lines[-1]["validation"]
     assert all(torch.isfinite(tensor).all() for tensor in weights_of(folder).values())
     pictures = {file.stem: imread(file) for file in (folder / "plots").glob("*.png")}
     assert pictures.keys() == {"curve", "reconstructions", "samples", "latent", "manifold"}
-    assert all(picture[..., :3].std() > 0.02 for picture in pictures.values())  # none is blank
+    assert all(picture[..., :3].std() > 0.02 for picture in pictures.values())  # not blank
     assert "epoch    2" in err
     environment = json.loads((folder / "env.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
 
 
-def test_sample_reconstruct_and_plot_go_by_the_weights(run):
+def test_sample_reconstruct_and_plot_write_arrays_and_pictures(run):
     run("train", "-n", 1, "--out", "a")
     code, out, _ = run("sample", "a", "-n", 7, "--seed", 3)
     assert code == 0
@@ -72,8 +72,7 @@ def test_sample_reconstruct_and_plot_go_by_the_weights(run):
     assert os.path.isdir("a/plots-2")
 
 
-def test_the_page_shows_what_the_run_holds(run, tmp_path):
-    """Every picture and every text, none that is not there, and nothing of it as markup."""
+def test_report_has_all_pictures_and_texts_escaped(run, tmp_path):
     run("train", "-n", 1, "--out", "a&b")
     run("sample", "a&b", "-n", 4)
     run("evaluate", "a&b", "--estimator", "elbo", "--num-particles", 2, "--data", "test[:20]")
@@ -89,7 +88,7 @@ def test_the_page_shows_what_the_run_holds(run, tmp_path):
     assert "evaluation" not in (folder / "report.html").read_text()
 
 
-def test_a_page_that_cannot_be_written_stops_nothing(run, tmp_path):
+def test_failed_report_is_a_warning(run, tmp_path):
     run("train", "-n", 1, "--out", "a")
     (tmp_path / "a" / "samples_mine").mkdir()
     (tmp_path / "a" / "samples_mine" / "note.txt").write_text("mine")
@@ -102,11 +101,11 @@ def test_a_page_that_cannot_be_written_stops_nothing(run, tmp_path):
     assert "mine" not in page
     (tmp_path / "a" / "metrics.jsonl").write_text("")
     code, out, err = run("sample", "a", "--json")
-    assert (code, "report.html is not written" in err) == (0, True)
+    assert (code, "report.html was not written" in err) == (0, True)
     assert json.loads(out)["files"]
 
 
-def test_what_a_crash_in_the_first_write_leaves_is_not_in_the_way(run, tmp_path):
+def test_train_starts_in_a_folder_with_the_temporary_file_of_a_crash(run, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / ".config.json.bak").write_text("mine")
     assert run("train", "-n", 1, "--out", "a", "--resume", "last")[0] == 2
@@ -114,7 +113,7 @@ def test_what_a_crash_in_the_first_write_leaves_is_not_in_the_way(run, tmp_path)
     assert run("train", "-n", 1, "--out", "a", "--resume", "last")[0] == 0
 
 
-def test_the_same_seed_gives_the_same_run_and_another_another(run):
+def test_parameters_depend_on_the_seed_only(run):
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
         run("train", "-n", 2, "--out", out, "--seed", seed)
     a, b, c = map(weights_of, "abc")
@@ -123,7 +122,7 @@ def test_the_same_seed_gives_the_same_run_and_another_another(run):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "options",
     [
         ("--likelihood", "bernoulli", "--guide", "full", "--prior", "mixture", "--hidden", "20,10"),
         (
@@ -153,16 +152,16 @@ def test_the_same_seed_gives_the_same_run_and_another_another(run):
         ("--likelihood", "student-t", "--guide", "student-t", "--beta", 0.5, "--patience", 1, "-b", 500),
         ("--likelihood", "laplace", "--binarize", "threshold"),
     ],
-    ids=lambda words: " ".join(map(str, words)),
+    ids=lambda options: " ".join(map(str, options)),
 )
-def test_options(run, words):
-    code, _, err = run("train", "-n", 1, "--out", "a", *words)
+def test_run_with_options_is_sampled_and_plotted(run, options):
+    code, _, err = run("train", "-n", 1, "--out", "a", *options)
     assert code == 0, err
     assert run("sample", "a", "-n", 3)[0] == 0
     assert run("plot", "a")[0] == 0
 
 
-def test_the_ring_and_the_other_data_sets(run, data_dir):
+def test_data_lists_and_loads_data_sets(run, data_dir):
     assert run("train", "ring", "-n", 1)[0] == 0
     assert os.path.isfile("runs/ring/plots/samples.png")
     code, out, _ = run("data", "frey-faces", "--json")
@@ -171,7 +170,7 @@ def test_the_ring_and_the_other_data_sets(run, data_dir):
     assert {line.split()[0] for line in run("data")[1].splitlines()} == set(datasets.SOURCES)
 
 
-def test_compare(run, tmp_path):
+def test_compare_ranks_guides_by_their_gap(run, tmp_path):
     code, out, err = run(
         "compare", "factor-analysis", "--guide", "normal,full", "-n", 15, "--num-data", 5, "--json"
     )
@@ -194,25 +193,25 @@ def test_compare(run, tmp_path):
 @pytest.mark.parametrize(
     "name", ["normal-normal", "regression", "two-modes", "relu", "funnel", "banana", "state-space"]
 )
-def test_every_model_of_the_list_is_compared(run, name):
+def test_compare_runs_on_each_model(run, name):
     code, _, err = run("compare", name, "--guide", "normal", "-n", 1, "--num-data", 3)
     assert code == 0, err
 
 
-def test_a_pair_of_ones_own(run, tmp_path):
+def test_pair_option_trains_functions_and_a_vae(run, tmp_path):
     (tmp_path / "mine.py").write_text(PAIR)
     assert run("train", "--pair", "mine:functions", "-n", 2, "--out", "f")[0] == 0
     weights = weights_of("f")
     assert weights.keys() == {"store.scale", "store.encoder$$$0.weight", "store.encoder$$$0.bias"}
-    assert not torch.equal(weights["store.scale"], torch.zeros(64))  # unconstrained, log 1 at the start
+    assert not torch.equal(weights["store.scale"], torch.zeros(64))  # unconstrained: initially log 1
     assert run("plot", "f", "--pair", "mine:functions")[0] == 0
     code, _, err = run("sample", "f", "--pair", "mine:functions")
-    assert (code, "two programs of your own" in err) == (65, True)
+    assert (code, "model and a guide of your own" in err) == (65, True)
     assert run("train", "--pair", "mine:vae", "-n", 1, "--out", "v")[0] == 0
     assert run("sample", "v", "-n", 4, "--pair", "mine:vae")[0] == 0
 
 
-def test_loaded_weights_are_the_trained_ones(run, tmp_path):
+def test_loaded_parameters_are_the_trained_ones(run, tmp_path):
     (tmp_path / "mine.py").write_text(PAIR)
     run("train", "--pair", "mine:functions", "-n", 1, "--out", "f")
     import mine
@@ -224,20 +223,19 @@ def test_loaded_weights_are_the_trained_ones(run, tmp_path):
         assert torch.equal(mine.encoder[0].weight, weights_of("f")["store.encoder$$$0.weight"])
 
 
-def test_a_run_goes_on(run, tmp_path):
-    """By --resume alone, to where it was to go and beyond; what would make it another run is refused."""
+def test_resumed_run_equals_an_uninterrupted_run(run, tmp_path):
+    """Also with a larger --num-epochs. Other changed options are refused."""
     assert run("train", "ring", "-n", 4, "--out", "whole", "--seed", 3)[0] == 0
     assert run("train", "ring", "-n", 2, "--out", "a", "--seed", 3)[0] == 0
     code, _, err = run("train", "--out", "a", "--resume", "last", "--latent-dim", 3)
-    assert (code, "--latent-dim is 3 but the run at a was begun with 2" in err) == (78, True)
+    assert (code, "--latent-dim is 3 but the run at a has 2" in err) == (78, True)
     assert run("train", "--out", "a", "--resume", "last", "-n", 4)[0] == 0
     assert weights_file("a").read_bytes() == weights_file("whole").read_bytes()
-    ours, theirs = (Path(name, "metrics.jsonl").read_text().splitlines() for name in ("a", "whole"))
-    assert [json.loads(line)["train"] for line in ours] == [json.loads(line)["train"] for line in theirs]
+    resumed, whole = (Path(name, "metrics.jsonl").read_text().splitlines() for name in ("a", "whole"))
+    assert [json.loads(line)["train"] for line in resumed] == [json.loads(line)["train"] for line in whole]
     assert json.loads(Path("a", "config.json").read_text())["num_epochs"] == 4
-    assert (
-        run("train", "ring", "-n", 1, "--out", "new", "--resume", "last")[0] == 0
-    )  # a job that restarts itself
+    # without a run at --out, --resume starts one
+    assert run("train", "ring", "-n", 1, "--out", "new", "--resume", "last")[0] == 0
     assert run("train", "--resume", "last")[0] == 2
     Path("mine").mkdir()
     Path("mine", "notes.txt").write_text("kept")
@@ -246,7 +244,7 @@ def test_a_run_goes_on(run, tmp_path):
     assert run("train", "ring", "--out", "a", "--resume", "nowhere")[0] == 66
 
 
-def test_the_words_of_the_command_line_are_the_registries():
+def test_choices_of_the_options_are_the_keys_of_the_registries():
     assert set(get_args(app.Likelihood)) == build.LIKELIHOODS.keys()
     assert set(get_args(app.Guide)) == build.GUIDES.keys()
     assert set(get_args(app.Prior)) == build.PRIORS.keys()

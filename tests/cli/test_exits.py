@@ -1,4 +1,4 @@
-"""The command line: how it exits, and what is lost by it: nothing."""
+"""Exit codes of the command line, and files that it must not change."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests.support.runs import PAIR, weights_file
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("arguments", "expected_code", "message"),
     [
         (("train", "mnits"), 2, "mnits"),
         (("train", "-n", "0"), 2, "-n"),
@@ -37,16 +37,16 @@ from tests.support.runs import PAIR, weights_file
         (("train", "--learning-rate", "1e30"), 70, "--learning-rate"),
         (("train", "--out", "/dev/null/a"), 74, "Not a directory"),
     ],
-    ids=lambda words: " ".join(words) if isinstance(words, tuple) else "",
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_exit_codes(run, words, code, message):
-    got, out, err = run(*words)
-    assert (got, out) == (code, "")
+def test_errors_have_an_exit_code_and_a_message(run, arguments, expected_code, message):
+    code, out, err = run(*arguments)
+    assert (code, out) == (expected_code, "")
     assert message in err
     assert "Traceback" not in err
 
 
-def test_nothing_is_overwritten_unasked(run, tmp_path):
+def test_overwrite_option_is_required_to_replace_a_run(run, tmp_path):
     run("train", "-n", 1, "--out", "a")
     before = weights_file("a").read_bytes()
     code, _, err = run("train", "-n", 1, "--out", "a", "--seed", 1)
@@ -64,13 +64,13 @@ def test_nothing_is_overwritten_unasked(run, tmp_path):
     assert sorted(os.listdir("runs")) == ["digits", "digits-2"]
 
 
-def test_damaged_and_newer_runs(run, tmp_path):
+def test_damaged_and_newer_runs_have_exit_codes(run, tmp_path):
     run("train", "-n", 1, "--out", "a")
     weights, config = weights_file("a"), tmp_path / "a" / "config.json"
-    whole, text = weights.read_bytes(), config.read_text()
-    weights.write_bytes(whole[: len(whole) // 2])
+    content, text = weights.read_bytes(), config.read_text()
+    weights.write_bytes(content[: len(content) // 2])
     assert run("sample", "a")[0] == 65
-    weights.write_bytes(whole)
+    weights.write_bytes(content)
     config.write_text(text.replace('"latent_dim": 2', '"latent_dim": 3'))
     code, _, err = run("sample", "a")
     assert (code, "weights of another pair" in err) == (65, True)
@@ -85,7 +85,7 @@ def test_damaged_and_newer_runs(run, tmp_path):
     assert run("sample", "a")[0] == 66
 
 
-def test_a_start_that_fails_replaces_nothing(run, tmp_path):
+def test_failed_start_leaves_files_unchanged(run, tmp_path):
     run("train", "ring", "-n", 1, "--out", "a")
     before = {file: file.read_bytes() for file in (tmp_path / "a").rglob("*") if file.is_file()}
     assert (
@@ -97,32 +97,32 @@ def test_a_start_that_fails_replaces_nothing(run, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_early_stopping_reports_the_weights_that_it_keeps(run, tmp_path):
+def test_early_stopping_reports_the_elbo_of_the_saved_parameters(run, tmp_path):
     out = run("train", "-n", 60, "--learning-rate", 0.03, "--patience", 2, "--out", "a", "--json")[1]
     result = json.loads(out)
     assert result["num_epochs"] < 60
     test = data.load("digits")[1]
     with runs.open_run(tmp_path / "a").loaded() as pair:
-        again = infer.evaluate(pair.model, pair.guide, test, batch_size=500).mean()
-    assert again.elbo == pytest.approx(result["validation"]["elbo"], abs=1e-4)
+        evaluated = infer.evaluate(pair.model, pair.guide, test, batch_size=500).mean()
+    assert evaluated.elbo == pytest.approx(result["validation"]["elbo"], abs=1e-4)
 
 
-def test_an_interrupted_run_with_early_stopping_holds_its_best_weights(run, tmp_path, monkeypatch):
-    line, best = runs._line, []
+def test_interrupted_early_stopping_saves_the_best_parameters(run, tmp_path, monkeypatch):
+    epoch_line, elbos = runs._epoch_line, []
 
     def interrupt(epoch):
-        best.append(epoch.validation.elbo)
-        if best[-1] < max(best):
+        elbos.append(epoch.validation.elbo)
+        if elbos[-1] < max(elbos):
             raise KeyboardInterrupt
-        return line(epoch)
+        return epoch_line(epoch)
 
-    monkeypatch.setattr(runs, "_line", interrupt)
+    monkeypatch.setattr(runs, "_epoch_line", interrupt)
     assert run("train", "-n", 19, "--learning-rate", 0.03, "--patience", 9, "--out", "a")[0] == 130
     opened = runs.open_run(tmp_path / "a")
-    assert opened.kept().epoch == len(opened.history()) - 1
+    assert opened.saved_epoch().epoch == len(opened.history()) - 1
     with opened.loaded() as pair:
-        again = infer.evaluate(pair.model, pair.guide, data.load("digits")[1], batch_size=500).mean()
-    assert again.elbo == pytest.approx(max(best), abs=1e-4)
+        evaluated = infer.evaluate(pair.model, pair.guide, data.load("digits")[1], batch_size=500).mean()
+    assert evaluated.elbo == pytest.approx(max(elbos), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -133,10 +133,10 @@ def test_an_interrupted_run_with_early_stopping_holds_its_best_weights(run, tmp_
         ("make = 3", "TypeError"),
         ("def make(x): pass", "TypeError"),
         ("def make(): raise OSError('no disk')", "OSError: no disk"),
-        ("def make(): return 3", "made a int"),
+        ("def make(): return 3", "returned int"),
     ],
 )
-def test_whatever_a_factory_does_is_told(run, tmp_path, body, message, monkeypatch):
+def test_errors_of_a_factory_are_reported(run, tmp_path, body, message, monkeypatch):
     name = f"pair_{abs(hash(body))}"
     (tmp_path / f"{name}.py").write_text(body)
     code, out, err = run("train", "--pair", f"{name}:make", "-n", 1)
@@ -144,24 +144,22 @@ def test_whatever_a_factory_does_is_told(run, tmp_path, body, message, monkeypat
     assert message in err
 
 
-def test_stdout_holds_the_result_alone_whatever_a_factory_prints(run, tmp_path):
-    talker = f"{PAIR}\nprint('hello')\ndef make():\n    import other\n    print('again')\n    return vae()\n"
-    (tmp_path / "talker.py").write_text(talker)
+def test_prints_of_a_factory_go_to_stderr(run, tmp_path):
+    source = f"{PAIR}\nprint('hello')\ndef make():\n    import other\n    print('again')\n    return vae()\n"
+    (tmp_path / "printing.py").write_text(source)
     (tmp_path / "other.py").write_text("")
-    code, out, err = run("train", "--pair", "talker:make", "-n", 1, "--json")
+    code, out, err = run("train", "--pair", "printing:make", "-n", 1, "--json")
     assert code == 0, err
     assert json.loads(out)["num_epochs"] == 1
     assert "again" in err
 
 
-def test_a_reader_that_leaves_is_no_error():
-    words = f"{sys.executable} -m pyro_vae data | true; exit ${{PIPESTATUS[0]}}"
-    assert subprocess.run(["bash", "-c", words], capture_output=True).returncode == 0
+def test_closed_stdout_and_full_stderr_are_not_errors():
+    script = f"{sys.executable} -m pyro_vae data | true; exit ${{PIPESTATUS[0]}}"
+    assert subprocess.run(["bash", "-c", script], capture_output=True).returncode == 0
+    command = [sys.executable, "-m", "pyro_vae", "train", "-n", "1"]
     with open("/dev/full", "w") as full:
-        assert (
-            subprocess.run([sys.executable, "-m", "pyro_vae", "train", "-n", "1"], stderr=full).returncode
-            == 0
-        )
+        assert subprocess.run(command, stderr=full).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -175,16 +173,17 @@ def test_a_reader_that_leaves_is_no_error():
         ("metrics.jsonl", '{"epoch": 1, "be'),
         ("metrics.jsonl", ""),
         *[
-            ("config.json", change)
-            for change in ("event_shape=null", "prior=zzz", "guide=null", "dtype=zzz", "latent_dim=2.5")
+            ("config.json", assignment)
+            for assignment in ("event_shape=null", "prior=zzz", "guide=null", "dtype=zzz", "latent_dim=2.5")
         ],
     ],
 )
-def test_damaged_texts(run, tmp_path, name, text):
+def test_invalid_text_files_are_errors(run, tmp_path, name, text):
+    """``text`` is the content of the file, or the assignment of a field."""
     run("train", "-n", 1, "--out", "a")
     file = tmp_path / "a" / name
-    key, found, value = text.partition("=")
-    if found:
+    key, separator, value = text.partition("=")
+    if separator:
         config = json.loads(file.read_text())
         config[key] = None if value == "null" else float(value) if value[0].isdigit() else value
         text = json.dumps(config)
@@ -194,7 +193,7 @@ def test_damaged_texts(run, tmp_path, name, text):
     assert "Traceback" not in err
 
 
-def test_overwrite_takes_only_what_is_ours(run, tmp_path):
+def test_overwrite_deletes_only_files_of_pyro_vae(run, tmp_path):
     run("train", "-n", 1, "--out", "a")
     run("sample", "a")
     (tmp_path / "od").mkdir()
@@ -203,10 +202,10 @@ def test_overwrite_takes_only_what_is_ours(run, tmp_path):
     assert run("sample", "a", "--out", "od", "--overwrite")[0] == 2
     assert os.listdir("od") == ["precious.txt"]
     run("train", "-n", 1, "--out", "a", "--overwrite")
-    assert not (tmp_path / "a" / "samples").exists()  # of the weights that are gone
+    assert not (tmp_path / "a" / "samples").exists()  # sampled from the replaced parameters
 
 
-def test_help_does_not_wait_for_torch():
+def test_help_does_not_import_torch():
     imports = "import sys; from pyro_vae.cli import app"
     program = f"{imports}\ntry: app.main()\nfinally: assert not {{'torch', 'pyro'}} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True)
@@ -214,7 +213,7 @@ def test_help_does_not_wait_for_torch():
     assert "reconstruct" in done.stdout
 
 
-def test_module_and_script_are_the_same():
+def test_python_m_runs_the_command_line():
     done = subprocess.run(
         [sys.executable, "-m", "pyro_vae", "train", "--help"], capture_output=True, text=True
     )

@@ -1,41 +1,26 @@
-"""``pyro-vae evaluate``: what it prints, what it leaves."""
+"""Output of ``pyro-vae evaluate`` and ``pyro-vae diagnose``."""
 
 import json
-import signal
-import sys
 
 import pytest
 
 from pyro_vae import data
-from pyro_vae.cli import app, build
+from pyro_vae.cli import build
 
 
 @pytest.fixture
-def call(monkeypatch, capfd):
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def command(*words):
-        monkeypatch.setattr(sys, "argv", ["pyro-vae", *map(str, words)])
-        with pytest.raises(SystemExit) as exit_:
-            app.main()
-        return exit_.value.code, *capfd.readouterr()
-
-    yield command
-    signal.signal(signal.SIGTERM, handler)
-
-
-@pytest.fixture
-def run(call, tmp_path):
+def trained(run, tmp_path):
+    """The folder of a trained run."""
     folder = tmp_path / "run"
-    code, _, err = call("train", "digits", "-n", 2, "--latent-dim", 2, "--hidden", 10, "--out", folder)
+    code, _, err = run("train", "digits", "-n", 2, "--latent-dim", 2, "--hidden", 10, "--out", folder)
     assert code == 0, err
     return folder
 
 
-def test_the_ladder_is_printed_and_kept(call, run, tmp_path):
-    code, out, err = call(
+def test_evaluate_prints_and_writes_a_row_per_estimate(run, trained, tmp_path):
+    code, out, err = run(
         "evaluate",
-        run,
+        trained,
         "--estimator",
         "elbo,importance,prior,ais,smc,bdmc",
         "--num-particles",
@@ -58,13 +43,13 @@ def test_the_ladder_is_printed_and_kept(call, run, tmp_path):
     assert (tmp_path / "e" / "evaluation.txt").read_text() in out
     assert (tmp_path / "e" / "ladder.png").stat().st_size > 10_000
     assert "6 data" in out
-    assert not (run / ".evidence").exists()
+    assert not (trained / ".evidence").exists()
 
 
-def test_a_diagnosis_is_printed_and_kept(call, run, tmp_path):
-    code, out, err = call(
+def test_diagnose_prints_and_writes_the_diagnosis(run, trained, tmp_path):
+    code, out, err = run(
         "diagnose",
-        run,
+        trained,
         "--num-particles",
         100,
         "--num-simulations",
@@ -86,24 +71,24 @@ def test_a_diagnosis_is_printed_and_kept(call, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("options", "expected_code", "message"),
     [
         (("--estimator", "elbo,magic"), 2, "expected some of elbo,importance"),
         (("--data", "test[5:5]"), 65, "has no rows"),
         (("--data", "all"), 65, "expected test, train or some of their rows"),
     ],
 )
-def test_bad_words_say_so(call, run, words, code, said):
-    found, _, err = call("evaluate", run, *words)
-    assert found == code
-    assert said in " ".join(err.replace("│", " ").split())
-    assert not (run / "evaluation").exists()
+def test_invalid_options_of_evaluate_are_errors(run, trained, options, expected_code, message):
+    code, _, err = run("evaluate", trained, *options)
+    assert code == expected_code
+    assert message in err
+    assert not (trained / "evaluation").exists()
 
 
-def test_parts_of_data():
+def test_select_rows_slices_data_with_one_binarization():
     train, test = data.load("digits", binarize="stochastic")
-    part = build.part_of("test[10:30]", train, test)
-    assert len(part) == 20
-    assert part.x.unique().tolist() == [0, 1]  # once and for all
-    assert part.x.equal(build.part_of("test", train, test).x[10:30])
-    assert len(build.part_of("train[:7]", train, test)) == 7
+    selected = build.select_rows("test[10:30]", train, test)
+    assert len(selected) == 20
+    assert selected.x.unique().tolist() == [0, 1]
+    assert selected.x.equal(build.select_rows("test", train, test).x[10:30])
+    assert len(build.select_rows("train[:7]", train, test)) == 7

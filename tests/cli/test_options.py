@@ -1,4 +1,4 @@
-"""The command line: what it says before, after and where something is wrong."""
+"""Options, progress, warnings and errors of the command line."""
 
 import json
 import re
@@ -25,32 +25,32 @@ from tests.support.steps import vae
 
 
 def last_lines(err):
-    """The report and the next command, of the last lines on stderr."""
+    """The path of the report, if any, and the next command, from the last lines of stderr."""
     lines = err.strip().splitlines()
     assert lines[-1].startswith("next: pyro-vae ")
     pages = [line.removeprefix("report: ") for line in lines[-2:-1] if line.startswith("report: ")]
     return pages[0] if pages else None, shlex.split(lines[-1].removeprefix("next: pyro-vae "))
 
 
-def test_every_command_ends_with_the_report_and_a_next_command_that_runs(run):
+def test_commands_end_with_the_report_and_a_valid_next_command(run):
     code, out, err = run("train", "ring", "-n", 1, "--out", "a b", "--json")
     assert code == 0, err
     json.loads(out)
-    page, following = last_lines(err)
-    seen = []
-    while following[0] not in seen:  # each leads to another, until one was there before
-        assert page == "a b/report.html"
-        assert Path(page).is_file()
-        seen.append(following[0])
+    report, following = last_lines(err)
+    verbs = []
+    while following[0] not in verbs:
+        assert report == "a b/report.html"
+        assert Path(report).is_file()
+        verbs.append(following[0])
         small = {
             "evaluate": ["--num-particles", 2],
             "diagnose": ["--num-particles", 20, "--num-simulations", 0],
         }
         code, out, err = run(*following, *small.get(following[0], []), "--json")
         assert code == 0, err
-        json.loads(out)  # and nothing else is on stdout
-        page, following = last_lines(err)
-    assert seen == ["evaluate", "diagnose", "reconstruct"]
+        json.loads(out)  # stdout has nothing else
+        report, following = last_lines(err)
+    assert verbs == ["evaluate", "diagnose", "reconstruct"]
     for command in (
         ("sample", "a b", "-n", 3),
         ("plot", "a b"),
@@ -64,14 +64,14 @@ def test_every_command_ends_with_the_report_and_a_next_command_that_runs(run):
         last_lines(err)
 
 
-def test_an_own_pair_and_a_data_folder_are_named_again(run, tmp_path):
+def test_next_command_repeats_pair_and_data_dir(run, tmp_path):
     (tmp_path / "mine.py").write_text(PAIR)
     _, _, err = run("train", "--pair", "mine:functions", "-n", 1, "--out", "f", "--data-dir", tmp_path)
     assert last_lines(err)[1] == ["evaluate", "f", "--pair", "mine:functions", "--data-dir", str(tmp_path)]
 
 
 @pytest.mark.parametrize("broken", ["plot_latent", "plot_reconstructions", "plot_history"])
-def test_a_picture_that_fails_is_a_warning_and_no_loss_of_the_others(run, monkeypatch, broken):
+def test_failed_picture_is_a_warning(run, monkeypatch, broken):
     def fail(*_, **__):
         plots.plt.figure()
         raise RuntimeError("no ink\nand more")
@@ -91,19 +91,19 @@ def test_a_picture_that_fails_is_a_warning_and_no_loss_of_the_others(run, monkey
     assert plots.plt.get_fignums() == before
 
 
-def test_a_guide_without_a_mean_is_drawn_by_its_draws(run):
+def test_latent_plot_of_a_guide_without_mean_has_draws(run):
     code, _, err = run("train", "ring", "--guide", "flow", "-n", 1, "--out", "a")
     assert code == 0, err
     with runs.open_run(Path("a")).loaded() as pair:
         torch.manual_seed(0)
         ax = plots.plot_latent(pair.vae, torch.zeros(50, 2))
         assert ax.get_title() == "Draws of q(z|x), held-out data"
-        assert ax.collections[0].get_offsets().std() > 0  # of equal data, as means would not
+        assert ax.collections[0].get_offsets().std() > 0  # means of equal data would be equal
         plots.plt.close(ax.figure)
 
 
-def interrupted(command, after, number=signal.SIGINT):
-    """A command in a process of its own, stopped once it has written ``after``; exit code and stderr."""
+def interrupted(command, file, number=signal.SIGINT):
+    """Run a command in a process, and send it a signal once ``file`` exists. Returns exit code and stderr."""
     process = subprocess.Popen(
         [
             sys.executable,
@@ -117,7 +117,7 @@ def interrupted(command, after, number=signal.SIGINT):
         text=True,
     )
     for _ in range(600):
-        if Path(after).exists() or process.poll() is not None:
+        if Path(file).exists() or process.poll() is not None:
             break
         time.sleep(0.1)
     process.send_signal(number)
@@ -126,41 +126,43 @@ def interrupted(command, after, number=signal.SIGINT):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_an_interrupted_training_says_what_is_kept_and_its_command_goes_on(run, number):
+def test_interrupted_training_prints_a_valid_resume_command(run, number):
     code, err = interrupted(("train", "-n", 300, "--out", "a b", "--seed", 3), "a b/metrics.jsonl", number)
     assert code == 128 + number
     assert "Traceback" not in err
-    assert re.search(r"^interrupted: a b has a checkpoint after step \d+; go on by$", err, re.MULTILINE)
+    assert re.search(r"^interrupted: a b has a checkpoint after step \d+; resume with$", err, re.MULTILINE)
     command = shlex.split(err.strip().splitlines()[-1])
     assert command == ["pyro-vae", "train", "--out", "a b", "--resume", "last"]
     _, _, err = run("sample", "a b", "-n", 3)
-    assert "a b is not finished: these are the weights of epoch" in err
-    done = len(Path("a b/metrics.jsonl").read_text().splitlines())
-    code, _, err = run(*command[1:], "-n", done + 1)
+    assert "a b is not finished: the parameters are those of epoch" in err
+    num_epochs = len(Path("a b/metrics.jsonl").read_text().splitlines())
+    code, _, err = run(*command[1:], "-n", num_epochs + 1)
     assert code == 0, err
-    assert len(Path("a b/metrics.jsonl").read_text().splitlines()) == done + 1
+    assert len(Path("a b/metrics.jsonl").read_text().splitlines()) == num_epochs + 1
 
 
-def test_an_interruption_before_the_first_checkpoint_keeps_nothing_and_says_so(run, monkeypatch):
+def test_interruption_before_the_first_checkpoint_saves_nothing(run, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runs, "train", interrupt)
     code, _, err = run("train", "-n", 3, "--out", "a b")
     assert code == 130
-    assert err.endswith("interrupted: nothing was kept; begin again by\n  pyro-vae train -n 3 --out 'a b'\n")
+    assert err.endswith(
+        "interrupted: nothing was saved; start again with\n  pyro-vae train -n 3 --out 'a b'\n"
+    )
     assert not Path("a b").exists()
 
 
-def test_a_run_interrupted_in_its_first_epoch_says_how_to_go_on(run, monkeypatch):
-    keep = runs._Kept.save
+def test_run_interrupted_in_its_first_epoch_prints_the_resume_command(run, monkeypatch):
+    save = runs._RunCheckpoints.save
 
-    def save(self, steps, content, *, score):
-        keep(self, steps, content, score=score)
+    def save_and_interrupt(self, steps, content, *, score):
+        save(self, steps, content, score=score)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs._Kept, "save", save)
+        patch.setattr(runs._RunCheckpoints, "save", save_and_interrupt)
         assert run("train", "ring", "-n", 3, "--every", 2, "--out", "a")[0] == 130
     code, _, err = run("sample", "a")
     assert code == 66
@@ -168,33 +170,35 @@ def test_a_run_interrupted_in_its_first_epoch_says_how_to_go_on(run, monkeypatch
     assert "nothing stored" not in err
 
 
-def test_an_interrupted_evaluation_goes_on_by_the_same_command(run, monkeypatch):
+def test_interrupted_evaluation_prints_the_same_command(run, monkeypatch):
     from pyro_vae.cli import ladder
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     run("train", "ring", "-n", 1, "--out", "a")
-    monkeypatch.setattr(ladder, "climb", interrupt)
+    monkeypatch.setattr(ladder, "compute", interrupt)
     code, _, err = run("evaluate", "a", "--num-particles", 5)
     assert code == 130
     assert err.endswith(
-        "interrupted: nothing was finished; the same command goes on:\n  pyro-vae evaluate a --num-particles "
-        "5\n"
+        "interrupted: nothing was saved; resume with the same command\n"
+        "  pyro-vae evaluate a --num-particles 5\n"
     )
 
 
-def test_help_shows_the_defaults_of_every_data_set(run):
+def test_help_has_the_defaults_of_each_data_set(run):
     code, out, _ = run("train", "--help")
     assert code == 0
     text = " ".join(out.split()).replace("- ", "-")
     for key in DEFAULTS["digits"]:
-        assert options.default(key) in text, key
-    assert "200 for digits, frey-faces, ring; 15 for mnist, fashion-mnist" in options.default("num_epochs")
-    assert options.default("guide") == "[default: normal]"
+        assert options.default_text(key) in text, key
+    assert "200 for digits, frey-faces, ring; 15 for mnist, fashion-mnist" in options.default_text(
+        "num_epochs"
+    )
+    assert options.default_text("guide") == "[default: normal]"
 
 
-def test_version(run):
+def test_version_option_prints_the_version(run):
     code, out, err = run("--version")
     assert (code, out, err) == (0, f"pyro-vae {pyro_vae.__version__}\n", "")
 
@@ -213,18 +217,18 @@ def test_version(run):
         (("evaluate", "a", "--estimator", "elbo,importanc"), "'importance'"),
     ],
 )
-def test_a_mistyped_word_is_answered_with_the_nearest(run, given, suggested):
+def test_error_of_a_misspelled_choice_suggests_the_closest(run, given, suggested):
     code, out, err = run(*given)
     assert (code, out) == (2, "")
     assert f"did you mean {suggested}?" in err
 
 
-def test_a_number_of_simulations_without_effect_is_refused(run):
+def test_too_few_simulations_are_an_error(run):
     code, _, err = run("diagnose", "a", "--num-simulations", 50)
     assert (code, "--num-simulations: expected 100 or more, or 0" in err) == (2, True)
 
 
-def test_a_result_of_evaluate_is_keyed_by_its_estimator(run):
+def test_result_of_evaluate_has_estimators_as_keys(run):
     run("train", "ring", "-n", 1, "--out", "a")
     _, out, _ = run(
         "evaluate",
@@ -265,8 +269,8 @@ def test_a_result_of_evaluate_is_keyed_by_its_estimator(run):
         ("batch_sizes and my_data_dir", "batch_sizes and my_data_dir"),
     ],
 )
-def test_an_error_names_options_as_the_command_line_does(message, expected):
-    assert options.as_options(message, app._arguments()) == expected
+def test_arguments_in_error_texts_become_options(message, expected):
+    assert options.with_option_names(message, app._option_arguments()) == expected
 
 
 @pytest.mark.parametrize(
@@ -278,7 +282,7 @@ def test_an_error_names_options_as_the_command_line_does(message, expected):
         (("--learning-rate", "1e30"), "--learning-rate"),
     ],
 )
-def test_errors_of_the_command_line_advise_its_options(run, monkeypatch, given, remedy):
+def test_errors_of_the_command_line_name_its_options(run, monkeypatch, given, remedy):
     from torchvision.datasets import MNIST
 
     monkeypatch.setattr(MNIST, "download", lambda self: 1 / 0)
@@ -288,30 +292,28 @@ def test_errors_of_the_command_line_advise_its_options(run, monkeypatch, given, 
     assert not re.search(r"\w=|load\(|data_dir|min_scale", err.splitlines()[-1])
 
 
-def test_threads(monkeypatch):
-    """Those that are given; one where products are small, unless the environment says otherwise; and as
-    before afterwards."""
+def test_small_products_run_on_one_thread_unless_a_number_is_set(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
 
-    def used(*numbers):
-        with options.threads(*numbers):
+    def num_threads(given, largest=None):
+        with options.threads(given, largest):
             return torch.get_num_threads()
 
     try:
-        assert used(3, 1) == used(3) == 3
-        assert used(None, options.SMALL) == 1
-        assert used(None, options.SMALL + 1) == used(None) == 2
+        assert num_threads(3, 1) == num_threads(3) == 3
+        assert num_threads(None, options.SMALL_PRODUCT) == 1
+        assert num_threads(None, options.SMALL_PRODUCT + 1) == num_threads(None) == 2
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
-        assert used(None, 1) == 2
+        assert num_threads(None, 1) == 2
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
 
 
-def test_the_largest_product_is_that_of_linear_layers_alone():
+def test_largest_product_requires_linear_layers():
     linear, convolution = torch.nn.Linear(7, 5), torch.nn.Conv2d(1, 4, 3)
     assert options.largest_product(Pair(linear, torch.nn.Linear(3, 2)), 10) == 350
     assert options.largest_product(Pair(linear, convolution), 10) is None
@@ -319,7 +321,7 @@ def test_the_largest_product_is_that_of_linear_layers_alone():
 
 
 @pytest.mark.parametrize("prior", ["vamp", "mixture"])
-def test_parameters_of_a_prior_are_no_layers(prior):
+def test_largest_product_ignores_parameters_of_the_prior(prior):
     config = build.Config(
         **DEFAULTS["digits"] | {"prior": prior},
         dataset="digits",
@@ -339,7 +341,7 @@ def test_parameters_of_a_prior_are_no_layers(prior):
 
 
 @pytest.mark.parametrize("dataset", ["digits", "ring"])
-def test_small_runs_take_one_thread(run, monkeypatch, dataset):
+def test_small_runs_use_one_thread(run, monkeypatch, dataset):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     run("train", dataset, "-n", 1, "--out", "a")
@@ -348,14 +350,13 @@ def test_small_runs_take_one_thread(run, monkeypatch, dataset):
     assert json.loads(Path("b/env.json").read_text())["threads"] == 2
 
 
-def test_warnings_are_lines_and_those_of_other_libraries_are_left_out(capfd):
-    """Each between bars, not across one."""
+def test_warnings_are_lines_on_stderr_without_those_of_other_libraries(capfd):
     import logging
     import warnings
 
     with warnings.catch_warnings():
         warnings.resetwarnings()  # as outside pytest
-        with output.shown():
+        with output.progress_lines():
             warnings.warn_explicit(
                 "foreign", UserWarning, "/x/torch/_inductor/a.py", 1, module="torch._inductor.a"
             )
@@ -366,10 +367,10 @@ def test_warnings_are_lines_and_those_of_other_libraries_are_left_out(capfd):
     assert capfd.readouterr().err.splitlines() == ["warning: own", "warning: a user's", "warning: of fit"]
 
 
-def test_a_long_training_says_that_it_compiles(capfd, monkeypatch):
+def test_compilation_is_reported(capfd, monkeypatch):
     model, guide = vae()
     monkeypatch.setattr(GraphStep, "compile", lambda *_: None)
-    with output.shown(), pyro.get_param_store().scope():
+    with output.progress_lines(), pyro.get_param_store().scope():
         svi = pv.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO(), compile=True)
         for _ in range(2):
             svi.step(torch.ones(4, 6))

@@ -1,5 +1,4 @@
-"""A run folder that someone sent runs nothing and leads nowhere; one that is there loses nothing of its
-owner's."""
+"""Received run folders: no code is executed, links are not followed, and a user's files are unchanged."""
 
 import json
 import os
@@ -21,42 +20,42 @@ def ring(run):
     return Path("a")
 
 
-def change(folder, **fields):
+def edit_config(folder, **fields):
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-@pytest.mark.parametrize("verb", ["sample", "reconstruct", "plot", "evaluate", "diagnose"])
+@pytest.mark.parametrize("command", ["sample", "reconstruct", "plot", "evaluate", "diagnose"])
 @pytest.mark.parametrize("pair", ["payload:make", "payload.py:make", "os:abort"])
-def test_a_recorded_pair_runs_only_when_it_is_named(run, ring, verb, pair):
-    change(ring, pair=pair)
+def test_code_of_a_recorded_pair_runs_only_if_the_option_repeats_it(run, ring, command, pair):
+    edit_config(ring, pair=pair)
     Path("payload.py").write_text("open('it ran', 'w')")
-    code, _, err = run(verb, "a")
+    code, _, err = run(command, "a")
     assert (code, f"--pair {pair!r}" in err) == (78, True)
-    assert run(verb, "a", "--pair", "another:make")[0] == 78
+    assert run(command, "a", "--pair", "another:make")[0] == 78
     assert not Path("it ran").exists()
     assert not Path("a", "samples").exists()
 
 
-def test_a_pair_is_named_again_to_go_on(run):
+def test_resume_requires_the_pair_option_again(run):
     Path("folder").mkdir()
     Path("folder", "mine.py").write_text("from beside import *\n")
     Path("folder", "beside.py").write_text(PAIR)
-    words = ("--pair", "folder/mine.py:vae")
-    assert run("train", *words, "-n", 1, "--out", "a")[0] == 0
+    pair = ("--pair", "folder/mine.py:vae")
+    assert run("train", *pair, "-n", 1, "--out", "a")[0] == 0
     assert run("train", "--out", "a", "--resume", "last", "-n", 2)[0] == 78
-    assert run("train", "--out", "a", "--resume", "last", "-n", 2, *words)[0] == 0
-    assert run("sample", "a", "-n", 2, *words)[0] == 0
+    assert run("train", "--out", "a", "--resume", "last", "-n", 2, *pair)[0] == 0
+    assert run("sample", "a", "-n", 2, *pair)[0] == 0
     assert run("train", "-n", 1, "--pair", "nowhere.py:vae")[0] == 66
     assert run("train", "-n", 1, "--pair", "mine.py")[0] == 2
 
 
-def test_pair_of_a_run_without_one_is_refused(run, ring):
+def test_pair_option_on_a_run_without_pair_is_an_error(run, ring):
     code, _, err = run("sample", "a", "--pair", "os:abort")
     assert (code, "trained without --pair" in err) == (78, True)
 
 
-def test_python_m_does_not_import_what_lies_in_the_working_folder(ring):
+def test_python_m_does_not_import_from_the_working_folder(ring):
     for name in ("numpy", "matplotlib", "safetensors"):
         Path(f"{name}.py").write_text("open('it ran', 'w')")
     subprocess.run(
@@ -69,7 +68,7 @@ def test_python_m_does_not_import_what_lies_in_the_working_folder(ring):
 @pytest.mark.parametrize(
     "name", ["env.json", "report.html", "metrics.jsonl", "weights", "checkpoints", "config.json"]
 )
-def test_what_is_not_a_runs_own_is_not_overwritten(run, ring, name):
+def test_files_of_others_are_not_overwritten(run, ring, name):
     path = ring / name
     if path.is_dir():
         path.rename("aside")
@@ -80,7 +79,7 @@ def test_what_is_not_a_runs_own_is_not_overwritten(run, ring, name):
     assert path.read_text() == '{"mine": 1}'
 
 
-def test_a_users_own_files_in_a_runs_folders_stay(run, ring):
+def test_files_of_a_user_in_a_run_folder_are_unchanged(run, ring):
     run("sample", "a", "-n", 3)
     (ring / "plots" / "mine.png").write_text("mine")
     (ring / "samples" / "samples.npy").write_text("changed")
@@ -98,7 +97,7 @@ def test_a_users_own_files_in_a_runs_folders_stay(run, ring):
     assert not (ring / "samples" / "points.png").exists()
 
 
-def test_a_result_that_was_changed_is_not_overwritten(run, ring):
+def test_changed_result_is_not_overwritten(run, ring):
     assert run("sample", "a", "-n", 3, "--out", "s")[0] == 0
     assert run("sample", "a", "-n", 3, "--out", "s")[0] == 2
     assert run("sample", "a", "-n", 3, "--out", "s", "--overwrite")[0] == 0
@@ -108,22 +107,23 @@ def test_a_result_that_was_changed_is_not_overwritten(run, ring):
 
 
 @pytest.mark.parametrize("name", ["weights", "checkpoints", "plots", "metrics.jsonl"])
-@pytest.mark.parametrize("words", [("--overwrite",), ("--resume", "last")], ids=" ".join)
-def test_links_out_of_a_run_are_not_followed(run, ring, name, words):
+@pytest.mark.parametrize("options", [("--overwrite",), ("--resume", "last")], ids=" ".join)
+def test_links_in_a_run_are_not_followed(run, ring, name, options):
     (ring / name).rename("there")
     (ring / name).symlink_to(Path("there").resolve())
-    before = {
-        file: file.read_bytes() for file in [Path("there"), *Path("there").rglob("*")] if file.is_file()
-    }
-    code, _, err = run("train", "ring", "-n", 2, "--out", "a", *words)
+
+    def contents():
+        files = [Path("there"), *Path("there").rglob("*")]
+        return {file: file.read_bytes() for file in files if file.is_file()}
+
+    before = contents()
+    code, _, err = run("train", "ring", "-n", 2, "--out", "a", *options)
     assert (code in (2, 65), "Traceback" in err) == (True, False), err
-    assert {
-        file: file.read_bytes() for file in [Path("there"), *Path("there").rglob("*")] if file.is_file()
-    } == before
+    assert contents() == before
     assert (ring / name).is_symlink()
 
 
-def test_the_report_shows_nothing_of_linked_files(run, ring):
+def test_report_does_not_include_linked_files(run, ring):
     Path("there").mkdir()
     Path("there", "secret.txt").write_text("a secret")
     (ring / "plots" / "b.txt").symlink_to(Path("there", "secret.txt").resolve())
@@ -136,32 +136,32 @@ def test_the_report_shows_nothing_of_linked_files(run, ring):
 
 
 @pytest.mark.parametrize("patience", [(), ("--patience", 5)], ids=["last", "best"])
-def test_a_crash_before_the_record_leaves_the_weights_their_own_epoch(run, monkeypatch, patience):
+def test_crash_before_the_record_saves_the_epoch_with_the_parameters(run, monkeypatch, patience):
     def crash(*_, **__):
         raise KeyboardInterrupt
 
-    words = ("train", "ring", "-n", 3, "--learning-rate", 1e-3, *patience)
-    assert run(*words, "--out", "whole")[0] == 0
+    command = ("train", "ring", "-n", 3, "--learning-rate", 1e-3, *patience)
+    assert run(*command, "--out", "whole")[0] == 0
     count, record = iter(range(9)), runs.Run.record
     with monkeypatch.context() as patch:
         patch.setattr(
             runs.Run, "record", lambda *args, **kw: (crash if next(count) == 1 else record)(*args, **kw)
         )
-        assert run(*words, "--out", "a")[0] == 130
+        assert run(*command, "--out", "a")[0] == 130
     opened = runs.open_run(Path("a"))
     assert len(Path("a", "metrics.jsonl").read_text().splitlines()) == 1
-    assert (len(opened.history()), opened.kept().epoch) == (2, 2)
-    assert opened.kept().validation == runs.open_run(Path("whole")).history()[1].validation
+    assert (len(opened.history()), opened.saved_epoch().epoch) == (2, 2)
+    assert opened.saved_epoch().validation == runs.open_run(Path("whole")).history()[1].validation
 
 
-def test_a_crash_before_the_first_record_is_no_damage(run, ring):
+def test_run_without_metrics_file_has_the_saved_epoch(run, ring):
     (ring / "metrics.jsonl").unlink()
-    assert runs.open_run(ring).kept().epoch == 1
+    assert runs.open_run(ring).saved_epoch().epoch == 1
     assert run("plot", "a")[0] == 0
 
 
 @pytest.mark.parametrize(
-    "given",
+    "environment",
     [
         {"RANK": "1"},
         {"RANK": "0"},
@@ -170,22 +170,22 @@ def test_a_crash_before_the_first_record_is_no_damage(run, ring):
         {"RANK": "2", "WORLD_SIZE": "2"},
     ],
 )
-def test_half_of_a_process_group_is_an_error(run, monkeypatch, given):
-    for name, value in given.items():
+def test_invalid_rank_or_world_size_is_an_error(run, monkeypatch, environment):
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     code, _, err = run("train", "ring", "-n", 1, "--out", "a")
     assert (code, "torchrun" in err) == (65, True)
     assert not Path("a").exists()
 
 
-def test_evaluate_with_out_leaves_the_run_as_it_is(run, ring):
+def test_evaluate_and_diagnose_with_out_do_not_change_the_run(run, ring):
     def state():
         return {file: (file.stat().st_mtime_ns, file.stat().st_ino) for file in [ring, *ring.rglob("*")]}
 
     before = state()
-    words = ("--data", "test[:5]", "--num-particles", 2)
-    assert run("evaluate", "a", "--estimator", "importance", *words, "--out", "e")[0] == 0
-    assert run("diagnose", "a", "--num-simulations", 0, *words, "--out", "d")[0] == 0
+    options = ("--data", "test[:5]", "--num-particles", 2)
+    assert run("evaluate", "a", "--estimator", "importance", *options, "--out", "e")[0] == 0
+    assert run("diagnose", "a", "--num-simulations", 0, *options, "--out", "d")[0] == 0
     assert state() == before
     assert {file.name for file in Path("e").iterdir()} == {
         "evaluation.json",
@@ -215,8 +215,8 @@ def test_evaluate_with_out_leaves_the_run_as_it_is(run, ring):
     ],
     ids=lambda fields: str(fields)[:30],
 )
-def test_an_absurd_configuration_is_one_line(run, ring, fields):
-    change(ring, **fields)
+def test_invalid_configuration_is_a_one_line_error(run, ring, fields):
+    edit_config(ring, **fields)
     code, _, err = run("reconstruct", "a")
     assert code == 65, err
     assert len(err.splitlines()) == 1
@@ -235,43 +235,42 @@ def test_an_absurd_configuration_is_one_line(run, ring, fields):
     ],
     ids=lambda line: line[:12],
 )
-def test_an_absurd_record_is_one_line(run, ring, line):
+def test_invalid_metrics_line_is_a_short_error(run, ring, line):
     (ring / "metrics.jsonl").write_text(line)
     code, _, err = run("plot", "a")
-    assert (code, "line 1 is no epoch" in err) == (65, True)
+    assert (code, "line 1 is not an epoch" in err) == (65, True)
     assert len(err) < 1000
 
 
 @pytest.mark.parametrize("change", [{"elbo": "x"}, {"elbo": 10**400}, {"elbo": [1]}, {"unknown": 1}], ids=str)
-def test_a_mean_that_is_no_number_is_refused(run, ring, change):
+def test_invalid_mean_in_metrics_is_an_error(run, ring, change):
     file = ring / "metrics.jsonl"
     record = json.loads(file.read_text())
     file.write_text(json.dumps(record | {"train": record["train"] | change}))
     assert run("plot", "a")[0] == 65
 
 
-def test_a_locale_without_signs_changes_no_exit_code(ring):
+def test_evaluate_runs_in_an_ascii_locale(ring):
     env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    words = "evaluate a --estimator elbo --num-particles 2 --data test[:5] --out é"
+    command = "evaluate a --estimator elbo --num-particles 2 --data test[:5] --out é"
     done = subprocess.run(
-        [sys.executable, "-m", "pyro_vae", *words.split()], env=os.environ | env, capture_output=True
+        [sys.executable, "-m", "pyro_vae", *command.split()], env=os.environ | env, capture_output=True
     )
     assert done.returncode == 0, done.stderr
     assert "±" in Path("é", "evaluation.txt").read_text(encoding="utf-8")
 
 
-def test_texts_are_opened_as_utf_8_everywhere():
-    """Every file that the package opens as text names its encoding."""
-    package = Path(runs.__file__).parent
+def test_text_files_are_opened_with_an_encoding():
+    package = Path(files.__file__).parent
     for source in package.rglob("*.py"):
         for call in re.findall(r"\.(?:read_text|write_text)\([^\n]*", source.read_text(encoding="utf-8")):
             assert "encoding=" in call, f"{source}: {call}"
 
 
-def test_a_run_that_is_in_use_says_by_whom(run, ring):
+def test_error_of_a_locked_run_names_its_owner(run, ring):
     before = weights_file("a").read_bytes()
     with files.locked(ring):
-        for words in (("--resume", "last"), ("--overwrite",), ()):
-            code, _, err = run("train", "ring", "-n", 2, "--out", "a", *words)
+        for options in (("--resume", "last"), ("--overwrite",), ()):
+            code, _, err = run("train", "ring", "-n", 2, "--out", "a", *options)
             assert (code, "is in use by this process" in err) == (74, True)
     assert weights_file("a").read_bytes() == before

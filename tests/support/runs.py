@@ -1,4 +1,4 @@
-"""What runs leave, and a pair of a user's own to run."""
+"""Saved parameters of runs, and the source of a user's model and guide."""
 
 from pathlib import Path
 
