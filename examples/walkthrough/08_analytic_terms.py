@@ -1,8 +1,8 @@
 """8. Estimators of the ELBO with analytic entropy or analytic KL.
 
-    plain              log p(x, z) − log q(z|x)                  AEVB's estimator A; Pyro's Trace_ELBO
-    analytic entropy   log p(x, z) + H(q) analytic KL        log p(x|z) − KL(q‖p(z))                   AEVB's
-    estimator B; Pyro's TraceMeanField_ELBO
+    plain              log p(x, z) − log q(z|x)      AEVB's estimator A; Pyro's Trace_ELBO
+    analytic entropy   log p(x, z) + H(q)
+    analytic KL        log p(x|z) − KL(q‖p(z))       AEVB's estimator B; Pyro's TraceMeanField_ELBO
 
 with one sample z ~ q(z|x) are unbiased estimates of the ELBO with different variances. None is always the
 best. At the exact posterior only the plain estimator has variance 0. Let h be the curvature of −log p(x|z).
