@@ -331,7 +331,7 @@ def test_a_nonlinear_loss_with_a_shared_latent_is_refused_in_minibatches():
 
 @pytest.mark.parametrize("make", [RenyiELBO, lambda **k: TraceTailAdaptive_ELBO(**k)])
 def test_evaluate_refuses_a_loss_that_is_no_elbo(make):
-    with pytest.raises(ValueError, match=r"which is no ELBO.*evidence.importance"):
+    with pytest.raises(ValueError, match=r"which is not an ELBO.*evidence.importance"):
         pv.evaluate(
             local_model, prior_guide, torch.randn(5), loss=make(num_particles=3, vectorize_particles=True)
         )

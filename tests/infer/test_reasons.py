@@ -219,7 +219,7 @@ def test_every_eager_step_has_a_reason_and_equals_a_step_of_pyro():
     assert CompiledSVI(*functions(), adam(), Trace_ELBO()).explain() == "no step has run yet"
     lines = compared(functions, 5, step=step).explain().splitlines()
     assert [line.rsplit(", ", 1)[-1] for line in lines] == ["3 steps", "1 steps", "1 steps"]
-    assert "a handler is around the step" in lines[1]
+    assert "the step runs in a Pyro handler" in lines[1]
     assert "compile=False" in lines[2]
 
 

@@ -31,7 +31,7 @@ def _double_precision():
     ("wrap", "unwrap", "how"),
     [
         (lambda x: {"x": (x, 1)}, lambda batch: batch["x"][0], "traced, 8 steps"),
-        (lambda x: SimpleNamespace(x=x), lambda batch: batch.x, "which may change unseen"),
+        (lambda x: SimpleNamespace(x=x), lambda batch: batch.x, "whose changes a graph cannot detect"),
     ],
     ids=["dictionary", "object"],
 )
