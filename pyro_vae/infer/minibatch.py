@@ -138,8 +138,8 @@ class MinibatchSVI(SVI):
             check_observed(self.pair, self.handlers[0].traces[-1], self.batch, f"fit: {self.position}")
 
     def minibatch_step(self, batch: Batch, beta: float, weight: float, position: object) -> ElboTerms:
-        """Take one step of the optimizer on the loss with weight β. Returns the ELBO terms of the rows without
-        β.
+        """Take one step of the optimizer on the loss annealed by β. Returns the ELBO terms of the rows, which
+        do not contain β.
 
         :param weight: of this rank's gradient in the mean over ranks; 0 for a rank without rows, whose batch
             is a stand-in.
