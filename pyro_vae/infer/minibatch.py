@@ -70,7 +70,7 @@ class MinibatchSVI(SVI):
         self._loss_and_grads = self._checked_loss_and_grads
 
     def _checked_loss_and_grads(self, *args: Any, **kwargs: Any) -> Any:
-        """Loss and gradients by Pyro, with checks, and changes of gradients before the optimizer's update."""
+        """Compute loss and gradients by Pyro, check the loss, and average and clip the gradients."""
         try:
             value = self._elbo.loss_and_grads(*args, **kwargs)
         except ValueError as error:

@@ -240,7 +240,7 @@ class SVI(pyro.infer.SVI):
         self._restored_graphs = frozenset(names)
 
     def _reason_for_eager(self) -> str:
-        """Why all steps run as eager Pyro, for any arguments; ``""`` if they may run as a graph."""
+        """Why a step runs as eager Pyro for all arguments; ``""`` if it may run as a graph."""
         if self.compile is False:
             return "compile=False"
         if not self._is_elbo:
