@@ -56,7 +56,7 @@ class History:
     """The result of :func:`fit`: its epochs, and its param store.
 
     Modules are trained in place. Parameters of plain functions are in Pyro's param store, and each fit has a
-    store of its own: ``with history.scope():`` makes it Pyro's current one.
+    separate store: ``with history.scope():`` makes it Pyro's current one.
     """
 
     epochs: tuple[Epoch, ...]
@@ -107,8 +107,7 @@ def train(
     check: bool = True,
     param_store: dict | None = None,
 ) -> Generator[Epoch, None, History]:
-    """:func:`fit` one epoch at a time, for a loop of your own: ``for epoch in train(model, guide, data):
-    ...``.
+    """:func:`fit` as a generator of epochs: ``for epoch in train(model, guide, data): ...``.
 
     The options are those of :func:`fit`. A resumed fit yields the finished epochs first, with the parameters
     of the checkpoint. The dictionary ``param_store`` is updated after each epoch. The return value of the

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 class Epoch(NamedTuple):
     """One epoch of training. ``train`` is the mean over the epoch's minibatches, each at the parameters of
     its step; ``validation`` is evaluated at the end of the epoch. Both are the ELBO itself, without β,
-    whatever the loss. ``beta`` is that of the last step."""
+    for every loss. ``beta`` is that of the last step."""
 
     epoch: int
     beta: float
