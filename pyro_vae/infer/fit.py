@@ -417,8 +417,8 @@ def _check_annealing(pair: Structure) -> None:
     for name, site in pair.latents.items():
         if site["infer"].get("enumerate"):
             raise ValueError(
-                f"beta: the model sums {name!r} out, so the term of {name!r} has no separate weight; "
-                "expected beta=1 for enumerated sites"
+                f"beta: {name!r} is summed out, so its term has no separate weight; expected beta=1 for "
+                "enumerated sites"
             )
 
 
