@@ -1,4 +1,4 @@
-"""Situations from public bug reports: what is right is said, or the pair is refused with the reason."""
+"""Cases from public bug reports: the result is correct, or an error states the reason."""
 
 import math
 
@@ -58,7 +58,7 @@ def global_guide(x):
     pyro.sample("mu", dist.Normal(loc, pyro.param("s", torch.tensor(0.1), constraint=constraints.positive)))
 
 
-# every verb on a pair with data x; each is to raise the same error for the same wrong pair
+# each function that takes a pair and data x; all raise the same error for the same invalid pair
 VERBS = {
     "fit": lambda m, g, x: pv.fit(m, g, x, num_epochs=1, batch_size=None),
     "SVI": lambda m, g, x: pv.SVI(m, g, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).step(x),
@@ -77,12 +77,12 @@ VERBS = {
 }
 
 
-# ---------------------------------------------------------------- A1: scales of the pair's own
+# -------------------------------- pairs that scale minibatches
 
 
 @pytest.mark.parametrize("where", ["plate", "handler", "guide side too"])
-def test_a_minibatch_that_the_pair_scales_is_not_scaled_again(where):
-    """The gradient of a fit's steps on all minibatches adds up to that of plain Pyro on all data."""
+def test_fit_does_not_scale_sites_that_the_pair_scales_by_n_over_b(where):
+    """The parameters equal those of a fit of the pair without scales."""
     n, size = 40, 10
     x = torch.randn(n, generator=torch.manual_seed(0)) + 2
 
@@ -97,7 +97,7 @@ def test_a_minibatch_that_the_pair_scales_is_not_scaled_again(where):
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
 
-    def wrapped(x):
+    def scaled_by_handler(x):
         with poutine.scale(scale=n / len(x)), pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(mu_of(), 1.0), obs=x)
 
@@ -106,25 +106,27 @@ def test_a_minibatch_that_the_pair_scales_is_not_scaled_again(where):
 
     pairs = {
         "plate": (model, global_guide, unscaled),
-        "handler": (wrapped, lambda x: None, None),
+        "handler": (scaled_by_handler, lambda x: None, None),
         "guide side too": (model, global_guide, unscaled),
     }
-    ours, guide, plain = pairs[where]
+    with_scale, guide, without_scale = pairs[where]
     pyro.set_rng_seed(1)
-    scaled = pv.fit(ours, guide, x, num_epochs=3, batch_size=size, optim=pyro.optim.SGD({"lr": 1e-4}))
-    if plain is None:
+    scaled = pv.fit(with_scale, guide, x, num_epochs=3, batch_size=size, optim=pyro.optim.SGD({"lr": 1e-4}))
+    if without_scale is None:
 
-        def plain(x):
+        def without_scale(x):
             with pyro.plate("data", len(x)):
                 pyro.sample("x", dist.Normal(mu_of(), 1.0), obs=x)
 
     pyro.set_rng_seed(1)
-    once = pv.fit(plain, guide, x, num_epochs=3, batch_size=size, optim=pyro.optim.SGD({"lr": 1e-4}))
-    for name, value in once.param_store["params"].items():
+    expected = pv.fit(
+        without_scale, guide, x, num_epochs=3, batch_size=size, optim=pyro.optim.SGD({"lr": 1e-4})
+    )
+    for name, value in expected.param_store["params"].items():
         torch.testing.assert_close(scaled.param_store["params"][name], value)
 
 
-def test_a_scale_by_another_number_of_data_is_refused():
+def test_a_scale_by_another_number_of_data_raises():
     def model(x):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(x)), poutine.scale(scale=1000 / len(x)):
@@ -154,7 +156,7 @@ def prior_scaled_down(x):
 
 
 @pytest.mark.parametrize("model", [scaled_constantly, scaled_by_row, prior_scaled_down])
-def test_other_ways_to_scale_a_minibatch_are_refused(model):
+def test_other_scales_of_minibatches_raise_unless_check_is_false(model):
     x = torch.randn(40)
     with pytest.raises(ValueError, match=r"is scaled by .* as minibatches of 10 of 40 data are"):
         pv.fit(model, global_guide, x, num_epochs=1, batch_size=10, progress=False)
@@ -163,7 +165,7 @@ def test_other_ways_to_scale_a_minibatch_are_refused(model):
         pv.fit(model, global_guide, x, num_epochs=1, batch_size=10, check=False, progress=False)
 
 
-def test_a_pair_that_scales_itself_is_refused_under_a_loss_of_weights():
+def test_a_pair_that_scales_minibatches_raises_for_an_importance_weighted_loss():
     def model(x):
         with pyro.plate("data", len(x)), poutine.scale(scale=40 / len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -174,7 +176,7 @@ def test_a_pair_that_scales_itself_is_refused_under_a_loss_of_weights():
         with pyro.plate("data", len(x)), poutine.scale(scale=40 / len(x)):
             pyro.sample("z", dist.Normal(0.0, scale))
 
-    def mixed(x):  # one site with a scale of its own, so that the factor is not common to all
+    def mixed(x):  # one site without the scale, so that the scale is not a constant factor of the loss
         model(x)
         pyro.factor("regularizer", torch.tensor(0.0))
 
@@ -185,7 +187,7 @@ def test_a_pair_that_scales_itself_is_refused_under_a_loss_of_weights():
         )
 
 
-# ---------------------------------------------------------------- A2: frozen parameters
+# -------------------------------- frozen parameters
 
 
 class Frozen(PyroModule):
@@ -208,7 +210,7 @@ def test_frozen_parameters_stay_frozen(verb):
 
 
 @pytest.mark.parametrize("compile", [False, "trace"])
-def test_frozen_parameters_stay_where_they_are_in_training(compile):
+def test_frozen_parameters_are_unchanged_by_training(compile):
     class Half(Frozen):
         def __init__(self):
             super().__init__()
@@ -235,18 +237,18 @@ def test_frozen_parameters_stay_where_they_are_in_training(compile):
         assert guide.scale.item() != start
 
 
-# ---------------------------------------------------------------- A3: losses that are not linear
+# -------------------------------- losses that are not linear
 
 
-def test_losses_outside_the_table_are_refused_in_minibatches():
-    class Mine(Trace_ELBO):
+def test_unknown_losses_raise_for_minibatches_unless_check_is_false():
+    class UserELBO(Trace_ELBO):
         pass
 
     x = torch.randn(20)
-    with pytest.raises(ValueError, match=r"Mine is a loss that pyro_vae does not know.*batch_size=None"):
-        pv.fit(local_model, amortized, x, loss=Mine(), num_epochs=1, batch_size=5)
-    assert pv.fit(local_model, amortized, x, loss=Mine(), num_epochs=1, batch_size=None)
-    assert pv.fit(local_model, amortized, x, loss=Mine(), num_epochs=1, batch_size=5, check=False)
+    with pytest.raises(ValueError, match=r"UserELBO is a loss that pyro_vae does not know.*batch_size=None"):
+        pv.fit(local_model, amortized, x, loss=UserELBO(), num_epochs=1, batch_size=5)
+    assert pv.fit(local_model, amortized, x, loss=UserELBO(), num_epochs=1, batch_size=None)
+    assert pv.fit(local_model, amortized, x, loss=UserELBO(), num_epochs=1, batch_size=5, check=False)
     for loss in (EnergyDistance(), ReweightedWakeSleep()):
         with pytest.raises(ValueError, match=rf"{type(loss).__name__}.*expected pyro.infer.SVI"):
             pv.fit(local_model, amortized, x, loss=loss, num_epochs=1)
@@ -265,14 +267,14 @@ NONLINEAR = {
     "tail-adaptive": lambda: TraceTailAdaptive_ELBO(
         num_particles=4, vectorize_particles=True, max_plate_nesting=1
     ),
-    "TMC": lambda: TraceTMC_ELBO(max_plate_nesting=1),  # a tensor of samples, see `many`
+    "TMC": lambda: TraceTMC_ELBO(max_plate_nesting=1),  # a tensor of samples, see `with_samples`
     "ELBO": lambda: Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1),
     "mean field": lambda: TraceMeanField_ELBO(),
     "graph": lambda: TraceGraph_ELBO(),
 }
 
 
-def many(loss, guide):
+def with_samples(loss, guide):
     """The guide with a tensor of samples at each site, for the tensor Monte Carlo loss."""
     if loss != "TMC":
         return guide
@@ -282,8 +284,8 @@ def many(loss, guide):
 
 
 @pytest.mark.parametrize("loss", NONLINEAR)
-def test_minibatch_gradients_are_plain_pyros_times_n_over_b(loss):
-    """At the same noise, to the last digits: the factor N/B stands before the loss."""
+def test_gradients_of_a_minibatch_are_those_of_pyro_times_n_over_b(loss):
+    """One step of SGD at the same noise, with the learning rate of Pyro's multiplied by N/B."""
     x = torch.randn(4, generator=torch.manual_seed(0))
     whole = torch.cat([x, torch.randn(12)])
     steps = {}
@@ -292,11 +294,11 @@ def test_minibatch_gradients_are_plain_pyros_times_n_over_b(loss):
             pyro.set_rng_seed(3)
             if name == "pyro":
                 optim = pyro.optim.SGD({"lr": 1e-3 * factor})
-                SVI(local_model, many(loss, amortized), optim, NONLINEAR[loss]()).step(x)
+                SVI(local_model, with_samples(loss, amortized), optim, NONLINEAR[loss]()).step(x)
             else:
-                # one minibatch of the data, as a loader of one batch that stands for 16
+                # one minibatch of 4 of the 16 data
                 optim = pyro.optim.SGD({"lr": 1e-3})
-                _one_step(local_model, many(loss, amortized), whole, x, optim, NONLINEAR[loss]())
+                _one_step(local_model, with_samples(loss, amortized), whole, x, optim, NONLINEAR[loss]())
             steps[name] = {k: v.detach().clone() for k, v in pyro.get_param_store().named_parameters()}
     for key, value in steps["pyro"].items():
         torch.testing.assert_close(steps["fit"][key], value)
@@ -317,7 +319,7 @@ def _one_step(model, guide, whole, x, optim, loss):
     step.minibatch_step(Batch((x,), {}), 1.0, 1.0, "here")
 
 
-def test_a_nonlinear_loss_with_a_shared_latent_is_refused_in_minibatches():
+def test_a_nonlinear_loss_with_a_shared_latent_raises_for_minibatches():
     def model(x):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(x)):
@@ -330,8 +332,8 @@ def test_a_nonlinear_loss_with_a_shared_latent_is_refused_in_minibatches():
 
 
 @pytest.mark.parametrize("make", [RenyiELBO, lambda **k: TraceTailAdaptive_ELBO(**k)])
-def test_evaluate_refuses_a_loss_that_is_no_elbo(make):
-    with pytest.raises(ValueError, match=r"which is no ELBO.*evidence.importance"):
+def test_evaluate_raises_for_a_loss_that_is_not_an_elbo(make):
+    with pytest.raises(ValueError, match=r"which is not an ELBO.*evidence.importance"):
         pv.evaluate(
             local_model, prior_guide, torch.randn(5), loss=make(num_particles=3, vectorize_particles=True)
         )
@@ -339,10 +341,10 @@ def test_evaluate_refuses_a_loss_that_is_no_elbo(make):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["Renyi", "TMC"])
-def test_training_in_minibatches_ends_where_plain_svi_ends(loss):
-    """Linear Gaussian: the guide N(a x, s²) of a minibatch fit is that of plain SVI on all data."""
+def test_training_on_minibatches_converges_to_the_guide_of_training_on_all_data(loss):
+    """Linear Gaussian model with guide N(a x, s²)."""
     x = 1.4 * torch.randn(200, generator=torch.manual_seed(0))
-    found = {}
+    params = {}
     for size in (50, None):
         pyro.set_rng_seed(0)
         optim = pyro.optim.ExponentialLR(
@@ -350,7 +352,7 @@ def test_training_in_minibatches_ends_where_plain_svi_ends(loss):
         )
         history = pv.fit(
             local_model,
-            many(loss, lambda x: amortized(x)),
+            with_samples(loss, lambda x: amortized(x)),
             x,
             loss=NONLINEAR[loss](),
             num_epochs=150,
@@ -358,11 +360,11 @@ def test_training_in_minibatches_ends_where_plain_svi_ends(loss):
             optim=optim,
         )
         with history.scope():
-            found[size] = [pyro.param("slope").item(), pyro.param("width").item()]
-    assert found[50] == pytest.approx(found[None], abs=0.06)
+            params[size] = [pyro.param("slope").item(), pyro.param("width").item()]
+    assert params[50] == pytest.approx(params[None], abs=0.06)
 
 
-# ---------------------------------------------------------------- A4: parameters for each datum
+# -------------------------------- parameters for each datum
 
 
 def per_row(x):
@@ -381,7 +383,7 @@ def per_row(x):
     ],
 )
 @pytest.mark.parametrize("size", [20, 7])
-def test_parameters_for_each_datum_are_refused_in_minibatches(make, name, size):
+def test_parameters_for_each_datum_raise_for_minibatches(make, name, size):
     x = torch.randn(60)
     with pytest.raises(ValueError, match=rf"{name}.*batch_size=None"):
         pv.fit(local_model, make(), x, num_epochs=1, batch_size=size)
@@ -393,8 +395,8 @@ def test_parameters_for_each_datum_are_refused_in_minibatches(make, name, size):
         pv.fit(local_model, make(), x, num_epochs=1, batch_size=None, validation=torch.randn(60))
 
 
-def test_a_table_indexed_by_the_data_is_no_parameter_of_the_batch():
-    """An embedding by index is a table over all data, right in minibatches."""
+def test_a_table_indexed_by_the_data_is_trained_on_minibatches():
+    """Each row of a minibatch uses its entry of the table over all data."""
 
     def model(x, i):
         local_model(x)
@@ -407,7 +409,7 @@ def test_a_table_indexed_by_the_data_is_no_parameter_of_the_batch():
     assert pv.fit(model, guide, (torch.randn(60), torch.arange(60)), num_epochs=1, batch_size=20)
 
 
-# ---------------------------------------------------------------- A5: one check for every verb
+# -------------------------------- validation of pairs by all functions
 
 
 def no_plate(x):
@@ -441,8 +443,8 @@ def trainable(x):
         pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(-3.0)), 0.1))
 
 
-def trainable_anew():
-    """A function of its own, since a fit remembers whose parameters it trained."""
+def new_trainable():
+    """A new function, since a fit records the functions whose parameters it trained."""
     return lambda x: trainable(x)
 
 
@@ -452,7 +454,7 @@ def grey_model(x):
         pyro.sample("x", dist.Bernoulli(logits=z), obs=x)
 
 
-WRONG = {
+INVALID = {
     "no site": (local_model, no_site, torch.zeros(9), "guide: it has no site 'z'"),
     "no plate": (
         local_model,
@@ -477,32 +479,32 @@ WRONG = {
 
 
 @pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("case", WRONG)
-def test_every_verb_refuses_the_same_wrong_pair(case, verb):
-    model, guide, x, message = WRONG[case]
+@pytest.mark.parametrize("case", INVALID)
+def test_all_functions_raise_the_same_error_for_an_invalid_pair(case, verb):
+    model, guide, x, message = INVALID[case]
     if verb == "SVI" and case in ("a column against a vector", "grey data"):
-        pytest.skip("plain Pyro raises an error of its own here")
+        pytest.skip("Pyro raises another error")
     with pytest.raises(ValueError, match=message):
         VERBS[verb](model, guide, x)
 
 
-def test_what_is_judged_wrong_can_be_allowed():
+def test_check_false_allows_what_is_judged_wrong():
     x = torch.full((5,), 0.5)
     with pytest.raises(ValueError, match="to run log_weights all the same: check=False"):
         log_weights(grey_model, prior_guide, x)
-    with pyro.validation_enabled(False):  # the cross-entropy of grey values
+    with pyro.validation_enabled(False):  # the ELBO then contains the cross-entropy of grey values
         assert log_weights(grey_model, prior_guide, x, check=False).isfinite().all()
         assert pv.evaluate(grey_model, prior_guide, x, check=False).elbo.isfinite().all()
-        assert pv.fit(grey_model, trainable_anew(), x, num_epochs=1, check=False)
+        assert pv.fit(grey_model, new_trainable(), x, num_epochs=1, check=False)
     with pytest.raises(ValueError, match="guide: it has no site 'z'"):
         log_weights(local_model, no_site, x, check=False)
 
 
-# ---------------------------------------------------------------- A6: parameters of an earlier fit
+# -------------------------------- parameters of an earlier fit
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "importance", "diagnose", "log_weights", "draws"])
-def test_functions_that_a_fit_trained_need_its_param_store(verb):
+def test_functions_that_a_fit_trained_raise_without_its_param_store(verb):
     x = torch.randn(30)
     history = pv.fit(local_model, amortized_again, x, num_epochs=1)
     with pytest.raises(
@@ -517,7 +519,7 @@ def amortized_again(x):
     amortized(x)
 
 
-def test_modules_need_no_param_store():
+def test_trained_modules_are_evaluated_without_the_param_store_of_their_fit():
     vae = pv.VAE(
         priors.StandardNormal(1),
         conditionals.Normal(nets.MLP(1, (4,)), event_shape=2),
@@ -527,11 +529,11 @@ def test_modules_need_no_param_store():
     assert pv.evaluate(vae.model, vae.guide, torch.randn(30, 2)).elbo.shape == (30,)
 
 
-# ---------------------------------------------------------------- A7, A8: arrays
+# -------------------------------- arrays
 
 
 @pytest.mark.parametrize("verb", ["fit", "evaluate", "log_weights"])
-def test_masked_arrays_are_refused(verb):
+def test_masked_arrays_raise(verb):
     x = np.ma.masked_values(np.array([1.0, -999.0, 2.0]), -999.0)
     with pytest.raises(ValueError, match=r"masked entries.*getmaskarray"):
         VERBS[verb](local_model, amortized, x)
@@ -550,11 +552,11 @@ def double_guide(x):
         pyro.sample("z", dist.Normal((x + mu) / 2, torch.tensor(math.sqrt(0.5)).double()))
 
 
-def test_arrays_are_of_the_dtype_of_the_parameters():
+def test_arrays_are_converted_to_the_dtype_of_the_parameters():
     x = 1e8 + np.random.default_rng(0).normal(size=200)
     exact = dist.Normal(torch.tensor(1e8).double(), math.sqrt(2.0)).log_prob(torch.from_numpy(x))
-    found = evidence.importance(double_model, double_guide, x, num_particles=5)
-    torch.testing.assert_close(found.log_evidence, exact)
+    estimate = evidence.importance(double_model, double_guide, x, num_particles=5)
+    torch.testing.assert_close(estimate.log_evidence, exact)
     elbo = pv.evaluate(double_model, double_guide, x).elbo
     torch.testing.assert_close(elbo, exact)
     for verb in ("evaluate", "fit", "importance"):
@@ -563,7 +565,7 @@ def test_arrays_are_of_the_dtype_of_the_parameters():
     assert pv.fit(local_model, lambda x: amortized(x), x - 1e8, num_epochs=1)
 
 
-def test_a_double_network_takes_arrays_and_a_single_one_takes_double_tensors():
+def test_data_are_converted_to_the_dtype_of_the_network():
     for dtype in (torch.float32, torch.float64):
         vae = pv.VAE(
             priors.StandardNormal(1),
@@ -580,10 +582,10 @@ def test_a_double_network_takes_arrays_and_a_single_one_takes_double_tensors():
             assert log_weights(vae.model, vae.guide, x).dtype == dtype
 
 
-# ---------------------------------------------------------------- A9: supports that follow from the batch
+# -------------------------------- supports that depend on the batch
 
 
-def test_a_support_that_follows_from_the_batch_is_no_reason_to_refuse():
+def test_a_pair_whose_support_depends_on_the_batch_is_trained_and_evaluated():
     counts = torch.arange(1.0, 41.0).unsqueeze(-1).expand(40, 3).floor()
 
     def model(x):
@@ -603,7 +605,7 @@ def test_a_support_that_follows_from_the_batch_is_no_reason_to_refuse():
         assert pv.evaluate(model, guide, counts, batch_size=10).elbo.shape == (40,)
 
 
-def test_a_bad_row_of_a_support_that_follows_from_the_batch_is_found_in_its_minibatch():
+def test_an_invalid_row_raises_in_its_minibatch_if_the_support_depends_on_the_batch():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
@@ -621,7 +623,7 @@ def test_a_bad_row_of_a_support_that_follows_from_the_batch_is_found_in_its_mini
         pv.evaluate(model, guide, x, batch_size=10)
 
 
-# ---------------------------------------------------------------- A10: rows in another dimension
+# -------------------------------- rows in another dimension
 
 
 def sequences(x):
@@ -630,7 +632,7 @@ def sequences(x):
         pyro.sample("x", dist.Normal(p, 1.0).expand([x.shape[0]]).to_event(1), obs=x.T)
 
 
-def test_rows_in_another_dimension_are_refused():
+def test_rows_in_another_dimension_raise():
     x = torch.randn(6, 50)
     message = r"plate 'seq' of 50 rows.*dimension 1 of argument 0 has 50.*x.transpose\(0, 1\)"
     for run in (
@@ -644,8 +646,7 @@ def test_rows_in_another_dimension_are_refused():
 
 
 def features_of(num_rows):
-    """x[n, d] ~ N(m[d], 1): the means m lie in a plate of the features, and nothing but x lies in that of the
-    rows."""
+    """x[n, d] ~ N(m[d], 1): m is in a plate of the features, and only x is in the plate of the rows."""
 
     def model(x):
         with pyro.plate("features", x.shape[1]):
@@ -660,7 +661,7 @@ def features_of(num_rows):
     return model, guide
 
 
-def test_rows_of_a_plate_of_fixed_size_within_another_are_refused_unless_they_follow_the_data():
+def test_a_nested_data_plate_has_to_have_the_size_of_the_batch():
     x = torch.randn(6, 50)
     fixed = features_of(lambda _: 6)
     message = (
@@ -669,15 +670,15 @@ def test_rows_of_a_plate_of_fixed_size_within_another_are_refused_unless_they_fo
     with pytest.raises(ValueError, match=message):
         pv.evaluate(*fixed, x)
     assert any("plate 'rows'" in problem for problem in pv.check_pair(*fixed, x).problems)
-    following = features_of(len)
-    assert pv.check_pair(*following, x).problems == ()
-    torch.testing.assert_close(pv.evaluate(*following, x).elbo, pv.evaluate(*fixed, x, check=False).elbo)
+    sized = features_of(len)
+    assert pv.check_pair(*sized, x).problems == ()
+    torch.testing.assert_close(pv.evaluate(*sized, x).elbo, pv.evaluate(*fixed, x, check=False).elbo)
 
 
-# ---------------------------------------------------------------- A11: loaders
+# -------------------------------- loaders
 
 
-def test_terms_come_in_the_datas_order_whatever_a_loader_shuffles():
+def test_evaluate_returns_terms_in_the_order_of_the_data_for_a_shuffling_loader():
     x = torch.linspace(-3, 3, 35)
     expected = pv.evaluate(local_model, exact_guide, x).elbo
     for loader in (
@@ -692,13 +693,13 @@ def test_terms_come_in_the_datas_order_whatever_a_loader_shuffles():
 
 
 @pytest.mark.parametrize("verb", ["fit", "evaluate"])
-def test_an_empty_loader_is_an_error(verb):
+def test_an_empty_loader_raises(verb):
     loader = DataLoader(TensorDataset(torch.randn(3)), 10, drop_last=True, sampler=None)
     with pytest.raises(ValueError, match=r"the loader has no batches"):
         VERBS[verb](local_model, lambda x: amortized(x), loader)
 
 
-# ---------------------------------------------------------------- A12: log-probabilities that are not finite
+# -------------------------------- log-probabilities that are not finite
 
 
 def gamma_model(x):
@@ -708,13 +709,13 @@ def gamma_model(x):
 
 
 @pytest.mark.parametrize("verb", [v for v in VERBS if v != "SVI"])
-def test_a_zero_under_a_gamma_is_named_by_site_and_row(verb):
+def test_the_error_for_a_zero_under_a_gamma_names_site_and_row(verb):
     x = torch.tensor([1.0, 2.0, 0.0, 3.0])
     with pytest.raises(ValueError, match=r"log-probability of 'x' is inf at row 2 \(1 such rows\)"):
         VERBS[verb](gamma_model, trainable, x)
 
 
-def test_bytes_do_not_wrap():
+def test_integers_of_few_bits_do_not_overflow():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -728,8 +729,8 @@ def test_bytes_do_not_wrap():
     torch.testing.assert_close(log_weights(model, trainable, x.numpy().astype(np.uint8)), expected)
 
 
-def test_a_likelihood_that_vanishes_at_some_draws_is_right():
-    """x ~ Uniform(z − 1, z + 1): a weight of 0 is a number, and the mean of the weights the evidence."""
+def test_importance_is_correct_if_the_likelihood_is_zero_at_some_draws():
+    """x ~ Uniform(z − 1, z + 1): the mean of the weights, some of which are 0, is the evidence."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -737,12 +738,12 @@ def test_a_likelihood_that_vanishes_at_some_draws_is_right():
             pyro.sample("x", dist.Uniform(z - 1, z + 1, validate_args=False), obs=x)
 
     x = torch.zeros(5)
-    found = evidence.importance(model, prior_guide, x, num_particles=20_000)
+    estimate = evidence.importance(model, prior_guide, x, num_particles=20_000)
     expected = math.log(0.5 * (2 * dist.Normal(0.0, 1.0).cdf(torch.tensor(1.0)) - 1))
-    assert ((found.log_evidence - expected).abs() < 4 * found.log_evidence_se).all()
+    assert ((estimate.log_evidence - expected).abs() < 4 * estimate.log_evidence_se).all()
 
 
-# ---------------------------------------------------------------- F: what guides observe, scales, subsampling
+# -------------------------------- observed sites of guides, scales, subsampling
 
 
 def treated(x, t):
@@ -752,7 +753,7 @@ def treated(x, t):
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
-def observing(x, t, mark):
+def observing_guide(x, t, mark):
     with pyro.plate("data", len(x)):
         mark(t)
         pyro.sample("z", dist.Normal(x / 2, math.sqrt(0.5)))
@@ -769,9 +770,9 @@ MARKS = {
 
 
 @pytest.mark.parametrize("mark", MARKS)
-def test_what_a_guide_observes_is_no_part_of_q(mark):
+def test_sites_that_a_guide_observes_are_not_part_of_q(mark):
     x, t = torch.randn(8, generator=torch.manual_seed(0)), torch.ones(8)
-    guide = lambda x, t: observing(x, t, MARKS[mark])  # noqa: E731
+    guide = lambda x, t: observing_guide(x, t, MARKS[mark])  # noqa: E731
     exact = log_evidence(x) + math.log(0.5)
     torch.testing.assert_close(log_weights(treated, guide, (x, t), num_particles=3), exact.expand(3, 8))
     torch.testing.assert_close(
@@ -785,14 +786,14 @@ def test_what_a_guide_observes_is_no_part_of_q(mark):
         with pytest.raises(ValueError, match="'u' is not in the model"):
             pv.free_energy(treated, guide, (x, t))
         return
-    found = pv.free_energy(treated, guide, (x, t), num_particles=5000).free_energy
-    torch.testing.assert_close(found, -exact, atol=0.1, rtol=0.1)
+    free_energy = pv.free_energy(treated, guide, (x, t), num_particles=5000).free_energy
+    torch.testing.assert_close(free_energy, -exact, atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize(
     "loss", [None, TraceEnum_ELBO(strict_enumeration_warning=False), TraceMeanField_ELBO()]
 )
-def test_scales_are_not_in_what_is_reported(loss):
+def test_reported_elbos_do_not_contain_scales(loss):
     x = torch.randn(12, generator=torch.manual_seed(0))
 
     def scaled(program):
@@ -811,10 +812,12 @@ def test_scales_are_not_in_what_is_reported(loss):
     )
     with history.scope():
         plain = pv.evaluate(local_model, amortized, x, num_particles=3000).mean().elbo
-    assert history.epochs[0].train.elbo == pytest.approx(plain, abs=1.0)  # one draw; scaled it would be 0.00
+    assert history.epochs[0].train.elbo == pytest.approx(
+        plain, abs=1.0
+    )  # one draw; with the scale it would be near 0
 
 
-def test_joint_log_weights_of_a_subsample_are_refused():
+def test_joint_log_weights_of_a_subsample_raise():
     for enumerate_it in (False, True):
 
         def model(x, enumerate_it=enumerate_it):
@@ -831,15 +834,15 @@ def test_joint_log_weights_of_a_subsample_are_refused():
 def test_evaluate_averages_an_enumerated_loss_over_particles():
     x = torch.randn(10, generator=torch.manual_seed(0))
     loss = TraceEnum_ELBO(strict_enumeration_warning=False)
-    one = [pv.evaluate(local_model, prior_guide, x, loss=loss, seed=s).mean().elbo for s in range(40)]
-    many = [
+    single = [pv.evaluate(local_model, prior_guide, x, loss=loss, seed=s).mean().elbo for s in range(40)]
+    averaged = [
         pv.evaluate(local_model, prior_guide, x, loss=loss, seed=s, num_particles=25).mean().elbo
         for s in range(40)
     ]
-    assert np.std(many) < 0.4 * np.std(one)
+    assert np.std(averaged) < 0.4 * np.std(single)
 
 
-# ---------------------------------------------------------------- F9, F10, F12
+# -------------------------------- plates without a size, and distributions without validation
 
 
 def unsized(x):
@@ -875,7 +878,7 @@ def test_a_plate_without_a_size_is_a_data_plate():
     )
 
 
-def test_a_plate_without_a_size_whose_site_has_one_draw_for_all_is_refused():
+def test_a_plate_without_a_size_raises_if_its_rows_share_a_draw():
     def model(x):
         with pyro.plate("data"):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -890,8 +893,8 @@ def test_a_plate_without_a_size_whose_site_has_one_draw_for_all_is_refused():
 
 
 @pytest.mark.parametrize("default", [True, False])
-def test_a_distribution_without_validation_is_trusted(default, monkeypatch):
-    """Whatever validation is by default: libraries turn it off for the process."""
+def test_data_under_a_distribution_with_validate_args_false_are_not_validated(default, monkeypatch):
+    """For each default of torch, which some libraries change for the process."""
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", default)
 
     def model(x):
@@ -901,10 +904,10 @@ def test_a_distribution_without_validation_is_trusted(default, monkeypatch):
 
     x = torch.rand(12)
     assert pv.check_pair(model, trainable, x).problems == ()
-    assert pv.fit(model, trainable_anew(), x, num_epochs=1, batch_size=4)
-    assert pv.evaluate(model, trainable_anew(), x).elbo.isfinite().all()
+    assert pv.fit(model, new_trainable(), x, num_epochs=1, batch_size=4)
+    assert pv.evaluate(model, new_trainable(), x).elbo.isfinite().all()
     with pytest.raises(ValueError, match="grey"):
-        pv.evaluate(grey_model, trainable_anew(), x)
+        pv.evaluate(grey_model, new_trainable(), x)
 
     def expanded(x):
         with pyro.plate("data", len(x)):
@@ -912,15 +915,15 @@ def test_a_distribution_without_validation_is_trusted(default, monkeypatch):
             pyro.sample("x", dist.Bernoulli(logits=z.mean()).expand([len(x)]), obs=x)
 
     with pytest.raises(ValueError, match="grey"):
-        pv.evaluate(expanded, trainable_anew(), x)
+        pv.evaluate(expanded, new_trainable(), x)
     assert torch.distributions.Distribution._validate_args is default
 
 
-# ---------------------------------------------------------------- G2 and the count of runs
+# -------------------------------- evidence, number of runs, unchanged state
 
 
 @pytest.mark.parametrize("verb", ["ais", "smc", "bdmc", "reciprocal_importance", "prior_monte_carlo"])
-def test_evidence_refuses_data_outside_the_support(verb):
+def test_evidence_raises_for_data_outside_the_support(verb):
     x = torch.full((6,), 0.5)
     options = (
         {} if verb in ("reciprocal_importance", "prior_monte_carlo") else {"annealing": evidence.Annealing(3)}
@@ -943,10 +946,10 @@ def test_log_weights_run_the_pair_at_most_five_times_before_the_weighted_draws(r
         exact_guide(x)
 
     log_weights(model, guide, torch.randn(rows), num_particles=num_particles)
-    assert max(runs.values()) <= 5 + 1  # and one for the draws
+    assert max(runs.values()) <= 5 + 1  # one more for the draws
 
 
-def test_looking_at_a_pair_leaves_no_mark():
+def test_validating_and_evaluating_a_pair_changes_no_state():
     from torch.distributions import Distribution
 
     guide = Frozen()
@@ -973,10 +976,10 @@ def test_looking_at_a_pair_leaves_no_mark():
             Distribution.set_default_validate_args(True)
 
 
-# ---------------------------------------------------------------- F7: a part that cannot be computed
+# -------------------------------- parts of a diagnosis that cannot be computed
 
 
-def test_diagnose_keeps_what_it_can_compute():
+def test_diagnose_returns_the_other_parts_if_one_cannot_be_computed():
     class Normalized(PyroModule):
         def __init__(self):
             super().__init__()
@@ -1001,13 +1004,13 @@ def test_diagnose_keeps_what_it_can_compute():
 
     x = torch.randn(12, 2)
     for guide, part in ((Normalized(), 0), (flow_guide, 1)):
-        found = pv.diagnose(model, guide, x, num_particles=50, num_simulations=0)
-        assert found.elbo.log_evidence.isfinite().all()
-        assert len(found.notes) == part  # a planar flow tells the density of its own draws only
-        assert all(note.startswith("latent dimensions: not computed") for note in found.notes)
+        diagnosis = pv.diagnose(model, guide, x, num_particles=50, num_simulations=0)
+        assert diagnosis.elbo.log_evidence.isfinite().all()
+        assert len(diagnosis.notes) == part  # a planar flow computes only the density of its draws
+        assert all(note.startswith("latent dimensions: not computed") for note in diagnosis.notes)
 
 
-def test_a_prior_without_support_is_named_by_ais():
+def test_the_error_of_ais_names_a_prior_without_support():
     class NoSupport(dist.Normal):
         @property
         def support(self):
@@ -1022,13 +1025,13 @@ def test_a_prior_without_support_is_named_by_ais():
         evidence.ais(model, torch.randn(4), annealing=evidence.Annealing(num_temperatures=3, num_chains=2))
 
 
-# ---------------------------------------------------------------- probes and the param store
+# -------------------------------- probes and the param store
 
 
 @pytest.mark.parametrize("in_store", [False, True])
-def test_joint_weights_of_a_pair_whose_parameters_follow_the_rows(in_store):
-    """No plate, the rows are an event: under the exact guide each joint weight is log p(x), whatever the
-    probes made."""
+def test_joint_log_weights_are_exact_if_parameters_have_the_shape_of_the_rows(in_store):
+    """Without a plate, the rows are an event. Under the exact guide each joint log-weight is log p(x), and
+    the probes leave no parameters in the param store."""
     x = torch.randn(8, generator=torch.manual_seed(0))
 
     def model(x):
@@ -1041,13 +1044,13 @@ def test_joint_weights_of_a_pair_whose_parameters_follow_the_rows(in_store):
 
     if in_store:
         guide(x)
-    found = joint_log_weights(model, guide, x, num_particles=4).log_weights
-    torch.testing.assert_close(found, log_evidence(x).sum().expand(4))
+    joint = joint_log_weights(model, guide, x, num_particles=4).log_weights
+    torch.testing.assert_close(joint, log_evidence(x).sum().expand(4))
     assert len(pyro.get_param_store()) == in_store
 
 
 def test_probes_leave_no_parameters_for_the_weighted_draws():
-    """A parameter that starts at the mean of the rows it first sees starts at that of all data."""
+    """A parameter that is initialized to the mean of the rows is initialized to that of all data."""
     x = torch.arange(20.0)
     starts = []
 
@@ -1060,8 +1063,8 @@ def test_probes_leave_no_parameters_for_the_weighted_draws():
     assert starts[-1] == x.mean().item()
 
 
-def test_a_likelihood_outside_the_data_plate_is_refused_in_minibatches():
-    """Its term would be that of the minibatch beside latents that are scaled."""
+def test_a_likelihood_outside_the_data_plate_raises_for_minibatches():
+    """Its term would not be scaled, but those of the latents would."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -1085,7 +1088,7 @@ def test_a_likelihood_outside_the_data_plate_is_refused_in_minibatches():
         pv.fit(model, guide, x, batch_size=None, num_epochs=1, progress=False)
 
 
-def test_entries_in_a_plate_of_their_own_are_refused_in_minibatches():
+def test_entries_in_a_separate_plate_raise_for_minibatches():
     def model(x, y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(x)):
@@ -1102,7 +1105,7 @@ def test_entries_in_a_plate_of_their_own_are_refused_in_minibatches():
         )
 
 
-def test_a_plate_that_declares_more_data_has_no_joint_evidence():
+def test_joint_evidence_raises_for_a_plate_that_declares_more_data():
     def model(x):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         with pyro.plate("data", 60, subsample_size=len(x)):
@@ -1117,8 +1120,8 @@ def test_a_plate_that_declares_more_data_has_no_joint_evidence():
             verb(model, guide, x)
 
 
-def test_a_guide_of_points_with_a_density_draws_each_particle(monkeypatch):
-    """At the default seed too, whose draws a probe must not repeat."""
+def test_each_particle_is_a_new_draw_for_a_guide_of_deltas_with_log_density(monkeypatch):
+    """Also at the default seed, since probes use other noise."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -1141,7 +1144,7 @@ def test_a_guide_of_points_with_a_density_draws_each_particle(monkeypatch):
         ).all()
 
 
-def test_check_false_does_not_allow_what_is_undefined():
+def test_check_false_raises_if_the_result_is_undefined():
     def model(x):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         w = pyro.sample(
@@ -1158,7 +1161,7 @@ def test_check_false_does_not_allow_what_is_undefined():
         evidence.importance(model, guide, torch.randn(4), check=False)
 
 
-def test_a_latent_that_is_to_be_summed_out_one_value_at_a_time_is_refused():
+def test_sequential_enumeration_raises():
     def model(x):
         with pyro.plate("data", len(x)):
             k = pyro.sample("k", dist.Categorical(torch.ones(2)), infer={"enumerate": "sequential"})
@@ -1168,7 +1171,7 @@ def test_a_latent_that_is_to_be_summed_out_one_value_at_a_time_is_refused():
         evidence.importance(model, lambda x: None, torch.randn(4))
 
 
-def test_whole_numbers_that_differ_by_roundings_are_refused():
+def test_integers_that_differ_only_by_rounding_errors_raise():
     x = 1_700_000_000 + torch.tensor([0, 10, 20, 30, 40])
     loc = torch.nn.Parameter(torch.tensor(1.7e9))
 
@@ -1186,7 +1189,7 @@ def test_whole_numbers_that_differ_by_roundings_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
-def test_half_precision_data_of_a_pair_without_parameters_are_computed_in_the_default_dtype(dtype):
+def test_half_precision_data_are_converted_to_the_default_dtype_for_a_pair_without_parameters(dtype):
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -1204,7 +1207,7 @@ def test_half_precision_data_of_a_pair_without_parameters_are_computed_in_the_de
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
-def test_whole_numbers_under_a_bernoulli_are_told_what_to_do(dtype):
+def test_the_error_for_integers_under_a_bernoulli_names_the_remedy(dtype):
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))

@@ -1,5 +1,5 @@
-"""Data-parallel training of one pair: each rank computes the gradient of its rows of a minibatch; the mean is
-applied on all.
+"""Data-parallel training of one pair: each rank computes the gradient of its rows of a minibatch, and all
+ranks apply the mean.
 
 Gradients are averaged between the backward pass and the optimizer, so every ELBO object, several particles
 and the compiled step work. ``DistributedDataParallel`` does not apply: it hooks into ``forward``, which SVI
@@ -16,7 +16,7 @@ import pyro
 import torch
 import torch.distributed as dist
 
-# its default arguments keep the process group that exists when it is imported
+# imported before a process group exists, which its default arguments would keep alive
 import torch.distributed.nn.functional
 from torch import Tensor
 
@@ -28,18 +28,18 @@ from pyro_vae.pairs.traces import ElboTerms
 def rank_and_world_size() -> tuple[int, int]:
     """RANK and WORLD_SIZE, which ``torchrun`` sets in the environment; (0, 1) without them.
 
-    :raises ValueError: if only one of the two is set, or they are not a rank and a size.
+    :raises ValueError: if only one of the two is set, or RANK is not a whole number below WORLD_SIZE.
     """
-    words = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
-    if not any(words.values()):
+    env = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+    if not any(env.values()):
         return 0, 1
-    for word in words.values():
-        if word is None or not word.isdecimal():
+    for value in env.values():
+        if value is None or not value.isdecimal():
             raise ValueError(
-                f"the environment has RANK={words['RANK']} and WORLD_SIZE={words['WORLD_SIZE']}; expected "
+                f"the environment has RANK={env['RANK']} and WORLD_SIZE={env['WORLD_SIZE']}; expected "
                 "two whole numbers: start the processes by torchrun, or unset both"
             )
-    rank, size = (int(word or 0) for word in words.values())
+    rank, size = (int(value or 0) for value in env.values())
     if rank >= size:
         raise ValueError(
             f"RANK is {rank} but WORLD_SIZE is {size}; start the processes by torchrun, or unset both"
@@ -49,8 +49,8 @@ def rank_and_world_size() -> tuple[int, int]:
 
 @contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """Initialize torch's process group for the block if ``torchrun`` started this process; by gloo, or by
-    NCCL on GPUs."""
+    """Initialize torch's process group in the block if ``torchrun`` started this process. The backend is
+    gloo, or NCCL on GPUs."""
     if rank_and_world_size()[1] == 1 or dist.is_initialized():
         yield
         return
@@ -58,8 +58,8 @@ def process_group(device: str) -> Iterator[None]:
         torch.cuda.set_device(device)
     store, rank, size = next(dist.rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
-        # torchrun's store keeps the addresses of the processes before a restart (pytorch/pytorch#135712), so
-        # each start has a prefix of its own; on several machines the counts of restarts may differ
+        # torchrun's store keeps the addresses of processes from before a restart (pytorch/pytorch#135712), so
+        # each start has a different prefix. Not on several machines, whose restart counts may differ
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
@@ -77,7 +77,7 @@ class Group:
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
 
     def shard(self, batches: Batches) -> None:
-        """Give each rank its rows of every minibatch, and a random seed of its own. All ranks shuffle in the
+        """Give each rank its rows of every minibatch, and a different random seed. All ranks shuffle in the
         same order.
 
         :raises ValueError: for data that are not in memory.
@@ -114,12 +114,11 @@ class Group:
                 "pair's embeddings"
             )
         names: dict[int, str] = {}
-        for name, p in pyro.get_param_store().named_parameters():  # one parameter may have two names
+        for name, p in pyro.get_param_store().named_parameters():  # a parameter may have two names
             names[id(p)] = min(name, names.get(id(p), name))
         order = sorted(range(len(params)), key=lambda i: names[id(params[i])])
-        gradients = [
-            gradients[i] for i in order
-        ]  # the order of a graph's parameters may differ from rank to rank
+        # the order of a graph's parameters may differ between ranks
+        gradients = [gradients[i] for i in order]
         checksum = zlib.crc32(repr([names[id(params[i])] for i in order]).encode())
         largest = torch.tensor([checksum, -checksum], device=self._device())
         dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -173,7 +172,7 @@ class Group:
         return ElboTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def all_gather(self, value: Any) -> list[Any]:
-        """The value of each rank: numbers, strings, tensors, and lists and dictionaries of them."""
+        """The values of all ranks, for numbers, strings, tensors, and lists and dictionaries of them."""
         if self.size == 1:
             return [value]
         content = torch.frombuffer(bytearray(pack(value)), dtype=torch.uint8).to(self._device())
@@ -184,8 +183,8 @@ class Group:
         contents = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(contents, padded)
         return [
-            unpack(one[: int(size)].cpu().numpy().tobytes())
-            for one, size in zip(contents, sizes, strict=True)
+            unpack(part[: int(size)].cpu().numpy().tobytes())
+            for part, size in zip(contents, sizes, strict=True)
         ]
 
     def _device(self) -> torch.device:

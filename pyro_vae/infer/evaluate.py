@@ -1,4 +1,4 @@
-"""The ELBO of a data set under any pair, per datum."""
+"""The ELBO of any pair for each datum of a data set."""
 
 from typing import Any
 
@@ -33,37 +33,37 @@ def evaluate(
     """ELBO(x) = E_q[log p(x, z) − log q(z|x)] for each datum, in nats: a lower bound of log p(x) in
     expectation.
 
-    Modules run in evaluation mode, and afterwards nothing has moved: no parameter, no buffer, no random
-    state.
+    Modules run in evaluation mode. Parameters, buffers and random states are unchanged afterwards.
 
     :param data: as for :func:`~pyro_vae.infer.fit`; stochastically binarized data are binarized once.
     :param loss: ``None`` or one of Pyro's losses that are ELBOs. With ``TraceEnum_ELBO`` enumerated sites are
-        summed out; that loss gives one number for a batch, which each of its data then carries.
+        summed out; that loss is one number for a batch, so all data of a batch get its mean per datum.
     :param num_particles: draws of z for each datum.
-    :param seed: seed of the draws, the same at each call, so that two evaluations differ by the pair alone.
-    :param batch_size: data at a time, ``None`` for all of them (a guide with parameters for each datum needs
-        that).
-    :param check: ``False`` runs a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
+    :param seed: seed of the draws. Two evaluations with the same seed use the same noise.
+    :param batch_size: rows of a minibatch; ``None`` for all data at once, which a guide with parameters for
+        each datum needs.
+    :param check: ``False`` evaluates a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
     :return: :class:`~pyro_vae.pairs.ElboTerms`, tensors ``(n,)`` in the order of the data; its ``mean()`` has
-        the standard error over data. A model that draws a subsample itself has terms for those rows alone.
-    :raises ValueError: for empty or non-finite data, a pair that is wrong, a model without a data plate to
-        tell minibatches by, a loss that is no ELBO, a loader that gives the data in an order of its own, or a
-        datum whose ELBO is not finite.
+        the standard error over data. For a model that subsamples, only the rows of the subsample have terms.
+    :raises ValueError: for empty or non-finite data, an invalid pair, minibatches of a model without a data
+        plate, a loss that is not an ELBO, a loader whose order is not that of the data set, or a datum whose
+        ELBO is not finite.
 
-    Plain functions keep their parameters in Pyro's param store: evaluate within ``with history.scope():``.
+    The parameters of plain functions are in the param store of their fit: evaluate these in ``with
+    history.scope():``.
     """
     check_particles("evaluate", num_particles)
     if not reports_elbo(loss):
         raise ValueError(
-            f"evaluate: {type(loss).__name__} estimates {kind_of(loss).bound}, which is no ELBO; expected an "
-            "ELBO object of Pyro's, or evidence.importance(model, guide, x, num_particles=K) for "
+            f"evaluate: {type(loss).__name__} estimates {kind_of(loss).bound}, which is not an ELBO; "
+            "expected an ELBO object of Pyro, or evidence.importance(model, guide, x, num_particles=K) for "
             "importance-weighted bounds"
         )
     batches = as_batches(data.fixed() if isinstance(data, Data) else data, batch_size)
     if not batches.in_data_order:
         raise ValueError(
-            "evaluate: the loader's sampler gives the data in an order of its own, so terms could not be "
-            "matched with data; pass the data set, or DataLoader(dataset, batch_size, shuffle=False)"
+            "evaluate: the loader's sampler has an order of its own, so terms cannot be matched with rows; "
+            "pass the data set, or DataLoader(dataset, batch_size, shuffle=False)"
         )
     return evaluate_batches(
         model, guide, batches, loss=loss, num_particles=num_particles, seed=seed, check=check
@@ -89,50 +89,48 @@ def evaluate_batches(
             poll()
             if pair is None:
                 pair = inspect_checked(model, guide, batch, verb=verb, check=check, whole=False)
-                _check_summed_out(pair, loss, verb)
+                _check_enumeration(pair, loss, verb)
                 check_minibatch(pair, batches.num_rows, verb=verb, check=check)
-                if check and verb != "validation":  # the fit has looked at its own minibatches
+                if check and verb != "validation":  # fit has checked the minibatches of its training data
                     check_rows(pair, batches.num_rows, verb=verb)
                 batches.cast(pair.dtype)
             batch = fitting(batch.cast(pair.dtype), model, guide)
-            row = sum(len(part.elbo) for part in parts)
+            num_evaluated = sum(len(part.elbo) for part in parts)
             if isinstance(loss, TraceEnum_ELBO):
-                terms = _enumerated(pair, batch, loss, batches.num_rows, num_particles)
+                terms = _enumerated_terms(pair, batch, loss, batches.num_rows, num_particles)
             else:
-                terms = _drawn(
-                    pair, batch, batches.num_rows, num_particles, check=check and row > 0, verb=verb
+                check_draws = check and num_evaluated > 0  # the first batch is checked above
+                terms = _sampled_terms(
+                    pair, batch, batches.num_rows, num_particles, check=check_draws, verb=verb
                 )
             if check and not terms.elbo.isfinite().all():
                 bad = int((~terms.elbo.isfinite()).nonzero()[0])
                 raise ValueError(
-                    f"{verb}: the ELBO of row {row + bad} is {float(terms.elbo[bad])}; expected finite "
-                    "log-probabilities: check this row of the data, and the parameters of the pair"
+                    f"{verb}: the ELBO of row {num_evaluated + bad} is {float(terms.elbo[bad])}; expected "
+                    "finite log-probabilities: check this row of the data, and the parameters of the pair"
                 )
             parts.append(terms)
-    empty = torch.zeros(0)  # where other processes have all rows
-    return (
-        ElboTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
-        if parts
-        else ElboTerms(empty, empty, empty)
-    )
+    if not parts:  # the other ranks have all rows
+        return ElboTerms(torch.zeros(0), torch.zeros(0), torch.zeros(0))
+    return ElboTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _check_summed_out(pair: Structure, loss: ELBO | None, verb: str) -> None:
-    """Raise ``ValueError`` for sites that the model alone has, to be summed out, where nothing sums them
-    out."""
+def _check_enumeration(pair: Structure, loss: ELBO | None, verb: str) -> None:
+    """Raise ``ValueError`` if the model enumerates a site that the guide does not have, and the loss does not
+    sum it out."""
     if not isinstance(loss, TraceEnum_ELBO):
         for name, site in pair.latents.items():
             if is_enumerated(site) and name not in pair.guide_latents:
                 raise ValueError(
-                    f"{verb}: the model sums {name!r} out, and the guide has no such site, so a draw of it "
-                    "bounds nothing; expected loss=TraceEnum_ELBO(max_plate_nesting=…), or evidence.elbo, "
+                    f"{verb}: the model sums {name!r} out and the guide has no such site, so a draw of it "
+                    "gives no bound; expected loss=TraceEnum_ELBO(max_plate_nesting=…), or evidence.elbo, "
                     "which sums it out for each datum"
                 )
 
 
 def check_minibatch(pair: Structure, num_data: int, *, verb: str, check: bool = True) -> None:
-    """Raise ``ValueError`` where a minibatch of a pair cannot be told from the whole data set, or data are
-    counted along another dimension than the first."""
+    """Raise ``ValueError`` if the loss of a minibatch cannot be scaled to the data set, or the rows of the
+    data are not in dimension 0."""
     if not pair.batch.tensors:
         return
     if check and (problem := rows_problem(pair)) is not None:
@@ -140,8 +138,8 @@ def check_minibatch(pair: Structure, num_data: int, *, verb: str, check: bool = 
     if not pair.plates and pair.num_rows < num_data:
         raise ValueError(
             f"pair: the model has no vectorized plate of the batch's {pair.num_rows} rows, so a minibatch "
-            "cannot be scaled to "
-            f'the {num_data} data; put the sites of each datum in pyro.plate("data", len(x)), or pass '
+            f"cannot be scaled to the {num_data} data; "
+            'put the sites of each datum in pyro.plate("data", len(x)), or pass '
             "batch_size=None"
         )
     if pair.num_rows < num_data and (name := outside_of_plates(pair)):
@@ -158,21 +156,22 @@ def check_minibatch(pair: Structure, num_data: int, *, verb: str, check: bool = 
         cause = f" (the pair runs on this number of rows only: {pair.other_rows})" if pair.other_rows else ""
         raise ValueError(
             f"guide: the parameter {pair.row_parameters[0]!r} (latent {name!r}) has an entry for each of the "
-            f"{pair.num_rows} rows of a minibatch{cause}, so other rows would share it; with {num_data} data "
-            "pass batch_size=None and an autoguide that has not run yet, or a guide that computes its "
-            "parameters from the data"
+            f"{pair.num_rows} rows of a minibatch{cause}, so different minibatches would share it; for the "
+            f"{num_data} data pass batch_size=None and an autoguide that has not run yet, or a guide that "
+            "computes its parameters from the data"
         )
 
 
 def check_rows(pair: Structure, num_data: int, *, verb: str) -> None:
-    """Raise ``ValueError`` where the terms of a row follow the other rows of its minibatch."""
+    """Raise ``ValueError`` if the ELBO terms of a row depend on the other rows of its minibatch."""
     if pair.num_rows < num_data and pair.other is not None and not any(subsample_problems(pair)):
         refuse(dividing_problems(probe_particles(pair), num_data), verb=verb)
 
 
-def _drawn(
+def _sampled_terms(
     pair: Structure, batch: Batch, num_data: int, num_particles: int, *, check: bool, verb: str
 ) -> ElboTerms:
+    """ELBO terms of a batch, averaged over draws of the latents."""
     draws = []
     for i in range(num_particles):
         traces = run_pair(pair.model, pair.guide, *batch.args, **batch.kwargs)
@@ -182,12 +181,12 @@ def _drawn(
     return ElboTerms(*(torch.stack(part).mean(0) for part in zip(*draws, strict=True)))
 
 
-def _enumerated(
+def _enumerated_terms(
     pair: Structure, batch: Batch, loss: TraceEnum_ELBO, num_data: int, num_particles: int
 ) -> ElboTerms:
-    """The loss alone knows the sites that it sums out: one ELBO for the batch, standing for all data."""
+    """ELBO terms by the loss: one number for the batch, since its traces do not show the enumerated sums."""
     n = batch.num_rows
-    guide = prior_of(pair.guide)  # without what it observes, which is no part of q
+    guide = prior_of(pair.guide)  # without the sites that it observes, which are not part of q
     programs = [
         Reweighted(pair.plates, num_rows=n, num_data=num_data, strip=True)(program)
         for program in (pair.model, guide)

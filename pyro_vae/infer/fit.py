@@ -1,4 +1,4 @@
-"""Training any model/guide pair by SVI: the loop, and what it returns."""
+"""Train any model/guide pair by SVI: the training loop and its result."""
 
 import logging
 import math
@@ -56,7 +56,7 @@ class History:
     """The result of :func:`fit`: its epochs, and its param store.
 
     Modules are trained in place. Parameters of plain functions are in Pyro's param store, and each fit has a
-    store of its own: ``with history.scope():`` makes it Pyro's current one.
+    separate store: ``with history.scope():`` makes it Pyro's current one.
     """
 
     epochs: tuple[Epoch, ...]
@@ -78,8 +78,8 @@ class History:
 
 
 @contextmanager
-def _hold(checkpoints: Checkpoints | None, group: Group) -> Iterator[None]:
-    """Refuse other threads that train, and other fits that save to the same folder, while the block runs."""
+def _exclusive(checkpoints: Checkpoints | None, group: Group) -> Iterator[None]:
+    """Prevent other threads from training, and other fits from saving to the same folder, in the block."""
     saves = checkpoints is not None and not group.rank  # rank 0 saves for all ranks
     with training(), checkpoints.reserved() if saves else nullcontext():  # type: ignore[union-attr]
         yield
@@ -107,17 +107,15 @@ def train(
     check: bool = True,
     param_store: dict | None = None,
 ) -> Generator[Epoch, None, History]:
-    """:func:`fit` one epoch at a time, for a loop of your own: ``for epoch in train(model, guide, data):
-    ...``.
+    """:func:`fit` as a generator of epochs: ``for epoch in train(model, guide, data): ...``.
 
     The options are those of :func:`fit`. A resumed fit yields the finished epochs first, with the parameters
     of the checkpoint. The dictionary ``param_store`` is updated after each epoch. The return value of the
-    generator is the
-    :class:`History`.
+    generator is the :class:`History`.
     """
     loss, optim, group = loss or Trace_ELBO(), optim or Adam({"lr": 1e-3}), Group()
     checkpoints = Checkpoints(Path(checkpoint)) if isinstance(checkpoint, Path | str) else checkpoint
-    with _hold(checkpoints, group):
+    with _exclusive(checkpoints, group):
         _check_options(
             num_epochs, validation, beta, patience, clip_norm, autocast, checkpoints, every, resume
         )
@@ -126,7 +124,7 @@ def train(
         with store.scope(state.copy()):
             pair = inspect_for_training(model, guide, batches, loss, annealed=beta != 1.0, check=check)
         _check_held_out(pair, batches, held_out)
-        _warn_of_new_start(model, guide, state)
+        _warn_of_new_parameters(model, guide, state)
         batches.cast(pair.dtype)
         svi = MinibatchSVI(
             model, guide, loss, optim, pair, batches, annealed=beta != 1.0, clip_norm=clip_norm, group=group
@@ -213,7 +211,7 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
     by all threads.
 
     :param model: any Pyro program.
-    :param guide: one with the same arguments and latent sites.
+    :param guide: a Pyro program with the same arguments and latent sites.
     :param data: ``Tensor`` or ``ndarray`` ``(n, *event)``, a tuple of them for ``model(x, c)``, a dict for
         keyword arguments, a :class:`~pyro_vae.data.Data`, a torch ``Dataset`` or a ``DataLoader``. If a batch
         has more arguments than the model takes, the model gets the first ones, so an unsupervised pair can be
@@ -223,8 +221,8 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
         epoch.
     :param num_epochs: passes over the data.
     :param batch_size: rows of a minibatch; ``None`` for all data at once. Sites in the data plate are scaled
-        by N/B, unless the model subsamples itself, so the loss of a minibatch is an unbiased estimate also
-        for latents that all data share. With a process group of torch each rank computes some of the rows;
+        by N/B, unless the model subsamples. The loss of a minibatch is then an unbiased estimate also for
+        latents that all data share. With a process group of torch each rank computes some of the rows;
         this needs tensors, arrays or ``Data``. A guide with parameters for each datum, such as an autoguide
         of a local latent, needs ``None``.
     :param validation: data whose ELBO is evaluated after each epoch.
@@ -275,7 +273,7 @@ def _empty_store() -> dict:
 def inspect_for_training(
     model: Program, guide: Program, batches: Batches, loss: ELBO, *, annealed: bool, check: bool
 ) -> Structure:
-    """Inspect a pair on the first minibatch. Raises ``ValueError`` for what is wrong with it, or with its
+    """Inspect a pair on the first minibatch. Raises ``ValueError`` for an invalid pair, or an invalid
     loss."""
     first, n = next(iter(batches.epoch(shuffle=False))), batches.num_rows
     last = n % first.num_rows if first.tensors else 0
@@ -291,8 +289,8 @@ def inspect_for_training(
     check_minibatch(pair, n, verb="fit", check=check)
     if last and (error := fails_on(pair, last)):
         raise ValueError(
-            f"pair: the last minibatch has {last} rows, and the pair fails on so few: {error}; pass a "
-            f"batch_size that leaves another remainder of {n} data, or leave rows out"
+            f"pair: it fails on the {last} rows of the last minibatch: {error}; pass a batch_size that "
+            f"leaves another remainder of the {n} data, or remove rows"
         )
     check_loss(loss, pair, n, check=check)
     if (problem := scale_problem(loss, pair, n)) is not None:
@@ -305,7 +303,7 @@ def inspect_for_training(
                 moved = inspect(model, guide, pair.batch)
             except ValueError as error:
                 logger.info(
-                    "fit: rows were not tested with moved parameters, since the pair fails with them: %s",
+                    "fit: rows were not tested at perturbed parameters, since the pair fails there: %s",
                     error,
                 )
                 moved = inspect(model, guide, pair.batch)
@@ -314,31 +312,34 @@ def inspect_for_training(
 
 
 def _check_held_out(pair: Structure, batches: Batches, held_out: Batches | None) -> None:
-    """Raise ``ValueError`` for a guide with parameters for each training datum and other validation data."""
+    """Raise ``ValueError`` if the guide has parameters for each training datum, and validation uses other
+    data."""
     if held_out is None or not pair.row_parameters:
         return
-    same = False
+    is_same = False
     if isinstance(batches, InMemory) and isinstance(held_out, InMemory):
-        ours, theirs = batches.whole.leaves(), held_out.whole.leaves()
-        same = len(ours) == len(theirs) and all(
-            a.shape == b.shape and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)
+        leaves, held_out_leaves = batches.whole.leaves(), held_out.whole.leaves()
+        is_same = len(leaves) == len(held_out_leaves) and all(
+            a.shape == b.shape and torch.equal(a, b) for a, b in zip(leaves, held_out_leaves, strict=True)
         )
-    if not same:
+    if not is_same:
         raise ValueError(
             f"validation: the parameter {pair.row_parameters[0]!r} has an entry for each of the training "
-            "data, so other data have none; expected validation=None, the training data themselves, or a "
+            "data, so other data have no parameters; expected validation=None, the training data, or a "
             "guide that computes its parameters from the data"
         )
 
 
-def _warn_of_new_start(model: Program, guide: Program, state: dict) -> None:
+def _warn_of_new_parameters(model: Program, guide: Program, state: dict) -> None:
+    """Log a warning if an earlier fit trained parameters of these functions that are not in ``state``."""
     names = {*trained_parameters(model), *trained_parameters(guide)} - state["params"].keys()
     if names and not any(isinstance(program, torch.nn.Module) for program in (model, guide)):
         logger.warning(
             "fit: %d parameters of these functions, such as %r, were trained by an earlier fit and start "
-            "anew; to continue it "
-            "pass param_store=history.param_store", len(names), min(names),
-        )  # fmt: skip
+            "anew; to continue that fit pass param_store=history.param_store",
+            len(names),
+            min(names),
+        )
 
 
 def _check_options(
@@ -366,7 +367,7 @@ def _check_options(
     if clip_norm is not None and not (_is_number(clip_norm) and clip_norm > 0):
         raise ValueError(f"fit: clip_norm is {clip_norm!r}; expected a positive number, or None")
     if every is not None and checkpoint is None:
-        raise ValueError(f"fit: every is {every} without a folder of checkpoints; expected checkpoint=FOLDER")
+        raise ValueError(f"fit: every is {every} without a checkpoint folder; expected checkpoint=FOLDER")
     if checkpoint is not None and resume is None:
         checkpoint.check_free()
 
@@ -374,8 +375,8 @@ def _check_options(
 def _check_resumed(position: Position, num_epochs: int) -> None:
     if len(position.history) > num_epochs:
         raise ValueError(
-            f"resume: the checkpoint is after {len(position.history)} epochs but num_epochs is {num_epochs}; "
-            f"expected at least {len(position.history)}"
+            f"resume: the checkpoint was saved after {len(position.history)} epochs but num_epochs is "
+            f"{num_epochs}; expected at least {len(position.history)}"
         )
 
 
@@ -412,16 +413,17 @@ def choose_compile(compile: Compile, num_steps: int) -> Compile:
 
 
 def _check_annealing(pair: Structure) -> None:
+    """Raise ``ValueError`` for enumerated latents."""
     for name, site in pair.latents.items():
         if site["infer"].get("enumerate"):
             raise ValueError(
-                f"beta: {name!r} is summed out together with what is observed, so its term cannot be "
-                "weighted alone; expected beta=1 with sites that the model enumerates"
+                f"beta: {name!r} is summed out, so its term has no separate weight; expected beta=1 for "
+                "enumerated sites"
             )
 
 
 def _step_scheduler(optim: PyroOptim, record: Epoch) -> None:
-    """One step of a learning-rate scheduler; ``ReduceLROnPlateau`` gets the loss."""
+    """Step the learning-rate scheduler. ``ReduceLROnPlateau`` gets the loss per datum."""
     if isinstance(optim, PyroLRScheduler):
         is_plateau = optim.pt_scheduler_constructor is torch.optim.lr_scheduler.ReduceLROnPlateau
         optim.step(-(record.validation or record.train).elbo) if is_plateau else optim.step()

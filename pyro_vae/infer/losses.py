@@ -1,4 +1,4 @@
-"""What each loss is: where the factor N/B of a minibatch goes, and what a verb may do with it."""
+"""The kinds of losses: how each is scaled by N/B on minibatches, and whether ``fit`` supports it."""
 
 import math
 from typing import Any, Literal, NamedTuple
@@ -32,11 +32,11 @@ Factor = Literal["sites", "objective", "none"]
 class Loss(NamedTuple):
     """A kind of loss.
 
-    factor: where N/B goes. ``"sites"``: the loss is linear in log-probabilities, so sites in data plates are
-    scaled. ``"objective"``: it is not linear (a log of a sum, ranks of weights, a kernel), so loss and
-    gradients are multiplied, which is right for minibatches only where no latent is shared by all data.
-    ``"none"``: all data at once. has_value: its ``loss`` is a number. trains: ``fit`` takes it; ``reason``
-    says why not. bound: what it estimates.
+    factor: what is multiplied by N/B. ``"sites"``: the sites in data plates, for a loss that is linear in
+    log-probabilities. ``"objective"``: loss and gradients, for a loss that is not linear (a log of a sum,
+    ranks of weights, a kernel); this is correct only if no latent is shared by all data. ``"none"``: nothing,
+    so all data are needed at once. bound: what the loss estimates. has_value: whether its ``loss`` is a
+    number. trains: whether ``fit`` supports it, and ``reason`` why not.
     """
 
     factor: Factor
@@ -46,7 +46,7 @@ class Loss(NamedTuple):
     reason: str = ""
 
 
-_JIT = "it compiles the first minibatch's β and N/B in; expected a loss that is not compiled, such as {}"
+_JIT = "it compiles β and N/B of the first minibatch as constants; expected {} instead"
 
 LOSSES: dict[type, Loss] = {
     Trace_ELBO: Loss("sites", "the ELBO"),
@@ -58,7 +58,7 @@ LOSSES: dict[type, Loss] = {
     TraceTailAdaptive_ELBO: Loss(
         "objective", "no bound: an f-divergence by ranks of weights", has_value=False
     ),
-    Trace_MMD: Loss("objective", "no bound: E_q[log p(x|z)] less a kernel distance of q(z) from p(z)"),
+    Trace_MMD: Loss("objective", "no bound: E_q[log p(x|z)] minus a kernel distance of q(z) from p(z)"),
     ReweightedWakeSleep: Loss(
         "none",
         "two losses, of model and guide",
@@ -71,7 +71,7 @@ LOSSES: dict[type, Loss] = {
         "none",
         "no bound: an energy distance",
         trains=False,
-        reason="it is no ELBO object and has no guide to report an ELBO of; expected pyro.infer.SVI for it",
+        reason="it is not an ELBO object and has no guide, so it has no ELBO; expected pyro.infer.SVI for it",
     ),
     JitTrace_ELBO: Loss("none", "the ELBO", trains=False, reason=_JIT.format("Trace_ELBO")),
     JitTraceEnum_ELBO: Loss("none", "the ELBO", trains=False, reason=_JIT.format("TraceEnum_ELBO")),
@@ -82,16 +82,14 @@ _UNKNOWN = Loss("none", "unknown")
 
 
 def kind_of(loss: Any) -> Loss:
-    """The kind of a loss, by its class: a subclass may compute something else, so it is not taken for its
-    base."""
+    """The kind of a loss, by its exact class, since a subclass may compute something else."""
     return LOSSES.get(type(loss), _UNKNOWN)
 
 
 def check_loss(loss: Any, pair: Structure, num_data: int, *, check: bool = True) -> None:
-    """Raise ``ValueError`` for a loss that ``fit`` cannot take with this pair and these minibatches.
+    """Raise ``ValueError`` for a loss that ``fit`` does not support for this pair and these minibatches.
 
-    :param check: ``False`` takes an unknown subclass of ``ELBO`` for a loss that is linear in
-    log-probabilities.
+    :param check: ``False`` assumes that an unknown subclass of ``ELBO`` is linear in log-probabilities.
     """
     name, kind = type(loss).__name__, kind_of(loss)
     if not kind.trains:
@@ -103,31 +101,30 @@ def check_loss(loss: Any, pair: Structure, num_data: int, *, check: bool = True)
     if pair.batch.tensors and pair.num_rows < num_data:
         if kind.factor == "none" and check:
             raise ValueError(
-                f"fit: {name} is a loss that pyro_vae does not know, so it is not known where the factor N/B "
-                "of a minibatch goes; pass batch_size=None, or check=False where the loss is linear in "
-                "log-probabilities"
+                f"fit: {name} is a loss that pyro_vae does not know, so it cannot be scaled by N/B on "
+                "minibatches; pass batch_size=None, or check=False if the loss is linear in log-probabilities"
             )
         if kind.factor == "objective" and pair.shared:
             raise ValueError(
                 f"fit: {name} is not linear in log-probabilities, and {pair.shared[0]!r} is shared by all "
-                "data, so its loss on a minibatch is not that of all data whatever its factor; pass "
+                "data, so no factor makes its loss on a minibatch an estimate of that on all data; pass "
                 "batch_size=None, or Trace_ELBO"
             )
 
 
 def reports_elbo(loss: Any) -> bool:
-    """Whether the number that a loss has is an ELBO, as ``evaluate`` reports it."""
+    """Whether the value of a loss is an ELBO, which ``evaluate`` can report."""
     return loss is None or kind_of(loss).bound.startswith("the ELBO") or kind_of(loss) is _UNKNOWN
 
 
 def scale_problem(loss: Any, pair: Structure, num_data: int) -> Problem | None:
-    """Sites that the pair scales by M/rows, where M is not the number of data, or in a way that would count
-    N/B twice."""
+    """The problem of a pair that scales sites by M/rows, where M is not the number of data, or in a way that
+    would apply N/B twice; ``None`` without one."""
     if pair.other_rows or not pair.batch.tensors or pair.num_rows == num_data:
         return None
     scales = [torch.as_tensor(site["scale"]) for _, _, site in pair.sites]
     if all(not scale.dim() and scale == scales[0] for scale in scales):
-        return None  # a common factor of the whole loss
+        return None  # a constant factor of the whole loss
     for side, scaled in zip(("model", "guide"), pair.scaled, strict=True):
         for name, m in scaled.items():
             if abs(m - num_data) > 1e-3 * num_data:
@@ -139,22 +136,21 @@ def scale_problem(loss: Any, pair: Structure, num_data: int) -> Problem | None:
                 )
             if kind_of(loss).factor == "objective":
                 return Problem(
-                    f"{side}: {name!r} is scaled by {m:g}/rows, and under {type(loss).__name__} that is a "
-                    "power of the importance weights; remove the poutine.scale: fit multiplies the objective",
+                    f"{side}: {name!r} is scaled by {m:g}/rows, which under {type(loss).__name__} is a "
+                    "power of the importance weights; remove the poutine.scale, since fit scales the loss",
                     judged=False,
                 )
-    own = scaled_sites(pair, num_data)
+    scaled_by_pair = scaled_sites(pair, num_data)
     ratio = num_data / pair.num_rows
     for side, name, site in pair.sites:
         scale = torch.as_tensor(site["scale"]).double().mean().item() / subsampling_scale(site)
-        factor = (
-            1 / ratio if row_dim(site, pair.plates) is None else ratio
-        )  # of the likelihood up, or of a global prior down
-        if name not in own[side == "guide"] and math.isclose(scale, factor, rel_tol=1e-3):
+        # N/B for sites of the rows, B/N for global sites
+        factor = 1 / ratio if row_dim(site, pair.plates) is None else ratio
+        if name not in scaled_by_pair[side == "guide"] and math.isclose(scale, factor, rel_tol=1e-3):
             return Problem(
                 f"{side}: {name!r} is scaled by {scale:g}, as minibatches of {pair.num_rows} of {num_data} "
-                "data are; fit scales them itself, so remove the poutine.scale; if it means something else "
-                "pass check=False"
+                "data are; fit scales them itself, so remove the poutine.scale, or pass check=False if it "
+                "has another purpose"
             )
     return None
 

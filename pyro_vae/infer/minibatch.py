@@ -1,4 +1,4 @@
-"""A step of SVI whose loss on a minibatch estimates the loss on all data."""
+"""Steps of SVI on minibatches, scaled so that the loss estimates that on all data."""
 
 import cmath
 import math
@@ -54,7 +54,7 @@ class MinibatchSVI(SVI):
         self.pair, self.plates, self.num_data, self.clip_norm = pair, pair.plates, batches.num_rows, clip_norm
         self.scales_objective = kind_of(loss).factor == "objective"  # else sites are scaled by N/B
         self.group, self.weight = group, 1.0
-        # data in memory are checked before the first step, unless their support depends on the batch
+        # data in memory are validated before the first step, unless the support depends on the batch
         self.checks_batches = not isinstance(batches, InMemory) or not has_fixed_support(pair.traces[0])
         self.batch, self.position = Batch((), {}), object()
         self.beta = torch.ones(()) if annealed else None  # a tensor: a graph reads its value at each step
@@ -70,7 +70,7 @@ class MinibatchSVI(SVI):
         self._loss_and_grads = self._checked_loss_and_grads
 
     def _checked_loss_and_grads(self, *args: Any, **kwargs: Any) -> Any:
-        """Pyro's loss and gradients, with the checks and changes that come before the optimizer's update."""
+        """Compute loss and gradients by Pyro, check the loss, and average and clip the gradients."""
         try:
             value = self._elbo.loss_and_grads(*args, **kwargs)
         except ValueError as error:
@@ -78,8 +78,8 @@ class MinibatchSVI(SVI):
             cause = str(error).split(":\n", 1)[0].split("\n", 1)[0]
             if not re.search(r"\b(nan|inf)\b", str(error)):
                 raise ValueError(f"fit: {self.position}: {cause}") from error
-            # the pair ran on the first batch, so a parameter of a distribution became NaN: Pyro's error names
-            # it
+            # the pair ran on the first batch, so now a parameter of a distribution is NaN, which Pyro's error
+            # names
             raise FloatingPointError(
                 f"fit: {self.position}: {cause}. Lower the learning rate, or check the data"
             ) from error
@@ -92,13 +92,11 @@ class MinibatchSVI(SVI):
                 f"fit: the loss is {value} at {self.position}{self._nonfinite_site()}; parameters are "
                 "unchanged. Lower the learning rate, raise min_scale, or check the data"
             )
-        self.terms = self._terms_of_eager_step(
-            value
-        )  # before the update: distributions of the traces hold parameters
-        found = dict.fromkeys(
-            p for _, p in pyro.get_param_store().named_parameters()
-        )  # a parameter may have two names
-        trained = [p for p in found if p.grad is not None]
+        # before the update, since the distributions in the traces refer to the parameters
+        self.terms = self._terms_of_eager_step(value)
+        # a parameter may have two names
+        unique = dict.fromkeys(p for _, p in pyro.get_param_store().named_parameters())
+        trained = [p for p in unique if p.grad is not None]
         if self.scales_objective:
             factor = self.num_data / self.batch.num_rows
             torch._foreach_mul_(_stored_values(p.grad for p in trained if p.grad is not None), factor)
@@ -118,15 +116,14 @@ class MinibatchSVI(SVI):
             )
         if self.clip_norm is not None and gradients:
             dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-            norm = torch.stack(
-                [g.double().norm() for g in dense]
-            ).norm()  # squares overflow in single precision
-            max_norm = self.clip_norm * self.num_data  # clip_norm is per datum, the loss a sum over all data
+            # in double precision, since squares overflow in single precision
+            norm = torch.stack([g.double().norm() for g in dense]).norm()
+            max_norm = self.clip_norm * self.num_data  # clip_norm is per datum; the loss is a sum over data
             torch._foreach_mul_(_stored_values(gradients), (max_norm / norm).clamp_max(1.0).item())
 
     def _nonfinite_site(self) -> str:
-        """For an error: the first site whose log-probability is not finite, and its row; ``""`` if there is
-        none."""
+        """The part of an error message that names the first site with a non-finite log-probability and its
+        row; ``""`` without such a site."""
         for side, handler in zip(("model", "guide"), self.handlers, strict=True):
             for name, site in sampled(handler.traces[-1]) if handler.traces else ():
                 for row, value, _ in improbable_rows(site, self.plates):
@@ -136,11 +133,13 @@ class MinibatchSVI(SVI):
         return ""
 
     def _check_data(self) -> None:
+        """Raise ``ValueError`` if the batch is outside the support of an observed site."""
         if self.handlers[0].traces:
             check_observed(self.pair, self.handlers[0].traces[-1], self.batch, f"fit: {self.position}")
 
     def minibatch_step(self, batch: Batch, beta: float, weight: float, position: object) -> ElboTerms:
-        """One step of the optimizer on the loss annealed by β. Returns the ELBO terms of the rows, without β.
+        """Take one step of the optimizer on the loss annealed by β. Returns the ELBO terms of the rows, which
+        do not contain β.
 
         :param weight: of this rank's gradient in the mean over ranks; 0 for a rank without rows, whose batch
             is a stand-in.
@@ -151,18 +150,14 @@ class MinibatchSVI(SVI):
             self.beta.fill_(beta)
         num_rows = batch.num_rows
         for handler in self.handlers:
-            # a loss that is not linear in log-probabilities is multiplied by N/B as a whole
-            handler.num_rows, handler.num_data = (
-                num_rows,
-                num_rows if self.scales_objective else self.num_data,
-            )
+            handler.num_rows = num_rows
+            # if the loss as a whole is multiplied by N/B, sites are not scaled
+            handler.num_data = num_rows if self.scales_objective else self.num_data
             handler.traces.clear()
         try:
             self._step(batch)
-        except Exception:
-            pyro.infer.util.zero_grads(
-                p for _, p in pyro.get_param_store().named_parameters()
-            )  # as after a step
+        except Exception:  # zero the gradients, as a successful step does
+            pyro.infer.util.zero_grads(p for _, p in pyro.get_param_store().named_parameters())
             raise
         terms = self.terms if self._extra is None else ElboTerms(*self._extra[:-1])
         return terms if weight else ElboTerms(*(part[:0] for part in terms))
@@ -171,23 +166,23 @@ class MinibatchSVI(SVI):
         return *self._terms_of_traces(traces), _sum_of_entries(gradients)
 
     def _terms_of_traces(self, traces: Traces) -> ElboTerms:
+        """The ELBO terms of the rows, averaged over particles."""
         particles = self._elbo.num_particles // len(traces)
-        drawn = [
+        terms = [
             elbo_terms(*pair, self.plates, num_data=self.num_data, num_particles=particles) for pair in traces
         ]
-        return ElboTerms(*(torch.stack(part).mean(0) for part in zip(*drawn, strict=True)))
+        return ElboTerms(*(torch.stack(part).mean(0) for part in zip(*terms, strict=True)))
 
     @torch.no_grad()
     def _terms_of_eager_step(self, value: Any) -> ElboTerms:
         """The terms of a step of eager Pyro, whose loss is ``value``."""
         runs = 1 if self._elbo.vectorize_particles else self._elbo.num_particles
         models, guides = (list(handler.traces)[-runs:] for handler in self.handlers)
-        traced = (
-            len(models) == len(guides) > 0
-        )  # a guide that is a handler of its model runs the model by itself
+        # a guide that is a handler of its model also runs the model
+        traced = len(models) == len(guides) > 0
         if isinstance(self._elbo, TraceEnum_ELBO) or not traced:
-            # traces do not have the terms, so the mean of the loss is taken. If it contains β, poutine.scale,
-            # or sites that the guide observes, it is computed again without them
+            # the traces do not contain the terms, so all rows get the mean of the loss. A loss that contains
+            # β, poutine.scale, or sites that the guide observes is computed again without them
             observes = any(site["is_observed"] for trace in guides for _, site in sampled(trace))
             if self.beta is not None or self._is_scaled() or observes or not isinstance(value, float):
                 value = self._unscaled_loss()
@@ -230,13 +225,12 @@ class MinibatchSVI(SVI):
 
 
 def _stored_values(gradients: Iterable[Tensor]) -> list[Tensor]:
-    """The gradients, or of sparse ones the tensors of their stored values: writing to these changes the
-    gradients."""
+    """The gradients, with sparse ones replaced by the tensors of their values, which share their memory."""
     return [g._values() if g.is_sparse else g for g in gradients]
 
 
 def _sum_of_entries(gradients: Sequence[Tensor]) -> Tensor:
-    """The sum of all entries: it is not finite if an entry is not. This is the cheapest such check."""
+    """The sum of all entries, which is not finite if an entry is not: the cheapest check of all entries."""
     if not gradients:
         return torch.zeros(())
     gradients = _stored_values(gradients)

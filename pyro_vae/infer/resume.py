@@ -1,4 +1,4 @@
-"""The state of a fit between two steps, and its checkpoints: a resumed fit repeats the uninterrupted one bit
+"""The state of a fit between two steps, and its checkpoints. A resumed fit equals the uninterrupted fit bit
 for bit."""
 
 import logging
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 class Epoch(NamedTuple):
     """One epoch of training. ``train`` is the mean over the epoch's minibatches, each at the parameters of
     its step; ``validation`` is evaluated at the end of the epoch. Both are the ELBO itself, without β,
-    whatever the loss. ``beta`` is that of the last step."""
+    for every loss. ``beta`` is that of the last step."""
 
     epoch: int
     beta: float
@@ -69,28 +69,26 @@ class PairState:
         } | self.buffers()
 
     def buffers(self) -> dict[str, Tensor]:
-        programs = {
-            name: one
-            for name, one in (("model", self.model), ("guide", self.guide))
-            if isinstance(one, nn.Module)
+        of_programs = {
+            f"{side}.{name}": buffer
+            for side, program in (("model", self.model), ("guide", self.guide))
+            if isinstance(program, nn.Module)
+            for name, buffer in program.named_buffers()
         }
-        own = {
-            f"{side}.{name}": buffer for side, one in programs.items() for name, buffer in one.named_buffers()
-        }
-        others = {
+        of_others = {
             f"{i}.{name}": buffer
             for i, module in enumerate(closed_over(self.model, self.guide, self.modules))
             for name, buffer in module.named_buffers(recurse=False)
         }
-        return {f"buffers.{name}": buffer for name, buffer in (own | others).items()}
+        return {f"buffers.{name}": buffer for name, buffer in (of_programs | of_others).items()}
 
     def copy(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
 
 
 class EarlyStopping:
-    """The highest validation ELBO so far, the number of epochs since it, and with ``patience`` a copy of the
-    tensors there."""
+    """The highest validation ELBO, the number of epochs since then, and with ``patience`` a copy of the
+    tensors of that epoch."""
 
     def __init__(self, state: PairState, patience: int | None) -> None:
         self.state, self.patience = state, patience
@@ -120,7 +118,7 @@ class EarlyStopping:
 class Position:
     """The position of a fit: the finished epochs, and the number of steps taken in the current one."""
 
-    # num_epochs of the first call; compile="auto" depends on it, and resumed fits run as the first did
+    # num_epochs of the first call: compile="auto" depends on it, and a resumed fit makes the same choice
     planned_epochs: int
     history: list[Epoch] = field(default_factory=list)
     batch_index: int = 0  # of the next minibatch in the current epoch
@@ -146,14 +144,14 @@ class Position:
         else:
             self.random_before_epoch = random_state(batches)
         remaining = batches.epoch(shuffle=True)
-        for _ in islice(remaining, self.batch_index):  # drawn again in the same order, and skipped
+        for _ in islice(remaining, self.batch_index):  # skip the minibatches that steps have used
             pass
         if self.random_after_step is not None:
             set_random_state(self.random_after_step)
         return remaining
 
     def end_epoch(self, validation: MeanElbo | None, group: Group) -> Epoch:
-        """Append the record of the current epoch, over all ranks, and begin the next one."""
+        """Append the record of the current epoch over all ranks, and begin the next epoch."""
         terms = group.gather_terms(ElboTerms(*(torch.cat(part) for part in zip(*self.terms, strict=True))))
         record = Epoch(self.epoch, self.beta, terms.mean(), validation, time.perf_counter() - self.start_time)
         self.history.append(record)
@@ -163,7 +161,7 @@ class Position:
 
 
 class CheckpointManager:
-    """Saves and restores the checkpoints of a fit. Without ``checkpoints`` it saves none."""
+    """Save and restore the checkpoints of a fit. Without ``checkpoints`` none are saved."""
 
     def __init__(
         self,
@@ -181,7 +179,7 @@ class CheckpointManager:
         if checkpoints is not None and batches.persistent:
             warnings.warn(
                 "checkpoint: the loader's workers persist between epochs, and checkpoints do not contain "
-                "their random states; if the data set draws random numbers, a resumed fit draws others. "
+                "their random states; if the data set draws random numbers, those of a resumed fit differ. "
                 "Pass persistent_workers=False",
                 stacklevel=3,
             )
@@ -228,12 +226,12 @@ class CheckpointManager:
             return
         at = self.position
         before = at.random_before_epoch if at.random_before_epoch is not None else random_state(self.batches)
-        own = {
+        of_rank = {
             "began": random_state_to_tensors(before),
             "now": random_state_to_tensors(at.random_after_step),
             "terms": [torch.cat(part) for part in zip(*at.terms, strict=True)],
         }
-        ranks = self.group.all_gather(own)
+        ranks = self.group.all_gather(of_rank)
         if self.group.rank:
             self.group.barrier()
             return
@@ -250,8 +248,7 @@ class CheckpointManager:
             "ranks": ranks,
             "seconds": time.perf_counter() - at.start_time if at.batch_index else 0.0,
             "weights": self.state.copy(),
-            # parameters that have had a gradient: optimizers update these at each step, by momentum if by
-            # nothing else
+            # parameters with gradients: optimizers update these at each step, at a zero gradient by momentum
             "moved": [name for name, p in pyro.get_param_store().named_parameters() if p.grad is not None],
             "optim": optim_state(self.svi.optim),
             "best": {
@@ -271,14 +268,14 @@ class CheckpointManager:
         """Restore a checkpoint.
 
         :raises FileNotFoundError: if it does not exist.
-        :raises ValueError: if it is damaged, or of another pair; ``MismatchError`` if it is of another
-            version or configuration.
+        :raises ValueError: if it is damaged, or of another pair.
+        :raises MismatchError: if it is of another version or configuration.
         """
-        found = self._find(resume)
-        if found is None:
+        checkpoint = self._find(resume)
+        if checkpoint is None:
             logger.info("resume: there is no checkpoint yet, so the fit starts from the beginning")
             return
-        path, content = found
+        path, content = checkpoint
         self._check_content(path, content)
         self._make_parameters(first, content["weights"].keys())
         copy_all(content["weights"], self.state.tensors(), str(path))
@@ -290,25 +287,27 @@ class CheckpointManager:
         at.planned_epochs, at.batch_index, at.num_steps, at.beta, at.seconds = (
             content[key] for key in ("planned", "batch", "steps", "beta", "seconds")
         )
-        own = content["ranks"][self.group.rank]
+        of_rank = content["ranks"][self.group.rank]
         device = first.leaves()[0].device
-        at.terms = [ElboTerms(*(part.to(device) for part in own["terms"]))] if own["terms"] else []
-        at.random_before_epoch = random_state_from_tensors(own["began"])
-        at.random_after_step = random_state_from_tensors(own["now"])
+        at.terms = [ElboTerms(*(part.to(device) for part in of_rank["terms"]))] if of_rank["terms"] else []
+        at.random_before_epoch = random_state_from_tensors(of_rank["began"])
+        at.random_after_step = random_state_from_tensors(of_rank["now"])
         self.stopping.best_elbo, self.stopping.epochs_since_best = best["elbo"], best["epochs_since"]
         self.stopping.best_tensors = best["weights"]
         if self.checkpoints is not None and not self.group.rank:
             self.checkpoints.go_on_from(path)
         self.svi._restore_graphs(content["graphs"])
-        self.svi._elbo.max_plate_nesting = content["max_plate_nesting"]  # else Pyro runs the pair to infer it
+        # otherwise Pyro runs the pair to infer it
+        self.svi._elbo.max_plate_nesting = content["max_plate_nesting"]
         logger.info("resume: from %s, after step %d", path, at.num_steps)
 
     def _check_content(self, path: Path, content: Any) -> None:
+        """Raise ``MismatchError`` for missing entries or another configuration; warn of other versions."""
         missing = [name for name in _required_entries(self.group.size) if not _has(content, name)]
         if missing:
             raise MismatchError(
-                f"resume: {path} lacks {', '.join(missing[:5])}, which fit writes in this version of "
-                "pyro_vae; begin anew in another folder"
+                f"resume: {path} lacks {', '.join(missing[:5])}, which this version of pyro_vae "
+                "requires; begin anew in another folder"
             )
         for key, saved in content["config"].items():
             if self.config.get(key) != saved:
@@ -316,10 +315,8 @@ class CheckpointManager:
                     f"resume: {key} is {self.config.get(key)!r} but was {saved!r} in {path}; expected the "
                     "same, or begin anew in another folder"
                 )
-        installed, saved_versions = (
-            versions(),
-            content.get("versions", {}),
-        )  # checkpoints of 0.1.0 have no versions
+        # checkpoints of 0.1.0 have no versions
+        installed, saved_versions = versions(), content.get("versions", {})
         changed = [
             f"{name} {saved} (now {installed.get(name)})"
             for name, saved in saved_versions.items()
@@ -327,9 +324,9 @@ class CheckpointManager:
         ]
         if changed and not self.group.rank:
             warnings.warn(
-                f"resume: {path} was written with {', '.join(changed)}. The fit continues, but its last "
-                "bits may differ from those of a fit without interruption; install the same versions where "
-                "they must agree",
+                f"resume: {path} was written with {', '.join(changed)}. The fit continues, but its "
+                "results may differ by rounding from those of an uninterrupted fit; install the same "
+                "versions for bitwise equality",
                 stacklevel=5,
             )
 
@@ -353,16 +350,16 @@ class CheckpointManager:
             return Path(resume), read_checkpoint(Path(resume))
         if self.checkpoints is None:
             raise ValueError(
-                f'resume: "{resume}" is one of the checkpoints in a folder; pass checkpoint=FOLDER, or a path'
+                f'resume: "{resume}" needs a checkpoint folder; pass checkpoint=FOLDER, or a path'
             )
         if resume == "last":
             return self.checkpoints.last()
-        found = self.checkpoints.best()
-        if found is None:
+        best = self.checkpoints.best()
+        if best is None:
             raise FileNotFoundError(
                 f"resume: {self.checkpoints.folder} has no checkpoint of an epoch with validation data"
             )
-        return found
+        return best
 
 
 def _required_entries(num_ranks: int) -> list[str]:

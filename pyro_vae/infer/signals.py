@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while something is at work that is not to be cut in the middle."""
+"""Delay SIGINT and SIGTERM until a consistent state is reached."""
 
 import signal
 import threading
@@ -6,74 +6,77 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_HANDLED = (signal.SIGINT, signal.SIGTERM)
-_waits: int | None = None  # the signal that came
-_heard = False  # whether others than who deferred it may raise it
-_anywhere = False  # whether the work may be cut wherever it is
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_pending: int | None = None  # the number of the delayed signal
+_may_poll = False  # whether `poll` and `interruptible` may raise
+_raise_at_once = False  # whether the handler raises `Interrupted`, in an `interruptible` block
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal waits: the work that it interrupts is to be put away."""
+    """A delayed signal is pending, so the current work is abandoned."""
 
 
 @contextmanager
 def deferred(*, anywhere: bool = True) -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM wait until the block raises :class:`Interrupted` for it, at the latest
-    until its end; then it goes where it would have gone. A second one kills the process. Outside the main
-    thread Python hands out no signals.
+    """Delay the first SIGINT or SIGTERM to the end of the block, and then send it to its previous handler. A
+    second signal kills the process.
 
-    :param anywhere: whether :func:`poll` and :func:`interruptible` may raise; else only the block itself
-    does.
+    The block may end early by raising :class:`Interrupted` when a signal is pending. Outside the main thread
+    this does nothing, since Python runs signal handlers only there.
+
+    :param anywhere: whether :func:`poll` and :func:`interruptible` may raise :class:`Interrupted`, too.
     """
-    global _waits, _heard
-    before = {number: signal.getsignal(number) for number in _HANDLED}
-    ours = threading.current_thread() is threading.main_thread() and _wait not in before.values()
-    if not ours or None in before.values():  # a handler that is not Python's could not be put back
+    global _pending, _may_poll
+    previous = {number: signal.getsignal(number) for number in _SIGNALS}
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    is_nested = _delay in previous.values()
+    # a handler that was not installed from Python is None here, and cannot be restored
+    if not in_main_thread or is_nested or None in previous.values():
         yield
         return
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # a job in the background hears no SIGINT
-            signal.signal(number, _wait)
-    _heard = anywhere
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:  # a background job ignores SIGINT
+            signal.signal(number, _delay)
+    _may_poll = anywhere
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-        came, _waits, _heard = _waits, None, False
-        if came is not None:
-            signal.raise_signal(came)
+        received, _pending, _may_poll = _pending, None, False
+        if received is not None:
+            signal.raise_signal(received)
 
 
 def poll() -> None:
-    """Raise :class:`Interrupted` where a signal waits."""
-    if _heard and _waits is not None:
+    """Raise :class:`Interrupted` if a signal is pending."""
+    if _may_poll and _pending is not None:
         raise Interrupted
 
 
 def waiting() -> bool:
-    """Whether a signal waits."""
-    return _waits is not None
+    """Whether a signal is pending."""
+    return _pending is not None
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within the block, work that leaves no mark, a signal need not wait: :class:`Interrupted` is raised
-    wherever it comes."""
-    global _anywhere
+    """Raise :class:`Interrupted` as soon as a signal arrives in the block. For work without side effects."""
+    global _raise_at_once
     poll()
-    before, _anywhere = _anywhere, True
+    before, _raise_at_once = _raise_at_once, True
     try:
         yield
     finally:
-        _anywhere = before
+        _raise_at_once = before
 
 
-def _wait(number: int, _: FrameType | None) -> None:
-    global _waits
-    if _waits is not None:
+def _delay(number: int, _: FrameType | None) -> None:
+    """The signal handler in a :func:`deferred` block."""
+    global _pending
+    if _pending is not None:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
-    _waits = number
-    if _heard and _anywhere:
+    _pending = number
+    if _may_poll and _raise_at_once:
         raise Interrupted

@@ -1,5 +1,4 @@
-"""Parts of a checkpoint besides the parameters: random states, the state of the optimizer, the configuration
-of a fit."""
+"""Random states, optimizer states and the configuration of a fit, for checkpoints."""
 
 import hashlib
 from typing import Any
@@ -24,17 +23,18 @@ def random_state(batches: Batches | None = None) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], batches: Batches | None = None) -> None:
+    """Restore the states that :func:`random_state` returned."""
     pyro.util.set_rng_state(state)
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
     if batches is not None:
-        for generator, own in zip(batches.generators(), state["own"], strict=True):
-            generator.set_state(own)
+        for generator, saved in zip(batches.generators(), state["own"], strict=True):
+            generator.set_state(saved)
 
 
 def random_state_to_tensors(state: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A random state in the form that a checkpoint can store: the words of Python's and numpy's generators as
-    tensors."""
+    """Convert a random state to a form that checkpoints can store, with the states of Python's and numpy's
+    generators as tensors."""
     if state is None:
         return None
     (version, words, gauss), (kind, keys, *rest) = state["random"], state["numpy"]
@@ -53,48 +53,48 @@ def random_state_from_tensors(state: dict[str, Any] | None) -> dict[str, Any] | 
 
 
 def optim_state(optim: Any) -> dict[str, Any]:
-    """The states of the torch optimizers (and schedulers) of one of Pyro's optimizers, by the names of the
-    parameters."""
+    """The states of an optimizer's torch optimizers and schedulers, by the names of the parameters."""
     if isinstance(optim, OneOptimizer):
         return {"": optim.optimizer.state_dict()}
-    found = {}
+    states = {}
     for name, p in pyro.get_param_store().named_parameters():
-        one = optim.optim_objs.get(p)
-        if one is not None:
-            is_scheduler = hasattr(one, "optimizer")
-            found[name] = (
-                {"scheduler": one.state_dict(), "optimizer": one.optimizer.state_dict()}
-                if is_scheduler
-                else one.state_dict()
-            )
-    return found
+        for_parameter = optim.optim_objs.get(p)
+        if for_parameter is None:
+            continue
+        states[name] = for_parameter.state_dict()
+        if _is_scheduler(for_parameter):
+            states[name] = {"scheduler": states[name], "optimizer": for_parameter.optimizer.state_dict()}
+    return states
 
 
 def set_optim_state(optim: Any, state: dict[str, Any]) -> None:
-    """Restore the state of one of Pyro's optimizers. Its torch optimizers are made here; Pyro makes them at
-    the first step."""
+    """Restore the state of an optimizer, and create its torch optimizers, which Pyro creates at the first
+    step."""
     if isinstance(optim, OneOptimizer):
         optim.optimizer.load_state_dict(state[""])
         return
     for name, p in pyro.get_param_store().named_parameters():
         if name in state:
-            one, saved = optim._get_optim(p), state[name]
-            optim.optim_objs[p], optim.grad_clip[p] = one, optim._get_grad_clip(p)
-            if hasattr(one, "optimizer"):
-                one.load_state_dict(saved["scheduler"])
-                one.optimizer.load_state_dict(saved["optimizer"])
-                one.optimizer._opt_called = (
-                    True  # else torch warns that the scheduler steps before the optimizer
-                )
+            for_parameter, saved = optim._get_optim(p), state[name]
+            optim.optim_objs[p], optim.grad_clip[p] = for_parameter, optim._get_grad_clip(p)
+            if _is_scheduler(for_parameter):
+                for_parameter.load_state_dict(saved["scheduler"])
+                for_parameter.optimizer.load_state_dict(saved["optimizer"])
+                # otherwise torch warns that the scheduler steps before the optimizer
+                for_parameter.optimizer._opt_called = True
             else:
-                one.load_state_dict(saved)
+                for_parameter.load_state_dict(saved)
+
+
+def _is_scheduler(optim: Any) -> bool:
+    return hasattr(optim, "optimizer")
 
 
 def configuration(
     batches: Batches, held_out: Batches | None, loss: ELBO, optim: Any, group: Group, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """What must be the same when a fit is resumed. Functions cannot be compared: each is recorded as "a
-    function"."""
+    """The settings that must be the same when a fit is resumed. Functions cannot be compared, and are all
+    recorded as "a function"."""
     options = {
         key: getattr(loss, key)
         for key in ("num_particles", "vectorize_particles", "alpha")
@@ -127,11 +127,11 @@ def _optimizer_settings(optim: Any) -> dict[str, Any]:
         type(optim),
         *(getattr(optim, f"pt_{part}_constructor", None) for part in ("optim", "scheduler")),
     ]
-    given = vars(optim).get("kwargs", {}), getattr(optim, "pt_optim_args", {})
-    plain = {name: value for each in given if isinstance(each, dict) for name, value in each.items()}
+    arguments = vars(optim).get("kwargs", {}), getattr(optim, "pt_optim_args", {})
+    options = {name: value for part in arguments if isinstance(part, dict) for name, value in part.items()}
     return {"name": [kind.__name__ for kind in kinds if kind is not None]} | {
         name: repr(value)
-        for name, value in plain.items()
+        for name, value in options.items()
         if isinstance(value, bool | int | float | str | tuple | list)
     }
 

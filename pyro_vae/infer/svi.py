@@ -1,4 +1,4 @@
-"""Pyro's SVI, its step run as a graph where it can be one."""
+"""Pyro's SVI with a step that runs as a graph of tensor operations where that is possible."""
 
 import logging
 import math
@@ -43,32 +43,31 @@ _TRACED = (Trace_ELBO, TraceMeanField_ELBO)
 class SVI(pyro.infer.SVI):
     """``pyro.infer.SVI`` with a faster step: the same constructor, ``step`` and ``evaluate_loss``.
 
-    Loss and gradients are traced through Pyro's handlers into a graph of tensor operations, one for each
-    signature of the arguments (shapes, dtypes and devices of tensors, values of others but floating numbers),
-    and Adam and AdamW update all parameters in one call. What cannot be traced runs as eager Pyro, with one
-    logged line that says why.
+    Loss and gradients are traced through Pyro's handlers into a graph of tensor operations. There is one
+    graph for each signature of the arguments: shapes, dtypes and devices of tensors, and values of other
+    arguments except floats. Adam and AdamW update all parameters in one call. Steps that cannot be traced run
+    as eager Pyro, and the reason is logged once.
 
     **Contract**, the same as that of ``jax.jit``: the Python code of a pair runs once for each signature. The
     graph is traced again when parameters or buffers are replaced, frozen or moved, when training flags or
     hooks change, and when plain values (numbers, strings) change: attributes of the modules that ran, and
-    what functions of the pair close over or read as globals. After any other change call :meth:`retrace`. The
-    graph is compared with eager Pyro at the same noise when it is made, at its 10th and 100th step and at
-    every 1000th; where they differ, a line is logged and eager Pyro runs on. Making and comparing a graph
-    runs the pair a few times more: a pair that counts its own runs counts those too.
+    closure variables and globals of the pair's functions. After any other change call :meth:`retrace`. The
+    graph is compared with eager Pyro at the same noise when it is traced, at its 10th and 100th step and at
+    every 1000th. If they differ, this is logged, and further steps run as eager Pyro. Tracing and comparing
+    a graph runs the pair a few more times, which matters to a pair that counts its runs.
 
-    Public are ``step``, ``evaluate_loss``, :meth:`explain`, :meth:`retrace`, the attribute ``compile``, and
-    what ``pyro.infer.SVI`` has.
+    The public interface is ``step``, ``evaluate_loss``, :meth:`explain`, :meth:`retrace`, the attribute
+    ``compile``, and the interface of ``pyro.infer.SVI``.
 
     :param optim: one of Pyro's optimizers, or a ``torch.optim.Optimizer`` over the pair's parameters.
     :param loss: one of Pyro's ELBO objects; ``Trace_ELBO`` and ``TraceMeanField_ELBO`` are traced.
-    :param compile: ``"trace"``: a graph from the second step on, ready in a second; ``True``: compiled by
-        Inductor as well, which takes some seconds to a minute; ``"auto"``: the graph after 100 steps of one
-        signature, and Inductor after 5000 where there is a C++ compiler; ``False``: eager Pyro.
-    :param check: raise ``ValueError`` at the first step, before a parameter moves, for a pair that is judged
-        wrong (see
+    :param compile: ``"trace"``: a graph from the second step on; tracing takes about a second. ``True``: a
+        graph compiled by Inductor, which takes from some seconds to a minute. ``"auto"``: a graph after 100
+        steps of one signature, and Inductor after 5000 if there is a C++ compiler. ``False``: eager Pyro.
+    :param check: validate the pair at the first step, before parameters are updated (see
         :func:`~pyro_vae.check_pair`).
-    :raises ValueError: for another ``compile``, an optimizer whose step needs a closure (LBFGS), or a torch
-        optimizer that lacks one of the pair's parameters.
+    :raises ValueError: for another ``compile``, an optimizer whose step needs a closure (LBFGS), a torch
+        optimizer that lacks one of the pair's parameters, or, with ``check``, an invalid pair.
     """
 
     def __init__(
@@ -93,20 +92,20 @@ class SVI(pyro.infer.SVI):
         self._loss_and_grads: Any = self.loss_and_grads
         self.loss_and_grads: Any = self._first_loss_and_grads
         self._eager_steps: Counter[str] = Counter()  # steps for which no graph was tried, by the reason
-        self._restored_graphs: frozenset[str] = frozenset()
+        self._restored_graphs: frozenset[str] = frozenset()  # names of signatures, see _restore_graphs
         self._logged: set[str] = set()
         self.retrace()
 
     def retrace(self) -> None:
-        """Drop all graphs: call it after a change that no guard sees (see the contract above)."""
+        """Discard all graphs. Call this after a change that no guard detects (see the contract above)."""
         self._signatures: dict[Hashable, _Signature] = {}
         self._floats_by_value = False  # whether floats are part of a signature, and not inputs of a graph
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_signatures": {}, "_eager_steps": Counter()}  # a copy traces its own graphs
+        return vars(self) | {"_signatures": {}, "_eager_steps": Counter()}  # a copy retraces its graphs
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """One step of the optimizer on the loss; the loss, an estimate of −ELBO in nats."""
+        """Take one step of the optimizer. Returns the loss, an estimate of −ELBO in nats."""
         return self._step(Batch(args, kwargs))
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,8 +114,8 @@ class SVI(pyro.infer.SVI):
             return super().evaluate_loss(*args, **kwargs)
 
     def explain(self) -> str:
-        """What runs how, and why: a line for each signature, and for each reason for steps without a
-        signature."""
+        """How the steps ran: a line for each signature, and for each reason why steps without a signature
+        ran as eager Pyro."""
         lines = [
             f"{signature.name}: {signature.how}, {signature.count} steps"
             for signature in self._signatures.values()
@@ -127,7 +126,7 @@ class SVI(pyro.infer.SVI):
         )
 
     def _first_loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
-        """Loss and gradients of the first step, whose traces are checked before a parameter moves."""
+        """Loss and gradients of the first step. Raises ``ValueError`` for an invalid pair."""
         self.loss_and_grads = self._loss_and_grads
         handlers = [Recorded(), Recorded()]
         programs = [handler(program) for handler, program in zip(handlers, (model, guide), strict=True)]
@@ -144,8 +143,8 @@ class SVI(pyro.infer.SVI):
         if check and all(handler.traces for handler in handlers):
             traces = handlers[0].traces[-1], handlers[1].traces[-1]
             now = pyro.get_param_store().named_parameters()
-            made = {name: value for name, value in now if before.get(name) is not value}
-            pair = structure_of_run(self.model, self.guide, Batch(args, kwargs), traces, ran, made)
+            created = {name: value for name, value in now if before.get(name) is not value}
+            pair = structure_of_run(self.model, self.guide, Batch(args, kwargs), traces, ran, created)
             problems = self._problems(pair, whole=failure is None)
         if problems:
             self.loss_and_grads = self._first_loss_and_grads
@@ -156,20 +155,19 @@ class SVI(pyro.infer.SVI):
         return value
 
     def _problems(self, pair: Structure, *, whole: bool) -> list[Problem]:
-        """What is wrong with the pair, by the traces of its first step."""
+        """The problems of the pair in the traces of its first step. ``whole``: the step raised no error."""
         sites = [site for trace in pair.traces for _, site in sampled(trace)]
         if any(site["infer"].get("_enumerate_dim") is not None for site in sites):
-            return []  # its values have dimensions for what is enumerated
+            return []  # the values have additional dimensions for enumeration
         try:
             return [*pair_problems(pair), *(training_problems(pair) if whole else ())]
-        except Exception as error:  # a run that ended in an error, which is raised later
+        except Exception as error:  # the step failed, too, and its error is raised by the caller
             logger.debug("SVI: the pair was not checked: %s", error)
             return []
 
     def _step(self, batch: Batch) -> Any:
-        self._extra: Sequence[Tensor] | None = (
-            None  # values of _extra_outputs; None if eager Pyro ran the step
-        )
+        # values of _extra_outputs; None if eager Pyro ran the step
+        self._extra: Sequence[Tensor] | None = None
         reason = self._reason_for_eager()
         signature = None if reason else self._signature(batch)
         if signature is None:
@@ -182,7 +180,7 @@ class SVI(pyro.infer.SVI):
         if signature.step is not None and signature.step.has_no_gradients():
             return self._graph_step(signature, batch)
         value = self._eager_step(batch)
-        if failure:  # the eager step succeeded, so the graph is at fault
+        if failure:  # the eager step succeeded, so only the graph fails
             self._run_eagerly(signature, failure)
         return value
 
@@ -199,56 +197,50 @@ class SVI(pyro.infer.SVI):
         try:
             loss, gradients, reported = signature.step(tensors)
             value = loss.item()
-        except Exception as error:  # such as of a matrix that has no Cholesky factor
+        except Exception as error:  # for example, a matrix without a Cholesky factor
             failure, value = error, math.nan
-        if not math.isfinite(value):  # Pyro's own checks raise, before a parameter moves
+        if not math.isfinite(value):  # repeat the step by eager Pyro, whose validation raises
             torch.set_rng_state(state[0])
             if on_gpu:
                 torch.cuda.set_rng_state_all(state[1])
             with torch.no_grad():
-                for written, was in before:
-                    written.copy_(was)
+                for tensor, saved in before:
+                    tensor.copy_(saved)
             value = self._eager_step(batch)
             if failure is not None:
                 from pyro_vae.compiler import describe
 
-                self._run_eagerly(
-                    signature, f"its graph failed where eager Pyro does not: {describe(failure)}"
-                )
+                self._run_eagerly(signature, f"the graph failed but eager Pyro did not: {describe(failure)}")
             return value
         self._extra = reported
         self._before_update(signature.step.params, gradients)
-        signature.move(gradients)
+        signature.update(gradients)
         return value
 
     def _before_update(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Called between the gradients and the optimizer's update: a subclass may change the gradients in
-        place, or raise."""
+        """Called after the gradients are computed and before the optimizer's update. A subclass may change
+        the gradients in place, or raise."""
 
     def _extra_outputs(self, traces: Traces, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:  # noqa: ARG002
-        """Further outputs of a graph, computed from the traces of model and guide and the gradients. After a
-        step of the graph their values are in ``_extra``."""
+        """Additional outputs of a graph, computed from the traces of model and guide and the gradients.
+        After a step of the graph ``_extra`` contains their values."""
         return ()
 
     def _graph_names(self) -> list[str]:
         """Names of the signatures that have or may get a graph. A graph rounds differently from eager Pyro,
         so a resumed fit needs them to reproduce each step."""
-        seen = {
-            signature.name: signature.count > 0 and not signature.refused
+        has_graph = dict.fromkeys(self._restored_graphs, True) | {
+            signature.name: signature.count > 0 and not signature.always_eager
             for signature in self._signatures.values()
         }
-        return [
-            name
-            for name, has_graph in (dict.fromkeys(self._restored_graphs, True) | seen).items()
-            if has_graph
-        ]
+        return [name for name, value in has_graph.items() if value]
 
     def _restore_graphs(self, names: Collection[str]) -> None:
         """Run these signatures as graphs from their first step on; see :meth:`_graph_names`."""
         self._restored_graphs = frozenset(names)
 
     def _reason_for_eager(self) -> str:
-        """Why a step runs as eager Pyro whatever its arguments; ``""`` if it may run as a graph."""
+        """Why a step runs as eager Pyro for all arguments; ``""`` if it may run as a graph."""
         if self.compile is False:
             return "compile=False"
         if not self._is_elbo:
@@ -256,12 +248,13 @@ class SVI(pyro.infer.SVI):
         if type(self._elbo) not in _TRACED:
             return f"the loss is {type(self._elbo).__name__}; Trace_ELBO and TraceMeanField_ELBO are traced"
         if getattr(self.loss_and_grads, "__self__", None) not in (self._elbo, self):
-            return "loss_and_grads is not that of the loss"
+            return "loss_and_grads is not the method of the loss"
         if _PYRO_STACK:
-            return "a handler is around the step, which is not in a graph"
+            return "the step runs in a Pyro handler, which a graph does not apply"
         return "" if can_compile() else "pyro_vae.compiler cannot be imported"
 
     def _signature(self, batch: Batch) -> "_Signature | None":
+        """The signature of the arguments; ``None`` if there are too many."""
         leaves, structure = pytree.tree_flatten(tuple(batch))
         modes = (
             *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
@@ -271,21 +264,21 @@ class SVI(pyro.infer.SVI):
             Distribution._validate_args,
         )
         key = (modes, structure, *(_key(leaf, self._floats_by_value) for leaf in leaves))
-        found = self._signatures.get(key)
-        if found is None and len(self._signatures) < _MAX_SIGNATURES:
-            found = self._signatures[key] = _Signature(leaves, self._floats_by_value)
-            if reason := _why_no_input(leaves):
-                self._run_eagerly(found, reason)
+        signature = self._signatures.get(key)
+        if signature is None and len(self._signatures) < _MAX_SIGNATURES:
+            signature = self._signatures[key] = _Signature(leaves, self._floats_by_value)
+            if reason := _reason_for_invalid_inputs(leaves):
+                self._run_eagerly(signature, reason)
             if len(self._signatures) == _MAX_SIGNATURES:
                 self._log(
                     f"{_MAX_SIGNATURES} signatures of arguments: others run as eager Pyro; pass numbers as "
                     "tensors"
                 )
-        return found
+        return signature
 
     def _prepare(self, signature: "_Signature", batch: Batch) -> str:
-        """Trace, compile or compare the graph of a signature if it is time to. Returns why that failed, or
-        ``""``."""
+        """Trace, compile or compare the graph of a signature if that is due. Returns the reason of a failure
+        that the eager step may share, or ``""``."""
         from pyro_vae.compiler import THRESHOLDS, CannotTrace, describe
 
         signature.count += 1
@@ -294,7 +287,7 @@ class SVI(pyro.infer.SVI):
             signature.count > (limits.trace if self.compile == "auto" else 1)
             or signature.name in self._restored_graphs
         )
-        if signature.refused or not due:
+        if signature.always_eager or not due:
             return ""
         try:
             if signature.step is not None:
@@ -321,7 +314,7 @@ class SVI(pyro.infer.SVI):
                         self._compile(signature, batch)
         except Exception as error:
             signature.step, signature.how = None, f"eager Pyro: {describe(error)}"
-            if signature.has_floats:  # Python may branch on one
+            if signature.has_floats:  # Python may branch on the value of a float
                 self._floats_by_value = True
             elif isinstance(error, CannotTrace):
                 self._run_eagerly(signature, str(error))
@@ -335,24 +328,25 @@ class SVI(pyro.infer.SVI):
             step.model,
             step.guide,
             step.elbo,
-            signature.move.optim,
+            signature.update.optim,
         )
 
     def _build(self, signature: "_Signature", batch: Batch) -> None:
+        """Trace the graph of a signature, and compile it if ``compile`` is ``True``."""
         from pyro_vae.compiler import CannotTrace
         from pyro_vae.compiler.optim import FusedAdam
         from pyro_vae.infer.step import GraphStep, NewParameters
 
         signature.num_builds += 1
         if signature.num_builds > _MAX_BUILDS:
-            raise CannotTrace(f"{_MAX_BUILDS} graphs were traced, and what they depend on changed again")
+            raise CannotTrace(f"{_MAX_BUILDS} graphs were traced, and the pair changed after each")
         tensors, arguments = signature.inputs(batch), signature.arguments(batch)
         try:
             step = GraphStep(self._elbo, self.model, self.guide, tensors, arguments, self._extra_outputs)
         except NewParameters as name:
             signature.how = f"eager Pyro: the pair made the parameter {str(name)!r}; traced at the next step"
             return
-        signature.step, signature.move, signature.how = step, FusedAdam(self.optim, step.params), "traced"
+        signature.step, signature.update, signature.how = step, FusedAdam(self.optim, step.params), "traced"
         if self.compile is True:
             self._compile(signature, batch)
 
@@ -371,7 +365,7 @@ class SVI(pyro.infer.SVI):
 
     def _run_eagerly(self, signature: "_Signature", reason: str) -> None:
         """Run steps of this signature as eager Pyro from now on."""
-        signature.step, signature.refused, signature.how = None, True, f"eager Pyro: {reason}"
+        signature.step, signature.always_eager, signature.how = None, True, f"eager Pyro: {reason}"
         self._log(f"{signature.name} runs as eager Pyro: {reason}", reason)
 
     def _log(self, text: str, reason: str = "") -> None:
@@ -382,35 +376,38 @@ class SVI(pyro.infer.SVI):
 
 
 class _Signature:
-    """State of one signature of arguments: the number of steps, the graph, or why there is none."""
+    """One signature of arguments: the number of its steps, and its graph or the reason for eager steps."""
 
     def __init__(self, leaves: Sequence[Any], floats_by_value: bool) -> None:
-        is_input = [isinstance(leaf, Tensor) or (_is_float(leaf) and not floats_by_value) for leaf in leaves]
-        self.inputs_at = [i for i, each in enumerate(is_input) if each]
-        self.has_floats = any(each and _is_float(leaf) for leaf, each in zip(leaves, is_input, strict=True))
+        is_float_input = [_is_float(leaf) and not floats_by_value for leaf in leaves]
+        self.inputs_at = [
+            i
+            for i, (leaf, is_float) in enumerate(zip(leaves, is_float_input, strict=True))
+            if isinstance(leaf, Tensor) or is_float
+        ]
+        self.has_floats = any(is_float_input)
         self.floats: set[tuple[float, ...]] = set()  # values at which the graph was compared with eager Pyro
         self.name = ", ".join(
-            "float" if each and _is_float(leaf) else _name(leaf)
-            for leaf, each in zip(leaves, is_input, strict=True)
+            "float" if is_float else _name(leaf)
+            for leaf, is_float in zip(leaves, is_float_input, strict=True)
         )
         self.count = self.num_builds = 0
         self.step: Any = None
-        self.move: Any = None  # the update of the parameters by the optimizer
-        self.how, self.refused = "eager Pyro: the first steps", False
+        self.update: Any = None  # the optimizer's update of the parameters
+        self.how, self.always_eager = "eager Pyro: the first steps", False
 
     def inputs(self, batch: Batch) -> list[Tensor]:
-        """The tensors that a graph is given: the tensors among the arguments, and floating numbers as
-        tensors."""
+        """The inputs of the graph: the tensors among the arguments, and the floats as tensors ``()``."""
         leaves = pytree.tree_leaves(tuple(batch))
-        given = (leaves[i] for i in self.inputs_at)
+        inputs = (leaves[i] for i in self.inputs_at)
         return [
             leaf if isinstance(leaf, Tensor) else torch.tensor(float(leaf), dtype=torch.double)
-            for leaf in given
+            for leaf in inputs
         ]
 
     def has_new_floats(self, batch: Batch) -> bool:
-        """Whether floats among the arguments have other values than before, for the first few: Python may
-        look them up."""
+        """Whether the floats among the arguments have new values, for the first few values: Python may use
+        a float as a dictionary key."""
         if not self.has_floats or len(self.floats) == _NUM_FLOATS:
             return False
         num_known = len(self.floats)
@@ -418,16 +415,17 @@ class _Signature:
         return len(self.floats) > num_known
 
     def arguments(self, batch: Batch) -> Any:
-        """The function that puts such tensors back among the arguments; with ``as_floats`` those of floats as
-        floats."""
+        """The inverse of :meth:`inputs`: a function that returns the arguments for given inputs. With
+        ``as_floats`` it converts tensors that stand for floats to floats."""
         leaves, structure = pytree.tree_flatten(tuple(batch))
-        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # keeps no batch
+        # without the tensors, so that the function does not keep the batch in memory
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
         def arguments(tensors: Sequence[Tensor], *, as_floats: bool = False) -> Batch:
-            given = list(others)
+            leaves = list(others)
             for i, tensor in zip(self.inputs_at, tensors, strict=True):
-                given[i] = tensor.item() if as_floats and _is_float(others[i]) else tensor
-            return Batch(*pytree.tree_unflatten(given, structure))
+                leaves[i] = tensor.item() if as_floats and _is_float(others[i]) else tensor
+            return Batch(*pytree.tree_unflatten(leaves, structure))
 
         return arguments
 
@@ -439,13 +437,14 @@ def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, float | np.floating)
 
 
-def _why_no_input(leaves: Sequence[Any]) -> str:
-    """Why a graph cannot be given these arguments, or ``""``."""
+def _reason_for_invalid_inputs(leaves: Sequence[Any]) -> str:
+    """Why these arguments cannot be inputs of a graph, or ``""``."""
     for leaf in leaves:
         if not isinstance(leaf, (Tensor, np.floating, *_PLAIN)):
-            return f"an argument is of type {type(leaf).__name__}, which may change unseen; pass tensors"
+            name = type(leaf).__name__
+            return f"an argument is of type {name}, whose changes a graph cannot detect; pass tensors"
         if isinstance(leaf, Tensor) and (leaf.requires_grad or leaf.layout is not torch.strided):
-            return "an argument is sparse or requires a gradient, which a graph does not compute"
+            return "an argument is sparse or requires a gradient, which a graph does not support"
     return ""
 
 
@@ -473,7 +472,7 @@ def _name(leaf: Any) -> str:
 
 
 def check_optimizer(optim: Any) -> None:
-    """Raise ``ValueError`` for an optimizer whose step computes the loss several times by a closure."""
+    """Raise ``ValueError`` for an optimizer whose step needs a closure that computes the loss."""
     kind: Any = (
         type(optim)
         if isinstance(optim, torch.optim.Optimizer)
@@ -485,27 +484,27 @@ def check_optimizer(optim: Any) -> None:
     )
     if closure is not None and closure.default is closure.empty:
         raise ValueError(
-            f"optim: a step of {getattr(kind, '__name__', kind)} computes the loss several times by a "
-            "closure, which SVI does not have; expected an optimizer of one gradient a step, such as "
-            "pyro.optim.Adam, or call optimizer.step(closure) without SVI, where closure computes "
+            f"optim: a step of {getattr(kind, '__name__', kind)} computes the loss by a closure, which SVI "
+            "does not pass; expected an optimizer that needs one gradient for each step, such as "
+            "pyro.optim.Adam, or call optimizer.step(closure) without SVI, where the closure computes "
             "Trace_ELBO().differentiable_loss(model, guide, x) and its gradients"
         )
 
 
 class OneOptimizer(PyroOptim):
-    """Adapter: a torch optimizer over a pair's parameters as one of Pyro's."""
+    """Adapter from a torch optimizer over a pair's parameters to the interface of Pyro's optimizers."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(type(optimizer), {})
         self.optimizer = optimizer
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        own = {p for group in self.optimizer.param_groups for p in group["params"]}
+        registered = {p for group in self.optimizer.param_groups for p in group["params"]}
         for p in params:
-            if p not in own:
+            if p not in registered:
                 raise ValueError(
                     f"optim: the pair trains a parameter of shape {tuple(p.shape)} that "
-                    f"{type(self.optimizer).__name__} does not have; expected all of them: build the pair "
-                    "first, or pass one of Pyro's optimizers"
+                    f"{type(self.optimizer).__name__} does not have; expected an optimizer over all "
+                    "parameters: create the pair first, or pass one of Pyro's optimizers"
                 )
         self.optimizer.step(*args, **kwargs)

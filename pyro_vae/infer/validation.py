@@ -1,4 +1,4 @@
-"""Pyro's validation of parameters and values as tensor operations, so that it can be part of a graph."""
+"""Pyro's validation of parameters and values, as tensor operations in a graph."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,8 +10,8 @@ from torch.distributions import TransformedDistribution, constraints
 
 
 def validity(traces: Sequence[tuple[Trace, Trace]], *, default: bool) -> Iterator[Tensor]:
-    """For each constraint of a run, whether it is satisfied, ``()``. Constraints to real numbers are left
-    out: a NaN there makes the loss NaN.
+    """Yield for each constraint of a run whether it is satisfied, ``()``. Constraints to real numbers are
+    omitted, since a NaN there makes the loss NaN.
 
     :param default: whether distributions without ``validate_args`` are validated, see
     ``set_default_validate_args``.
@@ -22,7 +22,9 @@ def validity(traces: Sequence[tuple[Trace, Trace]], *, default: bool) -> Iterato
                 if site["type"] != "sample" or not _is_validated(site["fn"], default):
                     continue
                 yield from _parameter_validity(site["fn"])
-                if trace is model_trace:  # values of the guide are its own draws
+                if (
+                    trace is model_trace
+                ):  # values of the guide's sites are draws, which satisfy the constraint
                     try:
                         support = _base_constraint(site["fn"].support)
                     except (NotImplementedError, AttributeError):
@@ -32,8 +34,8 @@ def validity(traces: Sequence[tuple[Trace, Trace]], *, default: bool) -> Iterato
 
 
 def _is_validated(fn: Any, default: bool) -> bool:
-    """Whether torch validates a distribution; one that is only reshaped, expanded or masked is validated as
-    its base is."""
+    """Whether torch validates a distribution. A reshaped, expanded or masked distribution is validated if its
+    base is."""
     while "base_dist" in vars(fn) and not isinstance(fn, TransformedDistribution):
         fn = fn.base_dist
     validate_args = vars(fn).get("_validate_args")
@@ -61,8 +63,8 @@ def _is_real(constraint: Any) -> bool:
 
 
 def _all_satisfy(constraint: Any, value: Tensor) -> Tensor:
-    """Whether all values satisfy a constraint, ``()``. torch's check of a positive definite matrix branches
-    in Python on its symmetry, which a graph cannot contain."""
+    """Whether all values satisfy a constraint, ``()``. The check of a positive definite matrix is written
+    here, since that of torch branches in Python on whether the matrix is symmetric."""
     if not isinstance(constraint, type(constraints.symmetric)):
         return constraint.check(value).all()
     satisfied = torch.isclose(value, value.mT, atol=1e-6).all()

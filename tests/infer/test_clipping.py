@@ -1,4 +1,4 @@
-"""What fit does to a gradient, and in which precision: clip_norm and autocast."""
+"""The options clip_norm and autocast of fit, and sparse gradients."""
 
 import functools
 import math
@@ -16,8 +16,8 @@ from pyro_vae import conditionals, nets, priors
 from tests.support.fits import data, run, vae
 
 
-def moved(clip_norm, compile, num_epochs):
-    """How far plain gradient descent on all data has moved the parameters."""
+def displacement(clip_norm, compile, num_epochs):
+    """The change of the parameters by gradient descent on all data."""
     torch.manual_seed(0)
     model, guide, _ = vae()
     start = [p.detach().clone() for p in (*model.parameters(), *guide.parameters())]
@@ -44,20 +44,22 @@ def moved(clip_norm, compile, num_epochs):
 N = len(data())
 
 
-def test_clipping_scales_the_whole_gradient():
-    """One step moves the parameters by lr · g · min(1, N c / ‖g‖); a graph clips as eager Pyro does."""
-    whole = moved(None, compile=False, num_epochs=1)
+def test_clip_norm_bounds_the_norm_of_the_gradient_over_all_parameters():
+    """One step changes the parameters by lr · g · min(1, N c / ‖g‖), in a graph as in eager Pyro."""
+    whole = displacement(None, compile=False, num_epochs=1)
     assert whole.norm() > 2
-    assert torch.allclose(moved(0.1 / N, compile=False, num_epochs=1), 0.1 * whole / whole.norm(), atol=1e-6)
-    assert torch.equal(moved(1e9, compile=False, num_epochs=1), whole)
-    eager, graph = (moved(0.1 / N, compile=compile, num_epochs=5) for compile in (False, "trace"))
+    assert torch.allclose(
+        displacement(0.1 / N, compile=False, num_epochs=1), 0.1 * whole / whole.norm(), atol=1e-6
+    )
+    assert torch.equal(displacement(1e9, compile=False, num_epochs=1), whole)
+    eager, graph = (displacement(0.1 / N, compile=compile, num_epochs=5) for compile in (False, "trace"))
     assert 0.1 < eager.norm() < 0.5 + 1e-6
     assert torch.allclose(eager, graph, atol=1e-5)
 
 
 @pytest.mark.parametrize("compile", [False, "trace"])
-def test_autocast_is_of_lower_precision_in_the_networks_alone(compile):
-    """bfloat16 has eight bits: the terms are off by some 2⁻⁸, the parameters and what is reported are of full
+def test_autocast_rounds_the_networks_and_keeps_the_dtype_of_parameters(compile):
+    """bfloat16 has eight bits, so ELBOs change by about 2⁻⁸. Reported terms are consistent in single
     precision."""
     (whole, (full, *_)), (cast, (low, *_)) = (
         run(num_epochs=2, compile=compile, autocast=dtype) for dtype in (None, torch.bfloat16)
@@ -71,7 +73,7 @@ def test_autocast_is_of_lower_precision_in_the_networks_alone(compile):
 
 
 def test_shared_parameters_are_clipped_once():
-    """A VampPrior's encoder has two names."""
+    """The encoder of a VampPrior has two names in the param store."""
     for compile in (False, "trace"):
         torch.manual_seed(0)
         encoder = conditionals.Normal(nets.MLP(4, (5,)), event_shape=2)
@@ -93,7 +95,7 @@ def test_shared_parameters_are_clipped_once():
         assert move.norm().item() == pytest.approx(0.1, rel=1e-3)
 
 
-def test_a_users_own_autocast_stays():
+def test_autocast_around_fit_applies_in_training():
     model, guide, _ = vae()
     seen = []
     model.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
@@ -103,7 +105,7 @@ def test_a_users_own_autocast_stays():
 
 
 def point_model(x):
-    """Data around a parameter, whatever z is: the gradient of the loss is N (mu − mean x)."""
+    """x ~ N(mu, 1), independent of z: the gradient of the loss is N (mu − mean x)."""
     mu = pyro.param("mu", torch.zeros((), dtype=torch.double))
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.double), 1.0))
@@ -133,9 +135,9 @@ def point(x, optim, **options):
         (RenyiELBO, 10, False),
     ],
 )
-def test_one_clip_norm_does_for_data_sets_of_every_size(loss, batch_size, compile):
-    """The gradient per datum is mu − 4, for N data and for minibatches of them, so steps of lr = 0.1 / N
-    clipped to 1.5 are 0.1 · min(1.5, 4 − mu), whatever N is."""
+def test_clip_norm_is_per_datum_for_every_size_of_data_set(loss, batch_size, compile):
+    """The gradient per datum is mu − 4, for N data and for minibatches, so steps of lr = 0.1 / N clipped to
+    1.5 are 0.1 · min(1.5, 4 − mu) for every N."""
     steps = []
     for n in (20, 60):
         optim = pyro.optim.SGD({"lr": 0.1 / n})
@@ -153,9 +155,9 @@ def test_one_clip_norm_does_for_data_sets_of_every_size(loss, batch_size, compil
         assert steps[0] == pytest.approx(steps[1], rel=1e-9)
 
 
-def test_adam_takes_the_same_steps_for_repeated_data_where_eps_is_multiplied():
-    """The loss of the data written down k times is k times that of the data: Adam's steps are those of k ·
-    eps, and those that the docstring of ``fit`` promises for an eps per datum, N · eps."""
+def test_adam_steps_for_k_times_repeated_data_are_equal_if_eps_is_multiplied_by_k():
+    """The loss of k-times repeated data is k times that of the data, so Adam takes the same steps with k ·
+    eps. With an eps per datum this is N · eps, as in the docstring of ``fit``."""
     x = torch.randn(30, dtype=torch.double, generator=torch.Generator().manual_seed(0)) + 4
     options = {"num_epochs": 20, "batch_size": None}
     once, often = (
@@ -167,7 +169,7 @@ def test_adam_takes_the_same_steps_for_repeated_data_where_eps_is_multiplied():
 
 
 class Words(nn.Module):
-    """A pair whose encoder sums up rows of a table; the decoder is fixed."""
+    """A pair whose encoder sums rows of an embedding; the decoder is constant."""
 
     def __init__(self, bag, sparse):
         super().__init__()
@@ -190,8 +192,8 @@ class Words(nn.Module):
             pyro.sample("z", dist.Normal(mean, log_scale.exp()).to_event(1))
 
 
-def table(how, optim, bag=True, sparse=True, compile="auto", **options):
-    """The table after five steps on all data, and what ran."""
+def train_embedding(how, optim, bag=True, sparse=True, compile="auto", **options):
+    """The embedding after five steps on all data, and ``explain()``."""
     torch.manual_seed(0)
     words = Words(bag, sparse)
     x = torch.randint(0, 5, (12, 3))
@@ -219,27 +221,27 @@ def table(how, optim, bag=True, sparse=True, compile="auto", **options):
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("bag", [True, False])
 @pytest.mark.parametrize("optim", [pyro.optim.SparseAdam, pyro.optim.SGD, pyro.optim.Adagrad])
-def test_sparse_gradients_train_as_by_pyro(optim, bag):
-    pyros, _ = table("Pyro", optim({"lr": 0.01}), bag)
+def test_training_with_sparse_gradients_equals_that_by_pyro(optim, bag):
+    pyros, _ = train_embedding("Pyro", optim({"lr": 0.01}), bag)
     for how in ("ours", "fit"):
-        assert torch.allclose(table(how, optim({"lr": 0.01}), bag)[0], pyros, atol=1e-6)
-    graph, says = table("ours", optim({"lr": 0.01}), bag, compile="trace")
+        assert torch.allclose(train_embedding(how, optim({"lr": 0.01}), bag)[0], pyros, atol=1e-6)
+    graph, explanation = train_embedding("ours", optim({"lr": 0.01}), bag, compile="trace")
     assert torch.allclose(graph, pyros, atol=1e-6)
-    assert "the gradient of a parameter of shape (7, 4) is sparse" in says
+    assert "the gradient of a parameter of shape (7, 4) is sparse" in explanation
 
 
 @pytest.mark.parametrize("bag", [True, False])
 @pytest.mark.parametrize("clip_norm", [0.01, 1e9])
-def test_sparse_gradients_are_clipped_as_dense_ones(clip_norm, bag):
-    """The rows of one word that occurs in several data are one gradient."""
+def test_clipping_of_sparse_gradients_equals_that_of_dense_gradients(clip_norm, bag):
+    """Also if a word occurs in several data, whose entries of a sparse gradient are added."""
     sparse, dense = (
-        table("fit", pyro.optim.SGD({"lr": 1e-3}), bag, sparse, clip_norm=clip_norm)[0]
+        train_embedding("fit", pyro.optim.SGD({"lr": 1e-3}), bag, sparse, clip_norm=clip_norm)[0]
         for sparse in (True, False)
     )
     assert torch.allclose(sparse, dense, atol=1e-5)
 
 
-def test_a_sparse_gradient_that_is_not_finite_is_found():
+def test_a_non_finite_sparse_gradient_raises_before_parameters_are_updated():
     words = Words(True, True)
     words.table.weight.register_hook(lambda gradient: gradient * math.nan)
     before = words.table.weight.detach().clone()

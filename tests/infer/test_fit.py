@@ -1,4 +1,4 @@
-"""fit: scaling, annealing, isolation, early stopping, what it refuses; evaluate moves nothing."""
+"""fit: scaling, annealing, isolation, early stopping, errors; evaluate changes no state."""
 
 import math
 from inspect import signature
@@ -25,7 +25,7 @@ def small_vae():
 
 
 def mean_model(x):
-    """A global mean: z ~ N(0, 1), xᵢ ~ N(z, 1)."""
+    """A global latent mean: z ~ N(0, 1), xᵢ ~ N(z, 1)."""
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
     with pyro.plate("data", len(x)):
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
@@ -44,9 +44,8 @@ def mean_guide(x):
 
 
 @pytest.mark.parametrize("model", [mean_model, subsampling_model])
-def test_minibatches_are_scaled_whether_or_not_the_model_subsamples(model):
-    """The posterior of a global mean has scale (1 + N)^-1/2; a minibatch left unscaled would give (1 +
-    B)^-1/2."""
+def test_minibatches_are_scaled_with_and_without_subsampling_in_the_model(model):
+    """The posterior of a global mean has scale (1 + N)^-1/2; without scaling it would be (1 + B)^-1/2."""
     x = 1.5 + torch.randn(200)
     optim = pyro.optim.ExponentialLR(
         {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.98}
@@ -76,7 +75,7 @@ def as_dataset(x):
     ],
     ids=["tensor", "array", "dataset", "loader", "Data", "dict"],
 )
-def test_every_kind_of_data(wrap):
+def test_every_type_of_data_is_accepted(wrap):
     vae = small_vae()
     history = pv.fit(vae.model, vae.guide, wrap(torch.randn(25, 3)), num_epochs=2, batch_size=10)
     assert len(history.epochs) == 2
@@ -88,7 +87,7 @@ def test_every_kind_of_data(wrap):
     [TraceMeanField_ELBO(), RenyiELBO(alpha=0.5, num_particles=3, vectorize_particles=True)],
     ids=["mean", "renyi"],
 )
-def test_other_losses(loss):
+def test_the_elbo_is_reconstruction_minus_kl_for_other_losses(loss):
     vae = small_vae()
     record = pv.fit(vae.model, vae.guide, torch.randn(25, 3), loss=loss, num_epochs=2, batch_size=10).epochs[
         -1
@@ -96,7 +95,7 @@ def test_other_losses(loss):
     assert record.train.elbo == pytest.approx(record.train.reconstruction - record.train.kl)
 
 
-def test_autoguide_and_enumeration():
+def test_autoguides_and_enumerated_models_are_trained():
     x = torch.randn(40)
     guide = AutoNormal(mean_model)
     assert math.isfinite(pv.fit(mean_model, guide, x, num_epochs=2, batch_size=None).epochs[-1].train.elbo)
@@ -117,8 +116,8 @@ def test_autoguide_and_enumeration():
     assert history.epochs[-1].validation.elbo == pytest.approx(exact, rel=1e-5)
 
 
-def test_annealing_never_touches_the_reported_elbo():
-    """At a vanishing learning rate, two fits that differ in β alone report the same ELBO."""
+def test_reported_elbos_do_not_contain_beta():
+    """At learning rate 0, fits that differ only in β report the same ELBO."""
     x, records = torch.randn(30, 3), []
     pyro.set_rng_seed(1)
     vae = small_vae()
@@ -133,8 +132,8 @@ def test_annealing_never_touches_the_reported_elbo():
     assert records[0] == records[1] == records[2]
 
 
-def test_beta_weighs_the_kl():
-    """At β = 0 nothing holds the guide to the prior, so its KL ends up larger."""
+def test_a_smaller_beta_gives_a_larger_kl():
+    """At β = 0 the loss does not contain the KL."""
     x, kl = torch.randn(100, 3), []
     for beta in (1.0, 0.0):
         pyro.set_rng_seed(3)
@@ -144,21 +143,21 @@ def test_beta_weighs_the_kl():
     assert kl[1] > kl[0] + 1
 
 
-def test_two_fits_in_either_order_are_bitwise_equal():
+def test_fits_at_the_same_seed_are_bitwise_equal_whatever_is_in_the_param_store():
     def run():
         pyro.set_rng_seed(4)
         return pv.fit(mean_model, mean_guide, torch.randn(50), num_epochs=3, batch_size=10)
 
     with run().scope():
         first = pyro.param("loc").item()
-    pyro.param("loc", torch.tensor(7.0))  # the user's own
+    pyro.param("loc", torch.tensor(7.0))  # a parameter of the user
     with run().scope():
         assert pyro.param("loc").item() == first
     assert pyro.param("loc").item() == 7.0
 
 
-def test_evaluate_moves_nothing():
-    net = torch.nn.BatchNorm1d(3)  # closed over by a plain function
+def test_evaluate_changes_no_state():
+    net = torch.nn.BatchNorm1d(3)  # in the closure of a plain function
 
     def guide(x):
         pyro.module("net", net)
@@ -177,7 +176,7 @@ def test_evaluate_moves_nothing():
     assert len(pyro.get_param_store()) == 0
 
 
-def test_early_stopping_returns_to_the_best():
+def test_early_stopping_restores_the_parameters_of_the_best_epoch():
     x = torch.randn(60, 3)
     vae = small_vae()
     optim = pyro.optim.Adam({"lr": 0.3})
@@ -195,13 +194,13 @@ def test_early_stopping_returns_to_the_best():
         (torch.ones(5, 3, dtype=torch.uint8), "whole numbers"),
     ],
 )
-def test_bad_data(data, message):
+def test_invalid_data_raise(data, message):
     vae = small_vae()
     with pytest.raises(ValueError, match=message):
         pv.fit(vae.model, vae.guide, data)
 
 
-def test_grey_pixels_name_the_row_and_the_remedies():
+def test_the_error_for_grey_pixels_names_the_row_and_the_remedies():
     vae = pv.VAE(
         priors.StandardNormal(2),
         conditionals.Bernoulli(nets.MLP(2, (8,)), event_shape=3),
@@ -213,7 +212,7 @@ def test_grey_pixels_name_the_row_and_the_remedies():
         pv.fit(vae.model, vae.guide, x)
 
 
-def test_bad_pairs():
+def test_invalid_pairs_raise():
     x = torch.randn(10)
     with pytest.raises(ValueError, match="no site 'z'"):
         pv.fit(mean_model, lambda x: pyro.param("loc", torch.zeros(())), x)
@@ -221,11 +220,10 @@ def test_bad_pairs():
         pv.fit(mean_model, lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)), x)
 
 
-@pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro's own, beside the error
+@pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro warns in addition to the error
 @pytest.mark.parametrize("validate", [True, False])
-def test_a_loss_that_is_not_finite_stops_the_fit_before_the_optimizer_moves(validate):
-    """At a huge learning rate the first step throws the parameters far off; the second finds NaN and moves
-    nothing."""
+def test_a_non_finite_loss_raises_before_parameters_are_updated(validate):
+    """At a huge learning rate the loss is NaN after the first step."""
     vae = small_vae()
     optim = pyro.optim.SGD({"lr": 1e30})
     with (
@@ -236,7 +234,7 @@ def test_a_loss_that_is_not_finite_stops_the_fit_before_the_optimizer_moves(vali
     assert all(torch.isfinite(p).all() for p in vae.parameters())
 
 
-def test_a_networks_parameters_that_are_not_registered_are_an_error():
+def test_a_network_whose_parameters_are_not_registered_raises():
     net = torch.nn.Linear(1, 1)
 
     def guide(x):
@@ -265,9 +263,8 @@ def ramp(epoch):
     ],
     ids=["ELBO", "beta", "annealed", "mean field", "particles", "vectorized particles"],
 )
-def test_graphs_fit_as_eager_pyro_does(loss, beta, caplog):
-    """The same parameters, and the same terms of the ELBO at every epoch, a last minibatch of fewer rows
-    included."""
+def test_a_fit_with_graphs_equals_one_with_eager_pyro(loss, beta, caplog):
+    """Parameters, and ELBO terms of each epoch, with a last minibatch of fewer rows."""
     x = torch.randn(64, 3, dtype=torch.double)
 
     def run(compile):
@@ -293,7 +290,7 @@ def test_graphs_fit_as_eager_pyro_does(loss, beta, caplog):
 
     caplog.set_level("INFO", "pyro_vae")
     (eager, expected), (graph, history) = run(False), run("trace")
-    assert caplog.messages[-1].count("traced") == 2  # of whole minibatches, and of the last
+    assert caplog.messages[-1].count("traced") == 2  # whole minibatches, and the last one
     for ours, pyros in zip(graph.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(ours, pyros, rtol=1e-9, atol=1e-9)
     for ours, pyros in zip(history.epochs, expected.epochs, strict=True):
@@ -303,25 +300,24 @@ def test_graphs_fit_as_eager_pyro_does(loss, beta, caplog):
         assert ours.beta == pyros.beta
 
 
-def test_a_fit_takes_the_way_that_pays(caplog):
+def test_compile_auto_depends_on_the_number_of_steps(caplog):
     caplog.set_level("INFO", "pyro_vae")
     vae = small_vae()
     pv.fit(vae.model, vae.guide, torch.randn(30, 3), num_epochs=2, batch_size=10)
     assert caplog.records[-1].message == "fit ran as\neager Pyro: compile=False, 6 steps"
-    pv.fit(
-        vae.model, vae.guide, torch.randn(65, 3), num_epochs=50, batch_size=10
-    )  # the last five rows alone do not pay
+    # the last minibatches of five rows are too few for a graph
+    pv.fit(vae.model, vae.guide, torch.randn(65, 3), num_epochs=50, batch_size=10)
     assert caplog.records[-1].message == (
         "fit ran as\nfloat32[10, 3]: traced, 300 steps\neager Pyro: compile=False, 50 steps"
     )
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN")
-def test_bad_batches_of_a_loader_are_named_by_graphs_too():
-    """Grey pixels under a Bernoulli and NaN, which come when the graph runs already."""
-    for bad, error, message in ((0.5, ValueError, "support"), (math.nan, ValueError, "row 3")):
+def test_graphs_raise_for_invalid_batches_of_a_loader():
+    """Grey pixels under a Bernoulli and NaN, in a batch after the graph is traced."""
+    for invalid, error, message in ((0.5, ValueError, "support"), (math.nan, ValueError, "row 3")):
         x = (torch.randn(80, 3) > 0).float()
-        x[73] = bad
+        x[73] = invalid
         vae = pv.VAE(
             prior=priors.StandardNormal(2),
             decoder=conditionals.Bernoulli(nets.MLP(2, (8,)), event_shape=3),
@@ -332,14 +328,14 @@ def test_bad_batches_of_a_loader_are_named_by_graphs_too():
             pv.fit(vae.model, vae.guide, loader, compile="trace")
 
 
-def test_fit_and_train_have_the_same_visible_options():
+def test_fit_and_train_have_the_same_signature():
     ours, theirs = signature(pv.fit), signature(pv.train)
     assert ours.parameters == theirs.parameters
     assert ours.return_annotation is pv.infer.History
     assert all(p.kind is p.KEYWORD_ONLY for p in list(ours.parameters.values())[3:])
 
 
-def test_the_value_of_a_finished_generator_is_the_history_of_fit():
+def test_train_returns_the_history_of_fit():
     def run(verb):
         torch.manual_seed(0)
         pyro.set_rng_seed(0)

@@ -1,4 +1,4 @@
-"""Frozen parameters stay where they are, whatever registers them and whenever they are frozen."""
+"""Frozen parameters are unchanged by training, for all kinds of registration and times of freezing."""
 
 import pyro
 import pyro.distributions as dist
@@ -13,7 +13,7 @@ from tests.support.steps import D, K, data
 
 
 class Guide(PyroModule):
-    """Many rows are encoded by one layer and few by another, so that those parameters are registered at
+    """Encodes batches of many and of few rows by different layers, whose parameters are registered at
     different steps."""
 
     def __init__(self):
@@ -52,9 +52,8 @@ ROWS = (12, 12, 12, 5, 5, 5, 12, 5)
     [(kind, False, before) for kind in FROZEN for before in (0, 3)]
     + [("layers", "trace", 0), ("all", "trace", 3)],
 )
-def test_frozen_parameters_of_a_pyro_module_stay(kind, compile, before):
-    """Frozen before the first step or after some, when Adam has momentum; the others train, and these once
-    they are thawed."""
+def test_frozen_parameters_of_a_pyro_module_are_unchanged_and_train_once_thawed(kind, compile, before):
+    """Frozen before the first step, or later, when Adam has momentum. All other parameters change."""
     with pyro.get_param_store().scope():
         torch.manual_seed(0)
         guide = Guide()
@@ -64,43 +63,43 @@ def test_frozen_parameters_of_a_pyro_module_stay(kind, compile, before):
         frozen = FROZEN[kind](guide)
         for p in frozen:
             p.requires_grad_(False)
-        kept = [p.detach().clone() for p in frozen]
+        before_freezing = [p.detach().clone() for p in frozen]
         others = [p for p in guide.parameters() if p.requires_grad]
-        were = [p.detach().clone() for p in others]
+        others_before = [p.detach().clone() for p in others]
         for i, rows in enumerate(ROWS):
             svi.step(data(rows, seed=i))
         assert not any(p.requires_grad for p in frozen)
-        assert all(torch.equal(p, was) for p, was in zip(frozen, kept, strict=True))
-        assert not any(torch.equal(p, was) for p, was in zip(others, were, strict=True))
+        assert all(torch.equal(p, q) for p, q in zip(frozen, before_freezing, strict=True))
+        assert not any(torch.equal(p, q) for p, q in zip(others, others_before, strict=True))
         for p in frozen:
             p.requires_grad_(True)
         for i, rows in enumerate(ROWS):
             svi.step(data(rows, seed=i))
-        assert not any(torch.equal(p, was) for p, was in zip(frozen, kept, strict=True))
+        assert not any(torch.equal(p, q) for p, q in zip(frozen, before_freezing, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
-def test_a_fit_whose_last_minibatch_registers_a_layer_keeps_it_frozen():
+def test_a_layer_that_is_registered_at_the_last_minibatch_stays_frozen():
     torch.manual_seed(0)
     guide = Guide()
     frozen = FROZEN["layers"](guide)
     for p in frozen:
         p.requires_grad_(False)
-    kept, loc = [p.detach().clone() for p in frozen], guide.loc.detach().clone()
+    before, loc = [p.detach().clone() for p in frozen], guide.loc.detach().clone()
     pv.fit(model, guide, data(17), num_epochs=3, batch_size=12, compile="trace", check=False, progress=False)
     assert not any(p.requires_grad for p in frozen)
-    assert all(torch.equal(p, was) for p, was in zip(frozen, kept, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(frozen, before, strict=True))
     assert not torch.equal(guide.loc, loc)
 
 
-def test_a_loss_that_is_looked_at_first_leaves_them_frozen():
+def test_evaluate_loss_before_the_first_step_keeps_parameters_frozen():
     with pyro.get_param_store().scope():
         guide = Guide().eval().requires_grad_(False)
         pv.SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO()).evaluate_loss(data())
         assert not any(p.requires_grad for p in guide.parameters())
 
 
-def test_a_tensor_that_is_no_parameter_yet_becomes_one_that_trains():
+def test_a_parameter_created_by_pyro_param_trains_from_the_first_step():
     with pyro.get_param_store().scope():
         svi = pv.SVI(model, Guide(), pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
         svi.step(data())

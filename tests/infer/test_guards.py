@@ -1,5 +1,5 @@
-"""The contract of a graph: a guarded change rebuilds it; other changes are found by comparison or
-``retrace``."""
+"""The contract of a graph: guarded changes retrace it; other changes need ``retrace``, or are detected by
+comparison."""
 
 import sys
 from functools import partial
@@ -14,7 +14,7 @@ from torch import nn
 
 from pyro_vae.infer.step import GraphStep
 from pyro_vae.infer.svi import SVI as CompiledSVI
-from tests.support.steps import PAIRS, Annealed, adam, compared, data, functions, num_builds, vae
+from tests.support.steps import PAIRS, Annealed, adam, data, functions, num_builds, train_and_compare, vae
 
 MODULE = sys.modules[__name__]
 SCALE, DATA = 1.0, data()
@@ -183,14 +183,14 @@ CASES |= OF_FUNCTIONS | OF_MODULES
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_guarded_change_rebuilds_the_graph(case):
+def test_a_guarded_change_retraces_the_graph(case):
     make, change = CASES[case]
 
     def change_twice(model, guide, i):
         if i in (4, 7):
             change(model, guide, i)
 
-    svi = compared(make, change=change_twice)
+    svi = train_and_compare(make, change=change_twice)
     assert "traced, 10 steps" in svi.explain()
     assert num_builds(svi) == [3]
 
@@ -200,11 +200,11 @@ def test_parameters_that_are_missing_at_the_second_step_are_traced_at_the_third(
         if i == 1:
             pyro.clear_param_store()
 
-    assert "traced, 8 steps" in compared(functions, 8, change=clear).explain()
+    assert "traced, 8 steps" in train_and_compare(functions, 8, change=clear).explain()
 
 
 @pytest.mark.parametrize("retraced", [False, True])
-def test_an_unguarded_change_is_found_by_comparison_or_retrace(retraced, caplog):
+def test_an_unguarded_change_needs_retrace_or_is_detected_by_comparison(retraced, caplog):
     settings = [1.0]
     model, guide = functions()
     model = scaled(model, lambda _: settings[0])
@@ -228,7 +228,7 @@ def test_an_unguarded_change_is_found_by_comparison_or_retrace(retraced, caplog)
         assert "eager Pyro" in svi.explain()
 
 
-def test_a_rebuilt_graph_is_compared_at_its_tenth_step(monkeypatch):
+def test_a_retraced_graph_is_compared_at_its_tenth_step(monkeypatch):
     compared_at = []
     monkeypatch.setattr(GraphStep, "compare", lambda self, _: compared_at.append(self.num_steps))
     model, guide = vae()
@@ -257,7 +257,7 @@ def test_a_float_argument_has_the_same_effect_as_in_eager_pyro(use):
         model, guide = functions()
         return lambda x, beta: scaled(model, lambda _: FLOATS[use](beta))(x), lambda x, beta: guide(x)
 
-    svi = compared(make, 12, step=lambda svi, i: svi.step(data(seed=i), [1.0, 0.5][i % 2]))
+    svi = train_and_compare(make, 12, step=lambda svi, i: svi.step(data(seed=i), [1.0, 0.5][i % 2]))
     assert "traced" in svi.explain()
     if use == "branch":
         assert svi.explain().count("traced") == 2
@@ -268,7 +268,7 @@ def test_a_float_that_changes_at_each_step_is_an_input_of_one_graph():
         model, guide = functions()
         return lambda x, beta: scaled(model, lambda _: beta)(x), lambda x, beta: guide(x)
 
-    svi = compared(make, 12, step=lambda svi, i: svi.step(data(seed=i), 1 / (i + 1)))
+    svi = train_and_compare(make, 12, step=lambda svi, i: svi.step(data(seed=i), 1 / (i + 1)))
     assert num_builds(svi) == [1]
     assert "traced, 12 steps" in svi.explain()
 
@@ -285,7 +285,7 @@ class Counting(Annealed):
         super().forward(x)
 
 
-def test_a_pair_that_changes_an_attribute_as_it_runs_stays_eager():
+def test_a_pair_that_changes_an_attribute_when_it_runs_stays_eager():
     svi = CompiledSVI(functions()[0], Counting(), adam(), Trace_ELBO(), compile="trace")
     for _ in range(5):
         svi.step(data())

@@ -1,4 +1,4 @@
-"""Options of the wrong type or size are refused before the first step, with what is expected."""
+"""Options of the wrong type or range raise ValueError before the first step."""
 
 import numpy as np
 import pyro
@@ -11,7 +11,7 @@ import pyro_vae as pv
 from pyro_vae import evidence
 from tests.support.fits import data, vae
 
-WRONG = [
+INVALID = [
     ({"num_epochs": 2.5}, "fit: num_epochs: expected a whole number, 1 or more, but got 2.5"),
     ({"num_epochs": True}, "fit: num_epochs: expected a whole number, 1 or more, but got True"),
     ({"num_epochs": "3"}, "fit: num_epochs: expected a whole number, 1 or more, but got '3'"),
@@ -38,36 +38,36 @@ WRONG = [
     ({"clip_norm": True}, "fit: clip_norm is True; expected a positive number"),
     ({"clip_norm": float("nan")}, "fit: clip_norm is nan; expected a positive number"),
     ({"every": 1.5}, "fit: every: expected a whole number, 1 or more, but got 1.5"),
-    ({"every": 5}, "fit: every is 5 without a folder of checkpoints"),
+    ({"every": 5}, "fit: every is 5 without a checkpoint folder"),
 ]
 
 
-@pytest.mark.parametrize(("options", "says"), WRONG)
-def test_wrong_options_of_a_fit_are_refused_before_the_first_step(options, says):
+@pytest.mark.parametrize(("options", "message"), INVALID)
+def test_invalid_options_of_fit_raise_before_the_first_step(options, message):
     torch.manual_seed(0)
     model, guide, tensors = vae()
     before = [tensor.clone() for tensor in tensors]
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         pv.fit(model, guide, data(), **{"num_epochs": 1, "progress": False} | options)
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
-@pytest.mark.parametrize("wrong", [2.5, True, "2", 0, None])
+@pytest.mark.parametrize("invalid", [2.5, True, "2", 0, None])
 @pytest.mark.parametrize("verb", [pv.evaluate, evidence.importance, evidence.elbo])
-def test_a_number_of_particles_is_a_whole_one(verb, wrong):
+def test_an_invalid_number_of_particles_raises(verb, invalid):
     model, guide, _ = vae()
     with pytest.raises(ValueError, match="expected a whole number of particles or chains, 1 or more"):
-        verb(model, guide, data(), num_particles=wrong)
+        verb(model, guide, data(), num_particles=invalid)
 
 
-@pytest.mark.parametrize("wrong", [2.5, True, 0])
-def test_the_batch_size_of_an_evaluation_is_a_whole_number(wrong):
+@pytest.mark.parametrize("invalid", [2.5, True, 0])
+def test_an_invalid_batch_size_of_evaluate_raises(invalid):
     model, guide, _ = vae()
     with pytest.raises(ValueError, match="batch_size: expected 1 or more, or None"):
-        pv.evaluate(model, guide, data(), batch_size=wrong)
+        pv.evaluate(model, guide, data(), batch_size=invalid)
 
 
-def test_numbers_of_numpy_and_torch_are_numbers():
+def test_options_may_be_numbers_of_numpy_and_torch():
     def fitted(num_epochs, batch_size, beta, clip_norm):
         torch.manual_seed(0)
         model, guide, tensors = vae()
@@ -75,13 +75,13 @@ def test_numbers_of_numpy_and_torch_are_numbers():
         pv.fit(model, guide, data(), progress=False, **options)
         return tensors
 
-    ours = fitted(np.int64(2), np.int32(40), lambda epoch: torch.tensor(0.5), np.float32(0.5))
-    theirs = fitted(2, 40, lambda epoch: 0.5, 0.5)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    converted = fitted(np.int64(2), np.int32(40), lambda epoch: torch.tensor(0.5), np.float32(0.5))
+    expected = fitted(2, 40, lambda epoch: 0.5, 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(converted, expected, strict=True))
 
 
 class Closing(torch.optim.SGD):
-    """An optimizer of the user's that computes its loss again, by a closure."""
+    """A user-defined optimizer whose step needs a closure."""
 
     def step(self, closure):
         closure()
@@ -94,13 +94,13 @@ CLOSURES = {
         {"optimizer": torch.optim.LBFGS, "optim_args": {"lr": 0.1}, "gamma": 0.9}
     ),
     "LBFGS of torch": lambda params: torch.optim.LBFGS(params),
-    "one of the user's": lambda params: pyro.optim.PyroOptim(Closing, {"lr": 0.1}),
+    "a user-defined optimizer": lambda params: pyro.optim.PyroOptim(Closing, {"lr": 0.1}),
 }
 
 
 @pytest.mark.parametrize("verb", ["fit", "SVI"])
 @pytest.mark.parametrize("kind", CLOSURES)
-def test_an_optimizer_that_needs_a_closure_is_refused_before_the_first_step(kind, verb):
+def test_an_optimizer_that_needs_a_closure_raises_before_the_first_step(kind, verb):
     model, guide, tensors = vae()
     before = [tensor.clone() for tensor in tensors]
     params = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]

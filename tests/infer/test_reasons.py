@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributions import Distribution
 
 from pyro_vae.infer.svi import SVI as CompiledSVI
-from tests.support.steps import D, K, Regression, adam, compared, data, functions, num_builds
+from tests.support.steps import D, K, Regression, adam, data, functions, num_builds, train_and_compare
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_buffers_of_every_dtype_are_read_and_written_by_a_graph(dtype):
         guides.append(Masked(dtype))
         return functions()[0], guides[-1]
 
-    svi = compared(make)
+    svi = train_and_compare(make)
     assert [guide.num_runs for guide in guides] == [10, 10]
     assert ": traced, 10 steps" in svi.explain()
     assert num_builds(svi) == [1]
@@ -64,7 +64,7 @@ def test_a_trace_that_fails_is_not_tried_again(monkeypatch, caplog):
         raise NotImplementedError("no such kernel")
 
     monkeypatch.setattr("pyro_vae.compiler.graphed.trace", fail)
-    svi = compared(functions, 8)
+    svi = train_and_compare(functions, 8)
     assert num_builds(svi) == [1]
     assert "eager Pyro: NotImplementedError" in svi.explain()
     assert "no such kernel, 8 steps" in svi.explain()
@@ -205,7 +205,7 @@ def test_priors_that_are_made_with_a_module_are_traced(kind):
         model = kind()
         return model, AutoNormal(model)
 
-    assert ": traced, 10 steps" in compared(make).explain()
+    assert ": traced, 10 steps" in train_and_compare(make).explain()
 
 
 def test_every_eager_step_has_a_reason_and_equals_a_step_of_pyro():
@@ -217,9 +217,9 @@ def test_every_eager_step_has_a_reason_and_equals_a_step_of_pyro():
         return svi.step(data(seed=i))
 
     assert CompiledSVI(*functions(), adam(), Trace_ELBO()).explain() == "no step has run yet"
-    lines = compared(functions, 5, step=step).explain().splitlines()
+    lines = train_and_compare(functions, 5, step=step).explain().splitlines()
     assert [line.rsplit(", ", 1)[-1] for line in lines] == ["3 steps", "1 steps", "1 steps"]
-    assert "a handler is around the step" in lines[1]
+    assert "the step runs in a Pyro handler" in lines[1]
     assert "compile=False" in lines[2]
 
 
@@ -238,5 +238,5 @@ def function_loss(model, guide, *args):
     ],
 )
 def test_the_reason_names_a_loss_that_is_not_traced(loss, reason):
-    svi = compared(functions, 3, loss=lambda: loss, check=False)
+    svi = train_and_compare(functions, 3, loss=lambda: loss, check=False)
     assert reason in svi.explain()

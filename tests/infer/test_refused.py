@@ -16,7 +16,7 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae import conditionals, nets, priors
 from pyro_vae.infer.svi import SVI as CompiledSVI
-from tests.support.steps import D, K, adam, compared, data, functions, vae
+from tests.support.steps import D, K, adam, data, functions, train_and_compare, vae
 
 
 @pytest.fixture(autouse=True)
@@ -31,16 +31,16 @@ def _double_precision():
     ("wrap", "unwrap", "how"),
     [
         (lambda x: {"x": (x, 1)}, lambda batch: batch["x"][0], "traced, 8 steps"),
-        (lambda x: SimpleNamespace(x=x), lambda batch: batch.x, "which may change unseen"),
+        (lambda x: SimpleNamespace(x=x), lambda batch: batch.x, "whose changes a graph cannot detect"),
     ],
     ids=["dictionary", "object"],
 )
-def test_tensors_in_containers_are_inputs_and_other_objects_are_refused(wrap, unwrap, how):
+def test_tensors_in_containers_are_inputs_of_a_graph_and_other_objects_prevent_it(wrap, unwrap, how):
     def make():
         model, guide = functions()
         return lambda batch: model(unwrap(batch)), lambda batch: guide(unwrap(batch))
 
-    assert how in compared(make, 8, step=lambda svi, i: svi.step(wrap(data(seed=i)))).explain()
+    assert how in train_and_compare(make, 8, step=lambda svi, i: svi.step(wrap(data(seed=i)))).explain()
 
 
 def test_after_64_signatures_further_steps_are_eager(caplog):
@@ -54,8 +54,8 @@ def test_after_64_signatures_further_steps_are_eager(caplog):
     assert "pass numbers as tensors" in caplog.text
 
 
-def test_data_outside_of_the_support_raise_as_in_pyro():
-    """The steps before and after the error, and their noise, are those of Pyro."""
+def test_data_outside_the_support_raise_as_in_pyro():
+    """The steps before and after the error equal those of Pyro at the same noise."""
 
     def make():
         made = pv.VAE(
@@ -72,7 +72,7 @@ def test_data_outside_of_the_support_raise_as_in_pyro():
                 svi.step(x + 0.5)
         return svi.step(x)
 
-    assert "traced" in compared(make, 6, step=step).explain()
+    assert "traced" in train_and_compare(make, 6, step=step).explain()
 
 
 COUNTER, GENERATOR = itertools.count(), torch.Generator()
@@ -92,7 +92,7 @@ READS = {
 
 
 @pytest.mark.parametrize("way", READS)
-def test_a_pair_that_reads_a_value_in_python_is_refused_and_the_reason_logged_once(way, caplog):
+def test_a_pair_that_reads_a_value_in_python_runs_eagerly_and_the_reason_is_logged_once(way, caplog):
     model, _ = functions()
     net, shift = nn.Linear(D, K), torch.tensor(0.5)
 
@@ -124,7 +124,7 @@ def hook_on_all_modules(_):
 
 
 @pytest.mark.parametrize("register", [hook_on_parameter, hook_on_layer, hook_on_all_modules])
-def test_hooks_that_are_added_and_removed_are_followed(register):
+def test_adding_and_removing_hooks_has_the_same_effect_as_in_eager_pyro(register):
     handles = []
 
     def change(model, _, i):
@@ -133,4 +133,4 @@ def test_hooks_that_are_added_and_removed_are_followed(register):
         if i == 8:
             handles.pop().remove()
 
-    compared(vae, 12, change=change)
+    train_and_compare(vae, 12, change=change)

@@ -1,4 +1,4 @@
-"""A fit that stops anywhere and goes on is, to the last bit, the fit that never stopped."""
+"""A fit that is interrupted at any step and resumed is bitwise equal to the uninterrupted fit."""
 
 import logging
 import math
@@ -28,7 +28,7 @@ from pyro_vae.checkpoint.folder import write
 from pyro_vae.infer import resume as resume_module
 from pyro_vae.infer import snapshot
 from pyro_vae.pairs.traces import MeanElbo
-from tests.support.fits import assert_same, data, functions, run, stopped_after
+from tests.support.fits import assert_same, data, functions, run, run_until_step
 
 
 def labelled():
@@ -49,7 +49,7 @@ def scheduled(kind, **options):
 
 
 def branches():
-    """Parameters that only some minibatches use: momentum moves the others on."""
+    """Parameters that only some minibatches use; in other steps momentum updates them."""
     networks = nn.ModuleList(nn.Linear(4, 1) for _ in range(2))
 
     def model(x):
@@ -65,23 +65,23 @@ def branches():
     return model, guide, list(networks.parameters())
 
 
-class Wandering(nn.Module):
-    """Two batch norms, of which each run takes one: which ran first is no name for it."""
+class RandomLayer(nn.Module):
+    """Each run uses one of two batch norms at random, so their order of first use must not identify them."""
 
     def __init__(self):
         super().__init__()
         self.layers, self.last = nn.ModuleList(nn.BatchNorm1d(4) for _ in range(2)), nn.Linear(4, 1)
 
     def forward(self, x):
-        pyro.module("wandering", self)
+        pyro.module("random_layer", self)
         with pyro.plate("data", len(x)):
             chosen = self.layers[int(torch.rand(()) > 0.5)]
             pyro.sample("z", dist.Normal(self.last(chosen(x)).squeeze(-1), 1.0))
 
 
-def wandering():
+def random_layer():
     model, _, _ = branches()
-    guide = Wandering()
+    guide = RandomLayer()
     return model, guide, [*guide.parameters(), *guide.buffers()]
 
 
@@ -99,7 +99,7 @@ def batch_sampled():
 
 
 class Noisy(torch.utils.data.Dataset):
-    """Items that draw from every generator there is."""
+    """Items that draw from the generators of torch, Python and numpy."""
 
     def __len__(self):
         return 107
@@ -118,8 +118,8 @@ CASES = {
     },
     "plain functions": {"pair": functions},
     "some parameters in some steps": {"pair": branches, "check": False},
-    "some buffers in some steps": {"pair": wandering, "check": False},
-    "a sampler of batches": {"x": lambda: batch_sampled()},
+    "some buffers in some steps": {"pair": random_layer, "check": False},
+    "a batch sampler": {"x": batch_sampled},
     "enumerated": {"pair": labelled, "loss": TraceEnum_ELBO},
     "early stopping": {"patience": 3, "optim": lambda: pyro.optim.Adam({"lr": 0.3}), "num_epochs": 30},
     "a DataLoader": {"x": loader},
@@ -138,31 +138,31 @@ CASES = {
 }
 
 
-TRACED = {"some buffers in some steps", "a DataLoader"}  # in the default run; the others are slow
+TRACED_CASES = {"some buffers in some steps", "a DataLoader"}  # in the default run; the others are slow
 
 
 @pytest.mark.parametrize(
     ("compile", "name"),
     [(False, name) for name in CASES]
-    + [pytest.param("trace", name, marks=[] if name in TRACED else pytest.mark.slow) for name in CASES],
+    + [pytest.param("trace", name, marks=[] if name in TRACED_CASES else pytest.mark.slow) for name in CASES],
 )
-def test_it_goes_on_to_the_last_bit(tmp_path, monkeypatch, name, compile):
-    given = CASES[name] | {"compile": compile}
-    whole = run(**given)
-    for steps in (1, 6, 14):  # after the first, at an epoch's end, within an epoch
+def test_a_resumed_fit_equals_the_uninterrupted_fit_bitwise(tmp_path, monkeypatch, name, compile):
+    options = CASES[name] | {"compile": compile}
+    whole = run(**options)
+    for steps in (1, 6, 14):  # after the first step, at the end of an epoch, within an epoch
         folder = tmp_path / str(steps)
-        stopped_after(monkeypatch, steps, checkpoint=folder, **given)
-        assert_same(run(checkpoint=folder, resume="last", seed=77, **given), whole)
+        run_until_step(monkeypatch, steps, checkpoint=folder, **options)
+        assert_same(run(checkpoint=folder, resume="last", seed=77, **options), whole)
 
 
 @pytest.mark.slow
-def test_by_inductor(tmp_path, monkeypatch):
+def test_a_resumed_fit_by_inductor_equals_the_uninterrupted_fit_bitwise(tmp_path, monkeypatch):
     whole = run(compile=True, num_epochs=3)
-    stopped_after(monkeypatch, 7, checkpoint=tmp_path, compile=True, num_epochs=3)
+    run_until_step(monkeypatch, 7, checkpoint=tmp_path, compile=True, num_epochs=3)
     assert_same(run(checkpoint=tmp_path, resume="last", compile=True, num_epochs=3), whole)
 
 
-def test_a_torch_optimizer(tmp_path, monkeypatch):
+def test_a_resumed_fit_with_a_torch_optimizer_equals_the_uninterrupted_fit_bitwise(tmp_path, monkeypatch):
     def fit(**options):
         torch.manual_seed(0)
         made = pv.VAE(
@@ -176,14 +176,12 @@ def test_a_torch_optimizer(tmp_path, monkeypatch):
 
     whole = fit()
     fit(checkpoint=tmp_path, every=4)
-    Checkpoints(tmp_path).paths()
-    again = fit(resume=Checkpoints(tmp_path).paths()[0])
-    assert all(torch.equal(p, q) for p, q in zip(whole, again, strict=True))
+    resumed = fit(resume=Checkpoints(tmp_path).paths()[0])
+    assert all(torch.equal(p, q) for p, q in zip(whole, resumed, strict=True))
 
 
-def switched():
-    """A discrete latent whose score is compared with a running average of its cost, a parameter that the loss
-    makes."""
+def with_baseline():
+    """A discrete latent with a decaying-average baseline, a parameter that the loss creates."""
 
     def model(x):
         locs = pyro.param("locs", torch.tensor([-1.0, 1.0]))
@@ -201,40 +199,42 @@ def switched():
     return model, guide, []
 
 
-def test_parameters_of_the_loss_are_kept(tmp_path, monkeypatch):
-    given = {"pair": switched, "x": lambda: data(100), "loss": TraceGraph_ELBO, "validation": None}
-    whole = run(**given)
-    stopped_after(monkeypatch, 12, checkpoint=tmp_path, **given)
-    assert_same(run(checkpoint=tmp_path, resume="last", **given), whole)
+def test_parameters_that_the_loss_creates_are_restored(tmp_path, monkeypatch):
+    options = {"pair": with_baseline, "x": lambda: data(100), "loss": TraceGraph_ELBO, "validation": None}
+    whole = run(**options)
+    run_until_step(monkeypatch, 12, checkpoint=tmp_path, **options)
+    assert_same(run(checkpoint=tmp_path, resume="last", **options), whole)
     assert len(whole[0]) == 3
 
 
-def test_more_epochs_train_on(tmp_path):
-    """As if they had been asked for at once; epochs that are all done leave everything as it is."""
+def test_resuming_with_more_epochs_equals_one_fit_of_all_epochs(tmp_path):
+    """Resuming a finished fit changes nothing."""
     whole = run(num_epochs=5)
     short = run(num_epochs=3, checkpoint=tmp_path)
     assert_same(run(num_epochs=3, checkpoint=tmp_path, resume="last"), short)
     assert_same(run(num_epochs=5, checkpoint=tmp_path, resume="last"), whole)
 
 
-def test_what_is_kept(tmp_path):
-    """The newest two and the best; the best is where the validation ELBO was highest."""
+def test_the_newest_two_and_the_best_checkpoint_are_kept(tmp_path):
+    """The best checkpoint is that of the highest validation ELBO."""
     _, epochs = run(optim=lambda: pyro.optim.Adam({"lr": 0.3}), num_epochs=8, checkpoint=tmp_path, every=4)
     best = max(epochs, key=lambda epoch: epoch.validation.elbo).epoch
     steps = [int(path.name.removeprefix("step-")) for path in Checkpoints(tmp_path).paths()]
     assert steps == sorted({6 * best, 44, 48})
     path, content = Checkpoints(tmp_path).best()
     assert (path.name, len(content["history"])) == (f"step-{6 * best:08d}", best)
-    again = run(optim=lambda: pyro.optim.Adam({"lr": 0.3}), num_epochs=8, resume="best", checkpoint=tmp_path)
-    assert str(again[1]) == str(epochs)
+    resumed = run(
+        optim=lambda: pyro.optim.Adam({"lr": 0.3}), num_epochs=8, resume="best", checkpoint=tmp_path
+    )
+    assert str(resumed[1]) == str(epochs)
 
 
-def stopped(folder):
+def checkpoint_of_one_epoch(folder):
     run(num_epochs=1, checkpoint=folder)
     return Checkpoints(folder).paths()[-1]
 
 
-def test_refusals(tmp_path):
+def test_invalid_options_for_resuming_raise(tmp_path):
     run(num_epochs=1, checkpoint=tmp_path / "a")
     for options, message in (
         ({"batch_size": 19}, "batch_size is 19 but was 20"),
@@ -261,7 +261,7 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="clip_norm is -1"):
         run(clip_norm=-1.0)
     with pytest.raises(FileExistsError, match="holds checkpoints already"):
-        run(num_epochs=2, checkpoint=tmp_path / "a", resume=stopped(tmp_path / "other"))
+        run(num_epochs=2, checkpoint=tmp_path / "a", resume=checkpoint_of_one_epoch(tmp_path / "other"))
     run(num_epochs=3, checkpoint=tmp_path / "d")
     with pytest.raises(ValueError, match="after 3 epochs but num_epochs is 1"):
         run(num_epochs=1, checkpoint=tmp_path / "d", resume="last")
@@ -271,7 +271,7 @@ def test_refusals(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
+def test_resume_last_skips_a_damaged_checkpoint(tmp_path, caplog):
     whole = run(checkpoint=tmp_path)
     newest = Checkpoints(tmp_path).paths()[-1]
     (tensors,) = newest.glob("*.safetensors")
@@ -285,7 +285,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("name", ["weights", "seconds", "best.epochs_since", "ranks.0.terms", "ranks"])
-def test_a_sound_checkpoint_that_lacks_an_entry_is_refused_by_its_name(tmp_path, name):
+def test_the_error_for_a_checkpoint_without_an_entry_names_the_entry(tmp_path, name):
     run(num_epochs=1, checkpoint=tmp_path)
     (path, content) = Checkpoints(tmp_path).last()
     *parents, last = name.split(".")
@@ -299,48 +299,47 @@ def test_a_sound_checkpoint_that_lacks_an_entry_is_refused_by_its_name(tmp_path,
             run(checkpoint=tmp_path, resume=resume)
 
 
-def test_going_back_sets_the_later_ones_aside(tmp_path):
-    """From the best on, what is written is the last, and nothing is lost."""
+def test_resuming_from_the_best_checkpoint_renames_the_later_ones(tmp_path):
+    """No file of the folder is deleted."""
     options = {"optim": lambda: pyro.optim.Adam({"lr": 0.3}), "seed": 3, "checkpoint": tmp_path}
     run(num_epochs=8, **options)
     best = Checkpoints(tmp_path).best()[0]
     names = {path.name for path in Checkpoints(tmp_path).paths()}
     assert best.name < max(names)
-    (tmp_path / "step-500").mkdir()  # another's
+    (tmp_path / "step-500").mkdir()  # not a checkpoint
     (tmp_path / "step-notes.txt").write_text("mine")
-    again = run(num_epochs=8, resume="best", **options)
-    assert len(again[1]) == 8
+    resumed = run(num_epochs=8, resume="best", **options)
+    assert len(resumed[1]) == 8
     kept = {path.name for path in tmp_path.iterdir()}
     assert {"step-500", "step-notes.txt"} < kept
     assert all(any(name in other for other in kept) for name in names)
 
 
-def test_epochs_are_read_as_they_were():
+def test_epoch_of_is_the_inverse_of_tuple():
     record = pv.Epoch(3, 0.5, MeanElbo(-1.0, -0.5, 0.5, 0.1), None, 2.0)
     assert pv.Epoch.of(tuple(record)) == record
 
 
-def test_workers_that_live_on_are_told_of(tmp_path):
-    """What they draw is in no checkpoint."""
-    lasting = DataLoader(TensorDataset(data()), batch_size=20, num_workers=1, persistent_workers=True)
+def test_persistent_workers_of_a_loader_give_a_warning(tmp_path):
+    """Checkpoints do not contain their random states."""
+    persistent = DataLoader(TensorDataset(data()), batch_size=20, num_workers=1, persistent_workers=True)
     with pytest.warns(UserWarning, match="persistent_workers=False"):
-        run(x=lambda: lasting, num_epochs=1, checkpoint=tmp_path)
+        run(x=lambda: persistent, num_epochs=1, checkpoint=tmp_path)
 
 
 @pytest.mark.parametrize("package", ["torch", "pyro-ppl"])
-def test_another_version_is_a_warning_and_the_fit_continues(tmp_path, monkeypatch, package):
+def test_another_version_gives_a_warning_and_the_fit_continues(tmp_path, monkeypatch, package):
     whole = run(num_epochs=3)
     with monkeypatch.context() as patch:
         patch.setattr(resume_module, "versions", lambda: snapshot.versions() | {package: "0.0.7"})
         run(num_epochs=1, checkpoint=tmp_path)
     with pytest.warns(UserWarning, match=re.escape(f"{package} 0.0.7 (now {snapshot.versions()[package]})")):
         assert_same(run(num_epochs=3, checkpoint=tmp_path, resume="last"), whole)
-    run(
-        num_epochs=4, checkpoint=tmp_path, resume="last"
-    )  # the checkpoint is now of these versions: no warning
+    # the last checkpoint is of the installed versions, so there is no warning
+    run(num_epochs=4, checkpoint=tmp_path, resume="last")
 
 
-def test_a_checkpoint_that_names_no_versions_is_no_warning(tmp_path, monkeypatch):
+def test_a_checkpoint_without_versions_gives_no_warning(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(resume_module, "versions", dict)
         run(num_epochs=1, checkpoint=tmp_path)

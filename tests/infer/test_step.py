@@ -9,7 +9,7 @@ from pyro.infer import Trace_ELBO
 from torch import nn
 
 from pyro_vae.infer.svi import SVI as CompiledSVI
-from tests.support.steps import D, K, adam, compared, data, functions, trained, vae
+from tests.support.steps import D, K, adam, data, functions, train, train_and_compare, vae
 
 
 @pytest.fixture(autouse=True)
@@ -73,10 +73,10 @@ def programs(make):
 
 @pytest.mark.parametrize("kind", [SharedBias, TransposedInPlace])
 def test_gradients_of_broadcast_and_transposed_parameters(kind):
-    assert ": traced, 10 steps" in compared(programs(kind)).explain()
+    assert ": traced, 10 steps" in train_and_compare(programs(kind)).explain()
 
 
-def test_a_gradient_that_is_only_rounding_is_no_difference_from_eager_pyro():
+def test_rounding_of_a_zero_gradient_does_not_count_as_a_difference():
     """The gradient of a bias before batch normalization is exactly zero."""
     torch.set_default_dtype(torch.float)
     heads = normalized()
@@ -86,7 +86,7 @@ def test_a_gradient_that_is_only_rounding_is_no_difference_from_eager_pyro():
     assert ": traced, 10 steps" in svi.explain()
 
 
-def test_a_difference_is_found_beside_a_large_loss_in_single_precision():
+def test_a_difference_is_detected_at_a_large_loss_in_single_precision():
     torch.set_default_dtype(torch.float)
     settings = {"scale": 1.0}
     heads = Heads()
@@ -169,7 +169,7 @@ def test_a_parameter_whose_strides_differ_from_its_adam_state():
             weight = model.__self__.encoder.weight
             weight.data = weight.data.t().contiguous().t()
 
-    compared(programs(Heads), change=transpose_memory)
+    train_and_compare(programs(Heads), change=transpose_memory)
 
 
 def test_a_torch_optimizer_also_updates_other_parameters_that_have_a_gradient():
@@ -185,7 +185,7 @@ def test_a_torch_optimizer_also_updates_other_parameters_that_have_a_gradient():
         return svi.step(data(seed=i))
 
     for compile in ("trace", False):
-        trained(vae, CompiledSVI, 8, optim=optimizer, step=step, compile=compile)
+        train(vae, CompiledSVI, 8, optim=optimizer, step=step, compile=compile)
     torch.testing.assert_close(*others, rtol=1e-9, atol=1e-9)
 
 
@@ -194,7 +194,7 @@ def test_a_pair_without_arguments_whose_network_has_running_statistics():
         heads, x = normalized(), data()
         return lambda: heads.model(x), lambda: heads.guide(x)
 
-    assert "traced, 5 steps" in compared(make, 5, step=lambda svi, _: svi.step()).explain()
+    assert "traced, 5 steps" in train_and_compare(make, 5, step=lambda svi, _: svi.step()).explain()
 
 
 def make_with_second_network(second):
@@ -215,9 +215,9 @@ def make_with_second_network(second):
     return make
 
 
-def test_a_network_outside_of_the_param_store_is_refused_and_its_gradients_equal_those_of_pyro():
+def test_a_network_outside_the_param_store_prevents_a_graph_and_its_gradients_equal_those_of_pyro():
     make = make_with_second_network(lambda network, x: network(x))
-    svi = compared(make, 3, check=False)
+    svi = train_and_compare(make, 3, check=False)
     torch.testing.assert_close(*(network.weight.grad for network in make.networks), rtol=1e-9, atol=1e-9)
     assert "is not in Pyro's param store" in svi.explain()
 
@@ -230,7 +230,7 @@ def test_a_registered_network_without_gradients_is_traced():
         with torch.no_grad():
             return network(x)
 
-    assert ": traced, 10 steps" in compared(make_with_second_network(target)).explain()
+    assert ": traced, 10 steps" in train_and_compare(make_with_second_network(target)).explain()
 
 
 def test_a_parameter_that_only_some_signatures_use_is_updated_by_its_momentum():
@@ -251,4 +251,4 @@ def test_a_parameter_that_only_some_signatures_use_is_updated_by_its_momentum():
         return model, guide_by_size
 
     rows = (12, 5, 12, 5, 12, 12, 5, 5, 12, 5)
-    compared(make, step=lambda svi, i: svi.step(data(rows[i], seed=i)))
+    train_and_compare(make, step=lambda svi, i: svi.step(data(rows[i], seed=i)))

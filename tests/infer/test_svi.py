@@ -1,5 +1,5 @@
-"""SVI with a traced step: the same numbers as Pyro's, for every kind of pair; and eager Pyro where a graph
-would be wrong."""
+"""SVI with a traced step equals Pyro's SVI for each kind of pair, and runs as eager Pyro if a graph would be
+wrong."""
 
 import os
 import shutil
@@ -26,22 +26,22 @@ from tests.support.steps import (
     data,
     functions,
     subsampled,
-    trained,
+    train,
     vae,
 )
 
 
 @pytest.fixture(autouse=True)
-def _in_double():
-    """So that only rounding tells the two apart."""
+def _double_precision():
+    """So that a graph differs from eager Pyro only by rounding."""
     torch.set_default_dtype(torch.double)
     yield
     torch.set_default_dtype(torch.float)
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_every_pair_trains_as_by_pyro(name):
-    ours, pyros = trained(PAIRS[name], CompiledSVI, compile="trace"), trained(PAIRS[name], SVI)
+def test_training_of_each_kind_of_pair_equals_that_by_pyro(name):
+    ours, pyros = train(PAIRS[name], CompiledSVI, compile="trace"), train(PAIRS[name], SVI)
     assert_equal_runs(ours, pyros)
     assert ": traced, 30 steps" in ours[2].explain()
 
@@ -49,30 +49,30 @@ def test_every_pair_trains_as_by_pyro(name):
 @pytest.mark.parametrize(
     "loss", [TraceMeanField_ELBO, lambda: Trace_ELBO(num_particles=3)], ids=["mean field", "particles"]
 )
-def test_other_losses(loss):
-    ours, pyros = trained(vae, CompiledSVI, loss=loss, compile="trace"), trained(vae, SVI, loss=loss)
+def test_other_traced_losses_equal_those_of_pyro(loss):
+    ours, pyros = train(vae, CompiledSVI, loss=loss, compile="trace"), train(vae, SVI, loss=loss)
     assert_equal_runs(ours, pyros)
     assert "traced" in ours[2].explain()
 
 
-def test_vectorized_particles():
+def test_vectorized_particles_equal_those_of_pyro():
     def loss():
         return Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
 
-    ours, pyros = trained(vae, CompiledSVI, loss=loss, compile="trace"), trained(vae, SVI, loss=loss)
+    ours, pyros = train(vae, CompiledSVI, loss=loss, compile="trace"), train(vae, SVI, loss=loss)
     assert_equal_runs(ours, pyros)
     assert "traced" in ours[2].explain()
 
 
-def test_two_hundred_steps_in_single_precision():
+def test_two_hundred_steps_in_single_precision_equal_those_of_pyro():
     torch.set_default_dtype(torch.float)
-    ours, pyros = trained(vae, CompiledSVI, steps=200, compile="trace"), trained(vae, SVI, steps=200)
+    ours, pyros = train(vae, CompiledSVI, steps=200, compile="trace"), train(vae, SVI, steps=200)
     assert_equal_runs(ours, pyros, tolerance=1e-5)
 
 
 OPTIMIZERS = {
     "AdamW": lambda *_: pyro.optim.AdamW({"lr": 0.01, "weight_decay": 0.1}),
-    "each parameter its own": lambda *_: pyro.optim.Adam(
+    "options by parameter": lambda *_: pyro.optim.Adam(
         lambda name: {"lr": 0.001 if "log_scale" in name else 0.01}
     ),
     "clipped": lambda *_: pyro.optim.Adam({"lr": 0.01}, {"clip_norm": 0.1}),
@@ -83,16 +83,16 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_moves_as_by_pyro(name):
+def test_training_with_each_optimizer_equals_that_by_pyro(name):
     ours, pyros = (
-        trained(vae, CompiledSVI, optim=OPTIMIZERS[name], compile="trace"),
-        trained(vae, SVI, optim=OPTIMIZERS[name]),
+        train(vae, CompiledSVI, optim=OPTIMIZERS[name], compile="trace"),
+        train(vae, SVI, optim=OPTIMIZERS[name]),
     )
     assert_equal_runs(ours, pyros)
     assert "traced" in ours[2].explain()
 
 
-def test_a_schedule_is_followed():
+def test_a_learning_rate_schedule_has_the_same_effect_as_in_pyro():
     def run(svi_class, **options):
         pyro.set_rng_seed(0)
         with pyro.get_param_store().scope():
@@ -108,27 +108,27 @@ def test_a_schedule_is_followed():
 
     (ours, state), (pyros, expected) = run(CompiledSVI, compile="trace"), run(SVI)
     np.testing.assert_allclose(ours, pyros, rtol=1e-9)
-    assert state.keys() == expected.keys()  # the optimizer's state is where Pyro keeps it
+    assert state.keys() == expected.keys()  # the optimizer's state is stored as by Pyro
     for name, part in expected.items():
         for key, value in part["optimizer"]["state"][0].items():
             torch.testing.assert_close(state[name]["optimizer"]["state"][0][key], value, rtol=1e-9, atol=1e-9)
 
 
-def test_a_torch_optimizer_over_the_pair():
-    def own(model, guide):
+def test_a_torch_optimizer_has_to_contain_all_parameters_of_the_pair():
+    def adam_over_pair(model, guide):
         return torch.optim.Adam([*model.parameters(), *guide.parameters()], lr=0.01)
 
-    assert_equal_runs(trained(vae, CompiledSVI, optim=own, compile="trace"), trained(vae, SVI))
+    assert_equal_runs(train(vae, CompiledSVI, optim=adam_over_pair, compile="trace"), train(vae, SVI))
     with pytest.raises(ValueError, match="does not have"):
-        trained(vae, CompiledSVI, optim=lambda model, _: torch.optim.Adam(model.parameters(), lr=0.01))
+        train(vae, CompiledSVI, optim=lambda model, _: torch.optim.Adam(model.parameters(), lr=0.01))
 
 
-def eager(make, caplog, reason, loss=Trace_ELBO, steps=8):
-    """What cannot be a graph trains as by Pyro, and one logged line says why."""
+def assert_runs_as_eager_pyro(make, caplog, reason, loss=Trace_ELBO, steps=8):
+    """Assert that training equals that by Pyro, and that the reason is logged once."""
     np.random.seed(0)  # noqa: NPY002
-    ours = trained(make, CompiledSVI, steps, loss=loss, compile="trace")
+    ours = train(make, CompiledSVI, steps, loss=loss, compile="trace")
     np.random.seed(0)  # noqa: NPY002
-    pyros = trained(make, SVI, steps, loss=loss)
+    pyros = train(make, SVI, steps, loss=loss)
     assert_equal_runs(ours, pyros)
     lines = [record.message for record in caplog.records if record.name == "pyro_vae.infer.svi"]
     assert len(lines) == 1
@@ -137,7 +137,7 @@ def eager(make, caplog, reason, loss=Trace_ELBO, steps=8):
 
 
 def numpy_noise():
-    """A guide whose noise is numpy's, and drawn anew each time."""
+    """A guide that draws its noise by numpy."""
     model, _ = vae()
     net = nn.Linear(D, K)
 
@@ -193,11 +193,11 @@ def branching():
     ],
     ids=["numpy noise", "a number of numpy", "boolean masks", "a branch on data", "TraceEnum", "TraceGraph"],
 )
-def test_what_would_be_wrong_runs_as_eager_pyro(make, reason, loss, caplog):
-    eager(make, caplog, reason, loss)
+def test_pairs_and_losses_that_cannot_be_traced_run_as_eager_pyro(make, reason, loss, caplog):
+    assert_runs_as_eager_pyro(make, caplog, reason, loss)
 
 
-def test_shapes_dtypes_and_arguments_have_graphs_of_their_own():
+def test_each_shape_of_the_data_has_its_graph():
     model, guide = vae()
     svi = CompiledSVI(model, guide, adam(), Trace_ELBO(), compile="trace")
     for n in (12, 12, 5, 5, 12, 12):
@@ -206,7 +206,7 @@ def test_shapes_dtypes_and_arguments_have_graphs_of_their_own():
     assert "[12, 6]: traced, 4 steps" in svi.explain()
 
 
-def test_a_storm_of_changes_ends_in_eager_pyro(caplog, monkeypatch):
+def test_after_too_many_retraces_steps_run_as_eager_pyro(caplog, monkeypatch):
     monkeypatch.setattr("pyro_vae.infer.svi._MAX_BUILDS", 3)
     guide = Annealed()
     svi = CompiledSVI(vae()[0], guide, adam(), Trace_ELBO(), compile="trace")
@@ -249,7 +249,7 @@ def test_noise_is_fresh_reproducible_and_independent():
     assert "traced" in svi.explain()
     flat = [part for pair_of in draws for part in pair_of]
     correlations = torch.corrcoef(torch.stack(flat)) - torch.eye(4)
-    assert correlations.abs().max() < 4.5 / 5000**0.5  # fresh at each call, independent across sites
+    assert correlations.abs().max() < 4.5 / 5000**0.5  # independent between calls and between sites
     pyro.set_rng_seed(3)
     first = gradients()
     pyro.set_rng_seed(3)
@@ -257,21 +257,20 @@ def test_noise_is_fresh_reproducible_and_independent():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
-def test_inductor_follows_pyro():
+def test_training_by_inductor_equals_that_by_pyro():
     ours, pyros = (
-        trained(PAIRS["dropout"], CompiledSVI, steps=40, compile=True),
-        trained(PAIRS["dropout"], SVI, steps=40),
+        train(PAIRS["dropout"], CompiledSVI, steps=40, compile=True),
+        train(PAIRS["dropout"], SVI, steps=40),
     )
     assert_equal_runs(ours, pyros)
     assert "compiled by Inductor, 40 steps" in ours[2].explain()
-    assert torch.distributions.Distribution._validate_args  # which Dynamo would turn off
+    assert torch.distributions.Distribution._validate_args  # Dynamo would disable validation
 
 
-def test_at_an_optimum_rounding_does_not_count_as_a_difference(monkeypatch):
-    """Where the gradient vanishes nothing is left of it but rounding errors; another prior is still
-    another."""
+def test_rounding_at_an_optimum_does_not_count_as_a_difference_but_another_prior_does(monkeypatch):
+    """At an optimum the gradient consists of rounding errors."""
     monkeypatch.setattr("pyro_vae.infer.svi._COMPARE_EVERY", 100)
-    monkeypatch.setenv("SCALE", "1.0")  # no guard sees it
+    monkeypatch.setenv("SCALE", "1.0")  # no guard detects its changes
     torch.manual_seed(0)
     x = torch.randn(1000, D, dtype=torch.float)
     y = (torch.rand(1000) < torch.sigmoid(x.sum(-1))).float()
@@ -297,7 +296,7 @@ def test_at_an_optimum_rounding_does_not_count_as_a_difference(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("compile", ["trace", True])
-def test_on_a_gpu(compile):
+def test_training_on_a_gpu_equals_that_by_pyro(compile):
     def run(svi_class, **options):
         pyro.set_rng_seed(0)
         with pyro.get_param_store().scope():
@@ -310,37 +309,37 @@ def test_on_a_gpu(compile):
     assert ("traced" if compile == "trace" else "compiled by Inductor") in svi.explain()
 
 
-def test_without_a_compiler_the_graph_serves(monkeypatch, caplog):
+def test_without_a_compiler_the_traced_graph_is_used(monkeypatch, caplog):
     def fail(*_, **__):
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr("pyro_vae.compiler.internals.compile_graph", fail)
-    ours, pyros = trained(vae, CompiledSVI, compile=True), trained(vae, SVI)
+    ours, pyros = train(vae, CompiledSVI, compile=True), train(vae, SVI)
     assert_equal_runs(ours, pyros)
     assert "traced (Inductor: RuntimeError" in ours[2].explain()
     assert "no compiler here" in caplog.text
 
 
-def test_a_custom_loss_and_no_compiling():
+def test_a_function_as_loss_and_compile_false_run_as_eager_pyro():
     def loss(model, guide, *args):
         return Trace_ELBO().differentiable_loss(model, guide, *args)
 
-    assert_equal_runs(trained(vae, CompiledSVI, loss=lambda: loss), trained(vae, SVI, loss=lambda: loss))
-    ours = trained(vae, CompiledSVI, compile=False)
-    assert_equal_runs(ours, trained(vae, SVI))
+    assert_equal_runs(train(vae, CompiledSVI, loss=lambda: loss), train(vae, SVI, loss=lambda: loss))
+    ours = train(vae, CompiledSVI, compile=False)
+    assert_equal_runs(ours, train(vae, SVI))
     assert "compile=False" in ours[2].explain()
     with pytest.raises(ValueError, match="compile: expected"):
         CompiledSVI(*vae(), adam(), Trace_ELBO(), compile="fast")
 
 
-def test_nothing_is_left_behind_by_tracing():
-    """Random state, buffers and gradients are as a plain step leaves them."""
+def test_tracing_leaves_random_states_buffers_and_gradients_unchanged():
+    """They are the same as after steps of Pyro."""
     ours, pyros = (
-        trained(PAIRS["BatchNorm"], CompiledSVI, steps=2, compile="trace"),
-        trained(PAIRS["BatchNorm"], SVI, steps=2),
+        train(PAIRS["BatchNorm"], CompiledSVI, steps=2, compile="trace"),
+        train(PAIRS["BatchNorm"], SVI, steps=2),
     )
     assert_equal_runs(ours, pyros, tolerance=1e-12)
-    trained(vae, CompiledSVI, steps=3, compile="trace")
+    train(vae, CompiledSVI, steps=3, compile="trace")
     state = torch.get_rng_state()
-    trained(vae, SVI, steps=3)
+    train(vae, SVI, steps=3)
     assert torch.equal(state, torch.get_rng_state())

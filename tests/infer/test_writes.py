@@ -1,4 +1,4 @@
-"""What a pair writes as it runs, and the memory that it reads: a graph does the same as eager Pyro."""
+"""Graphs equal eager Pyro for pairs that write tensors, and for all memory layouts."""
 
 import pyro
 import pyro.distributions as dist
@@ -9,7 +9,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.infer.svi import SVI as CompiledSVI
-from tests.support.steps import D, K, compared, data, trained
+from tests.support.steps import D, K, data, train, train_and_compare
 
 HOW = {"trace": ": traced, 5 steps", True: ": compiled by Inductor, 5 steps"}
 both_kinds = pytest.mark.parametrize("compile", ["trace", True])
@@ -81,7 +81,7 @@ def test_the_writes_of_a_failed_step_are_restored(act, compile):
                 svi.step(invalid, offsets[-1])
         return svi.step(data(), offsets[-1])
 
-    svi = compared(make, 4, step=step, compile=compile, tolerance=1e-6)
+    svi = train_and_compare(make, 4, step=step, compile=compile, tolerance=1e-6)
     torch.testing.assert_close(*offsets)
     assert HOW[compile] in svi.explain()
 
@@ -91,7 +91,7 @@ def test_a_graph_that_writes_buffers_that_share_memory_is_compiled():
         pair.a.add_(0.01 * x.mean(0))
         pair.b.mul_(1.1)
 
-    assert HOW[True] in compared(make_pair(act), 5, compile=True, tolerance=1e-6).explain()
+    assert HOW[True] in train_and_compare(make_pair(act), 5, compile=True, tolerance=1e-6).explain()
 
 
 @both_kinds
@@ -101,7 +101,7 @@ def test_a_buffer_whose_dtype_changes_is_read_in_the_new_dtype(compile):
             pair = model.__self__
             pair.scale.data = 2 * pair.scale.double()
 
-    compared(make_pair(), 6, change=change, compile=compile, tolerance=1e-6)
+    train_and_compare(make_pair(), 6, change=change, compile=compile, tolerance=1e-6)
 
 
 VIEWS = {"strided": lambda x: x[:, ::2], "expanded": lambda x: x[:1, :D].expand(9, D)}
@@ -110,7 +110,7 @@ VIEWS = {"strided": lambda x: x[:, ::2], "expanded": lambda x: x[:1, :D].expand(
 @pytest.mark.parametrize("kind", VIEWS)
 def test_arguments_that_are_not_contiguous_are_compiled(kind):
     x = VIEWS[kind](torch.randn(9, 2 * D))
-    svi = compared(make_pair(), 5, step=lambda svi, _: svi.step(x), compile=True, tolerance=1e-6)
+    svi = train_and_compare(make_pair(), 5, step=lambda svi, _: svi.step(x), compile=True, tolerance=1e-6)
     assert HOW[True] in svi.explain()
 
 
@@ -120,14 +120,14 @@ def test_steps_under_autocast_run_as_a_graph(compile):
         with torch.autocast("cpu", torch.bfloat16):
             return svi.step(data())
 
-    ours = trained(make_pair(), CompiledSVI, 5, step=step, compile=compile)
-    assert ours[0] == pytest.approx(trained(make_pair(), SVI, 5, step=step)[0], rel=2**-8)
+    ours = train(make_pair(), CompiledSVI, 5, step=step, compile=compile)
+    assert ours[0] == pytest.approx(train(make_pair(), SVI, 5, step=step)[0], rel=2**-8)
     how = ours[2].explain()
     assert ": traced" in how or ": compiled" in how  # the rounding of Inductor may differ by too much
 
 
 @pytest.mark.parametrize("compile", [False, "trace"])
-def test_a_fit_that_fails_leaves_no_gradients(compile):
+def test_gradients_are_zero_after_a_failed_step(compile):
     """The derivative of sqrt at 0 is infinite; times zero it is NaN."""
 
     def act(pair, x, _):

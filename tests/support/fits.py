@@ -1,4 +1,4 @@
-"""Small fits, whole and stopped on their way, and how two of them are held against each other."""
+"""Small fits, uninterrupted and interrupted, and their comparison."""
 
 import pyro
 import pyro.distributions as dist
@@ -30,8 +30,7 @@ def vae():
 
 
 def functions():
-    """A pair without modules of its own: parameters in the store, a batch norm that a function closes
-    over."""
+    """Plain functions: parameters in the param store, and a batch norm in a closure."""
     network = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 1))
 
     def model(x):
@@ -52,22 +51,23 @@ class Stop(Exception):
     pass
 
 
-def stopped_after(monkeypatch, steps, **given):
-    """Run a fit until a checkpoint after so many steps, and no further."""
+def run_until_step(monkeypatch, steps, **options):
+    """Run a fit that saves a checkpoint after each step, and stop it after ``steps`` steps."""
     save = Checkpoints.save
 
-    def last(self, at, content, *, score):
-        save(self, at, content, score=score)
-        if at >= steps:
+    def save_and_stop(self, num_steps, content, *, score):
+        save(self, num_steps, content, score=score)
+        if num_steps >= steps:
             raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", last)
+        patch.setattr(Checkpoints, "save", save_and_stop)
         with pytest.raises(Stop):
-            run(every=1, **given)
+            run(every=1, **options)
 
 
 def run(pair=vae, x=data, loss=Trace_ELBO, optim=lambda: pyro.optim.Adam({"lr": 0.01}), seed=1, **options):
+    """Fit a pair. Returns the parameters and buffers, and the epochs with ``seconds`` set to 0."""
     torch.manual_seed(0)
     model, guide, tensors = pair()
     x = x() if callable(x) else x
@@ -81,6 +81,7 @@ def run(pair=vae, x=data, loss=Trace_ELBO, optim=lambda: pyro.optim.Adam({"lr": 
 
 
 def assert_same(a, b):
+    """Assert that two results of :func:`run` are bitwise equal."""
     assert len(a[0]) == len(b[0])
     assert all(torch.equal(p, q) for p, q in zip(a[0], b[0], strict=True))
-    assert str(a[1]) == str(b[1])  # NaN, too
+    assert str(a[1]) == str(b[1])  # as strings, since NaN != NaN

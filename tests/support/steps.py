@@ -1,4 +1,4 @@
-"""Pairs of every kind, and their training by our SVI and by Pyro's."""
+"""Pairs of each kind, and their training by ``pyro_vae.SVI`` and by ``pyro.infer.SVI``."""
 
 import numpy as np
 import pyro
@@ -114,7 +114,7 @@ def adam(*_):
     return pyro.optim.Adam({"lr": 0.01})
 
 
-def trained(make, svi_class, steps=30, loss=Trace_ELBO, optim=adam, step=None, change=None, **options):
+def train(make, svi_class, steps=30, loss=Trace_ELBO, optim=adam, step=None, change=None, **options):
     """Train a pair from a fixed seed. Returns the losses, the parameters and buffers, and the SVI.
 
     :param step: ``step(svi, i)`` takes a step and returns its loss.
@@ -137,17 +137,18 @@ def trained(make, svi_class, steps=30, loss=Trace_ELBO, optim=adam, step=None, c
 
 
 def assert_equal_runs(ours, pyros, tolerance=1e-9):
+    """Assert that two results of :func:`train` are equal."""
     np.testing.assert_allclose(ours[0], pyros[0], rtol=tolerance, atol=tolerance)
     assert ours[1].keys() == pyros[1].keys()
     for name, value in pyros[1].items():
         torch.testing.assert_close(ours[1][name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
-def compared(make, steps=10, *, compile="trace", check=True, tolerance=1e-9, **options):
-    """Train a pair by our SVI and by Pyro's, and assert equal losses, parameters and buffers. Returns our
-    SVI."""
-    ours = trained(make, CompiledSVI, steps, compile=compile, check=check, **options)
-    assert_equal_runs(ours, trained(make, SVI, steps, **options), tolerance)
+def train_and_compare(make, steps=10, *, compile="trace", check=True, tolerance=1e-9, **options):
+    """Train a pair by ``pyro_vae.SVI`` and by ``pyro.infer.SVI``, and assert equal losses, parameters and
+    buffers. Returns the former SVI."""
+    ours = train(make, CompiledSVI, steps, compile=compile, check=check, **options)
+    assert_equal_runs(ours, train(make, SVI, steps, **options), tolerance)
     return ours[2]
 
 
