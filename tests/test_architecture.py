@@ -36,9 +36,8 @@ def imported(path):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
         for inner in ast.walk(node)
     }
-    optional = (
-        {"compiler"} if path.name == "graphs.py" else set()
-    )  # where it is known whether it can be imported
+    # where it is known whether it can be imported
+    optional = {"compiler"} if path.name == "graphs.py" else set()
     for node in ast.walk(tree):
         if id(node) in for_types or optional & {
             (getattr(node, "module", None) or "").removeprefix("pyro_vae.")

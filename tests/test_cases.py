@@ -812,9 +812,8 @@ def test_reported_elbos_do_not_contain_scales(loss):
     )
     with history.scope():
         plain = pv.evaluate(local_model, amortized, x, num_particles=3000).mean().elbo
-    assert history.epochs[0].train.elbo == pytest.approx(
-        plain, abs=1.0
-    )  # one draw; with the scale it would be near 0
+    # one draw; with the scale it would be near 0
+    assert history.epochs[0].train.elbo == pytest.approx(plain, abs=1.0)
 
 
 def test_joint_log_weights_of_a_subsample_raise():
@@ -1147,9 +1146,8 @@ def test_each_particle_is_a_new_draw_for_a_guide_of_deltas_with_log_density(monk
 def test_check_false_raises_if_the_result_is_undefined():
     def model(x):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        w = pyro.sample(
-            "w", dist.Normal(torch.zeros(2), 1.0)
-        )  # judged wrong: no plate declares its dimension
+        # judged wrong: no plate declares its dimension
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0))
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(mu + w.sum(), 1.0), obs=x)
 

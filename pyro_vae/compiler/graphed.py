@@ -123,9 +123,8 @@ def restored(values: Sequence[Tensor]) -> Iterator[None]:
         pyro.util.set_rng_state(state)
         with torch.no_grad():
             for value, old in zip(values, before, strict=True):
-                if not torch.equal(
-                    value, old
-                ):  # copy_() raises for an expanded tensor, even an unchanged one
+                # copy_() raises for an expanded tensor, even an unchanged one
+                if not torch.equal(value, old):
                     value.data.copy_(old)
 
 

@@ -218,7 +218,6 @@ def _location(frames: traceback.StackSummary) -> str:
 def _is_library(filename: str) -> bool:
     if filename.startswith(("<frozen", "<string>", "<eval_with_key>")):
         return True
-    in_stdlib = (
-        filename.startswith(_STDLIB) and "-packages" not in filename
-    )  # an installed package may be a pair
+    # an installed package may be a pair
+    in_stdlib = filename.startswith(_STDLIB) and "-packages" not in filename
     return in_stdlib or filename.startswith((_TORCH, *_PACKAGES))

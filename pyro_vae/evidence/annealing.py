@@ -320,9 +320,8 @@ def run_chains(
     """Run chains on each chunk of the data: pilot runs set step sizes and schedule, then ``walk`` computes
     the weights. The estimates are concatenated over data."""
     coarse, num_chains = annealing.betas, annealing.num_chains
-    num_moves = (
-        num_chains * annealing.num_temperatures
-    )  # of the weighted run; also the budget of the pilot runs
+    # of the weighted run; also the budget of the pilot runs
+    num_moves = num_chains * annealing.num_temperatures
     with untouched(training=False, seed=seed), torch.no_grad():
         path = Path(model, start, batch, verb=name, check=check, joint=joint)
         batch = path.batch

@@ -153,7 +153,11 @@ def check_minibatch(pair: Structure, num_data: int, *, verb: str, check: bool = 
         name = next(
             (name for name in pair.latents if row_dim(pair.latents[name], pair.plates) is not None), "z"
         )
-        cause = f" (the pair runs on this number of rows only: {pair.other_rows})" if pair.other_rows else ""
+        cause = (
+            f" (the pair runs on this number of rows only: {pair.other_rows_error})"
+            if pair.other_rows_error
+            else ""
+        )
         raise ValueError(
             f"guide: the parameter {pair.row_parameters[0]!r} (latent {name!r}) has an entry for each of the "
             f"{pair.num_rows} rows of a minibatch{cause}, so different minibatches would share it; for the "
@@ -164,7 +168,7 @@ def check_minibatch(pair: Structure, num_data: int, *, verb: str, check: bool = 
 
 def check_rows(pair: Structure, num_data: int, *, verb: str) -> None:
     """Raise ``ValueError`` if the ELBO terms of a row depend on the other rows of its minibatch."""
-    if pair.num_rows < num_data and pair.other is not None and not any(subsample_problems(pair)):
+    if pair.num_rows < num_data and pair.other_rows is not None and not any(subsample_problems(pair)):
         refuse(dividing_problems(probe_particles(pair), num_data), verb=verb)
 
 

@@ -131,7 +131,7 @@ def train(
         )
         at, stopping = (
             Position(int(num_epochs)),
-            EarlyStopping(PairState(model, guide, list(pair.ran)), patience),
+            EarlyStopping(PairState(model, guide, list(pair.modules)), patience),
         )
         settings = {
             "beta": beta,
@@ -283,7 +283,7 @@ def inspect_for_training(
         whole = fitting(batches.whole.cast(pair.dtype), model, guide)
         problems += [
             Problem(text)
-            for text in data_problems(pair.traces[0], pair.batch, pair.plates, whole, pair.trusted[0])
+            for text in data_problems(pair.traces[0], pair.batch, pair.plates, whole, pair.unvalidated[0])
         ]
     refuse(dict.fromkeys(problems), verb="fit", check=check)
     check_minibatch(pair, n, verb="fit", check=check)
@@ -297,7 +297,7 @@ def inspect_for_training(
         refuse([problem], verb="fit", check=check)
     if annealed:
         _check_annealing(pair)
-    if check and pair.num_rows < n and pair.other is not None:
+    if check and pair.num_rows < n and pair.other_rows is not None:
         with moved_parameters(model, guide, pair.batch):
             try:
                 moved = inspect(model, guide, pair.batch)

@@ -120,7 +120,7 @@ def reports_elbo(loss: Any) -> bool:
 def scale_problem(loss: Any, pair: Structure, num_data: int) -> Problem | None:
     """The problem of a pair that scales sites by M/rows, where M is not the number of data, or in a way that
     would apply N/B twice; ``None`` without one."""
-    if pair.other_rows or not pair.batch.tensors or pair.num_rows == num_data:
+    if pair.other_rows_error or not pair.batch.tensors or pair.num_rows == num_data:
         return None
     scales = [torch.as_tensor(site["scale"]) for _, _, site in pair.sites]
     if all(not scale.dim() and scale == scales[0] for scale in scales):

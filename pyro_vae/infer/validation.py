@@ -22,9 +22,8 @@ def validity(traces: Sequence[tuple[Trace, Trace]], *, default: bool) -> Iterato
                 if site["type"] != "sample" or not _is_validated(site["fn"], default):
                     continue
                 yield from _parameter_validity(site["fn"])
-                if (
-                    trace is model_trace
-                ):  # values of the guide's sites are draws, which satisfy the constraint
+                # values of the guide's sites are draws, which satisfy the constraint
+                if trace is model_trace:
                     try:
                         support = _base_constraint(site["fn"].support)
                     except (NotImplementedError, AttributeError):

@@ -119,7 +119,7 @@ def check_pair(model: Program, guide: Program, data: Any) -> PairReport:
 
 def _trainable_problems(pair: Structure) -> Iterable[Problem]:
     """The problems of training, unless all parameters are frozen: such a pair is meant to be evaluated."""
-    parameters = [p for module in pair.ran for p in module.parameters(recurse=False)]
+    parameters = [p for module in pair.modules for p in module.parameters(recurse=False)]
     return () if parameters and not any(p.requires_grad for p in parameters) else training_problems(pair)
 
 
@@ -180,7 +180,7 @@ def refuse(problems: Iterable[Problem], *, verb: str, check: bool = True) -> Non
 def check_observed(pair: Structure, model_trace: Trace, batch: Batch, where: str) -> None:
     """Raise ``ValueError`` if an observed row of another run of the pair is outside of the likelihood's
     support."""
-    for problem in data_problems(model_trace, batch, pair.plates, None, pair.trusted[0]):
+    for problem in data_problems(model_trace, batch, pair.plates, None, pair.unvalidated[0]):
         raise ValueError(f"{where}: {problem}")
 
 

@@ -118,9 +118,8 @@ class Latents:
         """Values of the sites in a plate of particles, from z ``(particles, batch, dim)``."""
         values = {}
         for name, site, part in self.split(z):
-            rows = part.reshape(
-                *z.shape[:2], *site.inner, *site.event
-            )  # (particles, batch, plates within, event)
+            # (particles, batch, plates within, event)
+            rows = part.reshape(*z.shape[:2], *site.inner, *site.event)
             value = rows[:, 0] if self.joint else rows.movedim(1, 1 + self.nesting + site.rows)
             values[name] = value.to(site.dtype)
         return values
@@ -169,9 +168,8 @@ class Latents:
         trace = self.run(guide, batch, num_particles)
         shape = num_particles, self.num_rows(batch)
         z = self.flat(values_of(trace), *shape)
-        if any(
-            is_enumerated(site) for _, site in sampled(trace)
-        ):  # a sampled value of what the guide enumerates
+        # a sampled value of what the guide enumerates
+        if any(is_enumerated(site) for _, site in sampled(trace)):
             return z, self.log_q(guide, batch, z).expand(shape)
         latent, observed = self._sums(trace, proposal)
         return z, (latent + observed).expand(shape)

@@ -69,8 +69,8 @@ def probe_particles(pair: Structure) -> Structure:
         bytes = max(1, made // pair.num_rows)
         return replace(pair, particles=Particles(False, None, False, bytes, "the guide handles its model"))
     second, at, batch = pair.other_traces, None, pair.batch
-    if second is not None and pair.other is not None and pair.plates:
-        at = pair.other.to(pair.batch.leaves()[0].device)
+    if second is not None and pair.other_rows is not None and pair.plates:
+        at = pair.other_rows.to(pair.batch.leaves()[0].device)
         batch = pair.batch.map(lambda part: part[at.to(part.device)])
     else:  # the pair runs on these rows only, or has no data plate
         second = _another_run(pair)
@@ -101,9 +101,8 @@ def probe_particles(pair: Structure) -> Structure:
         coupled = _is_coupled(pair, terms)
         if independent is False and not _same(terms[0], _held(pair, batch, draws[0], seed=_PROBE_SEED - 1)):
             independent = None  # the pair draws noise outside of its sites
-        if (
-            not coupled and independent is not True and at is not None
-        ):  # the rows that depend on each other may be others
+        # the rows that depend on each other may be others
+        if not coupled and independent is not True and at is not None:
             draws = _draws(pair, _another_run(pair), None)
             coupled = _is_coupled(pair, [_held(pair, pair.batch, draw) for draw in draws])
     num_particles = 4 if vectorized else None

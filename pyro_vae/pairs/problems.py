@@ -38,7 +38,7 @@ def pair_problems(pair: Structure) -> Iterator[Problem]:
     yield from _support_problems(pair)
     outside = [
         Problem(text)
-        for text in data_problems(pair.traces[0], pair.batch, pair.plates, None, pair.trusted[0])
+        for text in data_problems(pair.traces[0], pair.batch, pair.plates, None, pair.unvalidated[0])
     ]
     yield from outside or _density_problems(pair)
 
@@ -72,7 +72,7 @@ def per_datum_problems(pair: Structure) -> Iterator[Problem]:
             yield Problem(
                 f"{side}: {name!r} lies in the plates {' and '.join(around)}, which both have "
                 f"{pair.num_rows} rows, so it is not known which are the data; expected a pair that runs on "
-                f"another number of rows ({pair.other_rows or 'both plates follow the data'}), or the joint "
+                f"another number of rows ({pair.other_rows_error or 'both follow the data'}), or the joint "
                 "evidence of all data, joint=True",
                 judged=False,
             )
@@ -213,7 +213,7 @@ def rows_problem(pair: Structure) -> Problem | None:
 def _is_within(pair: Structure, outer: str) -> bool:
     """Whether the data plates are nested in another plate that has more sites. Used for a pair that runs on
     one number of rows only, whose data plates are recognized by size."""
-    if pair.other is not None or any(len(part) != pair.num_rows for part in pair.batch.tensors.values()):
+    if pair.other_rows is not None or any(len(part) != pair.num_rows for part in pair.batch.tensors.values()):
         return False
     sites = list(sampled(pair.traces[0]))
     within = {name for name, site in sites if outer in plates_of(site)}
@@ -343,7 +343,7 @@ def _plate_problems(pair: Structure) -> Iterator[Problem]:
 def _common_names(site: dict, pair: Structure) -> set[str]:
     """Names of a site's plates, with one name for all data plates, since model and guide may name them
     differently. With enumeration they must agree, since Pyro eliminates variables by plate name."""
-    data = pair.plates if pair.other is not None and not pair.enumerates else ()
+    data = pair.plates if pair.other_rows is not None and not pair.enumerates else ()
     return {"data" if name in data else name for name in plates_of(site)}
 
 
@@ -367,7 +367,7 @@ def _support_problems(pair: Structure) -> Iterator[Problem]:
     for name in model.keys() & guide.keys():
         p, q = model[name]["fn"], guide[name]["fn"]
         value = guide[name]["value"]
-        if p.event_shape == q.event_shape and name not in pair.trusted[0] and not _inside(p, value):
+        if p.event_shape == q.event_shape and name not in pair.unvalidated[0] and not _inside(p, value):
             yield Problem(
                 f"guide: it draws {name!r} outside the model's support, {p.support}; expected a guide on "
                 f"that support, such as one of {family(p)}"
@@ -380,7 +380,11 @@ def reach_problems(pair: Structure) -> Iterator[Problem]:
     model, guide = pair.latents, pair.guide_latents
     for name in model.keys() & guide.keys():
         p, q = model[name]["fn"], guide[name]["fn"]
-        if p.event_shape == q.event_shape and name not in pair.trusted[1] and not _inside(q, drawn_from=p):
+        if (
+            p.event_shape == q.event_shape
+            and name not in pair.unvalidated[1]
+            and not _inside(q, drawn_from=p)
+        ):
             yield Problem(
                 f"guide: {name!r} has support {q.support} but the model {p.support}, so the guide cannot "
                 "reach the whole posterior; expected a guide on the model's support, such as one of "
@@ -496,7 +500,7 @@ def _density_problems(pair: Structure) -> Iterator[Problem]:
     """Observed sites whose log-probability is not finite."""
     for side, trace in zip(("model", "guide"), pair.traces, strict=True):
         for name, site in sampled(trace):
-            if side == "model" and site["is_observed"] and name not in pair.trusted[0]:
+            if side == "model" and site["is_observed"] and name not in pair.unvalidated[0]:
                 try:
                     site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
                 except (RuntimeError, ValueError) as error:  # such as Bernoulli for integer tensors
@@ -562,8 +566,8 @@ def lost_parameters(pair: Structure) -> Iterator[Problem]:
         trained, asked = trained_parameters(program), set(trace.param_nodes)
         lost = [
             name
-            for name in asked & trained.keys() & pair.made.keys()
-            if trained[name]() is not pair.made[name]
+            for name in asked & trained.keys() & pair.created.keys()
+            if trained[name]() is not pair.created[name]
         ]
         if lost:
             yield Problem(
@@ -586,7 +590,7 @@ def training_problems(pair: Structure) -> Iterator[Problem]:
     }
     # parameters of a GuideMessenger are not in the traces
     stored = [value for _, value in pyro.get_param_store().named_parameters()]
-    used = [*parameters.values(), *pair.made.values(), *(stored if pair.is_handler else ())]
+    used = [*parameters.values(), *pair.created.values(), *(stored if pair.is_handler else ())]
     if not any(value.requires_grad for value in used):
         yield Problem(
             "pair: it has nothing to train; expected parameters with requires_grad: use PyroModules, "
@@ -594,7 +598,7 @@ def training_problems(pair: Structure) -> Iterator[Problem]:
         )
         return
     registered = {id(value) for value in [*parameters.values(), *stored]}
-    for module, with_gradients in pair.ran.items():
+    for module, with_gradients in pair.modules.items():
         own = {
             name: p
             for name, p in module.named_parameters(recurse=False)

@@ -64,31 +64,35 @@ class Particles:
 class Structure:
     """The structure of a pair on a batch, the result of :func:`inspect`.
 
-    batch: the arguments of model and guide, cast to ``dtype``. traces: model and guide trace of one run on
-    the batch. ran: the modules that ran, and whether gradients were enabled. dtype: the dtype of the
-    parameters, ``None`` if they have several or there are none. plates: names of the data plates, which have
-    one entry for each row of the batch. other: the rows of a second run; other_traces: its traces;
-    other_rows: the error if the pair does not run on another number of rows, else ``""``. row_parameters:
-    parameters with an entry for each row of this batch. scaled: for model and for guide, the sites in data
-    plates that the pair itself scales by M/rows, and M. made: parameters that the first run created. trusted:
-    for model and for guide, the sites built with ``validate_args=False``. joint: all rows together are one
-    datum, see :meth:`as_one_datum`.
+    - batch: the arguments of model and guide, cast to ``dtype``
+    - traces: the model trace and the guide trace of one run on the batch
+    - modules: the modules that ran, and whether gradients were enabled
+    - dtype: the dtype of the parameters, ``None`` if they have several or there are none
+    - plates: names of the data plates, which have one entry for each row of the batch
+    - other_rows, other_traces: the rows of a second run, and its traces
+    - other_rows_error: the error if the pair does not run on another number of rows, else ``""``
+    - row_parameters: parameters with an entry for each row of this batch
+    - scaled: for model and guide, the sites in data plates that the pair itself scales by M/rows, and M
+    - created: the parameters that the first run created
+    - unvalidated: for model and guide, the sites built with ``validate_args=False``
+    - particles: see :class:`Particles`
+    - joint: all rows together are one datum, see :meth:`as_one_datum`
     """
 
     model: Program
     guide: Program
     batch: Batch
     traces: Traces
-    ran: Mapping[nn.Module, bool]
+    modules: Mapping[nn.Module, bool]
     dtype: torch.dtype | None
     plates: frozenset[str]
-    other_rows: str
+    other_rows_error: str
     row_parameters: tuple[str, ...]
     scaled: tuple[Mapping[str, float], Mapping[str, float]]
-    made: Mapping[str, Tensor]
-    trusted: tuple[frozenset[str], frozenset[str]]
+    created: Mapping[str, Tensor]
+    unvalidated: tuple[frozenset[str], frozenset[str]]
     other_traces: Traces | None
-    other: Tensor | None
+    other_rows: Tensor | None
     particles: Particles | None = None
     joint: bool = False
 
@@ -217,13 +221,15 @@ def inspect(
         first.ran,
         dtype,
         plates,
-        other_rows=reason,
+        other_rows_error=reason,
         row_parameters=_row_parameters(num_rows, first, second, plates),
         scaled=_scaled(num_rows, len(rows), first, second, plates),
-        made={name: value for name, value in first.parameters.items() if name not in pyro.get_param_store()},
-        trusted=first.trusted,
+        created={
+            name: value for name, value in first.parameters.items() if name not in pyro.get_param_store()
+        },
+        unvalidated=first.unvalidated,
         other_traces=None if second is None else second.traces,
-        other=None if second is None or isinstance(rows, str) else rows,
+        other_rows=None if second is None or isinstance(rows, str) else rows,
     )
 
 
@@ -236,10 +242,9 @@ def structure_of_run(
     made: Mapping[str, Tensor],
 ) -> Structure:
     """The structure that one recorded run shows. Data plates are recognized by their size alone."""
-    known = bool(
-        Distribution._validate_args
-    )  # if the default is off, validate_args=False cannot be told from it
-    trusted = (_trusted(traces[0]), _trusted(traces[1])) if known else (frozenset(), frozenset())
+    # if the default is off, validate_args=False cannot be told from it
+    known = bool(Distribution._validate_args)
+    unvalidated = (_unvalidated(traces[0]), _unvalidated(traces[1])) if known else (frozenset(), frozenset())
     run = Run(ran, {}, traces)
     plates = _data_plates(batch.num_rows if batch.tensors else 0, run, None)
     return Structure(
@@ -254,9 +259,9 @@ def structure_of_run(
         (),
         ({}, {}),
         made,
-        trusted,
+        unvalidated,
         other_traces=None,
-        other=None,
+        other_rows=None,
     )
 
 
@@ -303,7 +308,7 @@ class Run:
     ran: Mapping[nn.Module, bool]
     parameters: dict[str, Tensor]
     traces: Any = None
-    trusted: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
+    unvalidated: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
     error: str = ""
     cause: Exception | None = None
 
@@ -338,7 +343,7 @@ def run_once(
         try:
             with enough_memory(LESS_MEMORY):
                 run.traces = run_pair(model, guide, *batch.args, **batch.kwargs)
-                run.trusted = _trusted(run.traces[0]), _trusted(run.traces[1])
+                run.unvalidated = _unvalidated(run.traces[0]), _unvalidated(run.traces[1])
                 # now, since some transforms know the density of their latest draws only; the checks report
                 # bad data
                 for trace in run.traces:
@@ -351,7 +356,7 @@ def run_once(
     return run
 
 
-def _trusted(trace: Trace) -> frozenset[str]:
+def _unvalidated(trace: Trace) -> frozenset[str]:
     """The sites whose distribution was built with ``validate_args=False``."""
     return frozenset(name for name, site in sampled(trace) if _is_unvalidated(site["fn"]))
 

@@ -194,9 +194,8 @@ def test_masked_arrays_raise_with_a_remedy_that_works():
         Data(x)
     batch = as_batches({"x": x.filled(0), "mask": ~np.ma.getmaskarray(x)}, None).whole
     assert batch.kwargs["mask"].tolist() == [[True, False], [True, True]]
-    assert rows_of(as_batches(np.ma.masked_values([[1.0]], -999.0), 1)).tolist() == [
-        [1.0]
-    ]  # no masked entries
+    # no masked entries
+    assert rows_of(as_batches(np.ma.masked_values([[1.0]], -999.0), 1)).tolist() == [[1.0]]
 
 
 @pytest.mark.parametrize(

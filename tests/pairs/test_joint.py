@@ -383,9 +383,8 @@ def test_enumerated_sites_of_each_datum_are_summed_out(model):
     scale, loc = guide.scales.locs.double(), guide.locs.locs.double()
     log_q = dist.Normal(loc, scale).log_prob(found.draws["locs"]).sum(-1)
     expected = mixture_by_brute_force(X, found.draws["locs"]) - log_q
-    torch.testing.assert_close(
-        found.log_weights, expected.detach(), rtol=0, atol=1e-5
-    )  # the guide is single precision
+    # the guide is single precision
+    torch.testing.assert_close(found.log_weights, expected.detach(), rtol=0, atol=1e-5)
 
 
 def test_joint_ais_sums_enumerated_sites_out():

@@ -232,9 +232,8 @@ def test_annealing_is_not_reported_where_the_loss_alone_knows():
         optim = pyro.optim.SGD({"lr": 0.0})
         history = pv.fit(model, guide, x, loss=loss, optim=optim, num_epochs=1, batch_size=None, beta=beta)
         elbos.append(history.epochs[0].train.elbo)
-    assert elbos[0] == pytest.approx(
-        elbos[1], abs=0.2
-    )  # other draws; annealing would raise it by 0.9 KL, over a nat
+    # other draws; annealing would raise it by 0.9 KL, over a nat
+    assert elbos[0] == pytest.approx(elbos[1], abs=0.2)
 
 
 def test_a_plateau_schedule_is_shown_the_loss():

@@ -115,9 +115,8 @@ def test_what_a_pair_writes_for_its_next_run(make):
 def test_a_pair_that_keeps_python_state_for_its_next_run_runs_eagerly(make, caplog):
     with pyro.get_param_store().scope():
         svi = CompiledSVI(*make(), adam(), Trace_ELBO(), compile="trace")
-        losses = [
-            svi.step(data(seed=i)) for i in range(105)
-        ]  # to the comparison at the 100th step of a graph
+        # to the comparison at the 100th step of a graph
+        losses = [svi.step(data(seed=i)) for i in range(105)]
     assert np.isfinite(losses).all()
     assert "eager Pyro: " in svi.explain()
     assert len([record for record in caplog.records if record.name == "pyro_vae.infer.svi"]) == 1
