@@ -513,7 +513,7 @@ def test_an_interrupted_joint_run_resumes_and_is_told_from_one_of_each_datum(tmp
     first = evidence.importance(local_model, local_guide, X, joint=True, **options)
     again = evidence.importance(local_model, local_guide, X, joint=True, **options)
     torch.testing.assert_close(first.log_evidence, again.log_evidence, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="of another run"):
+    with pytest.raises(ValueError, match="to another run"):
         evidence.importance(local_model, local_guide, X, **options)
 
 
