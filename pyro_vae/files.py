@@ -26,7 +26,7 @@ MAX_TEXT = 2**28  # maximal size of a text file, in bytes
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file atomically: after a crash, ``path`` has either the old or the new content.
 
-    :raises OSError: with its ``errno``; the old file is unchanged.
+    :raises OSError: if writing fails, such as on a full disk. The old file is unchanged.
     """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -7,7 +7,7 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae import conditionals, infer, nets, plots, priors
-from pyro_vae.pairs.traces import MeanElbo
+from pyro_vae.pairs.elbo import MeanElbo
 
 
 @pytest.fixture(autouse=True)

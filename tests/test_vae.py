@@ -11,7 +11,8 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import conditionals, nets, priors
-from pyro_vae.pairs.traces import elbo_terms, run_pair
+from pyro_vae.pairs.elbo import elbo_terms
+from pyro_vae.pairs.traces import run_pair
 
 
 def make_vae(latent_dim=3, event_shape=(4, 4)):

@@ -35,7 +35,7 @@ def save(
         Pyro's global store, whose unused parameters are not saved.
     :raises ValueError: if arguments are needed and missing; if parameters of the pair are not in the store;
         if the pair does not use a parameter of ``param_store``.
-    :raises OSError: with its ``errno``; the earlier pair is unchanged.
+    :raises OSError: if writing fails, such as on a full disk. The earlier pair is unchanged.
     """
     save_pair(path, pair, args, kwargs, param_store=param_store)
 

@@ -565,7 +565,7 @@ def _vae(pair: "Pair", verb: str) -> "VAE":
 
 
 def _option_arguments() -> set[str]:
-    """The arguments of the commands' functions that are options with a long name."""
+    """The parameters of all commands that appear on the command line as ``--name``."""
     functions: list[Any] = [command.callback for command in app.registered_commands]
     names = {name for function in functions for name in inspect.signature(function).parameters}
     return {name for name in names if len(name) > 1} - {

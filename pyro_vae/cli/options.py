@@ -187,7 +187,7 @@ SMALL_PRODUCT = 2_000_000  # multiply-adds; up to this size of the largest produ
 
 def largest_product(pair: "Pair", rows: int) -> int | None:
     """Multiply-adds of the largest matrix product of a step on ``rows`` rows. ``None`` if the model or the
-    guide is not a module, or if a layer is not linear."""
+    guide is not a module, if no layer has a weight, or if one has more than two dimensions."""
     import torch
 
     programs = [program for program in (pair.model, pair.guide) if isinstance(program, torch.nn.Module)]

@@ -41,7 +41,7 @@ from pyro_vae.files import (
     written,
 )
 from pyro_vae.infer import Epoch
-from pyro_vae.pairs.traces import MeanElbo
+from pyro_vae.pairs.elbo import MeanElbo
 from pyro_vae.priors import StandardNormal
 
 SCHEMA = 2

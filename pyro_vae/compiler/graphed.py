@@ -133,8 +133,9 @@ def first_difference(
 ) -> int | None:
     """The index of the first tensor that differs by more than rounding, or ``None``.
 
-    The tolerance is relative to the largest entry of the tensor plus a twentieth of the largest entry of all
-    outputs that are not scalars: a small gradient can be the rounding error of large terms.
+    The tolerance is relative to a scale: the largest entry of the tensor and, unless it is a scalar, a
+    twentieth of the largest entry of all outputs that are not scalars in addition, since a small gradient
+    can be the rounding error of large terms.
 
     :param num_written: the number of tensors at the start that are written tensors and not outputs.
     """

@@ -227,7 +227,7 @@ def check_rows(x: Tensor | SparseRows, name: str) -> None:
         if len(bad):
             raise ValueError(
                 f"{name}: row {int(bad[0])} of {len(x)} has NaN or infinite entries ({len(bad)} such rows); "
-                "drop these rows, or mark missing entries with a keyword argument mask of the model: "
+                "drop these rows, or give the model a keyword argument mask and pass "
                 '{"x": x, "mask": torch.isfinite(x)}'
             )
 

@@ -228,7 +228,7 @@ def _elbo_estimates(log_weights: Tensor) -> dict[str, Tensor]:
 
 
 def summary(log_weights: Tensor, *, num_fixed: int = 0) -> dict[str, Tensor]:
-    """Estimates from log-weights ``(K, rows)`` as fields of :class:`Evidence`, ``(rows,)``.
+    """The fields of :class:`Evidence`, each ``(rows,)``, estimated from log-weights ``(K, rows)``.
 
     :param num_fixed: number of leading log-weights that do not depend on the seed.
     """

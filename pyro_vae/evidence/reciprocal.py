@@ -42,8 +42,8 @@ def reciprocal_importance(
     q is a Gaussian in unconstrained space, fitted to half of the draws (for HMC, to half of the chains). The
     mean is over the other half (Kingma & Welling 2013, appendix D; Gelfand & Dey 1994). If the model has a
     method ``posterior``, the draws are exact and log p̂ is an upper bound in expectation. Otherwise annealed
-    HMC chains draw from the posterior, and log p̂ is not a bound. For up to four latent dimensions; the
-    variance is infinite if q has heavier tails than the posterior.
+    HMC chains draw from the posterior, and log p̂ is not a bound. At most four latent dimensions. The
+    variance can be infinite if q has heavier tails than the posterior.
 
     :param data: the arguments of the model, ``(batch, *event)``, in any form that
         :func:`~pyro_vae.log_weights` accepts.

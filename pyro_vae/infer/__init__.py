@@ -1,4 +1,4 @@
-"""Verbs on any pair: train it, evaluate it."""
+"""Train and evaluate any pair of a model and a guide."""
 
 from pyro_vae.infer.distributed import Group, process_group, rank_and_world_size
 from pyro_vae.infer.evaluate import evaluate

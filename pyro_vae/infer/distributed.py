@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_vae.checkpoint import pack, unpack
 from pyro_vae.data.batches import Batches, InMemory
-from pyro_vae.pairs.traces import ElboTerms
+from pyro_vae.pairs.elbo import ElboTerms
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -94,8 +94,8 @@ class Group:
         pyro.set_rng_seed((seed + 1 + self.rank) % 2**32)
 
     def gradient_weight(self, batches: Batches, index: int) -> float:
-        """The weight of this rank's gradient in the mean over ranks: n·W/B, if it has n of the B rows of
-        minibatch ``index``, and W is the number of ranks."""
+        """The weight of this rank's gradient in the mean over ranks: n·W/B, where W is the number of
+        ranks, B the rows of minibatch ``index``, and n those on this rank."""
         if self.size == 1 or not isinstance(batches, InMemory):
             return 1.0
         num_rows = min(batches.batch_size, batches.num_rows - index * batches.batch_size)

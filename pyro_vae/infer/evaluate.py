@@ -10,13 +10,14 @@ from pyro_vae.data.datasets import Data
 from pyro_vae.infer.losses import kind_of, reports_elbo
 from pyro_vae.infer.signals import poll
 from pyro_vae.pairs.check import check_observed, inspect_checked, refuse
+from pyro_vae.pairs.elbo import ElboTerms, Reweighted, elbo_terms
 from pyro_vae.pairs.enumeration import is_enumerated
 from pyro_vae.pairs.log_weights import check_particles
 from pyro_vae.pairs.preserve import untouched
 from pyro_vae.pairs.probe import probe_particles
 from pyro_vae.pairs.problems import dividing_problems, outside_of_plates, rows_problem, subsample_problems
 from pyro_vae.pairs.structure import Structure, row_dim
-from pyro_vae.pairs.traces import ElboTerms, Program, Reweighted, elbo_terms, prior_of, run_pair
+from pyro_vae.pairs.traces import Program, prior_of, run_pair
 
 
 def evaluate(

@@ -23,13 +23,15 @@ from pyro_vae.checkpoint import Checkpoints
 from pyro_vae.data.batches import Batches, InMemory, as_batches, check_count, fitting
 from pyro_vae.data.datasets import Data
 from pyro_vae.infer.distributed import Group
+from pyro_vae.infer.early_stopping import EarlyStopping, PairState
 from pyro_vae.infer.evaluate import check_minibatch, check_rows, evaluate_batches
 from pyro_vae.infer.losses import check_loss, scale_problem
 from pyro_vae.infer.minibatch import MinibatchSVI
-from pyro_vae.infer.resume import CheckpointManager, EarlyStopping, Epoch, PairState, Position
+from pyro_vae.infer.resume import CheckpointManager, Epoch, Position
 from pyro_vae.infer.snapshot import configuration
 from pyro_vae.infer.svi import Compile
 from pyro_vae.pairs.check import refuse
+from pyro_vae.pairs.elbo import MeanElbo
 from pyro_vae.pairs.graphs import can_compile
 from pyro_vae.pairs.probe import moved_parameters
 from pyro_vae.pairs.problems import Problem, data_problems, pair_problems, training_problems
@@ -42,7 +44,7 @@ from pyro_vae.pairs.structure import (
     trained_parameters,
 )
 from pyro_vae.pairs.threads import training
-from pyro_vae.pairs.traces import MeanElbo, Program, enough_memory
+from pyro_vae.pairs.traces import Program, enough_memory
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")

@@ -17,18 +17,11 @@ from pyro_vae.infer.distributed import Group
 from pyro_vae.infer.losses import kind_of, scaled_sites
 from pyro_vae.infer.svi import SVI, Traces
 from pyro_vae.pairs.check import check_observed
+from pyro_vae.pairs.elbo import ElboTerms, Reweighted, elbo_terms
 from pyro_vae.pairs.preserve import untouched
 from pyro_vae.pairs.problems import has_fixed_support, improbable_rows
 from pyro_vae.pairs.structure import Structure
-from pyro_vae.pairs.traces import (
-    ElboTerms,
-    Program,
-    Reweighted,
-    elbo_terms,
-    prior_of,
-    sampled,
-    subsampling_scale,
-)
+from pyro_vae.pairs.traces import Program, prior_of, sampled, subsampling_scale
 
 
 class MinibatchSVI(SVI):

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from torch import Tensor, nn
 
 from pyro_vae.checkpoint import Checkpoints, MismatchError, copy_all, read_checkpoint
 from pyro_vae.data.batches import Batch, Batches
 from pyro_vae.infer.distributed import Group
+from pyro_vae.infer.early_stopping import EarlyStopping
 from pyro_vae.infer.minibatch import MinibatchSVI
 from pyro_vae.infer.signals import Interrupted, deferred, waiting
 from pyro_vae.infer.snapshot import (
@@ -30,8 +30,8 @@ from pyro_vae.infer.snapshot import (
     set_random_state,
     versions,
 )
-from pyro_vae.pairs.preserve import closed_over, make_parameters, untouched
-from pyro_vae.pairs.traces import ElboTerms, MeanElbo, Program
+from pyro_vae.pairs.elbo import ElboTerms, MeanElbo
+from pyro_vae.pairs.preserve import make_parameters, untouched
 
 logger = logging.getLogger(__name__)
 
@@ -54,64 +54,6 @@ class Epoch(NamedTuple):
         return cls(
             epoch, beta, MeanElbo(*train), None if validation is None else MeanElbo(*validation), seconds
         )
-
-
-class PairState:
-    """The tensors that training changes: the parameters in Pyro's param store, which include those of
-    modules, and the buffers of the modules that ran."""
-
-    def __init__(self, model: Program, guide: Program, modules: Collection[nn.Module]) -> None:
-        self.model, self.guide, self.modules = model, guide, modules
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {
-            f"params.{name}": value for name, value in pyro.get_param_store().named_parameters()
-        } | self.buffers()
-
-    def buffers(self) -> dict[str, Tensor]:
-        of_programs = {
-            f"{side}.{name}": buffer
-            for side, program in (("model", self.model), ("guide", self.guide))
-            if isinstance(program, nn.Module)
-            for name, buffer in program.named_buffers()
-        }
-        of_others = {
-            f"{i}.{name}": buffer
-            for i, module in enumerate(closed_over(self.model, self.guide, self.modules))
-            for name, buffer in module.named_buffers(recurse=False)
-        }
-        return {f"buffers.{name}": buffer for name, buffer in (of_programs | of_others).items()}
-
-    def copy(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
-
-
-class EarlyStopping:
-    """The highest validation ELBO, the number of epochs since then, and with ``patience`` a copy of the
-    tensors of that epoch."""
-
-    def __init__(self, state: PairState, patience: int | None) -> None:
-        self.state, self.patience = state, patience
-        self.best_elbo, self.epochs_since_best = -math.inf, 0
-        self.best_tensors: dict[str, Tensor] = {}
-
-    def update(self, validation: MeanElbo | None) -> None:
-        """Record the validation ELBO of an epoch."""
-        if validation is None:
-            return
-        self.epochs_since_best += 1
-        if validation.elbo > self.best_elbo:
-            self.best_elbo, self.epochs_since_best = validation.elbo, 0
-            self.best_tensors = {} if self.patience is None else self.state.copy()
-
-    def should_stop(self) -> bool:
-        return self.patience is not None and self.epochs_since_best >= self.patience
-
-    @torch.no_grad()
-    def restore_best(self) -> None:
-        for name, tensor in self.state.tensors().items():
-            if name in self.best_tensors:
-                tensor.copy_(self.best_tensors[name])
 
 
 @dataclass

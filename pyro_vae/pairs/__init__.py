@@ -1,9 +1,10 @@
 """Reading any pair of a Pyro model and guide: what it is made of, what is wrong with it, its log-weights."""
 
 from pyro_vae.pairs.check import PairReport, SiteReport, check_pair
+from pyro_vae.pairs.elbo import ElboTerms, MeanElbo, elbo_terms
 from pyro_vae.pairs.log_weights import JointLogWeights, joint_log_weights, log_weights
 from pyro_vae.pairs.structure import Structure, inspect
-from pyro_vae.pairs.traces import ElboTerms, MeanElbo, elbo_terms, run_pair
+from pyro_vae.pairs.traces import run_pair
 
 __all__ = [
     "ElboTerms",

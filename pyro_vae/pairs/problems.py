@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_vae.data.batches import Batch
+from pyro_vae.pairs.elbo import elbo_terms
 from pyro_vae.pairs.preserve import untouched
 from pyro_vae.pairs.structure import Structure, first_line, is_point, row_dim, trained_parameters
-from pyro_vae.pairs.traces import elbo_terms, proposal, run_pair, sampled, sum_sites
+from pyro_vae.pairs.traces import proposal, run_pair, sampled, sum_sites
 
 
 class Problem(NamedTuple):
@@ -177,7 +178,7 @@ def subsample_problems(pair: Structure) -> Iterator[Problem]:
 
 
 def _lie(sites: Iterable[str]) -> str:
-    """The beginning of a sentence: the sites and the verb."""
+    """Subject and verb of an error message, such as ``'a' and 'b' lie``; of many sites four and a count."""
     names = [repr(name) for name in dict.fromkeys(sites)]
     listed = names if len(names) <= 5 else [*names[:4], f"{len(names) - 4} more sites"]
     return f"{listed[0]} lies" if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]} lie"

@@ -452,7 +452,7 @@ def _plate_sizes(run: Run) -> dict[str, tuple[int, int]]:
 
 
 def _data_plates(num_rows: int, first: Run, second: Run | None) -> frozenset[str]:
-    """Names of the data plates: those whose size is the number of rows, in both runs."""
+    """Names of the data plates: those whose size, or full size, is the number of rows and changes with it."""
     sizes = _plate_sizes(first)
     plates = {name for name, size in sizes.items() if num_rows in size}
     if second is not None:

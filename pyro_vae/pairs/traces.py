@@ -1,7 +1,4 @@
-"""Run a model/guide pair and sum the log-probabilities of its traces per datum.
-
-The terms of the ELBO are defined here. Training reports them, and evaluation averages them.
-"""
+"""Run a model/guide pair and sum the log-probabilities of its traces per datum."""
 
 import math
 from collections import deque
@@ -20,58 +17,6 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 Program = Callable[..., Any]
-
-
-class MeanElbo(NamedTuple):
-    """The ELBO of a data set: means over its data in nats per datum, elbo = reconstruction − kl.
-
-    ``elbo_se`` is the standard error of the mean ``elbo`` over data; ``nan`` for one datum, and where all
-    data carry one ELBO of their batch. Where a pair has enumerated sites, ``reconstruction`` and ``kl`` are
-    not told apart and are ``nan``.
-    """
-
-    elbo: float
-    reconstruction: float
-    kl: float
-    elbo_se: float
-
-    def __str__(self) -> str:
-        se = "" if math.isnan(self.elbo_se) else f" ± {self.elbo_se:.2f}"
-        parts = (
-            "" if math.isnan(self.kl) else f" (reconstruction {self.reconstruction:.2f}, KL {self.kl:.2f})"
-        )
-        return f"ELBO {self.elbo:.2f}{se} nats per datum{parts}"
-
-
-class ElboTerms(NamedTuple):
-    """The ELBO of each datum in nats, log p(x|z) + log p(z) − log q(z|x) at draws of the guide: a lower bound
-    of log p(x) in expectation. Without annealing, scaling to a data set, and ``poutine.scale``.
-
-    elbo: ``(batch,)``; reconstruction: log p(x|z), ``(batch,)``; kl: log q(z|x) − log p(z), ``(batch,)``.
-    Terms of latents that all data share are divided evenly among the data.
-    """
-
-    elbo: Tensor
-    reconstruction: Tensor
-    kl: Tensor
-
-    @classmethod
-    def of_batch(cls, elbo: float, num_rows: int) -> "ElboTerms":
-        """The ELBO of a whole batch, divided evenly among its data, if the terms of each datum are
-        unknown."""
-        unknown = torch.full((num_rows,), torch.nan)
-        return cls(torch.full((num_rows,), elbo), unknown, unknown)
-
-    def mean(self) -> MeanElbo:
-        n = len(self.elbo)
-        # terms of a whole batch say nothing of the spread over data
-        varies = n > 1 and not self.kl.isnan().any() and not (self.elbo == self.elbo[0]).all()
-        se = (self.elbo.double().std() / n**0.5).item() if varies else math.nan
-        elbo, reconstruction, kl = (part.double().mean().item() for part in self)
-        return MeanElbo(elbo, reconstruction, kl, elbo_se=se)
-
-    def __str__(self) -> str:
-        return f"{self.mean()}, {len(self.elbo)} data"
 
 
 @contextmanager
@@ -133,26 +78,6 @@ def proposal(guide_trace: Trace) -> Iterator[tuple[str, dict]]:
     for name, site in latents:
         if points or not site["infer"].get("is_auxiliary"):
             yield name, site
-
-
-def elbo_terms(
-    model_trace: Trace, guide_trace: Trace, plates: frozenset[str], *, num_data: int, num_particles: int = 1
-) -> ElboTerms:
-    """The ELBO terms of one run of a pair, per datum.
-
-    :param plates: names of the data plates. Without one the run must be over all data at once.
-    :param num_data: N. Terms of sites outside of the data plates are divided by N.
-    :param num_particles: the number of vectorized particles in the traces, over which terms are averaged.
-    """
-    model, guide = sum_sites(sampled(model_trace), plates), sum_sites(proposal(guide_trace), plates)
-    reconstruction = (model.observed + model.shared_observed / num_data) / num_particles
-    kl = (
-        guide.latent - model.latent + (guide.shared_latent - model.shared_latent) / num_data
-    ) / num_particles
-    reconstruction, kl = torch.broadcast_tensors(torch.atleast_1d(reconstruction), torch.atleast_1d(kl))
-    if not plates:
-        reconstruction, kl = reconstruction.expand(num_data), kl.expand(num_data)
-    return ElboTerms(reconstruction - kl, reconstruction, kl)
 
 
 class SiteSums(NamedTuple):
@@ -225,41 +150,6 @@ class Recorded(Messenger):
     def _pyro_post_param(self, msg: dict) -> None:
         if msg["name"] not in self.traces[-1].nodes:
             self.traces[-1].add_node(msg["name"], **msg.copy())
-
-
-class Reweighted(Recorded):
-    """A handler that scales sites in data plates by N/B and latent sites by β, and records a trace of each
-    run.
-
-    Sites that are scaled already are not scaled again: those in a subsampling plate, and those in ``scaled``.
-
-    :param scaled: names of the sites that the pair itself scales by N/B, see ``Structure.scaled``.
-    :param strip: remove the pair's own ``poutine.scale``, for reports without annealing.
-    """
-
-    def __init__(
-        self,
-        plates: frozenset[str],
-        *,
-        num_rows: int,
-        num_data: int,
-        beta: float | Tensor = 1.0,
-        scaled: frozenset[str] = frozenset(),
-        strip: bool = False,
-    ) -> None:
-        super().__init__()
-        self.plates, self.num_rows, self.num_data, self.beta = plates, num_rows, num_data, beta
-        self.scaled, self.strip = scaled, strip
-
-    def _pyro_sample(self, msg: dict) -> None:
-        if self.strip:
-            msg["scale"] = subsampling_scale(msg)
-        if self.strip or msg["name"] not in self.scaled:
-            for frame in msg["cond_indep_stack"]:
-                if frame.name in self.plates and frame.full_size in (self.num_rows, -1):
-                    msg["scale"] = msg["scale"] * (self.num_data / self.num_rows)
-        if not msg["is_observed"]:
-            msg["scale"] = msg["scale"] * self.beta
 
 
 def subsampling_scale(site: dict) -> float:

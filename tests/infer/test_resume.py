@@ -27,7 +27,7 @@ from pyro_vae.checkpoint import Checkpoints, MismatchError, read_checkpoint
 from pyro_vae.checkpoint.folder import write
 from pyro_vae.infer import resume as resume_module
 from pyro_vae.infer import snapshot
-from pyro_vae.pairs.traces import MeanElbo
+from pyro_vae.pairs.elbo import MeanElbo
 from tests.support.fits import assert_same, data, functions, run, run_until_step
 
 

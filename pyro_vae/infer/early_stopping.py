@@ -1,0 +1,70 @@
+"""Early stopping: the parameters of the best epoch on validation data."""
+
+import math
+from collections.abc import Collection
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.pairs.elbo import MeanElbo
+from pyro_vae.pairs.preserve import closed_over
+from pyro_vae.pairs.traces import Program
+
+
+class PairState:
+    """The tensors that training changes: the parameters in Pyro's param store, which include those of
+    modules, and the buffers of the modules that ran."""
+
+    def __init__(self, model: Program, guide: Program, modules: Collection[nn.Module]) -> None:
+        self.model, self.guide, self.modules = model, guide, modules
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            f"params.{name}": value for name, value in pyro.get_param_store().named_parameters()
+        } | self.buffers()
+
+    def buffers(self) -> dict[str, Tensor]:
+        of_programs = {
+            f"{side}.{name}": buffer
+            for side, program in (("model", self.model), ("guide", self.guide))
+            if isinstance(program, nn.Module)
+            for name, buffer in program.named_buffers()
+        }
+        of_others = {
+            f"{i}.{name}": buffer
+            for i, module in enumerate(closed_over(self.model, self.guide, self.modules))
+            for name, buffer in module.named_buffers(recurse=False)
+        }
+        return {f"buffers.{name}": buffer for name, buffer in (of_programs | of_others).items()}
+
+    def copy(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
+
+
+class EarlyStopping:
+    """The highest validation ELBO, the number of epochs since then, and with ``patience`` a copy of the
+    tensors of that epoch."""
+
+    def __init__(self, state: PairState, patience: int | None) -> None:
+        self.state, self.patience = state, patience
+        self.best_elbo, self.epochs_since_best = -math.inf, 0
+        self.best_tensors: dict[str, Tensor] = {}
+
+    def update(self, validation: MeanElbo | None) -> None:
+        """Record the validation ELBO of an epoch."""
+        if validation is None:
+            return
+        self.epochs_since_best += 1
+        if validation.elbo > self.best_elbo:
+            self.best_elbo, self.epochs_since_best = validation.elbo, 0
+            self.best_tensors = {} if self.patience is None else self.state.copy()
+
+    def should_stop(self) -> bool:
+        return self.patience is not None and self.epochs_since_best >= self.patience
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        for name, tensor in self.state.tensors().items():
+            if name in self.best_tensors:
+                tensor.copy_(self.best_tensors[name])
