@@ -74,8 +74,8 @@ def save_pair(
         unused = sorted(name for name in params.keys() - created.keys() if not name.startswith("__baseline_"))
         if unused and param_store is not None:
             raise ValueError(
-                f"param_store: the pair does not use {unused[0]!r} with these arguments, so load could not "
-                "restore it; expected arguments with which the pair uses all parameters, such as labels"
+                f"param_store: the pair does not use parameter {unused[0]!r} with these arguments, so load "
+                "could not restore it; pass arguments, such as labels, with which it uses all its parameters"
             )
         weights = _tensors(model, guide, {name: params[name] for name in params if name in used}, modules)
     write(Path(path), _KIND, {"plan": plan, "weights": weights}, **about or {})

@@ -49,7 +49,7 @@ def to_arviz(
 ) -> Any:
     """A guide's draws as an ArviZ ``DataTree``.
 
-    Group ``posterior`` has a single chain and a dimension ``data``. Its attribute ``pareto_k`` is k̂ of each datum.
+    Group ``posterior`` has one chain and a dimension ``data``. Its attribute ``pareto_k`` is k̂ per datum.
     Group ``sample_stats`` has the log-weight log p(x, z) − log q(z|x) of each draw, in nats.
 
     The arguments are those of :func:`posterior_draws`; with ``joint`` there is no dimension ``data``, and a

@@ -268,7 +268,7 @@ def _rolled(value: Tensor, site: dict, pair: Structure) -> Tensor:
 
 
 def _mixed(others: Tensor, one: Tensor, rows: Tensor, site: dict, pair: Structure) -> Tensor:
-    """The value ``one``, with the marked ``rows`` from ``others``. Outside of the data plates ``one`` itself."""
+    """``one``, with the marked ``rows`` from ``others``. A site outside of the data plates is unchanged."""
     dim = _row_dim_of_value(one, site, pair)
     if dim is None or one.shape != others.shape or one.shape[dim] != len(rows):
         return one
