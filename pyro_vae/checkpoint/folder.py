@@ -117,7 +117,7 @@ def _tensor_file_in_manifest(path: Path) -> str | None:
 
 
 def pack(content: Any) -> bytes:
-    """Serialize ``content``, as for :func:`write`, to bytes."""
+    """Serialize to bytes what :func:`write` accepts as content."""
     tensors: dict[str, Tensor] = {}
     tree = flatten(content, tensors)
     return to_bytes(tensors, {"content": json.dumps(tree)})

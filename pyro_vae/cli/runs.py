@@ -389,7 +389,7 @@ def check_no_links(path: Path) -> None:
 
 
 def _is_from_run(entry: Path) -> bool:
-    """Whether a file or folder was written by a run, by its content."""
+    """Whether the content of a file or folder shows that a run wrote it."""
     if entry.name == "weights":
         return checkpoint.is_ours(entry)
     if entry.name == "checkpoints":

@@ -281,15 +281,15 @@ class Ranges:
             eps = torch.finfo(low.dtype).eps if low.dtype.is_floating_point else 0.0
             constant = spread <= 1000 * eps * magnitude  # up to rounding errors in the dtype of the data
             for bad, cause, remedy in (
-                (magnitude > info.max, f"whose largest number is {info.max:.3g}", "rescale it"),
+                (magnitude > info.max, f"the largest number is {info.max:.3g}", "rescale it"),
                 (
                     ~constant & (spread < info.eps**0.5 * magnitude),
-                    "in which its rows differ by few roundings or are equal",
+                    "its rows are equal or differ by few roundings",
                     "subtract its mean",
                 ),
                 (
                     ~constant & (spread < info.tiny),
-                    "in which its rows underflow to the same number",
+                    "its rows underflow to the same number",
                     "rescale it",
                 ),
             ):
@@ -298,8 +298,8 @@ class Ranges:
                     column = f"column {', '.join(map(str, index))} of {argument}" if index else argument
                     raise ValueError(
                         f"{name}: {column} lies in [{float(low[index]):.12g}, {float(high[index]):.12g}]; "
-                        f"the pair's parameters are {dtype}, {cause}; {remedy}, or make the pair double: "
-                        "module.double()"
+                        f"in {dtype}, the dtype of the pair's parameters, {cause}; {remedy}, or make the "
+                        "pair double: module.double()"
                     )
 
 

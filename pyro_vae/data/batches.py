@@ -85,7 +85,7 @@ class Batch(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether all arguments are positional tensors. This usual case needs no search of containers."""
+        """Whether all arguments are positional tensors, the usual case, without containers to search."""
         return not self.kwargs and all(type(part) is Tensor for part in self.args)
 
     def leaves(self) -> list[Tensor]:
@@ -285,7 +285,7 @@ class InMemory(Batches):
 
     @property
     def whole(self) -> Batch:
-        """``source``, cast as a model gets it."""
+        """All of ``source`` as one batch, cast as set by :meth:`cast`."""
         return self._prepare(self.source)
 
     def cast(self, dtype: torch.dtype | None) -> None:
@@ -635,7 +635,8 @@ def as_batches(data: Any, batch_size: int | None) -> Batches:
 def fitting(batch: Batch, *programs: Callable[..., Any]) -> Batch:
     """Drop the arguments that neither model nor guide takes, such as labels.
 
-    Model and guide get the same arguments: ``*args`` and ``**kwargs`` of one take what the other takes.
+    Model and guide get the same arguments. If one has ``*args`` or ``**kwargs``, the signature of the other
+    decides which arguments are kept.
 
     :param programs: the model, and optionally the guide.
     :raises ValueError: if a program needs an argument that the batch lacks, gets one both by position and by

@@ -147,8 +147,8 @@ class GraphStep:
         return ran
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-        """The loss ``()``, NaN if Pyro's validation would raise; the gradient of each of ``params``; the
-        outputs of ``report``."""
+        """Return the loss, a scalar tensor that is NaN if Pyro's validation would raise; the gradient of each
+        of ``params``; and the outputs of ``report``."""
         self.num_steps += 1
         loss, *others = self.graphed(*tensors)
         reported = others[len(self.params) :]
@@ -201,8 +201,8 @@ class GraphStep:
     @contextmanager
     def _perturbed(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """Perturb the parameters by about one percent in the block, since at an optimum gradients are only
-        rounding errors. Each comparison has another seed, so that noise stored as a constant differs from
-        eager Pyro."""
+        rounding errors. Each comparison uses a new seed: a graph that wrongly stores noise as a constant
+        then differs from eager Pyro."""
         generator = torch.Generator().manual_seed(1)
         self.num_comparisons += 1
         with restored([*self.graphed.writes, *tensors]):
