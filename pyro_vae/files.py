@@ -205,13 +205,13 @@ def _lock(file: Path) -> tuple[int, tuple[int, int]]:
                 f"{file.parent} is in use by process {pid or '(unknown id)'}; wait for it to end, or pass "
                 "another folder"
             ) from None
+        except FileNotFoundError:  # deleted before the comparison: try again
+            pass
         except OSError:  # such as a full disk
             with suppress(OSError):
                 file.unlink()
             os.close(descriptor)
             raise
-        except FileNotFoundError:
-            pass
         except BaseException:
             os.close(descriptor)
             raise

@@ -69,11 +69,11 @@ class HMC(Transition):
         if (
             self.num_leapfrog < 1
             or not 0 < self.target_acceptance < 1
-            or min(self.num_pilot, self.pilot_moves) < 1
+            or min(self.num_pilot, self.pilot_moves, self.pilot_temperatures) < 1
         ):
             raise ValueError(
-                "HMC: expected num_leapfrog ≥ 1, 0 < target_acceptance < 1, num_pilot ≥ 1 and "
-                f"pilot_moves ≥ 1 but got {self}"
+                "HMC: expected num_leapfrog ≥ 1, 0 < target_acceptance < 1, num_pilot ≥ 1, pilot_moves ≥ 1 "
+                f"and pilot_temperatures ≥ 1 but got {self}"
             )
 
     @property

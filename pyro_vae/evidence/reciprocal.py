@@ -56,10 +56,10 @@ def reciprocal_importance(
     posterior = getattr(model, "posterior", None)
     num_chains = annealing.num_chains
     per_chain = -(-num_samples // num_chains)
-    if num_samples < 20 or num_chains < 2:
+    if num_samples < 20 or num_chains < 2 or thinning < 1:
         raise ValueError(
-            f"reciprocal_importance: expected num_samples ≥ 20 and num_chains ≥ 2 but got {num_samples} and "
-            f"{num_chains}"
+            "reciprocal_importance: expected num_samples ≥ 20, num_chains ≥ 2 and thinning ≥ 1 but got "
+            f"{num_samples}, {num_chains} and {thinning}"
         )
 
     def walk(path: Path, betas: Tensor, transition: Transition, bar: tqdm) -> dict[str, Tensor]:

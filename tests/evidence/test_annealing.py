@@ -372,3 +372,23 @@ def test_invalid_arguments_raise():
 
     with pytest.raises(ValueError, match="'k'"):
         evidence.ais(counts, torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_leapfrog": 0},
+        {"target_acceptance": 1.0},
+        {"num_pilot": 0},
+        {"pilot_moves": 0},
+        {"pilot_temperatures": 0},
+    ],
+)
+def test_hmc_options_out_of_range_raise(options):
+    with pytest.raises(ValueError, match="HMC: expected"):
+        evidence.HMC(**options)
+
+
+def test_reciprocal_importance_without_moves_between_draws_raises():
+    with pytest.raises(ValueError, match="thinning ≥ 1"):
+        evidence.reciprocal_importance(TOY, TOY.sample(2), thinning=0)
