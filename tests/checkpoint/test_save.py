@@ -221,7 +221,7 @@ def test_param_store_that_does_not_match_the_pair_raises(tmp_path):
     with pyro.get_param_store().scope() as store:
         pair[0](x, x)
         pair[1](x, x)
-    with pytest.raises(ValueError, match=r"'network.*expected arguments with which the pair uses all"):
+    with pytest.raises(ValueError, match=r"'network.*pass arguments, such as labels"):
         checkpoint.save(tmp_path / "a", pair, x, param_store=store)
     with pytest.raises(ValueError, match=r"parameters that are not in it.*param_store=history\.param_store"):
         checkpoint.save(tmp_path / "a", pair, x)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 import pyro_vae as pv
 from pyro_vae.data.batches import as_batch
-from pyro_vae.pairs import traces
+from pyro_vae.pairs import elbo_terms, traces
 from pyro_vae.pairs.structure import inspect
 from tests.support.plain import decoder, encoder, guide, model
 
@@ -125,7 +125,7 @@ def test_the_terms_sum_to_pyros_loss(programs, x):
     pyro.set_rng_seed(5)
     loss = Trace_ELBO().loss(*programs, x)
     pyro.set_rng_seed(5)
-    terms = traces.elbo_terms(*traces.run_pair(*programs, x), plates, num_data=7)
+    terms = elbo_terms(*traces.run_pair(*programs, x), plates, num_data=7)
     assert terms.elbo.shape == (7,)
     assert -terms.elbo.sum().item() == pytest.approx(loss, rel=1e-4)
     assert pv.check_pair(*programs, x).problems == ()
