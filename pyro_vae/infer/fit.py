@@ -225,9 +225,9 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
     :param batch_size: rows of a minibatch; ``None`` for all data at once. Sites in the data plate are scaled
         by N/B, unless the model subsamples. The loss of a minibatch is then an unbiased estimate also for
         latents that all data share. A pair must not multiply ``pyro.factor`` by N/B itself: unlike
-        ``poutine.scale`` this cannot be recognized. With a process group of torch each rank computes some of the rows;
-        this needs tensors, arrays or ``Data``. A guide with parameters for each datum, such as an autoguide
-        of a local latent, needs ``None``.
+        ``poutine.scale`` this cannot be recognized. With a process group of torch each rank computes some of
+        the rows; this needs tensors, arrays or ``Data``. A guide with parameters for each datum, such as an
+        autoguide of a local latent, needs ``None``.
     :param validation: data whose ELBO is evaluated after each epoch.
     :param beta: weight of the latent terms, log p(z) − log q(z|x): a number, or a function of the number of
         epochs elapsed, which is a fraction within an epoch. It changes the objective; reported ELBOs do not
