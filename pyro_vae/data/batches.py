@@ -551,21 +551,30 @@ def as_batch(items: Any, *, share: bool = False) -> Batch:
     return Batch((as_tensor(items, share=share),), {})
 
 
-def as_whole(data: Any) -> Batch:
-    """All data as one batch, in data order.
+def as_ordered_batches(data: Any, batch_size: int | None) -> Batches:
+    """Minibatches whose unshuffled epochs are in data order. Stochastic pixels are binarized once.
 
-    :param data: as for :func:`as_batches`; stochastically binarized data are binarized once. A
-        :class:`Batch`, which verbs pass to each other, is returned as it is.
     :raises ValueError: as :func:`as_batches` does, and for a loader whose sampler changes the order.
     """
-    if isinstance(data, Batch):
-        return data
-    batches = as_batches(data.fixed() if isinstance(data, Data) else data, None)
+    batches = as_batches(data.fixed() if isinstance(data, Data) else data, batch_size)
     if not batches.in_data_order:
         raise ValueError(
             "data: the loader's sampler has an order of its own, so results cannot be matched with rows; "
             "pass the data set, or DataLoader(dataset, batch_size, shuffle=False)"
         )
+    return batches
+
+
+def as_whole(data: Any) -> Batch:
+    """All data as one batch, in data order.
+
+    :param data: as for :func:`as_ordered_batches`. A :class:`Batch`, which verbs pass to each other, is
+        returned as it is.
+    :raises ValueError: as :func:`as_ordered_batches` does.
+    """
+    if isinstance(data, Batch):
+        return data
+    batches = as_ordered_batches(data, None)
     if isinstance(batches, InMemory):
         return batches.whole.map(lambda part: part[:] if isinstance(part, SparseRows) else part)
     parts = list(batches.epoch(shuffle=False))

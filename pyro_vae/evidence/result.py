@@ -79,7 +79,7 @@ class Evidence:
 
     def __str__(self) -> str:
         n, sign = len(self.log_evidence), _sign(self.bound)
-        unit, truth = f"± {self.mean_se:.3f} nats per datum, {n} data", "the true mean"
+        unit, truth = f"{_plus_minus(self.mean_se)}nats per datum, {n} data", "the true mean"
         if self.joint:
             unit, truth = "nats, all data together", "the true value"
         lines = [f"log p({'x₁…x_N' if self.joint else 'x'}) {sign} {self.mean:.3f} {unit}; {self.method}"]
@@ -156,5 +156,10 @@ class Sandwich:
 
     def __str__(self) -> str:
         n = len(self.gap)
-        gap = f"gap {self.mean:.3f} ± {self.mean_se:.3f} nats per datum, on {n} data simulated from the model"
+        mean = f"gap {self.mean:.3f} {_plus_minus(self.mean_se)}nats per datum"
+        gap = f"{mean}, on {n} data simulated from the model"
         return f"{gap}\n{self.lower}\n{self.upper}"
+
+
+def _plus_minus(error: float) -> str:
+    return "" if math.isnan(error) else f"± {error:.3f} "

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
 
-from pyro_vae.data.batches import Batch, Batches, as_batches, fitting
-from pyro_vae.data.datasets import Data
+from pyro_vae.data.batches import Batch, Batches, as_ordered_batches, fitting
 from pyro_vae.infer.losses import kind_of, reports_elbo
 from pyro_vae.infer.signals import poll
 from pyro_vae.pairs.check import check_observed, inspect_checked, refuse
@@ -60,12 +59,7 @@ def evaluate(
             "expected an ELBO object of Pyro, or evidence.importance(model, guide, x, num_particles=K) for "
             "importance-weighted bounds"
         )
-    batches = as_batches(data.fixed() if isinstance(data, Data) else data, batch_size)
-    if not batches.in_data_order:
-        raise ValueError(
-            "evaluate: the loader's sampler has an order of its own, so terms cannot be matched with rows; "
-            "pass the data set, or DataLoader(dataset, batch_size, shuffle=False)"
-        )
+    batches = as_ordered_batches(data, batch_size)
     return evaluate_batches(
         model, guide, batches, loss=loss, num_particles=num_particles, seed=seed, check=check
     )
@@ -93,7 +87,7 @@ def evaluate_batches(
                 _check_enumeration(pair, loss, verb)
                 check_minibatch(pair, batches.num_rows, verb=verb, check=check)
                 if check and verb != "validation":  # fit has checked the minibatches of its training data
-                    check_rows(pair, batches.num_rows, verb=verb)
+                    check_independent_rows(pair, batches.num_rows, verb=verb)
                 batches.cast(pair.dtype)
             batch = fitting(batch.cast(pair.dtype), model, guide)
             num_evaluated = sum(len(part.elbo) for part in parts)
@@ -167,7 +161,7 @@ def check_minibatch(pair: Structure, num_data: int, *, verb: str, check: bool = 
         )
 
 
-def check_rows(pair: Structure, num_data: int, *, verb: str) -> None:
+def check_independent_rows(pair: Structure, num_data: int, *, verb: str) -> None:
     """Raise ``ValueError`` if the ELBO terms of a row depend on the other rows of its minibatch."""
     if pair.num_rows < num_data and pair.other_rows is not None and not any(subsample_problems(pair)):
         refuse(dividing_problems(probe_particles(pair), num_data), verb=verb)

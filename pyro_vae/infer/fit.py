@@ -24,7 +24,7 @@ from pyro_vae.data.batches import Batches, InMemory, as_batches, check_count, fi
 from pyro_vae.data.datasets import Data
 from pyro_vae.infer.distributed import Group
 from pyro_vae.infer.early_stopping import EarlyStopping, PairState
-from pyro_vae.infer.evaluate import check_minibatch, check_rows, evaluate_batches
+from pyro_vae.infer.evaluate import check_independent_rows, check_minibatch, evaluate_batches
 from pyro_vae.infer.losses import check_loss, scale_problem
 from pyro_vae.infer.minibatch import MinibatchSVI
 from pyro_vae.infer.resume import CheckpointManager, Epoch, Position
@@ -310,7 +310,7 @@ def inspect_for_training(
                     error,
                 )
                 moved = inspect(model, guide, pair.batch)
-            check_rows(moved, n, verb="fit")
+            check_independent_rows(moved, n, verb="fit")
     return pair
 
 

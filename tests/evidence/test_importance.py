@@ -214,3 +214,10 @@ def test_noise_of_a_single_draw_is_printed_as_unknown():
     result = evidence.importance(TOY, Gaussian(TOY, TOY.precision / 2), x, num_particles=1)
     assert not result.is_reliable
     assert "Monte Carlo error unknown" in str(result)
+
+
+def test_no_standard_error_is_printed_for_one_datum():
+    found = evidence.importance(TOY, Gaussian(TOY, TOY.precision / 2), TOY.sample(1), num_particles=50)
+    assert math.isnan(found.mean_se)
+    assert "nan" not in str(found)
+    assert "nan" not in str(evidence.bdmc(TOY, TOY.sample(1), annealing=evidence.Annealing(10, num_chains=4)))
