@@ -4,16 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.data.batches import Batch, as_batch
 from pyro_vae.pairs.check import inspect_checked
-from pyro_vae.pairs.enumeration import Held
 from pyro_vae.pairs.latents import Latents
+from pyro_vae.pairs.observed import check_generative, observed_arguments, simulate_once
 from pyro_vae.pairs.preserve import read_whole, stream_seed, untouched
-from pyro_vae.pairs.traces import Program, prior_of, sampled
+from pyro_vae.pairs.traces import Program, prior_of
 
 
 @dataclass(frozen=True)
@@ -67,22 +65,10 @@ def simulate(model: Program, data: Any, *, seed: int = 0, check: bool = True) ->
         batch = inspect_checked(model, prior_of(model), batch, verb="simulate", check=check).batch
     # another stream than the estimators', whose draws must be independent of z*
     with untouched(training=False, seed=stream_seed(seed, 1)), torch.no_grad():
-        observed = {
-            name: site["value"]
-            for name, site in sampled(poutine.trace(model).get_trace(*batch.args, **batch.kwargs))
-            if site["is_observed"] and site["fn"].event_dim + len(site["fn"].batch_shape)
-        }
-        trace = poutine.trace(poutine.uncondition(model)).get_trace(*batch.args, **batch.kwargs)
-    drawn = {name: site["value"] for name, site in sampled(trace)}
-    given: dict[Any, Any] = dict(enumerate(batch.args)) | batch.kwargs
-    arguments = dict(given)
-    for name, value in observed.items():
-        key = _observed_argument(name, value, given)
-        arguments[key] = drawn[name].reshape(given[key].shape).to(given[key].dtype)
-    latents = {name: value for name, value in drawn.items() if name not in observed}
-    simulated = Simulated(arguments if batch.kwargs else tuple(arguments.values()), latents)
-    _check_observed(model, simulated, trace, set(observed))
-    return simulated
+        keys = observed_arguments(model, batch)
+        simulated, latents = simulate_once(model, batch, keys)
+    check_generative(model, batch, keys)
+    return Simulated(simulated.kwargs or simulated.args, latents)
 
 
 def check_simulated(verb: str, simulated: Any) -> None:
@@ -92,42 +78,3 @@ def check_simulated(verb: str, simulated: Any) -> None:
             f"{verb}: expected simulated data with their latents, evidence.simulate(model, data), but got "
             f"{type(simulated).__name__}"
         )
-
-
-def _observed_argument(name: str, value: Tensor, given: dict[Any, Any]) -> Any:
-    """The key of the argument that a site observes: it shares memory with ``value``, or has equal entries."""
-    candidates = {
-        key: part for key, part in given.items() if isinstance(part, Tensor) and part.numel() == value.numel()
-    }
-    keys = [key for key, part in candidates.items() if part.data_ptr() == value.data_ptr()]
-    if not keys:
-        keys = [key for key, part in candidates.items() if bool((part.reshape(value.shape) == value).all())]
-    if len(keys) != 1:
-        problem = f"equals several of its arguments, {keys}" if keys else "is not one of its arguments"
-        raise ValueError(
-            f"simulate: the value that the model observes at {name!r}, of shape {tuple(value.shape)}, "
-            f"{problem}; expected an argument, obs=x, unchanged or reshaped"
-        )
-    return keys[0]
-
-
-def _check_observed(model: Program, simulated: Simulated, drawn: Trace, observed: set[str]) -> None:
-    """Raise ``ValueError`` if log-probabilities of the simulated values change when the model runs on them.
-
-    The distribution of such a site depends on an observed argument, which had its old value in the trace
-    ``drawn``.
-    """
-    batch = simulated.batch
-    with untouched(training=False, seed=0), torch.no_grad():
-        rerun = poutine.trace(Held(simulated.latents)(model)).get_trace(*batch.args, **batch.kwargs)
-    for trace in (drawn, rerun):
-        trace.compute_log_prob()
-    for name in observed:
-        before, after = (trace.nodes[name]["unscaled_log_prob"] for trace in (drawn, rerun))
-        if before.shape != after.shape or not torch.allclose(
-            before, after, rtol=1e-4, atol=1e-4, equal_nan=True
-        ):
-            raise ValueError(
-                f"simulate: the distribution of {name!r} depends on an observed argument, so it was drawn "
-                "given the old value; expected p(x|z) to depend only on latents and conditions"
-            )

@@ -3,14 +3,30 @@
 from pyro_vae.infer.distributed import Group, process_group, rank_and_world_size
 from pyro_vae.infer.evaluate import evaluate
 from pyro_vae.infer.fit import History, fit, train
+from pyro_vae.infer.objectives import (
+    IWAE,
+    STL,
+    VIMCO,
+    Objective,
+    Renyi,
+    ReweightedWakeSleep,
+    WakeSleep,
+)
 from pyro_vae.infer.resume import Epoch
 from pyro_vae.infer.svi import SVI
 
 __all__ = [
+    "IWAE",
+    "STL",
     "SVI",
+    "VIMCO",
     "Epoch",
     "Group",
     "History",
+    "Objective",
+    "Renyi",
+    "ReweightedWakeSleep",
+    "WakeSleep",
     "evaluate",
     "fit",
     "process_group",

@@ -56,8 +56,8 @@ class EarlyStopping:
         if validation is None:
             return
         self.epochs_since_best += 1
-        if validation.elbo > self.best_elbo:
-            self.best_elbo, self.epochs_since_best = validation.elbo, 0
+        if validation.objective > self.best_elbo:
+            self.best_elbo, self.epochs_since_best = validation.objective, 0
             self.best_tensors = {} if self.patience is None else self.state.copy()
 
     def should_stop(self) -> bool:

@@ -1,12 +1,14 @@
 """The ELBO of any pair for each datum of a data set."""
 
+from copy import copy
 from typing import Any
 
 import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
 
 from pyro_vae.data.batches import Batch, Batches, as_ordered_batches, fitting
-from pyro_vae.infer.losses import kind_of, reports_elbo
+from pyro_vae.infer.losses import check_loss, kind_of, reports_bound
+from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.signals import poll
 from pyro_vae.pairs.check import check_observed, inspect_checked, refuse
 from pyro_vae.pairs.elbo import ElboTerms, Reweighted, elbo_terms
@@ -37,8 +39,11 @@ def evaluate(
 
     :param data: as for :func:`~pyro_vae.infer.fit`; stochastically binarized data are binarized once.
     :param loss: ``None`` or one of Pyro's losses that are ELBOs. With ``TraceEnum_ELBO`` enumerated sites are
-        summed out; that loss is one number for a batch, so all data of a batch get its mean per datum.
-    :param num_particles: draws of z for each datum.
+        summed out; that loss is one number for a batch, so all data of a batch get its mean per datum. With
+        an objective of :mod:`pyro_vae.infer.objectives`, such as ``IWAE(50)``, the result also has its value
+        for each datum, ``bound``.
+    :param num_particles: draws of z for each datum; of an objective, evaluations over which its value is
+        averaged.
     :param seed: seed of the draws. Two evaluations with the same seed use the same noise.
     :param batch_size: rows of a minibatch; ``None`` for all data at once, which a guide with parameters for
         each datum needs.
@@ -53,11 +58,10 @@ def evaluate(
     history.scope():``.
     """
     check_particles("evaluate", num_particles)
-    if not reports_elbo(loss):
+    if not reports_bound(loss):
         raise ValueError(
             f"evaluate: {type(loss).__name__} estimates {kind_of(loss).bound}, which is not an ELBO; "
-            "expected an ELBO object of Pyro, or evidence.importance(model, guide, x, num_particles=K) for "
-            "importance-weighted bounds"
+            "expected an ELBO object of Pyro, or an objective of pyro_vae.infer, such as IWAE(50)"
         )
     batches = as_ordered_batches(data, batch_size)
     return evaluate_batches(
@@ -86,12 +90,18 @@ def evaluate_batches(
                 pair = inspect_checked(model, guide, batch, verb=verb, check=check, whole=False)
                 _check_enumeration(pair, loss, verb)
                 check_minibatch(pair, batches.num_rows, verb=verb, check=check)
+                if isinstance(loss, Objective):
+                    check_loss(loss, pair, batches.num_rows, verb=verb)
+                    loss = copy(loss)  # fit prepares its loss for other programs
+                    loss.prepare(pair.model, pair.guide, pair.batch, check=check)
                 if check and verb != "validation":  # fit has checked the minibatches of its training data
                     check_independent_rows(pair, batches.num_rows, verb=verb)
                 batches.cast(pair.dtype)
             batch = fitting(batch.cast(pair.dtype), model, guide)
             num_evaluated = sum(len(part.elbo) for part in parts)
-            if isinstance(loss, TraceEnum_ELBO):
+            if isinstance(loss, Objective) and not loss.linear:
+                terms = _objective_terms(pair, batch, loss, num_particles)
+            elif isinstance(loss, TraceEnum_ELBO):
                 terms = _enumerated_terms(pair, batch, loss, batches.num_rows, num_particles)
             else:
                 check_draws = check and num_evaluated > 0  # the first batch is checked above
@@ -106,7 +116,7 @@ def evaluate_batches(
                 )
             parts.append(terms)
     if not parts:  # the other ranks have all rows
-        return ElboTerms(torch.zeros(0), torch.zeros(0), torch.zeros(0))
+        return ElboTerms.of_batch(0.0, 0)
     return ElboTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
@@ -137,11 +147,11 @@ def check_minibatch(pair: Structure, num_data: int, *, verb: str, check: bool = 
             'put the sites of each datum in pyro.plate("data", len(x)), or pass '
             "batch_size=None"
         )
-    if pair.num_rows < num_data and (name := outside_of_plates(pair)):
+    if pair.num_rows < num_data and (outside := outside_of_plates(pair)):
         raise ValueError(
-            f"model: {name!r} lies in no plate of the batch's {pair.num_rows} rows, but its shape follows "
-            f"them, so a minibatch cannot be scaled to the {num_data} data; put it within the data plate, "
-            "with a batch dimension for the rows and the others declared by .to_event(k), or pass "
+            f"model: {outside[0]!r} lies in no plate of the batch's {pair.num_rows} rows, but its shape "
+            f"follows them, so a minibatch cannot be scaled to the {num_data} data; put it within the data "
+            "plate, with a batch dimension for the rows and the others declared by .to_event(k), or pass "
             "batch_size=None"
         )
     if pair.row_parameters and pair.num_rows < num_data:
@@ -178,6 +188,12 @@ def _sampled_terms(
             check_observed(pair, traces[0], batch, verb)
         draws.append(elbo_terms(*traces, pair.plates, num_data=num_data))
     return ElboTerms(*(torch.stack(part).mean(0) for part in zip(*draws, strict=True)))
+
+
+def _objective_terms(pair: Structure, batch: Batch, loss: Objective, num_particles: int) -> ElboTerms:
+    """Terms by the objective, averaged over evaluations of it."""
+    steps = [loss.step(pair.model, pair.guide, batch, differentiate=False) for _ in range(num_particles)]
+    return ElboTerms(*(torch.stack(part).mean(0) for part in zip(*(s.terms for s in steps), strict=True)))
 
 
 def _enumerated_terms(

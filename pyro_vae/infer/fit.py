@@ -27,6 +27,7 @@ from pyro_vae.infer.early_stopping import EarlyStopping, PairState
 from pyro_vae.infer.evaluate import check_independent_rows, check_minibatch, evaluate_batches
 from pyro_vae.infer.losses import check_loss, scale_problem
 from pyro_vae.infer.minibatch import MinibatchSVI
+from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.resume import CheckpointManager, Epoch, Position
 from pyro_vae.infer.snapshot import configuration
 from pyro_vae.infer.svi import Compile
@@ -70,9 +71,9 @@ class History:
 
     @property
     def best(self) -> Epoch:
-        """The epoch of the highest validation ELBO, or of the highest training ELBO without validation
-        data."""
-        return max(self.epochs, key=lambda epoch: (epoch.validation or epoch.train).elbo)
+        """The epoch with the highest objective on the validation data, or on the training data without
+        these."""
+        return max(self.epochs, key=lambda epoch: (epoch.validation or epoch.train).objective)
 
     def __str__(self) -> str:
         last = self.epochs[-1]
@@ -141,6 +142,9 @@ def train(
             "clip_norm": clip_norm,
             "autocast": autocast and str(autocast),
         }
+        if isinstance(loss, Objective):
+            with store.scope(state.copy()):
+                loss.prepare(svi.model, svi.guide, pair.batch, check=check)
         has_checkpoints = checkpoints is not None or resume is not None
         config = configuration(batches, held_out, loss, optim, group, settings) if has_checkpoints else {}
         manager = CheckpointManager(checkpoints, every, at, stopping, svi, batches, config)
@@ -295,7 +299,7 @@ def inspect_for_training(
             f"pair: it fails on the {last} rows of the last minibatch: {error}; pass a batch_size that "
             f"leaves another remainder of the {n} data, or remove rows"
         )
-    check_loss(loss, pair, n, check=check)
+    check_loss(loss, pair, n, annealed=annealed, check=check)
     if (problem := scale_problem(loss, pair, n)) is not None:
         refuse([problem], verb="fit", check=check)
     if annealed:
@@ -429,7 +433,7 @@ def _step_scheduler(optim: PyroOptim, record: Epoch) -> None:
     """Step the learning-rate scheduler. ``ReduceLROnPlateau`` gets the loss per datum."""
     if isinstance(optim, PyroLRScheduler):
         is_plateau = optim.pt_scheduler_constructor is torch.optim.lr_scheduler.ReduceLROnPlateau
-        optim.step(-(record.validation or record.train).elbo) if is_plateau else optim.step()
+        optim.step(-(record.validation or record.train).objective) if is_plateau else optim.step()
 
 
 def _held_out_batches(validation: Any, batch_size: int | None) -> Batches | None:
@@ -459,5 +463,5 @@ def _progress_bar(progress: bool | None, num_steps: int, group: Group) -> tqdm:
 
 
 def _postfix(record: Epoch) -> dict[str, Any]:
-    shown = {"epoch": record.epoch, "train": f"{record.train.elbo:.2f}"}
-    return shown if record.validation is None else shown | {"held_out": f"{record.validation.elbo:.2f}"}
+    shown = {"epoch": record.epoch, "train": f"{record.train.objective:.2f}"}
+    return shown if record.validation is None else shown | {"held_out": f"{record.validation.objective:.2f}"}

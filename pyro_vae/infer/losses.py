@@ -22,6 +22,7 @@ from pyro.infer import (
     TraceTMC_ELBO,
 )
 
+from pyro_vae.infer.objectives import Objective
 from pyro_vae.pairs.problems import Problem
 from pyro_vae.pairs.structure import Structure, row_dim
 from pyro_vae.pairs.traces import subsampling_scale
@@ -35,12 +36,14 @@ class Loss(NamedTuple):
     factor: what is multiplied by N/B. ``"sites"``: the sites in data plates, for a loss that is linear in
     log-probabilities. ``"objective"``: loss and gradients, for a loss that is not linear (a log of a sum,
     ranks of weights, a kernel); this is correct only if no latent is shared by all data. ``"none"``: nothing,
-    so all data are needed at once. bound: what the loss estimates. has_value: whether its ``loss`` is a
-    number. trains: whether ``fit`` supports it, and ``reason`` why not.
+    so all data are needed at once. bound: what the loss estimates. linear: whether it is linear in
+    log-probabilities, so that β and latents that all data share are right in minibatches. has_value: whether
+    its ``loss`` is a number. trains: whether ``fit`` supports it, and ``reason`` why not.
     """
 
     factor: Factor
     bound: str
+    linear: bool = True
     has_value: bool = True
     trains: bool = True
     reason: str = ""
@@ -53,23 +56,27 @@ LOSSES: dict[type, Loss] = {
     TraceGraph_ELBO: Loss("sites", "the ELBO"),
     TraceMeanField_ELBO: Loss("sites", "the ELBO"),
     TraceEnum_ELBO: Loss("sites", "the ELBO, enumerated sites summed out"),
-    RenyiELBO: Loss("objective", "the Rényi bound of order α"),
-    TraceTMC_ELBO: Loss("objective", "the tensor Monte Carlo bound"),
+    RenyiELBO: Loss("objective", "the Rényi bound of order α", linear=False),
+    TraceTMC_ELBO: Loss("objective", "the tensor Monte Carlo bound", linear=False),
     TraceTailAdaptive_ELBO: Loss(
-        "objective", "no bound: an f-divergence by ranks of weights", has_value=False
+        "objective", "no bound: an f-divergence by ranks of weights", linear=False, has_value=False
     ),
-    Trace_MMD: Loss("objective", "no bound: E_q[log p(x|z)] minus a kernel distance of q(z) from p(z)"),
+    Trace_MMD: Loss(
+        "objective", "no bound: E_q[log p(x|z)] minus a kernel distance of q(z) from p(z)", linear=False
+    ),
     ReweightedWakeSleep: Loss(
         "none",
         "two losses, of model and guide",
+        linear=False,
         has_value=False,
         trains=False,
         reason="it has one joint weight for a batch, not one for each datum, and model and guide need an "
-        "argument `observations`; expected pyro.infer.SVI for it",
+        "argument `observations`; expected pyro_vae.infer.ReweightedWakeSleep",
     ),
     EnergyDistance: Loss(
         "none",
         "no bound: an energy distance",
+        linear=False,
         trains=False,
         reason="it is not an ELBO object and has no guide, so it has no ELBO; expected pyro.infer.SVI for it",
     ),
@@ -83,38 +90,59 @@ _UNKNOWN = Loss("none", "unknown")
 
 def kind_of(loss: Any) -> Loss:
     """The kind of a loss, by its exact class, since a subclass may compute something else."""
+    if isinstance(loss, Objective):
+        return Loss("sites", loss.bound, linear=loss.linear)
     return LOSSES.get(type(loss), _UNKNOWN)
 
 
-def check_loss(loss: Any, pair: Structure, num_data: int, *, check: bool = True) -> None:
-    """Raise ``ValueError`` for a loss that ``fit`` does not support for this pair and these minibatches.
+def check_loss(
+    loss: Any,
+    pair: Structure,
+    num_data: int,
+    *,
+    annealed: bool = False,
+    check: bool = True,
+    verb: str = "fit",
+) -> None:
+    """Raise ``ValueError`` for a loss that is not supported for this pair and these minibatches.
 
+    :param annealed: whether latent terms are weighted by β.
     :param check: ``False`` assumes that an unknown subclass of ``ELBO`` is linear in log-probabilities.
     """
     name, kind = type(loss).__name__, kind_of(loss)
     if not kind.trains:
-        raise ValueError(f"fit: {name}: {kind.reason}")
+        raise ValueError(f"{verb}: {name}: {kind.reason}")
     if not isinstance(loss, ELBO):
         raise ValueError(
-            f"fit: the loss is {name}; expected one of Pyro's ELBO objects, such as Trace_ELBO()"
+            f"{verb}: the loss is {name}; expected one of Pyro's ELBO objects, such as Trace_ELBO()"
+        )
+    if annealed and not kind.linear:
+        raise ValueError(
+            f"beta: {name} is not linear in log-probabilities, so β would be a power of probabilities in its "
+            "weights; expected beta=1, or Trace_ELBO"
         )
     if pair.batch.tensors and pair.num_rows < num_data:
         if kind.factor == "none" and check:
             raise ValueError(
-                f"fit: {name} is a loss that pyro_vae does not know, so it cannot be scaled by N/B on "
+                f"{verb}: {name} is a loss that pyro_vae does not know, so it cannot be scaled by N/B on "
                 "minibatches; pass batch_size=None, or check=False if the loss is linear in log-probabilities"
             )
-        if kind.factor == "objective" and pair.shared:
+        if not kind.linear and pair.shared:
             raise ValueError(
-                f"fit: {name} is not linear in log-probabilities, and {pair.shared[0]!r} is shared by all "
+                f"{verb}: {name} is not linear in log-probabilities, and {pair.shared[0]!r} is shared by all "
                 "data, so no factor makes its loss on a minibatch an estimate of that on all data; pass "
                 "batch_size=None, or Trace_ELBO"
             )
 
 
-def reports_elbo(loss: Any) -> bool:
-    """Whether the value of a loss is an ELBO, which ``evaluate`` can report."""
-    return loss is None or kind_of(loss).bound.startswith("the ELBO") or kind_of(loss) is _UNKNOWN
+def reports_bound(loss: Any) -> bool:
+    """Whether ``evaluate`` can report the value of a loss: an ELBO, or an objective of this package."""
+    return (
+        loss is None
+        or isinstance(loss, Objective)
+        or kind_of(loss).bound.startswith("the ELBO")
+        or kind_of(loss) is _UNKNOWN
+    )
 
 
 def scale_problem(loss: Any, pair: Structure, num_data: int) -> Problem | None:

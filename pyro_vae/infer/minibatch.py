@@ -10,12 +10,14 @@ import pyro
 import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.optim import PyroOptim
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.data.batches import Batch, Batches, InMemory
 from pyro_vae.infer.distributed import Group
 from pyro_vae.infer.losses import kind_of, scaled_sites
-from pyro_vae.infer.svi import SVI, Traces
+from pyro_vae.infer.objectives import Objective, Step
+from pyro_vae.infer.svi import SVI
 from pyro_vae.pairs.check import check_observed
 from pyro_vae.pairs.elbo import ElboTerms, Reweighted, elbo_terms
 from pyro_vae.pairs.preserve import untouched
@@ -65,7 +67,7 @@ class MinibatchSVI(SVI):
     def _checked_loss_and_grads(self, *args: Any, **kwargs: Any) -> Any:
         """Compute loss and gradients by Pyro, check the loss, and average and clip the gradients."""
         try:
-            value = self._elbo.loss_and_grads(*args, **kwargs)
+            value, terms = self._evaluate_loss(*args, **kwargs)
         except ValueError as error:
             self._check_data()
             cause = str(error).split(":\n", 1)[0].split("\n", 1)[0]
@@ -86,7 +88,7 @@ class MinibatchSVI(SVI):
                 "unchanged. Lower the learning rate, raise min_scale, or check the data"
             )
         # before the update, since the distributions in the traces refer to the parameters
-        self.terms = self._terms_of_eager_step(value)
+        self.terms = self._terms_of_eager_step(value) if terms is None else terms
         # a parameter may have two names
         unique = dict.fromkeys(p for _, p in pyro.get_param_store().named_parameters())
         trained = [p for p in unique if p.grad is not None]
@@ -96,6 +98,16 @@ class MinibatchSVI(SVI):
             value = value * factor
         self._before_update(trained, [p.grad for p in trained if p.grad is not None])
         return value
+
+    def _evaluate_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
+        """The loss, whose gradients are added to those of the parameters, and the ELBO terms if the loss
+        computes them."""
+        if not isinstance(self._elbo, Objective):
+            return self._elbo.loss_and_grads(model, guide, *args, **kwargs), None
+        step = self._elbo.step(model, guide, Batch(args, kwargs))
+        step.surrogate.backward()
+        terms = self._terms_of_traces(step.traces) if step.terms is None else step.terms
+        return step.loss.item(), terms
 
     def _before_update(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Average the gradients over ranks, raise ``FloatingPointError`` if they are not finite, and clip
@@ -127,8 +139,10 @@ class MinibatchSVI(SVI):
 
     def _check_data(self) -> None:
         """Raise ``ValueError`` if the batch is outside the support of an observed site."""
-        if self.handlers[0].traces:
-            check_observed(self.pair, self.handlers[0].traces[-1], self.batch, f"fit: {self.position}")
+        for trace in reversed(self.handlers[0].traces):
+            if any(site["is_observed"] for _, site in sampled(trace)):  # simulations observe nothing
+                check_observed(self.pair, trace, self.batch, f"fit: {self.position}")
+                return
 
     def minibatch_step(self, batch: Batch, beta: float, weight: float, position: object) -> ElboTerms:
         """Take one step of the optimizer on the loss annealed by β. Returns the ELBO terms of the rows, which
@@ -155,10 +169,11 @@ class MinibatchSVI(SVI):
         terms = self.terms if self._extra is None else ElboTerms(*self._extra[:-1])
         return terms if weight else ElboTerms(*(part[:0] for part in terms))
 
-    def _extra_outputs(self, traces: Traces, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return *self._terms_of_traces(traces), _sum_of_entries(gradients)
+    def _extra_outputs(self, step: Step, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        terms = self._terms_of_traces(step.traces) if step.terms is None else step.terms
+        return *terms, _sum_of_entries(gradients)
 
-    def _terms_of_traces(self, traces: Traces) -> ElboTerms:
+    def _terms_of_traces(self, traces: Sequence[tuple[Trace, Trace]]) -> ElboTerms:
         """The ELBO terms of the rows, averaged over particles."""
         particles = self._elbo.num_particles // len(traces)
         terms = [

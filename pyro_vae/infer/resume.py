@@ -202,7 +202,7 @@ class CheckpointManager:
             "max_plate_nesting": self.svi._elbo.max_plate_nesting,
         }
         self.checkpoints.save(
-            at.num_steps, content, score=-math.inf if validation is None else validation.elbo
+            at.num_steps, content, score=-math.inf if validation is None else validation.objective
         )
         self.group.barrier()
 

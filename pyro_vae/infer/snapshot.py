@@ -1,6 +1,7 @@
 """Random states, optimizer states and the configuration of a fit, for checkpoints."""
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import pyro
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pyro_vae.data.batches import Batches, InMemory, bytes_of
 from pyro_vae.infer.distributed import Group
+from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.svi import OneOptimizer
 
 
@@ -95,11 +97,8 @@ def configuration(
 ) -> dict[str, Any]:
     """The settings that must be the same when a fit is resumed. Functions cannot be compared, and are all
     recorded as "a function"."""
-    options = {
-        key: getattr(loss, key)
-        for key in ("num_particles", "vectorize_particles", "alpha")
-        if hasattr(loss, key)
-    }
+    names = "num_particles", "vectorize_particles", "alpha"
+    options = loss.options() if isinstance(loss, Objective) else _attributes(loss, names)
     whole = batches.whole.leaves() if isinstance(batches, InMemory) else []
     return {
         "num_processes": group.size,
@@ -114,6 +113,10 @@ def configuration(
         if isinstance(held_out, InMemory)
         else [],
     } | {name: "a function" if callable(value) else value for name, value in settings.items()}
+
+
+def _attributes(value: Any, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
 
 
 def versions() -> dict[str, str]:

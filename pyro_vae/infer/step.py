@@ -18,11 +18,10 @@ from torch.distributions import Distribution, kl_divergence
 from pyro_vae.compiler import CannotTrace, Graphed, restored
 from pyro_vae.compiler.guards import Guards
 from pyro_vae.data.batches import Batch
+from pyro_vae.infer.objectives import Objective, Step
 from pyro_vae.infer.validation import validity
 from pyro_vae.pairs.preserve import KeepFrozen, modules_that_run, untouched
 from pyro_vae.pairs.traces import Program
-
-Traces = list[tuple[Trace, Trace]]
 
 
 @contextmanager
@@ -37,6 +36,16 @@ def without_gradients(params: Sequence[Tensor]) -> Iterator[dict[int, Tensor | N
     finally:
         for p in params:
             p.grad = before[id(p)]
+
+
+def evaluate_loss(elbo: ELBO, model: Program, guide: Program, batch: Batch) -> Step:
+    """Evaluate a loss as tensors, where Pyro's own ELBO classes convert it to a number."""
+    if isinstance(elbo, Objective):
+        return elbo.step(model, guide, batch)
+    traces = list(elbo._get_traces(model, guide, batch.args, batch.kwargs))
+    particles = [surrogate(elbo, *pair) for pair in traces]
+    loss, surrogate_loss = (sum(part) / elbo.num_particles for part in zip(*particles, strict=True))
+    return Step(loss, surrogate_loss, None, traces)
 
 
 def surrogate(elbo: ELBO, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
@@ -91,7 +100,7 @@ class GraphStep:
     :param tensors: the inputs of the graph.
     :param arguments: a function that turns such tensors into the arguments of the pair. With ``as_floats``,
         tensors that stand for floats become floats.
-    :param report: a function of the traces of a run and its gradients that returns further outputs of a step.
+    :param report: a function of the evaluated loss and the gradients that returns further outputs of a step.
     :raises CannotTrace: if the step cannot run as a graph, or the graph differs from eager Pyro.
     :raises NewParameters: if the pair makes parameters.
     """
@@ -103,7 +112,7 @@ class GraphStep:
         guide: Program,
         tensors: Sequence[Tensor],
         arguments: Callable[..., Batch],
-        report: Callable[[Traces, list[Tensor]], tuple[Tensor, ...]],
+        report: Callable[[Step, list[Tensor]], tuple[Tensor, ...]],
     ) -> None:
         self.elbo, self.model, self.guide = elbo, model, guide
         self.arguments, self.report = arguments, report
@@ -215,10 +224,9 @@ class GraphStep:
     def _loss_and_gradients(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         batch = self.arguments(tensors)
         with KeepFrozen():
-            traces = list(self.elbo._get_traces(self.model, self.guide, batch.args, batch.kwargs))
-        particles = [surrogate(self.elbo, *pair) for pair in traces]
-        loss, surrogate_loss = (sum(part) / self.elbo.num_particles for part in zip(*particles, strict=True))
-        computed = torch.autograd.grad(surrogate_loss, self.params, allow_unused=True)
+            step = evaluate_loss(self.elbo, self.model, self.guide, batch)
+        loss = step.loss
+        computed = torch.autograd.grad(step.surrogate, self.params, allow_unused=True)
         for p, gradient in zip(self.params, computed, strict=True):
             if gradient is not None and gradient.layout is not torch.strided:
                 raise CannotTrace(f"the gradient of a parameter of shape {tuple(p.shape)} is sparse")
@@ -228,8 +236,8 @@ class GraphStep:
             gradients = [
                 _materialize(p, gradient, used) for p, gradient in zip(self.params, computed, strict=True)
             ]
-            reported = self.report(traces, gradients)
-            valid = list(validity(traces, default=self.validate))
+            reported = self.report(step, gradients)
+            valid = list(validity(step.traces, default=self.validate))
             if valid:  # for a NaN loss SVI repeats the step by eager Pyro, which raises
                 loss = torch.where(torch.stack(valid).all(), loss, torch.nan)
         return loss, *gradients, *reported

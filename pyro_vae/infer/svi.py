@@ -15,23 +15,22 @@ from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import PyroOptim
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.runtime import _PYRO_STACK
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 
 from pyro_vae.data.batches import Batch
+from pyro_vae.infer.objectives import Objective, Step
 from pyro_vae.infer.signals import interruptible
 from pyro_vae.pairs.check import refuse
 from pyro_vae.pairs.graphs import can_compile
 from pyro_vae.pairs.preserve import KeepFrozen, modules_that_run
 from pyro_vae.pairs.problems import Problem, pair_problems, training_problems
-from pyro_vae.pairs.structure import Structure, structure_of_run
+from pyro_vae.pairs.structure import Structure, inspect, structure_of_run
 from pyro_vae.pairs.traces import Program, Recorded, sampled
 
 logger = logging.getLogger(__name__)
 Compile = Literal["auto", "trace"] | bool
-Traces = list[tuple[Trace, Trace]]
 
 _COMPARE_AT, _COMPARE_EVERY = (10, 100), 1000  # steps of a graph at which it is compared with eager Pyro
 _MAX_BUILDS = 16  # graphs of one signature, after which it runs as eager Pyro
@@ -60,7 +59,8 @@ class SVI(pyro.infer.SVI):
     ``compile``, and the interface of ``pyro.infer.SVI``.
 
     :param optim: one of Pyro's optimizers, or a ``torch.optim.Optimizer`` over the pair's parameters.
-    :param loss: one of Pyro's ELBO objects; ``Trace_ELBO`` and ``TraceMeanField_ELBO`` are traced.
+    :param loss: one of Pyro's ELBO objects, of which ``Trace_ELBO`` and ``TraceMeanField_ELBO`` are traced,
+        or an :class:`~pyro_vae.infer.Objective`, such as :class:`~pyro_vae.infer.IWAE`.
     :param compile: ``"trace"``: a graph from the second step on; tracing takes about a second. ``True``: a
         graph compiled by Inductor, which takes from some seconds to a minute. ``"auto"``: a graph after 100
         steps of one signature, and Inductor after 5000 if there is a C++ compiler. ``False``: eager Pyro.
@@ -128,6 +128,8 @@ class SVI(pyro.infer.SVI):
     def _first_loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
         """Loss and gradients of the first step. Raises ``ValueError`` for an invalid pair."""
         self.loss_and_grads = self._loss_and_grads
+        if isinstance(self._elbo, Objective):
+            return self._first_objective(model, guide, Batch(args, kwargs))
         handlers = [Recorded(), Recorded()]
         programs = [handler(program) for handler, program in zip(handlers, (model, guide), strict=True)]
         check = self._check and not isinstance(poutine.unwrap(guide), GuideMessenger)
@@ -153,6 +155,17 @@ class SVI(pyro.infer.SVI):
         if failure is not None:
             raise failure
         return value
+
+    def _first_objective(self, model: Program, guide: Program, batch: Batch) -> Any:
+        """Loss and gradients of the first step of an objective, which inspects the pair itself."""
+        try:
+            if self._check:
+                refuse(training_problems(inspect(model, guide, batch, training=True)), verb="SVI")
+            self._elbo.prepare(model, guide, batch, check=self._check)
+        except Exception:
+            self.loss_and_grads = self._first_loss_and_grads
+            raise
+        return self.loss_and_grads(model, guide, *batch.args, **batch.kwargs)
 
     def _problems(self, pair: Structure, *, whole: bool) -> list[Problem]:
         """The problems of the pair in the traces of its first step. ``whole``: the step raised no error."""
@@ -221,9 +234,9 @@ class SVI(pyro.infer.SVI):
         """Called after the gradients are computed and before the optimizer's update. A subclass may change
         the gradients in place, or raise."""
 
-    def _extra_outputs(self, traces: Traces, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:  # noqa: ARG002
-        """Additional outputs of a graph, computed from the traces of model and guide and the gradients.
-        After a step of the graph ``_extra`` contains their values."""
+    def _extra_outputs(self, step: Step, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:  # noqa: ARG002
+        """Additional outputs of a graph, computed from the evaluated loss and the gradients. After a step of
+        the graph ``_extra`` contains their values."""
         return ()
 
     def _graph_names(self) -> list[str]:
@@ -245,8 +258,11 @@ class SVI(pyro.infer.SVI):
             return "compile=False"
         if not self._is_elbo:
             return "the loss is a function; Trace_ELBO and TraceMeanField_ELBO are traced"
-        if type(self._elbo) not in _TRACED:
-            return f"the loss is {type(self._elbo).__name__}; Trace_ELBO and TraceMeanField_ELBO are traced"
+        if type(self._elbo) not in _TRACED and not isinstance(self._elbo, Objective):
+            return (
+                f"the loss is {type(self._elbo).__name__}; Trace_ELBO, TraceMeanField_ELBO and the "
+                "objectives of pyro_vae are traced"
+            )
         if getattr(self.loss_and_grads, "__self__", None) not in (self._elbo, self):
             return "loss_and_grads is not the method of the loss"
         if _PYRO_STACK:

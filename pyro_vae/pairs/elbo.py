@@ -13,53 +13,90 @@ from pyro_vae.pairs.traces import Recorded, proposal, sampled, subsampling_scale
 class MeanElbo(NamedTuple):
     """The ELBO of a data set: means over its data in nats per datum, elbo = reconstruction − kl.
 
-    ``elbo_se`` is the standard error of the mean ``elbo`` over data; ``nan`` for one datum, and where all
-    data carry one ELBO of their batch. Where a pair has enumerated sites, ``reconstruction`` and ``kl`` are
-    not told apart and are ``nan``.
+    - elbo_se: the standard error of the mean ``elbo`` over data; ``nan`` for a single datum, and where all
+      data of a batch have the mean ELBO of the batch
+    - reconstruction, kl: ``nan`` where sites are summed out
+    - bound, bound_se: the value of an objective other than the ELBO, and its standard error, else ``nan``
+    - ess: effective sample size of its K weights, else ``nan``
     """
 
     elbo: float
     reconstruction: float
     kl: float
     elbo_se: float
+    bound: float = math.nan
+    bound_se: float = math.nan
+    ess: float = math.nan
+
+    @property
+    def objective(self) -> float:
+        """What training maximizes: ``bound`` where the objective has one, else ``elbo``."""
+        return self.elbo if math.isnan(self.bound) else self.bound
 
     def __str__(self) -> str:
-        se = "" if math.isnan(self.elbo_se) else f" ± {self.elbo_se:.2f}"
         parts = (
             "" if math.isnan(self.kl) else f" (reconstruction {self.reconstruction:.2f}, KL {self.kl:.2f})"
         )
-        return f"ELBO {self.elbo:.2f}{se} nats per datum{parts}"
+        text = f"ELBO {_with_se(self.elbo, self.elbo_se)} nats per datum{parts}"
+        if math.isnan(self.bound):
+            return text
+        return f"bound {_with_se(self.bound, self.bound_se)}, ESS {self.ess:.1f}, {text}"
+
+
+def _with_se(mean: float, se: float) -> str:
+    return f"{mean:.2f}" if math.isnan(se) else f"{mean:.2f} ± {se:.2f}"
 
 
 class ElboTerms(NamedTuple):
     """The ELBO of each datum in nats, log p(x|z) + log p(z) − log q(z|x) at draws of the guide: a lower bound
     of log p(x) in expectation. Without annealing, scaling to a data set, and ``poutine.scale``.
 
-    elbo: ``(batch,)``; reconstruction: log p(x|z), ``(batch,)``; kl: log q(z|x) − log p(z), ``(batch,)``.
-    Terms of latents that all data share are divided evenly among the data.
+    All are tensors ``(batch,)``. Terms of latents that all data share are divided evenly among the data.
+
+    - elbo = reconstruction − kl
+    - reconstruction: log p(x|z)
+    - kl: log q(z|x) − log p(z)
+    - bound: the value of an objective other than the ELBO, see :mod:`pyro_vae.infer.objectives`, else ``nan``
+    - ess: effective sample size of its K weights, else ``nan``
     """
 
     elbo: Tensor
     reconstruction: Tensor
     kl: Tensor
+    bound: Tensor
+    ess: Tensor
+
+    @classmethod
+    def of_elbo(cls, elbo: Tensor, reconstruction: Tensor, kl: Tensor) -> "ElboTerms":
+        """Terms of the ELBO itself, without another objective."""
+        unknown = torch.full_like(elbo, torch.nan)
+        return cls(elbo, reconstruction, kl, unknown, unknown)
 
     @classmethod
     def of_batch(cls, elbo: float, num_rows: int) -> "ElboTerms":
         """The ELBO of a whole batch, divided evenly among its data, if the terms of each datum are
         unknown."""
         unknown = torch.full((num_rows,), torch.nan)
-        return cls(torch.full((num_rows,), elbo), unknown, unknown)
+        return cls(torch.full((num_rows,), elbo), *[unknown] * 4)
 
     def mean(self) -> MeanElbo:
-        n = len(self.elbo)
-        # terms of a whole batch say nothing of the spread over data
-        varies = n > 1 and not self.kl.isnan().any() and not (self.elbo == self.elbo[0]).all()
-        se = (self.elbo.double().std() / n**0.5).item() if varies else math.nan
-        elbo, reconstruction, kl = (part.double().mean().item() for part in self)
-        return MeanElbo(elbo, reconstruction, kl, elbo_se=se)
+        elbo, reconstruction, kl, bound, ess = (part.double().mean().item() for part in self)
+        # without terms and bound, all data of a batch have its mean, which does not show their spread
+        is_mean = math.isnan(kl) and math.isnan(bound)
+        elbo_se = math.nan if is_mean else _mean_se(self.elbo)
+        return MeanElbo(elbo, reconstruction, kl, elbo_se, bound, _mean_se(self.bound), ess)
 
     def __str__(self) -> str:
         return f"{self.mean()}, {len(self.elbo)} data"
+
+
+def _mean_se(values: Tensor) -> float:
+    """The standard error of the mean; ``nan`` for a single value, and if all are equal, which are then parts
+    of one value."""
+    n = len(values)
+    if n < 2 or (values == values[0]).all():
+        return math.nan
+    return (values.double().std() / n**0.5).item()
 
 
 def elbo_terms(
@@ -79,7 +116,7 @@ def elbo_terms(
     reconstruction, kl = torch.broadcast_tensors(torch.atleast_1d(reconstruction), torch.atleast_1d(kl))
     if not plates:
         reconstruction, kl = reconstruction.expand(num_data), kl.expand(num_data)
-    return ElboTerms(reconstruction - kl, reconstruction, kl)
+    return ElboTerms.of_elbo(reconstruction - kl, reconstruction, kl)
 
 
 class Reweighted(Recorded):

@@ -37,11 +37,13 @@ _PROBE_SEED = 2**31 - 1  # not a seed that a verb is likely to have, whose draws
 def log_weight(traces: Traces, plates: frozenset[str], *, particle_dim: int | None = None) -> Tensor:
     """log p(x, z) − log q(z|x) of a run without enumeration, in nats: ``(batch,)``, or ``()`` without data
     plates; with particles ``(particles, …)``. Terms outside of the data plates are added to every row."""
-    likelihood, prior, posterior = _terms(traces, plates, particle_dim)
+    likelihood, prior, posterior = log_prob_terms(traces, plates, particle_dim)
     return likelihood + prior - posterior
 
 
-def _terms(traces: Traces, plates: frozenset[str], particle_dim: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def log_prob_terms(
+    traces: Traces, plates: frozenset[str], particle_dim: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """log p(x|z), log p(z) and log q(z|x), each of a shape that broadcasts to that of the log-weight."""
 
     def whole(local: Tensor, shared: Tensor) -> Tensor:
@@ -141,7 +143,7 @@ def _draws(pair: Structure, second: Traces, at: Tensor | None) -> list[dict[str,
 
 def _stacked(pair: Structure, traces: Traces, *, particle_dim: int | None = None) -> Tensor:
     """log p(x|z), log p(z) and log q(z|x): ``(3, …)``."""
-    return torch.stack(torch.broadcast_tensors(*_terms(traces, pair.plates, particle_dim)))
+    return torch.stack(torch.broadcast_tensors(*log_prob_terms(traces, pair.plates, particle_dim)))
 
 
 def _held(pair: Structure, batch: Batch, values: Mapping[str, Tensor], *, seed: int = _PROBE_SEED) -> Tensor:
@@ -210,10 +212,10 @@ def moved_parameters(model: Program, guide: Program, batch: Batch) -> Iterator[N
                     p.copy_(before)
 
 
-def run_particles(
-    pair: Structure, batch: Batch, num_particles: int | None, values: Mapping[str, Tensor] | None = None
-) -> Traces:
-    """Traces of a run in a plate of particles, or of a single run for ``None``.
+def particle_programs(
+    pair: Structure, num_particles: int | None, values: Mapping[str, Tensor] | None = None
+) -> tuple[Program, Program]:
+    """Model and guide in a plate of particles, or for a single run if ``num_particles`` is ``None``.
 
     :param values: hold these latents fixed, without enumeration; otherwise they are drawn, with enumeration.
     """
@@ -226,7 +228,14 @@ def run_particles(
     if num_particles is not None:
         plate = pyro.plate(PARTICLES, num_particles, dim=-1 - pair.nesting)
         model, guide = plate(model), plate(guide)
-    return run_pair(model, guide, *batch.args, **batch.kwargs)
+    return model, guide
+
+
+def run_particles(
+    pair: Structure, batch: Batch, num_particles: int | None, values: Mapping[str, Tensor] | None = None
+) -> Traces:
+    """Traces of a run of :func:`particle_programs`."""
+    return run_pair(*particle_programs(pair, num_particles, values), *batch.args, **batch.kwargs)
 
 
 def _agree(a: Tensor, b: Tensor, tolerance: float | None = None) -> bool:

@@ -141,20 +141,19 @@ def dividing_problems(pair: Structure, num_data: int) -> Iterator[Problem]:
         )
 
 
-def outside_of_plates(pair: Structure) -> str:
-    """The first site of the model outside of the data plates whose shape depends on the number of rows, or
-    ``""``."""
+def outside_of_plates(pair: Structure) -> list[str]:
+    """The sites of the model outside of the data plates whose shapes depend on the number of rows."""
     if pair.other_traces is None:
-        return ""
-    others = dict(sampled(pair.other_traces[0]))
+        return []
+    others, outside = dict(sampled(pair.other_traces[0])), []
     for name, site in sampled(pair.traces[0]):
         if row_dim(site, pair.plates) is None and name in others:
             shapes = [
                 (tuple(each["value"].shape), tuple(each["fn"].batch_shape)) for each in (site, others[name])
             ]
             if shapes[0] != shapes[1]:
-                return name
-    return ""
+                outside.append(name)
+    return outside
 
 
 def subsample_problems(pair: Structure) -> Iterator[Problem]:
