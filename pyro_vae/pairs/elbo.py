@@ -16,35 +16,35 @@ class MeanElbo(NamedTuple):
     - elbo_se: the standard error of the mean ``elbo`` over data; ``nan`` for a single datum, and where all
       data of a batch have the mean ELBO of the batch
     - reconstruction, kl: ``nan`` where sites are summed out
-    - bound, bound_se: the value of an objective other than the ELBO, and its standard error, else ``nan``
-    - ess: effective sample size of its K weights, else ``nan``
+    - bound, bound_se: the value of an objective other than the ELBO, and its standard error, else ``None``
+    - ess: effective sample size of the K weights of this objective, else ``None``
     """
 
     elbo: float
     reconstruction: float
     kl: float
     elbo_se: float
-    bound: float = math.nan
-    bound_se: float = math.nan
-    ess: float = math.nan
+    bound: float | None = None
+    bound_se: float | None = None
+    ess: float | None = None
 
     @property
     def objective(self) -> float:
         """What training maximizes: ``bound`` where the objective has one, else ``elbo``."""
-        return self.elbo if math.isnan(self.bound) else self.bound
+        return self.elbo if self.bound is None else self.bound
 
     def __str__(self) -> str:
         parts = (
             "" if math.isnan(self.kl) else f" (reconstruction {self.reconstruction:.2f}, KL {self.kl:.2f})"
         )
         text = f"ELBO {_with_se(self.elbo, self.elbo_se)} nats per datum{parts}"
-        if math.isnan(self.bound):
+        if self.bound is None:
             return text
         return f"bound {_with_se(self.bound, self.bound_se)}, ESS {self.ess:.1f}, {text}"
 
 
-def _with_se(mean: float, se: float) -> str:
-    return f"{mean:.2f}" if math.isnan(se) else f"{mean:.2f} ± {se:.2f}"
+def _with_se(mean: float, se: float | None) -> str:
+    return f"{mean:.2f}" if se is None or math.isnan(se) else f"{mean:.2f} ± {se:.2f}"
 
 
 class ElboTerms(NamedTuple):
@@ -83,8 +83,10 @@ class ElboTerms(NamedTuple):
         elbo, reconstruction, kl, bound, ess = (part.double().mean().item() for part in self)
         # without terms and bound, all data of a batch have its mean, which does not show their spread
         is_mean = math.isnan(kl) and math.isnan(bound)
-        elbo_se = math.nan if is_mean else _mean_se(self.elbo)
-        return MeanElbo(elbo, reconstruction, kl, elbo_se, bound, _mean_se(self.bound), ess)
+        mean = MeanElbo(elbo, reconstruction, kl, math.nan if is_mean else _mean_se(self.elbo))
+        if math.isnan(bound):
+            return mean
+        return mean._replace(bound=bound, bound_se=_mean_se(self.bound), ess=ess)
 
     def __str__(self) -> str:
         return f"{self.mean()}, {len(self.elbo)} data"
