@@ -133,6 +133,11 @@ def check_loss(
                 "data, so no factor makes its loss on a minibatch an estimate of that on all data; pass "
                 "batch_size=None, or Trace_ELBO"
             )
+        if isinstance(loss, Objective) and pair.shared and pair.enumerates:
+            raise ValueError(
+                f"{verb}: {pair.shared[0]!r} is shared by all data and other sites are summed out, so "
+                f"{name} has one value for all data; pass batch_size=None, or TraceEnum_ELBO"
+            )
 
 
 def reports_bound(loss: Any) -> bool:

@@ -165,7 +165,8 @@ class Objective(ELBO):
         name = type(self).__name__
         with untouched(training=False), torch.no_grad():
             pair = inspect(model, guide, batch)
-            is_joint = _all_data_share(pair) and not self.linear
+            # sites that are summed out have no log-probability of their own with its own scale
+            is_joint = _all_data_share(pair) and (pair.enumerates or not self.linear)
             weights = joint_problems(pair) if is_joint else () if self.linear else per_datum_problems(pair)
             problems = [*pair_problems(pair), *weights, *_guide_problems(pair), *self.problems(pair)]
             refuse(dict.fromkeys(problems), verb=name, check=check)
@@ -609,25 +610,26 @@ def _cut_surrogate(
     :param scale_z: multiply the gradient with respect to z by the weights once more.
     """
     total = log_p
-    num_runs = len(draws.cut)
-    for latents, of_run in zip(draws.cut, weights.chunk(num_runs), strict=True):
+    for latents, of_run in zip(draws.cut, weights.chunk(len(draws.cut)), strict=True):
         for site, value, gradient in latents:
-            factor = _as_site(of_run, site, pair, is_vectorized=num_runs == 1)
+            factor = _as_site(of_run, site, value, pair)
             total = total - (factor * gradient * value).sum()
             if scale_z:
                 value.register_hook(factor.mul)
     return total
 
 
-def _as_site(factor: Tensor, site: dict, pair: Structure, *, is_vectorized: bool) -> Tensor:
-    """``(particles, rows)`` in a shape that broadcasts to the value of a site."""
+def _as_site(factor: Tensor, site: dict, value: Tensor, pair: Structure) -> Tensor:
+    """``(particles, rows)`` in a shape that broadcasts to the value of a site. Of a site that all rows share
+    the factor of the first row, since all rows have the same one."""
     event_dim, rows = site["fn"].event_dim, row_dim(site, pair.plates)
     shape = [1] * (pair.nesting + 1 + event_dim)
-    if is_vectorized:
-        shape[0] = factor.shape[0]
-    if rows is not None:
+    shape[0] = factor.shape[0]
+    if rows is None:
+        factor = factor[:, :1]
+    else:
         shape[rows - event_dim] = factor.shape[1]
-    return factor.reshape(shape if is_vectorized else shape[1:])
+    return factor.reshape(shape[len(shape) - value.dim() :])  # the dimensions left out have size 1
 
 
 def _common_scale(traces: Traces) -> float:
