@@ -361,7 +361,9 @@ def test_stl_in_iwae_is_biased():
     estimates = replicated_gradients(IWAE(3, "stl"), pair, arguments)
     mean, se = estimates["log_t"]
     assert (mean - expected["log_t"]).abs()[0] > 20 * se[0]
-    assert_within_standard_errors(estimates, expected, ["weight", "bias", "log_noise"])  # not with respect to θ
+    assert_within_standard_errors(
+        estimates, expected, ["weight", "bias", "log_noise"]
+    )  # not with respect to θ
 
 
 def test_vimco_with_discrete_and_reparameterized_latents_is_unbiased():
@@ -469,6 +471,284 @@ def test_the_bias_of_wake_phi_falls_as_one_over_the_number_of_particles(monkeypa
 
 def test_the_exact_belief_net_has_the_posterior_of_the_enumeration():
     log_p, _, parameters = one_row()
-    net = exact.SigmoidBeliefNet(parameters["weight"].detach(), bias=-0.3, prior_logits=parameters["prior_logits"].detach())
+    net = exact.SigmoidBeliefNet(
+        parameters["weight"].detach(), bias=-0.3, prior_logits=parameters["prior_logits"].detach()
+    )
     posterior = net.posterior(DATUM.double().unsqueeze(0)).probs[0]
     torch.testing.assert_close(posterior, log_p.softmax(0).detach(), rtol=1e-12, atol=1e-12)
+
+
+# ---- factor analysis in closed form
+
+
+def as_exact(pair):
+    """The exact model of a factor analysis."""
+    return exact.LinearGaussian(
+        pair.weight.detach(), noise_scale=pair.log_noise.exp().detach(), bias=pair.bias.detach()
+    )
+
+
+def at_posterior(pair):
+    """Set the guide N(A x + c, L Lᵀ) to the exact posterior."""
+    model = as_exact(pair)
+    zero = torch.zeros(1, pairs.D)
+    offset = model.posterior(zero).mean
+    slope = model.posterior(torch.eye(pairs.D)).mean - offset
+    tril = torch.linalg.cholesky(model.precision.inverse())
+    with torch.no_grad():
+        pair.a.copy_(slope.mT)
+        pair.c.copy_(offset[0])
+        pair.log_t.copy_(tril.diagonal().log())
+        pair.lower.copy_(tril.tril(-1))
+    return model
+
+
+def closed_form_elbo(pair, x):
+    """log p(x) − KL(q(z|x)‖p(z|x))."""
+    model = as_exact(pair)
+    q = dist.MultivariateNormal(pair.q(x)[0], scale_tril=torch.diag(pair.log_t.exp()))
+    return model.log_evidence(x) - torch.distributions.kl_divergence(q, model.posterior(x))
+
+
+ELBOS = ["IWAE, K = 1", "STL", "STL, 3 particles", "Rényi, α = 1", "wake-sleep", "wake-sleep, 2 particles"]
+
+
+@pytest.mark.parametrize("name", ELBOS)
+def test_where_the_value_is_the_elbo_it_has_the_closed_form_of_factor_analysis(name):
+    pair, (x,) = pairs.FactorAnalysis(), pairs.FactorAnalysis().arguments(3)[0]
+    terms = pv.evaluate(pair.model, pair.guide, x.repeat(4000, 1), loss=OBJECTIVES[name]())
+    values = (terms.bound if terms.bound.isfinite().all() else terms.elbo).reshape(4000, 3)
+    errors = (values.mean(0) - closed_form_elbo(pair, x)).abs()
+    assert (errors < 4 * values.std(0) / 4000**0.5).all()
+
+
+@pytest.mark.parametrize("name", ["IWAE, K = 1", "STL", "DReG, K = 1", "Rényi, α = 1"])
+def test_the_mean_gradient_of_the_elbo_has_the_closed_form_of_factor_analysis(name):
+    pair = pairs.FactorAnalysis()
+    (x,), _ = pair.arguments(3)
+    weight, noise = pair.weight, pair.log_noise.exp()
+    precision = torch.eye(pairs.K) + weight.mT @ weight / noise**2
+    mean = torch.linalg.solve(precision, ((x - pair.bias) @ weight / noise**2).mT).mT
+    posterior = dist.MultivariateNormal(mean, precision_matrix=precision)
+    q = dist.MultivariateNormal(pair.q(x)[0], scale_tril=torch.diag(pair.log_t.exp()))
+    elbo = marginal(pair).log_prob(x) - torch.distributions.kl_divergence(q, posterior)
+    estimates = replicated_gradients(OBJECTIVES[name](), pair, (x,))
+    assert_within_standard_errors(estimates, gradients(-elbo.sum(), pair))
+
+
+def marginal(pair):
+    """p(x), a function of the parameters."""
+    noise = pair.log_noise.exp() ** 2 * torch.eye(pairs.D)
+    return dist.MultivariateNormal(pair.bias, pair.weight @ pair.weight.mT + noise)
+
+
+@pytest.mark.parametrize("name", ["IWAE", "DReG", "STL in IWAE", "STL", "Rényi, α = 2", "VIMCO", "wake-wake"])
+def test_at_the_exact_posterior_the_mean_gradient_is_that_of_the_log_evidence(name):
+    pair = pairs.FullCovariance()
+    (x,), _ = pair.arguments(3)
+    at_posterior(pair)
+    expected = gradients(-marginal(pair).log_prob(x).sum(), pair)
+    assert_within_standard_errors(replicated_gradients(OBJECTIVES[name](), pair, (x,)), expected)
+
+
+def test_at_the_exact_posterior_every_bound_is_the_log_evidence():
+    pair = pairs.FullCovariance()
+    (x,), _ = pair.arguments(4)
+    evidence = at_posterior(pair).log_evidence(x)
+    for make in OBJECTIVES.values():
+        terms = pv.evaluate(pair.model, pair.guide, x, loss=make())
+        values = terms.elbo if make().is_elbo else terms.bound
+        torch.testing.assert_close(values, evidence, rtol=1e-9, atol=1e-9)
+        assert make().is_elbo or terms.mean().ess == pytest.approx(make().num_particles)
+
+
+@pytest.mark.parametrize("name", ["STL", "STL, 3 particles", "DReG", "STL in IWAE", "DReG, K = 1"])
+def test_at_the_exact_posterior_the_gradient_of_the_guide_has_no_variance(name):
+    """Unlike that of the IWAE estimator."""
+    pair = pairs.FullCovariance()
+    (x,), _ = pair.arguments(4)
+    at_posterior(pair)
+    for make, is_zero in ((OBJECTIVES[name], True), (OBJECTIVES["IWAE"], False)):
+        found = gradients(make().step(pair.model, pair.guide, Batch((x,), {})).surrogate, pair)
+        size = max(found[name].abs().max().item() for name in ("a", "c", "log_t", "lower"))
+        assert (size < 1e-9) == is_zero
+
+
+@pytest.mark.parametrize("name", ["IWAE, K = 1", "STL", "DReG, K = 1"])
+def test_the_covariance_of_the_gradient_at_the_mean_field_optimum(name):
+    """Of the gradient with respect to the mean of q, with Λ the precision of the posterior and D its
+    diagonal: Λ D⁻¹ Λ for the ELBO, and (Λ − D) D⁻¹ (Λ − D) for STL."""
+    n = 20_000
+    pair, x = pairs.FactorAnalysis(), pairs.FactorAnalysis().arguments(1)[0][0].expand(n, pairs.D).clone()
+    model = as_exact(pair)
+    best = model.mean_field(x).base_dist
+    locs = nn.Parameter(best.loc.clone())
+
+    def guide(x):
+        pyro.module("locs", nn.ParameterList([locs]))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(locs[: len(x)], best.scale[: len(x)]).to_event(1))
+
+    step = OBJECTIVES[name]().step(pair.model, guide, Batch((x,), {}))
+    (g,) = torch.autograd.grad(-step.surrogate, locs)
+    precision, variance = model.precision, torch.diag(1 / model.precision.diagonal())
+    # with respect to the mean, log q is a constant along z = mean + scale · ε
+    left = precision if name == "IWAE, K = 1" else precision - torch.diag(precision.diagonal())
+    products = torch.einsum("ni,nj->nij", g, g)
+    errors = (products.mean(0) - left @ variance @ left).abs()
+    assert (errors < 4 * products.std(0) / n**0.5 + 1e-12).all()
+    assert (g.mean(0).abs() < 4 * g.std(0) / n**0.5).all()
+
+
+def test_the_bound_rises_with_the_number_of_particles_and_stays_below_the_log_evidence():
+    pair = pairs.FactorAnalysis()
+    x = pair.arguments(1)[0][0]
+    evidence = as_exact(pair).log_evidence(x).item()
+    means = []
+    for k in (1, 2, 4, 16, 64):
+        bound = pv.evaluate(pair.model, pair.guide, x.expand(4000, -1).clone(), loss=IWAE(k), seed=k).bound
+        means.append((bound.mean().item(), bound.std().item() / 4000**0.5))
+    for (low, low_se), (high, high_se) in itertools.pairwise(means):
+        assert high - low > 4 * math.hypot(low_se, high_se)
+    assert all(mean < evidence + 4 * se for mean, se in means)
+
+
+def values_at_one_seed(objective, pair, x, seed=3):
+    objective.prepare(pair.model, pair.guide, Batch((x,), {}))
+    pyro.set_rng_seed(seed)
+    return objective.step(pair.model, pair.guide, Batch((x,), {}), differentiate=False)
+
+
+def test_renyi_bounds_fall_with_alpha_and_contain_iwae_and_the_elbo():
+    pair = pairs.FactorAnalysis()
+    (x,), _ = pair.arguments(4)
+    values = [values_at_one_seed(Renyi(alpha, 5), pair, x).terms.bound for alpha in (-2, -1, 0, 0.5, 1, 2, 5)]
+    for higher, lower in itertools.pairwise(values):
+        assert (higher > lower).all()
+    torch.testing.assert_close(values[2], values_at_one_seed(IWAE(5), pair, x).terms.bound, rtol=0, atol=0)
+    elbo = values_at_one_seed(STL(5), pair, x)
+    assert values[4].sum().item() == pytest.approx(-elbo.loss.item(), rel=1e-12)
+    for alpha in (1 - 1e-6, 1 + 1e-6):
+        near = values_at_one_seed(Renyi(alpha, 5), pair, x).terms.bound
+        torch.testing.assert_close(near, values[4], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_the_gradient_of_renyi_is_that_of_iwae_and_of_the_elbo(alpha):
+    pair = pairs.Hierarchical()
+    (x,), _ = pair.arguments(4)
+    found = []
+    for objective in (
+        Renyi(alpha, 4),
+        IWAE(4) if alpha == 0 else Trace_ELBO(4, vectorize_particles=True, max_plate_nesting=1),
+    ):
+        if alpha == 0 or isinstance(objective, Renyi):
+            objective.prepare(pair.model, pair.guide, Batch((x,), {}))
+        pyro.set_rng_seed(5)
+        found.append(gradients(objective.differentiable_loss(pair.model, pair.guide, x), pair))
+    assert_equal_gradients(*found)
+
+
+@pytest.mark.parametrize("name", ["IWAE", "IWAE, K = 1", "Rényi, α = ½", "Rényi, α = −1", "Rényi, α = 1"])
+@pytest.mark.parametrize("kind", [pairs.Hierarchical, pairs.Positive, pairs.Shared])
+def test_the_gradient_equals_finite_differences_at_one_seed(kind, name):
+    pair, objective = kind(), OBJECTIVES[name]()
+    (x,), _ = pair.arguments(4)
+    objective.prepare(pair.model, pair.guide, Batch((x,), {}))
+
+    def loss(differentiate=False):
+        pyro.set_rng_seed(2)
+        return objective.step(pair.model, pair.guide, Batch((x,), {}), differentiate=differentiate)
+
+    found, h = gradients(loss(True).surrogate, pair), 1e-5
+    direction = {name: seeded(p.numel(), seed=7).reshape(p.shape) for name, p in pair.named_parameters()}
+    values = []
+    for sign in (1, -2, 1):  # the last one restores the parameters
+        with torch.no_grad():
+            for name, p in pair.named_parameters():
+                p.add_(sign * h * direction[name])
+        values.append(-loss().loss.item())
+    slope = sum((found[name] * direction[name]).sum().item() for name in found)
+    assert (values[0] - values[1]) / (2 * h) == pytest.approx(slope, rel=1e-6)
+
+
+THETA, PHI = ("weight", "bias", "log_noise"), ("a", "c", "log_t")
+
+
+@pytest.mark.parametrize("name", ["wake-wake", "half wake, half sleep", "VIMCO", "DReG", "STL in IWAE"])
+def test_the_gradient_of_the_model_is_that_of_iwae_at_equal_draws(name):
+    pair = pairs.FactorAnalysis()
+    (x,), _ = pair.arguments(4)
+    found = []
+    for objective in (OBJECTIVES[name](), IWAE(3)):
+        objective.prepare(pair.model, pair.guide, Batch((x,), {}))
+        pyro.set_rng_seed(5)
+        found.append(gradients(objective.step(pair.model, pair.guide, Batch((x,), {})).surrogate, pair))
+    for site in THETA:
+        torch.testing.assert_close(found[0][site], found[1][site], rtol=1e-12, atol=1e-12)
+
+
+# ---- the sleep phase
+
+
+def at_sleep_optimum(pair, variance):
+    """Set the guide to the posterior mean, and variances ``variance``."""
+    model = as_exact(pair)
+    offset = model.posterior(torch.zeros(1, pairs.D)).mean
+    with torch.no_grad():
+        pair.a.copy_((model.posterior(torch.eye(pairs.D)).mean - offset).mT)
+        pair.c.copy_(offset[0])
+        pair.log_t.copy_(variance(model.precision).log() / 2)
+    return model.precision
+
+
+@pytest.mark.parametrize(
+    "make",
+    [WakeSleep, lambda: ReweightedWakeSleep(1, wake_phi=0.0, sleep_phi=1.0)],
+    ids=["wake", "reweighted"],
+)
+@pytest.mark.parametrize("at_optimum", [True, False])
+def test_sleep_ends_at_the_diagonal_of_the_posterior_covariance(make, at_optimum):
+    """At other variances v the gradient with respect to log √v is (Λ⁻¹)ⱼⱼ/vⱼ − 1, such as at 1/Λⱼⱼ."""
+    pair = pairs.FactorAnalysis(seed=1)
+    (x,), _ = pair.arguments(2)
+    with torch.no_grad():
+        pair.weight.mul_(3)  # so that the latents are correlated under the posterior
+    precision = at_sleep_optimum(pair, lambda p: p.inverse().diagonal() if at_optimum else 1 / p.diagonal())
+    slope = 0.0 if at_optimum else precision.inverse().diagonal() * precision.diagonal() - 1
+    expected = {
+        "a": torch.zeros_like(pair.a),
+        "c": torch.zeros_like(pair.c),
+        "log_t": len(x) * slope * torch.ones(pairs.K),
+    }
+    estimates = replicated_gradients(make(), pair, (x,))
+    assert_within_standard_errors(estimates, expected)
+    if not at_optimum:
+        assert (estimates["log_t"][0] > 20 * estimates["log_t"][1]).all()
+
+
+def test_sleep_of_one_latent_ends_at_the_posterior_mean_and_variance():
+    """z ~ N(0, 1), x ~ N(w z, s²): a = w/(w² + s²) = .5190 and s²/(w² + s²) = .2215 at w = 1.5, s = .8."""
+    a, log_t = nn.Parameter(torch.tensor(0.0)), nn.Parameter(torch.tensor(0.0))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(1.5 * z, 0.8), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(a * x, log_t.exp()))
+
+    objective, x, path = WakeSleep(), seeded(2000), []
+    optim = torch.optim.Adam([a, log_t], lr=0.03)
+    for i in range(260):
+        optim.zero_grad()
+        objective.loss_and_grads(model, guide, x)
+        optim.step()
+        if i >= 100:
+            path.append([a.item(), log_t.exp().square().item()])
+    blocks = torch.tensor(path).reshape(8, 20, 2).mean(1)
+    error, se = (blocks.mean(0) - torch.tensor([0.5190, 0.2215])).abs(), blocks.std(0) / 8**0.5
+    assert (error < 4 * se + 5e-5).all()
+    assert (se < 3e-3).all()
