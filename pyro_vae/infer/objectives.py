@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -179,12 +179,11 @@ class Objective(ELBO):
     def step(self, model: Program, guide: Program, batch: Batch, *, differentiate: bool = True) -> Step:
         """Loss, surrogate loss and terms on a batch, for the inference algorithms of this package."""
         pair = self._prepared(model, guide, batch)
-        with _known_densities(type(self).__name__):
-            if differentiate:
-                total, draws = self.surrogate(pair, batch)
-            else:
-                draws = _draw(pair, batch, self.num_particles)
-                total = draws.log_w.new_zeros(())
+        if differentiate:
+            total, draws = self.surrogate(pair, batch)
+        else:
+            draws = _draw(pair, batch, self.num_particles)
+            total = draws.log_w.new_zeros(())
         scale = _common_scale(draws.traces[0])
         loss = -scale * self.value(draws.log_w.detach()).sum()
         return Step(loss, -scale * total, self._terms(pair, draws, batch), draws.traces)
@@ -282,10 +281,9 @@ class STL(Objective):
         if pair.enumerates:
             return super().step(model, guide, batch, differentiate=differentiate)
         # as in Trace_ELBO, each site has its own scale, so that β and latents of all data are right
-        with _known_densities("STL"):
-            draws = _draw(pair, batch, k, _Cut if differentiate else None, scaled=True)
-            log_p = sum(model_trace.log_prob_sum() for model_trace, _ in draws.traces) / k
-            log_q = sum(_sum_of_log_q(guide_trace, scaled=True) for _, guide_trace in draws.traces) / k
+        draws = _draw(pair, batch, k, _Cut if differentiate else None, scaled=True)
+        log_p = sum(model_trace.log_prob_sum() for model_trace, _ in draws.traces) / k
+        log_q = sum(_sum_of_log_q(guide_trace, scaled=True) for _, guide_trace in draws.traces) / k
         weights = torch.full_like(draws.log_w, 1 / k).detach()
         total = _cut_surrogate(pair, draws, log_p, weights) if differentiate else log_p
         return Step((log_q - log_p).detach(), -total, None, draws.traces)
@@ -387,6 +385,9 @@ class WakeSleep(Objective):
     def simulates(self) -> bool:
         return True
 
+    def problems(self, pair: Structure) -> Iterator[Problem]:
+        return _without_density_at_latents(pair, "Trace_ELBO")
+
 
 class ReweightedWakeSleep(Objective):
     """Reweighted wake-sleep (Bornschein & Bengio 2015; Le et al. 2020), in one step for model and guide:
@@ -439,16 +440,10 @@ class ReweightedWakeSleep(Objective):
     def simulates(self) -> bool:
         return self.sleep_phi > 0
 
-
-@contextmanager
-def _known_densities(name: str) -> Iterator[None]:
-    try:
-        yield
-    except NotImplementedError as error:
-        raise ValueError(
-            f"{name}: the density of the guide at given latents is not known ({first_line(error)}); expected "
-            "distributions that have log_prob, and transforms that have an inverse"
-        ) from error
+    def problems(self, pair: Structure) -> Iterator[Problem]:
+        # without a sleep phase the draws of an autoguide are those of its auxiliary sites
+        is_known = pair.points and not self.simulates
+        return (_without_inverse if is_known else _without_density_at_latents)(pair, "Trace_ELBO")
 
 
 def _normalized(log_w: Tensor) -> Tensor:
@@ -716,6 +711,20 @@ def _without_density_at_latents(pair: Structure, remedy: str) -> Iterator[Proble
             f"latents is not known; expected pyro.sample of a distribution for each latent, or {remedy}",
             judged=False,
         )
+    yield from _without_inverse(pair, remedy)
+
+
+def _without_inverse(pair: Structure, remedy: str) -> Iterator[Problem]:
+    """Latents of a guide whose density is known at its own draws only."""
+    for name, site in proposal(pair.traces[1]):
+        try:
+            site["fn"].log_prob(site["value"].clone(), *site["args"], **site["kwargs"])
+        except (NotImplementedError, KeyError) as error:  # KeyError: planar flows of Pyro
+            yield Problem(
+                f"guide: the density of {name!r} at a given value is not known ({first_line(error)}); "
+                f"expected distributions that have log_prob and transforms that have an inverse, or {remedy}",
+                judged=False,
+            )
 
 
 def _observed(pair: Structure) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from torch import nn
 
 import pyro_vae as pv
@@ -752,3 +752,241 @@ def test_sleep_of_one_latent_ends_at_the_posterior_mean_and_variance():
     error, se = (blocks.mean(0) - torch.tensor([0.5190, 0.2215])).abs(), blocks.std(0) / 8**0.5
     assert (error < 4 * se + 5e-5).all()
     assert (se < 3e-3).all()
+
+
+# ---- refused
+
+
+def two_programs(model_site=None, guide_site=None, **options):
+    """A pair of plain functions whose latent, and the guide of it, are replaced."""
+    a = nn.Parameter(torch.tensor(0.3))
+    encoder = options.get("encoder") or (lambda x: dist.Normal(a * x[:, 0], 1.0))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = (model_site or (lambda x: pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))))(x)
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1), torch.ones(3)).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.param("a", a)
+        with pyro.plate("data", len(x)):
+            (guide_site or (lambda x: pyro.sample("z", encoder(x))))(x)
+
+    return model, guide
+
+
+def discrete(**infer):
+    return (
+        lambda x: pyro.sample("z", dist.Bernoulli(0.5 * torch.ones(len(x)))),
+        lambda x: pyro.sample(
+            "z", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.1)) * x[:, 0]), infer=infer
+        ),
+    )
+
+
+def observing_guide(x):
+    z = pyro.sample("z", dist.Normal(x[:, 0], 1.0))
+    pyro.sample("y", dist.Normal(z, 1.0), obs=x[:, 1])
+
+
+def factor_in_guide(x):
+    z = pyro.sample("z", dist.Normal(x[:, 0], 1.0))
+    pyro.factor("f", -(z**2), has_rsample=True)
+
+
+def planar_flow():
+    flow = dist.transforms.Planar(1)
+
+    def site(x):
+        pyro.module("flow", flow)
+        base = dist.Normal(x[:, :1], 1.0).to_event(1)
+        pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, torch.ones(3)).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            site(x)
+
+    return model, guide
+
+
+def without_plate():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.unsqueeze(-1), torch.ones(3)).to_event(2), obs=x)
+
+    return model, lambda x: pyro.sample(
+        "z", dist.Normal(pyro.param("a", torch.tensor(0.3)) * x[:, 0], 1.0).to_event(1)
+    )
+
+
+def random_walk():
+    """The latent of a row depends on that of the row before."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            loc = z.cumsum(-1).unsqueeze(-1)
+            pyro.sample("x", dist.Normal(loc, torch.ones(3)).to_event(1), obs=x)
+
+    return model, two_programs()[1]
+
+
+def scaled(inner):
+    def site(x):
+        with poutine.scale(scale=inner):
+            return pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    return two_programs(site)
+
+
+def autoguide(kind):
+    model, _ = two_programs()
+    return model, kind(model)
+
+
+def subsampled_entries():
+    """A plate within a datum that subsamples."""
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 1.0))
+            with pyro.plate("entries", 3, subsample_size=2, dim=-1) as entries:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, entries])
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-2):
+            pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.3)) * x[:, :1], 1.0))
+
+    return model, guide
+
+
+def observes_a_function():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1), torch.ones(3)).to_event(1), obs=x.tanh())
+
+    return model, two_programs()[1]
+
+
+def autoregressive():
+    """The mean of an entry depends on the entry before."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            loc = z.unsqueeze(-1) + torch.cat([torch.zeros(len(x), 1), x[:, :-1]], 1)
+            pyro.sample("x", dist.Normal(loc, torch.ones(3)).to_event(1), obs=x)
+
+    return model, two_programs()[1]
+
+
+def transposed():
+    """The model observes x.mT: simulated values in the order of x would be others."""
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            with pyro.plate("entries", 3, dim=-2):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x.mT)
+
+    return model, two_programs()[1]
+
+
+NOT_REPARAMETERIZED = "draws of 'z' have no gradient, since Bernoulli is not reparameterized"
+FROM_AUXILIARY = "'z' is computed from auxiliary sites, as in autoguides"
+NO_INVERSE = "the density of 'z' at a given value is not known"
+REFUSED = {
+    "discrete": (
+        lambda: two_programs(*discrete()),
+        NOT_REPARAMETERIZED,
+        ["IWAE", "DReG", "STL", "Rényi, α = ½"],
+    ),
+    "enumerated guide": (
+        lambda: two_programs(*discrete(enumerate="parallel")),
+        "'z' is summed out, so its density cancels",
+        [*FOR_DISCRETE, "IWAE", "STL"],
+    ),
+    "observing guide": (lambda: two_programs(None, observing_guide), "it observes 'y'", list(OBJECTIVES)),
+    "factor in guide": (lambda: two_programs(None, factor_in_guide), "it observes 'f'", list(OBJECTIVES)),
+    "AutoNormal": (
+        lambda: autoguide(AutoNormal),
+        FROM_AUXILIARY,
+        ["DReG", "STL in IWAE", "STL", "wake-sleep", "half wake, half sleep"],
+    ),
+    "AutoDiagonalNormal": (lambda: autoguide(AutoDiagonalNormal), "in no data plate", NONLINEAR),
+    "AutoDelta": (lambda: autoguide(AutoDelta), "'z' is a point", list(OBJECTIVES)),
+    "planar flow": (
+        planar_flow,
+        NO_INVERSE,
+        ["DReG", "STL in IWAE", "STL", "wake-sleep", "wake-wake", "half wake, half sleep"],
+    ),
+    "no plate": (without_plate, "'z' and 'x' lie in no data plate", NONLINEAR),
+    "rows that depend on each other": (random_walk, "moves when the latents of another row", NONLINEAR),
+    "different scales": (lambda: scaled(0.5), "'z' is scaled by 0.5 and 'x' by 1", NONLINEAR),
+    "a tensor of scales": (lambda: scaled(torch.arange(1.0, 6.0)), "'z' has a tensor of scales", NONLINEAR),
+    "subsampling within a datum": (subsampled_entries, "which subsamples 2 of its 3 rows", NONLINEAR),
+    "observes a function of the data": (
+        observes_a_function,
+        "sleep phase: the value that the model observes at 'x'.*is not one of its arguments",
+        ["wake-sleep", "half wake, half sleep", "reweighted, sleep"],
+    ),
+    "observes a transposed argument": (
+        transposed,
+        "sleep phase: the value that the model observes at 'x'.*is not one of its arguments",
+        ["wake-sleep", "half wake, half sleep", "reweighted, sleep"],
+    ),
+    "a likelihood given the data": (
+        autoregressive,
+        "sleep phase: the distribution of 'x' depends on an observed argument",
+        ["wake-sleep", "half wake, half sleep", "reweighted, sleep"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("case", "name"), [(case, name) for case in REFUSED for name in REFUSED[case][2]])
+def test_a_pair_for_which_the_objective_is_not_defined_is_refused(case, name):
+    make, message, _ = REFUSED[case]
+    model, guide = make()
+    x = seeded(5, 3)
+    with pytest.raises(ValueError, match=message):
+        OBJECTIVES[name]().loss_and_grads(model, guide, x)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: VIMCO(1), "VIMCO: num_particles is 1; expected 2 or more"),
+        (lambda: ReweightedWakeSleep(1), "ReweightedWakeSleep: num_particles is 1; expected 2 or more"),
+        (lambda: ReweightedWakeSleep(wake_phi=0.0), "wake_phi and sleep_phi are 0"),
+        (lambda: ReweightedWakeSleep(wake_phi=-1.0), "wake_phi is -1.0; expected 0 or a positive number"),
+        (lambda: ReweightedWakeSleep(sleep_phi=math.nan), "sleep_phi is nan"),
+        (lambda: ReweightedWakeSleep(sleep_phi=math.inf), "sleep_phi is inf"),
+        (lambda: ReweightedWakeSleep(sleep_phi="1"), "sleep_phi is '1'"),
+        (lambda: IWAE(0), "IWAE: num_particles"),
+        (lambda: IWAE(2.5), "IWAE: num_particles"),
+        (lambda: IWAE(True), "IWAE: num_particles"),
+        (lambda: STL(-1), "STL: num_particles"),
+        (lambda: WakeSleep(0), "WakeSleep: num_particles"),
+        (lambda: IWAE(5, "DREG"), "IWAE: estimator is 'DREG'; expected"),
+        (lambda: Renyi(math.inf), "Renyi: alpha is inf; expected a finite number"),
+        (lambda: Renyi(math.nan), "Renyi: alpha is nan"),
+        (lambda: Renyi("0"), "Renyi: alpha is '0'"),
+    ],
+)
+def test_invalid_options_raise(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_random_walk_is_allowed_without_the_check():
+    model, guide = random_walk()
+    with pytest.raises(ValueError, match="check=False"):
+        CompiledSVI(model, guide, pyro.optim.SGD({"lr": 1e-3}), IWAE(3)).step(seeded(5, 3))
+    svi = CompiledSVI(model, guide, pyro.optim.SGD({"lr": 1e-3}), IWAE(3), check=False)
+    assert math.isfinite(svi.step(seeded(5, 3)))
