@@ -21,11 +21,13 @@ from pyro_vae.checkpoint import Checkpoints, MismatchError, read_checkpoint
 from pyro_vae.data.batches import Batch
 from pyro_vae.infer import IWAE, STL, VIMCO, Renyi, ReweightedWakeSleep, WakeSleep
 from pyro_vae.infer.svi import SVI as CompiledSVI
+from tests.faults.processes import run_group
 from tests.support import objective_pairs as pairs
 from tests.support.fits import assert_same, run, run_until_step
-from tests.support.objective_pairs import CONTINUOUS, DISCRETE, recorded_draws, reference
+from tests.support.objective_pairs import CONTINUOUS, DISCRETE, record_steps, recorded_draws, reference
+from tests.support.objective_ranks import CASES_OF_RANKS, train_rank
 from tests.support.oracles import seeded
-from tests.support.steps import train_and_compare, vae
+from tests.support.steps import functions, train_and_compare, vae
 
 OBJECTIVES = {
     "IWAE": lambda: IWAE(3),
@@ -162,21 +164,6 @@ def test_the_interface_of_an_elbo_class_agrees_with_the_step(name, validate):
 
 
 # ---- minibatches, β, several processes
-
-
-def record_steps(objective, pair):
-    """Record the parameters, the batch and the draws of each step of an objective."""
-    records, step = [], objective.step
-
-    def recording(model, guide, batch, **options):
-        before = copy.deepcopy(pair.state_dict())
-        done = step(model, guide, batch, **options)
-        arguments = tuple(part.clone() for part in batch.args)
-        records.append((before, arguments, recorded_draws(done.traces, pair), pair.seen[-1]))
-        return done
-
-    objective.step = recording
-    return records
 
 
 def fit_and_compare(kind, name, n=7, batch_size=3, beta=1.0, clip=None, **options):
@@ -990,3 +977,239 @@ def test_a_random_walk_is_allowed_without_the_check():
         CompiledSVI(model, guide, pyro.optim.SGD({"lr": 1e-3}), IWAE(3)).step(seeded(5, 3))
     svi = CompiledSVI(model, guide, pyro.optim.SGD({"lr": 1e-3}), IWAE(3), check=False)
     assert math.isfinite(svi.step(seeded(5, 3)))
+
+
+# ---- SVI: traced steps, optimizers, networks
+
+
+def objective_step(svi, i):
+    return svi.step(seeded(6, pairs.D, seed=i))
+
+
+def a_pair(kind):
+    def make():
+        pair = kind(seed=1)
+        return pair.model, pair.guide
+
+    return make
+
+
+TRACED = ["DReG", "STL", "VIMCO", "half wake, half sleep"]
+CASES = [  # the others are slow
+    *[(pairs.FactorAnalysis, name, name in TRACED) for name in OBJECTIVES],
+    *[
+        (kind, name, False)
+        for kind in (pairs.Hierarchical, pairs.HierarchicalNotVectorized, pairs.Shared)
+        for name in TRACED
+    ],
+    *[(pairs.Discrete, name, False) for name in ("VIMCO", "half wake, half sleep")],
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(kind, name, marks=[] if is_fast else pytest.mark.slow, id=f"{kind.__name__}-{name}")
+        for kind, name, is_fast in CASES
+    ],
+)
+def test_a_traced_step_equals_the_eager_step_of_pyro(kind, name):
+    svi = train_and_compare(a_pair(kind), 11, loss=OBJECTIVES[name], step=objective_step)
+    assert ": traced, 11 steps" in svi.explain()
+
+
+NETWORKS = {
+    "dropout in the encoder": lambda: with_layers(nn.Dropout(0.5), nn.Identity()),
+    "dropout in the decoder": lambda: with_layers(nn.Identity(), nn.Dropout(0.5)),
+    "batch norm in the encoder": lambda: with_layers(nn.BatchNorm1d(8), nn.Identity()),
+    "batch norm in the decoder": lambda: with_layers(nn.Identity(), nn.BatchNorm1d(8)),
+    "layer norm in both": lambda: with_layers(nn.LayerNorm(8), nn.LayerNorm(8)),
+    "flow": lambda: vae(flows.AffineAutoregressive),
+    "full covariance": lambda: vae(conditionals.MultivariateNormal),
+    "plain functions": functions,
+}
+
+
+def with_layers(of_encoder, of_decoder):
+    made = pv.VAE(
+        priors.StandardNormal(2),
+        conditionals.Normal(nn.Sequential(nn.Linear(2, 8), of_decoder, nn.Linear(8, 8)), event_shape=6),
+        conditionals.Normal(nn.Sequential(nn.Linear(6, 8), of_encoder, nn.Linear(8, 8)), event_shape=2),
+    )
+    return made.model, made.guide
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_at_equal_draws_the_gradients_of_iwae_stl_in_iwae_and_wake_wake_add_up(name):
+    """∇φ L_K = Σ w̃ ∂ log w/∂z · ∂z/∂φ − Σ w̃ ∇φ log q(z|x), and the gradients of the model are equal."""
+    model, guide = NETWORKS[name]()
+    x, found, losses = seeded(7, 6), [], []
+    for objective in (IWAE(3), IWAE(3, "stl"), ReweightedWakeSleep(3)):
+        objective.prepare(model, guide, Batch((x,), {}))
+        pyro.set_rng_seed(4)
+        losses.append(objective.loss_and_grads(model, guide, x))
+        named = dict(pyro.get_param_store().named_parameters())
+        found.append({site: p.grad.clone() for site, p in named.items() if p.grad is not None})
+        for p in named.values():
+            p.grad = None
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-9)
+    iwae, stl, wake = found
+    assert iwae.keys() == stl.keys() == wake.keys()
+    with poutine.trace(param_only=True) as of_model:
+        model(x)
+    for site, g in iwae.items():
+        expected = stl[site] if site in of_model.trace.nodes else stl[site] - wake[site]
+        torch.testing.assert_close(g, expected, rtol=1e-9, atol=1e-9, msg=site)
+        if site in of_model.trace.nodes:
+            torch.testing.assert_close(g, wake[site], rtol=1e-9, atol=1e-9, msg=site)
+    assert any(site not in of_model.trace.nodes and g.any() for site, g in iwae.items())
+
+
+def plain_programs(pair):
+    """The programs of a factor analysis as plain functions whose parameters are in the param store."""
+
+    def param(name, start, **options):
+        return pyro.param(name, lambda: start.detach().clone(), **options)
+
+    def model(x):
+        scale = param("noise", pair.log_noise.exp(), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(pairs.K), 1.0).to_event(1))
+            loc = z @ param("weight", pair.weight).mT + param("bias", pair.bias)
+            pyro.sample("x", dist.Normal(loc, scale).to_event(1), obs=x)
+
+    def guide(x):
+        scale = param("t", pair.log_t.exp(), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            loc = x @ param("a", pair.a).mT + param("c", pair.c)
+            pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("svi_class", [SVI, CompiledSVI])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_parameters_of_plain_functions_are_trained_as_those_of_modules(name, svi_class):
+    """From the first step on, by Pyro's SVI and that of the library."""
+    results = []
+    for is_plain in (False, True):
+        with pyro.get_param_store().scope():
+            pair = pairs.FactorAnalysis()
+            model, guide = plain_programs(pair) if is_plain else (pair.model, pair.guide)
+            svi = svi_class(model, guide, pyro.optim.SGD({"lr": 1e-3}), OBJECTIVES[name]())
+            losses = []
+            for i in range(3):
+                pyro.set_rng_seed(i)
+                losses.append(svi.step(seeded(4, pairs.D, seed=i)))
+            params = dict(pyro.get_param_store().named_parameters())
+            if is_plain:
+                params = {"log_noise": params["noise"], "log_t": params["t"]} | params
+            results.append((losses, {key.removeprefix("pair$$$"): p.detach() for key, p in params.items()}))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-9)
+    for site, p in results[0][1].items():
+        torch.testing.assert_close(p, results[1][1][site], rtol=1e-9, atol=1e-9, msg=site)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_copies_of_an_objective_have_its_options_and_its_value(name):
+    objective, pair = OBJECTIVES[name](), pairs.FactorAnalysis()
+    (x,), _ = pair.arguments()
+    value = values_at_one_seed(objective, pair, x).loss
+    for made in (copy.copy(objective), copy.deepcopy(objective), pickle.loads(pickle.dumps(objective))):
+        assert made.options() == objective.options()
+        assert repr(made) == repr(objective)
+        assert made.num_particles == objective.num_particles
+        assert torch.equal(values_at_one_seed(made, pair, x).loss, value)
+    assert eval(repr(objective)).options() == objective.options()
+
+
+@pytest.mark.parametrize("name", ["IWAE", "half wake, half sleep", "STL"])
+def test_an_objective_may_be_used_for_one_pair_after_another_and_for_batches_of_other_sizes(name):
+    objective = OBJECTIVES[name]()
+    for kind, n in ((pairs.FactorAnalysis, 5), (pairs.HierarchicalNotVectorized, 3), (pairs.InnerPlate, 4)):
+        pair = kind()
+        for rows in (n, 1, n + 3):
+            check_step(objective, pair, rows)
+
+
+def test_evaluate_leaves_the_objective_of_a_fit_as_it_is_and_averages_its_evaluations():
+    pair, objective = pairs.FactorAnalysis(), IWAE(4)
+    (x,), _ = pair.arguments(9)
+    one = pv.evaluate(pair.model, pair.guide, x, loss=objective, batch_size=4)
+    assert objective._pair is None
+    many = pv.evaluate(pair.model, pair.guide, x, loss=objective, num_particles=300)
+    assert all(part.shape == (9,) for part in (*one, *many))
+    assert ((many.bound > many.elbo) & (many.bound < as_exact(pair).log_evidence(x) + 0.1)).all()
+    torch.testing.assert_close(many.elbo, closed_form_elbo(pair, x), rtol=0, atol=0.3)
+    torch.testing.assert_close(many.elbo, many.reconstruction - many.kl, rtol=1e-9, atol=1e-9)
+
+
+# ---- checkpoints
+
+
+def not_vectorized():
+    pair = pairs.HierarchicalNotVectorized().float()
+    return pair.model, pair.guide, list(pair.parameters())
+
+
+QUICK = {"DReG, not vectorized", "half wake, half sleep, early stopping"}  # in the default run
+RESUMED = {
+    "DReG, not vectorized": {
+        "pair": not_vectorized,
+        "x": lambda: seeded(50, pairs.D).float(),
+        "loss": lambda: IWAE(3, "dreg"),
+        "validation": seeded(20, pairs.D, seed=1).float(),
+    },
+    "wake-sleep": {"loss": WakeSleep},
+    "half wake, half sleep, early stopping": {
+        "loss": lambda: ReweightedWakeSleep(3, wake_phi=0.5, sleep_phi=0.5),
+        "patience": 1,
+    },
+    "VIMCO, clipped": {"loss": lambda: VIMCO(3), "clip_norm": 5.0},
+    "STL, annealed": {"loss": STL, "beta": lambda t: min(1.0, t / 3)},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "compile"),
+    [
+        pytest.param(name, compile, marks=[] if name in QUICK and not compile else pytest.mark.slow)
+        for name in RESUMED
+        for compile in (False, "trace")
+    ],
+)
+def test_a_resumed_fit_equals_the_uninterrupted_fit_bitwise(tmp_path, monkeypatch, name, compile):
+    torch.set_default_dtype(torch.float)
+    options = {"num_epochs": 3, "compile": compile} | RESUMED[name]
+    whole = run(**options)
+    for steps in (1, 5):
+        folder = tmp_path / str(steps)
+        run_until_step(monkeypatch, steps, checkpoint=folder, **options)
+        assert_same(run(checkpoint=folder, resume="last", seed=77, **options), whole)
+
+
+def test_a_checkpoint_has_the_options_of_the_objective(tmp_path):
+    torch.set_default_dtype(torch.float)
+    options = {"num_epochs": 1, "validation": None, "checkpoint": tmp_path}
+    run(loss=lambda: IWAE(3, "dreg"), **options)
+    content = read_checkpoint(Checkpoints(tmp_path).paths()[-1])
+    assert content["config"]["loss"] == {"name": "IWAE", "num_particles": 3, "estimator": "dreg"}
+    for other in (lambda: IWAE(3), lambda: IWAE(4, "dreg"), lambda: VIMCO(3), Trace_ELBO):
+        with pytest.raises(MismatchError, match="loss is"):
+            run(loss=other, resume="last", **options)
+
+
+# ---- several processes
+
+
+@pytest.mark.slow
+def test_two_processes_average_the_gradients_of_their_rows(tmp_path):
+    """Each update is N/B times the sum of the gradients of the rows of both, at the draws of both. Draws and
+    weights of one process do not depend on those of the other."""
+    assert run_group(2, train_rank, tmp_path)
+    texts = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    for text in texts:
+        *trained, refused = text.splitlines()
+        assert trained == [f"{name}: 6 steps" for name in CASES_OF_RANKS]
+        assert "'v' is shared by all data, so no factor" in refused

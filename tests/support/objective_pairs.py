@@ -1,5 +1,6 @@
 """Pairs as Pyro programs and, beside them, their log-probabilities by hand, for tests of objectives."""
 
+import copy
 import math
 
 import pyro
@@ -621,3 +622,18 @@ def recorded_draws(traces, pair):
         }
     ((_, guide),) = traces
     return {name: guide.nodes[name]["value"].detach() for name in sites}
+
+
+def record_steps(objective, pair):
+    """Record the parameters, the batch and the draws of each step of an objective."""
+    records, step = [], objective.step
+
+    def recording(model, guide, batch, **options):
+        before = copy.deepcopy(pair.state_dict())
+        done = step(model, guide, batch, **options)
+        arguments = tuple(part.clone() for part in batch.args)
+        records.append((before, arguments, recorded_draws(done.traces, pair), pair.seen[-1]))
+        return done
+
+    objective.step = recording
+    return records
