@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -487,31 +488,34 @@ class _Cut(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.copies: dict[str, Tensor] = {}
-        self.is_blocked = False
+        # an object of its own: a hook that refers to the copies would keep their graph alive
+        self.gradients = SimpleNamespace(are_blocked=False)
 
     def _pyro_post_sample(self, msg: dict) -> None:
         value = msg["value"]
         if msg["is_observed"] or not value.requires_grad:
             return
-        gate = value.view_as(value)
-        gate.register_hook(lambda gradient: torch.zeros_like(gradient) if self.is_blocked else gradient)
+        gate, gradients = value.view_as(value), self.gradients
+        gate.register_hook(lambda g: torch.zeros_like(g) if gradients.are_blocked else g)
         msg["value"] = self.copies[msg["name"]] = gate.view_as(gate)
 
     def cut(self, guide_trace: Trace, *, scaled: bool) -> list[_CutLatent]:
         """The latents of the run, with ∂ log q/∂z. Replaces the values in the trace by copies for the
         model."""
+        if not self.copies:  # a guide without latents, or without parameters that have gradients
+            return []
         nodes = {name: guide_trace.nodes[name] for name in self.copies}
         leaves = [copy.detach().requires_grad_() for copy in self.copies.values()]
         for node, leaf in zip(nodes.values(), leaves, strict=True):
             node["value"] = leaf
-        self.is_blocked = True
+        self.gradients.are_blocked = True
         gradients = torch.autograd.grad(
             _sum_of_log_q(guide_trace, scaled=scaled),
             [*leaves, *self.copies.values()],
             allow_unused=True,
             retain_graph=True,
         )
-        self.is_blocked = False
+        self.gradients.are_blocked = False
         n, latents = len(leaves), []
         for i, (node, copy) in enumerate(zip(nodes.values(), self.copies.values(), strict=True)):
             node["value"] = copy.view_as(copy)

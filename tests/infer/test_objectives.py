@@ -1,6 +1,7 @@
 """Objectives beyond the ELBO: values and gradients by other formulas, in every combination, or refused."""
 
 import copy
+import gc
 import itertools
 import math
 import pickle
@@ -51,6 +52,9 @@ OBJECTIVES = {
 }
 NONLINEAR = [name for name in OBJECTIVES if name not in ("STL", "STL, 3 particles")]
 FOR_DISCRETE = [name for name in OBJECTIVES if "VIMCO" in name or "wake" in name or "sleep" in name]
+
+
+THETA = "weight", "bias", "log_noise"  # the parameters of the model of a factor analysis
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +129,41 @@ def test_with_discrete_latents_value_and_gradient_equal_the_formulas_at_the_same
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_batch_of_one_row(name):
     check_step(OBJECTIVES[name](), pairs.FactorAnalysis(), n=1)
+
+
+@pytest.mark.parametrize("name", ["IWAE", "DReG", "STL, 3 particles", "VIMCO", "half wake, half sleep"])
+def test_a_step_keeps_no_tensors(name):
+    pair, objective, counts = pairs.Hierarchical(), OBJECTIVES[name](), []
+    (x,), _ = pair.arguments()
+    for _ in range(3):
+        for _ in range(2):
+            objective.loss_and_grads(pair.model, pair.guide, x)
+        pair.seen.clear()
+        gc.collect()
+        counts.append(sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()))
+    assert counts[1] == counts[2]
+
+
+def of_prior(x):
+    """A guide without parameters."""
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(pairs.K), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_guide_without_parameters_trains_the_model(name):
+    pair, objective = pairs.FactorAnalysis(), OBJECTIVES[name]()
+    (x,), _ = pair.arguments()
+    step = objective.step(pair.model, of_prior, Batch((x,), {}))
+    z = step.traces[0][1].nodes["z"]["value"]
+    with torch.no_grad():
+        for each in (pair.a, pair.c, pair.log_t):
+            each.zero_()
+    pair.seen.append(((x,), {"z": z}))
+    _, expected = reference(objective, pair, (x,), {"z": z}, pair.seen[-1])
+    found = gradients(step.surrogate, pair)
+    for site in THETA:
+        torch.testing.assert_close(found[site], expected[site], rtol=1e-9, atol=1e-9, msg=site)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -659,9 +698,6 @@ def test_the_gradient_equals_finite_differences_at_one_seed(kind, name):
     assert (values[0] - values[1]) / (2 * h) == pytest.approx(slope, rel=1e-6)
 
 
-THETA, PHI = ("weight", "bias", "log_noise"), ("a", "c", "log_t")
-
-
 @pytest.mark.parametrize("name", ["wake-wake", "half wake, half sleep", "VIMCO", "DReG", "STL in IWAE"])
 def test_the_gradient_of_the_model_is_that_of_iwae_at_equal_draws(name):
     pair = pairs.FactorAnalysis()
@@ -1027,7 +1063,33 @@ NETWORKS = {
     "flow": lambda: vae(flows.AffineAutoregressive),
     "full covariance": lambda: vae(conditionals.MultivariateNormal),
     "plain functions": functions,
+    "Gamma": lambda: of_family(lambda x: dist.Gamma(x.exp(), 1.5).to_event(1)),
+    "Dirichlet": lambda: of_family(lambda x: dist.Dirichlet(x.exp())),
+    "relaxed Bernoulli": lambda: of_family(
+        lambda x: dist.RelaxedBernoulli(torch.tensor(0.5), logits=x).to_event(1)
+    ),
+    "log-normal": lambda: of_family(lambda x: dist.LogNormal(x, 0.5).to_event(1)),
+    "matrices": lambda: of_family(lambda x: dist.Normal(x.reshape(*x.shape[:-1], 2, 2), 0.5).to_event(2), 4),
 }
+
+
+def of_family(conditional, size=2):
+    """A pair whose latent has a prior and a guide of one family: ``conditional`` of logits."""
+    decoder, encoder = nn.Linear(size, 6), nn.Linear(6, size)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", conditional(torch.zeros(size)))
+            mean = decoder(z.flatten(-2) if size == 4 else z)
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", conditional(encoder(x)))
+
+    return model, guide
 
 
 def with_layers(of_encoder, of_decoder):
