@@ -277,6 +277,21 @@ def test_clipped_gradients(name):
     fit_and_compare(pairs.FactorAnalysis, name, clip=0.1)
 
 
+class DeclaredSize(pairs.FactorAnalysis):
+    """The data plate declares the number of data, and the rows are a subsample."""
+
+    def model(self, x):
+        pyro.module("pair", self)
+        with pyro.plate("data", 7, subsample=x):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(pairs.K), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.mean(z), self.log_noise.exp()).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("pair", self)
+        with pyro.plate("data", 7, subsample=x):
+            self.saw((x,), z=pyro.sample("z", dist.Normal(*self.q(x)).to_event(1)))
+
+
 class ScaledByPair(pairs.FactorAnalysis):
     """The pair itself scales its minibatches by N/B."""
 
@@ -289,9 +304,10 @@ class ScaledByPair(pairs.FactorAnalysis):
             super().guide(x)
 
 
+@pytest.mark.parametrize("kind", [ScaledByPair, DeclaredSize])
 @pytest.mark.parametrize("name", ["IWAE", "DReG", "STL", "VIMCO", "wake-sleep"])
-def test_a_pair_that_scales_its_minibatches_itself(name):
-    fit_and_compare(ScaledByPair, name)
+def test_a_pair_that_scales_its_minibatches_itself(name, kind):
+    fit_and_compare(kind, name)
 
 
 @pytest.mark.parametrize("name", NONLINEAR)
