@@ -120,6 +120,11 @@ def test_value_and_gradient_equal_the_formulas_at_the_same_draws(kind, name):
     check_step(OBJECTIVES[name](), kind())
 
 
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if not OBJECTIVES[name]().simulates])
+def test_a_plate_of_entries_to_the_left_of_the_data_plate(name):
+    check_step(OBJECTIVES[name](), pairs.OuterPlate())
+
+
 @pytest.mark.parametrize("name", FOR_DISCRETE)
 @pytest.mark.parametrize("kind", DISCRETE)
 def test_with_discrete_latents_value_and_gradient_equal_the_formulas_at_the_same_draws(kind, name):
@@ -131,17 +136,18 @@ def test_a_batch_of_one_row(name):
     check_step(OBJECTIVES[name](), pairs.FactorAnalysis(), n=1)
 
 
-@pytest.mark.parametrize("name", ["IWAE", "DReG", "STL, 3 particles", "VIMCO", "half wake, half sleep"])
+@pytest.mark.parametrize("name", ["DReG", "STL, 3 particles"])
 def test_a_step_keeps_no_tensors(name):
     pair, objective, counts = pairs.Hierarchical(), OBJECTIVES[name](), []
     (x,), _ = pair.arguments()
-    for _ in range(3):
-        for _ in range(2):
+    objective.loss_and_grads(pair.model, pair.guide, x)
+    for num_steps in (1, 5):
+        for _ in range(num_steps):
             objective.loss_and_grads(pair.model, pair.guide, x)
         pair.seen.clear()
         gc.collect()
         counts.append(sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()))
-    assert counts[1] == counts[2]
+    assert counts[0] == counts[1]
 
 
 def of_prior(x):
@@ -234,7 +240,7 @@ def fit_and_compare(kind, name, n=7, batch_size=3, beta=1.0, clip=None, **option
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("kind", [pairs.InnerPlate, pairs.MaskedData, pairs.Enumerated])
+@pytest.mark.parametrize("kind", [pairs.InnerPlate, pairs.Enumerated])
 def test_in_minibatches_the_objective_of_each_datum_is_multiplied_by_the_number_of_data_over_rows(kind, name):
     fit_and_compare(kind, name)
 
@@ -244,9 +250,10 @@ def test_minibatches_with_discrete_latents(name):
     fit_and_compare(pairs.Discrete, name)
 
 
-@pytest.mark.parametrize("name", ["IWAE", "DReG", "STL, 3 particles", "VIMCO", "half wake, half sleep"])
-def test_minibatches_of_particles_that_cannot_be_vectorized(name):
-    fit_and_compare(pairs.HierarchicalNotVectorized, name)
+@pytest.mark.parametrize("name", ["DReG", "STL, 3 particles", "VIMCO", "half wake, half sleep"])
+@pytest.mark.parametrize("kind", [pairs.HierarchicalNotVectorized, pairs.MaskedData, pairs.TwoViews])
+def test_minibatches_of_other_pairs(kind, name):
+    fit_and_compare(kind, name)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -255,7 +262,9 @@ def test_all_data_at_once_with_a_latent_that_all_share(name):
     assert [epoch.train.objective for epoch in history.epochs] == pytest.approx(means)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "name", ["DReG", "STL", "Rényi, α = 1", "VIMCO", "wake-sleep", "half wake, half sleep"]
+)
 def test_the_reported_bound_is_the_mean_objective_per_datum(name):
     history, means = fit_and_compare(pairs.Hierarchical, name, n=6)
     objective = OBJECTIVES[name]()
@@ -1259,9 +1268,9 @@ RESUMED = {
 )
 def test_a_resumed_fit_equals_the_uninterrupted_fit_bitwise(tmp_path, monkeypatch, name, compile):
     torch.set_default_dtype(torch.float)
-    options = {"num_epochs": 3, "compile": compile} | RESUMED[name]
+    options = {"num_epochs": 2, "compile": compile} | RESUMED[name]
     whole = run(**options)
-    for steps in (1, 5):
+    for steps in (5,) if name in QUICK and not compile else (1, 5):
         folder = tmp_path / str(steps)
         run_until_step(monkeypatch, steps, checkpoint=folder, **options)
         assert_same(run(checkpoint=folder, resume="last", seed=77, **options), whole)
