@@ -177,6 +177,15 @@ def test_one_scale_of_all_sites_is_a_factor_of_the_objective(name):
     check_step(OBJECTIVES[name](), pairs.Hierarchical(), handler=poutine.scale(scale=2.5), scale=2.5)
 
 
+@pytest.mark.parametrize("kind", [pairs.Hierarchical, pairs.NotVectorized])
+@pytest.mark.parametrize("name", ["STL", "STL, 3 particles"])
+def test_stl_has_the_weights_of_data_and_of_sites(kind, name):
+    """As in Trace_ELBO, by ``poutine.scale``: of each datum, and of latents."""
+    weights = torch.tensor([0.5, 1.0, 2.0, 0.1, 3.0])
+    handler = poutine.scale(scale=weights)
+    check_step(OBJECTIVES[name](), kind(), handler=handler, scale=weights, inside=True)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_in_single_precision_the_gradient_is_right_to_rounding(name):
     torch.set_default_dtype(torch.float)
@@ -301,6 +310,21 @@ class DeclaredSize(pairs.FactorAnalysis):
             self.saw((x,), z=pyro.sample("z", dist.Normal(*self.q(x)).to_event(1)))
 
 
+class WithoutSize(pairs.FactorAnalysis):
+    """The data plate has no size, but the batch shape of its sites."""
+
+    def model(self, x):
+        pyro.module("pair", self)
+        with pyro.plate("data"):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), pairs.K), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.mean(z), self.log_noise.exp()).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("pair", self)
+        with pyro.plate("data"):
+            self.saw((x,), z=pyro.sample("z", dist.Normal(*self.q(x)).to_event(1)))
+
+
 class ScaledByPair(pairs.FactorAnalysis):
     """The pair itself scales its minibatches by N/B."""
 
@@ -313,9 +337,9 @@ class ScaledByPair(pairs.FactorAnalysis):
             super().guide(x)
 
 
-@pytest.mark.parametrize("kind", [ScaledByPair, DeclaredSize])
+@pytest.mark.parametrize("kind", [ScaledByPair, DeclaredSize, WithoutSize])
 @pytest.mark.parametrize("name", ["IWAE", "DReG", "STL", "VIMCO", "wake-sleep"])
-def test_a_pair_that_scales_its_minibatches_itself(name, kind):
+def test_a_pair_that_scales_its_minibatches_itself_or_whose_plate_has_no_size(name, kind):
     fit_and_compare(kind, name)
 
 
@@ -1077,6 +1101,24 @@ CASES = [  # the others are slow
 def test_a_traced_step_equals_the_eager_step_of_pyro(kind, name):
     svi = train_and_compare(a_pair(kind), 11, loss=OBJECTIVES[name], step=objective_step)
     assert ": traced, 11 steps" in svi.explain()
+
+
+def test_a_changed_option_of_an_objective_is_traced_again():
+    def change(objectives):
+        def at(model, guide, i):
+            if i == 5:
+                objectives[-1].alpha = 2.0
+
+        return at
+
+    made = []
+    train_and_compare(
+        a_pair(pairs.FactorAnalysis),
+        8,
+        loss=lambda: made.append(Renyi(0.5, 3)) or made[-1],
+        step=objective_step,
+        change=change(made),
+    )
 
 
 NETWORKS = {
