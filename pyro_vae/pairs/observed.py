@@ -85,12 +85,16 @@ def _is_equal(a: Tensor, b: Tensor) -> bool:
 
 def _observed_argument(name: str, value: Tensor, given: dict[Any, Any]) -> Any:
     """The key of the argument that a site observes: it shares memory with ``value``, or has equal entries."""
+    # equal in this order too, unlike a transposed argument, whose memory is the same
     candidates = {
-        key: part for key, part in given.items() if isinstance(part, Tensor) and part.numel() == value.numel()
+        key: part
+        for key, part in given.items()
+        if isinstance(part, Tensor)
+        and part.numel() == value.numel()
+        and _is_equal(part.reshape(value.shape), value)
     }
-    # not a transposed argument, whose memory is the same
-    candidates = {key: part for key, part in candidates.items() if _is_equal(part.reshape(value.shape), value)}
-    keys = [key for key, part in candidates.items() if part.data_ptr() == value.data_ptr()] or list(candidates)
+    same = [key for key, part in candidates.items() if part.data_ptr() == value.data_ptr()]
+    keys = same or list(candidates)
     if len(keys) != 1:
         problem = f"equals several of its arguments, {keys}" if keys else "is not one of its arguments"
         raise ValueError(

@@ -54,6 +54,16 @@ NONLINEAR = [name for name in OBJECTIVES if name not in ("STL", "STL, 3 particle
 FOR_DISCRETE = [name for name in OBJECTIVES if "VIMCO" in name or "wake" in name or "sleep" in name]
 
 
+# other options of an objective, for which a few pairs suffice
+VARIANTS = {
+    "IWAE, K = 1",
+    "Rényi, α = −1",
+    "Rényi, α = 2",
+    "Rényi, α = 1",
+    "VIMCO, K = 2",
+    "wake-sleep, 2 particles",
+}
+FEW = {pairs.FactorAnalysis, pairs.Shared, pairs.NotVectorized, pairs.Enumerated}
 THETA = "weight", "bias", "log_noise"  # the parameters of the model of a factor analysis
 
 
@@ -114,8 +124,10 @@ def check_step(objective, pair, n=5, *, handler=lambda program: program, toleran
         assert objective.is_elbo or ((step.terms.ess > 0.99) & (step.terms.ess < k + 1e-6)).all()
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("kind", CONTINUOUS)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, name) for kind in CONTINUOUS for name in OBJECTIVES if kind in FEW or name not in VARIANTS],
+)
 def test_value_and_gradient_equal_the_formulas_at_the_same_draws(kind, name):
     check_step(OBJECTIVES[name](), kind())
 
@@ -248,8 +260,11 @@ def fit_and_compare(kind, name, n=7, batch_size=3, beta=1.0, clip=None, **option
     return history, means
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("kind", [pairs.InnerPlate, pairs.Enumerated])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(pairs.Enumerated, name) for name in OBJECTIVES]
+    + [(pairs.InnerPlate, name) for name in OBJECTIVES if name not in VARIANTS],
+)
 def test_in_minibatches_the_objective_of_each_datum_is_multiplied_by_the_number_of_data_over_rows(kind, name):
     fit_and_compare(kind, name)
 
@@ -265,7 +280,7 @@ def test_minibatches_of_other_pairs(kind, name):
     fit_and_compare(kind, name)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in VARIANTS])
 def test_all_data_at_once_with_a_latent_that_all_share(name):
     history, means = fit_and_compare(pairs.Shared, name, batch_size=None)
     assert [epoch.train.objective for epoch in history.epochs] == pytest.approx(means)
@@ -338,7 +353,7 @@ class ScaledByPair(pairs.FactorAnalysis):
 
 
 @pytest.mark.parametrize("kind", [ScaledByPair, DeclaredSize, WithoutSize])
-@pytest.mark.parametrize("name", ["IWAE", "DReG", "STL", "VIMCO", "wake-sleep"])
+@pytest.mark.parametrize("name", ["DReG", "STL", "VIMCO", "wake-sleep"])
 def test_a_pair_that_scales_its_minibatches_itself_or_whose_plate_has_no_size(name, kind):
     fit_and_compare(kind, name)
 
