@@ -155,8 +155,8 @@ class Objective(ELBO):
         """Why the objective is not defined for a pair."""
         return iter(())
 
-    def prepare(self, model: Program, guide: Program, batch: Batch, *, check: bool = True) -> None:
-        """Inspect and check a pair. Without this call the first step does so.
+    def prepare(self, model: Program, guide: Program, batch: Batch, *, check: bool = True) -> Structure:
+        """Inspect and check a pair, and return its structure. Without this call the first step does so.
 
         The pair runs a few times in evaluation mode. All state is restored afterwards.
 
@@ -176,6 +176,7 @@ class Objective(ELBO):
                 refuse(coupled_latents_problems(pair), verb=name, check=check)
             self._observed = _observed(pair) if self.simulates else {}
             self._pair = pair.as_one_datum() if is_joint else pair
+        return self._pair
 
     def step(self, model: Program, guide: Program, batch: Batch, *, differentiate: bool = True) -> Step:
         """Loss, surrogate loss and terms on a batch, for the inference algorithms of this package."""
@@ -191,8 +192,7 @@ class Objective(ELBO):
 
     def _prepared(self, model: Program, guide: Program, batch: Batch) -> Structure:
         if self._pair is None or (self._pair.model, self._pair.guide) != (model, guide):
-            self.prepare(model, guide, batch)
-        assert self._pair is not None
+            return self.prepare(model, guide, batch)
         return self._pair
 
     @torch.no_grad()
