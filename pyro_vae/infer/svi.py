@@ -11,7 +11,7 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.optim import PyroOptim
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -36,7 +36,7 @@ _COMPARE_AT, _COMPARE_EVERY = (10, 100), 1000  # steps of a graph at which it is
 _MAX_BUILDS = 16  # graphs of one signature, after which it runs as eager Pyro
 _MAX_SIGNATURES = 64  # signatures, after which others run as eager Pyro
 _NUM_FLOATS = 3  # values of floating arguments at which a graph is compared with eager Pyro
-_TRACED = (Trace_ELBO, TraceMeanField_ELBO)
+_TRACED = (Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO)
 
 
 class SVI(pyro.infer.SVI):
