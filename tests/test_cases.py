@@ -1182,7 +1182,7 @@ def test_integers_that_differ_only_by_rounding_errors_raise():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match="differ by few roundings"):
+    with pytest.raises(ValueError, match="differ only by a few rounding errors"):
         evidence.importance(model, guide, x)
 
 
