@@ -1,4 +1,4 @@
-"""The terms of the ELBO, and the handler that scales them by N/B and anneals the KL."""
+"""The terms of the ELBO, and a handler that scales them from B rows to N data and anneals the KL."""
 
 import math
 from typing import NamedTuple
@@ -13,9 +13,9 @@ from pyro_vae.pairs.traces import Recorded, proposal, sampled, subsampling_scale
 class MeanElbo(NamedTuple):
     """The ELBO of a data set: means over its data in nats per datum, elbo = reconstruction − kl.
 
-    ``elbo_se`` is the standard error of the mean ``elbo`` over data; ``nan`` for one datum, and where all
-    data carry one ELBO of their batch. Where a pair has enumerated sites, ``reconstruction`` and ``kl`` are
-    not told apart and are ``nan``.
+    ``elbo_se`` is the standard error of the mean ``elbo`` over data. It is ``nan`` for one datum, and if only
+    the ELBO of a whole batch is known. For a pair with enumerated sites ``reconstruction`` and ``kl`` are
+    ``nan``, since only their difference is known.
     """
 
     elbo: float
@@ -33,7 +33,7 @@ class MeanElbo(NamedTuple):
 
 class ElboTerms(NamedTuple):
     """The ELBO of each datum in nats, log p(x|z) + log p(z) − log q(z|x) at draws of the guide: a lower bound
-    of log p(x) in expectation. Without annealing, scaling to a data set, and ``poutine.scale``.
+    of log p(x) in expectation. Annealing, scaling to a data set and ``poutine.scale`` are not applied.
 
     elbo: ``(batch,)``; reconstruction: log p(x|z), ``(batch,)``; kl: log q(z|x) − log p(z), ``(batch,)``.
     Terms of latents that all data share are divided evenly among the data.
@@ -45,14 +45,17 @@ class ElboTerms(NamedTuple):
 
     @classmethod
     def of_batch(cls, elbo: float, num_rows: int) -> "ElboTerms":
-        """The ELBO of a whole batch, divided evenly among its data, if the terms of each datum are
-        unknown."""
+        """Terms of a batch of which only the ELBO of all rows together is known.
+
+        :param elbo: the ELBO of the batch per datum, in nats. Each row gets this value; its other terms are
+            NaN.
+        """
         unknown = torch.full((num_rows,), torch.nan)
         return cls(torch.full((num_rows,), elbo), unknown, unknown)
 
     def mean(self) -> MeanElbo:
         n = len(self.elbo)
-        # terms of a whole batch say nothing of the spread over data
+        # equal values, such as those of of_batch, do not show the spread over data
         varies = n > 1 and not self.kl.isnan().any() and not (self.elbo == self.elbo[0]).all()
         se = (self.elbo.double().std() / n**0.5).item() if varies else math.nan
         elbo, reconstruction, kl = (part.double().mean().item() for part in self)
@@ -67,9 +70,10 @@ def elbo_terms(
 ) -> ElboTerms:
     """The ELBO terms of one run of a pair, per datum.
 
-    :param plates: names of the data plates. Without one the run must be over all data at once.
+    :param plates: names of the data plates. If there are none, the run must be over all data at once.
     :param num_data: N. Terms of sites outside of the data plates are divided by N.
-    :param num_particles: the number of vectorized particles in the traces, over which terms are averaged.
+    :param num_particles: the number of vectorized particles in the traces. The terms are means over
+        particles.
     """
     model, guide = sum_sites(sampled(model_trace), plates), sum_sites(proposal(guide_trace), plates)
     reconstruction = (model.observed + model.shared_observed / num_data) / num_particles
@@ -89,7 +93,7 @@ class Reweighted(Recorded):
     Sites that are scaled already are not scaled again: those in a subsampling plate, and those in ``scaled``.
 
     :param scaled: names of the sites that the pair itself scales by N/B, see ``Structure.scaled``.
-    :param strip: remove the pair's own ``poutine.scale``, for reports without annealing.
+    :param strip: remove the ``poutine.scale`` of the pair itself, to report the ELBO without annealing.
     """
 
     def __init__(
