@@ -665,7 +665,7 @@ def test_a_nested_data_plate_has_to_have_the_size_of_the_batch():
     x = torch.randn(6, 50)
     fixed = features_of(lambda _: 6)
     message = (
-        r"plate 'features' of 50 rows, and all sites of plate 'rows' of the data's 6 rows.*size len\(x\)"
+        r"plate 'features' of 50 rows, and all sites of plate 'rows' \(the 6 rows of the data\).*len\(x\)"
     )
     with pytest.raises(ValueError, match=message):
         pv.evaluate(*fixed, x)
