@@ -90,8 +90,7 @@ class FromTrunk(Conditional):
         return self.distribution(**{name: readout(features) for name, readout in self.readout.items()})
 
     def distribution(self, **parameters: Tensor) -> dist.TorchDistribution:
-        """The distribution, with event shape ``event_shape``, computed from the values of the read-outs by
-        name."""
+        """The distribution, with event shape ``event_shape``, for the values of the read-outs."""
         raise NotImplementedError(f"{type(self).__name__} does not define distribution()")
 
 
@@ -268,7 +267,7 @@ class StudentT(LocationScale):
 class MultivariateNormal(FromTrunk):
     """N(μ, L Lᵀ) with full covariance; the diagonal of L is min_scale + exp of a read-out.
 
-    ``event_shape`` has a single dimension d; the read-outs have d + d(d+1)/2 elements.
+    ``event_shape`` has a single dimension d; the read-outs have d + d(d+1)/2 elements in total.
     """
 
     def __init__(self, trunk: nn.Module, *, event_shape: Shape, min_scale: float = 1e-3) -> None:
@@ -326,7 +325,7 @@ class Categorical(FromTrunk):
 
 
 class _OrderedCategorical(dist.Categorical):
-    """A categorical distribution over numbers, which has a mean."""
+    """A categorical distribution over the numbers 0, 1, …, which has a mean."""
 
     @property
     def mean(self) -> Tensor:

@@ -162,7 +162,7 @@ class MLP(Part):
     def forward(self, *inputs: Tensor) -> Tensor:
         if len(inputs) != self.num_inputs:
             raise ValueError(
-                f"MLP: got {len(inputs)} inputs but was built for {self.num_inputs}, of shape "
+                f"MLP: got {len(inputs)} inputs but was built for {self.num_inputs}, of shapes "
                 f"{[s if isinstance(s, int) else tuple(s) for s in self.in_shapes]}; pass that many inputs, "
                 "x or z first and then the conditions, or build the MLP with one in_shape per input"
             )

@@ -167,7 +167,8 @@ class VAE(Part):
         return self.guide.encoder(x, *given)
 
     def decode(self, z: Tensor, *given: Tensor) -> dist.TorchDistribution:
-        """p(x|z), or p(x|z, c…) with conditions. z: ``(*batch, *latent)``. For images, plot ``.mean``."""
+        """p(x|z), or p(x|z, c…) with conditions. z: ``(*batch, *latent)``. If x is an image, plot the mean of
+        p(x|z)."""
         return self.model.decoder(z, *given)
 
     @torch.no_grad()
@@ -188,8 +189,8 @@ class VAE(Part):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, *given: Tensor) -> Tensor:
-        """The mean of p(x|z) at a draw z ~ q(z|x): ``(batch, *event)``. With conditions, of p(x|z, c…) at
-        z ~ q(z|x, c…)."""
+        """The mean of p(x|z) at a draw z ~ q(z|x): ``(batch, *event)``. With conditions, the mean of
+        p(x|z, c…) at z ~ q(z|x, c…)."""
         return self.decode(self.encode(x, *given).sample(), *given).mean
 
 

@@ -72,7 +72,7 @@ def without_validation() -> Iterator[None]:
     """
     default, validate_sample = Distribution._validate_args, Distribution._validate_sample
     with pyro.validation_enabled(False):
-        # None turns validation off too, and can be told from an explicit validate_args=False
+        # None turns validation off too, and differs from an explicit validate_args=False
         Distribution._validate_args = None  # type: ignore[assignment]
         Distribution._validate_sample = lambda *_: None  # type: ignore[method-assign]
         try:

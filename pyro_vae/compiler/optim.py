@@ -52,7 +52,7 @@ class FusedAdam:
         fused update does not apply to one of them."""
         groups: dict[tuple, list[tuple[int, dict[str, Tensor]]]] = {}
         torch_optimizer: Any = getattr(self.optim, "optimizer", None)
-        if torch_optimizer is not None:  # its step updates all its parameters with a gradient, also others
+        if torch_optimizer is not None:  # its step would also update other parameters with a gradient
             ids = {id(p) for p in self.params}
             others = (
                 p for group in torch_optimizer.param_groups for p in group["params"] if id(p) not in ids

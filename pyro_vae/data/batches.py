@@ -313,7 +313,7 @@ class InMemory(Batches):
         )
 
     def share(self, rank: int, size: int, seed: int) -> None:
-        """Divide each minibatch among ``size`` ranks. This rank gets rows ``rank``, ``rank + size``, …
+        """Divide each minibatch among ``size`` ranks. This rank gets its rows ``rank``, ``rank + size``, …
 
         All ranks shuffle by ``seed``. A rank for which a shuffled minibatch has no row gets the first row
         instead, so that all ranks take the same number of steps. The caller must ignore the loss of this row.
@@ -489,7 +489,7 @@ def _count_rows(loader: DataLoader, batching: Any, sampler: Any) -> int:
         return len(sampler.weights)
     if isinstance(batching, BatchSampler):
         return _length(sampler, "the loader's sampler has no length")
-    if isinstance(batching, list | tuple):  # of lists of indices
+    if isinstance(batching, list | tuple):  # its items are the lists of indices of the batches
         return sum(map(len, batching))
     return _num_items(loader)  # a custom batch sampler; ``Loaded.epoch`` verifies the count
 
@@ -595,7 +595,7 @@ def as_whole(data: Any) -> Batch:
 
 
 def as_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
-    """The validated batch of the arguments of a call. Raises as :meth:`Batch.checked`."""
+    """The arguments of a call as a validated batch. Raises ``ValueError`` as :meth:`Batch.checked` does."""
     batch = Batch(as_batch(args).args, as_batch(kwargs).kwargs).checked("data")
     return batch.map(lambda part: part[:] if isinstance(part, SparseRows) else part)
 

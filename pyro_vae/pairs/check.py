@@ -178,7 +178,9 @@ def refuse(problems: Iterable[Problem], *, verb: str, check: bool = True) -> Non
     found = [problem for problem in problems if check or not problem.judged]
     if not found:
         return
-    remedy = f" (to run {verb} all the same: check=False)" if all(problem.judged for problem in found) else ""
+    remedy = (
+        f" (pass check=False to run {verb} all the same)" if all(problem.judged for problem in found) else ""
+    )
     raise ValueError("; ".join(problem.text for problem in found) + remedy)
 
 

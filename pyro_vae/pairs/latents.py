@@ -123,7 +123,7 @@ class Latents:
         """Values of the sites in a plate of particles, from z ``(particles, batch, dim)``."""
         values = {}
         for name, site, part in self.split(z):
-            # (particles, batch, plates within, event)
+            # (particles, batch, other plates, event)
             rows = part.reshape(*z.shape[:2], *site.inner, *site.event)
             value = rows[:, 0] if self.joint else rows.movedim(1, 1 + self.nesting + site.rows)
             values[name] = value.to(site.dtype)
@@ -171,7 +171,8 @@ class Latents:
         return tracer.trace
 
     def draw(self, guide: Program, batch: Batch, num_particles: int) -> tuple[Tensor, Tensor]:
-        """Draws z of a guide ``(particles, batch, dim)``, and log q(z|x) of them ``(particles, batch)``."""
+        """Draws z of a guide, ``(particles, batch, dim)``, and log q(z|x) at these draws,
+        ``(particles, batch)``."""
         trace = self.run(guide, batch, num_particles)
         shape = num_particles, self.num_rows(batch)
         z = self.flat(values_of(trace), *shape)
@@ -182,7 +183,7 @@ class Latents:
         return z, (latent + observed).expand(shape)
 
     def by_site(self, z: Tensor) -> dict[str, Tensor]:
-        """Draws z ``(particles, batch, dim)`` of each site, ``(particles, batch, *shape)``."""
+        """Split draws z ``(particles, batch, dim)`` by site, ``(particles, batch, *shape)`` each."""
         return {name: part.to(site.dtype) for name, site, part in self.split(z)}
 
     def distribution(self, guide: Program, batch: Batch) -> Any:

@@ -28,8 +28,8 @@ def stream_seed(seed: int, index: int = 0) -> int:
 
 @contextmanager
 def untouched(*, training: bool | None = None, seed: int | None = None) -> Iterator[Mapping[nn.Module, bool]]:
-    """Run a block and restore the state that it changes: random states, Pyro's param store, training flags,
-    buffers and ``requires_grad`` of every module that runs, and torch's default for validation of
+    """A context that restores the state that its block changes: random states, Pyro's param store, training
+    flags, buffers and ``requires_grad`` of every module that runs, and torch's default for validation of
     distributions. The autocast cache is cleared, since it may have casts of parameters that have changed.
     Yields a mapping from each module that ran to whether gradients were enabled.
 

@@ -169,7 +169,8 @@ def _held(pair: Structure, batch: Batch, values: Mapping[str, Tensor], *, seed: 
 
 
 def _is_coupled(pair: Structure, terms: list[Tensor]) -> bool:
-    """Whether a row of a mixture has another log-probability than in the run from which its latents are."""
+    """Whether the log-probability of a row differs between a mixture and the run that the row's latents are
+    from."""
     one, _, others, *mixtures = terms
     if not pair.plates or pair.shared or not one.shape[1:]:
         return False

@@ -205,7 +205,7 @@ def rows_problem(pair: Structure) -> Problem | None:
                 if pair.plates:
                     inner = min(pair.plates)
                     rows = f"all sites of plate {inner!r} (the {len(part)} rows of the data) lie in it too"
-                    remedy += f", or give plate {inner!r} the size len(x) where its rows are the data"
+                    remedy += f", or give plate {inner!r} the size len(x) if its rows are the data"
                 return Problem(
                     f"model: {name!r} lies in plate {frame.name!r} of {size} rows, and {rows}: dimension "
                     f"{dim} of {key} has {size}. A datum is an index of dimension 0, so a mean per datum "
@@ -257,8 +257,8 @@ def _site_problems(pair: Structure) -> Iterator[Problem]:
         shapes = [tuple(sites[name]["fn"].event_shape) for sites in (model, guide)]
         if shapes[0] != shapes[1]:
             yield Problem(
-                f"guide: {name!r} has event_shape {shapes[1]} but in the model {shapes[0]}; declare the "
-                "same event dimensions with .to_event(k)",
+                f"guide: {name!r} has event_shape {shapes[1]} but in the model it has {shapes[0]}; declare "
+                "the same event dimensions with .to_event(k)",
                 judged=False,
             )
     for name in model.keys() & guide.keys():
@@ -322,7 +322,7 @@ def _plate_problems(pair: Structure) -> Iterator[Problem]:
         elif dims[0] != dims[1]:
             yield Problem(
                 f"guide: the plates of {name!r} have dimensions {dims[1]} but in the model {dims[0]}; "
-                "expected the same on both sides: pyro.plate(…, dim=…)",
+                "expected the same dimensions on both sides: pass dim to pyro.plate",
                 judged=False,
             )
     for side, trace in zip(("model", "guide"), pair.traces, strict=True):
@@ -390,7 +390,7 @@ def reach_problems(pair: Structure) -> Iterator[Problem]:
             and not _inside(q, drawn_from=p)
         ):
             yield Problem(
-                f"guide: {name!r} has support {q.support} but the model {p.support}, so the guide cannot "
+                f"guide: {name!r} has support {q.support} but in the model {p.support}, so the guide cannot "
                 "reach the whole posterior; expected a guide on the model's support, such as one of "
                 f"{family(p)}"
             )
@@ -496,8 +496,8 @@ def _outside(name: str, support: Any, value: Tensor, outside: Tensor, row: int, 
         return f"{cause}; rescale the data or use another conditional"
     if low >= 0 and high <= 1:
         return (
-            f'{cause}, grey; binarize them with load(…, binarize="threshold") or "stochastic", or keep '
-            '"none" and use a continuous conditional such as ContinuousBernoulli or Normal'
+            f'{cause}, so they are grey; binarize them with load(…, binarize="threshold") or "stochastic", '
+            'or keep "none" and use a continuous conditional such as ContinuousBernoulli or Normal'
         )
     return f"{cause}; divide by the largest value (255 for bytes) and binarize, or use another conditional"
 
@@ -586,8 +586,8 @@ def lost_parameters(pair: Structure) -> Iterator[Problem]:
 
 
 def training_problems(pair: Structure) -> Iterator[Problem]:
-    """Why a pair, or a part of it, would not be trained. Only verbs that train call this: frozen pairs can be
-    evaluated."""
+    """Why a pair, or a part of it, would not be trained. Only functions that train a pair call this, since a
+    frozen pair can be evaluated."""
     parameters = {
         name: value.unconstrained() if hasattr(value := site["value"], "unconstrained") else value
         for trace in pair.traces

@@ -72,8 +72,8 @@ class Structure:
     - other_rows, other_traces: the rows of a second run, and its traces
     - other_rows_error: the error if the pair does not run on another number of rows, else ``""``
     - row_parameters: parameters with an entry for each row of this batch
-    - scaled: for model and guide, the sites in data plates that the pair itself scales by M divided by the
-      number of rows, mapped to M
+    - scaled: for model and guide, the sites in data plates that the pair itself scales from the batch to M
+      data, by M / number of rows; each is mapped to M
     - created: the parameters that the first run created
     - unvalidated: for model and guide, the sites built with ``validate_args=False``
     - particles: see :class:`Particles`
@@ -270,7 +270,7 @@ def structure_of_run(
 
 
 class _Parameters(Messenger):
-    """Records the values of ``pyro.param`` statements, unconstrained."""
+    """Records the unconstrained values of ``pyro.param`` statements."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -493,8 +493,8 @@ def _row_parameters(n: int, first: Run, second: Run | None, plates: frozenset[st
 def _scaled(
     n: int, m: int, first: Run, second: Run | None, plates: frozenset[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The sites of model and guide in data plates that have a scale of M divided by the number of rows,
-    mapped to M. Such a pair scales minibatches itself.
+    """For model and guide, the sites in data plates that the pair itself scales from the batch to M data, by
+    M / number of rows. Each is mapped to M.
 
     :param n: number of rows in the first run; m: in the second.
     """
