@@ -96,7 +96,8 @@ def out_shape(trunk: nn.Module) -> torch.Size:
 def num_inputs(module: nn.Module) -> int | None:
     """Number of tensors that ``module(...)`` takes, or ``None`` for any number.
 
-    It is ``num_inputs`` of the module, or the number of positional arguments of its ``forward``.
+    It is the attribute ``num_inputs`` of the module. If there is none, it is the number of positional
+    arguments of ``forward``.
     """
     if hasattr(module, "num_inputs"):
         return module.num_inputs  # type: ignore[return-value]

@@ -313,7 +313,8 @@ class InMemory(Batches):
         )
 
     def share(self, rank: int, size: int, seed: int) -> None:
-        """Divide each minibatch among ``size`` ranks. This rank gets its rows ``rank``, ``rank + size``, …
+        """Divide each minibatch among ``size`` ranks. This rank gets the rows with numbers ``rank``,
+        ``rank + size``, …
 
         All ranks shuffle by ``seed``. A rank for which a shuffled minibatch has no row gets the first row
         instead, so that all ranks take the same number of steps. The caller must ignore the loss of this row.

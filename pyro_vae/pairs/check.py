@@ -139,8 +139,8 @@ def inspect_checked(
     problems.
 
     :param verb: name of the function, for the error.
-    :param check: ``False`` allows problems that are ``judged``. Other problems are errors: results would be
-        undefined.
+    :param check: ``False`` allows problems that are ``judged``, see :class:`.Problem`. For other problems
+        results would be undefined, so they always raise.
     :param per_datum: the function needs log-weights per datum.
     :param joint: the function needs log-weights of all data together. In the structure that is returned all
         data are one datum.
@@ -174,7 +174,8 @@ def inspect_checked(
 
 
 def refuse(problems: Iterable[Problem], *, verb: str, check: bool = True) -> None:
-    """Raise ``ValueError`` if there are problems. With ``check=False``, ignore those that are ``judged``."""
+    """Raise ``ValueError`` if there are problems. With ``check=False``, ignore those that are ``judged``, see
+    :class:`.Problem`."""
     found = [problem for problem in problems if check or not problem.judged]
     if not found:
         return

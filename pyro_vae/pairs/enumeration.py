@@ -54,7 +54,7 @@ def sum_out(traces: Sequence[tuple[Trace, Sites, int]], plates: frozenset[str]) 
     for p, −1 for q. Enumerated sites of a trace with sign −1 have no factor, since the mean of p/q over q is
     the sum of p. Scales are removed, masks are applied.
 
-    :param traces: for each trace, the trace, the function that returns its sites (``sampled`` or
+    :param traces: a tuple for each trace: the trace, the function that returns its sites (``sampled`` or
         ``proposal``), and its sign. The trace of the guide comes first, run under
         ``EnumMessenger(first_available_dim)``. Then comes the trace of the model, run under
         ``EnumMessenger()``. So they do not share enumeration dimensions.

@@ -187,8 +187,8 @@ def _lie(sites: Iterable[str]) -> str:
 
 
 def rows_problem(pair: Structure) -> Problem | None:
-    """The problem that a plate of the model is over another dimension of the data than the first, while rows
-    are counted along the first."""
+    """The problem that a plate of the model is over a dimension of the data that is not the first. Rows are
+    counted along the first dimension."""
     if not pair.batch.tensors:
         return None
     for name, site in sampled(pair.traces[0]):

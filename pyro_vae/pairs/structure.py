@@ -458,7 +458,8 @@ def _plate_sizes(run: Run) -> dict[str, tuple[int, int]]:
 
 
 def _data_plates(num_rows: int, first: Run, second: Run | None) -> frozenset[str]:
-    """Names of the data plates: those whose size, or full size, is the number of rows and changes with it."""
+    """Names of the data plates. The size or full size of a data plate is the number of rows, and it changes
+    if the number of rows changes."""
     sizes = _plate_sizes(first)
     plates = {name for name, size in sizes.items() if num_rows in size}
     if second is not None:
