@@ -1,4 +1,4 @@
-"""Plots of results. Each function returns Axes or a Figure, and neither shows nor saves it."""
+"""Plots of results. The functions return Axes or Figures. They do not show or save them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
@@ -24,8 +24,8 @@ def figure_of(ax: Axes) -> Figure:
 
 
 def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None) -> Axes:
-    """ELBO in nats per datum over epochs, on training and held-out data. The training ELBO is averaged over
-    the steps of an epoch, while the parameters change."""
+    """Plot the ELBO on training and held-out data, in nats per datum, against the epoch. The training ELBO is
+    the mean over the steps of an epoch, and the parameters change during the epoch."""
     ax = ax or plt.subplots(figsize=(6, 4), layout="constrained")[1]
     numbers = [record.epoch for record in epochs]
     marker = "o" if len(epochs) < 10 else None
@@ -34,7 +34,7 @@ def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None) -> Axes:
     if len(held_out):
         best = f"held out, best {np.nanmax(held_out):.2f}" if np.isfinite(held_out).any() else "held out"
         ax.plot(numbers, held_out, label=best, color="C1", marker=marker)
-        # omit the first epochs, whose ELBO is far lower
+        # cut off the first epochs, whose ELBO is far lower
         low = np.nanquantile(held_out, 0.1) if np.isfinite(held_out).any() else np.nan
         if len(epochs) >= 10 and np.isfinite(low):
             ax.set_ylim(bottom=low - 0.1 * abs(low))
@@ -46,10 +46,11 @@ def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None) -> Axes:
 
 
 def plot_ladder(rungs: Mapping[str, Sequence[Evidence]], ax: Axes | None = None) -> Axes:
-    """Estimates of log p(x) in nats per datum over cost, the number of model evaluations per datum.
+    """Plot estimates of log p(x), in nats per datum, against their cost: the number of model evaluations per
+    datum.
 
-    ``rungs`` maps the name of each estimator to its estimates by increasing cost, all on the same data. Error
-    bars are Monte Carlo errors.
+    ``rungs`` maps the name of each estimator to its estimates in order of increasing cost. All estimates are
+    for the same data. Error bars are Monte Carlo standard errors.
     """
     ax = ax or plt.subplots(figsize=(6.4, 4.4), layout="constrained")[1]
     for name, estimates in rungs.items():
@@ -97,8 +98,8 @@ def plot_pareto_k(k: Tensor, ax: Axes | None = None) -> Axes:
 
 
 def plot_diagnosis(found: Diagnosis, x: Tensor) -> dict[str, Callable[[], Figure]]:
-    """Functions that draw the plots of a diagnosis, by name: Pareto k̂, the data with the largest k̂ if ``x``
-    are images, and the calibration."""
+    """A dict of functions, each of which draws one plot of a diagnosis: Pareto k̂, the data with the largest
+    k̂ (if ``x`` are images), and the calibration. A plot without data is left out."""
     plots: dict[str, Callable[[], Figure]] = {}
     if found.pareto_k.isfinite().any():
         plots["pareto-k"] = lambda: figure_of(plot_pareto_k(found.pareto_k))
@@ -112,9 +113,9 @@ def plot_diagnosis(found: Diagnosis, x: Tensor) -> dict[str, Callable[[], Figure
 
 def plot_images(images: Tensor, *, columns: int = 10, title: str | None = None) -> Figure:
     """A grid of images ``(n, height, width)`` or ``(n, channels, height, width)``, row by row, with a common
-    range of values. An image of NaN is an empty cell.
+    range of values. The cell of an image that is all NaN stays empty.
 
-    :raises ValueError: for another shape or number of channels, or no images.
+    :raises ValueError: if ``images`` has another shape or number of channels, or there are none.
     """
     if (
         images.dim() not in (3, 4)
@@ -152,8 +153,8 @@ def _tiled(images: Tensor, columns: int, *, gap: int = 0) -> np.ndarray:
 
 
 def plot_reconstructions(x: Tensor, reconstructions: Tensor, *, columns: int = 10) -> Figure:
-    """Originals ``(n, height, width)`` or ``(n, channels, height, width)``, each row above its
-    reconstructions."""
+    """Plot images ``(n, height, width)`` or ``(n, channels, height, width)``, each row of originals above the
+    row of their reconstructions."""
     columns = min(columns, len(x))
     empty = reconstructions.new_full((-len(x) % columns, *x.shape[1:]), torch.nan)
     padded = (torch.cat([images.to(empty), empty]) for images in (x, reconstructions))
@@ -165,8 +166,8 @@ def plot_reconstructions(x: Tensor, reconstructions: Tensor, *, columns: int = 1
 
 @torch.no_grad()
 def plot_samples(vae: VAE, n: int = 100) -> Figure:
-    """E[x|z] at n draws of z from the prior, for images ``(height, width)`` or ``(channels, height,
-    width)``."""
+    """Plot E[x|z] at n draws of z from the prior, for images ``(height, width)`` or
+    ``(channels, height, width)``."""
     images = vae.decode(vae.model.prior().sample((n,))).mean
     return plot_images(images, title="E[x|z] at draws of z from the prior")
 
@@ -184,7 +185,7 @@ def plot_points(sets: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
 
 @torch.no_grad()
 def plot_manifold(vae: VAE, *, steps: int = 20) -> Figure:
-    """E[x|z] on a grid of Gaussian quantiles of a 2-D latent (Kingma & Welling 2013, figure 4)."""
+    """Plot E[x|z] on a grid of Gaussian quantiles of a 2-D latent (Kingma & Welling 2013, figure 4)."""
     q = (torch.arange(steps) + 0.5) / steps
     z = torch.distributions.Normal(0.0, 1.0).icdf(q)
     parameter = next(vae.parameters())
@@ -198,8 +199,8 @@ def plot_manifold(vae: VAE, *, steps: int = 20) -> Figure:
 
 @torch.no_grad()
 def plot_latent(vae: VAE, x: Tensor, labels: Tensor | None = None, ax: Axes | None = None) -> Axes:
-    """Means of q(z|x) of a 2-D latent, coloured by label. If the mean is not implemented, as for a flow, one
-    draw for each datum."""
+    """Plot the means of q(z|x) of a 2-D latent, coloured by label. If q(z|x) does not implement its mean,
+    such as a flow, plot one draw for each datum instead."""
     ax = ax or plt.subplots(figsize=(6, 5.5), layout="constrained")[1]
     kind, points = _means_or_draws(vae.encode(x))
     z = points.cpu().numpy()
