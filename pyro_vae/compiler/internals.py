@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions.util import is_identically_zero
+from pyro.infer.util import Dice
 from torch import Tensor, fx
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx  # torch.export does not capture live parameters
@@ -22,6 +23,10 @@ __all__ = ["TorchDispatchMode", "compile_graph", "make_fx"]
 # parameter
 fused_adam, fused_adamw, foreach_add = torch._fused_adam_, torch._fused_adamw_, torch._foreach_add_
 zero_check_code = is_identically_zero.__code__  # in this function Pyro reads values, to skip terms of 0
+# In this function Pyro asks whether all probabilities of enumerated values are positive, and leaves out terms
+# of probability 0. A graph keeps them: they are 0, or NaN for 0 · ∞. After a NaN loss eager Pyro repeats the
+# step.
+positive_check_code = Dice.compute_expectation.__code__
 
 
 # instead of torch.nn.functional.linear, which uses MKL: on CPUs that are not Intel's, MKL takes twice as long

@@ -148,7 +148,12 @@ class _ForbidReads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        self.by_pyro = sys._getframe(1).f_code is internals.zero_check_code
+        caller = sys._getframe(1)
+        while caller.f_back is not None and caller.f_code.co_filename.startswith(_TORCH):  # other modes
+            caller = caller.f_back
+        if name == "__bool__" and caller.f_code is internals.positive_check_code:
+            return True
+        self.by_pyro = caller.f_code is internals.zero_check_code
         if name in _READS and not self.by_pyro:
             location = _location(traceback.extract_stack())
             raise CannotTrace(f"Tensor.{name}() reads the value of a tensor{location}")

@@ -170,7 +170,14 @@ class MinibatchSVI(SVI):
         return terms if weight else ElboTerms(*(part[:0] for part in terms))
 
     def _extra_outputs(self, step: Step, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        terms = self._terms_of_traces(step.traces) if step.terms is None else step.terms
+        if isinstance(self._elbo, TraceEnum_ELBO):
+            if self._differs_from_elbo([guide_trace for _, guide_trace in step.traces]):
+                from pyro_vae.compiler import CannotTrace
+
+                raise CannotTrace("a scale, or what the guide observes, makes the loss differ from the ELBO")
+            terms = ElboTerms.of_batch(-step.loss.double() / self.num_data, self.batch.num_rows)
+        else:
+            terms = self._terms_of_traces(step.traces) if step.terms is None else step.terms
         return *terms, _sum_of_entries(gradients)
 
     def _terms_of_traces(self, traces: Sequence[tuple[Trace, Trace]]) -> ElboTerms:
@@ -191,19 +198,25 @@ class MinibatchSVI(SVI):
         if isinstance(self._elbo, TraceEnum_ELBO) or not traced:
             # the traces do not contain the terms, so all rows get the mean of the loss. A loss that contains
             # β, poutine.scale, or sites that the guide observes is computed again without them
-            observes = any(site["is_observed"] for trace in guides for _, site in sampled(trace))
-            if self.beta is not None or self._is_scaled() or observes or not isinstance(value, float):
+            if self._differs_from_elbo(guides) or not isinstance(value, float):
                 value = self._unscaled_loss()
             return ElboTerms.of_batch(-value / self.num_data, self.batch.num_rows)
         return self._terms_of_traces(list(zip(models, guides, strict=True)))
+
+    def _differs_from_elbo(self, guide_traces: Sequence[Trace]) -> bool:
+        """Whether the loss has β, ``poutine.scale``, or sites that the guide observes."""
+        observes = any(site["is_observed"] for trace in guide_traces for _, site in sampled(trace))
+        return self.beta is not None or self._is_scaled() or observes
 
     def _is_scaled(self) -> bool:
         """Whether the pair scales a site by ``poutine.scale``."""
         traces = [handler.traces[-1] for handler in self.handlers if handler.traces]
         return any(
-            float(torch.as_tensor(site["scale"]).max()) != subsampling_scale(site) * self._factor(site)
+            (float(scale.max()) if isinstance(scale, Tensor) else scale)
+            != subsampling_scale(site) * self._factor(site)
             for trace in traces
             for _, site in sampled(trace)
+            for scale in [site["scale"]]
         )
 
     def _factor(self, site: dict) -> float:

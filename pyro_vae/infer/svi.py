@@ -59,8 +59,9 @@ class SVI(pyro.infer.SVI):
     ``compile``, and the interface of ``pyro.infer.SVI``.
 
     :param optim: one of Pyro's optimizers, or a ``torch.optim.Optimizer`` over the pair's parameters.
-    :param loss: one of Pyro's ELBO objects, of which ``Trace_ELBO`` and ``TraceMeanField_ELBO`` are traced,
-        or an :class:`~pyro_vae.infer.Objective`, such as :class:`~pyro_vae.infer.IWAE`.
+    :param loss: one of Pyro's ELBO objects, of which ``Trace_ELBO``, ``TraceMeanField_ELBO`` and
+        ``TraceEnum_ELBO`` are traced, or an :class:`~pyro_vae.infer.Objective`, such as
+        :class:`~pyro_vae.infer.IWAE`.
     :param compile: ``"trace"``: a graph from the second step on; tracing takes about a second. ``True``: a
         graph compiled by Inductor, which takes from some seconds to a minute. ``"auto"``: a graph after 100
         steps of one signature, and Inductor after 5000 if there is a C++ compiler. ``False``: eager Pyro.
@@ -257,12 +258,10 @@ class SVI(pyro.infer.SVI):
         if self.compile is False:
             return "compile=False"
         if not self._is_elbo:
-            return "the loss is a function; Trace_ELBO and TraceMeanField_ELBO are traced"
+            return "the loss is a function, and not an ELBO object"
         if type(self._elbo) not in _TRACED and not isinstance(self._elbo, Objective):
-            return (
-                f"the loss is {type(self._elbo).__name__}; Trace_ELBO, TraceMeanField_ELBO and the "
-                "objectives of pyro_vae are traced"
-            )
+            traced = ", ".join(kind.__name__ for kind in _TRACED)
+            return f"the loss is {type(self._elbo).__name__}; {traced} and objectives of pyro_vae are traced"
         if getattr(self.loss_and_grads, "__self__", None) not in (self._elbo, self):
             return "loss_and_grads is not the method of the loss"
         if _PYRO_STACK:

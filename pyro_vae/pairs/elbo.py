@@ -73,14 +73,16 @@ class ElboTerms(NamedTuple):
         return cls(elbo, reconstruction, kl, unknown, unknown)
 
     @classmethod
-    def of_batch(cls, elbo: float, num_rows: int) -> "ElboTerms":
+    def of_batch(cls, elbo: float | Tensor, num_rows: int) -> "ElboTerms":
         """Terms of a batch of which only the ELBO of all rows together is known.
 
         :param elbo: the ELBO of the batch per datum, in nats. Each row gets this value; its other terms are
             NaN.
         """
-        unknown = torch.full((num_rows,), torch.nan)
-        return cls(torch.full((num_rows,), elbo), *[unknown] * 4)
+        return cls.of_elbo(
+            torch.as_tensor(elbo, dtype=torch.double).expand(num_rows),
+            *torch.full((2, num_rows), torch.nan, dtype=torch.double),
+        )
 
     def mean(self) -> MeanElbo:
         elbo, reconstruction, kl, bound, ess = (part.double().mean().item() for part in self)
