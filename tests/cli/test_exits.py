@@ -73,7 +73,7 @@ def test_damaged_and_newer_runs_have_exit_codes(run, tmp_path):
     weights.write_bytes(content)
     config.write_text(text.replace('"latent_dim": 2', '"latent_dim": 3'))
     code, _, err = run("sample", "a")
-    assert (code, "weights of another pair" in err) == (65, True)
+    assert (code, "parameters of another pair" in err) == (65, True)
     config.write_text(text.replace('"schema": 2', '"schema": 99'))
     assert run("sample", "a")[0] == 78
     config.write_text("{")

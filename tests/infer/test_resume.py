@@ -248,7 +248,7 @@ def test_invalid_options_for_resuming_raise(tmp_path):
     ):
         with pytest.raises(MismatchError, match=message):
             run(checkpoint=tmp_path / "a", resume="last", **options)
-    with pytest.raises(ValueError, match="weights of another pair"):
+    with pytest.raises(ValueError, match="parameters of another pair"):
         run(branches, checkpoint=tmp_path / "a", resume="last", check=False)
     with pytest.raises(FileExistsError, match="resume="):
         run(checkpoint=tmp_path / "a")
