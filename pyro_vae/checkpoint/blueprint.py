@@ -1,7 +1,7 @@
 """Serialize the constructor calls of a module, so that the module can be rebuilt without pickle.
 
-A *plan* is a list of entries ``[class name, args, kwargs]``. The last entry describes the module itself, and the
-earlier entries describe the modules that its constructor is passed, directly or inside other modules. In
+A *plan* is a list of entries ``[class name, args, kwargs]``. The last entry describes the module itself, and
+the earlier entries describe the modules that its constructor is passed, directly or inside other modules. In
 ``args`` and ``kwargs``, a module is written as ``{"part": index}``, where ``index`` is that of its entry.
 """
 

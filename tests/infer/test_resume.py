@@ -295,7 +295,7 @@ def test_the_error_for_a_checkpoint_without_an_entry_names_the_entry(tmp_path, n
     del part[last]
     write(path, "training run", content, score=-math.inf)
     for resume in ("last", path):
-        with pytest.raises(MismatchError, match=rf"{path.name} lacks {re.escape(name)}.*begin anew"):
+        with pytest.raises(MismatchError, match=rf"{path.name} lacks {re.escape(name)}.*start a new fit"):
             run(checkpoint=tmp_path, resume=resume)
 
 
