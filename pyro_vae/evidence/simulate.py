@@ -1,4 +1,4 @@
-"""Data simulated from a model, with their latents, as upper bounds of the evidence require."""
+"""Simulate data from a model, together with their latents. Upper bounds of the evidence require such data."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -57,15 +57,15 @@ class Simulated:
 def simulate(model: Program, data: Any, *, seed: int = 0, check: bool = True) -> Simulated:
     """Simulate (x, z*) ~ p(x, z) from the model, with the shape and the number of rows of ``data``.
 
-    :param data: the arguments of the model, in any form that :func:`~pyro_vae.log_weights` accepts. Arguments
-        that the model observes are replaced by simulated values; conditions and masks are unchanged.
+    :param data: the arguments of the model, in any form that :func:`~pyro_vae.log_weights` accepts. In the
+        result, arguments that the model observes have simulated values; conditions and masks are unchanged.
     :raises ValueError: if an observed value is not an argument of the model, or if the distribution of a
         simulated site depends on another observed argument.
     """
     batch = read_whole(data, seed=seed)
     with untouched(training=False, seed=seed), torch.no_grad():
         batch = inspect_checked(model, prior_of(model), batch, verb="simulate", check=check).batch
-    # another stream than the estimators', whose draws must be independent of z*
+    # a random stream of its own, since the draws of the estimators must be independent of z*
     with untouched(training=False, seed=stream_seed(seed, 1)), torch.no_grad():
         observed = {
             name: site["value"]
@@ -86,7 +86,8 @@ def simulate(model: Program, data: Any, *, seed: int = 0, check: bool = True) ->
 
 
 def check_simulated(verb: str, simulated: Any) -> None:
-    """Raise ``ValueError`` if the argument of the function ``verb`` is not a :class:`Simulated`."""
+    """Raise ``ValueError`` if ``simulated`` is not a :class:`Simulated`. ``verb`` is the name of the
+    caller."""
     if not isinstance(simulated, Simulated):
         raise ValueError(
             f"{verb}: expected simulated data with their latents, evidence.simulate(model, data), but got "
@@ -95,7 +96,8 @@ def check_simulated(verb: str, simulated: Any) -> None:
 
 
 def _observed_argument(name: str, value: Tensor, given: dict[Any, Any]) -> Any:
-    """The key of the argument that a site observes: it shares memory with ``value``, or has equal entries."""
+    """The key of the argument that a site observes: of the argument that shares memory with the observed
+    ``value``, or else of the argument with equal entries."""
     candidates = {
         key: part for key, part in given.items() if isinstance(part, Tensor) and part.numel() == value.numel()
     }
@@ -112,10 +114,10 @@ def _observed_argument(name: str, value: Tensor, given: dict[Any, Any]) -> Any:
 
 
 def _check_observed(model: Program, simulated: Simulated, drawn: Trace, observed: set[str]) -> None:
-    """Raise ``ValueError`` if log-probabilities of the simulated values change when the model runs on them.
+    """Raise ``ValueError`` if the log-probability of a simulated value changes when the model runs on all of them.
 
-    The distribution of such a site depends on an observed argument, which had its old value in the trace
-    ``drawn``.
+    The distribution of that site then depends on an observed argument. When the trace ``drawn`` was made,
+    that argument still had its value from before the simulation.
     """
     batch = simulated.batch
     with untouched(training=False, seed=0), torch.no_grad():
@@ -128,6 +130,6 @@ def _check_observed(model: Program, simulated: Simulated, drawn: Trace, observed
             before, after, rtol=1e-4, atol=1e-4, equal_nan=True
         ):
             raise ValueError(
-                f"simulate: the distribution of {name!r} depends on an observed argument, so it was drawn "
-                "given the old value; expected p(x|z) to depend only on latents and conditions"
+                f"simulate: the distribution of {name!r} depends on an observed argument, so {name!r} was "
+                "drawn given the original data; expected p(x|z) to depend only on latents and conditions"
             )

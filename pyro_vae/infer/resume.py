@@ -160,7 +160,8 @@ class CheckpointManager:
         if self.checkpoints is None:
             yield
             return
-        with deferred(anywhere=self.group.size == 1):  # only after_step stops several ranks
+        # several ranks must stop after the same step, so only after_step may stop them
+        with deferred(anywhere=self.group.size == 1):
             try:
                 yield
             except Interrupted:
