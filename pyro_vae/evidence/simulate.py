@@ -114,7 +114,8 @@ def _observed_argument(name: str, value: Tensor, given: dict[Any, Any]) -> Any:
 
 
 def _check_observed(model: Program, simulated: Simulated, drawn: Trace, observed: set[str]) -> None:
-    """Raise ``ValueError`` if the log-probability of a simulated value changes when the model runs on all of them.
+    """Raise ``ValueError`` if the log-probability of a simulated value changes when the model runs on
+    the simulated data.
 
     The distribution of that site then depends on an observed argument. When the trace ``drawn`` was made,
     that argument still had its value from before the simulation.
