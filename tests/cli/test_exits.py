@@ -32,7 +32,7 @@ from tests.support.runs import PAIR, weights_file
         (("train", "--learning-rate", "inf"), 2, "finite"),
         (("train", "--seed", "-1"), 2, "--seed"),
         (("train", "--device", "meta"), 2, "--device"),
-        (("train", "--pair", "mine:make", "--latent-dim", "2"), 2, "--latent-dim would have no effect"),
+        (("train", "--pair", "mine:make", "--latent-dim", "2"), 2, "leave out --latent-dim"),
         (("train", "--likelihood", "categorical", "--binarize", "stochastic"), 65, "grey levels"),
         (("train", "--learning-rate", "1e30"), 70, "--learning-rate"),
         (("train", "--out", "/dev/null/a"), 74, "Not a directory"),
