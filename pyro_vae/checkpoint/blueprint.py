@@ -2,7 +2,7 @@
 
 A *plan* is a list of entries ``[class name, args, kwargs]``. The last entry describes the module itself, and
 the earlier entries describe the modules that its constructor is passed, directly or inside other modules. In
-``args`` and ``kwargs``, a module is written as ``{"part": index}``, where ``index`` is that of its entry.
+``args`` and ``kwargs``, ``{"part": index}`` stands for the module of the entry ``index``.
 """
 
 import importlib

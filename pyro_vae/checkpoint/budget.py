@@ -51,7 +51,7 @@ class _Bounded(TorchDispatchMode):
 
 
 def _num_elements(argument: Any) -> int:
-    """The number of elements of the result that an argument of a torch function asks for: the product of a
+    """The number of elements of the output that an argument of a torch function implies: the product of a
     shape, or an integer, such as the end of ``arange``."""
     if isinstance(argument, list | tuple) and argument and all(type(size) is int for size in argument):
         return abs(math.prod(argument))

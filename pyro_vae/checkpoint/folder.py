@@ -84,7 +84,7 @@ def remove(path: Path) -> None:
     """Delete the files that :func:`write` made in a folder, and the folder if it is then empty."""
     if not is_ours(path):
         return
-    # the manifest first, so that an interrupted removal does not look like a complete checkpoint
+    # delete the manifest first, so that an interrupted removal does not leave an apparently complete folder
     for file in sorted(_our_files(path), key=lambda file: file.name != MANIFEST):
         file.unlink(missing_ok=True)
     with suppress(OSError):

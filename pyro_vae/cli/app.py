@@ -302,9 +302,8 @@ def reconstruct(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Reconstruct held-out x as E[x'|z] at z ~ q(z|x). Writes x.npy, reconstructions.npy, and a picture of
-    both. The default output folder is the first unused one of RUN/reconstructions, RUN/reconstructions-2,
-    …"""
+    """Reconstruct held-out x as E[x'|z] at z ~ q(z|x). Writes x.npy, reconstructions.npy and a picture.
+    The default output folder is the first unused one of RUN/reconstructions, RUN/reconstructions-2, …"""
     import torch
 
     from pyro_vae import plots
@@ -580,7 +579,7 @@ def _vae(pair: "Pair", verb: str) -> "VAE":
 
 
 def _option_arguments() -> set[str]:
-    """The parameters of all commands that appear on the command line as ``--name``."""
+    """The names of the parameters of all commands that are options on the command line, ``--name``."""
     functions: list[Any] = [command.callback for command in app.registered_commands]
     names = {name for function in functions for name in inspect.signature(function).parameters}
     return {name for name in names if len(name) > 1} - {

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def points(**sets: "Tensor") -> "Pictures":
-    """A scatter plot of those ``sets`` that have the shape ``(n, 2)``; no picture if none has."""
+    """A scatter plot of those ``sets`` that have the shape ``(n, 2)``; no picture if there are none."""
     from pyro_vae import plots
 
     drawable = {name: points for name, points in sets.items() if points.shape[1:] == (2,)}
@@ -62,7 +62,7 @@ def reserve_folder(
 
 
 def write_results(folder: Path, arrays: "dict[str, Tensor]", pictures: "Pictures") -> list[Path]:
-    """Write arrays and pictures to a folder. Returns the files."""
+    """Write arrays and pictures to a folder. Returns the paths of the files."""
     import numpy as np
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,8 +76,8 @@ def write_results(folder: Path, arrays: "dict[str, Tensor]", pictures: "Pictures
 
 
 def write_pictures(folder: Path, pictures: "Pictures") -> list[Path]:
-    """Draw pictures and write them to a folder. Returns the files. A picture that fails is skipped with a
-    warning."""
+    """Draw pictures and write them to a folder. Returns the paths of the files. A picture that fails is
+    skipped with a warning."""
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -148,8 +148,8 @@ class Run(NamedTuple):
 
     @contextmanager
     def loaded(self, rows: Tensor | None = None) -> Iterator[Pair]:
-        """Load the trained pair on the CPU, in evaluation mode. Within the block, Pyro's param store has its
-        parameters.
+        """Load the trained pair on the CPU, in evaluation mode. Within the block, Pyro's param store has the
+        parameters of the pair.
 
         :param rows: two rows of data, on which the pair is run to collect its parameters. The default for a
             VAE is zeros.

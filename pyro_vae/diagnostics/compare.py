@@ -28,12 +28,12 @@ _MAX_DRAWS = 2**21  # particles × data that are in memory at once
 class Comparison:
     """Divergences and errors of a guide q against the exact posterior p, per datum, ``(batch,)``, in nats.
 
-    The standard errors ``*_se`` are 0 where a quantity is in closed form.
+    The standard errors ``*_se`` are 0 for quantities in closed form.
 
     elbo: E_q[log p(x, z) − log q(z|x)], a lower bound of log_evidence = log p(x). gap: KL(q‖p) = log p(x) −
     ELBO. forward_kl: KL(p‖q), large if q misses a mode; ``nan`` if the density of q cannot be
     evaluated at draws of p. mean_error: ‖E_q z − E_p z‖. covariance_error: Frobenius norm of the difference
-    of covariances. w2: W₂(q, p), ``nan`` unless both are Gaussian. coverage: ``(batch, 3)``, probability
+    of covariances. w2: W₂(q, p), ``nan`` unless q and p are Gaussian. coverage: ``(batch, 3)``, probability
     under p of the guide's central 50, 90 and 95 % intervals, averaged over latent dimensions. split: the gap
     as a sum of approximation and amortization gap, or ``None``.
     """

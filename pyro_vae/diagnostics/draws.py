@@ -102,8 +102,7 @@ def _draws(
 @dataclass(frozen=True)
 class TwoSample:
     """Held-out accuracy of a classifier that tells two sets of draws apart: about ½ if both have the same
-    distribution.
-    ``accuracy_se`` is the binomial standard error at an accuracy of ½."""
+    distribution. ``accuracy_se`` is the binomial standard error at an accuracy of ½."""
 
     accuracy: float
     accuracy_se: float

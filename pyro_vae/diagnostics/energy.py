@@ -20,8 +20,9 @@ class FreeEnergy:
     ``(batch,)``.
 
     expected_energy: E_q[−log p(x, z)]. entropy: H(q), analytic if the guide's distribution has ``entropy``,
-    else estimated from the same draws. free_energy_se: Monte Carlo standard error of F. bits_per_dimension:
-    F / (D ln 2), the bits-back code length of a discrete x of D dimensions (Hinton & van Camp 1993).
+    else estimated from the guide's draws. free_energy_se: Monte Carlo standard error of F.
+    bits_per_dimension: F / (D ln 2), the bits-back code length of a discrete x of D dimensions (Hinton & van
+    Camp 1993).
     """
 
     expected_energy: Tensor
@@ -79,7 +80,8 @@ def _entropy(distribution: Any, num_rows: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class PointwiseIdentity:
-    """log p(x) = log p(x, z) − log p(z|x) for every z, in nats, each ``(particles, batch)``.
+    """Terms of log p(x) = log p(x, z) − log p(z|x), which holds for every z. In nats, each
+    ``(particles, batch)``.
 
     log_weight: log p(x, z) − log q(z|x). correction: log q(z|x) − log p(z|x), so that log p(x) = log_weight +
     correction. The sign of the correction varies with z; its mean under q is KL(q‖p) ≥ 0.

@@ -34,7 +34,8 @@ class UnknownFamily(ValueError):
 
 class Family:
     """The variational family of a guide's distribution at a site. A member has the unconstrained parameters
-    of that distribution plus shifts, separate for each datum. It depends on other latents as the guide does.
+    of that distribution plus shifts, separate for each datum. A member depends on other
+    latents as the guide's distribution does.
 
     ``start``: shifts of zero, which give the guide itself.
 

@@ -67,7 +67,7 @@ def split_gap(
     seed: int = 0,
     check: bool = True,
 ) -> GapSplit:
-    """Split the gap of a guide per datum (Cremer et al. 2018).
+    """Split log p(x) − ELBO into approximation and amortization gap, per datum (Cremer et al. 2018).
 
     q* is the guide with separate parameters for each datum. If the guide calls one conditional of
     :mod:`pyro_vae` for each latent, these parameters are the outputs of its read-outs (the last layers, one
@@ -86,7 +86,7 @@ def split_gap(
     :param data: as for :func:`~pyro_vae.fit`.
     :param log_evidence: log p(x), ``(batch,)``; default ``model.log_evidence`` if the model has it.
     :param num_particles: draws for each ELBO that has no closed form, 2 or more.
-    :param tolerance: smallest gain of 100 steps in nats per datum.
+    :param tolerance: in nats per datum; a smaller gain of 100 steps halves the learning rate.
     :param max_steps: largest number of steps, not counting the last 500. A warning is logged if the ELBO
         still improves then.
     :param seed: seed of the draws.
@@ -134,7 +134,7 @@ class _PerDatumPair:
         self.latents, batch = inspect_latents(model, guide, batch, verb="split_gap", check=check)
         self.batch = batch
         with torch.no_grad():
-            # raises if the guide has no log q(z|x)
+            # this raises if the guide has no log q(z|x)
             self.draws = self.latents.draw(guide, batch, 2)
             calls: list[tuple[FromTrunk, Any]] = []
             hook = nn.modules.module.register_module_forward_hook(

@@ -89,7 +89,7 @@ def diagnose(
 
     :param data: as for :func:`~pyro_vae.fit`.
     :param num_particles: number of draws for each datum.
-    :param num_simulations: number of simulations of the calibration; 0 skips it.
+    :param num_simulations: number of data to simulate for the calibration; 0 skips the calibration.
     :param joint: treat all data as one datum, for models with global latents. ``usage`` and ``calibration``
         are then ``None``.
     :raises ValueError: if the pair is invalid, or a latent is outside of the data plate and ``joint`` is

@@ -18,7 +18,7 @@ _CHUNK_ROWS = 50
 
 @dataclass(frozen=True)
 class LatentUsage:
-    """Activity, KL and mutual information of the latents; information is in nats.
+    """Activity, KL and mutual information of the latents. KL and mutual information are in nats.
 
     activity: Var_x E_q[z_j], ``(dim,)``. kl: KL(q(z_j|x)‖p(z_j)), ``(batch, dim)``, ``nan`` unless the
     dimensions of guide and prior are independent. correlation: correlation matrix of the aggregate posterior

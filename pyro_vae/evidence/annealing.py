@@ -35,7 +35,7 @@ class Annealing:
     base is the prior or a guide. These options are used by :func:`ais`, :func:`reverse_ais`, :func:`bdmc`,
     :func:`~pyro_vae.evidence.smc` and :func:`~pyro_vae.evidence.reciprocal_importance`.
 
-    :param num_temperatures: K. A larger K tightens the bounds. A tensor as ``schedule`` sets K.
+    :param num_temperatures: K. A larger K tightens the bounds. If ``schedule`` is a tensor, it sets K.
     :param num_chains: chains per datum, whose weights are averaged; for ``smc`` the number of particles.
     :param schedule: ``"fitted"`` (a pilot run finds β with equal KL divergence between neighbours),
         ``"sigmoid"`` (finer at both ends), ``"uniform"``, or a tensor β₀ = 0 ≤ … ≤ β_K = 1 of shape
@@ -84,8 +84,8 @@ class Annealing:
     def betas(self) -> Tensor:
         """β₀ = 0 ≤ … ≤ β_K = 1 in double precision, ``(K + 1,)``.
 
-        ``"sigmoid"`` is the logistic function on [−4, 4], rescaled to [0, 1]. ``"fitted"`` gives the sigmoid
-        schedule, which the pilot run that tunes the step sizes uses.
+        ``"sigmoid"`` is the logistic function on [−4, 4], rescaled to [0, 1]. For ``"fitted"``, this is
+        the sigmoid schedule. The pilot run that tunes the step sizes uses it, before β is fitted.
         """
         if isinstance(self.schedule, Tensor):
             return self.schedule.double()
@@ -118,9 +118,9 @@ def ais(
 
     Chains start at draws from the base, which is the prior or a guide, and target f_β = base^{1−β} p(x, z)^β.
     For each k = 1, …, K, (β_k − β_{k−1}) log [p(x, z) / base(z)] is added to the log-weight of a chain. If
-    k < K, the chain then makes a transition that leaves f_β at β_k invariant. The mean weight ŵ has E ŵ =
-    p(x): transitions are Metropolis-corrected, and a pilot run with independent random numbers fixes the
-    schedule and the step sizes before the weighted run.
+    k < K, the chain then makes a transition that leaves f_β at β_k invariant. The mean weight ŵ of the
+    chains has E ŵ = p(x), since transitions are Metropolis-corrected, and since a pilot run with independent
+    random numbers has fixed the schedule and the step sizes before the weighted run.
 
     :param data: the arguments of the model, ``(batch, *event)``, in any form that
         :func:`~pyro_vae.log_weights` accepts.

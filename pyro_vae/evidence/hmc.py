@@ -14,7 +14,7 @@ _PILOT_REDUCTIONS = (("pilot_temperatures", 12), ("num_pilot", 4))
 
 
 class Transition(ABC):
-    """A Markov transition that leaves f_β invariant."""
+    """A Markov transition that leaves the density f_β of a :class:`~pyro_vae.evidence.Path` invariant."""
 
     @property
     def cost(self) -> int:

@@ -35,8 +35,8 @@ def importance(
 
     A lower bound of log p(x) in expectation for every pair and every K. For K = 1 it is the ELBO, and it
     tightens as K grows. If χ²(p‖q) from the posterior p to q is finite, the bias is about −χ²(p‖q)/(2K) for
-    large K. A Pareto k̂ below 0.5 indicates a finite χ². Accepts the pairs that :func:`~pyro_vae.log_weights`
-    accepts.
+    large K. A Pareto k̂ below 0.5 indicates a finite χ². All pairs that :func:`~pyro_vae.log_weights`
+    accepts are accepted.
 
     :param data: the arguments of model and guide, ``(batch, *event)``, in any form that
         :func:`~pyro_vae.log_weights` accepts.

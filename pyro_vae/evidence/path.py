@@ -121,7 +121,7 @@ class Path:
         return self.at(self.unconstrained(z))
 
     def at(self, u: Tensor) -> Point:
-        """Evaluate log-densities and gradients at u, by a compiled graph if it is called often enough."""
+        """Evaluate log-densities and gradients at u, by a compiled graph if there are enough such calls."""
 
         def evaluate(u: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
             return self._evaluate(u, self.batch.with_leaves(parts))

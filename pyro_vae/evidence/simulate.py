@@ -96,8 +96,8 @@ def check_simulated(verb: str, simulated: Any) -> None:
 
 
 def _observed_argument(name: str, value: Tensor, given: dict[Any, Any]) -> Any:
-    """The key of the argument that a site observes: of the argument that shares memory with the observed
-    ``value``, or else of the argument with equal entries."""
+    """The key of the argument that a site observes: the argument shares memory with the observed ``value``.
+    If there is no such argument, it is the one whose entries equal ``value``."""
     candidates = {
         key: part for key, part in given.items() if isinstance(part, Tensor) and part.numel() == value.numel()
     }

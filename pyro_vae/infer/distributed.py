@@ -16,7 +16,7 @@ import pyro
 import torch
 import torch.distributed as dist
 
-# imported before a process group exists: default arguments in this module would keep the group alive
+# imported before a process group exists, since default arguments of its functions would keep the group alive
 import torch.distributed.nn.functional
 from torch import Tensor
 

@@ -63,7 +63,7 @@ class Epoch(NamedTuple):
 class Position:
     """The position of a fit: the finished epochs, and the number of steps taken in the current epoch."""
 
-    # num_epochs of the first call of fit. compile="auto" depends on it, and must not change in a resumed fit
+    # num_epochs of the first call of fit. compile="auto" depends on it, so a resumed fit uses the same number
     planned_epochs: int
     history: list[Epoch] = field(default_factory=list)
     batch_index: int = 0  # index of the next minibatch in the current epoch
@@ -196,7 +196,7 @@ class CheckpointManager:
             "ranks": ranks,
             "seconds": time.perf_counter() - at.start_time if at.batch_index else 0.0,
             "weights": self.state.copy(),
-            # parameters that have a gradient. Momentum updates them even where the gradient is zero
+            # parameters that have a gradient; an optimizer with momentum updates them even if it is zero
             "moved": [name for name, p in pyro.get_param_store().named_parameters() if p.grad is not None],
             "optim": optim_state(self.svi.optim),
             "best": {
@@ -245,7 +245,7 @@ class CheckpointManager:
         if self.checkpoints is not None and not self.group.rank:
             self.checkpoints.go_on_from(path)
         self.svi._restore_graphs(content["graphs"])
-        # if it is not set, Pyro runs the pair to infer it
+        # if this is not set, Pyro runs the pair to infer it
         self.svi._elbo.max_plate_nesting = content["max_plate_nesting"]
         logger.info("resume: continuing from %s, after step %d", path, at.num_steps)
 
@@ -280,8 +280,8 @@ class CheckpointManager:
             )
 
     def _make_parameters(self, first: Batch, names: Collection[str]) -> None:
-        """Run the pair, which creates its parameters. If ``names`` has others, evaluate the loss too: it may
-        create parameters of its own, such as running averages."""
+        """Run the pair, which creates its parameters. If ``names`` contains other parameters, evaluate
+        the loss too, which may create parameters of its own, such as running averages."""
         model, guide = self.state.model, self.state.guide
         make_parameters(model, guide, first)
         if set(names) <= self.state.tensors().keys():

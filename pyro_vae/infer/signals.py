@@ -31,7 +31,7 @@ def deferred(*, anywhere: bool = True) -> Iterator[None]:
     previous = {number: signal.getsignal(number) for number in _SIGNALS}
     in_main_thread = threading.current_thread() is threading.main_thread()
     is_nested = _delay in previous.values()
-    # None is a handler that was not installed from Python; it could not be restored
+    # getsignal returns None for a handler that was not installed from Python, which cannot be restored
     if not in_main_thread or is_nested or None in previous.values():
         yield
         return

@@ -1,5 +1,5 @@
-"""The checks that Pyro makes if validation is enabled, of distributions' parameters and of values, written as
-tensor operations so that a compiled graph can contain them."""
+"""The checks of parameters and values of distributions that Pyro makes if validation is enabled. They are
+written as tensor operations, so that a compiled graph can contain them."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
