@@ -18,13 +18,13 @@ _CHUNK_ROWS = 50
 
 @dataclass(frozen=True)
 class LatentUsage:
-    """Activity, KL and mutual information of the latents; information is in nats.
+    """Activity, KL and mutual information of the latents. KL and mutual information are in nats.
 
     activity: Var_x E_q[z_j], ``(dim,)``. kl: KL(q(z_j|x)‖p(z_j)), ``(batch, dim)``, ``nan`` unless the
     dimensions of guide and prior are independent. correlation: correlation matrix of the aggregate posterior
-    q(z), the mean of q(z|x) over data, ``(dim, dim)``. mean_kl: mean of KL(q(z|x)‖p(z)) over data, which
-    equals mutual_information I_q(x; z) + marginal_kl KL(q(z)‖p(z)) (Hoffman & Johnson 2016). I_q is at most
-    log N for N data.
+    q(z), the mean of q(z|x) over data, ``(dim, dim)``. mean_kl: mean of KL(q(z|x)‖p(z)) over data. It
+    is the sum of mutual_information, I_q(x; z), and marginal_kl, KL(q(z)‖p(z)) (Hoffman & Johnson 2016). I_q
+    is at most log N for N data.
     """
 
     activity: Tensor
@@ -76,7 +76,7 @@ def latent_usage(
     """Use of the latent dimensions of a pair with a single latent site.
 
     The aggregate posterior is the mixture of q(z|x_n) over the N data. It is evaluated at one draw for each
-    datum, which takes N² densities.
+    datum, so N² densities are computed.
 
     :param data: as for :func:`~pyro_vae.fit`.
     :raises ValueError: if the model has several latent sites, or there are fewer than two data.
