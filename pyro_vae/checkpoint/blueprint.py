@@ -1,8 +1,8 @@
 """Serialize the constructor calls of a module, so that the module can be rebuilt without pickle.
 
-A *plan* is a list of entries ``[class name, args, kwargs]``. The last entry describes the module itself, and
-the earlier entries describe the modules that its constructor is passed, directly or inside other modules. In
-``args`` and ``kwargs``, ``{"part": index}`` stands for the module of the entry ``index``.
+A *plan* is a list of entries ``[class name, args, kwargs]``. The last entry describes the module itself. The
+earlier entries describe the modules among the arguments of its constructor, and those among the arguments of
+these modules. In ``args`` and ``kwargs``, ``{"part": index}`` stands for the module of the entry ``index``.
 """
 
 import importlib

@@ -138,9 +138,10 @@ def first_difference(
 ) -> int | None:
     """The index of the first tensor that differs by more than rounding, or ``None``.
 
-    The tolerance is relative to a scale. For a scalar, the scale is its magnitude. For other tensors, it is
-    the largest magnitude of their entries plus a twentieth of the largest magnitude in all outputs that are
-    not scalars, since a small gradient can be the rounding error of large terms.
+    Two tensors differ if the largest difference of their entries exceeds the relative tolerance of their
+    dtype times a scale. For a scalar, the scale is its magnitude. For other tensors, it is the largest
+    magnitude of their entries plus a twentieth of the largest magnitude in all outputs that are not scalars,
+    since a small gradient can be the rounding error of large terms.
 
     :param num_written: the number of tensors at the start of the sequences that are not outputs but tensors
         that a call writes to.

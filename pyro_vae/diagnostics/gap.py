@@ -69,12 +69,13 @@ def split_gap(
 ) -> GapSplit:
     """Split log p(x) − ELBO into approximation and amortization gap, per datum (Cremer et al. 2018).
 
-    q* is the guide with separate parameters for each datum. If the guide calls one conditional of
-    :mod:`pyro_vae` for each latent, these parameters are the outputs of its read-outs (the last layers, one
-    for each parameter of the distribution). If the read-outs give location and scale, q* can be any diagonal
-    Gaussian. For other guides, all parameters of the guide's distributions are separate. Whatever all data
-    share does not change: a fixed, learned or isotropic scale, ``min_scale``, the networks of a flow, and the
-    dependence of a latent on others.
+    Let q* be the guide whose ELBO is the highest if each datum has separate parameters. The approximation gap
+    is log p(x) minus the ELBO of q*, and the amortization gap is the rest. If the guide calls one conditional
+    of :mod:`pyro_vae` for each latent, these parameters are the outputs of its read-outs (the last layers,
+    one for each parameter of the distribution). If the read-outs give location and scale, q* can be any
+    diagonal Gaussian. For other guides, all parameters of the guide's distributions are separate. Whatever
+    all data share does not change: a fixed, learned or isotropic scale, ``min_scale``, the networks of a
+    flow, and the dependence of a latent on others.
 
     q* is in closed form if the model implements ``ExactModel.best`` for the guide's family: Gaussians for a
     Gaussian posterior, diagonal Gaussians for the funnel and the banana, a log-normal for Gamma–Poisson.
@@ -165,7 +166,8 @@ class _PerDatumPair:
         }
 
     def shifted_guide(self, shifts: Shifts) -> Program:
-        """The guide with its parameters shifted."""
+        """The guide with ``shifts`` added to the parameters of its distributions, separately for each
+        datum."""
 
         def guide(*args: Any, **kwargs: Any) -> Any:
             with ExitStack() as stack:

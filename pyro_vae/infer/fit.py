@@ -374,7 +374,9 @@ def _check_options(
     if clip_norm is not None and not (_is_number(clip_norm) and clip_norm > 0):
         raise ValueError(f"fit: clip_norm is {clip_norm!r}; expected a positive number, or None")
     if every is not None and checkpoint is None:
-        raise ValueError(f"fit: every is {every} without a checkpoint folder; expected checkpoint=FOLDER")
+        raise ValueError(
+            f"fit: every={every} needs a checkpoint folder; expected checkpoint=FOLDER too, or every=None"
+        )
     if checkpoint is not None and resume is None:
         checkpoint.check_free()
 

@@ -337,8 +337,8 @@ class VIMCO(Objective):
     ∇L_K = E[Σ_k (L_K − L_K^(−k)) ∇ log q(z_k|x) + Σ_k w̃_k ∇ log w_k],
 
     where L_K^(−k) is the bound with log w_k replaced by the mean of the other log-weights. As everywhere in
-    Pyro, the first sum has the latents that are not reparameterized, and the others are differentiated
-    through z. Pass ``distribution.has_rsample_(False)`` to the guide to change that.
+    Pyro, the first sum has the latents that are not reparameterized (``has_rsample`` is false), and the
+    gradient of reparameterized latents goes through z, as in :class:`IWAE`.
 
     :param num_particles: K, 2 or more.
     """
@@ -473,7 +473,7 @@ class _CutLatent(NamedTuple):
 
 
 class _Stop(Messenger):
-    """Draws of latents have no gradient."""
+    """Detaches the draws of latents."""
 
     def _pyro_post_sample(self, msg: dict) -> None:
         if not msg["is_observed"]:

@@ -98,8 +98,8 @@ class ElboTerms(NamedTuple):
 
 
 def _mean_se(values: Tensor) -> float:
-    """The standard error of the mean; ``nan`` for a single value, and if all are equal, which are then parts
-    of one value."""
+    """The standard error of the mean. ``nan`` for a single value, and if all values are equal: they come from
+    one total that was divided evenly among the data, so they do not show the spread over data."""
     n = len(values)
     if n < 2 or (values == values[0]).all():
         return math.nan

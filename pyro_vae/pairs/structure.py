@@ -102,8 +102,8 @@ class Structure:
         return self.batch.num_rows
 
     def as_one_datum(self) -> "Structure":
-        """The structure with all rows together as one datum: no plate is a data plate, and rows must stay
-        together."""
+        """A copy that treats all rows as one datum: no plate counts as a data plate, and the pair may not run
+        on some of the rows only."""
         particles = self.particles and replace(self.particles, rows_independent=False)
         return replace(self, plates=frozenset(), particles=particles, joint=True)
 
