@@ -125,7 +125,9 @@ def train(
         batches, held_out = as_batches(data, batch_size), _held_out_batches(validation, batch_size)
         store, state = pyro.get_param_store(), _empty_store() if param_store is None else param_store
         with store.scope(state.copy()):
-            pair = inspect_for_training(model, guide, batches, loss, annealed=beta != 1.0, check=check)
+            pair = inspect_for_training(
+                model, guide, batches, loss, annealed=beta != 1.0, check=check, num_processes=group.size
+            )
         _check_held_out(pair, batches, held_out)
         _warn_of_new_parameters(model, guide, state)
         batches.cast(pair.dtype)
@@ -278,7 +280,14 @@ def _empty_store() -> dict:
 
 
 def inspect_for_training(
-    model: Program, guide: Program, batches: Batches, loss: ELBO, *, annealed: bool, check: bool
+    model: Program,
+    guide: Program,
+    batches: Batches,
+    loss: ELBO,
+    *,
+    annealed: bool,
+    check: bool,
+    num_processes: int = 1,
 ) -> Structure:
     """Inspect a pair on the first minibatch. Raises ``ValueError`` for an invalid pair, or an invalid
     loss."""
@@ -299,7 +308,7 @@ def inspect_for_training(
             f"pair: it fails on the {last} rows of the last minibatch: {error}; pass a batch_size that "
             f"leaves another remainder of the {n} data, or remove rows"
         )
-    check_loss(loss, pair, n, annealed=annealed, check=check)
+    check_loss(loss, pair, n, annealed=annealed, check=check, num_processes=num_processes)
     if (problem := scale_problem(loss, pair, n)) is not None:
         refuse([problem], verb="fit", check=check)
     if annealed:

@@ -106,10 +106,12 @@ def check_loss(
     annealed: bool = False,
     check: bool = True,
     verb: str = "fit",
+    num_processes: int = 1,
 ) -> None:
     """Raise ``ValueError`` for a loss that is not supported for this pair and these minibatches.
 
     :param annealed: whether latent terms are weighted by β.
+    :param num_processes: the number of ranks, which divide the rows of a batch.
     :param check: ``False`` assumes that an unknown subclass of ``ELBO`` is linear in log-probabilities.
     """
     name, kind = type(loss).__name__, kind_of(loss)
@@ -124,17 +126,23 @@ def check_loss(
             f"beta: {name} is not linear in log-probabilities, so β would be a power of probabilities in its "
             "weights; expected beta=1, or Trace_ELBO"
         )
-    if pair.batch.tensors and pair.num_rows < num_data:
+    if pair.batch.tensors and pair.num_rows < num_data * num_processes:
+        remedy = "batch_size=None" if num_processes == 1 else "batch_size=None in one process"
         if kind.factor == "none" and check:
             raise ValueError(
                 f"{verb}: {name} is a loss that pyro_vae does not know, so it cannot be scaled by N/B on "
-                "minibatches; pass batch_size=None, or check=False if the loss is linear in log-probabilities"
+                f"minibatches; pass {remedy}, or check=False if the loss is linear in log-probabilities"
             )
         if not kind.linear and pair.shared:
             raise ValueError(
                 f"{verb}: {name} is not linear in log-probabilities, and {pair.shared[0]!r} is shared by all "
-                "data, so no factor makes its loss on a minibatch an estimate of that on all data; pass "
-                "batch_size=None, or Trace_ELBO"
+                "data, so no factor makes its loss on some of the data an estimate of that on all; pass "
+                f"{remedy}, or Trace_ELBO"
+            )
+        if isinstance(loss, Objective) and pair.shared and pair.enumerates:
+            raise ValueError(
+                f"{verb}: {pair.shared[0]!r} is shared by all data and other sites are summed out, so "
+                f"{name} has one value for all data; pass {remedy}, or TraceEnum_ELBO"
             )
 
 

@@ -80,15 +80,19 @@ def _arguments(batch: Batch) -> dict[Any, Any]:
     return dict(enumerate(batch.args)) | batch.kwargs
 
 
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
 def _observed_argument(name: str, value: Tensor, given: dict[Any, Any]) -> Any:
     """The key of the argument that a site observes: the argument shares memory with the observed ``value``.
     If there is no such argument, it is the one whose entries equal ``value``."""
     candidates = {
         key: part for key, part in given.items() if isinstance(part, Tensor) and part.numel() == value.numel()
     }
-    keys = [key for key, part in candidates.items() if part.data_ptr() == value.data_ptr()]
-    if not keys:
-        keys = [key for key, part in candidates.items() if bool((part.reshape(value.shape) == value).all())]
+    # not a transposed argument, whose memory is the same
+    candidates = {key: part for key, part in candidates.items() if _is_equal(part.reshape(value.shape), value)}
+    keys = [key for key, part in candidates.items() if part.data_ptr() == value.data_ptr()] or list(candidates)
     if len(keys) != 1:
         problem = f"equals several of its arguments, {keys}" if keys else "is not one of its arguments"
         raise ValueError(
