@@ -65,10 +65,7 @@ OBJECTIVES: dict[str, Callable[[int, float], ELBO]] = {  # of the number of part
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 PSEUDO_INPUTS = 100  # of a VampPrior
-LATER_FIELDS: dict[str, Any] = {
-    "objective": "elbo",
-    "alpha": None,
-}  # with the values of runs that do not have them
+LATER_FIELDS: dict[str, Any] = {"objective": "elbo", "alpha": None}  # of runs without these fields
 VAE_FIELDS = ("likelihood", "guide", "prior", "latent_dim", "hidden")  # ``None`` with --pair
 
 
@@ -107,7 +104,7 @@ class Config:
 
         :param source: the path of the file, for error texts.
         """
-        hints, record = get_type_hints(cls), LATER_FIELDS | record
+        hints, record = get_type_hints(cls), LATER_FIELDS | dict(record)
         if invalid := record.keys() ^ hints.keys():
             raise ValueError(
                 f"{source}: the keys {sorted(invalid)} are missing or unknown; expected those of a run's "
