@@ -264,7 +264,13 @@ def train(
     with run.loaded(test.x[:2]) as trained:
         output.write_pictures(runs.replaceable_or_new(run.path / "plots"), runs.pictures(run, trained, test))
     epoch, seconds = run.saved_epoch(), sum(epoch.seconds for epoch in epochs)
-    result = {"run": str(run.path), "num_epochs": len(epochs), **epoch._asdict(), "seconds": seconds}
+    result = {
+        "run": str(run.path),
+        "objective": config.objective,
+        "num_epochs": len(epochs),
+        **epoch._asdict(),
+        "seconds": seconds,
+    }
     page = report.write_report(run)
     output.print_result(result, f"{run.path}: {run.summary()}", as_json)
     output.print_next(page, "evaluate", run.path, *_repeated_options(pair, data_dir))
@@ -379,8 +385,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Estimate and bound log p(x) of a run's model, in nats per datum: a table and a picture of the
-    estimators at increasing cost. The default output folder is RUN/evaluation, evaluation-2, … After an
-    interruption, the same command resumes."""
+    estimators at increasing cost. elbo includes the bound that the run maximized, if it is another. The
+    default output folder is RUN/evaluation, evaluation-2, … After an interruption, the same command
+    resumes."""
     from pyro_vae import plots
     from pyro_vae.cli import build, ladder, report, runs
 
@@ -402,6 +409,7 @@ def evaluate(
     ):
         for rung in ladder.compute(
             trained,
+            opened.config,
             selected.arguments(slice(None)),
             names,
             num_particles=num_particles,

@@ -123,6 +123,11 @@ class Config:
                 raise ValueError(f"{source}: {field.name} is {reprlib.repr(value)}, which is out of range")
         return cls(**values)
 
+    def bound_name(self) -> str:
+        """The objective with its options, such as ``"iwae, K = 5"``."""
+        order = "" if self.alpha is None else f", α = {self.alpha:g}"
+        return f"{self.objective}{order}, K = {self.num_particles}"
+
 
 def _is_in_range(name: str, value: Any) -> bool:
     """Whether a number, or each size of a tuple, is in the range that the command line accepts."""

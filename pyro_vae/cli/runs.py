@@ -40,6 +40,7 @@ from pyro_vae.files import (
     written,
 )
 from pyro_vae.infer import Epoch
+from pyro_vae.infer.losses import kind_of, name_of
 from pyro_vae.pairs.elbo import MeanElbo
 from pyro_vae.priors import StandardNormal
 
@@ -128,6 +129,11 @@ class Run(NamedTuple):
             f"{self.path} is not finished: the parameters are those of epoch {saved} of "
             f"{self.config.num_epochs}"
         )
+
+    def objective(self) -> str:
+        """What the training maximized, as text. Raises ``ValueError`` for an invalid objective."""
+        loss = build_loss(self.config)
+        return f"objective: {name_of(loss)}, {kind_of(loss).bound}"
 
     def summary(self) -> str:
         """The duration of the training and the held-out ELBO, as text."""
@@ -489,14 +495,17 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def pictures(run: Run, pair: Pair, test: Data) -> dict[str, Callable[[], Figure]]:
-    """Functions that draw the pictures of a run, by name. Without a VAE, there is only the training curve.
+    """Functions that draw the pictures of a run, by name. Without a VAE, there are only those of the
+    training: its curve, and the effective sample size of an objective with several weights.
 
     :raises ValueError: if ``metrics.jsonl`` is invalid.
     """
-    history = run.history()
+    history, k = run.history(), run.config.num_particles
     drawings: dict[str, Callable[[], Figure]] = {
-        "curve": lambda: plots.figure_of(plots.plot_history(history))
+        "curve": lambda: plots.figure_of(plots.plot_history(history, objective=run.config.bound_name()))
     }
+    if history[-1].train.ess is not None and k > 1:
+        drawings["ess"] = lambda: plots.figure_of(plots.plot_ess(history, k))
     vae, is_image = pair.vae, test.x.dim() > 2
     if vae is None:
         return drawings
