@@ -50,7 +50,7 @@ def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None, *, objective: 
     if has_bound:
         ylabel, title = "nats per datum", "Objective and evidence lower bound"
     ax.set(xlabel="epoch", ylabel=ylabel, title=title)
-    _finish_epochs(ax)
+    _finish_epochs(ax, "lower right")
     return ax
 
 
@@ -67,7 +67,7 @@ def plot_ess(epochs: Sequence[Epoch], num_particles: int, ax: Axes | None = None
         ax.plot([epoch.epoch for epoch in epochs], sizes, label=part, color=colour, marker=marker)
     title = f"Effective sample size of the {num_particles} weights, mean over data"
     ax.set(xlabel="epoch", ylabel="ESS", title=title, ylim=(1, num_particles))
-    _finish_epochs(ax)
+    _finish_epochs(ax, "upper right")
     return ax
 
 
@@ -79,11 +79,11 @@ def _by_part(epochs: Sequence[Epoch]) -> Iterator[tuple[str, str, list[MeanElbo]
         yield "held out", "C1", held_out
 
 
-def _finish_epochs(ax: Axes) -> None:
+def _finish_epochs(ax: Axes, corner: str) -> None:
     """Whole numbers on the axis of epochs, a grid and a legend."""
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, loc="lower right")
+    ax.legend(frameon=False, loc=corner)
 
 
 def plot_ladder(rungs: Mapping[str, Sequence[Evidence]], ax: Axes | None = None) -> Axes:
@@ -117,7 +117,7 @@ def plot_ladder(rungs: Mapping[str, Sequence[Evidence]], ax: Axes | None = None)
         title="Lower bounds of log p(x)",
     )
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, loc="lower right")
+    ax.legend(frameon=False, loc="best")
     return ax
 
 

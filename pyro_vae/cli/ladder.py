@@ -143,7 +143,7 @@ def _objective_bound(
     groups = log_w.unflatten(0, (num_evaluations, k))
     values = torch.stack([objective.value(group) for group in groups])
     return Evidence(
-        f"{config.bound_name()}, mean of {num_evaluations}",
+        f"{config.bound_name()}, mean of {num_evaluations} evaluations",
         # below α = 0 the Rényi bound of few draws may lie on either side
         "none" if (config.alpha or 0.0) < 0 else "lower",
         values.mean(0),
