@@ -1,6 +1,6 @@
 """Plots of results. The functions return Axes or Figures. They do not show or save them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import matplotlib.pyplot as plt
@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_vae.diagnostics import Diagnosis
 from pyro_vae.evidence import Evidence
 from pyro_vae.infer import Epoch
+from pyro_vae.pairs.elbo import MeanElbo
 from pyro_vae.vae import VAE
 
 
@@ -23,26 +24,67 @@ def figure_of(ax: Axes) -> Figure:
     return cast(Figure, ax.figure)
 
 
-def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None) -> Axes:
-    """Plot the ELBO on training and held-out data, in nats per datum, against the epoch. The training ELBO is
-    the mean over the steps of an epoch, and the parameters change during the epoch."""
+def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None, *, objective: str = "bound") -> Axes:
+    """Plot the ELBO on training and held-out data, in nats per datum, against the epoch, and the bound of an
+    objective other than the ELBO. Training values are means over the steps of an epoch, and the parameters
+    change during the epoch.
+
+    :param objective: the name of that bound in the legend.
+    """
     ax = ax or plt.subplots(figsize=(6, 4), layout="constrained")[1]
-    numbers = [record.epoch for record in epochs]
+    has_bound = epochs[0].train.bound is not None
     marker = "o" if len(epochs) < 10 else None
-    ax.plot(numbers, [record.train.elbo for record in epochs], label="train", color="C0", marker=marker)
-    held_out = np.array([record.validation.elbo for record in epochs if record.validation is not None])
-    if len(held_out):
-        best = f"held out, best {np.nanmax(held_out):.2f}" if np.isfinite(held_out).any() else "held out"
-        ax.plot(numbers, held_out, label=best, color="C1", marker=marker)
-        # cut off the first epochs, whose ELBO is far lower
-        low = np.nanquantile(held_out, 0.1) if np.isfinite(held_out).any() else np.nan
-        if len(epochs) >= 10 and np.isfinite(low):
+    for part, colour, means in _by_part(epochs):
+        numbers, values = [epoch.epoch for epoch in epochs], np.array([mean.objective for mean in means])
+        elbos = np.array([mean.elbo for mean in means])
+        label = f"{part}, {objective}" if has_bound else part
+        if part == "held out" and np.isfinite(values).any():
+            label += f", best {np.nanmax(values):.2f}"
+        ax.plot(numbers, values, label=label, color=colour, marker=marker)
+        if has_bound:
+            ax.plot(numbers, elbos, label=f"{part}, ELBO", color=colour, marker=marker, linestyle="--")
+        if part == "held out" and len(epochs) >= 10 and np.isfinite(elbos).any():
+            # cut off the first epochs, whose ELBO is far lower
+            low = np.nanquantile(elbos, 0.1)
             ax.set_ylim(bottom=low - 0.1 * abs(low))
-    ax.set(xlabel="epoch", ylabel="ELBO (nats per datum)", title="Evidence lower bound")
+    ylabel, title = "ELBO (nats per datum)", "Evidence lower bound"
+    if has_bound:
+        ylabel, title = "nats per datum", "Objective and evidence lower bound"
+    ax.set(xlabel="epoch", ylabel=ylabel, title=title)
+    _finish_epochs(ax, "lower right")
+    return ax
+
+
+def plot_ess(epochs: Sequence[Epoch], num_particles: int, ax: Axes | None = None) -> Axes:
+    """Effective sample size of the K weights of an objective over epochs, the mean over data. Near 1, one
+    draw of the guide outweighs the others; at K, all weights are equal.
+
+    :param num_particles: K, more than 1.
+    """
+    ax = ax or plt.subplots(figsize=(6, 2.8), layout="constrained")[1]
+    marker = "o" if len(epochs) < 10 else None
+    for part, colour, means in _by_part(epochs):
+        sizes = [np.nan if mean.ess is None else mean.ess for mean in means]
+        ax.plot([epoch.epoch for epoch in epochs], sizes, label=part, color=colour, marker=marker)
+    title = f"Effective sample size of the {num_particles} weights, mean over data"
+    ax.set(xlabel="epoch", ylabel="ESS", title=title, ylim=(1, num_particles))
+    _finish_epochs(ax, "upper right")
+    return ax
+
+
+def _by_part(epochs: Sequence[Epoch]) -> Iterator[tuple[str, str, list[MeanElbo]]]:
+    """Name, colour and means of the training data, and of the held-out data if there are any."""
+    yield "train", "C0", [epoch.train for epoch in epochs]
+    held_out = [epoch.validation for epoch in epochs if epoch.validation is not None]
+    if len(held_out) == len(epochs):
+        yield "held out", "C1", held_out
+
+
+def _finish_epochs(ax: Axes, corner: str) -> None:
+    """Whole numbers on the axis of epochs, a grid and a legend."""
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, loc="lower right")
-    return ax
+    ax.legend(frameon=False, loc=corner)
 
 
 def plot_ladder(rungs: Mapping[str, Sequence[Evidence]], ax: Axes | None = None) -> Axes:
@@ -77,7 +119,7 @@ def plot_ladder(rungs: Mapping[str, Sequence[Evidence]], ax: Axes | None = None)
         title="Lower bounds of log p(x)",
     )
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, loc="lower right")
+    ax.legend(frameon=False, loc="best")
     return ax
 
 

@@ -20,7 +20,7 @@ from typer import Argument, Option
 
 from pyro_vae import __version__
 from pyro_vae.cli import options, output
-from pyro_vae.cli.defaults import DEFAULTS
+from pyro_vae.cli.defaults import ALPHA, DEFAULTS, LINEAR_OBJECTIVES, OBJECTIVES
 from pyro_vae.cli.options import default_text, one_of
 from pyro_vae.files import put, reserved
 
@@ -34,6 +34,7 @@ Dataset = Literal["digits", "mnist", "fashion-mnist", "frey-faces", "ring"]
 Likelihood = Literal["bernoulli", "continuous-bernoulli", "normal", "laplace", "student-t", "categorical"]
 Guide = Literal["normal", "full", "low-rank", "laplace", "student-t", "flow", "spline", "mixture"]
 Prior = Literal["standard-normal", "normal", "mixture", "vamp"]
+Objective = Literal["elbo", "stl", "iwae", "dreg", "renyi", "vimco", "wake-sleep", "rws"]
 Binarize = Literal["none", "threshold", "stochastic"]
 
 RunFolder = Annotated[Path, Argument(metavar="RUN", help="A folder that `pyro-vae train` wrote.")]
@@ -119,16 +120,33 @@ def train(
             help="Binarization of grey pixels.  [default: stochastic for bernoulli, else none]",
         ),
     ] = None,
-    num_particles: Annotated[int, Option(min=1, help="Draws of z per datum and step.")] = 1,
+    objective: Annotated[
+        Objective, Option(**one_of(Objective), show_default=False, help=options.objective_help())
+    ] = "elbo",
+    num_particles: Annotated[
+        int | None,
+        Option(min=1, help=f"K, draws of z per datum and step.  {options.num_particles_text()}"),
+    ] = None,
+    alpha: Annotated[float | None, Option(help=f"Order of --objective renyi.  [default: {ALPHA}]")] = None,
     beta: Annotated[
-        float, Option(min=0, help="Weight of the KL in the loss. The reported ELBOs use weight 1.")
+        float,
+        Option(
+            min=0,
+            help=f"Weight of the KL in the loss, for --objective {' and '.join(LINEAR_OBJECTIVES)}. The "
+            "reported ELBOs use weight 1.",
+        ),
     ] = 1.0,
     warm_up: Annotated[
         int | None,
-        Option(min=0, help=f"Epochs over which the KL weight rises from 0.  {default_text('warm_up')}"),
+        Option(
+            min=0,
+            help=f"Epochs over which the KL weight rises from 0.  {default_text('warm_up')}; 0 where --beta "
+            "does not apply",
+        ),
     ] = None,
     patience: Annotated[
-        int | None, Option(min=1, help="Stop early, after this many epochs without a higher held-out ELBO.")
+        int | None,
+        Option(min=1, help="Stop early, after this many epochs without a higher held-out objective."),
     ] = None,
     clip_norm: Annotated[
         float | None, Option(min=0, help="Clip the gradient to this norm, in nats per datum.")
@@ -178,6 +196,8 @@ def train(
     }
     given = {"num_epochs": num_epochs, "learning_rate": learning_rate, "warm_up": warm_up} | families
     values = DEFAULTS[dataset] | {key: value for key, value in given.items() if value is not None}
+    if warm_up is None and objective not in LINEAR_OBJECTIVES:
+        values["warm_up"] = 0
     if pair is not None:
         options.check_pair_option(pair, families)
         values |= dict.fromkeys(build.VAE_FIELDS)
@@ -188,7 +208,9 @@ def train(
         pair=pair,
         binarize=binarize or default_binarize,
         batch_size=batch_size,
-        num_particles=num_particles,
+        num_particles=num_particles or OBJECTIVES[objective][1],
+        objective=objective,
+        alpha=ALPHA if alpha is None and objective == "renyi" else alpha,
         beta=options.check_finite("--beta", beta),
         patience=patience,
         clip_norm=clip_norm,
@@ -196,12 +218,14 @@ def train(
         dtype=dtype,
     )
     options.check_finite("--learning-rate", config.learning_rate)
+    options.check_finite("--alpha", config.alpha or 0.0)
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     options.check_device(device)
     is_first = infer.rank_and_world_size()[0] == 0
     if resume is not None:
         config = options.resumed_config(context, out, overwrite, config)
+    options.check_objective(config)
     options.check_likelihood(config)
     folder = out or Path("runs") / dataset
     if is_first:  # only rank 0 writes and prints
@@ -250,7 +274,13 @@ def train(
     with run.loaded(test.x[:2]) as trained:
         output.write_pictures(runs.replaceable_or_new(run.path / "plots"), runs.pictures(run, trained, test))
     epoch, seconds = run.saved_epoch(), sum(epoch.seconds for epoch in epochs)
-    result = {"run": str(run.path), "num_epochs": len(epochs), **epoch._asdict(), "seconds": seconds}
+    result = {
+        "run": str(run.path),
+        "objective": config.objective,
+        "num_epochs": len(epochs),
+        **epoch._asdict(),
+        "seconds": seconds,
+    }
     page = report.write_report(run)
     output.print_result(result, f"{run.path}: {run.summary()}", as_json)
     output.print_next(page, "evaluate", run.path, *_repeated_options(pair, data_dir))
@@ -366,8 +396,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Estimate and bound log p(x) under the model of a run, in nats per datum. Writes a table and a picture
-    of the estimators at increasing cost. The default output folder is the first unused one of RUN/evaluation,
-    RUN/evaluation-2, … To resume after an interruption, repeat the command."""
+    of the estimators at increasing cost. The estimator elbo includes the bound that the run maximized, if it
+    is another. The default output folder is the first unused one of RUN/evaluation, RUN/evaluation-2, … To
+    resume after an interruption, repeat the command."""
     from pyro_vae import plots
     from pyro_vae.cli import build, ladder, report, runs
 
@@ -389,6 +420,7 @@ def evaluate(
     ):
         for rung in ladder.compute(
             trained,
+            opened.config,
             selected.arguments(slice(None)),
             names,
             num_particles=num_particles,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import typer
 
-from pyro_vae.cli.defaults import DEFAULTS
+from pyro_vae.cli.defaults import DEFAULTS, LINEAR_OBJECTIVES, OBJECTIVES
 
 if TYPE_CHECKING:
     from pyro_vae.cli.build import Config, Pair
@@ -68,6 +68,22 @@ def default_text(key: str) -> str:
     if len(names_by_value) == 1:
         return f"[default: {next(iter(names_by_value))}]"
     parts = (f"{value} for {', '.join(names)}" for value, names in names_by_value.items())
+    return f"[default: {'; '.join(parts)}]"
+
+
+def objective_help() -> str:
+    """The objectives, one in each line, for ``--help``."""
+    lines = [f"{name:10} {text}" for name, (text, _) in OBJECTIVES.items()]
+    title = "What is maximized; docs/objectives.md compares them.  [default: elbo]"
+    return "\n".join([title, "", "\b", *lines])
+
+
+def num_particles_text() -> str:
+    """The default numbers of particles by objective, for ``--help``."""
+    names_by_number: dict[int, list[str]] = {}
+    for name, (_, number) in OBJECTIVES.items():
+        names_by_number.setdefault(number, []).append(name)
+    parts = (f"{number} for {', '.join(names)}" for number, names in names_by_number.items())
     return f"[default: {'; '.join(parts)}]"
 
 
@@ -129,6 +145,28 @@ def resumed_config(context: typer.Context, out: Path | None, overwrite: bool, co
     return runs.resumed_config(out, config, given & vars(config).keys())
 
 
+def check_objective(config: "Config") -> None:
+    """Raise ``BadParameter`` for options that the objective does not have."""
+    name = config.objective
+    if config.alpha is not None and name != "renyi":
+        raise typer.BadParameter(
+            f"--alpha {config.alpha:g}: only --objective renyi has an order, not {name}; leave --alpha out, "
+            "or pass --objective renyi"
+        )
+    if name in ("vimco", "rws") and config.num_particles < 2:
+        raise typer.BadParameter(
+            f"--num-particles {config.num_particles}: --objective {name} compares the weights of several "
+            "draws; expected 2 or more, or --objective elbo"
+        )
+    if name not in LINEAR_OBJECTIVES and (config.beta != 1.0 or config.warm_up):
+        given = f"--warm-up {config.warm_up}" if config.warm_up else f"--beta {config.beta:g}"
+        raise typer.BadParameter(
+            f"{given}: --objective {name} is not linear in log-probabilities, so β would be a power of "
+            f"probabilities in its weights; expected --beta 1 and --warm-up 0, or --objective "
+            f"{' or '.join(LINEAR_OBJECTIVES)}"
+        )
+
+
 _DENSITIES = "normal", "laplace", "student-t"
 
 
@@ -176,10 +214,17 @@ def with_option_names(message: str, names: Collection[str]) -> str:
     known = "|".join(sorted(map(re.escape, set(names)), key=len, reverse=True))
     value = r'(?P<assigned>=(?:"(?P<quoted>[^"]*)"|(?P<plain>[\w+-]+(?:\.\d+)?)?))?'
     pattern = rf"(?<![\w./-])(?<!\.json: )(?P<name>{known})(?![\w(/]){value}"
+    # an objective has an option here, and a class in Python
+    message = message.replace('estimator="iwae"', "--objective iwae")
+    message = re.sub(r"\b(expected|or) (VIMCO|Trace_ELBO)\b", _as_objective, message)
     # remove advice about min_scale, for which the command line has no option
     message = message.replace(", raise min_scale", "").replace("raise min_scale, or ", "")
     message = re.sub(pattern, option, message)
     return re.sub(r"(?<=[Ll])ower the learning rate", "ower --learning-rate", message)
+
+
+def _as_objective(match: re.Match[str]) -> str:
+    return f"{match[1]} --objective {'vimco' if match[2] == 'VIMCO' else 'elbo'}"
 
 
 # steps whose largest matrix product has at most this many multiply-adds run in one thread by default

@@ -31,6 +31,7 @@ _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_
 </style>
 <h1>{{ name }}</h1>
 <p>{{ summary }}</p>
+<p>{{ objective }}</p>
 {% for title, texts, pictures in sections %}
 <h2>{{ title }}</h2>
 {% for text in texts %}
@@ -61,7 +62,13 @@ def write_report(run: Run, changed: Path | None = None) -> Path | None:
         return None
     try:
         name, sections = run.path.resolve().name, list(_sections(run.path))
-        page = _PAGE.render(name=name, summary=run.summary(), config=asdict(run.config), sections=sections)
+        page = _PAGE.render(
+            name=name,
+            summary=run.summary(),
+            objective=run.objective(),
+            config=asdict(run.config),
+            sections=sections,
+        )
         write_whole(run.path / "report.html", page.encode("utf-8", "replace"))
         return run.path / "report.html"
     except (OSError, ValueError) as error:

@@ -20,12 +20,11 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from matplotlib.figure import Figure
-from pyro.infer import Trace_ELBO
 from pyro.optim import Adam
 from torch import Tensor
 
 from pyro_vae import __version__, checkpoint, infer, plots
-from pyro_vae.cli.build import Config, Pair, build_pair
+from pyro_vae.cli.build import Config, Pair, build_loss, build_pair
 from pyro_vae.data.datasets import Data
 from pyro_vae.files import (
     LOCK,
@@ -41,6 +40,7 @@ from pyro_vae.files import (
     written,
 )
 from pyro_vae.infer import Epoch
+from pyro_vae.infer.losses import kind_of, name_of
 from pyro_vae.pairs.elbo import MeanElbo
 from pyro_vae.priors import StandardNormal
 
@@ -129,6 +129,11 @@ class Run(NamedTuple):
             f"{self.path} is not finished: the parameters are those of epoch {saved} of "
             f"{self.config.num_epochs}"
         )
+
+    def objective(self) -> str:
+        """What the training maximized, as text. Raises ``ValueError`` for an invalid objective."""
+        loss = build_loss(self.config)
+        return f"objective: {name_of(loss)}, {kind_of(loss).bound}"
 
     def summary(self) -> str:
         """The duration of the training and the held-out ELBO, as text."""
@@ -240,10 +245,6 @@ def train(
     for program in (pair.model, pair.guide):
         if isinstance(program, torch.nn.Module):
             program.to(device)
-    vectorize: dict[str, Any] = {}
-    if pair.vae and config.num_particles > 1:
-        vectorize = {"vectorize_particles": True, "max_plate_nesting": 1}
-    loss = Trace_ELBO(num_particles=config.num_particles, **vectorize)
     store: dict[str, Any] = {"params": {}, "constraints": {}}
     resumes = resume is not None and is_run(path)
     test = test.to(device)
@@ -259,7 +260,7 @@ def train(
         pair.guide,
         train_data.to(device),
         validation=test,
-        loss=loss,
+        loss=build_loss(config, pair),
         optim=Adam({"lr": config.learning_rate}),
         num_epochs=config.num_epochs,
         batch_size=config.batch_size,
@@ -272,7 +273,7 @@ def train(
         beta=(lambda t: config.beta * min(1.0, t / config.warm_up)) if config.warm_up else config.beta,
     ):
         if epoch.epoch == 1 or epoch.epoch % max(1, config.num_epochs // 20) == 0:
-            print_progress(_epoch_line(epoch))
+            print_progress(_epoch_line(epoch, config.num_particles))
     if infer.Group().rank:  # only rank 0 writes
         return Run(path, config)
     run = checkpoints.run or checkpoints.create_run()
@@ -299,7 +300,7 @@ def select_epoch(epochs: list[Epoch], config: Config) -> Epoch:
     """The epoch whose parameters are saved: the last, or with early stopping the best."""
     if config.patience is None:
         return epochs[-1]
-    return max(epochs, key=lambda epoch: epoch.validation.elbo if epoch.validation else -math.inf)
+    return max(epochs, key=lambda epoch: epoch.validation.objective if epoch.validation else -math.inf)
 
 
 def resumed_config(path: Path, config: Config, given: Collection[str]) -> Config:
@@ -319,14 +320,17 @@ def resumed_config(path: Path, config: Config, given: Collection[str]) -> Config
     return replace(recorded, num_epochs=config.num_epochs) if "num_epochs" in given else recorded
 
 
-def _epoch_line(epoch: Epoch) -> str:
-    """A line of progress."""
+def _epoch_line(epoch: Epoch, num_particles: int) -> str:
+    """A line of progress. For an objective other than the ELBO it has the bound and the ESS of its K
+    weights."""
+
+    def text(m: MeanElbo) -> str:
+        if m.bound is None:
+            return f"ELBO {m.elbo:8.2f} = {m.reconstruction:8.2f} - KL {m.kl:6.2f}"
+        return f"bound {m.bound:8.2f}, ELBO {m.elbo:8.2f}, ESS {m.ess:.1f} of {num_particles}"
+
     parts = {"train": epoch.train, "held out": epoch.validation}
-    means = (
-        f"{name} ELBO {m.elbo:8.2f} = {m.reconstruction:8.2f} - KL {m.kl:6.2f}"
-        for name, m in parts.items()
-        if m is not None
-    )
+    means = (f"{name} {text(mean)}" for name, mean in parts.items() if mean is not None)
     return f"epoch {epoch.epoch:4d}   {'   '.join(means)}"
 
 
@@ -493,14 +497,17 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def pictures(run: Run, pair: Pair, test: Data) -> dict[str, Callable[[], Figure]]:
-    """Functions that draw the pictures of a run, by name. Without a VAE, there is only the training curve.
+    """Functions that draw the pictures of a run, by name. Without a VAE, there are only those of the
+    training: its curve, and the effective sample size of an objective with several weights.
 
     :raises ValueError: if ``metrics.jsonl`` is invalid.
     """
-    history = run.history()
+    history, k = run.history(), run.config.num_particles
     drawings: dict[str, Callable[[], Figure]] = {
-        "curve": lambda: plots.figure_of(plots.plot_history(history))
+        "curve": lambda: plots.figure_of(plots.plot_history(history, objective=run.config.bound_name()))
     }
+    if history[-1].train.ess is not None and k > 1:
+        drawings["ess"] = lambda: plots.figure_of(plots.plot_ess(history, k))
     vae, is_image = pair.vae, test.x.dim() > 2
     if vae is None:
         return drawings
@@ -544,19 +551,27 @@ def _as_epoch(record: dict[str, Any]) -> Epoch:
     ``AttributeError`` for an invalid record."""
 
     def number(value: Any) -> float:
-        if value is None:
-            return math.nan
         if type(value) not in (int, float) or abs(value) > sys.float_info.max:
             raise ValueError(f"{reprlib.repr(value)} is not a number")
         return value
 
     def mean(part: dict[str, float | None] | None) -> MeanElbo | None:
-        return None if part is None else MeanElbo(**{k: number(v) for k, v in part.items()})
+        if part is None:
+            return None
+        # null is NaN, or a part that only an objective other than the ELBO has
+        of_objective = ("bound", "bound_se", "ess") if part.get("bound") is None else ()
+        values: dict[str, Any] = {
+            key: number(value) if value is not None else None if key in of_objective else math.nan
+            for key, value in part.items()
+        }
+        return MeanElbo(**values)
 
     train = mean(record["train"])
     if type(record["epoch"]) is not int or not 0 < record["epoch"] < 2**32 or train is None:
         raise ValueError("the number of the epoch is invalid, or there is no training ELBO")
     numbers = {
-        key: number(value) for key, value in record.items() if key not in ("train", "validation", "epoch")
+        key: math.nan if value is None else number(value)
+        for key, value in record.items()
+        if key not in ("train", "validation", "epoch")
     }
     return Epoch(epoch=record["epoch"], train=train, validation=mean(record["validation"]), **numbers)

@@ -25,7 +25,7 @@ from pyro_vae.data.datasets import Data
 from pyro_vae.infer.distributed import Group
 from pyro_vae.infer.early_stopping import EarlyStopping, PairState
 from pyro_vae.infer.evaluate import check_independent_rows, check_minibatch, evaluate_batches
-from pyro_vae.infer.losses import check_loss, scale_problem
+from pyro_vae.infer.losses import check_loss, kind_of, name_of, scale_problem
 from pyro_vae.infer.minibatch import MinibatchSVI
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.resume import CheckpointManager, Epoch, Position
@@ -56,7 +56,10 @@ Beta = float | Callable[[float], float]
 
 @dataclass(frozen=True)
 class History:
-    """The result of :func:`fit`: its epochs, and its param store.
+    """The result of :func:`fit`: its epochs, its param store, and what it maximized.
+
+    - objective: the loss, such as ``"IWAE(num_particles=5, estimator='iwae')"``
+    - bound: what its value estimates, such as ``"the ELBO"``
 
     Modules are trained in place. Parameters of plain functions are in Pyro's param store, and each fit has a
     separate store: ``with history.scope():`` makes it Pyro's current one.
@@ -64,6 +67,8 @@ class History:
 
     epochs: tuple[Epoch, ...]
     param_store: Any
+    objective: str
+    bound: str
 
     def scope(self) -> AbstractContextManager:
         """Make the param store of this fit Pyro's current one in the ``with`` block."""
@@ -77,7 +82,9 @@ class History:
 
     def __str__(self) -> str:
         last = self.epochs[-1]
-        return f"{len(self.epochs)} epochs; train: {last.train}; validation: {last.validation}"
+        parts = {"train": last.train, "validation": last.validation}
+        means = [f"{name}: {mean}" for name, mean in parts.items() if mean is not None]
+        return "\n".join([f"{len(self.epochs)} epochs of {self.objective}, {self.bound}", *means])
 
 
 @contextmanager
@@ -188,7 +195,7 @@ def train(
             with store.scope(state):
                 stopping.restore_best()
         remember_trained(pair, state["params"])
-        return History(tuple(at.history), state)
+        return History(tuple(at.history), state, name_of(loss), kind_of(loss).bound)
 
 
 def _with_options_of(train: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:

@@ -98,6 +98,15 @@ def kind_of(loss: Any) -> Loss:
     return LOSSES.get(type(loss), _UNKNOWN)
 
 
+def name_of(loss: ELBO) -> str:
+    """The class of a loss with its options, such as ``"IWAE(num_particles=5, estimator='iwae')"``."""
+    if isinstance(loss, Objective):
+        return repr(loss)
+    options = {"num_particles": loss.num_particles} if loss.num_particles > 1 else {}
+    options |= {"alpha": loss.alpha} if hasattr(loss, "alpha") else {}
+    return f"{type(loss).__name__}({', '.join(f'{name}={value}' for name, value in options.items())})"
+
+
 def check_loss(
     loss: Any,
     pair: Structure,

@@ -237,7 +237,10 @@ class CheckpointManager:
         )
         of_rank = content["ranks"][self.group.rank]
         device = first.leaves()[0].device
-        at.terms = [ElboTerms(*(part.to(device) for part in of_rank["terms"]))] if of_rank["terms"] else []
+        terms = [part.to(device) for part in of_rank["terms"]]
+        if len(terms) == 3:  # checkpoints of earlier versions have no bound and ESS
+            terms = list(ElboTerms.of_elbo(*terms))
+        at.terms = [ElboTerms(*terms)] if terms else []
         at.random_before_epoch = random_state_from_tensors(of_rank["began"])
         at.random_after_step = random_state_from_tensors(of_rank["now"])
         self.stopping.best_elbo, self.stopping.epochs_since_best = best["elbo"], best["epochs_since"]

@@ -91,8 +91,12 @@ def _observed_argument(name: str, value: Tensor, given: dict[Any, Any]) -> Any:
         key: part for key, part in given.items() if isinstance(part, Tensor) and part.numel() == value.numel()
     }
     # not a transposed argument, whose memory is the same
-    candidates = {key: part for key, part in candidates.items() if _is_equal(part.reshape(value.shape), value)}
-    keys = [key for key, part in candidates.items() if part.data_ptr() == value.data_ptr()] or list(candidates)
+    candidates = {
+        key: part for key, part in candidates.items() if _is_equal(part.reshape(value.shape), value)
+    }
+    keys = [key for key, part in candidates.items() if part.data_ptr() == value.data_ptr()] or list(
+        candidates
+    )
     if len(keys) != 1:
         problem = f"equals several of its arguments, {keys}" if keys else "is not one of its arguments"
         raise ValueError(

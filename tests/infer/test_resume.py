@@ -344,3 +344,19 @@ def test_a_checkpoint_without_versions_gives_no_warning(tmp_path, monkeypatch):
         patch.setattr(resume_module, "versions", dict)
         run(num_epochs=1, checkpoint=tmp_path)
     assert_same(run(num_epochs=2, checkpoint=tmp_path, resume="last"), run(num_epochs=2))
+
+
+def test_a_checkpoint_of_a_version_without_objectives_is_resumed(tmp_path, monkeypatch):
+    """Its means and terms have no bound and no effective sample size."""
+    run_until_step(monkeypatch, 9, checkpoint=tmp_path, num_epochs=3)
+    (path, content) = Checkpoints(tmp_path).last()
+    assert content["history"]
+    for of_rank in content["ranks"]:
+        assert len(of_rank["terms"]) == 5
+        of_rank["terms"] = of_rank["terms"][:3]
+    content["history"] = [
+        (epoch, beta, train[:4], validation[:4], seconds)
+        for epoch, beta, train, validation, seconds in content["history"]
+    ]
+    write(path, "training run", content, score=-math.inf)
+    assert_same(run(num_epochs=3, checkpoint=tmp_path, resume="last"), run(num_epochs=3))
