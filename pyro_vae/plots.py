@@ -51,7 +51,8 @@ def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None, *, objective: 
     if has_bound:
         ylabel, title = "nats per datum", "Objective and evidence lower bound"
     ax.set(xlabel="epoch", ylabel=ylabel, title=title)
-    _finish_epochs(ax, "lower right")
+    ax.legend(frameon=False, loc="lower right")
+    _finish_epochs(ax)
     return ax
 
 
@@ -68,7 +69,8 @@ def plot_ess(epochs: Sequence[Epoch], num_particles: int, ax: Axes | None = None
         ax.plot([epoch.epoch for epoch in epochs], sizes, label=part, color=colour, marker=marker)
     title = f"Effective sample size of the {num_particles} weights, mean over data"
     ax.set(xlabel="epoch", ylabel="ESS", title=title, ylim=(1, num_particles))
-    _finish_epochs(ax, "upper right")
+    ax.legend(frameon=False, loc="upper right")
+    _finish_epochs(ax)
     return ax
 
 
@@ -80,11 +82,10 @@ def _by_part(epochs: Sequence[Epoch]) -> Iterator[tuple[str, str, list[MeanElbo]
         yield "held out", "C1", held_out
 
 
-def _finish_epochs(ax: Axes, corner: str) -> None:
-    """Whole numbers on the axis of epochs, a grid and a legend."""
+def _finish_epochs(ax: Axes) -> None:
+    """Whole numbers on the axis of epochs, and a grid."""
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, loc=corner)
 
 
 def plot_ladder(rungs: Mapping[str, Sequence[Evidence]], ax: Axes | None = None) -> Axes:

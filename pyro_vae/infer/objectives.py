@@ -155,12 +155,13 @@ class Objective(ELBO):
         """Why the objective is not defined for a pair."""
         return iter(())
 
-    def prepare(self, model: Program, guide: Program, batch: Batch, *, check: bool = True) -> None:
+    def prepare(self, model: Program, guide: Program, batch: Batch, *, check: bool = True) -> Structure:
         """Inspect and check a pair. Without this call the first step does so.
 
         The pair runs a few times in evaluation mode. All state is restored afterwards.
 
         :param check: ``False`` allows a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
+        :return: the structure of the pair, for the steps of this objective.
         :raises ValueError: for a pair without log-weights per datum, or without a valid objective.
         """
         name = type(self).__name__
@@ -176,6 +177,7 @@ class Objective(ELBO):
                 refuse(coupled_latents_problems(pair), verb=name, check=check)
             self._observed = _observed(pair) if self.simulates else {}
             self._pair = pair.as_one_datum() if is_joint else pair
+            return self._pair
 
     def step(self, model: Program, guide: Program, batch: Batch, *, differentiate: bool = True) -> Step:
         """Loss, surrogate loss and terms on a batch, for the inference algorithms of this package."""
@@ -191,8 +193,7 @@ class Objective(ELBO):
 
     def _prepared(self, model: Program, guide: Program, batch: Batch) -> Structure:
         if self._pair is None or (self._pair.model, self._pair.guide) != (model, guide):
-            self.prepare(model, guide, batch)
-        assert self._pair is not None
+            self._pair = self.prepare(model, guide, batch)
         return self._pair
 
     @torch.no_grad()

@@ -12,12 +12,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import conditionals, exact, flows, nets, priors
+from pyro_vae import conditionals, exact, flows, priors
 from pyro_vae.checkpoint import Checkpoints, MismatchError, read_checkpoint
 from pyro_vae.data.batches import Batch
 from pyro_vae.infer import IWAE, STL, VIMCO, Renyi, ReweightedWakeSleep, WakeSleep
