@@ -569,8 +569,8 @@ def _as_epoch(record: dict[str, Any]) -> Epoch:
     train = mean(record["train"])
     if type(record["epoch"]) is not int or not 0 < record["epoch"] < 2**32 or train is None:
         raise ValueError("the number of the epoch is invalid, or there is no training ELBO")
-    numbers = {
-        key: math.nan if value is None else number(value)
+    numbers: dict[str, Any] = {
+        key: number(value) if value is not None else None if key == "mutual_information" else math.nan
         for key, value in record.items()
         if key not in ("train", "validation", "epoch")
     }

@@ -22,14 +22,14 @@ class FusedAdam:
     def __init__(self, optim: PyroOptim, params: Sequence[Tensor]) -> None:
         self.optim, self.params = optim, params
 
-    def __call__(self, gradients: Sequence[Tensor]) -> None:
-        """Update the parameters by their gradients."""
-        groups = self._groups()
+    def __call__(self, gradients: Sequence[Tensor | None]) -> None:
+        """Update the parameters by their gradients. Those without a gradient are unchanged."""
+        groups = self._groups(gradients)
         if groups is None:
             before = [p.grad for p in self.params]
             for p, gradient in zip(self.params, gradients, strict=True):
                 p.grad = gradient
-            self.optim(self.params)
+            self.optim([p for p in self.params if p.grad is not None])
             for p, zeros in zip(self.params, before, strict=True):
                 p.grad = zeros  # as after a step of Pyro, which sets gradients to zero
             return
@@ -47,7 +47,9 @@ class FusedAdam:
                     maximize=maximize,
                 )  # fmt: skip
 
-    def _groups(self) -> dict[tuple, list[tuple[int, dict[str, Tensor]]]] | None:
+    def _groups(
+        self, gradients: Sequence[Tensor | None]
+    ) -> dict[tuple, list[tuple[int, dict[str, Tensor]]]] | None:
         """The indices and states of the parameters, grouped by update, settings and device. ``None`` if the
         fused update does not apply to one of them."""
         groups: dict[tuple, list[tuple[int, dict[str, Tensor]]]] = {}
@@ -59,7 +61,9 @@ class FusedAdam:
             )
             if any(p.grad is not None for p in others):
                 return None
-        for i, p in enumerate(self.params):
+        for i, (p, gradient) in enumerate(zip(self.params, gradients, strict=True)):
+            if gradient is None:
+                continue
             adam = self._adam(p)
             if adam is None:
                 return None

@@ -13,7 +13,6 @@ from pyro_vae.pairs.preserve import read_whole, untouched
 from pyro_vae.pairs.traces import Program, unwrapped
 
 _NUM_DRAWS = 100  # for each datum
-_CHUNK_ROWS = 50
 
 
 @dataclass(frozen=True)
@@ -95,12 +94,7 @@ def latent_usage(
         z, log_q = latents.draw(guide, batch, _NUM_DRAWS)
         first = z[0]
         log_prior, _ = latents.log_prior_and_joint(model, batch, first.unsqueeze(0))
-        # element (i, n): log q(z_i|x_n)
-        log_pairwise = [
-            latents.log_q(guide, batch, first[i : i + _CHUNK_ROWS].unsqueeze(1).expand(-1, n, -1))
-            for i in range(0, n, _CHUNK_ROWS)
-        ]
-        log_marginal = torch.cat(log_pairwise).double().logsumexp(1) - math.log(n)
+        log_marginal = latents.log_aggregate(guide, batch, first)
         (site,) = latents.sites.values()
         kl = _kl(latents.distribution(guide, batch), site.fn, n, latents.dim)
     pooled = z.reshape(-1, latents.dim).double()

@@ -41,7 +41,8 @@ class Epoch(NamedTuple):
 
     ``train`` is the mean ELBO over the minibatches of the epoch, each evaluated with the parameters before
     its step. ``validation`` is the ELBO of the validation data after the last step. Both are the ELBO itself,
-    with β = 1, whatever the loss. ``beta`` is the β of the last step.
+    with β = 1, whatever the loss. ``beta`` is the β of the last step. ``mutual_information`` is I_q(x; z) in
+    nats after an epoch with ``inference_steps``, else ``None``.
     """
 
     epoch: int
@@ -49,14 +50,14 @@ class Epoch(NamedTuple):
     train: MeanElbo
     validation: MeanElbo | None
     seconds: float
+    mutual_information: float | None = None
 
     @classmethod
     def of(cls, record: Any) -> "Epoch":
         """The epoch that a checkpoint stores as the sequence ``record``."""
-        epoch, beta, train, validation, seconds = record
-        return cls(
-            epoch, beta, MeanElbo(*train), None if validation is None else MeanElbo(*validation), seconds
-        )
+        epoch, beta, train, validation, *rest = record
+        held_out = None if validation is None else MeanElbo(*validation)
+        return cls(epoch, beta, MeanElbo(*train), held_out, *rest)
 
 
 @dataclass
@@ -95,10 +96,13 @@ class Position:
             set_random_state(self.random_after_step)
         return remaining
 
-    def end_epoch(self, validation: MeanElbo | None, group: Group) -> Epoch:
+    def end_epoch(
+        self, validation: MeanElbo | None, group: Group, mutual_information: float | None = None
+    ) -> Epoch:
         """Append the record of the current epoch, with the mean over all ranks, and begin the next epoch."""
         terms = group.gather_terms(ElboTerms(*(torch.cat(part) for part in zip(*self.terms, strict=True))))
-        record = Epoch(self.epoch, self.beta, terms.mean(), validation, time.perf_counter() - self.start_time)
+        seconds = time.perf_counter() - self.start_time
+        record = Epoch(self.epoch, self.beta, terms.mean(), validation, seconds, mutual_information)
         self.history.append(record)
         self.batch_index, self.terms, self.seconds = 0, [], 0.0
         self.random_before_epoch = self.random_after_step = None

@@ -227,13 +227,17 @@ class SVI(pyro.infer.SVI):
                 self._run_eagerly(signature, f"the graph failed but eager Pyro did not: {describe(failure)}")
             return value
         self._extra = reported
-        self._before_update(signature.step.params, gradients)
-        signature.update(gradients)
+        signature.update(self._before_update(signature.step.params, gradients))
         return value
 
-    def _before_update(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Called after the gradients are computed and before the optimizer's update. A subclass may change
-        the gradients in place, or raise."""
+    def _before_update(
+        self,
+        params: Sequence[Tensor],  # noqa: ARG002
+        gradients: Sequence[Tensor],
+    ) -> Sequence[Tensor | None]:
+        """Called after the gradients are computed and before the optimizer's update. Returns the gradients
+        for the update, ``None`` for parameters that it leaves unchanged. A subclass may raise."""
+        return gradients
 
     def _extra_outputs(self, step: Step, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:  # noqa: ARG002
         """Additional outputs of a graph, computed from the evaluated loss and the gradients. After a step of

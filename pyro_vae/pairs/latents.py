@@ -1,6 +1,7 @@
 """The latents of a datum as one vector, and log-probabilities at many such vectors at once. All data together
 may be one datum."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -14,8 +15,11 @@ from torch import Tensor
 from pyro_vae.data.batches import Batch
 from pyro_vae.pairs.check import inspect_checked
 from pyro_vae.pairs.enumeration import PARTICLES, Held, Sites, is_enumerated, sum_out, values_of
+from pyro_vae.pairs.preserve import untouched
 from pyro_vae.pairs.structure import Structure, first_line, row_dim
 from pyro_vae.pairs.traces import Program, prior_of, proposal, sampled, sum_sites
+
+_CHUNK = 50  # draws of which densities given all rows are evaluated at once
 
 
 def inspect_latents(
@@ -33,6 +37,20 @@ def inspect_latents(
                 "log_weights, evaluate or importance, which need log q(z|x, u) only"
             )
     return Latents(pair), pair.batch
+
+
+def mutual_information(pair: Structure, *, seed: int = 0) -> float:
+    """I_q(x; z) of data and latents in nats, at most log N: the mean of log q(z|x) − log q(z) over the N rows
+    of the pair's batch at one draw of z each, with q(z) the mean of q(z|x) over these rows (Hoffman & Johnson
+    2016).
+
+    :raises NotImplementedError: if the density of the guide at given latents is not known.
+    """
+    with untouched(training=False, seed=seed), torch.no_grad():
+        latents = Latents(pair)
+        z, log_q = latents.draw(pair.guide, pair.batch, 1)
+        log_marginal = latents.log_aggregate(pair.guide, pair.batch, z[0])
+        return (log_q[0].double() - log_marginal).mean().item()
 
 
 class Site(NamedTuple):
@@ -229,6 +247,15 @@ class Latents:
             parts = [latent, latent + observed]
         log_prior, log_joint = (part.expand(len(z), z.shape[1]) for part in parts)
         return log_prior, log_joint
+
+    def log_aggregate(self, guide: Program, batch: Batch, z: Tensor) -> Tensor:
+        """log q(z) of the aggregate posterior q(z) = 1/N Σ_n q(z|x_n) over the rows of a batch, in nats.
+        z: ``(n, dim)`` → ``(n,)``, in double precision. It takes n · N densities."""
+        num_rows = self.num_rows(batch)
+        parts = [
+            self.log_q(guide, batch, part.unsqueeze(1).expand(-1, num_rows, -1)) for part in z.split(_CHUNK)
+        ]
+        return torch.cat(parts).double().logsumexp(1) - math.log(num_rows)
 
     def _total(self, trace: Trace, sites: Sites) -> Tensor:
         """Log-probability of all sites, ``(particles, batch)`` or a shape that broadcasts to it."""
