@@ -8,9 +8,12 @@ from pyro_vae.pairs.latents import mutual_information
 from pyro_vae.pairs.structure import Structure
 
 
+_PATIENCE = 5  # epochs
+
+
 class AggressiveInference:
-    """Update the model only at every ``inference_steps``-th step, until the mutual information I_q(x; z) of
-    an epoch is not higher than that of all earlier ones (He et al. 2019).
+    """Update the model only at every ``inference_steps``-th step, until the mutual information I_q(x; z) has
+    had no new maximum for five epochs (He et al. 2019).
 
     :param pair: its batch is the data of the mutual information.
     :raises ValueError: if the model has no parameters apart from those of the guide, or the density of the
@@ -41,8 +44,8 @@ class AggressiveInference:
     def is_on(self, history: Sequence[Epoch]) -> bool:
         """Whether the next epoch trains the guide aggressively."""
         values = [epoch.mutual_information for epoch in history if epoch.mutual_information is not None]
-        is_rising = all(later > max(values[:i]) for i, later in enumerate(values) if i)
-        return self.inference_steps > 1 and len(values) == len(history) and is_rising
+        since_maximum = len(values) - 1 - values.index(max(values)) if values else 0
+        return self.inference_steps > 1 and len(values) == len(history) and since_maximum < _PATIENCE
 
     def not_updated(self, history: Sequence[Epoch], num_steps: int) -> frozenset[str]:
         """The parameters that the step after ``num_steps`` steps does not update."""

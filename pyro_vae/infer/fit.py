@@ -267,8 +267,8 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
         gradient g of the loss is multiplied by min(1, N·clip_norm/‖g‖).
     :param inference_steps: aggressive training of the guide, against posterior collapse (He et al. 2019): the
         guide is updated at each step, and the model only at every ``inference_steps``-th, until the mutual
-        information I_q(x; z), measured on the first minibatch after each epoch, no longer rises. Then both
-        are updated at each step.
+        information I_q(x; z), measured on the first minibatch after each epoch, has had no new maximum for
+        five epochs. Then both are updated at each step.
     :param autocast: ``torch.bfloat16`` runs training steps under ``torch.autocast``, which computes matrix
         products in that precision. Parameters, optimizer and densities keep their precision, and the
         validation ELBO is not affected.
