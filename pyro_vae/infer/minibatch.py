@@ -55,8 +55,8 @@ class MinibatchSVI(SVI):
         self.batch, self.position = Batch((), {}), object()
         self.beta = torch.ones(()) if annealed else None  # a tensor: a graph reads its value at each step
         beta = 1.0 if self.beta is None else self.beta
-        self.handlers = [
-            Reweighted(pair.plates, num_rows=0, num_data=self.num_data, beta=beta, scaled=scaled)
+        self.handlers = [  # the number of rows is set at each step
+            Reweighted(pair.plates, num_rows=1, num_data=self.num_data, beta=beta, scaled=scaled)
             for scaled in scaled_sites(pair, self.num_data)
         ]
         self.programs = [

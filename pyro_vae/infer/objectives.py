@@ -33,7 +33,7 @@ from pyro_vae.pairs.problems import (
     per_datum_problems,
 )
 from pyro_vae.pairs.structure import Structure, first_line, inspect, row_dim
-from pyro_vae.pairs.traces import Program, proposal, sampled, subsampling_scale, sum_sites
+from pyro_vae.pairs.traces import Program, proposal, sampled, sum_sites
 
 Estimator = Literal["iwae", "dreg", "stl"]
 Traces = tuple[Trace, Trace]
@@ -633,7 +633,8 @@ def _as_site(factor: Tensor, site: dict, value: Tensor, pair: Structure) -> Tens
 
 
 def _common_scale(traces: Traces) -> float:
-    """The scale that all sites have, such as N/B. Raises ``ValueError`` if they have different ones."""
+    """The scale that all sites have, such as N/B, also of a data plate that subsamples. Raises ``ValueError``
+    if they have different ones."""
     first: tuple[str, float] | None = None
     for name, site in [*sampled(traces[0]), *proposal(traces[1])]:
         if isinstance(site["scale"], Tensor) and site["scale"].numel() > 1:
@@ -641,7 +642,7 @@ def _common_scale(traces: Traces) -> float:
                 f"objective: {name!r} has a tensor of scales (poutine.scale), which would be powers of its "
                 "probabilities in a log-weight; expected one number for all sites, or Trace_ELBO"
             )
-        scale = float(site["scale"]) / subsampling_scale(site)
+        scale = float(site["scale"])
         first = first or (name, scale)
         if not math.isclose(scale, first[1], rel_tol=1e-6):
             raise ValueError(

@@ -103,14 +103,15 @@ class FactorAnalysis(nn.Module):
 
 
 class MaskedObservations(FactorAnalysis):
-    """Data with x₀ < 0 are missing."""
+    """Data with x₀ < 0 are missing. The mean is a deterministic site."""
 
     def model(self, x):
         pyro.module("pair", self)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(K), 1.0).to_event(1))
+            loc = pyro.deterministic("loc", self.mean(z), event_dim=1)
             with poutine.mask(mask=x[:, 0] > 0):
-                pyro.sample("x", dist.Normal(self.mean(z), self.log_noise.exp()).to_event(1), obs=x)
+                pyro.sample("x", dist.Normal(loc, self.log_noise.exp()).to_event(1), obs=x)
 
     def pieces(self, arguments, z):
         pieces = super().pieces(arguments, z)
@@ -201,6 +202,32 @@ class InnerLatents(FactorAnalysis):
         return Pieces(likelihood, normal(z, 0.0, 1.0).sum(-1), normal(z, *self.q(x)).sum(-1))
 
 
+class OuterPlate(InnerLatents):
+    """As :class:`InnerLatents`, with the plate of the entries to the left of the data plate."""
+
+    def model(self, x):
+        pyro.module("pair", self)
+        with pyro.plate("entries", D, dim=-2), pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            loc = self.w.unsqueeze(-1) * z + self.bias.unsqueeze(-1)
+            pyro.sample("x", dist.Normal(loc, self.log_noise.exp()), obs=x.mT)
+
+    def guide(self, x):
+        pyro.module("pair", self)
+        with pyro.plate("entries", D, dim=-2), pyro.plate("data", len(x), dim=-1):
+            loc, scale = self.q(x)
+            self.saw((x,), z=pyro.sample("z", dist.Normal(loc.mT, scale)))
+
+    def noise(self, arguments, z):
+        return super().noise(arguments, {"z": z["z"].mT})
+
+    def latents(self, arguments, noise):
+        return {"z": super().latents(arguments, noise)["z"].mT}
+
+    def pieces(self, arguments, z):
+        return super().pieces(arguments, {"z": z["z"].mT})
+
+
 class Enumerated(FactorAnalysis):
     """c ~ Categorical(softmax(π)), summed out in the model, x ~ N(W z + b_c, s² I)."""
 
@@ -222,6 +249,66 @@ class Enumerated(FactorAnalysis):
         locs = (z @ self.weight.mT).unsqueeze(-2) + self.biases
         log_p = normal(x.unsqueeze(-2), locs, self.log_noise.exp()).sum(-1) + self.logits.log_softmax(-1)
         return Pieces(log_p.logsumexp(-1), normal(z, 0.0, 1.0).sum(-1), normal(z, *self.q(x)).sum(-1))
+
+
+class EnumeratedEntries(InnerPlate):
+    """A component cⱼ ~ Bernoulli(½) for each entry of x, summed out: xⱼ ~ N((W z)ⱼ + cⱼ bⱼ, s²)."""
+
+    def model(self, x):
+        pyro.module("pair", self)
+        with pyro.plate("data", len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(K), 1.0).to_event(1))
+            with pyro.plate("entries", D, dim=-1):
+                infer = {"enumerate": "parallel"}
+                c = pyro.sample("c", dist.Bernoulli(x.new_full((), 0.5)), infer=infer)
+                loc = (z @ self.weight.mT).squeeze(-2) + c * self.bias
+                pyro.sample("x", dist.Normal(loc, self.log_noise.exp()), obs=x)
+
+    def pieces(self, arguments, z):
+        (x,), z = arguments, z["z"].squeeze(-2)
+        locs = torch.stack([z @ self.weight.mT, z @ self.weight.mT + self.bias])
+        log_p = normal(x, locs, self.log_noise.exp()).logsumexp(0) - math.log(2)
+        return Pieces(log_p.sum(-1), normal(z, 0.0, 1.0).sum(-1), normal(z, *self.q(x)).sum(-1))
+
+
+class TwoViews(FactorAnalysis):
+    """x and a label y ~ Categorical(softmax(V z)) are observed, and q(z|x, y) depends on both."""
+
+    def more(self):
+        return {"v": (4, K), "of_label": (4, K)}
+
+    def arguments(self, n=5, seed=0):
+        return (seeded(n, D, seed=seed), torch.arange(n) % 4), {}
+
+    def model(self, x, y):
+        pyro.module("pair", self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(K), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.mean(z), self.log_noise.exp()).to_event(1), obs=x)
+            pyro.sample("y", dist.Categorical(logits=z @ self.v.mT), obs=y)
+
+    def guide(self, x, y):
+        pyro.module("pair", self)
+        with pyro.plate("data", len(x)):
+            self.saw((x, y), z=pyro.sample("z", dist.Normal(*self.q_of(x, y)).to_event(1)))
+
+    def q_of(self, x, y):
+        loc, scale = self.q(x)
+        return loc + self.of_label[y], scale
+
+    def noise(self, arguments, z):
+        loc, scale = self.q_of(*arguments)
+        return {"z": (z["z"] - loc) / scale}
+
+    def latents(self, arguments, noise):
+        loc, scale = self.q_of(*arguments)
+        return {"z": loc + scale * noise["z"]}
+
+    def pieces(self, arguments, z):
+        (x, y), pieces, z = arguments, super().pieces(arguments[:1], z), z["z"]
+        log_p = (z @ self.v.mT).log_softmax(-1)
+        log_p = log_p.gather(-1, y.unsqueeze(-1).expand(*z.shape[:-1], 1)).squeeze(-1)
+        return Pieces(pieces.likelihood + log_p, pieces.prior, normal(z, *self.q_of(x, y)).sum(-1))
 
 
 class Shared(FactorAnalysis):
@@ -360,6 +447,45 @@ class Hierarchical(FactorAnalysis):
             normal(y, 0.0, 1.0).sum(-1) + normal(z, y @ self.u.mT, 1.0).sum(-1),
             normal(z, *self.q(x)).sum(-1) + normal(y, *self.q_y(z, x)).sum(-1),
         )
+
+
+class ThreeLevels(Hierarchical):
+    """As :class:`Hierarchical`, with v ~ N(0, I), y ~ N(v, I) and q(v|y, z) = N(y ∘ z, r(y)²), so that a
+    latent of the guide depends on another through two paths."""
+
+    def model(self, x):
+        pyro.module("pair", self)
+        with pyro.plate("data", len(x)):
+            v = pyro.sample("v", dist.Normal(x.new_zeros(K), 1.0).to_event(1))
+            y = pyro.sample("y", dist.Normal(v, 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(y @ self.u.mT, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.mean(z), self.log_noise.exp()).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("pair", self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(*self.q(x)).to_event(1))
+            y = pyro.sample("y", dist.Normal(*self.q_y(z, x)).to_event(1))
+            self.saw((x,), z=z, y=y, v=pyro.sample("v", dist.Normal(*self.q_v(y, z)).to_event(1)))
+
+    def q_v(self, y, z):
+        return y * z, (y @ self.r).tanh().exp()
+
+    def noise(self, arguments, z):
+        loc, scale = self.q_v(z["y"], z["z"])
+        return super().noise(arguments, z) | {"v": (z["v"] - loc) / scale}
+
+    def latents(self, arguments, noise):
+        below = super().latents(arguments, noise)
+        loc, scale = self.q_v(below["y"], below["z"])
+        return below | {"v": loc + scale * noise["v"]}
+
+    def pieces(self, arguments, z):
+        pieces, v, y = super().pieces(arguments, z), z["v"], z["y"]
+        pieces.prior = pieces.prior - normal(y, 0.0, 1.0).sum(-1) + normal(y, v, 1.0).sum(-1)
+        pieces.prior = pieces.prior + normal(v, 0.0, 1.0).sum(-1)
+        pieces.log_q = pieces.log_q + normal(v, *self.q_v(y, z["z"])).sum(-1)
+        return pieces
 
 
 class HierarchicalNotVectorized(Hierarchical):
@@ -532,11 +658,14 @@ CONTINUOUS = [
     InnerPlate,
     InnerLatents,
     Enumerated,
+    EnumeratedEntries,
+    TwoViews,
     Shared,
     EnumeratedShared,
     NotVectorized,
     SharedNotVectorized,
     Hierarchical,
+    ThreeLevels,
     HierarchicalNotVectorized,
     Tied,
     Keywords,
