@@ -33,12 +33,15 @@ Factor = Literal["sites", "objective", "none"]
 class Loss(NamedTuple):
     """A kind of loss.
 
-    factor: what is multiplied by N/B. ``"sites"``: the sites in data plates, for a loss that is linear in
-    log-probabilities. ``"objective"``: loss and gradients, for a loss that is not linear (a log of a sum,
-    ranks of weights, a kernel); this is correct only if no latent is shared by all data. ``"none"``: nothing,
-    so all data are needed at once. bound: what the loss estimates. linear: whether it is linear in
-    log-probabilities, so that β and latents that all data share are right in minibatches. has_value: whether
-    its ``loss`` is a number. trains: whether ``fit`` supports it, and ``reason`` why not.
+    - factor: what ``fit`` multiplies by N/B, the number of data over the rows of a minibatch. ``"sites"``:
+      the log-probabilities of sites in data plates. ``"objective"``: the loss and its gradients.
+      ``"none"``: nothing, so that minibatches are not supported.
+    - bound: what the loss estimates
+    - linear: whether the loss is linear in log-probabilities. Only then can β weight the latent terms, and
+      minibatches be unbiased if all data share a latent.
+    - has_value: whether its method ``loss`` returns a number
+    - trains: whether ``fit`` supports the loss
+    - reason: why ``fit`` does not support it, else empty
     """
 
     factor: Factor
@@ -93,6 +96,15 @@ def kind_of(loss: Any) -> Loss:
     if isinstance(loss, Objective):
         return Loss("sites", loss.bound, linear=loss.linear)
     return LOSSES.get(type(loss), _UNKNOWN)
+
+
+def name_of(loss: ELBO) -> str:
+    """The class of a loss with its options, such as ``"IWAE(num_particles=5, estimator='iwae')"``."""
+    if isinstance(loss, Objective):
+        return repr(loss)
+    options = {"num_particles": loss.num_particles} if loss.num_particles > 1 else {}
+    options |= {"alpha": loss.alpha} if hasattr(loss, "alpha") else {}
+    return f"{type(loss).__name__}({', '.join(f'{name}={value}' for name, value in options.items())})"
 
 
 def check_loss(

@@ -156,11 +156,12 @@ class Objective(ELBO):
         return iter(())
 
     def prepare(self, model: Program, guide: Program, batch: Batch, *, check: bool = True) -> Structure:
-        """Inspect and check a pair, and return its structure. Without this call the first step does so.
+        """Inspect and check a pair. Without this call the first step does so.
 
         The pair runs a few times in evaluation mode. All state is restored afterwards.
 
         :param check: ``False`` allows a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
+        :return: the structure of the pair, for the steps of this objective.
         :raises ValueError: for a pair without log-weights per datum, or without a valid objective.
         """
         name = type(self).__name__
@@ -176,7 +177,7 @@ class Objective(ELBO):
                 refuse(coupled_latents_problems(pair), verb=name, check=check)
             self._observed = _observed(pair) if self.simulates else {}
             self._pair = pair.as_one_datum() if is_joint else pair
-        return self._pair
+            return self._pair
 
     def step(self, model: Program, guide: Program, batch: Batch, *, differentiate: bool = True) -> Step:
         """Loss, surrogate loss and terms on a batch, for the inference algorithms of this package."""
@@ -192,7 +193,7 @@ class Objective(ELBO):
 
     def _prepared(self, model: Program, guide: Program, batch: Batch) -> Structure:
         if self._pair is None or (self._pair.model, self._pair.guide) != (model, guide):
-            return self.prepare(model, guide, batch)
+            self._pair = self.prepare(model, guide, batch)
         return self._pair
 
     @torch.no_grad()
@@ -337,8 +338,8 @@ class VIMCO(Objective):
     ∇L_K = E[Σ_k (L_K − L_K^(−k)) ∇ log q(z_k|x) + Σ_k w̃_k ∇ log w_k],
 
     where L_K^(−k) is the bound with log w_k replaced by the mean of the other log-weights. As everywhere in
-    Pyro, the first sum has the latents that are not reparameterized, and the others are differentiated
-    through z. Pass ``distribution.has_rsample_(False)`` to the guide to change that.
+    Pyro, the first sum has the latents that are not reparameterized (``has_rsample`` is false), and the
+    gradient of reparameterized latents goes through z, as in :class:`IWAE`.
 
     :param num_particles: K, 2 or more.
     """
@@ -470,7 +471,7 @@ class _CutLatent(NamedTuple):
 
 
 class _Stop(Messenger):
-    """Draws of latents have no gradient."""
+    """Detaches the draws of latents."""
 
     def _pyro_post_sample(self, msg: dict) -> None:
         if not msg["is_observed"]:

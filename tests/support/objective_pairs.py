@@ -177,8 +177,7 @@ class InnerPlate(FactorAnalysis):
 
 
 class InnerLatents(FactorAnalysis):
-    """A latent for each entry of x, in a plate within the data plate: zⱼ ~ N(0, 1), xⱼ ~ N(wⱼ zⱼ + bⱼ,
-    s²)."""
+    """A latent for each entry of x, in a plate within each datum: zⱼ ~ N(0, 1), xⱼ ~ N(wⱼ zⱼ + bⱼ, s²)."""
 
     def more(self):
         return {"w": (D,), "aj": (D,), "cj": (D,)}
