@@ -1014,7 +1014,11 @@ REFUSED = {
         ["DReG", "STL in IWAE", "STL", "wake-sleep", "wake-wake", "half wake, half sleep"],
     ),
     "no plate": (without_plate, "'z' and 'x' lie in no data plate", NONLINEAR),
-    "rows that depend on each other": (random_walk, "moves when the latents of another row", NONLINEAR),
+    "rows that depend on each other": (
+        random_walk,
+        "when the latents of another row are replaced",
+        NONLINEAR,
+    ),
     "different scales": (lambda: scaled(0.5), "'z' is scaled by 0.5 and 'x' by 1", NONLINEAR),
     "a tensor of scales": (lambda: scaled(torch.arange(1.0, 6.0)), "'z' has a tensor of scales", NONLINEAR),
     "subsampling within a datum": (subsampled_entries, "which subsamples 2 of its 3 rows", NONLINEAR),
