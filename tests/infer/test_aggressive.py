@@ -8,6 +8,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import conditionals, nets, priors
+from pyro_vae.data.batches import Batch
 from pyro_vae.infer.minibatch import MinibatchSVI
 from pyro_vae.pairs.check import inspect_checked
 from pyro_vae.pairs.latents import mutual_information
@@ -124,7 +125,7 @@ def test_mutual_information_of_a_gaussian_channel():
             z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
 
-    pair = inspect_checked(model, guide, pv.data.batches.Batch((x,), {}), verb="test", per_datum=True)
+    pair = inspect_checked(model, guide, Batch((x,), {}), verb="test", per_datum=True)
     z = torch.linspace(-6, 6, 4001, dtype=torch.double)
     log_marginal = dist.Normal(x[:, 0], s).log_prob(z[:, None]).logsumexp(1) - torch.tensor(float(n)).log()
     entropy = -torch.trapezoid(log_marginal.exp() * log_marginal, z)
@@ -163,3 +164,59 @@ def test_shared_parameters_are_refused():
 def test_invalid_numbers_of_steps_are_refused(steps):
     with pytest.raises(ValueError, match="inference_steps"):
         trained(inference_steps=steps)
+
+
+LENGTH, ORDER = 10, 7
+
+
+class Autoregressive(nn.Module):
+    """Ten entries that share a level u: x_t = u + noise. Each is predicted from z and the seven entries
+    before it, which tell almost as much of u as z does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.slope, self.log_scale = (
+            nn.Parameter(torch.full((LENGTH,), 0.03)),
+            nn.Parameter(torch.zeros(LENGTH)),
+        )
+        self.bias, self.weight = nn.Parameter(torch.zeros(LENGTH)), nn.Parameter(torch.zeros(LENGTH, LENGTH))
+
+    def forward(self, x):
+        pyro.module("model", self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            mean = z * self.slope + self.bias + x @ self.weight.tril(-1).triu(-ORDER).mT
+            pyro.sample("x", dist.Normal(mean, self.log_scale.exp()).to_event(1), obs=x)
+
+
+class Level(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.loc, self.log_scale = nn.Linear(LENGTH, 1), nn.Parameter(torch.zeros(1))
+        nn.init.normal_(self.loc.weight, std=0.05)
+        nn.init.zeros_(self.loc.bias)
+
+    def forward(self, x):
+        pyro.module("guide", self)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.loc(x), self.log_scale.exp()).to_event(1))
+
+
+@pytest.mark.slow
+def test_the_latent_of_an_autoregressive_model_is_used():
+    """In the same number of steps, plain training leaves z unused, since the autoregressive weights learn
+    first."""
+    information = {}
+    for steps in (1, 6):
+        torch.manual_seed(0)
+        pyro.set_rng_seed(0)
+        x = torch.randn(2000, 1).double() + 0.3 * torch.randn(2000, LENGTH).double()
+        model, guide = Autoregressive().double(), Level().double()
+        adam = pyro.optim.Adam({"lr": 0.01})
+        options = {"num_epochs": 40, "batch_size": 50, "inference_steps": steps, "compile": "trace"}
+        pv.fit(model, guide, x, optim=adam, **options)
+        pair = inspect_checked(model, guide, Batch((x,), {}), verb="test", per_datum=True)
+        information[steps] = mutual_information(pair)
+    assert information[1] < 0.05
+    assert information[6] > 0.2
