@@ -38,8 +38,9 @@ logger = logging.getLogger(__name__)
 
 class Epoch(NamedTuple):
     """One epoch of training. ``train`` is the mean over the epoch's minibatches, each at the parameters of
-    its step; ``validation`` is evaluated at the end of the epoch. Both are the ELBO itself, without β,
-    for every loss. ``beta`` is that of the last step."""
+    its step; ``validation`` is evaluated at the end of the epoch. For every loss both have the ELBO itself,
+    without β, and for an :class:`~pyro_vae.infer.Objective` that is not the ELBO its bound too. ``beta`` is
+    that of the last step."""
 
     epoch: int
     beta: float

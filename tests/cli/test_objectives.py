@@ -186,6 +186,7 @@ def test_error_of_a_discrete_guide_names_the_objective_for_it(run):
         ("expected pyro.sample, or Trace_ELBO for points", "or --objective elbo for points"),
         ('for each latent, or estimator="iwae"', "for each latent, or --objective iwae"),
         ("VIMCO: 'z' has no density", "VIMCO: 'z' has no density"),
+        ("pass batch_size=None, or Trace_ELBO", "pass a --batch-size of all data, or --objective elbo"),
     ],
 )
 def test_classes_of_objectives_in_remedies_become_options(message, expected):
