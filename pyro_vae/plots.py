@@ -1,7 +1,7 @@
 """Plots of results. Each function returns Axes or a Figure, and neither shows nor saves it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import cast
+from typing import Literal, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -79,7 +79,7 @@ def _by_part(epochs: Sequence[Epoch]) -> Iterator[tuple[str, str, list[MeanElbo]
         yield "held out", "C1", held_out
 
 
-def _finish_epochs(ax: Axes, corner: str) -> None:
+def _finish_epochs(ax: Axes, corner: Literal["lower right", "upper right"]) -> None:
     """Whole numbers on the axis of epochs, a grid and a legend."""
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
