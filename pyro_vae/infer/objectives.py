@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from pyro import poutine
@@ -191,8 +191,7 @@ class Objective(ELBO):
     def _prepared(self, model: Program, guide: Program, batch: Batch) -> Structure:
         if self._pair is None or (self._pair.model, self._pair.guide) != (model, guide):
             self.prepare(model, guide, batch)
-        assert self._pair is not None
-        return self._pair
+        return cast(Structure, self._pair)
 
     @torch.no_grad()
     def _terms(self, pair: Structure, draws: Draws, batch: Batch) -> ElboTerms:
