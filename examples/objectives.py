@@ -38,7 +38,6 @@ DISCRETE = {
     f"VIMCO, K = {K}": infer.VIMCO(K),
     "wake-sleep": infer.WakeSleep(),
     f"RWS, K = {K}": infer.ReweightedWakeSleep(K),
-    f"RWS, K = {K}, half sleep": infer.ReweightedWakeSleep(K, wake_phi=0.5, sleep_phi=0.5),
 }
 
 
@@ -109,13 +108,23 @@ def times(objectives, discrete, num_rounds):
 
 
 def draw(ax, rows, title):
-    """For each objective the ELBO and log p(x) of each seed, and a line between their means."""
+    """The ELBO and log p(x) of each objective, their means and standard deviations over seeds, and the KL."""
     for y, results in enumerate(rows.values()):
-        elbo, log_p = map(mean, zip(*results, strict=True))
-        ax.plot([elbo, log_p], [y, y], color="0.75", linewidth=4, zorder=1)
-        ax.scatter([r[0] for r in results], [y] * len(results), color="C0", label="ELBO" if not y else None)
-        ax.scatter([r[1] for r in results], [y] * len(results), color="C1", label=None if y else "log p(x)")
-        ax.annotate(f"KL {log_p - elbo:.1f}", ((elbo + log_p) / 2, y - 0.18), ha="center", fontsize=8)
+        elbos, log_ps = zip(*results, strict=True)
+        ends = mean(elbos), mean(log_ps)
+        ax.plot(ends, [y, y], color="0.75", linewidth=4, zorder=1)
+        for colour, label, values in (("C0", "ELBO", elbos), ("C1", "log p(x)", log_ps)):
+            deviation = stdev(values) if len(values) > 1 else 0
+            ax.errorbar(
+                mean(values),
+                y,
+                xerr=deviation,
+                color=colour,
+                marker="o",
+                capsize=3,
+                label=None if y else label,
+            )
+        ax.annotate(f"KL {ends[1] - ends[0]:.1f}", (mean(ends), y - 0.18), ha="center", fontsize=8)
     ax.set(title=title, xlabel="held-out nats per datum", yticks=range(len(rows)), yticklabels=rows)
     ax.margins(x=0.08, y=0.12)
     ax.invert_yaxis()
@@ -140,7 +149,7 @@ if __name__ == "__main__":
         kind = "binary latents, binarized digits" if discrete else "Gaussian latents, grey digits"
         title = f"{LATENT_DIM} {kind}"
         print(title)
-        ratios = times(objectives, discrete, num_rounds=1 if args.smoke_test else 51)
+        ratios = times(objectives, discrete, num_rounds=1 if args.smoke_test else 15)
         rows = {}
         for name, loss in objectives.items():
             rows[name] = [train(loss, discrete, seed, num_epochs) for seed in range(num_seeds)]
