@@ -89,19 +89,21 @@ def times(objectives, discrete, num_rounds):
     """The time of a step on 100 rows as a graph, as a ratio to the first objective: the median over rounds in
     which all objectives take turns."""
     x = pv.load("digits", binarize="threshold" if discrete else "none")[0].x[:100]
-    steps = {}
+    store, steps, states = pyro.get_param_store(), {}, {}
     for name, loss in objectives.items():
         vae = make_vae(discrete)
         steps[name] = pv.SVI(vae.model, vae.guide, Adam({"lr": 1e-4}), copy(loss), compile="trace").step
-        steps[name](x)
+        with store.scope() as states[name]:  # the pairs have the same names of parameters
+            steps[name](x)
     ratios = {name: [] for name in objectives}
     for _ in range(num_rounds):
         seconds = {}
         for name, step in steps.items():
-            start = time.perf_counter()
-            for _ in range(20):
-                step(x)
-            seconds[name] = time.perf_counter() - start
+            with store.scope(states[name]):
+                start = time.perf_counter()
+                for _ in range(20):
+                    step(x)
+                seconds[name] = time.perf_counter() - start
         for name in objectives:
             ratios[name].append(seconds[name] / seconds[next(iter(objectives))])
     return {name: median(values) for name, values in ratios.items()}
