@@ -225,6 +225,9 @@ def test_invalid_bound_in_metrics_is_an_error(change):
     record = runs.to_json(Epoch(1, 1.0, MeanElbo(-3.0, -2.0, 1.0, 0.1, -2.5, 0.2, 3.0), None, 0.5))
     with pytest.raises(ValueError, match="is not a number"):
         runs._as_epoch(record | {"train": record["train"] | change})
+    del record["train"]["ess"]
+    with pytest.raises(ValueError, match="a bound without ess"):
+        runs._as_epoch(record)
 
 
 def test_early_stopping_selects_the_epoch_of_the_best_objective():
