@@ -1,7 +1,7 @@
-"""Plots of results. Each function returns Axes or a Figure, and neither shows nor saves it."""
+"""Plots of results. The functions return Axes or Figures. They do not show or save them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, cast
+from typing import cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,8 +25,9 @@ def figure_of(ax: Axes) -> Figure:
 
 
 def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None, *, objective: str = "bound") -> Axes:
-    """ELBO in nats per datum over epochs, on training and held-out data, and the bound of an objective other
-    than the ELBO. Training values are averaged over the steps of an epoch, while the parameters change.
+    """Plot the ELBO on training and held-out data, in nats per datum, against the epoch, and the bound of an
+    objective other than the ELBO. Training values are means over the steps of an epoch, and the parameters
+    change during the epoch.
 
     :param objective: the name of that bound in the legend.
     """
@@ -43,14 +44,15 @@ def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None, *, objective: 
         if has_bound:
             ax.plot(numbers, elbos, label=f"{part}, ELBO", color=colour, marker=marker, linestyle="--")
         if part == "held out" and len(epochs) >= 10 and np.isfinite(elbos).any():
-            # omit the first epochs, whose ELBO is far lower
+            # cut off the first epochs, whose ELBO is far lower
             low = np.nanquantile(elbos, 0.1)
             ax.set_ylim(bottom=low - 0.1 * abs(low))
     ylabel, title = "ELBO (nats per datum)", "Evidence lower bound"
     if has_bound:
         ylabel, title = "nats per datum", "Objective and evidence lower bound"
     ax.set(xlabel="epoch", ylabel=ylabel, title=title)
-    _finish_epochs(ax, "lower right")
+    ax.legend(frameon=False, loc="lower right")
+    _finish_epochs(ax)
     return ax
 
 
@@ -67,7 +69,8 @@ def plot_ess(epochs: Sequence[Epoch], num_particles: int, ax: Axes | None = None
         ax.plot([epoch.epoch for epoch in epochs], sizes, label=part, color=colour, marker=marker)
     title = f"Effective sample size of the {num_particles} weights, mean over data"
     ax.set(xlabel="epoch", ylabel="ESS", title=title, ylim=(1, num_particles))
-    _finish_epochs(ax, "upper right")
+    ax.legend(frameon=False, loc="upper right")
+    _finish_epochs(ax)
     return ax
 
 
@@ -79,18 +82,18 @@ def _by_part(epochs: Sequence[Epoch]) -> Iterator[tuple[str, str, list[MeanElbo]
         yield "held out", "C1", held_out
 
 
-def _finish_epochs(ax: Axes, corner: Literal["lower right", "upper right"]) -> None:
-    """Whole numbers on the axis of epochs, a grid and a legend."""
+def _finish_epochs(ax: Axes) -> None:
+    """Whole numbers on the axis of epochs, and a grid."""
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, loc=corner)
 
 
 def plot_ladder(rungs: Mapping[str, Sequence[Evidence]], ax: Axes | None = None) -> Axes:
-    """Estimates of log p(x) in nats per datum over cost, the number of model evaluations per datum.
+    """Plot estimates of log p(x), in nats per datum, against their cost: the number of model evaluations per
+    datum.
 
-    ``rungs`` maps the name of each estimator to its estimates by increasing cost, all on the same data. Error
-    bars are Monte Carlo errors.
+    ``rungs`` maps the name of each estimator to its estimates in order of increasing cost. All estimates are
+    for the same data. Error bars are Monte Carlo standard errors.
     """
     ax = ax or plt.subplots(figsize=(6.4, 4.4), layout="constrained")[1]
     for name, estimates in rungs.items():
@@ -138,8 +141,8 @@ def plot_pareto_k(k: Tensor, ax: Axes | None = None) -> Axes:
 
 
 def plot_diagnosis(found: Diagnosis, x: Tensor) -> dict[str, Callable[[], Figure]]:
-    """Functions that draw the plots of a diagnosis, by name: Pareto k̂, the data with the largest k̂ if ``x``
-    are images, and the calibration."""
+    """A dict of functions, each of which draws one plot of a diagnosis: Pareto k̂, the data with the largest
+    k̂ (if ``x`` are images), and the calibration. A plot without data is left out."""
     plots: dict[str, Callable[[], Figure]] = {}
     if found.pareto_k.isfinite().any():
         plots["pareto-k"] = lambda: figure_of(plot_pareto_k(found.pareto_k))
@@ -153,9 +156,9 @@ def plot_diagnosis(found: Diagnosis, x: Tensor) -> dict[str, Callable[[], Figure
 
 def plot_images(images: Tensor, *, columns: int = 10, title: str | None = None) -> Figure:
     """A grid of images ``(n, height, width)`` or ``(n, channels, height, width)``, row by row, with a common
-    range of values. An image of NaN is an empty cell.
+    range of values. The cell of an image that is all NaN stays empty.
 
-    :raises ValueError: for another shape or number of channels, or no images.
+    :raises ValueError: if ``images`` has another shape or number of channels, or there are none.
     """
     if (
         images.dim() not in (3, 4)
@@ -193,8 +196,8 @@ def _tiled(images: Tensor, columns: int, *, gap: int = 0) -> np.ndarray:
 
 
 def plot_reconstructions(x: Tensor, reconstructions: Tensor, *, columns: int = 10) -> Figure:
-    """Originals ``(n, height, width)`` or ``(n, channels, height, width)``, each row above its
-    reconstructions."""
+    """Plot images ``(n, height, width)`` or ``(n, channels, height, width)``, each row of originals above the
+    row of their reconstructions."""
     columns = min(columns, len(x))
     empty = reconstructions.new_full((-len(x) % columns, *x.shape[1:]), torch.nan)
     padded = (torch.cat([images.to(empty), empty]) for images in (x, reconstructions))
@@ -206,8 +209,8 @@ def plot_reconstructions(x: Tensor, reconstructions: Tensor, *, columns: int = 1
 
 @torch.no_grad()
 def plot_samples(vae: VAE, n: int = 100) -> Figure:
-    """E[x|z] at n draws of z from the prior, for images ``(height, width)`` or ``(channels, height,
-    width)``."""
+    """Plot E[x|z] at n draws of z from the prior, for images ``(height, width)`` or
+    ``(channels, height, width)``."""
     images = vae.decode(vae.model.prior().sample((n,))).mean
     return plot_images(images, title="E[x|z] at draws of z from the prior")
 
@@ -225,7 +228,7 @@ def plot_points(sets: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
 
 @torch.no_grad()
 def plot_manifold(vae: VAE, *, steps: int = 20) -> Figure:
-    """E[x|z] on a grid of Gaussian quantiles of a 2-D latent (Kingma & Welling 2013, figure 4)."""
+    """Plot E[x|z] on a grid of Gaussian quantiles of a 2-D latent (Kingma & Welling 2013, figure 4)."""
     q = (torch.arange(steps) + 0.5) / steps
     z = torch.distributions.Normal(0.0, 1.0).icdf(q)
     parameter = next(vae.parameters())
@@ -239,8 +242,8 @@ def plot_manifold(vae: VAE, *, steps: int = 20) -> Figure:
 
 @torch.no_grad()
 def plot_latent(vae: VAE, x: Tensor, labels: Tensor | None = None, ax: Axes | None = None) -> Axes:
-    """Means of q(z|x) of a 2-D latent, coloured by label. If the mean is not implemented, as for a flow, one
-    draw for each datum."""
+    """Plot the means of q(z|x) of a 2-D latent, coloured by label. If q(z|x) does not implement its mean,
+    such as a flow, plot one draw for each datum instead."""
     ax = ax or plt.subplots(figsize=(6, 5.5), layout="constrained")[1]
     kind, points = _means_or_draws(vae.encode(x))
     z = points.cpu().numpy()

@@ -96,17 +96,20 @@ def train(
     hidden: Annotated[
         str | None,
         Option(
-            help="Hidden widths of the encoder, such as 500,500; the decoder has them in reverse order.  "
-            + default_text("hidden")
+            help="Widths of the hidden layers of the encoder, such as 500,500; those of the decoder are in "
+            "reverse order.  " + default_text("hidden")
         ),
     ] = None,
     likelihood: Annotated[
-        Likelihood | None, Option(**one_of(Likelihood), help=f"p(x|z).  {default_text('likelihood')}")
+        Likelihood | None,
+        Option(**one_of(Likelihood), help=f"Likelihood p(x|z).  {default_text('likelihood')}"),
     ] = None,
     guide: Annotated[
         Guide | None, Option(**one_of(Guide), help=f"Family of q(z|x).  {default_text('guide')}")
     ] = None,
-    prior: Annotated[Prior | None, Option(**one_of(Prior), help=f"p(z).  {default_text('prior')}")] = None,
+    prior: Annotated[
+        Prior | None, Option(**one_of(Prior), help=f"Prior p(z).  {default_text('prior')}")
+    ] = None,
     pair: Annotated[
         str | None, Option(metavar="SOURCE:FACTORY", help="Train your own model and guide instead of a VAE.")
     ] = None,
@@ -129,8 +132,8 @@ def train(
         float,
         Option(
             min=0,
-            help=f"Weight of the KL in the loss, for --objective {' and '.join(LINEAR_OBJECTIVES)}. Reported "
-            "ELBOs have weight 1.",
+            help=f"Weight of the KL in the loss, for --objective {' and '.join(LINEAR_OBJECTIVES)}. The "
+            "reported ELBOs use weight 1.",
         ),
     ] = 1.0,
     warm_up: Annotated[
@@ -142,25 +145,32 @@ def train(
         ),
     ] = None,
     patience: Annotated[
-        int | None, Option(min=1, help="Early stopping: epochs without a better held-out objective.")
+        int | None,
+        Option(min=1, help="Stop early, after this many epochs without a higher held-out objective."),
     ] = None,
     clip_norm: Annotated[
-        float | None, Option(min=0, help="Maximal norm of the gradient, in nats per datum.")
+        float | None, Option(min=0, help="Clip the gradient to this norm, in nats per datum.")
     ] = None,
     every: Annotated[
         int | None, Option(min=1, help="Steps between checkpoints, in addition to the end of each epoch.")
     ] = None,
     resume: Annotated[
-        str | None, Option(metavar="last|best|PATH", help="Resume the run at --out from this checkpoint.")
+        str | None,
+        Option(
+            metavar="last|best|PATH",
+            help="Resume the run at --out from its last or best checkpoint, or from the one at PATH.",
+        ),
     ] = None,
     seed: Seed = 0,
-    device: Annotated[str, Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    dtype: Annotated[Literal["float32", "float64"], Option(help="Of the data and the networks.")] = "float32",
+    device: Annotated[str, Option(help="Device: cpu, cuda, cuda:1, …")] = "cpu",
+    dtype: Annotated[
+        Literal["float32", "float64"], Option(help="Type of the data and the networks.")
+    ] = "float32",
     threads: Annotated[
         int | None,
         Option(
             min=1,
-            help="Number of threads of torch.  [default: OMP_NUM_THREADS; else 1 if a step is small, or "
+            help="Number of threads of torch.  [default: OMP_NUM_THREADS; else 1 if a step is small; else "
             "torch's default]",
         ),
     ] = None,
@@ -169,9 +179,9 @@ def train(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Train a VAE, or your own model and guide, by SVI, and write a run folder. --out RUN --resume last
-    resumes an interrupted run with its recorded options; the result is the same as without the interruption.
-    A larger --num-epochs trains for more epochs."""
+    """Train a VAE, or your own model and guide, by SVI, and write a run folder. With --out RUN --resume last,
+    an interrupted run resumes with its recorded options; the result is the same as without the interruption.
+    With a larger --num-epochs in addition, a finished run trains for more epochs."""
     import pyro
 
     from pyro_vae import infer
@@ -287,8 +297,8 @@ def sample(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Draw x from p(z) p(x|z): samples.npy, and a picture of up to 400 means E[x|z]. The default output
-    folder is RUN/samples, samples-2, …"""
+    """Draw x from p(z) p(x|z). Writes samples.npy, and a picture of up to 400 means E[x|z]. The default
+    output folder is the first unused one of RUN/samples, RUN/samples-2, …"""
     import torch
 
     from pyro_vae import plots
@@ -313,7 +323,7 @@ def reconstruct(
     context: typer.Context,
     run: RunFolder,
     n: Annotated[
-        int, Option("-n", "--num-data", min=1, help="Number of held-out data, from the first.")
+        int, Option("-n", "--num-data", min=1, help="Number of held-out data, starting at the first.")
     ] = 100,
     seed: Seed = 0,
     data_dir: DataDir = None,
@@ -322,8 +332,8 @@ def reconstruct(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """E[x'|z] at z ~ q(z|x) for held-out x: x.npy, reconstructions.npy, and a picture of both. The default
-    output folder is RUN/reconstructions, reconstructions-2, …"""
+    """Reconstruct held-out x as E[x'|z] at z ~ q(z|x). Writes x.npy, reconstructions.npy and a picture.
+    The default output folder is the first unused one of RUN/reconstructions, RUN/reconstructions-2, …"""
     import torch
 
     from pyro_vae import plots
@@ -354,7 +364,8 @@ def plot(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Draw the pictures of a run again. The default output folder is RUN/plots-2, plots-3, …"""
+    """Draw the pictures of a run again. The default output folder is the first unused one of RUN/plots,
+    RUN/plots-2, …"""
     from pyro_vae.cli import build, report, runs
 
     opened = _open_run(run, pair)
@@ -371,11 +382,11 @@ def plot(
 def evaluate(
     context: typer.Context,
     run: RunFolder,
-    estimator: Annotated[str, Option(help="Any of elbo,importance,prior,ais,smc,bdmc.")] = "elbo,importance",
+    estimator: Annotated[str, Option(help="Some of elbo,importance,prior,ais,smc,bdmc.")] = "elbo,importance",
     num_particles: Annotated[int, Option(min=1, help="Maximal number of draws of z per datum.")] = 1000,
-    num_temperatures: Annotated[int, Option(min=1, help="Maximal number of temperatures.")] = 1000,
+    num_temperatures: Annotated[int, Option(min=1, help="Maximal number of annealing temperatures.")] = 1000,
     num_chains: Annotated[int, Option(min=1, help="Chains of ais and bdmc per datum.")] = 16,
-    data: Annotated[str, Option(help="Which data, such as test, train, test[:1000].")] = "test",
+    data: Annotated[str, Option(help="Data to use: test, train, or rows such as test[:1000].")] = "test",
     seed: Seed = 0,
     threads: Threads = None,
     data_dir: DataDir = None,
@@ -384,10 +395,10 @@ def evaluate(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Estimate and bound log p(x) of a run's model, in nats per datum: a table and a picture of the
-    estimators at increasing cost. elbo includes the bound that the run maximized, if it is another. The
-    default output folder is RUN/evaluation, evaluation-2, … After an interruption, the same command
-    resumes."""
+    """Estimate and bound log p(x) under the model of a run, in nats per datum. Writes a table and a picture
+    of the estimators at increasing cost. The estimator elbo includes the bound that the run maximized, if it
+    is another. The default output folder is the first unused one of RUN/evaluation, RUN/evaluation-2, … To
+    resume after an interruption, repeat the command."""
     from pyro_vae import plots
     from pyro_vae.cli import build, ladder, report, runs
 
@@ -440,7 +451,9 @@ def diagnose(
     num_simulations: Annotated[
         int, Option(min=0, help="Simulated data for the calibration: 100 or more, or 0 for no calibration.")
     ] = 1000,
-    data: Annotated[str, Option(help="Which data, such as test, train, test[:1000].")] = "test[:1000]",
+    data: Annotated[
+        str, Option(help="Data to use: test, train, or rows such as test[:1000].")
+    ] = "test[:1000]",
     seed: Seed = 0,
     threads: Threads = None,
     data_dir: DataDir = None,
@@ -449,8 +462,9 @@ def diagnose(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Diagnose the guide of a run: a text, and pictures of Pareto k, of the data with the worst fit and of
-    the calibration. The default output folder is RUN/diagnosis, diagnosis-2, …"""
+    """Diagnose the guide of a run. Writes a text, and pictures of Pareto k, of the data with the worst fit
+    and of the calibration. The default output folder is the first unused one of RUN/diagnosis,
+    RUN/diagnosis-2, …"""
     from pyro_vae import diagnostics, plots
     from pyro_vae.cli import build, report
 
@@ -486,12 +500,13 @@ def diagnose(
 @app.command()
 def compare(
     context: typer.Context,
-    model: Annotated[str | None, Argument(help="A name from --list.")] = None,
+    model: Annotated[str | None, Argument(help="Name of a model, see --list.")] = None,
     guide: Annotated[str, Option(help="Families of q(z|x), such as normal,full,flow.")] = "normal,full,flow",
     num_epochs: Annotated[
-        int, Option("-n", "--num-epochs", min=1, help="Passes over 2000 draws of the model.")
+        int,
+        Option("-n", "--num-epochs", min=1, help="Passes over the training data, 2000 draws from the model."),
     ] = 100,
-    num_data: Annotated[int, Option(min=2, help="Draws of the model that the comparison uses.")] = 50,
+    num_data: Annotated[int, Option(min=2, help="Number of new draws from the model to compare on.")] = 50,
     list_models: Annotated[bool, Option("--list", help="List the models.")] = False,
     seed: Seed = 0,
     threads: Annotated[
@@ -573,7 +588,7 @@ def _open_run(run: Path, pair: str | None) -> "Run":
 
 
 def _repeated_options(pair: str | None, data_dir: Path | None = None) -> list[object]:
-    """The options of a run that a further command on it must repeat."""
+    """The options of this command that the next command on the same run must repeat."""
     return [
         word
         for key, value in (("--pair", pair), ("--data-dir", data_dir))
@@ -596,7 +611,7 @@ def _vae(pair: "Pair", verb: str) -> "VAE":
 
 
 def _option_arguments() -> set[str]:
-    """The parameters of all commands that appear on the command line as ``--name``."""
+    """The names of the parameters of all commands that are options on the command line, ``--name``."""
     functions: list[Any] = [command.callback for command in app.registered_commands]
     names = {name for function in functions for name in inspect.signature(function).parameters}
     return {name for name in names if len(name) > 1} - {
@@ -621,7 +636,7 @@ def main() -> NoReturn:
     """
     os.environ.setdefault("MPLBACKEND", "Agg")
     for stream in (sys.__stdout__, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # the locale may not have ≥ and ±
+        if isinstance(stream, io.TextIOWrapper):  # the encoding of the locale may lack ≥ and ±
             stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

@@ -64,9 +64,9 @@ OBJECTIVES: dict[str, Callable[[int, float], ELBO]] = {  # of the number of part
     "rws": lambda k, _: infer.ReweightedWakeSleep(k),
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-PSEUDO_INPUTS = 100  # of a VampPrior
+PSEUDO_INPUTS = 100  # number of pseudo-inputs of a VampPrior
 LATER_FIELDS: dict[str, Any] = {"objective": "elbo", "alpha": None}  # of runs without these fields
-VAE_FIELDS = ("likelihood", "guide", "prior", "latent_dim", "hidden")  # ``None`` with --pair
+VAE_FIELDS = ("likelihood", "guide", "prior", "latent_dim", "hidden")  # ``None`` in a Config with --pair
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ class Pair(NamedTuple):
 
 
 def build_data(config: Config, data_dir: Path | None) -> tuple[Data, Data]:
-    """Load ``(train, test)``, binarized by ``config.binarize``: integer grey levels for a categorical
-    likelihood, values in [0, 1] otherwise.
+    """Load ``(train, test)``, binarized as in ``config.binarize``. For a categorical likelihood, pixels are
+    integer grey levels; otherwise they are in [0, 1].
 
     :raises ValueError: if the shape of the data is not that of the run.
     """
@@ -165,8 +165,8 @@ def build_data(config: Config, data_dir: Path | None) -> tuple[Data, Data]:
 
 
 def select_rows(selection: str, train: Data, test: Data) -> Data:
-    """The data that ``selection`` names: ``test``, ``train`` or a slice such as ``test[:1000]``. A stochastic
-    binarization is drawn once.
+    """The data that ``selection`` names: ``test``, ``train`` or a slice such as ``test[:1000]``. Pixels with
+    stochastic binarization are drawn once, and are then fixed.
 
     :raises ValueError: for an invalid or empty selection.
     """
@@ -210,7 +210,7 @@ def build_loss(config: Config, pair: Pair | None = None) -> ELBO:
 
 
 def _look_up(kind: str, name: str | None, table: Mapping[str, T]) -> T:
-    """The entry of a name. Raises ``ValueError`` for an unknown name."""
+    """The entry of ``table`` with this name. Raises ``ValueError`` for an unknown name."""
     if name is None or name not in table:
         raise ValueError(f"{kind}: got {name!r}; expected one of {', '.join(table)}")
     return table[name]
@@ -226,13 +226,14 @@ def _vae(config: Config, train: Data | None) -> Pair:
     if config.likelihood == "categorical":
         if config.num_levels is None:
             raise ValueError(
-                f"--likelihood categorical: {config.dataset} has no grey levels; expected for example normal"
+                f"--likelihood categorical: {config.dataset} has no grey levels; expected another "
+                "likelihood, such as normal"
             )
         options["num_classes"] = config.num_levels
         trunk = torch.nn.Sequential(nets.Standardize(0, config.num_levels - 1), trunk)
     elif config.likelihood in ("normal", "laplace", "student-t"):
         options["min_scale"] = 0.02
-        if config.num_levels:  # grey values: the decoder's means pass a sigmoid, as in AEVB for Frey Face
+        if config.num_levels:  # grey values: a sigmoid gives means in [0, 1], as in AEVB for Frey Face
             options["loc_constraint"] = constraints.unit_interval
     likelihood = _look_up("likelihood", config.likelihood, LIKELIHOODS)
     decoder = likelihood(nets.MLP(latent_dim, hidden[::-1]), event_shape=x_shape, **options)

@@ -21,7 +21,8 @@ ESTIMATORS = ("elbo", "importance", "prior", "ais", "smc", "bdmc")
 
 @dataclass(frozen=True)
 class Rung:
-    """An estimate of log p(x), its name, such as ``importance-100``, and its run time in seconds."""
+    """A line of the table of estimates: an estimate of log p(x), its name, such as ``importance-100``, and
+    its run time in seconds."""
 
     name: str
     estimator: str
@@ -60,11 +61,12 @@ def compute(
     seed: int,
     resume_folder: Path,
 ) -> Iterator[Rung]:
-    """Run each estimator at costs that increase by factors of ten up to ``num_particles`` and
-    ``num_temperatures``. The ELBO is followed by the bound that the run maximized, if it is another.
+    """Run estimators by name. ``importance`` and ``ais`` run several times: their number of particles or
+    temperatures grows by factors of ten up to ``num_particles`` or ``num_temperatures``. The ELBO is followed
+    by the bound that the run maximized, if it is another.
 
-    :param resume_folder: folder for finished chunks. The same call resumes from them after an interruption.
-        The file of a rung is deleted when the rung is finished.
+    :param resume_folder: folder that stores finished chunks of an estimate. After an interruption, the same
+        call resumes from them. They are deleted when the estimate is finished.
     """
     model, guide = pair.model, pair.guide
     smc_annealing = Annealing(min(100, num_temperatures), num_chains=100)
@@ -155,7 +157,7 @@ def _objective_bound(
 
 
 def table(rungs: Sequence[Rung]) -> str:
-    """A text table with one line per rung."""
+    """A text table with one line for each estimate."""
     lines = [f"{'':52}{'nats':>9}{'±':>7}{'noise':>8}{'ESS':>8}{'k > 0.7':>9}{'cost':>9}{'s':>7}"]
     for rung in rungs:
         row, estimate = rung.row(), rung.estimate

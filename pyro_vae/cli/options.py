@@ -33,7 +33,7 @@ def one_of(literal: Any) -> dict[str, Any]:
 
 
 def argument(literal: Any, about: str) -> dict[str, Any]:
-    """As :func:`one_of`, for the ``Argument`` DATASET, whose help lists the strings."""
+    """As :func:`one_of`, for the ``Argument`` DATASET. Its help is ``about`` and the list of the strings."""
     return one_of(literal) | {
         "metavar": "DATASET",
         "help": f"{about}: one of {', '.join(get_args(literal))}.",
@@ -41,7 +41,7 @@ def argument(literal: Any, about: str) -> dict[str, Any]:
 
 
 def comma_separated(option: str, given: str, expected: Collection[str]) -> list[str]:
-    """Split a list at its commas. Raises ``BadParameter`` for a word that is not in ``expected``."""
+    """Split a comma-separated text. Raises ``BadParameter`` for a word that is not in ``expected``."""
     words = given.split(",")
     for word in words:
         if word not in expected:
@@ -126,7 +126,7 @@ def check_pair_option(pair: str, families: dict[str, Any]) -> None:
         )
     if named := [f"--{key.replace('_', '-')}" for key, value in families.items() if value is not None]:
         raise typer.BadParameter(
-            f"--pair defines both model and guide; {', '.join(named)} would have no effect, leave them out"
+            f"--pair defines both model and guide; leave out {', '.join(named)}, which would have no effect"
         )
 
 
@@ -184,7 +184,7 @@ def check_likelihood(config: "Config") -> None:
         if config.binarize != "none":
             raise ValueError(
                 f"--binarize {config.binarize}: the data of ring are points in the plane, not grey values; "
-                "leave it out"
+                "leave --binarize out"
             )
     elif config.likelihood == "bernoulli" and config.binarize == "none":
         raise ValueError(
@@ -206,7 +206,7 @@ def with_option_names(message: str, names: Collection[str]) -> str:
 
     def option(match: re.Match[str]) -> str:
         name, assigned, value = match["name"], match["assigned"], match["quoted"] or match["plain"] or ""
-        if "_" not in name and not assigned:  # an ordinary English word
+        if "_" not in name and not assigned:  # it may be an ordinary English word
             return match[0]
         spelled = f"--{name.replace('_', '-')}"
         return f"{spelled} {value}" if value else spelled
@@ -218,7 +218,7 @@ def with_option_names(message: str, names: Collection[str]) -> str:
     message = message.replace('estimator="iwae"', "--objective iwae")
     message = re.sub(r"\b(expected|or) (VIMCO|Trace_ELBO)\b", _as_objective, message)
     message = message.replace("batch_size=None", "a --batch-size of all data")
-    # the command line has no option for min_scale
+    # remove advice about min_scale, for which the command line has no option
     message = message.replace(", raise min_scale", "").replace("raise min_scale, or ", "")
     message = re.sub(pattern, option, message)
     return re.sub(r"(?<=[Ll])ower the learning rate", "ower --learning-rate", message)
@@ -228,12 +228,13 @@ def _as_objective(match: re.Match[str]) -> str:
     return f"{match[1]} --objective {'vimco' if match[2] == 'VIMCO' else 'elbo'}"
 
 
-SMALL_PRODUCT = 2_000_000  # multiply-adds; up to this size of the largest product, one thread is the default
+# steps whose largest matrix product has at most this many multiply-adds run in one thread by default
+SMALL_PRODUCT = 2_000_000
 
 
 def largest_product(pair: "Pair", rows: int) -> int | None:
     """Multiply-adds of the largest matrix product of a step on ``rows`` rows. ``None`` if the model or the
-    guide is not a module, if no layer has a weight, or if one has more than two dimensions."""
+    guide is not a module, if no layer has a weight, or if a weight has more than two dimensions."""
     import torch
 
     programs = [program for program in (pair.model, pair.guide) if isinstance(program, torch.nn.Module)]
@@ -251,10 +252,10 @@ def largest_product(pair: "Pair", rows: int) -> int | None:
 
 @contextmanager
 def threads(given: int | None, largest: int | None = None) -> Iterator[None]:
-    """Set the number of torch's threads for the block: ``given``, else one if the products are small and no
-    environment variable sets the number.
+    """Set the number of torch's threads for the block to ``given``. If that is ``None``, set it to one if the
+    matrix products are small and no environment variable sets the number.
 
-    :param largest: multiply-adds of the largest product; ``None`` if unknown.
+    :param largest: multiply-adds of the largest matrix product; ``None`` if unknown.
     """
     import torch
 

@@ -1,4 +1,5 @@
-"""``report.html``: the pictures and texts of a run folder on one page. Nothing is computed."""
+"""Write ``report.html``, which shows the pictures and texts of a run folder on one page. Nothing is
+computed: the pictures and texts are those that other commands wrote."""
 
 import re
 from collections.abc import Iterator
@@ -76,7 +77,8 @@ def write_report(run: Run, changed: Path | None = None) -> Path | None:
 
 
 def _sections(run: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Title, texts and pictures of each result folder of a run that has any. Links are ignored."""
+    """Title, texts and pictures of each result folder of a run, if it has texts or pictures. Symbolic links
+    are ignored."""
     for kind in RESULT_FOLDERS:
         folders = [
             entry
@@ -100,6 +102,6 @@ def _read_or_error(file: Path) -> str:
 
 
 def _folder_number(path: Path) -> int:
-    """10 for ``plots-10``, 1 for ``plots``."""
+    """The number at the end of a name: 10 for ``plots-10``, 1 for ``plots``."""
     match = re.search(r"-(\d+)$", path.name)
     return int(match[1]) if match else 1

@@ -45,15 +45,15 @@ from pyro_vae.pairs.elbo import MeanElbo
 from pyro_vae.priors import StandardNormal
 
 SCHEMA = 2
-RESULT_FOLDERS = ("plots", "evaluation", "diagnosis", "samples", "reconstructions")  # and plots-2, …
+RESULT_FOLDERS = ("plots", "evaluation", "diagnosis", "samples", "reconstructions")  # also plots-2, …
 _ATOMIC_FILES = "config.json", "env.json", "report.html"
 _RESULT_FOLDER = re.compile(rf"({'|'.join(RESULT_FOLDERS)})(-\d+)?")
-_KEYS = {  # by which a file of a run is recognized
+_KEYS = {  # keys of the files of a run, which show that a run wrote them
     "config.json": {"schema", "dataset", "pair"},
     "env.json": {"pyro_vae", "command"},
     "metrics.jsonl": {"epoch", "train"},
 }
-GENERATOR = '<meta name="generator" content="pyro-vae">'  # by which a report is recognized
+GENERATOR = '<meta name="generator" content="pyro-vae">'  # shows that a run wrote the report
 
 
 class Run(NamedTuple):
@@ -63,7 +63,7 @@ class Run(NamedTuple):
     config: Config
 
     def record(self, epochs: Iterable[Epoch], *, append: bool) -> None:
-        """Append epochs to ``metrics.jsonl``, or replace the file by them."""
+        """Append epochs to ``metrics.jsonl``, or replace its content by them."""
         file = check_no_link(self.path / "metrics.jsonl")
         content = "".join(json.dumps(to_json(epoch)) + "\n" for epoch in epochs).encode()
         if append:
@@ -153,7 +153,8 @@ class Run(NamedTuple):
 
     @contextmanager
     def loaded(self, rows: Tensor | None = None) -> Iterator[Pair]:
-        """Load the trained pair on the CPU, in evaluation mode. Its param store is Pyro's within the block.
+        """Load the trained pair on the CPU, in evaluation mode. Within the block, Pyro's param store has the
+        parameters of the pair.
 
         :param rows: two rows of data, on which the pair is run to collect its parameters. The default for a
             VAE is zeros.
@@ -163,15 +164,15 @@ class Run(NamedTuple):
         if not os.path.lexists(weights) and last_step(self.path) is not None:
             pair_option = () if self.config.pair is None else ("--pair", self.config.pair)
             raise FileNotFoundError(
-                f"{self.path} has no weights: the first epoch was interrupted, or they were deleted; resume "
-                f"with: {resume_command(self.path, pair_option)}"
+                f"{self.path} has no saved parameters: the first epoch was interrupted, or the parameters "
+                f"were deleted; resume with: {resume_command(self.path, pair_option)}"
             )
         with nullcontext() if self.config.pair else checkpoint.within(weights):
             pair = build_pair(self.config)
         if rows is None and pair.vae is None:
             raise ValueError(
-                f"{self.path}: the run was trained with a model and a guide of your own, without samples or "
-                "reconstructions; expected a run whose --pair returns a pyro_vae.VAE"
+                f"{self.path}: the run was trained with a model and a guide of your own, so samples and "
+                "reconstructions are not defined; expected a run whose --pair returns a pyro_vae.VAE"
             )
         for program in (pair.model, pair.guide):
             if isinstance(program, torch.nn.Module):
@@ -184,9 +185,10 @@ class Run(NamedTuple):
 
 
 class _RunCheckpoints(checkpoint.Checkpoints):
-    """The checkpoints of a run. The first checkpoint creates the run folder, so that a failed start replaces
-    nothing. A checkpoint at the end of an epoch also saves the parameters and records the epoch. With early
-    stopping, only the parameters of the best epoch are saved.
+    """The checkpoints of a run. The run folder is created when the first checkpoint is saved, so that a run
+    that fails before replaces no files. With the checkpoint at the end of an epoch, the parameters of the
+    pair are saved too, and the epoch is recorded in ``metrics.jsonl``. With early stopping, parameters are
+    saved only if the epoch is the best so far.
 
     :param rows: two rows of data, on which the pair is run to collect its parameters.
     """
@@ -208,7 +210,7 @@ class _RunCheckpoints(checkpoint.Checkpoints):
         yield
 
     def check_free(self) -> None:
-        """Do nothing: the function :func:`check_free` has checked the run folder."""
+        """Do nothing: the function :func:`check_free` of this module has checked the run folder already."""
 
     def save(self, steps: int, content: Any, *, score: float) -> None:
         self.run = self.run or self.create_run()
@@ -217,7 +219,7 @@ class _RunCheckpoints(checkpoint.Checkpoints):
             epochs = [Epoch.of(record) for record in content["history"]]
             if self.run.config.patience is None or not content["best"]["epochs_since"]:
                 self.run.save(self.pair, self.rows, epochs[-1])
-            # after the parameters: after a crash, no recorded epoch is without them
+            # after the parameters are saved, so that a crash leaves no recorded epoch without parameters
             self.run.record(epochs[-1:] if self.has_recorded else epochs, append=self.has_recorded)
             self.has_recorded = True
 
@@ -281,7 +283,7 @@ def train(
 
 
 def last_step(path: Path) -> int | None:
-    """The step of the newest checkpoint of the run at ``path``, if any."""
+    """The step of the newest checkpoint of the run at ``path``; ``None`` if there are no checkpoints."""
     checkpoints = checkpoint.Checkpoints(path / "checkpoints").paths()
     return int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else None
 
@@ -289,7 +291,7 @@ def last_step(path: Path) -> int | None:
 def resume_command(path: Path, options: Iterable[object] = ()) -> str:
     """The shell command that resumes the run at ``path``.
 
-    :param options: the options to repeat, which a run does not record.
+    :param options: further options, which must be repeated since a run does not record them.
     """
     return shlex.join(["pyro-vae", "train", "--out", str(path), "--resume", "last", *map(str, options)])
 
@@ -305,7 +307,7 @@ def resumed_config(path: Path, config: Config, given: Collection[str]) -> Config
     """The configuration with which the run at ``path`` resumes.
 
     :param given: the fields of ``config`` that the command line sets. The others are read from the run.
-    :raises MismatchError: if such a field differs from the run. Only ``num_epochs`` may change.
+    :raises MismatchError: if a field in ``given`` differs from the run. Only ``num_epochs`` may differ.
     """
     recorded = open_run(path, config.pair if "pair" in given else None).config
     for name in given:
@@ -363,7 +365,7 @@ def create(path: Path, config: Config, device: str, *, overwrite: bool, resumes:
     others.
 
     :param resumes: keep the files of the run at ``path``.
-    :raises FileExistsError: as :func:`check_free`.
+    :raises FileExistsError: in the cases of :func:`check_free`.
     """
     path.mkdir(parents=True, exist_ok=True)
     if not resumes:
@@ -418,8 +420,8 @@ def is_run(path: Path) -> bool:
 def open_run(path: Path, pair: str | None = None) -> Run:
     """Open an existing run folder.
 
-    :param pair: the ``--pair`` that the run was trained with, if any. The caller must repeat it, since its
-        code is executed.
+    :param pair: the ``--pair`` that the run was trained with, if any. The caller must pass it again,
+        since the code that it names is executed.
     :raises FileNotFoundError: if there is no run at ``path``.
     :raises ValueError: if its ``config.json`` is invalid; ``MismatchError`` if another version of pyro_vae
         wrote it, or if ``pair`` differs from the run.
@@ -438,8 +440,8 @@ def open_run(path: Path, pair: str | None = None) -> Run:
         ) from error
     if schema != SCHEMA:
         raise checkpoint.MismatchError(
-            f"{file} has schema {reprlib.repr(schema)} but this pyro_vae reads {SCHEMA}; install the version "
-            "that wrote it"
+            f"{file} has schema {reprlib.repr(schema)} but this version of pyro_vae reads schema "
+            f"{SCHEMA}; install the version that wrote the run"
         )
     run = Run(path, Config.read(record, str(file)))
     if run.config.pair != pair:
@@ -546,7 +548,7 @@ def to_json(result: Any) -> Any:
 
 def _as_epoch(record: dict[str, Any]) -> Epoch:
     """Convert a parsed line of ``metrics.jsonl``. Raises ``ValueError``, ``TypeError``, ``KeyError`` or
-    ``AttributeError`` for an invalid one."""
+    ``AttributeError`` for an invalid record."""
 
     def number(value: Any) -> float:
         if type(value) not in (int, float) or abs(value) > sys.float_info.max:
@@ -571,8 +573,8 @@ def _as_epoch(record: dict[str, Any]) -> Epoch:
     train = mean(record["train"])
     if type(record["epoch"]) is not int or not 0 < record["epoch"] < 2**32 or train is None:
         raise ValueError("the number of the epoch is invalid, or there is no training ELBO")
-    numbers = {
-        key: math.nan if value is None else number(value)
+    numbers: dict[str, Any] = {
+        key: number(value) if value is not None else None if key == "mutual_information" else math.nan
         for key, value in record.items()
         if key not in ("train", "validation", "epoch")
     }

@@ -248,7 +248,7 @@ def test_invalid_options_for_resuming_raise(tmp_path):
     ):
         with pytest.raises(MismatchError, match=message):
             run(checkpoint=tmp_path / "a", resume="last", **options)
-    with pytest.raises(ValueError, match="weights of another pair"):
+    with pytest.raises(ValueError, match="parameters of another pair"):
         run(branches, checkpoint=tmp_path / "a", resume="last", check=False)
     with pytest.raises(FileExistsError, match="resume="):
         run(checkpoint=tmp_path / "a")
@@ -295,7 +295,7 @@ def test_the_error_for_a_checkpoint_without_an_entry_names_the_entry(tmp_path, n
     del part[last]
     write(path, "training run", content, score=-math.inf)
     for resume in ("last", path):
-        with pytest.raises(MismatchError, match=rf"{path.name} lacks {re.escape(name)}.*begin anew"):
+        with pytest.raises(MismatchError, match=rf"{path.name} lacks {re.escape(name)}.*start a new fit"):
             run(checkpoint=tmp_path, resume=resume)
 
 
