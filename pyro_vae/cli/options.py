@@ -217,6 +217,7 @@ def with_option_names(message: str, names: Collection[str]) -> str:
     # an objective has an option here, and a class in Python
     message = message.replace('estimator="iwae"', "--objective iwae")
     message = re.sub(r"\b(expected|or) (VIMCO|Trace_ELBO)\b", _as_objective, message)
+    message = message.replace("batch_size=None", "a --batch-size of all data")
     # remove advice about min_scale, for which the command line has no option
     message = message.replace(", raise min_scale", "").replace("raise min_scale, or ", "")
     message = re.sub(pattern, option, message)

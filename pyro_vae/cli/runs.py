@@ -559,7 +559,11 @@ def _as_epoch(record: dict[str, Any]) -> Epoch:
         if part is None:
             return None
         # null is NaN, or a part that only an objective other than the ELBO has
-        of_objective = ("bound", "bound_se", "ess") if part.get("bound") is None else ()
+        of_objective: tuple[str, ...] = ("bound", "bound_se", "ess")
+        if part.get("bound") is not None:
+            if missing := [key for key in of_objective if key not in part]:
+                raise ValueError(f"there is a bound without {missing[0]}")
+            of_objective = ()
         values: dict[str, Any] = {
             key: number(value) if value is not None else None if key in of_objective else math.nan
             for key, value in part.items()

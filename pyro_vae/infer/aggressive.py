@@ -7,7 +7,6 @@ from pyro_vae.infer.resume import Epoch
 from pyro_vae.pairs.latents import mutual_information
 from pyro_vae.pairs.structure import Structure
 
-
 _PATIENCE = 5  # epochs
 
 

@@ -245,7 +245,8 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
         keyword arguments, a :class:`~pyro_vae.data.Data`, a torch ``Dataset`` or a ``DataLoader``. If a batch
         has more arguments than the model takes, the model gets the first ones, so an unsupervised pair can be
         trained on a labelled data set.
-    :param loss: one of Pyro's ELBO objects, by default ``Trace_ELBO()``.
+    :param loss: one of Pyro's ELBO objects, by default ``Trace_ELBO()``, or an
+        :class:`~pyro_vae.infer.Objective`, such as ``infer.IWAE(5)``.
     :param optim: one of Pyro's optimizers, by default Adam with learning rate 1e-3. A scheduler steps once an
         epoch.
     :param num_epochs: passes over the data.
@@ -259,8 +260,8 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
     :param beta: weight of the latent terms, log p(z) − log q(z|x): a number, or a function of the number of
         epochs elapsed, which is a fraction within an epoch. It changes the objective; reported ELBOs do not
         contain it.
-    :param patience: early stopping: stop after this many epochs without a higher validation ELBO, and restore
-        the parameters of the best epoch.
+    :param patience: early stopping: stop after this many epochs without a higher objective on the validation
+        data, and restore the parameters of the best epoch.
     :param compile: how steps run, see :class:`~pyro_vae.SVI`. ``"auto"`` chooses by the number of steps:
         eager Pyro below 300, a graph below 5000, then Inductor if there is a C++ compiler.
     :param clip_norm: the largest norm of the gradient of the loss per datum, over all parameters together: a
@@ -277,7 +278,7 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
         the data and history. At SIGINT or SIGTERM the current step is finished and a checkpoint is saved
         before the signal takes effect.
     :param resume: ``"last"``: resume from the newest undamaged checkpoint in that folder, or start if there
-        is none; ``"best"``: from that of the highest validation ELBO; or the path of a checkpoint. All other
+        is none; ``"best"``: from that of the highest validation objective; or a path. All other
         arguments must be the same, except that ``num_epochs`` may be larger. The parameters are those of an
         uninterrupted fit, bit for bit.
     :param progress: show a bar on stderr; by default only if that is a terminal.

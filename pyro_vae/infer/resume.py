@@ -40,9 +40,10 @@ class Epoch(NamedTuple):
     """One epoch of training.
 
     ``train`` is the mean ELBO over the minibatches of the epoch, each evaluated with the parameters before
-    its step. ``validation`` is the ELBO of the validation data after the last step. Both are the ELBO itself,
-    with β = 1, whatever the loss. ``beta`` is the β of the last step. ``mutual_information`` is I_q(x; z) in
-    nats after an epoch with ``inference_steps``, else ``None``.
+    its step. ``validation`` is that of the validation data after the last step. Both are the ELBO itself,
+    with β = 1, whatever the loss; for an :class:`~pyro_vae.infer.Objective` that is not the ELBO they also
+    have its bound. ``beta`` is the β of the last step. ``mutual_information`` is I_q(x; z) in nats after an
+    epoch with ``inference_steps``, else ``None``.
     """
 
     epoch: int

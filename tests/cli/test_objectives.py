@@ -186,6 +186,7 @@ def test_error_of_a_discrete_guide_names_the_objective_for_it(run):
         ("expected pyro.sample, or Trace_ELBO for points", "or --objective elbo for points"),
         ('for each latent, or estimator="iwae"', "for each latent, or --objective iwae"),
         ("VIMCO: 'z' has no density", "VIMCO: 'z' has no density"),
+        ("pass batch_size=None, or Trace_ELBO", "pass a --batch-size of all data, or --objective elbo"),
     ],
 )
 def test_classes_of_objectives_in_remedies_become_options(message, expected):
@@ -224,6 +225,9 @@ def test_invalid_bound_in_metrics_is_an_error(change):
     record = runs.to_json(Epoch(1, 1.0, MeanElbo(-3.0, -2.0, 1.0, 0.1, -2.5, 0.2, 3.0), None, 0.5))
     with pytest.raises(ValueError, match="is not a number"):
         runs._as_epoch(record | {"train": record["train"] | change})
+    del record["train"]["ess"]
+    with pytest.raises(ValueError, match="a bound without ess"):
+        runs._as_epoch(record)
 
 
 def test_early_stopping_selects_the_epoch_of_the_best_objective():
