@@ -63,7 +63,7 @@ class MinibatchSVI(SVI):
             handler(program) for handler, program in zip(self.handlers, (model, guide), strict=True)
         ]
         super().__init__(*self.programs, optim, loss, check=False)
-        self._loss_and_grads = self._checked_loss_and_grads
+        self.loss_and_grads = self._loss_and_grads = self._checked_loss_and_grads  # fit has checked the pair
 
     def _checked_loss_and_grads(self, *args: Any, **kwargs: Any) -> Any:
         """Compute loss and gradients by Pyro, check the loss, and average and clip the gradients."""
