@@ -20,8 +20,8 @@ from pyro_vae.infer.distributed import Group
 from pyro_vae.infer.fit import empty_store, inspect_for_training, step_scheduler, warn_of_new_parameters
 from pyro_vae.infer.minibatch import nonfinite_parameters
 from pyro_vae.infer.svi import check_optimizer
-from pyro_vae.pairs.preserve import KeepFrozen, stream_seed, untouched
-from pyro_vae.pairs.structure import LESS_MEMORY, Structure, remember_trained
+from pyro_vae.pairs.preserve import KeepFrozen, make_parameters, stream_seed, untouched
+from pyro_vae.pairs.structure import LESS_MEMORY, Structure, first_line, remember_trained
 from pyro_vae.pairs.threads import training
 from pyro_vae.pairs.traces import Program, enough_memory, prior_of, sampled, subsampling_scale
 
@@ -154,7 +154,9 @@ def mcem(
         _check_model(pair, batches.num_rows)
         warn_of_new_parameters(model, model, state)
         with store.scope(state), KeepFrozen():
-            path = Path(program, None, batches.whole, verb="mcem", check=check, joint=bool(pair.shared))
+            make_parameters(program, pair.guide, pair.batch)
+            with untouched(training=False):
+                path = Path(program, None, batches.whole, verb="mcem", check=check, joint=bool(pair.shared))
             em = _EM(path, hmc, optim, num_chains, num_updates)
             em.check_modes()
             if start is not None:
@@ -263,19 +265,23 @@ class _EM:
         return -(len(self.log_step) / z.shape[1]) * log_joint.mean(0).sum()
 
     def _loss_and_grads(self, model: Program, guide: Program, batch: Batch, z: Tensor) -> float:
-        loss = self._loss(model, guide, batch, z)
-        loss.backward()
+        bad, value = "", math.nan
+        try:
+            loss = self._loss(model, guide, batch, z)
+            loss.backward()
+            value = loss.item()
+        except ValueError as error:  # of a distribution, about its parameters
+            bad = first_line(error)
         params = [p for _, p in pyro.get_param_store().named_parameters() if p.grad is not None]
-        gradients = [p.grad for p in params if p.grad is not None]
-        if not math.isfinite(loss.item()) or not all(g.isfinite().all() for g in gradients):
-            bad = nonfinite_parameters(params, gradients)
+        if names := nonfinite_parameters(params, [p.grad for p in params if p.grad is not None]):
+            bad = f"the gradient of {names} is not finite"
+        if bad or not math.isfinite(value):
             pyro.infer.util.zero_grads(params)
-            what = f"the gradient of {bad} is not finite" if bad else f"log p(x, z) is {-loss.item()}"
             raise FloatingPointError(
-                f"mcem: {what} at step {len(self.log_joint) + 1}; parameters are unchanged. Lower the "
-                "learning rate, raise min_scale, or check the data"
+                f"mcem: {bad or f'log p(x, z) is {-value}'} at step {len(self.log_joint) + 1}; parameters "
+                "are unchanged. Lower the learning rate, raise min_scale, or check the data"
             )
-        return loss.item()
+        return value
 
 
 def _check_model(pair: Structure, num_data: int) -> None:

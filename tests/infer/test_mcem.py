@@ -1,6 +1,5 @@
 """Monte Carlo EM: Fisher's identity, the maximum of the likelihood, acceptance rates, states, refusals."""
 
-import math
 from typing import ClassVar
 
 import pyro
@@ -28,19 +27,19 @@ def _double_precision():
 class FactorAnalysis:
     """z ~ N(0, I), x ~ N(W z + b, diag σ²), σ = exp s."""
 
-    start: ClassVar = {"w": seeded(4, 2), "b": seeded(4, seed=1), "s": 0.3 * seeded(4, seed=2)}
+    start: ClassVar = {"w": seeded(4, 1), "b": seeded(4, seed=1), "s": 0.3 * seeded(4, seed=2)}
     x = 1.5 * seeded(30, 4, seed=3)
 
     @staticmethod
     def model(x):
         w, b, s = (pyro.param(name, FactorAnalysis.start[name].clone()) for name in ("w", "b", "s"))
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(z @ w.mT + b, s.exp()).to_event(1), obs=x)
 
     @staticmethod
-    def log_joint(w, b, s, z, x=x):
-        likelihood = dist.Normal(z @ w.mT + b, s.exp()).log_prob(x).sum(-1)
+    def log_joint(w, b, s, z):
+        likelihood = dist.Normal(z @ w.mT + b, s.exp()).log_prob(FactorAnalysis.x).sum(-1)
         return (likelihood + dist.Normal(0.0, 1.0).log_prob(z).sum(-1)).sum(-1)
 
     @staticmethod
@@ -51,7 +50,7 @@ class FactorAnalysis:
     def posterior(cls, k):
         w, b, s = cls.start.values()
         scaled = w / (2 * s).exp().unsqueeze(-1)
-        precision = torch.eye(2) + w.mT @ scaled
+        precision = torch.eye(1) + w.mT @ scaled
         mean = torch.linalg.solve(precision, ((cls.x - b) @ scaled).mT).mT
         return dist.MultivariateNormal(mean, precision_matrix=precision).sample((k,))
 
@@ -59,7 +58,7 @@ class FactorAnalysis:
 class Mixture:
     """k ~ Categorical(π), summed out; z ~ N(mₖ, 1), x ~ N(z, ½)."""
 
-    start: ClassVar = {"m": torch.tensor([-1.0, 2.0]), "logits": torch.tensor([0.3, -0.2])}
+    start: ClassVar = {"m": torch.tensor([-1.0, 2.0]).double(), "logits": torch.tensor([0.3, -0.2]).double()}
     x = 2.0 * seeded(20, seed=3)
 
     @staticmethod
@@ -89,7 +88,7 @@ class Mixture:
 class SharedMean:
     """z ~ N(0, 1) for all data, xᵢ ~ N(a z, σ²), σ = exp s."""
 
-    start: ClassVar = {"a": torch.tensor(1.3), "s": torch.tensor(0.2)}
+    start: ClassVar = {"a": torch.tensor(1.3).double(), "s": torch.tensor(0.2).double()}
     x = 1.0 + seeded(20, seed=3)
 
     @staticmethod
@@ -125,19 +124,14 @@ def gradient(f, start):
 
 def gradient_error(case, k):
     """The standard error of the mean over k exact draws of ∇ log p(x, z)."""
-    z = case.posterior(1000)
-    columns = torch.autograd.functional.jacobian(
-        lambda *leaves: case.log_joint(*leaves, z),
-        tuple(case.start.values()),
-        vectorize=True,
-        strategy="forward-mode",
-    )
-    return torch.cat([column.reshape(1000, -1) for column in columns], 1).std(0) / k**0.5
+    draws = case.posterior(300)
+    gradients = [gradient(lambda *leaves, z=z: case.log_joint(*leaves, z), case.start) for z in draws]
+    return torch.stack(gradients).std(0) / k**0.5
 
 
 @pytest.mark.parametrize(
     ("case", "batch_size"),
-    [(FactorAnalysis, None), (FactorAnalysis, 10), (Mixture, None), (Mixture, 7), (SharedMean, None)],
+    [(FactorAnalysis, None), (FactorAnalysis, 10), (Mixture, None), (Mixture, 5), (SharedMean, None)],
     ids=["factor analysis", "minibatches", "enumerated", "enumerated minibatches", "shared latent"],
 )
 def test_the_update_at_exact_posterior_draws_is_the_gradient_of_log_evidence(case, batch_size):
@@ -158,15 +152,15 @@ def test_the_update_at_exact_posterior_draws_is_the_gradient_of_log_evidence(cas
         start=exact,
     )
     num_steps = len(history.log_joint)
-    assert num_steps == (1 if batch_size is None else -(-n // batch_size))
+    assert num_steps == (1 if batch_size is None else n // batch_size)
     with history.scope():
         moved = torch.cat([(pyro.param(name) - case.start[name]).flatten() for name in case.start]).detach()
-    if batch_size is None or n % batch_size == 0:
-        expected = num_steps * gradient(case.log_evidence, case.start)
-        # the draws of minibatches are independent, and each is scaled by N/B
-        error = num_steps * gradient_error(case, k)
-        assert ((moved / lr - expected).abs() < 4 * error).all()
-        assert (expected.abs() > 8 * error).any()
+    # each minibatch is scaled by N/B
+    expected, error = (
+        num_steps * value for value in (gradient(case.log_evidence, case.start), gradient_error(case, k))
+    )
+    assert ((moved / lr - expected).abs() < 4 * error).all()
+    assert (expected.abs() > 8 * error).any()
     assert not torch.equal(history.latents["z"], draws)
     assert (history.acceptance > 0.5).all()
 
@@ -174,7 +168,7 @@ def test_the_update_at_exact_posterior_draws_is_the_gradient_of_log_evidence(cas
 def test_the_maximum_likelihood_of_factor_analysis_is_reached():
     """The mean of log p(x) is below its maximum by less than the standard error of the difference over
     data."""
-    x = FactorAnalysis.x @ (torch.eye(4) + seeded(4, 4, seed=7).tril(-1))
+    x = seeded(200, 1, seed=4) @ seeded(1, 4, seed=5) + 0.7 * seeded(200, 4, seed=6)
     best = {name: value.clone().requires_grad_() for name, value in FactorAnalysis.start.items()}
     optim = torch.optim.LBFGS(best.values(), max_iter=500, line_search_fn="strong_wolfe")
 
@@ -241,6 +235,7 @@ def run(model, x=None, **options):
     return mcem(model, seeded(25, 3) if x is None else x, **options)
 
 
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
 def test_a_module_is_trained_in_place_and_no_global_state_changes():
     vae, frozen = small_vae(), small_vae()
     frozen.model.decoder.log_scale.requires_grad_(False)
@@ -365,14 +360,20 @@ def test_what_is_not_defined_is_refused(model, options, message):
 
 
 def test_a_value_that_is_not_finite_raises_before_parameters_are_updated():
-    vae = small_vae()
-    with torch.no_grad():
-        vae.model.decoder.log_scale.fill_(-math.inf)
-        vae.model.decoder.min_scale = 1e-300
-    before = {name: value.clone() for name, value in vae.named_parameters()}
-    with pytest.raises(FloatingPointError, match="parameters are unchanged"):
-        run(vae.model, check=False)
-    assert all(torch.equal(value, before[name]) for name, value in vae.named_parameters())
+    """The first update moves a location so far that the square of its distance overflows."""
+    loc = nn.Parameter(torch.zeros(()))
+
+    def model(x):
+        pyro.param("loc", loc)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(FloatingPointError, match="at step 1; parameters are unchanged"):
+        run(model, seeded(25), optim=pyro.optim.SGD({"lr": 1e200}))
+    assert loc.isfinite()
+    assert loc.abs() > 1e100
+    assert not loc.grad.any()
 
 
 def test_it_is_public():
