@@ -12,7 +12,7 @@ import pyro
 import torch
 
 import pyro_vae as pv
-from benchmarks import epoch, posterior, step
+from benchmarks import epoch, objectives, posterior, step
 from benchmarks.timing import print_table
 from pyro_vae.compiler.passes import PASSES
 
@@ -20,7 +20,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("tables", nargs="*", help="step, epoch, posterior; default: all")
+    parser.add_argument("tables", nargs="*", help="step, objectives, epoch, posterior; default: all")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--epochs", type=int, default=5, help="rounds of the epoch table")
     parser.add_argument("--num-data", type=int, default=60_000, help="MNIST images per epoch")
@@ -31,7 +31,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     for name in args.without:
         del PASSES[name]
-    tables = args.tables or ["step", "epoch", "posterior"]
+    tables = args.tables or ["step", "objectives", "epoch", "posterior"]
 
     pyro.set_rng_seed(0)
     print(f"{platform.system()} {platform.machine()}", end=", ")
@@ -39,6 +39,12 @@ if __name__ == "__main__":
     print(f"Python {platform.python_version()}, torch {torch.__version__}")
     if "step" in tables:
         print_table("One step of SVI", step.steps((20, 100, 256, 1024), args.rounds), step.BASE)
+    if "objectives" in tables:
+        columns = objectives.steps(((5, 20), (5, 100), (50, 20), (50, 100)), args.rounds)
+        for base in (objectives.PRODUCTS, objectives.RENYI, objectives.IWAE_STEP):
+            print_table("One compiled step of an objective", columns, base)
+        columns = objectives.labels(args.rounds)
+        print_table("One step of TraceEnum_ELBO, 10 labels summed out", columns, objectives.LABELS)
     if "epoch" in tables:
         train, _ = pv.load("mnist", binarize="threshold", data_dir=args.data_dir)
         x = train.x[: args.num_data].reshape(-1, 784)

@@ -64,17 +64,19 @@ def by_hand(*, compiled):
     return step
 
 
-def products():
-    """The matrix products of a step, forward and backward, by torch."""
+def products(num_particles=1):
+    """The matrix products of a step, forward and backward, by torch: one encoding and a decoding for each
+    particle."""
     encoder, heads = torch.randn(HIDDEN, PIXELS), torch.randn(2 * LATENT, HIDDEN)
     decoder, output = torch.randn(HIDDEN, LATENT), torch.randn(PIXELS, HIDDEN)
 
     def step(x):
         h = linear(x, encoder)
         s = linear(h, heads)
-        z = s[:, :LATENT]
+        z = s[:, :LATENT].repeat(num_particles, 1)
         g = linear(z, decoder)
         logits = linear(g, output)
+        # products do not depend on values, so outputs stand for their gradients
         for outputs, inputs, weight in ((logits, g, output), (g, z, decoder), (s, h, heads)):
             outputs.mT @ inputs
             outputs @ weight

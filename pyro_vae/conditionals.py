@@ -2,9 +2,9 @@
 
 A decoder p(x|z), an encoder q(z|x) and a prior p(z) or p(z|c) are all conditionals; see
 :mod:`pyro_vae.priors` for p(z). Each class here takes a trunk (see :mod:`pyro_vae.nets`) and an
-``event_shape``, and adds a linear read-out of the trunk's features for each parameter of its distribution.
-Positive parameters are exp or softplus of a read-out; most add a small positive constant, without which the
-density is unbounded.
+``event_shape``. For each parameter of its distribution it has a read-out: a linear layer on the trunk's
+features. Positive parameters are exp or softplus of a read-out, mostly plus a small constant: without it the
+parameter could approach 0, where the density is unbounded.
 
 >>> import torch
 >>> from pyro_vae import conditionals, nets
@@ -43,7 +43,7 @@ class Conditional(Part):
         super().__init__()
         self.event_shape = as_shape(event_shape)
 
-    # not an ABC, whose metaclass conflicts with that of PyroModule[Normal]
+    # not an abstract base class (ABC): its metaclass conflicts with that of PyroModule[Normal]
     def forward(self, *given: Tensor) -> dist.TorchDistribution:
         """The distribution p(y | given)."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward()")
@@ -53,12 +53,12 @@ class Conditional(Part):
 
 
 class FromTrunk(Conditional):
-    """A conditional with a linear read-out of a trunk's features for each parameter of its distribution.
+    """A conditional with a read-out, a linear layer on a trunk's features, for each parameter.
 
     :param trunk: a module of :mod:`pyro_vae.nets`, ``nn.Linear``, ``nn.Sequential``, or any module with an
         attribute ``out_shape``.
     :param event_shape: the shape of one y.
-    :param readouts: the shape of each read-out, by name of the parameter.
+    :param readouts: maps the name of each parameter to the shape of its read-out.
 
     ``forward(*given)`` passes its inputs to the trunk, and raises ``ValueError`` if there are none.
     """
@@ -82,14 +82,15 @@ class FromTrunk(Conditional):
     def forward(self, *given: Tensor) -> dist.TorchDistribution:
         if not given:
             raise ValueError(
-                f"{type(self).__name__}: it is conditional but got no inputs; expected those of its trunk. "
+                f"{type(self).__name__}: it is conditional but got no inputs; expected the inputs of its "
+                "trunk. "
                 "If it is a prior p(z|c), pass the condition: model(x, c), guide(x, c), vae.sample(n, c)"
             )
         features = self.trunk(*given)
         return self.distribution(**{name: readout(features) for name, readout in self.readout.items()})
 
     def distribution(self, **parameters: Tensor) -> dist.TorchDistribution:
-        """The distribution with these read-outs as parameters and event shape ``event_shape``."""
+        """The distribution, with event shape ``event_shape``, for the values of the read-outs."""
         raise NotImplementedError(f"{type(self).__name__} does not define distribution()")
 
 
@@ -173,10 +174,11 @@ class LocationScale(Elementwise):
         min_scale + exp(v/2) with v linear in the features, as in Kingma & Welling (2013); ``"learned"``: σ =
         min_scale + exp(s) with a learned s of shape ``event_shape`` that all data share; ``"isotropic"``: the
         same with a learned scalar s, as in probabilistic PCA; a number or tensor: a fixed σ.
-    :param min_scale: lower bound of a scale that is not fixed, so that log p(y) ≤ −log min_scale + const per
-        element. Without it the density is unbounded as σ → 0 if the location equals y, as for a constant
-        pixel. Pass 0 for parameters trained elsewhere, see "Parameters trained elsewhere" in the README.
-    :param loc_constraint: support of the location. ``constraints.unit_interval`` applies a sigmoid, as
+    :param min_scale: lower bound of σ unless σ is fixed, so that log p(y) ≤ −log min_scale + const for each
+        element. Without this bound the density diverges as σ → 0 if the location equals y, which happens for
+        a pixel with the same value in all images. Pass 0 for parameters that were trained without the bound,
+        see "Parameters trained elsewhere" in the README.
+    :param loc_constraint: constraint on the location. ``constraints.unit_interval`` applies a sigmoid, as
         Kingma & Welling (2013) do for Frey Face.
     :raises ValueError: if ``scale`` or ``min_scale`` is invalid.
     """
@@ -210,7 +212,7 @@ class LocationScale(Elementwise):
             fixed = torch.as_tensor(scale, dtype=torch.get_default_dtype())
             if not (fixed > 0).all() or fixed.shape not in (torch.Size(), self.event_shape):
                 raise ValueError(
-                    "scale: a fixed scale must be positive, and a number or of shape "
+                    "scale: expected a fixed scale that is a positive number or a positive tensor of shape "
                     f"{tuple(self.event_shape)}, but got {scale}"
                 )
             self.register_buffer("fixed_scale", fixed.expand(self.event_shape).clone())
@@ -265,7 +267,7 @@ class StudentT(LocationScale):
 class MultivariateNormal(FromTrunk):
     """N(μ, L Lᵀ) with full covariance; the diagonal of L is min_scale + exp of a read-out.
 
-    ``event_shape`` has a single dimension d; the read-outs have d + d(d+1)/2 elements.
+    ``event_shape`` has a single dimension d; the read-outs have d + d(d+1)/2 elements in total.
     """
 
     def __init__(self, trunk: nn.Module, *, event_shape: Shape, min_scale: float = 1e-3) -> None:
@@ -281,7 +283,7 @@ class MultivariateNormal(FromTrunk):
         if lower is not None:
             d = loc.shape[-1]
             row, column = torch.tril_indices(d, d, offset=-1, device=loc.device)
-            # scale_tril[..., row, column] = lower, out of place
+            # the same as scale_tril[..., row, column] = lower, but not in place
             flat = scale_tril.flatten(-2)
             scale_tril = flat.index_add(-1, row * d + column, lower).unflatten(-1, (d, d))
         return dist.MultivariateNormal(loc, scale_tril=scale_tril)
@@ -318,12 +320,12 @@ class Categorical(FromTrunk):
         self.num_classes = num_classes
 
     def distribution(self, *, logits: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
-        class_dim = -1 - len(self.event_shape)  # before the event, as the channels of a convolution
+        class_dim = -1 - len(self.event_shape)  # left of the event dimensions, as channels of a convolution
         return _OrderedCategorical(logits=logits.movedim(class_dim, -1)).to_event(len(self.event_shape))
 
 
 class _OrderedCategorical(dist.Categorical):
-    """A categorical distribution over numbers, which has a mean."""
+    """A categorical distribution over the numbers 0, 1, …, which has a mean."""
 
     @property
     def mean(self) -> Tensor:
@@ -347,8 +349,10 @@ def masked(distribution: dist.TorchDistribution, mask: Tensor) -> dist.TorchDist
 
 
 def vector_size(name: str, event_shape: Shape) -> int:
-    """The size d of a one-dimensional ``event_shape``. Raises ``ValueError`` otherwise, with ``name`` as the
-    prefix of the message."""
+    """The size d of a one-dimensional ``event_shape``.
+
+    :raises ValueError: if ``event_shape`` has another number of dimensions. The message starts with ``name``.
+    """
     shape = as_shape(event_shape)
     if len(shape) != 1:
         raise ValueError(

@@ -1,6 +1,7 @@
-"""Atomic file writes, folder locks, and safe reading of received folders.
+"""Atomic file writes, folder locks, and reading of folders from untrusted sources.
 
-No function follows a symbolic link at the end of a path: a received folder cannot refer to other folders.
+If the last component of a path is a symbolic link, no function follows it. So a link in an untrusted folder
+cannot lead to files elsewhere.
 """
 
 import fcntl
@@ -18,7 +19,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-LOCK = ".lock"  # contains the process id of the writer
+LOCK = ".lock"  # contains the id of the process that has locked the folder
 LIST = ".written.json"  # names and SHA-256 of the files that pyro-vae wrote to the folder
 MAX_TEXT = 2**28  # maximal size of a text file, in bytes
 
@@ -43,7 +44,10 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def meant_for(name: str) -> str | None:
-    """The target of a temporary file of :func:`write_whole`, by its name; ``None`` for any other name."""
+    """The name of the file that :func:`write_whole` writes by way of the temporary file ``name``.
+
+    ``None`` if ``name`` is not the name of such a temporary file.
+    """
     match = re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}", name)  # the names that mkstemp makes
     return match[1] if match else None
 
@@ -69,7 +73,7 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_TEXT) -> bytes:
     """Read a regular file.
 
     :raises FileNotFoundError: if ``path`` does not exist.
-    :raises ValueError: for a link, a device, a pipe or a folder, and for more than ``max_bytes``.
+    :raises ValueError: if ``path`` is a link, a device, a pipe or a folder, or has more than ``max_bytes``.
     """
     mode = check_no_link(path).lstat().st_mode
     if not stat.S_ISREG(mode):
@@ -111,10 +115,13 @@ def _dict_of_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def reserved(path: Path, *, numbered: bool = False) -> Iterator[Path]:
-    """Lock a folder for the block. A missing folder is created, and removed again if it stays empty.
+    """A context that locks the folder ``path`` and yields its path.
 
-    :param numbered: if ``path`` exists, use ``path-2``, ``path-3``, …
-    :raises BlockingIOError: if another process has locked the folder.
+    Missing folders of the path are created. Those that are still empty at the end are removed.
+
+    :param numbered: create a new folder: ``path``, or if it exists the first of ``path-2``, ``path-3``, …
+        that does not exist.
+    :raises BlockingIOError: if the folder is locked already, by another process or by this one.
     """
     created: list[Path] = []
     try:
@@ -148,16 +155,17 @@ def _numbered(path: Path) -> Iterator[Path]:
     return (path if i == 1 else path.with_name(f"{path.name}-{i}") for i in count(1))
 
 
-# (device, inode) of each lock file -> process id of its owner. A fork inherits the table but not the locks.
+# (device, inode) of each lock file -> id of the process that holds the lock. A forked process inherits this
+# table but not the locks.
 _lock_owners: dict[tuple[int, int], int] = {}
 _lock_owners_mutex = threading.Lock()
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder for the block.
+    """A context that locks a folder.
 
-    :raises BlockingIOError: if the folder is locked, by another process or by this one.
+    :raises BlockingIOError: if the folder is locked already, by another process or by this one.
     """
     file = folder / LOCK
     with _lock_owners_mutex:
@@ -174,18 +182,18 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(file: Path) -> tuple[int, tuple[int, int]]:
-    """Lock a file. Returns its descriptor, device and inode."""
+    """Lock a file. Returns its descriptor, and its device and inode."""
     while True:
         if os.path.lexists(file):
             with suppress(FileNotFoundError):
                 status = file.lstat()
                 if not stat.S_ISREG(status.st_mode):
                     raise ValueError(f"{file} is not a regular file; delete it")
-                # opening and closing a file would release the lock that this process has on it
+                # do not open a file that this process has locked: closing it would release the lock
                 if _lock_owners.get((status.st_dev, status.st_ino)) == os.getpid():
                     raise BlockingIOError(
-                        f"{file.parent} is in use by this process already; wait for that fit to end, or pass "
-                        "another folder"
+                        f"{file.parent} is in use by this process already; wait until the fit that uses it "
+                        "ends, or pass another folder"
                     )
         descriptor = os.open(
             file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644
@@ -193,7 +201,7 @@ def _lock(file: Path) -> tuple[int, tuple[int, int]]:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             status = os.fstat(descriptor)
-            # false if the previous owner has deleted the file in the meantime
+            # not the same file if the previous owner has deleted its lock file in the meantime
             if os.path.samestat(status, os.stat(file, follow_symlinks=False)):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, str(os.getpid()).encode(), 0)
@@ -221,7 +229,8 @@ def _lock(file: Path) -> tuple[int, tuple[int, int]]:
 def put(path: Path, content: bytes) -> None:
     """Write a file atomically, and record its SHA-256 in the list of files that pyro-vae wrote.
 
-    :raises FileExistsError: if ``path`` exists with other content than pyro-vae wrote.
+    :raises FileExistsError: if ``path`` exists and pyro-vae did not write it, or its content has changed
+        since.
     """
     listed = written(path.parent)
     if os.path.lexists(path) and not is_listed(path, listed):
@@ -232,7 +241,10 @@ def put(path: Path, content: bytes) -> None:
 
 
 def written(folder: Path) -> dict[str, str]:
-    """Names and SHA-256 of the files that pyro-vae wrote to a folder; empty without a valid list."""
+    """Names and SHA-256 of the files that pyro-vae wrote to a folder, read from its list of these files.
+
+    Empty if the list is missing or invalid.
+    """
     try:
         listed = parse_json(read_bytes(folder / LIST))
     except (OSError, ValueError):
@@ -243,12 +255,13 @@ def written(folder: Path) -> dict[str, str]:
 
 
 def is_listed(path: Path, listed: dict[str, str]) -> bool:
-    """Whether a file has the content that pyro-vae wrote."""
+    """Whether pyro-vae wrote a file and its content is unchanged. ``listed`` is the result of
+    :func:`written`."""
     return is_file(path) and path.name in listed and sum_of(path) == listed[path.name]
 
 
 def remove_listed(folder: Path) -> None:
-    """Delete the files that pyro-vae wrote to a folder, and the folder if nothing else is in it."""
+    """Delete the unchanged files that pyro-vae wrote to a folder, and the folder if it is then empty."""
     if folder.is_symlink() or not folder.is_dir():
         return
     listed = written(folder)
@@ -271,7 +284,7 @@ def sum_of(path: Path) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flush the file names of a folder to the disk."""
+    """Write the list of file names of a folder to the disk (fsync)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""Normalizing flows and mixtures as conditionals, for guides of non-Gaussian posteriors.
+"""Normalizing flows and mixtures as conditionals, for guides that approximate non-Gaussian posteriors.
 
-Like every conditional they take a trunk and an ``event_shape``.
+Like the other conditionals, they take a trunk and an ``event_shape``.
 
 >>> import torch
 >>> from pyro_vae import flows, nets
@@ -24,17 +24,18 @@ from pyro_vae.nets import Shape, as_shape
 class Flow(FromTrunk):
     """y = μ + σ · f_K ∘ … ∘ f₁(ε), ε ~ N(0, I), with invertible transforms fₖ (Rezende & Mohamed 2015).
 
-    μ, σ and a context vector for the transforms are read from the trunk.
+    μ, σ and a context vector are computed from the features of the trunk. The transforms depend on the
+    context vector.
 
     :param trunk: see :mod:`pyro_vae.nets`.
-    :param event_shape: d.
+    :param event_shape: d, the number of elements of y.
     :param num_transforms: K.
     :param context_dim: length of the context vector.
     :param hidden: widths of the hidden layers of each transform.
     :param min_scale: lower bound of σ.
 
-    Sampling takes one pass. ``log_prob`` of the last sample reuses that pass; ``log_prob`` of other values
-    takes d passes if the transforms are autoregressive.
+    Sampling takes one pass through the transforms. ``log_prob`` of the last sample reuses that pass. If the
+    transforms are autoregressive, ``log_prob`` of other values takes d passes.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Flow(FromTrunk):
     def distribution(self, *, loc: Tensor, log_scale: Tensor, context: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
         noise = dist.Normal(torch.zeros_like(loc), 1.0).to_event(1)
         flow: list[Any] = [transform.condition(context) for transform in self.transforms]  # type: ignore[operator]
-        # without the cache, log_prob of a sample inverts the whole flow
+        # without the cache, log_prob of a sample would invert the whole flow
         flow.append(T.AffineTransform(loc, self.min_scale + log_scale.exp(), event_dim=1, cache_size=1))
         return dist.TransformedDistribution(noise, flow)
 
@@ -69,7 +70,7 @@ class Flow(FromTrunk):
 class AffineAutoregressive(Flow):
     """Inverse autoregressive flow (Kingma et al. 2016), d ≥ 2.
 
-    Each fₖ is affine in εⱼ, with coefficients that depend on ε_{<j}.
+    Each fₖ maps εⱼ by an affine function with coefficients that depend on ε₁…εⱼ₋₁.
     """
 
     @staticmethod
@@ -77,7 +78,7 @@ class AffineAutoregressive(Flow):
         if dim < 2:
             raise ValueError(
                 "AffineAutoregressive: in one dimension the flow is a Gaussian; "
-                "expected event_shape of 2 or more, or NeuralSpline"
+                "expected an event_shape of 2 or more; use NeuralSpline in one dimension"
             )
         return T.conditional_affine_autoregressive(dim, context_dim, hidden)
 
@@ -98,9 +99,9 @@ class NeuralSpline(Flow):
 class NormalMixture(FromTrunk):
     """Σₖ πₖ N(μₖ, diag σₖ²) with pathwise gradients (Jankowiak & Karaletsos 2019).
 
-    πₖ, μₖ and σₖ are read from the trunk.
+    πₖ, μₖ and σₖ are computed from the features of the trunk.
 
-    :param event_shape: d ≥ 2.
+    :param event_shape: d ≥ 2, the number of elements of one draw.
     :param num_components: K.
     :param min_scale: lower bound of σₖ.
     """
@@ -118,7 +119,7 @@ class NormalMixture(FromTrunk):
             trunk, event_shape=shape, readouts={"locs": k + shape, "log_scales": k + shape, "logits": k}
         )
         self.min_scale = scale_floor(min_scale)
-        with torch.no_grad():  # identical components have identical gradients and stay identical
+        with torch.no_grad():  # components that start equal get equal gradients and stay equal
             self.readout["locs"].layer.bias.normal_()  # type: ignore[union-attr, operator]
 
     def distribution(self, *, locs: Tensor, log_scales: Tensor, logits: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
@@ -142,7 +143,8 @@ class Zuko(FromTrunk):
     :param context_dim: ``context`` of the flow.
     :raises ImportError: if zuko is not installed.
 
-    SVI samples at every step. Invert autoregressive flows so that sampling takes one pass:
+    SVI samples at every step, and a sample of an autoregressive flow of zuko takes ``features`` passes.
+    Invert its transforms, so that a sample takes one pass:
     ``zuko.flows.Flow([t.inv for t in flow.transform.transforms], flow.base)``.
     """
 

@@ -1,7 +1,8 @@
-"""Trunks: networks whose features a conditional maps to the parameters of its distribution.
+"""Trunks: networks that compute features. A conditional maps the features to the parameters of its
+distribution by linear layers, its read-outs.
 
-A trunk accepts any leading batch shape, such as ``(particles, batch)``, and preserves it. Its ``out_shape``
-is the event shape of the features, from which a conditional sizes its read-outs.
+A trunk accepts any leading batch shape, such as ``(particles, batch)``, and preserves it. Its attribute
+``out_shape`` is the event shape of the features. A conditional needs it to construct the read-outs.
 """
 
 import inspect
@@ -33,9 +34,9 @@ def as_shape(shape: Shape) -> torch.Size:
 
 
 def split_shape(x: Tensor, shape: Shape) -> torch.Size:
-    """The batch shape of ``x``, whose trailing dimensions are an event of ``shape``.
+    """The batch shape of ``x``: its shape without the trailing dimensions, which are an event of ``shape``.
 
-    A number matches any event with that many elements: ``784`` matches ``(batch, 784)`` and
+    A number as ``shape`` matches any event with that many elements: ``784`` matches ``(batch, 784)`` and
     ``(batch, 28, 28)``. The fewest trailing dimensions that match are used.
 
     :raises ValueError: if no trailing dimensions match.
@@ -70,32 +71,33 @@ def matching(x: Tensor, parameter: Tensor) -> Tensor:
 
 
 def out_shape(trunk: nn.Module) -> torch.Size:
-    """Event shape of the features of ``trunk``: its ``out_shape`` or ``out_features``.
+    """Event shape of the features of ``trunk``: its attribute ``out_shape`` or ``out_features``.
 
-    For an ``nn.Sequential``, those of the last layer that defines one of them.
+    For an ``nn.Sequential``, it is the attribute of the last layer that has one.
 
-    :raises ValueError: if neither is defined.
+    :raises ValueError: if there is no such attribute, or an ``nn.Flatten`` or ``nn.Unflatten`` follows.
     """
     layers = reversed(trunk) if isinstance(trunk, nn.Sequential) else [trunk]
     for layer in layers:
         if isinstance(layer, nn.Sequential):
             return out_shape(layer)
         if isinstance(layer, nn.Flatten | nn.Unflatten):
-            break  # the shape after it is not inferred
+            break  # the shape that it returns is not inferred
         for attribute in ("out_shape", "out_features"):
             if hasattr(layer, attribute):
                 return as_shape(getattr(layer, attribute))
     raise ValueError(
         f"trunk: cannot infer the output shape of {type(trunk).__name__}; expected a trunk such as "
-        "nets.MLP(784, (500,)), or set trunk.out_shape = (500,). Read-outs flatten their input, so remove a "
-        "final nn.Flatten"
+        "nets.MLP(784, (500,)), or set trunk.out_shape = (500,). A conditional flattens the features itself, "
+        "so remove a final nn.Flatten"
     )
 
 
 def num_inputs(module: nn.Module) -> int | None:
     """Number of tensors that ``module(...)`` takes, or ``None`` for any number.
 
-    It is ``num_inputs`` of the module, or the number of positional arguments of its ``forward``.
+    It is the attribute ``num_inputs`` of the module. If there is none, it is the number of positional
+    arguments of ``forward``.
     """
     if hasattr(module, "num_inputs"):
         return module.num_inputs  # type: ignore[return-value]
@@ -116,18 +118,20 @@ class Part(nn.Module):
 
 
 class MLP(Part):
-    """Multi-layer perceptron, h ← f(W h + b) for each hidden layer; AEVB's network with ``hidden=(500,)``.
+    """Multi-layer perceptron: h ← f(W h + b) for each hidden layer. The default is the network of Kingma &
+    Welling (2013).
 
     :param in_shape: event shape of the input. A number matches any event with that many elements: ``784``
-        matches ``(*batch, 28, 28)``. For several inputs, one shape each, ``((28, 28), (10,))``; they are
-        flattened, broadcast and concatenated.
-    :param hidden: widths of the hidden layers; ``()`` is the identity, for linear models.
+        matches ``(*batch, 28, 28)``. For several inputs, a tuple with a shape for each, such as
+        ``((28, 28), (10,))``: the inputs are flattened, broadcast and concatenated.
+    :param hidden: widths of the hidden layers. With ``()`` the features are the flattened inputs, for linear
+        models.
     :param activation: f, a function of a tensor (``torch.tanh``, ``torch.nn.functional.softplus``,
         ``nn.GELU()``).
     :param residual: add the input of a hidden layer to its output if their widths are equal (He et al. 2016).
 
-    ``forward(*inputs)``: ``(*batch, *in_shape)`` each → ``(*batch, hidden[-1])``. Raises ``ValueError`` for
-    other shapes.
+    ``forward(*inputs)``: ``(*batch, *in_shape)`` each → ``(*batch, hidden[-1])``. Raises ``ValueError`` if an
+    input has another shape.
 
     >>> MLP(784, (500, 300))(torch.zeros(7, 64, 28, 28)).shape
     torch.Size([7, 64, 300])
@@ -159,16 +163,16 @@ class MLP(Part):
     def forward(self, *inputs: Tensor) -> Tensor:
         if len(inputs) != self.num_inputs:
             raise ValueError(
-                f"MLP: got {len(inputs)} inputs but was built for {self.num_inputs}, of shape "
+                f"MLP: got {len(inputs)} inputs but was built for {self.num_inputs}, of shapes "
                 f"{[s if isinstance(s, int) else tuple(s) for s in self.in_shapes]}; pass that many inputs, "
-                "each condition after x or z, or set in_shape to one shape per input"
+                "x or z first and then the conditions, or build the MLP with one in_shape per input"
             )
         batches = [split_shape(x, shape) for x, shape in zip(inputs, self.in_shapes, strict=True)]
         batch = torch.broadcast_shapes(*batches)
         flat = [x.reshape(*shape, -1).expand(*batch, -1) for x, shape in zip(inputs, batches, strict=True)]
         if not self.layers:
             return torch.cat(flat, -1)
-        weight: Tensor = self.layers[0].weight  # type: ignore[assignment]  # a sample if it is a PyroSample
+        weight: Tensor = self.layers[0].weight  # type: ignore[assignment]  # of a PyroSample, a sample
         h = torch.cat([matching(x, weight) for x in flat], -1)
         for layer in self.layers:
             out = self.activation(layer(h))
@@ -222,12 +226,13 @@ class ConvEncoder(Part):
 
 
 class ConvDecoder(Part):
-    """Convolutional trunk from a latent to feature maps of the size of an image.
+    """Convolutional trunk that maps a latent to feature maps of the size of an image.
 
     Each layer is a stride-2 transposed convolution that doubles height and width.
 
     :param in_shape: event shape of the input, as for :class:`MLP`.
-    :param image_shape: ``(height, width)`` or ``(channels, height, width)``; its channels are ignored.
+    :param image_shape: ``(height, width)`` or ``(channels, height, width)``; the number of channels is
+        ignored.
     :param channels: number of feature maps of each layer, coarsest first.
     :param activation: as for :class:`MLP`.
 
@@ -290,10 +295,10 @@ class Standardize(Part):
 
 
 class Readout(nn.Module):
-    """Linear last layer from features of ``in_shape`` to one parameter of ``shape``.
+    """Linear last layer that maps features of shape ``in_shape`` to one parameter of shape ``shape``.
 
-    It is a 1×1 convolution if the features are maps with the height and width of ``shape``, else a matrix.
-    ``forward(h)``: ``(*batch, *in_shape)`` → ``(*batch, *shape)``.
+    If the features are maps with the height and width of ``shape``, it is a 1×1 convolution, otherwise an
+    ``nn.Linear``. ``forward(h)``: ``(*batch, *in_shape)`` → ``(*batch, *shape)``.
 
     :param image: whether the last two dimensions of ``shape`` are the height and width of an image.
     """
@@ -311,7 +316,7 @@ class Readout(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         batch = split_shape(h, self.in_shape)
         rows = h.reshape(-1, *self.in_shape) if self.convolutional else h.reshape(*batch, -1)
-        # autocast lowers the precision of the layers; the parameters of a density keep the full precision
+        # under autocast the layer returns half precision, which is too low for the parameters of a density
         return self.layer(rows).reshape(*batch, *self.shape).to(self.layer.weight.dtype)
 
 

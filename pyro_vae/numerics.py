@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-_ROUNDING = 1e-9  # a tail that spans less than this times the largest weight counts as constant
+_ROUNDING = 1e-9  # weights of a tail count as equal if their range is below this × the largest weight
 _MIN_TAIL = 5  # smallest tail that a Pareto distribution is fitted to
 
 
@@ -16,7 +16,10 @@ def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:
 
 
 def effective_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
-    """(Σ w)² / Σ w² (Kish 1965), from 1 to K, or 0 if all weights are 0: ``(K, *batch)`` → ``(*batch)``."""
+    """Effective sample size (Σ w)² / Σ w² (Kish 1965): ``(K, *batch)`` → ``(*batch)``.
+
+    It is between 1 and K, or 0 if all weights are 0.
+    """
     size = (2 * log_weights.logsumexp(dim) - (2 * log_weights).logsumexp(dim)).exp()
     return size.nan_to_num(nan=0.0)
 
@@ -25,9 +28,10 @@ def log_mean_exp_se(log_weights: Tensor, *, num_fixed: int = 0) -> Tensor:
     """Jackknife standard error of :func:`log_mean_exp` in nats: ``(K, *batch)`` → ``(*batch)``.
 
     SE² = (n−1)/n Σᵢ (θᵢ − θ̄)², where θᵢ is the log-mean without the i-th of the n random weights. The
-    expectation of SE² is at least the variance of the log-mean (Efron and Stein 1981), also if one weight
-    dominates; the SE of a single datum is then unreliable, see :func:`is_reliable`. The delta method
-    √(1/ESS − 1/K) agrees for many similar weights, but never exceeds 1.
+    expectation of SE² is at least the variance of the log-mean (Efron and Stein 1981), even if one weight
+    dominates. In that case the SE of a single datum is unreliable, see :func:`is_reliable`. The usual
+    approximation by the delta method, √(1/ESS − 1/K), is close to this SE for many similar weights, but it
+    never exceeds 1, however large the true error is.
 
     :param num_fixed: number of leading weights that are not random, so n = K − ``num_fixed``.
     :returns: ``nan`` for n < 2; ``inf`` if at most one weight is positive and none is fixed.
@@ -37,7 +41,7 @@ def log_mean_exp_se(log_weights: Tensor, *, num_fixed: int = 0) -> Tensor:
         return torch.full_like(log_weights[0], math.nan)
     log_share = (log_weights - log_weights.logsumexp(0)).nan_to_num(nan=-math.inf)
     largest = log_share.argmax(0, keepdim=True)
-    # log (1 − share); for the largest share the sum of the others, since the difference cancels
+    # log (1 − share); for the largest share, the log of the sum of the others, since 1 − share loses digits
     others = log_share.scatter(0, largest, -math.inf).logsumexp(0, keepdim=True)
     log_rest = torch.log1p(-log_share.exp().scatter(0, largest, 0.0)).scatter(0, largest, others)[num_fixed:]
     variance = (log_rest - log_rest.mean(0)).square().sum(0) * ((n - 1) / n)
@@ -64,14 +68,17 @@ def covariance(draws: Tensor) -> Tensor:
 
 
 def pareto_k(log_weights: Tensor, dim: int = 0) -> Tensor:
-    """Shape k̂ of a generalized Pareto fit to the largest weights: ``(K, *batch)`` → ``(*batch)``.
+    """Shape k̂ of a generalized Pareto distribution fitted to the largest weights: ``(K, *batch)`` →
+    ``(*batch)``.
 
-    Weights have finite moments of order below 1/k. Their mean is reliable for k̂ < 0.5, usable up to 0.7 and
-    unreliable above (Vehtari et al. 2024). The tail is the 3√K largest weights, or the K/5 largest for
-    K ≤ 225. The fit is that of Zhang and Stephens (2009) with the prior of PSIS.
+    Weights whose tail has shape k have finite moments of order below 1/k. Their mean is reliable for k̂ <
+    0.5, usable up to 0.7 and unreliable above (Vehtari et al. 2024). The fit uses the tail: the 3√K largest
+    weights, or the K/5 largest for K ≤ 225. It is the method of Zhang and Stephens (2009) with the prior on k
+    of Pareto-smoothed importance sampling.
 
-    :returns: ``nan`` for K < 25; −∞ if the tail is constant, as under the exact guide; ∞ if fewer than 5
-        weights of the tail are positive relative to the largest.
+    :returns: ``nan`` for K < 25; −∞ if all weights of the tail are equal, as under the exact guide; ∞ if
+        fewer than 5 weights of the tail are positive after division by the largest, since the others
+        underflow.
     """
     ratios = log_weights.double().movedim(dim, -1)
     n = ratios.shape[-1]
@@ -90,15 +97,18 @@ def pareto_k(log_weights: Tensor, dim: int = 0) -> Tensor:
     k = torch.where(is_constant, -math.inf, _fit_pareto(tail))
     for index in (k.isnan() & ~ratios.isnan().any(-1)).nonzero():
         positive = tail[tuple(index)]
-        positive = positive[positive > 1e-290]  # the fit divides by the excesses
+        positive = positive[positive > 1e-290]  # the fit divides by them
         k[tuple(index)] = _fit_pareto(positive) if len(positive) >= _MIN_TAIL else math.inf
     return k
 
 
 def _fit_pareto(tail: Tensor) -> Tensor:
-    """k at the posterior mean of b = −k/σ, shrunk towards ½ by a prior worth ten observations.
+    """The shape k of a generalized Pareto distribution with scale σ, fitted to excesses over a threshold.
 
-    The posterior of b is evaluated on a grid, with k profiled out. tail: ascending excesses, ``(*batch, n)``.
+    The posterior mean of b = −k/σ is computed on a grid of b, with k profiled out. The result is k at this b,
+    shrunk towards ½ by a prior that weighs as much as ten observations.
+
+    :param tail: the excesses in ascending order, ``(*batch, n)``.
     """
     n = tail.shape[-1]
     num_points = 30 + int(math.sqrt(n))

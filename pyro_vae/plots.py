@@ -1,6 +1,6 @@
-"""Plots of results. Each function returns Axes or a Figure, and neither shows nor saves it."""
+"""Plots of results. The functions return Axes or Figures. They do not show or save them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import matplotlib.pyplot as plt
@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_vae.diagnostics import Diagnosis
 from pyro_vae.evidence import Evidence
 from pyro_vae.infer import Epoch
+from pyro_vae.pairs.elbo import MeanElbo
 from pyro_vae.vae import VAE
 
 
@@ -23,33 +24,76 @@ def figure_of(ax: Axes) -> Figure:
     return cast(Figure, ax.figure)
 
 
-def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None) -> Axes:
-    """ELBO in nats per datum over epochs, on training and held-out data. The training ELBO is averaged over
-    the steps of an epoch, while the parameters change."""
+def plot_history(epochs: Sequence[Epoch], ax: Axes | None = None, *, objective: str = "bound") -> Axes:
+    """Plot the ELBO on training and held-out data, in nats per datum, against the epoch, and the bound of an
+    objective other than the ELBO. Training values are means over the steps of an epoch, and the parameters
+    change during the epoch.
+
+    :param objective: the name of that bound in the legend.
+    """
     ax = ax or plt.subplots(figsize=(6, 4), layout="constrained")[1]
-    numbers = [record.epoch for record in epochs]
+    has_bound = epochs[0].train.bound is not None
     marker = "o" if len(epochs) < 10 else None
-    ax.plot(numbers, [record.train.elbo for record in epochs], label="train", color="C0", marker=marker)
-    held_out = np.array([record.validation.elbo for record in epochs if record.validation is not None])
-    if len(held_out):
-        best = f"held out, best {np.nanmax(held_out):.2f}" if np.isfinite(held_out).any() else "held out"
-        ax.plot(numbers, held_out, label=best, color="C1", marker=marker)
-        # omit the first epochs, whose ELBO is far lower
-        low = np.nanquantile(held_out, 0.1) if np.isfinite(held_out).any() else np.nan
-        if len(epochs) >= 10 and np.isfinite(low):
+    for part, colour, means in _by_part(epochs):
+        numbers, values = [epoch.epoch for epoch in epochs], np.array([mean.objective for mean in means])
+        elbos = np.array([mean.elbo for mean in means])
+        label = f"{part}, {objective}" if has_bound else part
+        if part == "held out" and np.isfinite(values).any():
+            label += f", best {np.nanmax(values):.2f}"
+        ax.plot(numbers, values, label=label, color=colour, marker=marker)
+        if has_bound:
+            ax.plot(numbers, elbos, label=f"{part}, ELBO", color=colour, marker=marker, linestyle="--")
+        if part == "held out" and len(epochs) >= 10 and np.isfinite(elbos).any():
+            # cut off the first epochs, whose ELBO is far lower
+            low = np.nanquantile(elbos, 0.1)
             ax.set_ylim(bottom=low - 0.1 * abs(low))
-    ax.set(xlabel="epoch", ylabel="ELBO (nats per datum)", title="Evidence lower bound")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.grid(alpha=0.3)
+    ylabel, title = "ELBO (nats per datum)", "Evidence lower bound"
+    if has_bound:
+        ylabel, title = "nats per datum", "Objective and evidence lower bound"
+    ax.set(xlabel="epoch", ylabel=ylabel, title=title)
     ax.legend(frameon=False, loc="lower right")
+    _finish_epochs(ax)
     return ax
 
 
-def plot_ladder(rungs: Mapping[str, Sequence[Evidence]], ax: Axes | None = None) -> Axes:
-    """Estimates of log p(x) in nats per datum over cost, the number of model evaluations per datum.
+def plot_ess(epochs: Sequence[Epoch], num_particles: int, ax: Axes | None = None) -> Axes:
+    """Effective sample size of the K weights of an objective over epochs, the mean over data. Near 1, one
+    draw of the guide outweighs the others; at K, all weights are equal.
 
-    ``rungs`` maps the name of each estimator to its estimates by increasing cost, all on the same data. Error
-    bars are Monte Carlo errors.
+    :param num_particles: K, more than 1.
+    """
+    ax = ax or plt.subplots(figsize=(6, 2.8), layout="constrained")[1]
+    marker = "o" if len(epochs) < 10 else None
+    for part, colour, means in _by_part(epochs):
+        sizes = [np.nan if mean.ess is None else mean.ess for mean in means]
+        ax.plot([epoch.epoch for epoch in epochs], sizes, label=part, color=colour, marker=marker)
+    title = f"Effective sample size of the {num_particles} weights, mean over data"
+    ax.set(xlabel="epoch", ylabel="ESS", title=title, ylim=(1, num_particles))
+    ax.legend(frameon=False, loc="upper right")
+    _finish_epochs(ax)
+    return ax
+
+
+def _by_part(epochs: Sequence[Epoch]) -> Iterator[tuple[str, str, list[MeanElbo]]]:
+    """Name, colour and means of the training data, and of the held-out data if there are any."""
+    yield "train", "C0", [epoch.train for epoch in epochs]
+    held_out = [epoch.validation for epoch in epochs if epoch.validation is not None]
+    if len(held_out) == len(epochs):
+        yield "held out", "C1", held_out
+
+
+def _finish_epochs(ax: Axes) -> None:
+    """Whole numbers on the axis of epochs, and a grid."""
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(alpha=0.3)
+
+
+def plot_ladder(rungs: Mapping[str, Sequence[Evidence]], ax: Axes | None = None) -> Axes:
+    """Plot estimates of log p(x), in nats per datum, against their cost: the number of model evaluations per
+    datum.
+
+    ``rungs`` maps the name of each estimator to its estimates in order of increasing cost. All estimates are
+    for the same data. Error bars are Monte Carlo standard errors.
     """
     ax = ax or plt.subplots(figsize=(6.4, 4.4), layout="constrained")[1]
     for name, estimates in rungs.items():
@@ -76,7 +120,7 @@ def plot_ladder(rungs: Mapping[str, Sequence[Evidence]], ax: Axes | None = None)
         title="Lower bounds of log p(x)",
     )
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, loc="lower right")
+    ax.legend(frameon=False, loc="best")
     return ax
 
 
@@ -97,8 +141,8 @@ def plot_pareto_k(k: Tensor, ax: Axes | None = None) -> Axes:
 
 
 def plot_diagnosis(found: Diagnosis, x: Tensor) -> dict[str, Callable[[], Figure]]:
-    """Functions that draw the plots of a diagnosis, by name: Pareto k̂, the data with the largest k̂ if ``x``
-    are images, and the calibration."""
+    """A dict of functions, each of which draws one plot of a diagnosis: Pareto k̂, the data with the largest
+    k̂ (if ``x`` are images), and the calibration. A plot without data is left out."""
     plots: dict[str, Callable[[], Figure]] = {}
     if found.pareto_k.isfinite().any():
         plots["pareto-k"] = lambda: figure_of(plot_pareto_k(found.pareto_k))
@@ -112,9 +156,9 @@ def plot_diagnosis(found: Diagnosis, x: Tensor) -> dict[str, Callable[[], Figure
 
 def plot_images(images: Tensor, *, columns: int = 10, title: str | None = None) -> Figure:
     """A grid of images ``(n, height, width)`` or ``(n, channels, height, width)``, row by row, with a common
-    range of values. An image of NaN is an empty cell.
+    range of values. The cell of an image that is all NaN stays empty.
 
-    :raises ValueError: for another shape or number of channels, or no images.
+    :raises ValueError: if ``images`` has another shape or number of channels, or there are none.
     """
     if (
         images.dim() not in (3, 4)
@@ -152,8 +196,8 @@ def _tiled(images: Tensor, columns: int, *, gap: int = 0) -> np.ndarray:
 
 
 def plot_reconstructions(x: Tensor, reconstructions: Tensor, *, columns: int = 10) -> Figure:
-    """Originals ``(n, height, width)`` or ``(n, channels, height, width)``, each row above its
-    reconstructions."""
+    """Plot images ``(n, height, width)`` or ``(n, channels, height, width)``, each row of originals above the
+    row of their reconstructions."""
     columns = min(columns, len(x))
     empty = reconstructions.new_full((-len(x) % columns, *x.shape[1:]), torch.nan)
     padded = (torch.cat([images.to(empty), empty]) for images in (x, reconstructions))
@@ -165,8 +209,8 @@ def plot_reconstructions(x: Tensor, reconstructions: Tensor, *, columns: int = 1
 
 @torch.no_grad()
 def plot_samples(vae: VAE, n: int = 100) -> Figure:
-    """E[x|z] at n draws of z from the prior, for images ``(height, width)`` or ``(channels, height,
-    width)``."""
+    """Plot E[x|z] at n draws of z from the prior, for images ``(height, width)`` or
+    ``(channels, height, width)``."""
     images = vae.decode(vae.model.prior().sample((n,))).mean
     return plot_images(images, title="E[x|z] at draws of z from the prior")
 
@@ -184,7 +228,7 @@ def plot_points(sets: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
 
 @torch.no_grad()
 def plot_manifold(vae: VAE, *, steps: int = 20) -> Figure:
-    """E[x|z] on a grid of Gaussian quantiles of a 2-D latent (Kingma & Welling 2013, figure 4)."""
+    """Plot E[x|z] on a grid of Gaussian quantiles of a 2-D latent (Kingma & Welling 2013, figure 4)."""
     q = (torch.arange(steps) + 0.5) / steps
     z = torch.distributions.Normal(0.0, 1.0).icdf(q)
     parameter = next(vae.parameters())
@@ -198,8 +242,8 @@ def plot_manifold(vae: VAE, *, steps: int = 20) -> Figure:
 
 @torch.no_grad()
 def plot_latent(vae: VAE, x: Tensor, labels: Tensor | None = None, ax: Axes | None = None) -> Axes:
-    """Means of q(z|x) of a 2-D latent, coloured by label. If the mean is not implemented, as for a flow, one
-    draw for each datum."""
+    """Plot the means of q(z|x) of a 2-D latent, coloured by label. If q(z|x) does not implement its mean,
+    such as a flow, plot one draw for each datum instead."""
     ax = ax or plt.subplots(figsize=(6, 5.5), layout="constrained")[1]
     kind, points = _means_or_draws(vae.encode(x))
     z = points.cpu().numpy()

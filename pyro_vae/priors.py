@@ -1,7 +1,7 @@
 """Priors p(z): conditionals that ignore their inputs.
 
-In a conditional VAE they are independent of the conditions. For a prior p(z|c) use a conditional with a
-trunk, such as :class:`pyro_vae.conditionals.Normal`.
+In a conditional VAE these priors are independent of the conditions. For a prior p(z|c) use a conditional with
+a trunk, such as :class:`pyro_vae.conditionals.Normal`.
 
 >>> from pyro_vae import priors
 >>> priors.StandardNormal(20)().event_shape
@@ -24,7 +24,7 @@ class StandardNormal(Conditional):
 
     def __init__(self, event_shape: Shape) -> None:
         super().__init__(event_shape)
-        # a buffer, which .to(device) and .double() convert
+        # a buffer, so that .to(device) and .double() determine the device and dtype of the prior
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
     def forward(self, *_: Tensor) -> dist.TorchDistribution:
@@ -48,7 +48,7 @@ class Normal(Conditional):
 class GaussianMixture(Conditional):
     """Σₖ πₖ N(mₖ, diag sₖ²) with learned π = softmax(logits), m, and s = min_scale + exp(log_scale).
 
-    :param num_components: K. The means are initialized to draws from N(0, I), so that the components differ.
+    :param num_components: K. The means mₖ are initialized to draws from N(0, I), so that components differ.
     """
 
     def __init__(self, event_shape: Shape, num_components: int = 10, *, min_scale: float = 1e-3) -> None:
@@ -90,7 +90,7 @@ class VampPrior(Conditional):
         self.encoder = encoder
         self.transform = transform_to(constraint)
         start = pseudo_inputs.detach().to(torch.get_default_dtype())
-        if constraint is constraints.unit_interval:  # 0 and 1 are infinite when unconstrained
+        if constraint is constraints.unit_interval:  # 0 and 1 correspond to ∓∞ in unconstrained space
             start = start.clamp(0.05, 0.95)
         self.pseudo_inputs = nn.Parameter(self.transform.inv(start).clone())
 

@@ -2,8 +2,8 @@
 p(x|z), the guide samples z from q(z|x) (Kingma & Welling 2013). In a conditional VAE all three distributions
 also depend on conditions (Sohn et al. 2015).
 
-Both are PyroModules with arguments ``(x, *given)``, latent site ``"z"``, observed site ``"x"`` and plate
-``"data"`` at dim −1, and work with any Pyro inference algorithm for a model/guide pair.
+Model and guide are PyroModules with arguments ``(x, *given)``, latent site ``"z"``, observed site ``"x"`` and
+plate ``"data"`` at dim −1, and work with any Pyro inference algorithm for a model/guide pair.
 """
 
 from contextlib import suppress
@@ -20,12 +20,11 @@ from pyro_vae.nets import Part, num_inputs
 
 
 class _Program(PyroModule):
-    """A PyroModule that always uses the parameters it contains, not those of another module in the param
-    store.
+    """A PyroModule that always uses its own parameters.
 
-    Pyro's param store is keyed by name, so a second pair with the same names would silently train the
-    parameters of the first. Each call therefore deletes entries with the same names that belong to another
-    module; that module still holds their values.
+    Pyro's param store is keyed by name, so a second pair with the same parameter names would silently train
+    the parameters of the first. Therefore each call deletes from the store the parameters of other modules
+    that have the same names. The other modules keep their values.
     """
 
     def __call__(self, *args, **kwargs):
@@ -38,7 +37,8 @@ class _Program(PyroModule):
                 if parameters.get(normalize_param_name(name), value) is not value
             ]
             for name in stale_names:
-                with suppress(KeyError):  # the store maps a shared parameter to one of its names only
+                # a parameter with several names is in the store under one of them only
+                with suppress(KeyError):
                     del store[name]
         return super().__call__(*args, **kwargs)
 
@@ -47,12 +47,13 @@ class Model(_Program):
     """The Pyro model p(z) p(x|z): ``z ~ prior()``, ``x ~ decoder(z)``. With conditions c₁, …: p(z|c…) p(x|z,
     c…), ``z ~ prior(*given)``, ``x ~ decoder(z, *given)``.
 
-    ``model(x, *given, c=None, mask=None)``: x ``(batch, *event)``; each condition ``(batch, *its event)``;
-    ``c``, a condition by name, for data in a dict; ``mask``, bool ``(batch, *event)``, true where x is
-    observed: log p(x|z) is then that of the observed entries. ``model()`` draws one datum from the joint,
-    ``model(None, *given)`` one for each row of the conditions.
+    Call it as ``model(x, *given, c=None, mask=None)``. x has shape ``(batch, *event)``, each condition
+    ``(batch, *its event)``. ``c`` passes a condition by name, for data in a dict. ``mask``, bool
+    ``(batch, *event)``, is true where x is observed; only observed entries contribute to log p(x|z).
+    ``model()`` draws one datum from p(x, z), ``model(None, *given)`` one datum for each row of the
+    conditions.
 
-    Raises ``ValueError`` if x has another shape or is integer under a continuous likelihood, or if a
+    Raises ``ValueError`` if x has another shape, if x is integer and the likelihood is continuous, or if a
     conditional prior gets no condition.
     """
 
@@ -79,7 +80,7 @@ class Model(_Program):
             if x is not None:
                 x = _as_observed(x, likelihood, z.dtype)
             if mask is not None and x is not None:
-                # replace missing entries, which may be NaN, by draws in the support; the mask excludes them
+                # missing entries may be NaN, which log_prob rejects; the draws in their place are masked
                 x = torch.where(_check_mask(mask, x), x, likelihood.sample())
                 likelihood = masked(likelihood, mask)
             return pyro.sample("x", likelihood, obs=x)
@@ -88,8 +89,8 @@ class Model(_Program):
 class Guide(_Program):
     """The Pyro guide q(z|x), or q(z|x, c…) with conditions: ``z ~ encoder(x, *given)``.
 
-    The arguments are those of :class:`Model`. Missing entries (``mask`` false) are set to zero before the
-    encoder.
+    The arguments are those of :class:`Model`. Missing entries (``mask`` false) are set to zero in the input
+    of the encoder.
     """
 
     def __init__(self, encoder: Conditional) -> None:
@@ -112,8 +113,9 @@ class Guide(_Program):
             posterior = self.encoder(x, *given)
             if posterior.batch_shape != x.shape[:1]:
                 raise ValueError(
-                    f"encoder: x of shape {tuple(x.shape)} gives batch_shape {tuple(posterior.batch_shape)}; "
-                    f"expected {tuple(x.shape[:1])}: build the trunk with in_shape={tuple(x.shape[1:])}"
+                    f"encoder: for x of shape {tuple(x.shape)}, q(z|x) has batch_shape "
+                    f"{tuple(posterior.batch_shape)}; expected {tuple(x.shape[:1])}; build the trunk with "
+                    f"in_shape={tuple(x.shape[1:])}"
                 )
             return pyro.sample("z", posterior)
 
@@ -136,8 +138,9 @@ class VAE(Part):
     >>> vae.sample(5).shape
     torch.Size([5, 8, 8])
 
-    In a conditional VAE the decoder p(x|z, c) and the encoder q(z|x, c) take conditions after z and x. The
-    prior is p(z), independent of them (Doersch 2016), or a conditional p(z|c) (Sohn et al. 2015).
+    In a conditional VAE the decoder p(x|z, c) and the encoder q(z|x, c) take the conditions as arguments
+    after z and x. The prior is p(z), independent of the conditions (Doersch 2016), or a conditional p(z|c)
+    (Sohn et al. 2015).
 
     >>> cvae = pv.VAE(
     ...     prior=conditionals.Normal(nets.MLP(10, (50,)), event_shape=2),
@@ -164,7 +167,8 @@ class VAE(Part):
         return self.guide.encoder(x, *given)
 
     def decode(self, z: Tensor, *given: Tensor) -> dist.TorchDistribution:
-        """p(x|z), or p(x|z, c…) with conditions. z: ``(*batch, *latent)``. Plot its ``mean`` for images."""
+        """p(x|z), or p(x|z, c…) with conditions. z: ``(*batch, *latent)``. If x is an image, plot the mean of
+        p(x|z)."""
         return self.model.decoder(z, *given)
 
     @torch.no_grad()
@@ -185,7 +189,8 @@ class VAE(Part):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, *given: Tensor) -> Tensor:
-        """E[x'|z] at z ~ q(z|x): ``(batch, *event)``; E[x'|z, c…] at z ~ q(z|x, c…) with conditions."""
+        """The mean of p(x|z) at a draw z ~ q(z|x): ``(batch, *event)``. With conditions, the mean of
+        p(x|z, c…) at z ~ q(z|x, c…)."""
         return self.decode(self.encode(x, *given).sample(), *given).mean
 
 
@@ -208,7 +213,7 @@ def _check_event(x: Tensor, event_shape: torch.Size) -> int:
         remedy = (
             f"event_shape={tuple(x.shape[1:])}"
             if isinstance(x, Tensor) and x.dim() > 1
-            else "a tensor with a batch"
+            else "a tensor with a batch dimension"
         )
         raise ValueError(
             f"decoder: event_shape {tuple(event_shape)} needs x of shape (batch, "

@@ -218,7 +218,7 @@ def test_log_prob_of_masked_is_the_sum_over_observed_entries():
     ("make", "message"),
     [
         (lambda trunk: c.Normal(trunk, event_shape=(0,)), "positive whole numbers"),
-        (lambda trunk: c.Normal(trunk, event_shape=3, scale=-1.0), "must be positive"),
+        (lambda trunk: c.Normal(trunk, event_shape=3, scale=-1.0), "a fixed scale that is a positive"),
         (lambda trunk: c.Normal(trunk, event_shape=3, scale="netwrok"), '"network"'),
         (lambda trunk: c.Normal(trunk, event_shape=3, scale=None), '"network"'),
         (lambda trunk: c.Normal(trunk, event_shape=4, scale=torch.ones(3)), r"of shape \(4,\)"),

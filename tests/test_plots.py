@@ -76,6 +76,23 @@ def test_history_shows_the_elbos(elbos):
     assert ax.lines[0].get_marker() == ("o" if len(elbos) < 10 else "None")
 
 
+def test_history_of_an_objective_shows_its_bound_beside_the_elbo():
+    train, held_out = (MeanElbo(e, e + 1, 1.0, 0.1, e + 0.5, 0.1, e + 4) for e in (-3.0, -2.0))
+    epochs = [infer.Epoch(i, 1.0, train, held_out, 0.1) for i in (1, 2)]
+    ax = plots.plot_history(epochs, objective="iwae, K = 5")
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in ax.lines}
+    assert drawn == {
+        "train, iwae, K = 5": [-2.5, -2.5],
+        "train, ELBO": [-3.0, -3.0],
+        "held out, iwae, K = 5, best -1.50": [-1.5, -1.5],
+        "held out, ELBO": [-2.0, -2.0],
+    }
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(drawn)
+    ax = plots.plot_ess(epochs, 5)
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[1.0, 1.0], [2.0, 2.0]]
+    assert ax.get_ylim() == (1, 5)
+
+
 def test_latent_shows_the_posterior_means():
     vae, x = make_vae((9, 11)), torch.rand(20, 9, 11)
     ax = plots.plot_latent(vae, x, torch.arange(20) % 3)

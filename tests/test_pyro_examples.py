@@ -19,7 +19,7 @@ OK = None  # the verb works
 GLOBAL = r"lies? in no data plate, so there is no evidence per datum"
 UNDECLARED = r"'eta' has batch_shape \(8,\), whose dimension -1 lies in no plate"
 SHARED_NAME = (
-    r"register different networks under one name .* 't_nn', so that of the model would never be trained"
+    r"register different networks under one name .* 't_nn', so the network of the model would never be"
 )
 DOCUMENTS = (
     r"plate 'documents' of 24 rows, and all sites of plate 'words' .* dimension 1 of (argument 0|data) has 24"

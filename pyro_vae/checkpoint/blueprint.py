@@ -1,7 +1,8 @@
-"""Serialize the constructor calls of a module, so that it can be rebuilt without pickle.
+"""Serialize the constructor calls of a module, so that the module can be rebuilt without pickle.
 
-A *plan* is a list of ``[class name, args, kwargs]``, one for each module; the last is the module itself. A
-module in the arguments is an index into the plan, ``{"part": index}``, of an earlier entry.
+A *plan* is a list of entries ``[class name, args, kwargs]``. The last entry describes the module itself. The
+earlier entries describe the modules among the arguments of its constructor, and those among the arguments of
+these modules. In ``args`` and ``kwargs``, ``{"part": index}`` stands for the module of the entry ``index``.
 """
 
 import importlib
@@ -17,7 +18,7 @@ from torch.nn import functional
 
 from pyro_vae.nets import Part
 
-# a plan may only name classes in these modules
+# a plan may name only classes of modules that start with these prefixes
 _ALLOWED_MODULES = (
     "pyro_vae.conditionals.", "pyro_vae.flows.", "pyro_vae.nets.", "pyro_vae.priors.", "pyro_vae.vae.",
     "torch.nn.modules.",
@@ -36,8 +37,8 @@ _CONSTRAINTS = {
 
 
 def describe(pair: Any) -> list[Any] | None:
-    """The plan of a module, or ``None`` if it contains other modules than those of pyro_vae and torch, or was
-    changed after its construction."""
+    """The plan of a module. ``None`` if the module contains modules of other packages than pyro_vae and
+    torch, or was changed after its construction."""
     plan: list[Any] = []
     try:
         _append(pair, plan, {})
@@ -51,7 +52,7 @@ def describe(pair: Any) -> list[Any] | None:
 def build(plan: list[Any]) -> nn.Module:
     """Build the module of a plan, with newly initialized parameters. The global random state is unchanged.
 
-    :raises ValueError: for a class outside of pyro_vae and torch.
+    :raises ValueError: if the plan names a class that is not a module of pyro_vae or torch.
     """
     built: list[Any] = []
     state = torch.get_rng_state()
@@ -68,8 +69,8 @@ def build(plan: list[Any]) -> nn.Module:
                 cls = None
             if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
                 raise ValueError(
-                    f"{name} is not a module of pyro_vae or torch, so it is not built; pass the pair's "
-                    "factory"
+                    f"{name} is not a module of pyro_vae or torch, so it is not built; pass a factory that "
+                    "builds the pair"
                 )
             built.append(cls(*_decode(args, built), **_decode(kwargs, built)))
     finally:
@@ -78,8 +79,8 @@ def build(plan: list[Any]) -> nn.Module:
 
 
 def _is_allowed(module: str) -> bool:
-    """Whether a plan may name classes of ``module``. Torch's transformers may not: their arguments are not
-    attributes, and they copy a layer any number of times."""
+    """Whether a plan may name classes of ``module``. Torch's transformers are excluded: their constructor
+    arguments cannot be read from attributes, and one argument makes them copy a layer any number of times."""
     return f"{module}.".startswith(_ALLOWED_MODULES) and module != "torch.nn.modules.transformer"
 
 
@@ -88,9 +89,9 @@ class _NotSerializable(Exception):
 
 
 def _append(module: Any, plan: list[Any], indices: dict[int, int]) -> int:
-    """Append a module and the modules in its arguments to the plan; return its index.
+    """Append a module, after the modules in its arguments, to the plan. Return the index of its entry.
 
-    :param indices: the index in the plan of each module, by ``id``.
+    :param indices: indices of the entries of the appended modules, by the ``id`` of the module.
     """
     if id(module) not in indices:
         cls = type(module)
@@ -153,8 +154,11 @@ def _decode(value: Any, built: list[Any]) -> Any:
 
 
 def _is_equivalent(rebuilt: nn.Module, original: nn.Module) -> bool:
-    """Whether two modules differ only in the values of their parameters and buffers. A plan does not record
-    what was changed after construction: attributes, frozen parameters, hooks."""
+    """Whether two modules differ only in the values of their parameters and buffers.
+
+    They differ in more if, after its construction, attributes of the original were changed, parameters frozen
+    or hooks added: a plan does not record such changes.
+    """
     modules, expected_modules = dict(rebuilt.named_modules()), dict(original.named_modules())
     if {name: type(m) for name, m in modules.items()} != {
         name: type(m) for name, m in expected_modules.items()

@@ -1,4 +1,4 @@
-"""A limit on the memory that building a received pair may allocate."""
+"""A limit on the memory that is allocated while a stored pair is rebuilt, for files of unknown origin."""
 
 import math
 from collections.abc import Iterator
@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_OVERHEAD = 256  # elements added for each tensor, so that the number of small tensors is limited too
+_OVERHEAD = 256  # added to the number of elements of each tensor, so that many small tensors are limited too
 
 
 @contextmanager
 def bounded(stored: int, what: str) -> Iterator[None]:
     """Limit the tensors that the block allocates to 2²² + 16·``stored`` elements in total.
 
-    :raises ValueError: before a tensor is allocated that exceeds the limit.
+    :param stored: size of the stored tensors.
+    :param what: the subject of the error text, such as a path.
+    :raises ValueError: if a tensor would exceed the limit; it is raised before the tensor is allocated.
     """
     with _Bounded(2**22 + 16 * stored, what):
         yield
@@ -31,7 +33,7 @@ class _Bounded(TorchDispatchMode):
         self._check(max(map(_num_elements, (*args, *(kwargs or {}).values())), default=0))
         shapes = [arg.shape for arg in args if isinstance(arg, Tensor)]
         if len(shapes) > 1:
-            with suppress(RuntimeError):  # func does not broadcast its arguments
+            with suppress(RuntimeError):  # func does not broadcast these arguments
                 self._check(math.prod(torch.broadcast_shapes(*shapes)))
         output = func(*args, **(kwargs or {}))
         for tensor in output if isinstance(output, tuple | list) else (output,):
@@ -49,7 +51,8 @@ class _Bounded(TorchDispatchMode):
 
 
 def _num_elements(argument: Any) -> int:
-    """The number of elements that an argument of a torch function implies: a shape, or the end of a range."""
+    """The number of elements of the output that an argument of a torch function implies: the product of a
+    shape, or an integer, such as the end of ``arange``."""
     if isinstance(argument, list | tuple) and argument and all(type(size) is int for size in argument):
         return abs(math.prod(argument))
     return argument if type(argument) is int else 0

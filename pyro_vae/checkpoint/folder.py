@@ -1,7 +1,8 @@
 """Store nested values and tensors in a folder: a safetensors file and ``manifest.json``, with SHA-256 sums.
 
-The name of the safetensors file is its SHA-256. It is written first and the manifest that names it second,
-each atomically and flushed to the disk: after a crash, the folder has either the old or the new content.
+The name of the safetensors file is the start of the SHA-256 of its content. This file is written first, and
+then the manifest, which names it. Each is written atomically and flushed to the disk, so after a crash the
+folder has either the old or the new content.
 """
 
 import hashlib
@@ -24,11 +25,11 @@ from pyro_vae.files import is_file, meant_for, parse_json, read_bytes, sum_of, w
 SCHEMA = 1
 MANIFEST = "manifest.json"
 _DAMAGE_REMEDY = "use an earlier checkpoint"
-_TENSOR_FILE = re.compile(r"[0-9a-f]{16}\.safetensors")  # the first digits of its SHA-256
+_TENSOR_FILE = re.compile(r"[0-9a-f]{16}\.safetensors")  # the first digits of the SHA-256 of the file
 
 
 class MismatchError(ValueError):
-    """Stored content of another version of pyro_vae, or for another configuration."""
+    """Stored content was written by another version of pyro_vae, or belongs to another configuration."""
 
 
 def write(path: Path, kind: str, content: Any, **about: Any) -> None:
@@ -37,7 +38,7 @@ def write(path: Path, kind: str, content: Any, **about: Any) -> None:
     :param content: numbers, strings, tensors, and lists and dictionaries of them.
     :param about: entries that :func:`read_manifest` returns without reading the tensors.
     :raises FileExistsError: if the folder has a ``manifest.json`` that :func:`write` did not make.
-    :raises OSError: with its ``errno``; the earlier content is unchanged.
+    :raises OSError: if writing fails, with ``errno`` set. The earlier content is unchanged.
     """
     if os.path.lexists(path / MANIFEST) and not is_ours(path):
         raise FileExistsError(
@@ -64,7 +65,11 @@ def write(path: Path, kind: str, content: Any, **about: Any) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether :func:`write` made a folder: it has a valid manifest or, after a crash, no other files."""
+    """Whether :func:`write` made a folder.
+
+    This is so if the manifest is valid. After a crash, the manifest may be missing or damaged: then the
+    folder must have only files with names that :func:`write` uses.
+    """
     if path.is_symlink() or not path.is_dir():
         return False
     if _tensor_file_in_manifest(path) is not None:
@@ -79,7 +84,7 @@ def remove(path: Path) -> None:
     """Delete the files that :func:`write` made in a folder, and the folder if it is then empty."""
     if not is_ours(path):
         return
-    # the manifest first, so that an interrupted removal does not look like a complete checkpoint
+    # delete the manifest first, so that an interrupted removal does not leave an apparently complete folder
     for file in sorted(_our_files(path), key=lambda file: file.name != MANIFEST):
         file.unlink(missing_ok=True)
     with suppress(OSError):
@@ -106,7 +111,8 @@ def _our_files(path: Path) -> list[Path]:
 
 
 def _tensor_file_in_manifest(path: Path) -> str | None:
-    """The tensor file that the manifest names, or ``""``; ``None`` for an invalid or missing manifest."""
+    """The name of the tensor file in the manifest; ``""`` if the manifest has none. ``None`` if the manifest
+    is invalid or missing."""
     try:
         record = parse_json(read_bytes(path / MANIFEST))
         if record["sha256"] != _checksum(record["manifest"]):
@@ -117,7 +123,7 @@ def _tensor_file_in_manifest(path: Path) -> str | None:
 
 
 def pack(content: Any) -> bytes:
-    """Serialize to bytes what :func:`write` accepts as content."""
+    """Serialize any content that :func:`write` accepts to bytes."""
     tensors: dict[str, Tensor] = {}
     tree = flatten(content, tensors)
     return to_bytes(tensors, {"content": json.dumps(tree)})
@@ -133,7 +139,8 @@ def read(path: Path, kind: str) -> Any:
     """The content that :func:`write` stored.
 
     :raises FileNotFoundError: if nothing is stored at ``path``.
-    :raises ValueError: if a file is damaged or missing; ``MismatchError`` for the schema of a newer pyro_vae.
+    :raises ValueError: if a file is damaged or missing; ``MismatchError`` if a newer version of pyro_vae
+        wrote it, or if it is of another ``kind``.
     """
     manifest = read_manifest(path, kind)
     try:
@@ -160,7 +167,7 @@ def read(path: Path, kind: str) -> Any:
 
 
 def read_manifest(path: Path, kind: str) -> dict[str, Any]:
-    """The manifest of a stored folder. Raises as :func:`read`."""
+    """The manifest of a folder. Raises the errors of :func:`read`."""
     file = path / MANIFEST
     try:
         record = parse_json(read_bytes(file))
@@ -177,8 +184,8 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         )
     if not isinstance(manifest["schema"], int) or manifest["schema"] > SCHEMA:
         raise MismatchError(
-            f"{file} has schema {manifest['schema']!r:.20}, of pyro_vae {manifest['pyro_vae']!r:.20}; "
-            f"expected at most {SCHEMA}; install the version of pyro_vae that wrote it"
+            f"{file} was written by pyro_vae {manifest['pyro_vae']!r:.20} with schema "
+            f"{manifest['schema']!r:.20}; expected schema {SCHEMA} or lower; install that version of pyro_vae"
         )
     if manifest["kind"] != kind:
         raise MismatchError(f"{file} describes a {manifest['kind']!s:.40}; expected a {kind}")

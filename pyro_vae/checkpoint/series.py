@@ -15,17 +15,18 @@ from pyro_vae.files import reserved
 logger = logging.getLogger(__name__)
 _KIND = "training run"
 _NAME = re.compile(r"step-\d{8,}")
-_NUM_NEWEST = 2  # the second is the fallback for a damaged newest checkpoint
+_NUM_NEWEST = 2  # a fit resumes from the second newest if the newest is damaged
 
 
 class Checkpoints:
-    """Folders ``step-00000120``, … in one folder: the two newest checkpoints and the best one."""
+    """The checkpoints in ``folder``: subfolders such as ``step-00000120``. The two newest and the best are
+    kept."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def paths(self) -> list[Path]:
-        """The complete checkpoints, oldest first."""
+        """The paths of the complete checkpoints, oldest first."""
         return [path for path in self._candidates() if (path / MANIFEST).exists() and is_ours(path)]
 
     def _candidates(self) -> list[Path]:
@@ -37,14 +38,14 @@ class Checkpoints:
         """Lock the folder for the block, so that only one fit saves to it.
 
         :raises BlockingIOError: if another process saves to the folder.
-        :raises FileExistsError: as :meth:`check_ours`.
+        :raises FileExistsError: in the cases of :meth:`check_ours`.
         """
         with reserved(self.folder):
             self.check_ours()
             yield
 
     def check_ours(self) -> None:
-        """Raise ``FileExistsError`` if a path named as a checkpoint is not a checkpoint of pyro_vae."""
+        """Raise ``FileExistsError`` if a path has the name of a checkpoint, but pyro_vae did not write it."""
         for path in self._candidates():
             if not is_ours(path):
                 raise FileExistsError(
@@ -61,10 +62,11 @@ class Checkpoints:
             )
 
     def save(self, steps: int, content: Any, *, score: float) -> None:
-        """Save the checkpoint of a step, and delete checkpoints that are neither new nor best.
+        """Save the checkpoint of a step, and delete all checkpoints except the two newest and the best.
 
-        :param score: the best checkpoint has the highest score; ``-inf`` for no score.
-        :raises OSError: with its ``errno``; earlier checkpoints are unchanged.
+        :param score: the checkpoint with the highest score is the best. ``-inf`` means that there is no
+            score.
+        :raises OSError: if writing fails, with ``errno`` set. Earlier checkpoints are unchanged.
         """
         path = self.folder / f"step-{steps:08d}"
         try:
@@ -83,14 +85,19 @@ class Checkpoints:
         return self._first_valid(list(reversed(self.paths())))
 
     def best(self) -> tuple[Path, Any] | None:
-        """As :meth:`last`, for the checkpoint with the highest score, the newest of equal ones."""
+        """Path and content of the valid checkpoint with the highest score; of several, the newest. ``None``
+        if no checkpoint has a score.
+
+        :raises ValueError: if all checkpoints with a score are damaged.
+        """
         scored = [(score, path) for path in self.paths() if (score := _score(path)) > -math.inf]
         return self._first_valid([path for _, path in sorted(scored, reverse=True)])
 
     def go_on_from(self, path: Path) -> None:
-        """Rename the checkpoints that are newer than ``path``, so that a fit that resumes from it skips them.
+        """Rename the checkpoints that are newer than ``path``, so that a fit that resumes from
+        ``path`` does not use them.
 
-        :raises FileExistsError: if ``path`` is in another folder and this one has checkpoints.
+        :raises FileExistsError: if ``path`` is in another folder, and this folder has checkpoints.
         """
         if path.parent.resolve() != self.folder.resolve():
             self.check_free()
@@ -107,14 +114,15 @@ class Checkpoints:
             except MismatchError:
                 raise
             except ValueError as error:
-                logger.warning("%s; trying the previous checkpoint", error)
+                logger.warning("%s; trying another checkpoint", error)
                 last_error = error
         if last_error is not None:
             raise last_error
         return None
 
     def _delete_old(self) -> None:
-        """Delete all but the newest and the best checkpoints, and remains of crashes."""
+        """Delete all checkpoints except the two newest and the best. Incomplete checkpoints, which crashes
+        leave behind, are deleted too."""
         paths = self.paths()
         best = max(paths, key=_score)
         keep = {*paths[-_NUM_NEWEST:], *([best] if _score(best) > -math.inf else [])}
@@ -123,7 +131,8 @@ class Checkpoints:
                 remove(path)
 
     def remove_all(self) -> None:
-        """Delete all checkpoints, also those that :meth:`go_on_from` renamed, and the folder if empty."""
+        """Delete all checkpoints, including those that :meth:`go_on_from` renamed. Delete the folder if it is
+        then empty."""
         for path in (*self._candidates(), *self.folder.glob("aside-step-*")):
             remove(path)
         with suppress(OSError):
@@ -135,7 +144,7 @@ def _steps(path: Path) -> int:
 
 
 def read_checkpoint(path: Path) -> Any:
-    """The content of a checkpoint. Raises as :func:`~pyro_vae.checkpoint.folder.read`."""
+    """The content of a checkpoint. Raises the errors of :func:`~pyro_vae.checkpoint.folder.read`."""
     return read(path, _KIND)
 
 

@@ -10,9 +10,12 @@ from torch import Tensor
 
 
 def flatten(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """Convert ``value`` to JSON types. Its tensors are added to ``tensors``, by their path in ``value``.
+    """Convert ``value`` to JSON types. Each tensor in it is replaced by a name, and added to ``tensors``
+    under that name: the keys and indices that lead to the tensor, such as ``"optim.0.step"``.
 
-    :raises ValueError: for anything but numbers, strings, tensors, and lists, tuples and dicts of them.
+    :param name: the start of all names.
+    :raises ValueError: if ``value`` contains anything but numbers, strings, tensors, and lists, tuples and
+        dicts of them.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -46,7 +49,8 @@ def flatten(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
 
 
 def unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of :func:`flatten`. Raises ``ValueError`` or ``KeyError`` for other input."""
+    """The inverse of :func:`flatten`. Raises ``ValueError`` or ``KeyError`` for input that
+    :func:`flatten` cannot have returned."""
     if isinstance(tree, list):
         return [unflatten(item, tensors) for item in tree]
     if not isinstance(tree, dict):

@@ -23,16 +23,16 @@ _KIND = "pair"
 def save(
     path: Path | str, pair: Any, *args: Any, param_store: dict[str, Any] | None = None, **kwargs: Any
 ) -> None:
-    """Save a trained pair to the folder ``path``, atomically. An earlier pair is replaced.
+    """Save a trained pair to the folder ``path``, atomically. An earlier pair in that folder is replaced.
 
     :param pair: a :class:`~pyro_vae.VAE`, an object with ``.model`` and ``.guide``, or ``(model, guide)``.
-    :param args: with ``kwargs``, the arguments of model and guide, such as two rows of the data, or all data
-        if the guide has parameters for each datum. They are needed unless all modules of the pair are those
-        of pyro_vae and torch: a run finds the parameters of plain functions, and the networks that the
-        functions call and close over. It does not find the buffers of a network of which only a method is
-        called.
-    :param param_store: the param store with these parameters, ``history.param_store`` of a fit. By default
-        Pyro's global store, whose unused parameters are not saved.
+    :param args: with ``kwargs``, the arguments of model and guide, such as two rows of the data; all data if
+        the guide has parameters for each datum. They are needed if the pair has other parts than modules of
+        pyro_vae and torch. :func:`save` then runs the pair, to find the parameters of plain functions and of
+        the networks that these functions close over and call. If a function calls only a method of a
+        network, and not the network itself, the buffers of the network are not found.
+    :param param_store: the state of the param store that has the parameters, ``history.param_store`` of a
+        fit. The default is Pyro's global store; parameters in it that the pair does not use are not saved.
     :raises ValueError: if arguments are needed and missing; if parameters of the pair are not in the store;
         if the pair does not use a parameter of ``param_store``.
     :raises OSError: if writing fails, such as on a full disk. The earlier pair is unchanged.
@@ -49,18 +49,18 @@ def save_pair(
     param_store: dict[str, Any] | None = None,
     about: dict[str, Any] | None = None,
 ) -> None:
-    """:func:`save`, with entries ``about`` the pair for :func:`read_about`."""
+    """As :func:`save`. The entries ``about`` are also stored; :func:`read_about` returns them."""
     model, guide = _programs(pair)
     plan, weights = describe(pair), _tensors(model, guide, {}, [])
     if plan is None and not (args or kwargs):
         raise ValueError(
-            "pair: it has other modules than those of pyro_vae and torch, or changed ones, so that a run "
-            "must find its parameters and buffers; expected the arguments of model and guide: save(path, "
-            "(model, guide), x[:2])"
+            "pair: it has modules that are not of pyro_vae or torch, or that were changed after "
+            "construction, so save must run the pair to find its parameters and buffers; expected the "
+            "arguments of model and guide: save(path, (model, guide), x[:2])"
         )
     if plan is None:
         params = (pyro.get_param_store().get_state() if param_store is None else param_store)["params"]
-        with pyro.get_param_store().scope():  # an empty store, as in load
+        with pyro.get_param_store().scope():  # run the pair with an empty store, as load does
             modules = make_parameters(model, guide, as_arguments(args, kwargs))
             in_modules = {id(tensor) for tensor in weights.values()}
             created = pyro.get_param_store().get_state()["params"]
@@ -70,19 +70,19 @@ def save_pair(
                 f"param_store: the pair has {len(missing)} parameters that are not in it, the first is "
                 f"{missing[0]!r}; expected param_store=history.param_store of the fit that trained the pair"
             )
-        # a loss with baselines has parameters that no program uses
+        # a loss with baselines has parameters that neither model nor guide uses
         unused = sorted(name for name in params.keys() - created.keys() if not name.startswith("__baseline_"))
         if unused and param_store is not None:
             raise ValueError(
                 f"param_store: the pair does not use parameter {unused[0]!r} with these arguments, so load "
-                "could not restore it; pass arguments, such as labels, with which it uses all its parameters"
+                "could not restore it; pass arguments, such as labels, with which all parameters are used"
             )
         weights = _tensors(model, guide, {name: params[name] for name in params if name in used}, modules)
     write(Path(path), _KIND, {"plan": plan, "weights": weights}, **about or {})
 
 
 def read_about(path: Path | str) -> dict[str, Any]:
-    """The entries ``about`` of a saved pair. Raises as :func:`load`."""
+    """The entries ``about`` that :func:`save_pair` stored. Raises the errors of :func:`load`."""
     about = read_manifest(Path(path), _KIND)["about"]
     if not isinstance(about, dict):
         raise ValueError(f"{path}: its manifest has no entries about the pair; train again")
@@ -92,14 +92,15 @@ def read_about(path: Path | str) -> dict[str, Any]:
 def load(path: Path | str, factory: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
     """Load the pair saved at ``path``, on the CPU.
 
-    :param factory: builds the pair as it was trained. It is needed unless all modules of the pair are those
-        of pyro_vae and torch.
+    :param factory: a function that builds the pair with the architecture that was trained. It is needed
+        unless model and guide consist of modules of pyro_vae and torch, not changed after their construction.
     :param args: with ``kwargs``, the arguments of model and guide. They are needed if :func:`save` needed
-        them, and for lazy modules. Parameters of plain functions are loaded into Pyro's global param store.
+        them, and for lazy modules, which create their parameters at the first call. Parameters of plain
+        functions are loaded into Pyro's global param store.
     :return: the result of ``factory``, or the rebuilt pair.
     :raises FileNotFoundError: if nothing is stored at ``path``.
-    :raises ValueError: if the files are damaged or of another version, or if the parameters are those of
-        another pair.
+    :raises ValueError: if the files are damaged or a newer version of pyro_vae wrote them, or if they have
+        the parameters of another pair.
 
     >>> import tempfile, torch, pyro_vae as pv
     >>> from pyro_vae import checkpoint, conditionals, nets, priors
@@ -122,8 +123,8 @@ def load(path: Path | str, factory: Callable[[], Any] | None = None, *args: Any,
         raise ValueError(f"{path}: its manifest does not describe a pair ({error!r})") from error
     if factory is None and plan is None:
         raise ValueError(
-            f"{path}: its pair has other modules than those of pyro_vae and torch, or changed ones; pass the "
-            "factory that builds it"
+            f"{path}: its pair has modules that are not of pyro_vae or torch, or that were changed after "
+            "construction; pass a factory that builds the pair"
         )
     pair = _rebuild(plan, weights, str(path)) if factory is None else factory()
     store = pyro.get_param_store()
@@ -136,8 +137,8 @@ def load(path: Path | str, factory: Callable[[], Any] | None = None, *args: Any,
 
 
 def within(path: Path | str) -> AbstractContextManager[None]:
-    """A context for code that builds the pair saved at ``path``. It raises ``ValueError`` before a tensor is
-    allocated that is far larger than the saved files."""
+    """A context manager for code that builds the pair saved at ``path``. It raises ``ValueError`` if the code
+    would allocate far more memory than the saved files have."""
     files = [file for file in Path(path).glob("*.safetensors") if is_file(file)]
     return bounded(sum(file.stat().st_size for file in files), str(path))
 
@@ -148,7 +149,7 @@ def _rebuild(plan: list[Any], weights: dict[str, Tensor], path: str) -> nn.Modul
             pair = build(plan)
     except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(
-            f"{path}: its plan of the pair is invalid ({error!r}); pass the pair's factory"
+            f"{path}: its description of the pair is invalid ({error!r}); pass a factory that builds the pair"
         ) from error
     dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     return pair.to(dtype=dtypes.pop()) if len(dtypes) == 1 else pair
@@ -169,13 +170,13 @@ def copy_all(stored: dict[str, Tensor], own: dict[str, Tensor], path: str) -> No
         )
         name = differing[0]
         raise ValueError(
-            f"{path} has the weights of another pair: {len(differing)} tensors differ, the first is "
+            f"{path} has the parameters of another pair: {len(differing)} tensors differ, the first is "
             f"{name!r}: expected {expected.get(name, 'none')} but got {got.get(name, 'none')}; build the "
             "pair as it was trained"
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            if not torch.equal(tensor.cpu(), stored[name]):  # copy_ raises for expanded tensors
+            if not torch.equal(tensor.cpu(), stored[name]):  # copy_ would raise for an expanded tensor
                 tensor.copy_(stored[name])
 
 
@@ -190,11 +191,12 @@ def _programs(pair: Any) -> tuple[Program, Program]:
 def _tensors(
     model: Program, guide: Program, params: dict[str, Tensor], modules: Collection[nn.Module]
 ) -> dict[str, Tensor]:
-    """The parameters and buffers of a pair by name: those of its modules, the other entries of the param
-    store, and the buffers and frozen parameters of networks that plain functions close over.
+    """The parameters and buffers of a pair by name: those of model and guide if they are modules, the other
+    entries of the param store, and the buffers and frozen parameters of networks that plain functions close
+    over.
 
     :param params: the unconstrained parameters in the param store.
-    :param modules: the modules that ran.
+    :param modules: the modules that a run of the pair called.
     """
     tensors: dict[str, Tensor] = {}
     for side, program in (("model", model), ("guide", guide)):

@@ -20,7 +20,7 @@ from typer import Argument, Option
 
 from pyro_vae import __version__
 from pyro_vae.cli import options, output
-from pyro_vae.cli.defaults import DEFAULTS
+from pyro_vae.cli.defaults import ALPHA, DEFAULTS, LINEAR_OBJECTIVES, OBJECTIVES
 from pyro_vae.cli.options import default_text, one_of
 from pyro_vae.files import put, reserved
 
@@ -34,6 +34,7 @@ Dataset = Literal["digits", "mnist", "fashion-mnist", "frey-faces", "ring"]
 Likelihood = Literal["bernoulli", "continuous-bernoulli", "normal", "laplace", "student-t", "categorical"]
 Guide = Literal["normal", "full", "low-rank", "laplace", "student-t", "flow", "spline", "mixture"]
 Prior = Literal["standard-normal", "normal", "mixture", "vamp"]
+Objective = Literal["elbo", "stl", "iwae", "dreg", "renyi", "vimco", "wake-sleep", "rws"]
 Binarize = Literal["none", "threshold", "stochastic"]
 
 RunFolder = Annotated[Path, Argument(metavar="RUN", help="A folder that `pyro-vae train` wrote.")]
@@ -95,17 +96,20 @@ def train(
     hidden: Annotated[
         str | None,
         Option(
-            help="Hidden widths of the encoder, such as 500,500; the decoder has them in reverse order.  "
-            + default_text("hidden")
+            help="Widths of the hidden layers of the encoder, such as 500,500; those of the decoder are in "
+            "reverse order.  " + default_text("hidden")
         ),
     ] = None,
     likelihood: Annotated[
-        Likelihood | None, Option(**one_of(Likelihood), help=f"p(x|z).  {default_text('likelihood')}")
+        Likelihood | None,
+        Option(**one_of(Likelihood), help=f"Likelihood p(x|z).  {default_text('likelihood')}"),
     ] = None,
     guide: Annotated[
         Guide | None, Option(**one_of(Guide), help=f"Family of q(z|x).  {default_text('guide')}")
     ] = None,
-    prior: Annotated[Prior | None, Option(**one_of(Prior), help=f"p(z).  {default_text('prior')}")] = None,
+    prior: Annotated[
+        Prior | None, Option(**one_of(Prior), help=f"Prior p(z).  {default_text('prior')}")
+    ] = None,
     pair: Annotated[
         str | None, Option(metavar="SOURCE:FACTORY", help="Train your own model and guide instead of a VAE.")
     ] = None,
@@ -116,34 +120,57 @@ def train(
             help="Binarization of grey pixels.  [default: stochastic for bernoulli, else none]",
         ),
     ] = None,
-    num_particles: Annotated[int, Option(min=1, help="Draws of z per datum and step.")] = 1,
+    objective: Annotated[
+        Objective, Option(**one_of(Objective), show_default=False, help=options.objective_help())
+    ] = "elbo",
+    num_particles: Annotated[
+        int | None,
+        Option(min=1, help=f"K, draws of z per datum and step.  {options.num_particles_text()}"),
+    ] = None,
+    alpha: Annotated[float | None, Option(help=f"Order of --objective renyi.  [default: {ALPHA}]")] = None,
     beta: Annotated[
-        float, Option(min=0, help="Weight of the KL in the loss. Reported ELBOs have weight 1.")
+        float,
+        Option(
+            min=0,
+            help=f"Weight of the KL in the loss, for --objective {' and '.join(LINEAR_OBJECTIVES)}. The "
+            "reported ELBOs use weight 1.",
+        ),
     ] = 1.0,
     warm_up: Annotated[
         int | None,
-        Option(min=0, help=f"Epochs over which the KL weight rises from 0.  {default_text('warm_up')}"),
+        Option(
+            min=0,
+            help=f"Epochs over which the KL weight rises from 0.  {default_text('warm_up')}; 0 where --beta "
+            "does not apply",
+        ),
     ] = None,
     patience: Annotated[
-        int | None, Option(min=1, help="Early stopping: epochs without a better held-out ELBO.")
+        int | None,
+        Option(min=1, help="Stop early, after this many epochs without a higher held-out objective."),
     ] = None,
     clip_norm: Annotated[
-        float | None, Option(min=0, help="Maximal norm of the gradient, in nats per datum.")
+        float | None, Option(min=0, help="Clip the gradient to this norm, in nats per datum.")
     ] = None,
     every: Annotated[
         int | None, Option(min=1, help="Steps between checkpoints, in addition to the end of each epoch.")
     ] = None,
     resume: Annotated[
-        str | None, Option(metavar="last|best|PATH", help="Resume the run at --out from this checkpoint.")
+        str | None,
+        Option(
+            metavar="last|best|PATH",
+            help="Resume the run at --out from its last or best checkpoint, or from the one at PATH.",
+        ),
     ] = None,
     seed: Seed = 0,
-    device: Annotated[str, Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    dtype: Annotated[Literal["float32", "float64"], Option(help="Of the data and the networks.")] = "float32",
+    device: Annotated[str, Option(help="Device: cpu, cuda, cuda:1, …")] = "cpu",
+    dtype: Annotated[
+        Literal["float32", "float64"], Option(help="Type of the data and the networks.")
+    ] = "float32",
     threads: Annotated[
         int | None,
         Option(
             min=1,
-            help="Number of threads of torch.  [default: OMP_NUM_THREADS; else 1 if a step is small, or "
+            help="Number of threads of torch.  [default: OMP_NUM_THREADS; else 1 if a step is small; else "
             "torch's default]",
         ),
     ] = None,
@@ -152,9 +179,9 @@ def train(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Train a VAE, or your own model and guide, by SVI, and write a run folder. --out RUN --resume last
-    resumes an interrupted run with its recorded options; the result is the same as without the interruption.
-    A larger --num-epochs trains for more epochs."""
+    """Train a VAE, or your own model and guide, by SVI, and write a run folder. With --out RUN --resume last,
+    an interrupted run resumes with its recorded options; the result is the same as without the interruption.
+    With a larger --num-epochs in addition, a finished run trains for more epochs."""
     import pyro
 
     from pyro_vae import infer
@@ -169,6 +196,8 @@ def train(
     }
     given = {"num_epochs": num_epochs, "learning_rate": learning_rate, "warm_up": warm_up} | families
     values = DEFAULTS[dataset] | {key: value for key, value in given.items() if value is not None}
+    if warm_up is None and objective not in LINEAR_OBJECTIVES:
+        values["warm_up"] = 0
     if pair is not None:
         options.check_pair_option(pair, families)
         values |= dict.fromkeys(build.VAE_FIELDS)
@@ -179,7 +208,9 @@ def train(
         pair=pair,
         binarize=binarize or default_binarize,
         batch_size=batch_size,
-        num_particles=num_particles,
+        num_particles=num_particles or OBJECTIVES[objective][1],
+        objective=objective,
+        alpha=ALPHA if alpha is None and objective == "renyi" else alpha,
         beta=options.check_finite("--beta", beta),
         patience=patience,
         clip_norm=clip_norm,
@@ -187,12 +218,14 @@ def train(
         dtype=dtype,
     )
     options.check_finite("--learning-rate", config.learning_rate)
+    options.check_finite("--alpha", config.alpha or 0.0)
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     options.check_device(device)
     is_first = infer.rank_and_world_size()[0] == 0
     if resume is not None:
         config = options.resumed_config(context, out, overwrite, config)
+    options.check_objective(config)
     options.check_likelihood(config)
     folder = out or Path("runs") / dataset
     if is_first:  # only rank 0 writes and prints
@@ -241,7 +274,13 @@ def train(
     with run.loaded(test.x[:2]) as trained:
         output.write_pictures(runs.replaceable_or_new(run.path / "plots"), runs.pictures(run, trained, test))
     epoch, seconds = run.saved_epoch(), sum(epoch.seconds for epoch in epochs)
-    result = {"run": str(run.path), "num_epochs": len(epochs), **epoch._asdict(), "seconds": seconds}
+    result = {
+        "run": str(run.path),
+        "objective": config.objective,
+        "num_epochs": len(epochs),
+        **epoch._asdict(),
+        "seconds": seconds,
+    }
     page = report.write_report(run)
     output.print_result(result, f"{run.path}: {run.summary()}", as_json)
     output.print_next(page, "evaluate", run.path, *_repeated_options(pair, data_dir))
@@ -258,8 +297,8 @@ def sample(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Draw x from p(z) p(x|z): samples.npy, and a picture of up to 400 means E[x|z]. The default output
-    folder is RUN/samples, samples-2, …"""
+    """Draw x from p(z) p(x|z). Writes samples.npy, and a picture of up to 400 means E[x|z]. The default
+    output folder is the first unused one of RUN/samples, RUN/samples-2, …"""
     import torch
 
     from pyro_vae import plots
@@ -284,7 +323,7 @@ def reconstruct(
     context: typer.Context,
     run: RunFolder,
     n: Annotated[
-        int, Option("-n", "--num-data", min=1, help="Number of held-out data, from the first.")
+        int, Option("-n", "--num-data", min=1, help="Number of held-out data, starting at the first.")
     ] = 100,
     seed: Seed = 0,
     data_dir: DataDir = None,
@@ -293,8 +332,8 @@ def reconstruct(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """E[x'|z] at z ~ q(z|x) for held-out x: x.npy, reconstructions.npy, and a picture of both. The default
-    output folder is RUN/reconstructions, reconstructions-2, …"""
+    """Reconstruct held-out x as E[x'|z] at z ~ q(z|x). Writes x.npy, reconstructions.npy and a picture.
+    The default output folder is the first unused one of RUN/reconstructions, RUN/reconstructions-2, …"""
     import torch
 
     from pyro_vae import plots
@@ -325,7 +364,8 @@ def plot(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Draw the pictures of a run again. The default output folder is RUN/plots-2, plots-3, …"""
+    """Draw the pictures of a run again. The default output folder is the first unused one of RUN/plots,
+    RUN/plots-2, …"""
     from pyro_vae.cli import build, report, runs
 
     opened = _open_run(run, pair)
@@ -342,11 +382,11 @@ def plot(
 def evaluate(
     context: typer.Context,
     run: RunFolder,
-    estimator: Annotated[str, Option(help="Any of elbo,importance,prior,ais,smc,bdmc.")] = "elbo,importance",
+    estimator: Annotated[str, Option(help="Some of elbo,importance,prior,ais,smc,bdmc.")] = "elbo,importance",
     num_particles: Annotated[int, Option(min=1, help="Maximal number of draws of z per datum.")] = 1000,
-    num_temperatures: Annotated[int, Option(min=1, help="Maximal number of temperatures.")] = 1000,
+    num_temperatures: Annotated[int, Option(min=1, help="Maximal number of annealing temperatures.")] = 1000,
     num_chains: Annotated[int, Option(min=1, help="Chains of ais and bdmc per datum.")] = 16,
-    data: Annotated[str, Option(help="Which data, such as test, train, test[:1000].")] = "test",
+    data: Annotated[str, Option(help="Data to use: test, train, or rows such as test[:1000].")] = "test",
     seed: Seed = 0,
     threads: Threads = None,
     data_dir: DataDir = None,
@@ -355,9 +395,10 @@ def evaluate(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Estimate and bound log p(x) of a run's model, in nats per datum: a table and a picture of the
-    estimators at increasing cost. The default output folder is RUN/evaluation, evaluation-2, … After an
-    interruption, the same command resumes."""
+    """Estimate and bound log p(x) under the model of a run, in nats per datum. Writes a table and a picture
+    of the estimators at increasing cost. The estimator elbo includes the bound that the run maximized, if it
+    is another. The default output folder is the first unused one of RUN/evaluation, RUN/evaluation-2, … To
+    resume after an interruption, repeat the command."""
     from pyro_vae import plots
     from pyro_vae.cli import build, ladder, report, runs
 
@@ -379,6 +420,7 @@ def evaluate(
     ):
         for rung in ladder.compute(
             trained,
+            opened.config,
             selected.arguments(slice(None)),
             names,
             num_particles=num_particles,
@@ -409,7 +451,9 @@ def diagnose(
     num_simulations: Annotated[
         int, Option(min=0, help="Simulated data for the calibration: 100 or more, or 0 for no calibration.")
     ] = 1000,
-    data: Annotated[str, Option(help="Which data, such as test, train, test[:1000].")] = "test[:1000]",
+    data: Annotated[
+        str, Option(help="Data to use: test, train, or rows such as test[:1000].")
+    ] = "test[:1000]",
     seed: Seed = 0,
     threads: Threads = None,
     data_dir: DataDir = None,
@@ -418,8 +462,9 @@ def diagnose(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Diagnose the guide of a run: a text, and pictures of Pareto k, of the data with the worst fit and of
-    the calibration. The default output folder is RUN/diagnosis, diagnosis-2, …"""
+    """Diagnose the guide of a run. Writes a text, and pictures of Pareto k, of the data with the worst fit
+    and of the calibration. The default output folder is the first unused one of RUN/diagnosis,
+    RUN/diagnosis-2, …"""
     from pyro_vae import diagnostics, plots
     from pyro_vae.cli import build, report
 
@@ -455,12 +500,13 @@ def diagnose(
 @app.command()
 def compare(
     context: typer.Context,
-    model: Annotated[str | None, Argument(help="A name from --list.")] = None,
+    model: Annotated[str | None, Argument(help="Name of a model, see --list.")] = None,
     guide: Annotated[str, Option(help="Families of q(z|x), such as normal,full,flow.")] = "normal,full,flow",
     num_epochs: Annotated[
-        int, Option("-n", "--num-epochs", min=1, help="Passes over 2000 draws of the model.")
+        int,
+        Option("-n", "--num-epochs", min=1, help="Passes over the training data, 2000 draws from the model."),
     ] = 100,
-    num_data: Annotated[int, Option(min=2, help="Draws of the model that the comparison uses.")] = 50,
+    num_data: Annotated[int, Option(min=2, help="Number of new draws from the model to compare on.")] = 50,
     list_models: Annotated[bool, Option("--list", help="List the models.")] = False,
     seed: Seed = 0,
     threads: Annotated[
@@ -542,7 +588,7 @@ def _open_run(run: Path, pair: str | None) -> "Run":
 
 
 def _repeated_options(pair: str | None, data_dir: Path | None = None) -> list[object]:
-    """The options of a run that a further command on it must repeat."""
+    """The options of this command that the next command on the same run must repeat."""
     return [
         word
         for key, value in (("--pair", pair), ("--data-dir", data_dir))
@@ -565,7 +611,7 @@ def _vae(pair: "Pair", verb: str) -> "VAE":
 
 
 def _option_arguments() -> set[str]:
-    """The parameters of all commands that appear on the command line as ``--name``."""
+    """The names of the parameters of all commands that are options on the command line, ``--name``."""
     functions: list[Any] = [command.callback for command in app.registered_commands]
     names = {name for function in functions for name in inspect.signature(function).parameters}
     return {name for name in names if len(name) > 1} - {
@@ -590,7 +636,7 @@ def main() -> NoReturn:
     """
     os.environ.setdefault("MPLBACKEND", "Agg")
     for stream in (sys.__stdout__, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # the locale may not have ≥ and ±
+        if isinstance(stream, io.TextIOWrapper):  # the encoding of the locale may lack ≥ and ±
             stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

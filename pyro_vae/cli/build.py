@@ -17,10 +17,12 @@ from types import ModuleType
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
+from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_vae import conditionals, flows, nets, priors
+from pyro_vae import conditionals, flows, infer, nets, priors
+from pyro_vae.cli.defaults import ALPHA
 from pyro_vae.data.datasets import Data, load
 from pyro_vae.pairs.traces import Program
 from pyro_vae.vae import VAE
@@ -51,9 +53,20 @@ PRIORS: dict[str, Callable[[conditionals.Conditional, Tensor], conditionals.Cond
     "mixture": lambda encoder, _: priors.GaussianMixture(encoder.event_shape),
     "vamp": priors.VampPrior,
 }
+OBJECTIVES: dict[str, Callable[[int, float], ELBO]] = {  # of the number of particles, and α
+    "elbo": lambda k, _: Trace_ELBO(num_particles=k),
+    "stl": lambda k, _: infer.STL(k),
+    "iwae": lambda k, _: infer.IWAE(k),
+    "dreg": lambda k, _: infer.IWAE(k, "dreg"),
+    "renyi": lambda k, alpha: infer.Renyi(alpha, k),
+    "vimco": lambda k, _: infer.VIMCO(k),
+    "wake-sleep": lambda k, _: infer.WakeSleep(k),
+    "rws": lambda k, _: infer.ReweightedWakeSleep(k),
+}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-PSEUDO_INPUTS = 100  # of a VampPrior
-VAE_FIELDS = ("likelihood", "guide", "prior", "latent_dim", "hidden")  # ``None`` with --pair
+PSEUDO_INPUTS = 100  # number of pseudo-inputs of a VampPrior
+LATER_FIELDS: dict[str, Any] = {"objective": "elbo", "alpha": None}  # of runs without these fields
+VAE_FIELDS = ("likelihood", "guide", "prior", "latent_dim", "hidden")  # ``None`` in a Config with --pair
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,8 @@ class Config:
     clip_norm: float | None
     seed: int
     dtype: str
+    objective: str = "elbo"
+    alpha: float | None = None
     event_shape: tuple = ()
     num_levels: int | None = None
 
@@ -89,7 +104,7 @@ class Config:
 
         :param source: the path of the file, for error texts.
         """
-        hints = get_type_hints(cls)
+        hints, record = get_type_hints(cls), LATER_FIELDS | dict(record)
         if invalid := record.keys() ^ hints.keys():
             raise ValueError(
                 f"{source}: the keys {sorted(invalid)} are missing or unknown; expected those of a run's "
@@ -108,6 +123,11 @@ class Config:
                 raise ValueError(f"{source}: {field.name} is {reprlib.repr(value)}, which is out of range")
         return cls(**values)
 
+    def bound_name(self) -> str:
+        """The objective with its options, such as ``"iwae, K = 5"``."""
+        order = "" if self.alpha is None else f", α = {self.alpha:g}"
+        return f"{self.objective}{order}, K = {self.num_particles}"
+
 
 def _is_in_range(name: str, value: Any) -> bool:
     """Whether a number, or each size of a tuple, is in the range that the command line accepts."""
@@ -115,7 +135,7 @@ def _is_in_range(name: str, value: Any) -> bool:
         return len(value) <= 100 and all(type(size) is int and 0 < size < 2**31 for size in value)
     if isinstance(value, int):
         return (0 if name in ("seed", "warm_up") else 1) <= value < 2**32
-    return not isinstance(value, float) or (math.isfinite(value) and value >= 0)
+    return not isinstance(value, float) or (math.isfinite(value) and (value >= 0 or name == "alpha"))
 
 
 class Pair(NamedTuple):
@@ -127,8 +147,8 @@ class Pair(NamedTuple):
 
 
 def build_data(config: Config, data_dir: Path | None) -> tuple[Data, Data]:
-    """Load ``(train, test)``, binarized by ``config.binarize``: integer grey levels for a categorical
-    likelihood, values in [0, 1] otherwise.
+    """Load ``(train, test)``, binarized as in ``config.binarize``. For a categorical likelihood, pixels are
+    integer grey levels; otherwise they are in [0, 1].
 
     :raises ValueError: if the shape of the data is not that of the run.
     """
@@ -145,8 +165,8 @@ def build_data(config: Config, data_dir: Path | None) -> tuple[Data, Data]:
 
 
 def select_rows(selection: str, train: Data, test: Data) -> Data:
-    """The data that ``selection`` names: ``test``, ``train`` or a slice such as ``test[:1000]``. A stochastic
-    binarization is drawn once.
+    """The data that ``selection`` names: ``test``, ``train`` or a slice such as ``test[:1000]``. Pixels with
+    stochastic binarization are drawn once, and are then fixed.
 
     :raises ValueError: for an invalid or empty selection.
     """
@@ -181,8 +201,16 @@ def build_pair(config: Config, train: Data | None = None) -> Pair:
     return pair
 
 
+def build_loss(config: Config, pair: Pair | None = None) -> ELBO:
+    """The objective of a run as a loss for ``fit``. Raises ``ValueError`` for an invalid one."""
+    k, alpha = config.num_particles, ALPHA if config.alpha is None else config.alpha
+    if config.objective == "elbo" and k > 1 and pair is not None and pair.vae:
+        return Trace_ELBO(num_particles=k, vectorize_particles=True, max_plate_nesting=1)
+    return _look_up("objective", config.objective, OBJECTIVES)(k, alpha)
+
+
 def _look_up(kind: str, name: str | None, table: Mapping[str, T]) -> T:
-    """The entry of a name. Raises ``ValueError`` for an unknown name."""
+    """The entry of ``table`` with this name. Raises ``ValueError`` for an unknown name."""
     if name is None or name not in table:
         raise ValueError(f"{kind}: got {name!r}; expected one of {', '.join(table)}")
     return table[name]
@@ -198,13 +226,14 @@ def _vae(config: Config, train: Data | None) -> Pair:
     if config.likelihood == "categorical":
         if config.num_levels is None:
             raise ValueError(
-                f"--likelihood categorical: {config.dataset} has no grey levels; expected for example normal"
+                f"--likelihood categorical: {config.dataset} has no grey levels; expected another "
+                "likelihood, such as normal"
             )
         options["num_classes"] = config.num_levels
         trunk = torch.nn.Sequential(nets.Standardize(0, config.num_levels - 1), trunk)
     elif config.likelihood in ("normal", "laplace", "student-t"):
         options["min_scale"] = 0.02
-        if config.num_levels:  # grey values: the decoder's means pass a sigmoid, as in AEVB for Frey Face
+        if config.num_levels:  # grey values: a sigmoid gives means in [0, 1], as in AEVB for Frey Face
             options["loc_constraint"] = constraints.unit_interval
     likelihood = _look_up("likelihood", config.likelihood, LIKELIHOODS)
     decoder = likelihood(nets.MLP(latent_dim, hidden[::-1]), event_shape=x_shape, **options)

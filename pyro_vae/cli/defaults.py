@@ -34,3 +34,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "frey-faces": _MNIST | {"likelihood": "normal", "latent_dim": 2, "hidden": (200,), "num_epochs": 200},
     "ring": _MNIST | _RING,
 }
+
+# what `train --objective` names: a line of help, and the default number of particles
+OBJECTIVES: dict[str, tuple[str, int]] = {
+    "elbo": ("the ELBO", 1),
+    "stl": ("elbo, less noise in gradients", 1),
+    "iwae": ("bound of K draws, above elbo", 5),
+    "dreg": ("iwae, less noise in gradients", 5),
+    "renyi": ("Rényi bound of order --alpha", 5),
+    "vimco": ("iwae for discrete latents (--pair)", 5),
+    "wake-sleep": ("elbo; guide learns from simulations", 1),
+    "rws": ("iwae; guide learns from K draws", 5),
+}
+LINEAR_OBJECTIVES = "elbo", "stl"  # linear in log-probabilities, so that --beta and --warm-up apply
+ALPHA = 0.5  # the order of renyi

@@ -41,7 +41,7 @@ MODELS: dict[str, tuple[Callable[[], exact.ExactModel], str]] = {
     ),
     "factor-analysis": (
         lambda: exact.LinearGaussian(_loadings(6, 2), noise_scale=0.7),
-        "two correlated factors: the gap of a mean-field guide",
+        "two correlated factors: a mean-field guide has a gap",
     ),
     "regression": (
         lambda: exact.BayesianLinearRegression(_loadings(10, 3), noise_precision=4.0),
@@ -54,8 +54,11 @@ MODELS: dict[str, tuple[Callable[[], exact.ExactModel], str]] = {
         ),
         "a ReLU decoder of |z|: a one-dimensional posterior with two modes",
     ),
-    "funnel": (lambda: exact.Funnel(2, scale=1.5), "Neal's funnel: scales that depend on another latent"),
-    "banana": (lambda: exact.Banana(), "a curved ridge"),
+    "funnel": (
+        lambda: exact.Funnel(2, scale=1.5),
+        "Neal's funnel: the scale of one latent depends on another",
+    ),
+    "banana": (lambda: exact.Banana(), "a posterior along a curved ridge"),
     "state-space": (_state_space, "five steps of a linear-Gaussian state space model"),
 }
 

@@ -7,16 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pyro_vae import evidence
-from pyro_vae.cli.build import Pair
+from pyro_vae.cli.build import Config, Pair, build_loss
 from pyro_vae.evidence import Annealing, Evidence
+from pyro_vae.infer import Objective
+from pyro_vae.numerics import effective_sample_size
+from pyro_vae.pairs import log_weights
 
 ESTIMATORS = ("elbo", "importance", "prior", "ais", "smc", "bdmc")
 
 
 @dataclass(frozen=True)
 class Rung:
-    """An estimate of log p(x), its name, such as ``importance-100``, and its run time in seconds."""
+    """A line of the table of estimates: an estimate of log p(x), its name, such as ``importance-100``, and
+    its run time in seconds."""
 
     name: str
     estimator: str
@@ -45,6 +51,7 @@ class Rung:
 
 def compute(
     pair: Pair,
+    config: Config,
     arguments: tuple[Any, ...],
     names: Sequence[str],
     *,
@@ -54,11 +61,12 @@ def compute(
     seed: int,
     resume_folder: Path,
 ) -> Iterator[Rung]:
-    """Run each estimator at costs that increase by factors of ten up to ``num_particles`` and
-    ``num_temperatures``.
+    """Run estimators by name. ``importance`` and ``ais`` run several times: their number of particles or
+    temperatures grows by factors of ten up to ``num_particles`` or ``num_temperatures``. The ELBO is followed
+    by the bound that the run maximized, if it is another.
 
-    :param resume_folder: folder for finished chunks. The same call resumes from them after an interruption.
-        The file of a rung is deleted when the rung is finished.
+    :param resume_folder: folder that stores finished chunks of an estimate. After an interruption, the same
+        call resumes from them. They are deleted when the estimate is finished.
     """
     model, guide = pair.model, pair.guide
     smc_annealing = Annealing(min(100, num_temperatures), num_chains=100)
@@ -111,12 +119,45 @@ def compute(
             estimate = estimator(seed=seed, resume=file)
             yield Rung(rung, name, estimate, time.perf_counter() - start)
             file.unlink(missing_ok=True)
+        if name == "elbo" and isinstance(loss := build_loss(config), Objective) and not loss.is_elbo:
+            start = time.perf_counter()
+            estimate = _objective_bound(pair, config, loss, arguments, num_particles, seed)
+            yield Rung("objective", config.bound_name(), estimate, time.perf_counter() - start)
     if resume_folder.is_dir() and not any(resume_folder.iterdir()):
         resume_folder.rmdir()
 
 
+def _objective_bound(
+    pair: Pair,
+    config: Config,
+    objective: Objective,
+    arguments: tuple[Any, ...],
+    num_particles: int,
+    seed: int,
+) -> Evidence:
+    """The bound of an objective per datum, averaged over evaluations of its K draws: 100 draws in all, or
+    ``num_particles`` if these are fewer, and at least two evaluations."""
+    k = objective.num_particles
+    num_evaluations = max(2, min(100, num_particles) // k)
+    log_w = log_weights(
+        pair.model, pair.guide, arguments, num_particles=num_evaluations * k, seed=seed
+    ).double()
+    groups = log_w.unflatten(0, (num_evaluations, k))
+    values = torch.stack([objective.value(group) for group in groups])
+    return Evidence(
+        f"{config.bound_name()}, mean of {num_evaluations} evaluations",
+        # below α = 0 the Rényi bound of few draws may lie on either side
+        "none" if (config.alpha or 0.0) < 0 else "lower",
+        values.mean(0),
+        values.std(0) / num_evaluations**0.5,
+        torch.stack([effective_sample_size(group) for group in groups]).mean(0),
+        num_particles=k,
+        cost=num_evaluations * k,
+    )
+
+
 def table(rungs: Sequence[Rung]) -> str:
-    """A text table with one line per rung."""
+    """A text table with one line for each estimate."""
     lines = [f"{'':52}{'nats':>9}{'±':>7}{'noise':>8}{'ESS':>8}{'k > 0.7':>9}{'cost':>9}{'s':>7}"]
     for rung in rungs:
         row, estimate = rung.row(), rung.estimate

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import typer
 
-from pyro_vae.cli.defaults import DEFAULTS
+from pyro_vae.cli.defaults import DEFAULTS, LINEAR_OBJECTIVES, OBJECTIVES
 
 if TYPE_CHECKING:
     from pyro_vae.cli.build import Config, Pair
@@ -33,7 +33,7 @@ def one_of(literal: Any) -> dict[str, Any]:
 
 
 def argument(literal: Any, about: str) -> dict[str, Any]:
-    """As :func:`one_of`, for the ``Argument`` DATASET, whose help lists the strings."""
+    """As :func:`one_of`, for the ``Argument`` DATASET. Its help is ``about`` and the list of the strings."""
     return one_of(literal) | {
         "metavar": "DATASET",
         "help": f"{about}: one of {', '.join(get_args(literal))}.",
@@ -41,7 +41,7 @@ def argument(literal: Any, about: str) -> dict[str, Any]:
 
 
 def comma_separated(option: str, given: str, expected: Collection[str]) -> list[str]:
-    """Split a list at its commas. Raises ``BadParameter`` for a word that is not in ``expected``."""
+    """Split a comma-separated text. Raises ``BadParameter`` for a word that is not in ``expected``."""
     words = given.split(",")
     for word in words:
         if word not in expected:
@@ -68,6 +68,22 @@ def default_text(key: str) -> str:
     if len(names_by_value) == 1:
         return f"[default: {next(iter(names_by_value))}]"
     parts = (f"{value} for {', '.join(names)}" for value, names in names_by_value.items())
+    return f"[default: {'; '.join(parts)}]"
+
+
+def objective_help() -> str:
+    """The objectives, one in each line, for ``--help``."""
+    lines = [f"{name:10} {text}" for name, (text, _) in OBJECTIVES.items()]
+    title = "What is maximized; docs/objectives.md compares them.  [default: elbo]"
+    return "\n".join([title, "", "\b", *lines])
+
+
+def num_particles_text() -> str:
+    """The default numbers of particles by objective, for ``--help``."""
+    names_by_number: dict[int, list[str]] = {}
+    for name, (_, number) in OBJECTIVES.items():
+        names_by_number.setdefault(number, []).append(name)
+    parts = (f"{number} for {', '.join(names)}" for number, names in names_by_number.items())
     return f"[default: {'; '.join(parts)}]"
 
 
@@ -110,7 +126,7 @@ def check_pair_option(pair: str, families: dict[str, Any]) -> None:
         )
     if named := [f"--{key.replace('_', '-')}" for key, value in families.items() if value is not None]:
         raise typer.BadParameter(
-            f"--pair defines both model and guide; {', '.join(named)} would have no effect, leave them out"
+            f"--pair defines both model and guide; leave out {', '.join(named)}, which would have no effect"
         )
 
 
@@ -127,6 +143,28 @@ def resumed_config(context: typer.Context, out: Path | None, overwrite: bool, co
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     return runs.resumed_config(out, config, given & vars(config).keys())
+
+
+def check_objective(config: "Config") -> None:
+    """Raise ``BadParameter`` for options that the objective does not have."""
+    name = config.objective
+    if config.alpha is not None and name != "renyi":
+        raise typer.BadParameter(
+            f"--alpha {config.alpha:g}: only --objective renyi has an order, not {name}; leave --alpha out, "
+            "or pass --objective renyi"
+        )
+    if name in ("vimco", "rws") and config.num_particles < 2:
+        raise typer.BadParameter(
+            f"--num-particles {config.num_particles}: --objective {name} compares the weights of several "
+            "draws; expected 2 or more, or --objective elbo"
+        )
+    if name not in LINEAR_OBJECTIVES and (config.beta != 1.0 or config.warm_up):
+        given = f"--warm-up {config.warm_up}" if config.warm_up else f"--beta {config.beta:g}"
+        raise typer.BadParameter(
+            f"{given}: --objective {name} is not linear in log-probabilities, so β would be a power of "
+            f"probabilities in its weights; expected --beta 1 and --warm-up 0, or --objective "
+            f"{' or '.join(LINEAR_OBJECTIVES)}"
+        )
 
 
 _DENSITIES = "normal", "laplace", "student-t"
@@ -146,7 +184,7 @@ def check_likelihood(config: "Config") -> None:
         if config.binarize != "none":
             raise ValueError(
                 f"--binarize {config.binarize}: the data of ring are points in the plane, not grey values; "
-                "leave it out"
+                "leave --binarize out"
             )
     elif config.likelihood == "bernoulli" and config.binarize == "none":
         raise ValueError(
@@ -168,7 +206,7 @@ def with_option_names(message: str, names: Collection[str]) -> str:
 
     def option(match: re.Match[str]) -> str:
         name, assigned, value = match["name"], match["assigned"], match["quoted"] or match["plain"] or ""
-        if "_" not in name and not assigned:  # an ordinary English word
+        if "_" not in name and not assigned:  # it may be an ordinary English word
             return match[0]
         spelled = f"--{name.replace('_', '-')}"
         return f"{spelled} {value}" if value else spelled
@@ -176,18 +214,26 @@ def with_option_names(message: str, names: Collection[str]) -> str:
     known = "|".join(sorted(map(re.escape, set(names)), key=len, reverse=True))
     value = r'(?P<assigned>=(?:"(?P<quoted>[^"]*)"|(?P<plain>[\w+-]+(?:\.\d+)?)?))?'
     pattern = rf"(?<![\w./-])(?<!\.json: )(?P<name>{known})(?![\w(/]){value}"
-    # the command line has no option for min_scale
+    # an objective has an option here, and a class in Python
+    message = message.replace('estimator="iwae"', "--objective iwae")
+    message = re.sub(r"\b(expected|or) (VIMCO|Trace_ELBO)\b", _as_objective, message)
+    # remove advice about min_scale, for which the command line has no option
     message = message.replace(", raise min_scale", "").replace("raise min_scale, or ", "")
     message = re.sub(pattern, option, message)
     return re.sub(r"(?<=[Ll])ower the learning rate", "ower --learning-rate", message)
 
 
-SMALL_PRODUCT = 2_000_000  # multiply-adds; up to this size of the largest product, one thread is the default
+def _as_objective(match: re.Match[str]) -> str:
+    return f"{match[1]} --objective {'vimco' if match[2] == 'VIMCO' else 'elbo'}"
+
+
+# steps whose largest matrix product has at most this many multiply-adds run in one thread by default
+SMALL_PRODUCT = 2_000_000
 
 
 def largest_product(pair: "Pair", rows: int) -> int | None:
     """Multiply-adds of the largest matrix product of a step on ``rows`` rows. ``None`` if the model or the
-    guide is not a module, if no layer has a weight, or if one has more than two dimensions."""
+    guide is not a module, if no layer has a weight, or if a weight has more than two dimensions."""
     import torch
 
     programs = [program for program in (pair.model, pair.guide) if isinstance(program, torch.nn.Module)]
@@ -205,10 +251,10 @@ def largest_product(pair: "Pair", rows: int) -> int | None:
 
 @contextmanager
 def threads(given: int | None, largest: int | None = None) -> Iterator[None]:
-    """Set the number of torch's threads for the block: ``given``, else one if the products are small and no
-    environment variable sets the number.
+    """Set the number of torch's threads for the block to ``given``. If that is ``None``, set it to one if the
+    matrix products are small and no environment variable sets the number.
 
-    :param largest: multiply-adds of the largest product; ``None`` if unknown.
+    :param largest: multiply-adds of the largest matrix product; ``None`` if unknown.
     """
     import torch
 

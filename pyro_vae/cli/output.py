@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def points(**sets: "Tensor") -> "Pictures":
-    """A scatter plot of the sets of shape ``(n, 2)``; empty if there are none."""
+    """A scatter plot of those ``sets`` that have the shape ``(n, 2)``; no picture if there are none."""
     from pyro_vae import plots
 
     drawable = {name: points for name, points in sets.items() if points.shape[1:] == (2,)}
@@ -34,10 +34,10 @@ def points(**sets: "Tensor") -> "Pictures":
 def reserve_folder(
     context: "Context", out: Path | None, default: Path, overwrite: bool, *, ignore: str | None = None
 ) -> Path:
-    """Lock the output folder until the command ends: ``out``, or the first free one of ``default``,
-    ``default-2``, …
+    """Lock the output folder until the command ends, and return its path: ``out``, or the first unused one of
+    ``default``, ``default-2``, …
 
-    :param ignore: the name of a file or folder that an interrupted call may have left there.
+    :param ignore: the name of a file or folder that the output folder may contain, from an interrupted call.
     :raises FileExistsError: if the folder contains files that must not be overwritten.
     """
     folder: Path = context.with_resource(
@@ -62,7 +62,7 @@ def reserve_folder(
 
 
 def write_results(folder: Path, arrays: "dict[str, Tensor]", pictures: "Pictures") -> list[Path]:
-    """Write arrays and pictures to a folder. Returns the files."""
+    """Write arrays and pictures to a folder. Returns the paths of the files."""
     import numpy as np
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,8 +76,8 @@ def write_results(folder: Path, arrays: "dict[str, Tensor]", pictures: "Pictures
 
 
 def write_pictures(folder: Path, pictures: "Pictures") -> list[Path]:
-    """Draw pictures and write them to a folder. Returns the files. A picture that fails is skipped with a
-    warning."""
+    """Draw pictures and write them to a folder. Returns the paths of the files. A picture that fails is
+    skipped with a warning."""
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ def shell_command(*words: object) -> str:
 def report_interruption(describe_saved: "Callable[[], str]", enabled: bool = True) -> "Iterator[None]":
     """If SIGINT or SIGTERM ends the block, print what was saved.
 
-    :param enabled: false for the ranks that do not print.
+    :param enabled: false for ranks other than 0, which do not print.
     """
     try:
         yield

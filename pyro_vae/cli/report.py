@@ -1,4 +1,5 @@
-"""``report.html``: the pictures and texts of a run folder on one page. Nothing is computed."""
+"""Write ``report.html``, which shows the pictures and texts of a run folder on one page. Nothing is
+computed: the pictures and texts are those that other commands wrote."""
 
 import re
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_
 </style>
 <h1>{{ name }}</h1>
 <p>{{ summary }}</p>
+<p>{{ objective }}</p>
 {% for title, texts, pictures in sections %}
 <h2>{{ title }}</h2>
 {% for text in texts %}
@@ -60,7 +62,13 @@ def write_report(run: Run, changed: Path | None = None) -> Path | None:
         return None
     try:
         name, sections = run.path.resolve().name, list(_sections(run.path))
-        page = _PAGE.render(name=name, summary=run.summary(), config=asdict(run.config), sections=sections)
+        page = _PAGE.render(
+            name=name,
+            summary=run.summary(),
+            objective=run.objective(),
+            config=asdict(run.config),
+            sections=sections,
+        )
         write_whole(run.path / "report.html", page.encode("utf-8", "replace"))
         return run.path / "report.html"
     except (OSError, ValueError) as error:
@@ -69,7 +77,8 @@ def write_report(run: Run, changed: Path | None = None) -> Path | None:
 
 
 def _sections(run: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Title, texts and pictures of each result folder of a run that has any. Links are ignored."""
+    """Title, texts and pictures of each result folder of a run, if it has texts or pictures. Symbolic links
+    are ignored."""
     for kind in RESULT_FOLDERS:
         folders = [
             entry
@@ -93,6 +102,6 @@ def _read_or_error(file: Path) -> str:
 
 
 def _folder_number(path: Path) -> int:
-    """10 for ``plots-10``, 1 for ``plots``."""
+    """The number at the end of a name: 10 for ``plots-10``, 1 for ``plots``."""
     match = re.search(r"-(\d+)$", path.name)
     return int(match[1]) if match else 1

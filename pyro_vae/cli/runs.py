@@ -20,12 +20,11 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from matplotlib.figure import Figure
-from pyro.infer import Trace_ELBO
 from pyro.optim import Adam
 from torch import Tensor
 
 from pyro_vae import __version__, checkpoint, infer, plots
-from pyro_vae.cli.build import Config, Pair, build_pair
+from pyro_vae.cli.build import Config, Pair, build_loss, build_pair
 from pyro_vae.data.datasets import Data
 from pyro_vae.files import (
     LOCK,
@@ -41,19 +40,20 @@ from pyro_vae.files import (
     written,
 )
 from pyro_vae.infer import Epoch
+from pyro_vae.infer.losses import kind_of, name_of
 from pyro_vae.pairs.elbo import MeanElbo
 from pyro_vae.priors import StandardNormal
 
 SCHEMA = 2
-RESULT_FOLDERS = ("plots", "evaluation", "diagnosis", "samples", "reconstructions")  # and plots-2, …
+RESULT_FOLDERS = ("plots", "evaluation", "diagnosis", "samples", "reconstructions")  # also plots-2, …
 _ATOMIC_FILES = "config.json", "env.json", "report.html"
 _RESULT_FOLDER = re.compile(rf"({'|'.join(RESULT_FOLDERS)})(-\d+)?")
-_KEYS = {  # by which a file of a run is recognized
+_KEYS = {  # keys of the files of a run, which show that a run wrote them
     "config.json": {"schema", "dataset", "pair"},
     "env.json": {"pyro_vae", "command"},
     "metrics.jsonl": {"epoch", "train"},
 }
-GENERATOR = '<meta name="generator" content="pyro-vae">'  # by which a report is recognized
+GENERATOR = '<meta name="generator" content="pyro-vae">'  # shows that a run wrote the report
 
 
 class Run(NamedTuple):
@@ -63,7 +63,7 @@ class Run(NamedTuple):
     config: Config
 
     def record(self, epochs: Iterable[Epoch], *, append: bool) -> None:
-        """Append epochs to ``metrics.jsonl``, or replace the file by them."""
+        """Append epochs to ``metrics.jsonl``, or replace its content by them."""
         file = check_no_link(self.path / "metrics.jsonl")
         content = "".join(json.dumps(to_json(epoch)) + "\n" for epoch in epochs).encode()
         if append:
@@ -130,6 +130,11 @@ class Run(NamedTuple):
             f"{self.config.num_epochs}"
         )
 
+    def objective(self) -> str:
+        """What the training maximized, as text. Raises ``ValueError`` for an invalid objective."""
+        loss = build_loss(self.config)
+        return f"objective: {name_of(loss)}, {kind_of(loss).bound}"
+
     def summary(self) -> str:
         """The duration of the training and the held-out ELBO, as text."""
         saved, epochs = self.saved_epoch(), self.history()
@@ -148,7 +153,8 @@ class Run(NamedTuple):
 
     @contextmanager
     def loaded(self, rows: Tensor | None = None) -> Iterator[Pair]:
-        """Load the trained pair on the CPU, in evaluation mode. Its param store is Pyro's within the block.
+        """Load the trained pair on the CPU, in evaluation mode. Within the block, Pyro's param store has the
+        parameters of the pair.
 
         :param rows: two rows of data, on which the pair is run to collect its parameters. The default for a
             VAE is zeros.
@@ -158,15 +164,15 @@ class Run(NamedTuple):
         if not os.path.lexists(weights) and last_step(self.path) is not None:
             pair_option = () if self.config.pair is None else ("--pair", self.config.pair)
             raise FileNotFoundError(
-                f"{self.path} has no weights: the first epoch was interrupted, or they were deleted; resume "
-                f"with: {resume_command(self.path, pair_option)}"
+                f"{self.path} has no saved parameters: the first epoch was interrupted, or the parameters "
+                f"were deleted; resume with: {resume_command(self.path, pair_option)}"
             )
         with nullcontext() if self.config.pair else checkpoint.within(weights):
             pair = build_pair(self.config)
         if rows is None and pair.vae is None:
             raise ValueError(
-                f"{self.path}: the run was trained with a model and a guide of your own, without samples or "
-                "reconstructions; expected a run whose --pair returns a pyro_vae.VAE"
+                f"{self.path}: the run was trained with a model and a guide of your own, so samples and "
+                "reconstructions are not defined; expected a run whose --pair returns a pyro_vae.VAE"
             )
         for program in (pair.model, pair.guide):
             if isinstance(program, torch.nn.Module):
@@ -179,9 +185,10 @@ class Run(NamedTuple):
 
 
 class _RunCheckpoints(checkpoint.Checkpoints):
-    """The checkpoints of a run. The first checkpoint creates the run folder, so that a failed start replaces
-    nothing. A checkpoint at the end of an epoch also saves the parameters and records the epoch. With early
-    stopping, only the parameters of the best epoch are saved.
+    """The checkpoints of a run. The run folder is created when the first checkpoint is saved, so that a run
+    that fails before replaces no files. With the checkpoint at the end of an epoch, the parameters of the
+    pair are saved too, and the epoch is recorded in ``metrics.jsonl``. With early stopping, parameters are
+    saved only if the epoch is the best so far.
 
     :param rows: two rows of data, on which the pair is run to collect its parameters.
     """
@@ -203,7 +210,7 @@ class _RunCheckpoints(checkpoint.Checkpoints):
         yield
 
     def check_free(self) -> None:
-        """Do nothing: the function :func:`check_free` has checked the run folder."""
+        """Do nothing: the function :func:`check_free` of this module has checked the run folder already."""
 
     def save(self, steps: int, content: Any, *, score: float) -> None:
         self.run = self.run or self.create_run()
@@ -212,7 +219,7 @@ class _RunCheckpoints(checkpoint.Checkpoints):
             epochs = [Epoch.of(record) for record in content["history"]]
             if self.run.config.patience is None or not content["best"]["epochs_since"]:
                 self.run.save(self.pair, self.rows, epochs[-1])
-            # after the parameters: after a crash, no recorded epoch is without them
+            # after the parameters are saved, so that a crash leaves no recorded epoch without parameters
             self.run.record(epochs[-1:] if self.has_recorded else epochs, append=self.has_recorded)
             self.has_recorded = True
 
@@ -238,10 +245,6 @@ def train(
     for program in (pair.model, pair.guide):
         if isinstance(program, torch.nn.Module):
             program.to(device)
-    vectorize: dict[str, Any] = {}
-    if pair.vae and config.num_particles > 1:
-        vectorize = {"vectorize_particles": True, "max_plate_nesting": 1}
-    loss = Trace_ELBO(num_particles=config.num_particles, **vectorize)
     store: dict[str, Any] = {"params": {}, "constraints": {}}
     resumes = resume is not None and is_run(path)
     test = test.to(device)
@@ -257,7 +260,7 @@ def train(
         pair.guide,
         train_data.to(device),
         validation=test,
-        loss=loss,
+        loss=build_loss(config, pair),
         optim=Adam({"lr": config.learning_rate}),
         num_epochs=config.num_epochs,
         batch_size=config.batch_size,
@@ -270,7 +273,7 @@ def train(
         beta=(lambda t: config.beta * min(1.0, t / config.warm_up)) if config.warm_up else config.beta,
     ):
         if epoch.epoch == 1 or epoch.epoch % max(1, config.num_epochs // 20) == 0:
-            print_progress(_epoch_line(epoch))
+            print_progress(_epoch_line(epoch, config.num_particles))
     if infer.Group().rank:  # only rank 0 writes
         return Run(path, config)
     run = checkpoints.run or checkpoints.create_run()
@@ -280,7 +283,7 @@ def train(
 
 
 def last_step(path: Path) -> int | None:
-    """The step of the newest checkpoint of the run at ``path``, if any."""
+    """The step of the newest checkpoint of the run at ``path``; ``None`` if there are no checkpoints."""
     checkpoints = checkpoint.Checkpoints(path / "checkpoints").paths()
     return int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else None
 
@@ -288,7 +291,7 @@ def last_step(path: Path) -> int | None:
 def resume_command(path: Path, options: Iterable[object] = ()) -> str:
     """The shell command that resumes the run at ``path``.
 
-    :param options: the options to repeat, which a run does not record.
+    :param options: further options, which must be repeated since a run does not record them.
     """
     return shlex.join(["pyro-vae", "train", "--out", str(path), "--resume", "last", *map(str, options)])
 
@@ -297,14 +300,14 @@ def select_epoch(epochs: list[Epoch], config: Config) -> Epoch:
     """The epoch whose parameters are saved: the last, or with early stopping the best."""
     if config.patience is None:
         return epochs[-1]
-    return max(epochs, key=lambda epoch: epoch.validation.elbo if epoch.validation else -math.inf)
+    return max(epochs, key=lambda epoch: epoch.validation.objective if epoch.validation else -math.inf)
 
 
 def resumed_config(path: Path, config: Config, given: Collection[str]) -> Config:
     """The configuration with which the run at ``path`` resumes.
 
     :param given: the fields of ``config`` that the command line sets. The others are read from the run.
-    :raises MismatchError: if such a field differs from the run. Only ``num_epochs`` may change.
+    :raises MismatchError: if a field in ``given`` differs from the run. Only ``num_epochs`` may differ.
     """
     recorded = open_run(path, config.pair if "pair" in given else None).config
     for name in given:
@@ -317,14 +320,17 @@ def resumed_config(path: Path, config: Config, given: Collection[str]) -> Config
     return replace(recorded, num_epochs=config.num_epochs) if "num_epochs" in given else recorded
 
 
-def _epoch_line(epoch: Epoch) -> str:
-    """A line of progress."""
+def _epoch_line(epoch: Epoch, num_particles: int) -> str:
+    """A line of progress. For an objective other than the ELBO it has the bound and the ESS of its K
+    weights."""
+
+    def text(m: MeanElbo) -> str:
+        if m.bound is None:
+            return f"ELBO {m.elbo:8.2f} = {m.reconstruction:8.2f} - KL {m.kl:6.2f}"
+        return f"bound {m.bound:8.2f}, ELBO {m.elbo:8.2f}, ESS {m.ess:.1f} of {num_particles}"
+
     parts = {"train": epoch.train, "held out": epoch.validation}
-    means = (
-        f"{name} ELBO {m.elbo:8.2f} = {m.reconstruction:8.2f} - KL {m.kl:6.2f}"
-        for name, m in parts.items()
-        if m is not None
-    )
+    means = (f"{name} {text(mean)}" for name, mean in parts.items() if mean is not None)
     return f"epoch {epoch.epoch:4d}   {'   '.join(means)}"
 
 
@@ -359,7 +365,7 @@ def create(path: Path, config: Config, device: str, *, overwrite: bool, resumes:
     others.
 
     :param resumes: keep the files of the run at ``path``.
-    :raises FileExistsError: as :func:`check_free`.
+    :raises FileExistsError: in the cases of :func:`check_free`.
     """
     path.mkdir(parents=True, exist_ok=True)
     if not resumes:
@@ -414,8 +420,8 @@ def is_run(path: Path) -> bool:
 def open_run(path: Path, pair: str | None = None) -> Run:
     """Open an existing run folder.
 
-    :param pair: the ``--pair`` that the run was trained with, if any. The caller must repeat it, since its
-        code is executed.
+    :param pair: the ``--pair`` that the run was trained with, if any. The caller must pass it again,
+        since the code that it names is executed.
     :raises FileNotFoundError: if there is no run at ``path``.
     :raises ValueError: if its ``config.json`` is invalid; ``MismatchError`` if another version of pyro_vae
         wrote it, or if ``pair`` differs from the run.
@@ -434,8 +440,8 @@ def open_run(path: Path, pair: str | None = None) -> Run:
         ) from error
     if schema != SCHEMA:
         raise checkpoint.MismatchError(
-            f"{file} has schema {reprlib.repr(schema)} but this pyro_vae reads {SCHEMA}; install the version "
-            "that wrote it"
+            f"{file} has schema {reprlib.repr(schema)} but this version of pyro_vae reads schema "
+            f"{SCHEMA}; install the version that wrote the run"
         )
     run = Run(path, Config.read(record, str(file)))
     if run.config.pair != pair:
@@ -491,14 +497,17 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def pictures(run: Run, pair: Pair, test: Data) -> dict[str, Callable[[], Figure]]:
-    """Functions that draw the pictures of a run, by name. Without a VAE, there is only the training curve.
+    """Functions that draw the pictures of a run, by name. Without a VAE, there are only those of the
+    training: its curve, and the effective sample size of an objective with several weights.
 
     :raises ValueError: if ``metrics.jsonl`` is invalid.
     """
-    history = run.history()
+    history, k = run.history(), run.config.num_particles
     drawings: dict[str, Callable[[], Figure]] = {
-        "curve": lambda: plots.figure_of(plots.plot_history(history))
+        "curve": lambda: plots.figure_of(plots.plot_history(history, objective=run.config.bound_name()))
     }
+    if history[-1].train.ess is not None and k > 1:
+        drawings["ess"] = lambda: plots.figure_of(plots.plot_ess(history, k))
     vae, is_image = pair.vae, test.x.dim() > 2
     if vae is None:
         return drawings
@@ -539,22 +548,30 @@ def to_json(result: Any) -> Any:
 
 def _as_epoch(record: dict[str, Any]) -> Epoch:
     """Convert a parsed line of ``metrics.jsonl``. Raises ``ValueError``, ``TypeError``, ``KeyError`` or
-    ``AttributeError`` for an invalid one."""
+    ``AttributeError`` for an invalid record."""
 
     def number(value: Any) -> float:
-        if value is None:
-            return math.nan
         if type(value) not in (int, float) or abs(value) > sys.float_info.max:
             raise ValueError(f"{reprlib.repr(value)} is not a number")
         return value
 
     def mean(part: dict[str, float | None] | None) -> MeanElbo | None:
-        return None if part is None else MeanElbo(**{k: number(v) for k, v in part.items()})
+        if part is None:
+            return None
+        # null is NaN, or a part that only an objective other than the ELBO has
+        of_objective = ("bound", "bound_se", "ess") if part.get("bound") is None else ()
+        values: dict[str, Any] = {
+            key: number(value) if value is not None else None if key in of_objective else math.nan
+            for key, value in part.items()
+        }
+        return MeanElbo(**values)
 
     train = mean(record["train"])
     if type(record["epoch"]) is not int or not 0 < record["epoch"] < 2**32 or train is None:
         raise ValueError("the number of the epoch is invalid, or there is no training ELBO")
-    numbers = {
-        key: number(value) for key, value in record.items() if key not in ("train", "validation", "epoch")
+    numbers: dict[str, Any] = {
+        key: number(value) if value is not None else None if key == "mutual_information" else math.nan
+        for key, value in record.items()
+        if key not in ("train", "validation", "epoch")
     }
     return Epoch(epoch=record["epoch"], train=train, validation=mean(record["validation"]), **numbers)

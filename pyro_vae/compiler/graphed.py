@@ -19,7 +19,8 @@ Function = Callable[..., Sequence[Tensor]]
 
 
 class Thresholds(NamedTuple):
-    """Numbers of calls from which tracing (about a second) and Inductor (seconds to a minute) save time."""
+    """The numbers of calls above which tracing (about a second) and compilation by Inductor (seconds to a
+    minute) save time."""
 
     trace: int
     compile: int
@@ -34,12 +35,12 @@ THRESHOLDS = {
 
 
 class Graphed:
-    """A function of tensors, for tensors of one signature.
+    """A function of tensors, for tensors of one signature: their shapes, dtypes and devices.
 
     :param kind: a key of :data:`THRESHOLDS`.
-    :param eager: the function that a graph is compared with, by default ``f``. It may return only the first
-        outputs of ``f``.
-    :param writes: tensors that a call may write, such as running averages. They are compared too.
+    :param eager: the function that a graph is compared with, by default ``f``. It may return fewer outputs
+        than ``f``, which are compared with the first outputs of the graph.
+    :param writes: tensors that a call may write to, such as running averages. They are compared too.
     """
 
     def __init__(
@@ -60,8 +61,8 @@ class Graphed:
         return () if self.graph is None else self.graph.captured
 
     def prepare(self, tensors: Sequence[Tensor], *, calls: int = 1) -> None:
-        """Trace or compile the function if this many further calls on tensors of this signature make up for
-        the time that it takes. After a failure the function runs as before, and the reason is logged."""
+        """Trace or compile the function if that saves time in ``calls`` further calls on tensors of this
+        signature. If it fails, the function runs as before, and the reason is logged."""
         limits = THRESHOLDS[self.kind]
         before, self.calls = self.calls, self.calls + calls
         try:
@@ -69,19 +70,23 @@ class Graphed:
                 self.trace(tensors)
             if self.graph is not None and before < limits.compile <= self.calls and has_compiler():
                 self.compile(tensors)
-        except Exception as error:  # an error of the function itself is raised by the call
+        except Exception as error:  # if the function itself fails, the next call raises its error
             reason = str(error) if isinstance(error, CannotTrace) else describe(error)
             logger.info("%s: stays %s: %s", self.kind, self.how, reason)
 
     def trace(self, tensors: Sequence[Tensor]) -> Graph:
-        """Run as a graph from now on. Raises :class:`CannotTrace`."""
+        """Trace the function; calls then run the graph. Raises :class:`CannotTrace` if it cannot be
+        traced."""
         graph = trace(self.f, tensors)
         self.compare(tensors, graph)
         self.graph, self.run, self.how = graph, graph, "traced"
         return graph
 
     def compile(self, tensors: Sequence[Tensor]) -> None:
-        """Run compiled by Inductor from now on, on a GPU as a CUDA graph. Raises :class:`CannotTrace`."""
+        """Compile the graph by Inductor, on a GPU as a CUDA graph; calls then run the compiled graph.
+
+        :raises CannotTrace: if it cannot be compiled.
+        """
         graph = self.graph or self.trace(tensors)
         try:
             compiled = graph.compiled(tensors)
@@ -107,8 +112,8 @@ class Graphed:
             shape, difference = tuple(expected[index].shape), _max_abs(actual[index] - expected[index])
             raise CannotTrace(
                 f"{what} of shape {shape} differs from eager Pyro at the same noise by up to "
-                f"{difference:.2g}: the pair reads or writes Python state (an attribute, noise that is not "
-                "torch's) that is not in the graph"
+                f"{difference:.2g}: the pair reads or writes Python state that is not in the graph, such as "
+                "an attribute or noise that is not torch's"
             )
 
 
@@ -133,11 +138,13 @@ def first_difference(
 ) -> int | None:
     """The index of the first tensor that differs by more than rounding, or ``None``.
 
-    The tolerance is relative to a scale: the largest entry of the tensor and, unless it is a scalar, a
-    twentieth of the largest entry of all outputs that are not scalars in addition, since a small gradient
-    can be the rounding error of large terms.
+    Two tensors differ if the largest difference of their entries exceeds the relative tolerance of their
+    dtype times a scale. For a scalar, the scale is its magnitude. For other tensors, it is the largest
+    magnitude of their entries plus a twentieth of the largest magnitude in all outputs that are not scalars,
+    since a small gradient can be the rounding error of large terms.
 
-    :param num_written: the number of tensors at the start that are written tensors and not outputs.
+    :param num_written: the number of tensors at the start of the sequences that are not outputs but tensors
+        that a call writes to.
     """
     scales = [
         _max_abs(value) if value.is_floating_point() or value.is_complex() else 0.0 for value in expected
@@ -159,7 +166,7 @@ def first_difference(
 
 
 def _relative_tolerance(value: Tensor) -> float:
-    """The relative rounding error of another order of operations."""
+    """The relative rounding error if the same operations run in another order."""
     tolerances = {torch.double: 1e-8, torch.cdouble: 1e-8, torch.float: 2e-4, torch.cfloat: 2e-4}
     return tolerances.get(value.dtype, 2e-2)
 

@@ -1,9 +1,9 @@
 """Guards: the Python state that a graph depends on.
 
-Guarded are parameters, buffers, training flags, hooks and attributes of modules, and the closures, defaults
-and globals of functions. Plain values (numbers, strings) are compared by value, other objects by identity.
-The contents of such an object (items of a list, attributes of an object that is not a module) are not
-guarded.
+If this state changes, the graph is invalid. The guards watch parameters, buffers, training flags, hooks and
+attributes of modules, and the closures, defaults and globals of functions. Plain values (numbers, strings)
+are compared by value, other objects by identity. The contents of an object that is not a module, such as the
+items of a list, are not watched.
 """
 
 import types
@@ -26,14 +26,14 @@ _MODULE_ATTRIBUTES = vars(nn.Module()).keys() - {"training"}  # every module has
 class Guards:
     """The Python state at the time when a graph is traced.
 
-    :param roots: the programs, the modules that ran, and further objects with guarded attributes, such as a
-        loss.
+    :param roots: the programs, the modules that ran, and further objects whose attributes are guarded, such
+        as a loss.
     :param params: the parameters whose gradients the graph returns.
     :raises CannotTrace: for a hook on the gradient of a parameter.
     """
 
     def __init__(self, roots: Iterable[Any], params: Iterable[Tensor]) -> None:
-        # a function that reads the value, its name, and the value when the graph was traced
+        # (function that reads a value now, name of the value, value when the graph was traced)
         self.values: list[tuple[Callable[[], Any], str, Any]] = []
         self.sizes: list[tuple[Mapping, int]] = []  # mappings and their number of entries
         self._visited: set[int] = set()
@@ -61,7 +61,7 @@ class Guards:
         return ""
 
     def drop_replaced(self, captured: Iterable[Tensor]) -> None:
-        """Drop the guards of objects that the traced run itself replaced, such as a cache.
+        """Drop the guards of objects that the run replaced while it was traced, such as a cache.
 
         :param captured: the tensors that the graph reads.
         :raises CannotTrace: if the run changed a plain value, or replaced a tensor that the graph reads.
@@ -101,7 +101,7 @@ class Guards:
         elif isinstance(value, type):
             self._add_class(value)
         elif hasattr(value, "__dict__") and not isinstance(value, types.ModuleType):
-            self._add_entries(vars(value))  # a handler, a loss, the object of a method
+            self._add_entries(vars(value))  # such as a handler, a loss, or the object of a method
             self._visit(type(value))
 
     def _add_module(self, module: nn.Module) -> None:
@@ -152,7 +152,7 @@ class Guards:
 
 
 def _changes_as_it_runs(name: str) -> str:
-    return f"the pair changes {name} as it runs, and a graph runs no Python"
+    return f"the pair changes {name} as it runs, which a graph would not do, since it runs no Python code"
 
 
 def _metadata(value: Tensor) -> tuple:
@@ -177,7 +177,7 @@ def _is_library(module: str | None) -> bool:
 
 
 def _global_names(code: types.CodeType) -> Iterator[str]:
-    """The names that a function, and the functions inside it, may read as globals."""
+    """The names of globals that a function, and the functions defined in it, may read."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

@@ -1,4 +1,5 @@
-"""The private names of torch and Pyro that the compiler uses, each with its public alternative."""
+"""The private names of torch and Pyro that the compiler uses. Comments state why the public alternative is
+not used."""
 
 import functools
 import shutil
@@ -9,6 +10,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions.util import is_identically_zero
+from pyro.infer.util import Dice
 from torch import Tensor, fx
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx  # torch.export does not capture live parameters
@@ -17,13 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode  # torch.overrides mi
 
 __all__ = ["TorchDispatchMode", "compile_graph", "make_fx"]
 
-# torch.optim.Adam(fused=True), which makes one call per optimizer; Pyro has one optimizer per parameter
+# instead of torch.optim.Adam(fused=True), which makes one call per optimizer; Pyro has one optimizer for each
+# parameter
 fused_adam, fused_adamw, foreach_add = torch._fused_adam_, torch._fused_adamw_, torch._foreach_add_
-zero_check_code = is_identically_zero.__code__  # Pyro reads numbers in it to skip terms that are zero
+zero_check_code = is_identically_zero.__code__  # in this function Pyro reads values, to skip terms of 0
+# In this function Pyro asks whether all probabilities of enumerated values are positive, and leaves out terms
+# of probability 0. A graph keeps them: they are 0, or NaN for 0 · ∞. After a NaN loss eager Pyro repeats the
+# step.
+positive_check_code = Dice.compute_expectation.__code__
 
 
-# torch.nn.functional.linear, which multiplies by MKL: on CPUs that are not Intel's, MKL takes twice as long
-# as oneDNN. The operation is registered anew, since Inductor takes torch's only with constant weights.
+# instead of torch.nn.functional.linear, which uses MKL: on CPUs that are not Intel's, MKL takes twice as long
+# as oneDNN. The operation is registered under a new name, since Inductor accepts torch's oneDNN operation
+# only for constant weights.
 _library = torch.library.Library("pyro_vae", "DEF")
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
@@ -43,7 +51,7 @@ def has_compiler() -> bool:
 
 
 def direct_call(operation: Any) -> Callable[..., Any]:
-    """An operation without the lookups of its public call."""
+    """The function behind an operation, whose call is faster: the public call looks it up each time."""
     return getattr(operation, "_op", operation)
 
 
@@ -51,7 +59,7 @@ def compile_graph(
     graph: fx.GraphModule, tensors: Sequence[Tensor], *, cuda_graphs: bool
 ) -> Callable[..., list[Tensor]]:
     """Compile a graph by Inductor for tensors of this signature. It draws the same noise as eager torch."""
-    # torch.compile would trace the graph once more by Dynamo; the import takes seconds
+    # not torch.compile, which would trace the graph again by Dynamo; imported here, since it takes seconds
     from torch._inductor.compile_fx import compile_fx
 
     options = {"fallback_random": True, "triton.cudagraphs": cuda_graphs}
@@ -62,14 +70,14 @@ def compile_graph(
 
 @contextmanager
 def without_validation() -> Iterator[None]:
-    """Turn off the validation of distributions in the block, since it reads the values of tensors.
+    """A context that turns off the validation of distributions, which reads the values of tensors.
 
-    Distributions that were made before, such as priors of a module, keep ``_validate_args=True``, so
-    ``_validate_sample`` is replaced too.
+    Distributions that were constructed before, such as the priors in a module, keep ``_validate_args=True``,
+    so ``_validate_sample`` is replaced too.
     """
     default, validate_sample = Distribution._validate_args, Distribution._validate_sample
     with pyro.validation_enabled(False):
-        # None turns validation off, and differs from an explicit False
+        # None turns validation off too, and differs from an explicit validate_args=False
         Distribution._validate_args = None  # type: ignore[assignment]
         Distribution._validate_sample = lambda *_: None  # type: ignore[method-assign]
         try:
@@ -85,7 +93,7 @@ def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
 
 
 def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step of the optimizer runs a user's code: hooks, or a replaced ``step``."""
+    """Whether a step of the optimizer runs code of the user: hooks, or a ``step`` that the user replaced."""
     replaced = vars(optimizer).get("step")
     return any(
         (

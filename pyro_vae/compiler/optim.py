@@ -1,4 +1,5 @@
-"""One fused Adam call for all parameters instead of one Pyro optimizer per parameter."""
+"""Update all parameters by one fused Adam call, instead of by one optimizer for each parameter as Pyro
+does."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,22 +15,23 @@ _SETTINGS = ("lr", "betas", "weight_decay", "eps", "maximize")
 
 
 class FusedAdam:
-    """The update of one of Pyro's optimizers. Plain Adam and AdamW update all parameters in one fused call;
-    their state remains in the optimizer. Any other optimizer is called unchanged."""
+    """A function that makes the update of one of Pyro's optimizers. If it is plain Adam or AdamW, all
+    parameters are updated in one fused call, and the state remains in the optimizer. Any other optimizer is
+    called as it is."""
 
     def __init__(self, optim: PyroOptim, params: Sequence[Tensor]) -> None:
         self.optim, self.params = optim, params
 
-    def __call__(self, gradients: Sequence[Tensor]) -> None:
-        """Update the parameters."""
-        groups = self._groups()
+    def __call__(self, gradients: Sequence[Tensor | None]) -> None:
+        """Update the parameters by their gradients. Those without a gradient are unchanged."""
+        groups = self._groups(gradients)
         if groups is None:
             before = [p.grad for p in self.params]
             for p, gradient in zip(self.params, gradients, strict=True):
                 p.grad = gradient
-            self.optim(self.params)
+            self.optim([p for p in self.params if p.grad is not None])
             for p, zeros in zip(self.params, before, strict=True):
-                p.grad = zeros  # Pyro leaves zeros after a step
+                p.grad = zeros  # as after a step of Pyro, which sets gradients to zero
             return
         with torch.no_grad():
             for settings, members in groups.items():
@@ -45,19 +47,23 @@ class FusedAdam:
                     maximize=maximize,
                 )  # fmt: skip
 
-    def _groups(self) -> dict[tuple, list[tuple[int, dict[str, Tensor]]]] | None:
+    def _groups(
+        self, gradients: Sequence[Tensor | None]
+    ) -> dict[tuple, list[tuple[int, dict[str, Tensor]]]] | None:
         """The indices and states of the parameters, grouped by update, settings and device. ``None`` if the
         fused update does not apply to one of them."""
         groups: dict[tuple, list[tuple[int, dict[str, Tensor]]]] = {}
         torch_optimizer: Any = getattr(self.optim, "optimizer", None)
-        if torch_optimizer is not None:  # its step also updates other parameters that have a gradient
+        if torch_optimizer is not None:  # its step would also update other parameters with a gradient
             ids = {id(p) for p in self.params}
             others = (
                 p for group in torch_optimizer.param_groups for p in group["params"] if id(p) not in ids
             )
             if any(p.grad is not None for p in others):
                 return None
-        for i, p in enumerate(self.params):
+        for i, (p, gradient) in enumerate(zip(self.params, gradients, strict=True)):
+            if gradient is None:
+                continue
             adam = self._adam(p)
             if adam is None:
                 return None
@@ -72,7 +78,7 @@ class FusedAdam:
         optimizer: Any = getattr(self.optim, "optimizer", None)
         if optimizer is None and type(self.optim).__call__ in _SUPPORTED_CALLS:
             optimizer = self.optim.optim_objs.get(p)
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # inside a learning-rate scheduler
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # of a learning-rate scheduler
         kind = type(optimizer)
         if kind not in (torch.optim.Adam, torch.optim.AdamW) or self.optim.grad_clip.get(p) is not None:
             return None

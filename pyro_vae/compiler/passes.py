@@ -1,4 +1,4 @@
-"""Passes over a graph: fewer and faster operations with the same results."""
+"""Passes that rewrite a graph into fewer and faster operations with the same results."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +9,9 @@ from torch import Tensor, fx
 from pyro_vae.compiler import internals
 
 _aten = torch.ops.aten
-# the smallest matrix products for which oneDNN is faster than MKL, since its call takes longer
+# for smaller matrix products MKL is faster than oneDNN, whose call takes longer
 _MIN_MULTIPLICATIONS = 2_000_000
-_MIN_COLUMNS = 64  # of the result
+_MIN_COLUMNS = 64  # of the product
 
 
 def improve(graph: fx.Graph) -> None:
@@ -22,7 +22,7 @@ def improve(graph: fx.Graph) -> None:
 
 
 def use_onednn(graph: fx.Graph) -> None:
-    """Multiply large single-precision matrices by oneDNN."""
+    """Let oneDNN multiply large single-precision matrices."""
     if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         for target in (_aten.mm.default, _aten.addmm.default):
             for node in graph.find_nodes(op="call_function", target=target):
@@ -33,8 +33,9 @@ PASSES: dict[str, Callable[[fx.Graph], None]] = {"onednn": use_onednn}
 
 
 def _is_impure(node: fx.Node) -> bool:
-    """Whether a node writes to a tensor or draws noise. The schema of batch normalization does not list the
-    running statistics that it writes."""
+    """Whether a node writes to a tensor or draws noise, so that it must not be eliminated. Batch
+    normalization is tested by name, since its schema does not declare that it writes to its running
+    statistics."""
     return node.is_impure() or "batch_norm" in str(node.target)
 
 

@@ -18,7 +18,7 @@ from pyro_vae.compiler import internals
 from pyro_vae.compiler.passes import improve
 from pyro_vae.pairs.preserve import untouched
 
-# operations that read a value, or whose result has a shape that depends on values
+# operations that read the value of a tensor, or whose result has a shape that depends on values
 _DYNAMIC = (
     "nonzero", "masked_select", "_local_scalar_dense", "unique", "repeat_interleave.Tensor", "equal.default",
 )  # fmt: skip
@@ -29,14 +29,14 @@ _READS |= {"__contains__", "__format__", "__repr__", "__dlpack__", "to_dlpack"}
 
 
 class CannotTrace(Exception):
-    """Why a function cannot run as a graph."""
+    """A function cannot run as a graph. The message is the reason."""
 
 
 class Graph:
     """The tensor operations of a function: ``graph(*tensors)`` returns its outputs.
 
-    Tensors that the function closes over, such as parameters and buffers, are ``captured``: the graph reads
-    and writes them in place.
+    ``captured`` are the tensors that the function closes over, such as parameters and buffers. The graph
+    reads their current values, and writes to them in place.
     """
 
     def __init__(self, module: fx.GraphModule, captured: Sequence[Tensor]) -> None:
@@ -49,7 +49,7 @@ class Graph:
             return self.run(*self.captured, *tensors)
 
     def compiled(self, tensors: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
-        """The graph compiled by Inductor for tensors of this signature. Raises what Inductor raises."""
+        """The graph compiled by Inductor for tensors of this signature. Errors of Inductor are raised."""
         on_gpu = any(tensor.is_cuda for tensor in self.captured)
         run = internals.compile_graph(self.module, [*self.captured, *tensors], cuda_graphs=on_gpu)
 
@@ -61,15 +61,16 @@ class Graph:
 
 
 def trace(f: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> Graph:
-    """Trace ``f(*tensors)``. The function is called twice, on the same tensors with different noise.
+    """Trace ``f(*tensors)`` into a graph. The function is called twice, on the same tensors with different
+    noise.
 
     :raises CannotTrace: if Python reads the value of a tensor, or the operations of the two calls differ.
     """
     module, other = (_record(f, tensors, seed) for seed in (0, 1))
     if module.code != other.code:
         raise CannotTrace(
-            "its operations differ from call to call: it reads a counter, the time, or noise that is not "
-            "torch's"
+            "its operations differ from call to call: it depends on a counter, the time, or noise that is "
+            "not torch's"
         )
     for node in module.graph.nodes:
         _check_node(module, other, node)
@@ -79,8 +80,8 @@ def trace(f: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> Grap
 
 
 def runnable(graph: fx.Graph) -> Callable[..., Any]:
-    """A graph as a Python function. Operations are local variables, since their lookup takes a large part of
-    the time of a small network's step."""
+    """A graph as a Python function. Operations are global variables of this function: looking them up as
+    attributes would take a large part of the time of a step of a small network."""
     lines: list[str] = []
     variables: dict[str, Any] = {}
     last_use = {part: node for node in graph.nodes for part in node.all_input_nodes}
@@ -123,9 +124,12 @@ def _record(f: Callable[..., Any], tensors: Sequence[Tensor], seed: int) -> fx.G
             _ForbidReadsInTorch(reads),
         ):  # fmt: skip
             state = _other_random_states()
-            module = internals.make_fx(f)(*(tensor.detach() for tensor in tensors))  # may hold a tensor twice
+            # detach() makes different inputs of a tensor that occurs twice
+            module = internals.make_fx(f)(*(tensor.detach() for tensor in tensors))
             if _other_random_states() != state:
-                raise CannotTrace("the pair draws noise from Python's or numpy's generator; draw it by torch")
+                raise CannotTrace(
+                    "the pair draws noise from Python's or numpy's generator; draw it with torch"
+                )
             return module
     except CannotTrace:
         raise
@@ -138,13 +142,18 @@ def _other_random_states() -> tuple[Any, str]:
 
 
 class _ForbidReads(TorchFunctionMode):
-    """Raise if Python reads the value of a tensor, which would become a constant of the graph."""
+    """Raise if Python reads the value of a tensor, since this value would be a constant of the graph."""
 
     by_pyro = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        self.by_pyro = sys._getframe(1).f_code is internals.zero_check_code
+        caller = sys._getframe(1)
+        while caller.f_back is not None and caller.f_code.co_filename.startswith(_TORCH):  # other modes
+            caller = caller.f_back
+        if name == "__bool__" and caller.f_code is internals.positive_check_code:
+            return True
+        self.by_pyro = caller.f_code is internals.zero_check_code
         if name in _READS and not self.by_pyro:
             location = _location(traceback.extract_stack())
             raise CannotTrace(f"Tensor.{name}() reads the value of a tensor{location}")
@@ -152,7 +161,8 @@ class _ForbidReads(TorchFunctionMode):
 
 
 class _ForbidReadsInTorch(internals.TorchDispatchMode):
-    """Raise if torch reads the value of a tensor that is passed as a number: an index, a size, a scale."""
+    """Raise if torch reads the value of a tensor that is passed in place of a number, such as an index or a
+    size."""
 
     def __init__(self, reads: _ForbidReads) -> None:
         super().__init__()
@@ -165,7 +175,8 @@ class _ForbidReadsInTorch(internals.TorchDispatchMode):
 
 
 def _check_node(module: fx.GraphModule, other: fx.GraphModule, node: fx.Node) -> None:
-    """Raise for a dynamic shape, a generator, or a captured tensor that differs between the two calls."""
+    """Raise if a node has a dynamic shape or a generator, or a captured tensor differs between the two
+    calls."""
     target = str(node.target)
     has_mask = target == "aten.index.Tensor" and any(
         isinstance(index, fx.Node) and index.meta["val"].dtype in (torch.bool, torch.uint8)
@@ -179,13 +190,13 @@ def _check_node(module: fx.GraphModule, other: fx.GraphModule, node: fx.Node) ->
         value, again = getattr(module, target), getattr(other, target)
         if value is not again and not torch.equal(value, again):
             raise CannotTrace(
-                f"Python makes a tensor of shape {tuple(value.shape)} that differs from call to call, as "
-                "numpy's noise does; draw it by torch"
+                f"Python makes a tensor of shape {tuple(value.shape)} that differs from call to call, such "
+                "as noise of numpy; draw it with torch"
             )
 
 
 def _lift_captured(module: fx.GraphModule) -> list[Tensor]:
-    """Turn the tensors that a graph closes over into its first inputs, and return them."""
+    """Make the tensors that a graph closes over its first inputs, and return these tensors."""
     graph, lifted = module.graph, dict[int, tuple[fx.Node, Tensor]]()
     first = next(node for node in graph.nodes if node.op != "get_attr")
     for node in graph.find_nodes(op="get_attr"):
@@ -206,7 +217,8 @@ _STDLIB = sysconfig.get_path("stdlib")
 
 
 def _location(frames: traceback.StackSummary) -> str:
-    """The innermost line outside of libraries; if there is none, outside of torch."""
+    """The innermost line of code outside of libraries. If there is none, the innermost line outside of
+    torch."""
     for skip in (_is_library, lambda filename: filename.startswith(_TORCH)):
         for frame in reversed(frames):
             if not skip(frame.filename):
@@ -218,6 +230,6 @@ def _location(frames: traceback.StackSummary) -> str:
 def _is_library(filename: str) -> bool:
     if filename.startswith(("<frozen", "<string>", "<eval_with_key>")):
         return True
-    # an installed package may be a pair
+    # site-packages is in the folder of the standard library, but a package there may contain the pair
     in_stdlib = filename.startswith(_STDLIB) and "-packages" not in filename
     return in_stdlib or filename.startswith((_TORCH, *_PACKAGES))

@@ -73,13 +73,14 @@ pytree.register_pytree_node(
 
 
 def as_tensor(part: Any, name: str = "data", *, share: bool = False) -> Any:
-    """Convert an array to a tensor, or to :class:`SparseRows` if it is sparse; return others unchanged.
+    """Convert an array to a tensor, or to :class:`SparseRows` if it is sparse. Objects that are not arrays
+    are returned unchanged.
 
     Arrays are numpy arrays, pandas and polars frames and series with numeric columns, scipy and torch sparse
     matrices, and objects with ``__array__`` or ``__dlpack__``. Packed sequences and lists of tensors are not.
 
-    :param share: share the memory of a memory-mapped array, which reads its rows from disk on access. Other
-        arrays are copied.
+    :param share: do not copy a memory-mapped array: the tensor shares its memory, and rows are read from disk
+        when they are accessed. Other arrays are copied.
     :raises ValueError: for masked entries, arrays of objects or text, lazy frames, nested tensors, lists of
         numbers.
     """
@@ -120,7 +121,8 @@ def as_tensor(part: Any, name: str = "data", *, share: bool = False) -> Any:
 
 
 def is_nested(part: Any) -> bool:
-    """Whether ``part`` is a container of tensors without a row index, such as a packed sequence or a list."""
+    """Whether ``part`` is a container of tensors that cannot be indexed by row, such as a packed sequence or
+    a list."""
     return isinstance(part, PackedSequence) or (
         isinstance(part, list | tuple | dict) and _contains_tensors(part)
     )
@@ -162,7 +164,7 @@ def _from_numpy(array: np.ndarray, name: str, share: bool = False) -> Tensor:
         dtype = np.dtype(np.float64)
     if share and isinstance(array, np.memmap) and dtype == array.dtype and min(array.strides, default=0) >= 0:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of read-only memory: rows are copied before a model gets them
+            warnings.simplefilter("ignore")  # about read-only memory; a model gets copies of the rows
             tensor = torch.from_numpy(array)
     else:
         tensor = torch.from_numpy(np.array(array, dtype=dtype, order="C"))
@@ -250,7 +252,8 @@ def row_blocks(x: Tensor | SparseRows) -> Iterator[tuple[int, Tensor]]:
 
 
 class Ranges:
-    """The minimum and maximum over rows of each column of the data. A column is one element of an event."""
+    """The range of each column of the data: its minimum and maximum over the rows. A column is one element of
+    the event."""
 
     def __init__(self) -> None:
         self._bounds: dict[str, tuple[Tensor, Tensor]] = {}
@@ -270,21 +273,22 @@ class Ranges:
             self._bounds[name] = low, high
 
     def check(self, dtype: torch.dtype, name: str = "data") -> None:
-        """Raise ``ValueError`` if different rows become equal, or nearly equal, in ``dtype``.
+        """Raise ``ValueError`` if rows that differ become equal, or nearly equal, when cast to ``dtype``.
 
-        That is so for a column that overflows, or whose range max − min is less than the smallest normal
-        number or than √ε of its largest magnitude: half of the digits are then the same in all rows.
+        This is tested for each column. No entry of a column may overflow. Unless the column is constant, its
+        range max − min may not be less than the smallest normal number of ``dtype``, nor less than √ε times
+        its largest magnitude, since all rows would then agree in half of their digits.
         """
         info = torch.finfo(dtype)
         for argument, (low, high) in self._bounds.items():
             magnitude, spread = torch.maximum(low.abs(), high.abs()).double(), high.double() - low.double()
             eps = torch.finfo(low.dtype).eps if low.dtype.is_floating_point else 0.0
-            constant = spread <= 1000 * eps * magnitude  # up to rounding errors in the dtype of the data
+            constant = spread <= 1000 * eps * magnitude  # except for rounding errors in the dtype of the data
             for bad, cause, remedy in (
                 (magnitude > info.max, f"the largest number is {info.max:.3g}", "rescale it"),
                 (
                     ~constant & (spread < info.eps**0.5 * magnitude),
-                    "its rows are equal or differ by few roundings",
+                    "its rows are equal or differ only by a few rounding errors",
                     "subtract its mean",
                 ),
                 (

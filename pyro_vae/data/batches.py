@@ -1,7 +1,8 @@
 """Minibatches of users' data: tensors, arrays, tuples and dicts of them, data sets, loaders.
 
-Tensors in memory are indexed: an epoch is a permutation of the rows, and no rows are collated one by one. A
-``DataLoader`` keeps its own order, batch size and collate function.
+For tensors in memory, an epoch is a permutation of the rows, and a minibatch is taken from the tensors by
+indexing, which is faster than collating rows one by one. A ``DataLoader`` keeps its own order, batch size and
+collate function.
 """
 
 import inspect
@@ -49,7 +50,7 @@ class Batch(NamedTuple):
 
     @property
     def named(self) -> dict[str, Any]:
-        """All arguments by keyword, or by position: ``"argument 0"``."""
+        """All arguments by name. The first positional argument is ``"argument 0"``."""
         return {f"argument {i}": part for i, part in enumerate(self.args)} | self.kwargs
 
     @property
@@ -85,7 +86,8 @@ class Batch(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether all arguments are positional tensors, the usual case, without containers to search."""
+        """Whether all arguments are positional tensors. In this usual case there are no containers to
+        search."""
         return not self.kwargs and all(type(part) is Tensor for part in self.args)
 
     def leaves(self) -> list[Tensor]:
@@ -104,8 +106,9 @@ class Batch(NamedTuple):
         )
 
     def cast(self, dtype: torch.dtype | None) -> "Batch":
-        """Cast floating tensors to ``dtype``, and integers of other dtypes to int64, in which sums of bytes
-        do not wrap around. With ``dtype=None``, only half precision is cast, to the default dtype."""
+        """Cast floating-point tensors to ``dtype``, and integer tensors to int64, so that sums of bytes do
+        not overflow. With ``dtype=None``, the only floating-point tensors that are cast are those of half
+        precision, to torch's default dtype."""
         if all(_cast_dtype(leaf, dtype) is leaf.dtype for leaf in self.leaves()):
             return self
         return self.with_leaves(leaf.to(_cast_dtype(leaf, dtype)) for leaf in self.leaves())
@@ -134,7 +137,7 @@ class Batch(NamedTuple):
         return self.rows(slice(n))
 
     def like(self, other: "Batch") -> "Batch":
-        """Only the arguments that ``other`` has too."""
+        """This batch without the arguments that ``other`` does not have."""
         if len(self.args) == len(other.args) and self.kwargs.keys() == other.kwargs.keys():
             return self
         return Batch(
@@ -147,11 +150,11 @@ class Batch(NamedTuple):
         return ", ".join(f"{name}: {_describe(part)}" for name, part in self.named.items()) or "no arguments"
 
     def checked(self, name: str) -> "Batch":
-        """The validated batch, with 0 for missing entries.
+        """The batch after validation, with 0 in place of missing entries.
 
-        An entry is missing if the keyword argument ``mask`` is false there: a bool tensor with the shape of
-        an argument, or with its first dimensions. Missing entries that are NaN or infinite are replaced by 0,
-        so that gradients stay finite. Other entries must be finite.
+        The keyword argument ``mask`` is false at missing entries. It is a bool tensor with the shape of an
+        argument, or the shape of its first dimensions. Missing entries that are NaN or infinite are replaced
+        by 0, so that gradients stay finite. Other entries must be finite.
 
         :raises ValueError: for no rows, unequal numbers of rows, or non-finite entries that are not missing.
         """
@@ -164,7 +167,9 @@ class Batch(NamedTuple):
         for key, part in parts.items():
             check_rows(part, f"{name}, {key}" if len(parts) > 1 else name)
             if len(part) != batch.num_rows:
-                raise ValueError(f"{name}: {key} has {len(part)} rows but the first has {batch.num_rows}")
+                raise ValueError(
+                    f"{name}: {key} has {len(part)} rows but the first argument has {batch.num_rows}"
+                )
         for key, part in batch.named.items():
             if is_nested(part):
                 for leaf in pytree.tree_leaves(part):
@@ -225,9 +230,9 @@ def _describe(part: Any) -> str:
 class Batches(ABC):
     """The minibatches of a data set, epoch after epoch.
 
-    ``num_rows`` is the number N of data. ``persistent`` is true for worker processes that outlive an epoch;
-    their random states cannot be read. ``in_data_order`` is true if ``epoch(shuffle=False)`` yields all data
-    in order.
+    ``num_rows`` is the number N of data. ``persistent`` is true if the data come from worker processes that
+    outlive an epoch. The random states of such processes cannot be read. ``in_data_order`` is true if
+    ``epoch(shuffle=False)`` yields all data in order.
     """
 
     num_rows: int
@@ -262,11 +267,12 @@ class Batches(ABC):
 class InMemory(Batches):
     """Minibatches of tensors in memory, by index.
 
-    ``drawn`` is true if a model does not get the rows of ``source`` themselves: with ``take``, and for sparse
-    rows.
+    ``drawn`` is true if the batches are not rows of ``source`` themselves: if ``take`` is given, or if there
+    are sparse rows, which become dense.
 
     :param source: all data.
-    :param take: returns the batch of the rows at an index; for data that are drawn anew at each access.
+    :param take: a function that returns the batch of the rows at given indices, for data that are drawn anew
+        at each access.
     """
 
     def __init__(self, source: Batch, batch_size: int, take: Callable[[Tensor], Batch] | None = None) -> None:
@@ -307,10 +313,11 @@ class InMemory(Batches):
         )
 
     def share(self, rank: int, size: int, seed: int) -> None:
-        """Divide each minibatch among ``size`` ranks. This rank gets rows ``rank``, ``rank + size``, …
+        """Divide each minibatch among ``size`` ranks. This rank gets the rows with numbers ``rank``,
+        ``rank + size``, …
 
-        All ranks shuffle by ``seed``. A rank that gets no row of a shuffled minibatch gets the first row
-        instead, and its caller must ignore the loss, so that all ranks take the same number of steps.
+        All ranks shuffle by ``seed``. A rank for which a shuffled minibatch has no row gets the first row
+        instead, so that all ranks take the same number of steps. The caller must ignore the loss of this row.
 
         :raises ValueError: for nested arguments, which cannot be divided.
         """
@@ -372,7 +379,7 @@ class Loaded(Batches):
                 "one batch: lower batch_size, or pass drop_last=False"
             )
         self._dtype: torch.dtype | None = None
-        # of the batches so far, since the dtype is known only after the first batch
+        # ranges of the batches so far; the dtype is known only after the first batch
         self._ranges: Ranges | None = Ranges()
 
     def cast(self, dtype: torch.dtype | None) -> None:
@@ -416,8 +423,8 @@ class Loaded(Batches):
                     generator.set_state(state)
 
     def _check_precision(self, batch: Batch, name: str, shuffle: bool) -> None:
-        """Record the ranges of a batch. Check those of a shuffled batch at once; consecutive rows may be
-        close to each other, so they are checked at the end of the epoch."""
+        """Record the ranges of a batch, and check them at once if the batch is shuffled. Consecutive rows may
+        be close to each other, so without shuffling the ranges are checked at the end of the epoch."""
         if self._ranges is None:
             return
         for key, part in batch.tensors.items():
@@ -468,7 +475,7 @@ def _num_items(loader: DataLoader) -> int:
 def _count_rows(loader: DataLoader, batching: Any, sampler: Any) -> int:
     """The number N of data behind a loader."""
     uncountable = (
-        "data: the data set itself makes the batches of a DataLoader with batch_size=None, and their rows "
+        "data: the DataLoader has batch_size=None, so the data set itself makes the batches, and their rows "
         "cannot be counted; expected "
     )
     if isinstance(loader.dataset, IterableDataset):
@@ -483,13 +490,13 @@ def _count_rows(loader: DataLoader, batching: Any, sampler: Any) -> int:
         return len(sampler.weights)
     if isinstance(batching, BatchSampler):
         return _length(sampler, "the loader's sampler has no length")
-    if isinstance(batching, list | tuple):  # lists of indices
+    if isinstance(batching, list | tuple):  # its items are the lists of indices of the batches
         return sum(map(len, batching))
     return _num_items(loader)  # a custom batch sampler; ``Loaded.epoch`` verifies the count
 
 
 def _sequential(loader: DataLoader, batch_size: int) -> DataLoader:
-    """A loader of the same data set in order, which keeps the last batch."""
+    """A loader of the same data set in order, with the last batch even if it is smaller."""
     collate: Any = loader.collate_fn
     order = SequentialSampler(loader.dataset)  # type: ignore[arg-type]
     sampling: dict[str, Any] = (
@@ -541,7 +548,8 @@ def slices(num_rows: int, at_once: int) -> list[slice]:
 
 
 def as_batch(items: Any, *, share: bool = False) -> Batch:
-    """One positional argument for a tensor or array, several for a tuple or list, keywords for a mapping."""
+    """The arguments in ``items``: one positional argument for a tensor or array, several for a tuple or list,
+    keyword arguments for a mapping."""
     if isinstance(items, Mapping):
         return Batch((), {key: as_tensor(part, f"data, {key}", share=share) for key, part in items.items()})
     if isinstance(items, tuple | list) and not isinstance(items, PackedSequence):
@@ -552,7 +560,8 @@ def as_batch(items: Any, *, share: bool = False) -> Batch:
 
 
 def as_ordered_batches(data: Any, batch_size: int | None) -> Batches:
-    """Minibatches whose unshuffled epochs are in data order. Stochastic pixels are binarized once.
+    """Minibatches whose unshuffled epochs are in data order. Data with stochastic binarization are binarized
+    once.
 
     :raises ValueError: as :func:`as_batches` does, and for a loader whose sampler changes the order.
     """
@@ -568,8 +577,8 @@ def as_ordered_batches(data: Any, batch_size: int | None) -> Batches:
 def as_whole(data: Any) -> Batch:
     """All data as one batch, in data order.
 
-    :param data: as for :func:`as_ordered_batches`. A :class:`Batch`, which verbs pass to each other, is
-        returned as it is.
+    :param data: as for :func:`as_ordered_batches`. A :class:`Batch`, which functions of this library pass to
+        each other, is returned unchanged.
     :raises ValueError: as :func:`as_ordered_batches` does.
     """
     if isinstance(data, Batch):
@@ -587,7 +596,7 @@ def as_whole(data: Any) -> Batch:
 
 
 def as_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
-    """The validated batch of the arguments of a call. Raises as :meth:`Batch.checked`."""
+    """The arguments of a call as a validated batch. Raises ``ValueError`` as :meth:`Batch.checked` does."""
     batch = Batch(as_batch(args).args, as_batch(kwargs).kwargs).checked("data")
     return batch.map(lambda part: part[:] if isinstance(part, SparseRows) else part)
 
@@ -605,8 +614,8 @@ def as_batches(data: Any, batch_size: int | None) -> Batches:
     :param data: a torch or numpy array ``(n, *event)``, dense or sparse, or a data frame of numeric columns;
         a tuple of them, for ``model(x, c)``; a dict of them, for ``model(x=…, mask=…)``; a
         :class:`~pyro_vae.data.Data`; a torch ``Dataset`` with a length; or a ``DataLoader``. Packed sequences
-        and lists of tensors are allowed if a minibatch has all data. Missing entries may be NaN if ``mask``
-        is false there: see :meth:`Batch.checked`.
+        and lists of tensors are allowed if each minibatch has all data. Missing entries may be NaN if
+        ``mask`` is false there: see :meth:`Batch.checked`.
     :param batch_size: rows in a minibatch, ``None`` for all data. A ``DataLoader`` has its own batch size.
     :raises ValueError: for empty data, non-finite rows, arguments of unequal length, and unsupported types.
     """
@@ -648,8 +657,8 @@ def fitting(batch: Batch, *programs: Callable[..., Any]) -> Batch:
     decides which arguments are kept.
 
     :param programs: the model, and optionally the guide.
-    :raises ValueError: if a program needs an argument that the batch lacks, gets one both by position and by
-        name, or does not take one that the other takes.
+    :raises ValueError: if a program needs an argument that the batch lacks, gets an argument both by position
+        and by name, or does not take an argument that the other program takes.
     """
     signatures = [_signature(program) for program in programs]
     known = [signature for signature in signatures if signature is not None]
@@ -688,8 +697,8 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 
 
 def _num_positional(program: Callable[..., Any], signature: inspect.Signature | None) -> int | None:
-    """The number of positional arguments, ``None`` for any number: ``num_inputs`` of the program, or from its
-    signature."""
+    """The number of positional arguments that a program takes, ``None`` for any number. It is the attribute
+    ``num_inputs`` of the program, or counted in its signature."""
     if hasattr(program, "num_inputs") or signature is None:
         return getattr(program, "num_inputs", None)
     kinds = [p.kind for p in signature.parameters.values()]
@@ -697,7 +706,7 @@ def _num_positional(program: Callable[..., Any], signature: inspect.Signature | 
 
 
 def _keyword_names(signature: inspect.Signature) -> set[str] | None:
-    """The names that can be passed by keyword, ``None`` for ``**kwargs``."""
+    """The names of the arguments that can be passed by keyword; ``None`` for any name (``**kwargs``)."""
     parameters = signature.parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None

@@ -74,8 +74,8 @@ class Data(Dataset):
     :param labels: ``(n,)``, integers for plots, which are not passed to the model.
     :param condition: ``(n, *event)``, a second argument of model and guide: see :meth:`given`.
     :param binarize: ``"stochastic"`` draws x ~ Bernoulli(grey) at every access, and so anew in every epoch
-        (Salakhutdinov & Murray 2008); :meth:`fixed` draws once. ``"threshold"`` sets x = 1 where grey > 1/2,
-        once.
+        (Salakhutdinov & Murray 2008); :meth:`fixed` draws once. ``"threshold"`` sets x once: to 1 where grey
+        > 1/2, and to 0 elsewhere.
     :param num_levels: the number of grey levels of the images, 256 for bytes: see :meth:`levels`.
     :raises ValueError: for empty data, non-finite entries, or, with ``binarize``, grey values outside [0, 1].
         The error names the row.
@@ -194,10 +194,10 @@ def load(
     """``(train, test)`` of a named data set; images are grey values in [0, 1], ``(n, height, width)``.
 
     ``"digits"`` (1497 + 300 images of 8×8, shipped with the package) and ``"ring"`` need no files.
-    ``"mnist"`` and ``"fashion-mnist"`` (60,000 + 10,000 of 28×28) are four IDX files, plain or ``.gz``, in
-    ``data_dir/MNIST/raw``, ``data_dir/MNIST`` or ``data_dir`` itself (``FashionMNIST`` likewise); torchvision
-    downloads missing files. ``"frey-faces"`` (1768 + 197 of 28×20, every tenth frame held out) reads
-    ``data_dir/frey_faces.npz``.
+    ``"mnist"`` and ``"fashion-mnist"`` (60,000 + 10,000 of 28×28) are read from four IDX files, plain or
+    ``.gz``, in ``data_dir/MNIST/raw``, ``data_dir/MNIST`` or ``data_dir`` itself (``FashionMNIST`` likewise);
+    torchvision downloads missing files. ``"frey-faces"`` (1768 + 197 of 28×20, every tenth frame held out) is
+    read from ``data_dir/frey_faces.npz``.
 
     :param binarize: see :class:`Data`; the test set is binarized once.
     :param data_dir: by default the environment variable ``PYRO_VAE_DATA``, or ``./data``.
@@ -231,8 +231,8 @@ def _folder(data_dir: str | os.PathLike | None) -> Path:
 
 
 def ring(n: int, *, radius: float = 1.0, noise: float = 0.1, seed: int = 0) -> Data:
-    """Points on a circle with Gaussian noise on the radius: a density that a deep network makes of a standard
-    normal (Doersch 2016, figure 2). ``x: (n, 2)``; the label is the octant."""
+    """Points on a circle with Gaussian noise on the radius. A deep network can map standard normal noise to
+    such points (Doersch 2016, figure 2). ``x: (n, 2)``; the label of a point is its octant, 0 to 7."""
     generator = torch.Generator().manual_seed(seed)
     angle = 2 * math.pi * torch.rand(n, generator=generator)
     r = radius + noise * torch.randn(n, generator=generator)
@@ -298,7 +298,7 @@ _IDX_NAMES = {"MNIST": "mnist", "FashionMNIST": "fashion-mnist"}  # torchvision'
 
 
 def _idx_folders(folder: Path, kind: str) -> tuple[Path, ...]:
-    """The folders that may have the IDX files: two layouts of torchvision, then a folder of four files."""
+    """The folders that may have the IDX files: two layouts of torchvision, then ``folder`` itself."""
     return folder / kind / "raw", folder / kind, folder
 
 
@@ -379,7 +379,7 @@ def _read_idx(path: Path, sha256: str) -> np.ndarray:
     sizes = struct.unpack(f">{rank}I", content[4 : 4 + 4 * rank].rjust(4 * rank, b"\0"))
     if len(content) != 4 + 4 * rank + math.prod(sizes):
         raise ValueError(
-            f"{path} is truncated or too long: expected an array of shape {sizes}, by its header, but got "
+            f"{path} is truncated or too long: its header declares an array of shape {sizes}, but it has "
             f"{len(content)} bytes; {remedy}"
         )
     digest = hashlib.sha256(content).hexdigest()

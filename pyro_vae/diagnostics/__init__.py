@@ -1,5 +1,5 @@
-"""Quality of a guide: comparison with an exact posterior, split of the gap, calibration, use of latent
-dimensions."""
+"""Quality of a guide: comparison with an exact posterior, split of log p(x) − ELBO, calibration, use
+of latent dimensions."""
 
 from pyro_vae.diagnostics.calibration import Calibration, calibration
 from pyro_vae.diagnostics.compare import Comparison, GuideComparison, compare, compare_guides

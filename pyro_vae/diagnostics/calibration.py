@@ -23,12 +23,14 @@ _CHUNK_ROWS = 50  # data that are processed at once
 
 @dataclass(frozen=True)
 class Calibration:
-    """Ranks of the true latents z* among L = ``num_draws`` draws of the guide; uniform if q(z|x) = p(z|x).
+    """Ranks of the true latents z* among L = ``num_draws`` draws of the guide. They are uniform if
+    q(z|x) = p(z|x).
 
-    ranks: ``(num_simulations, statistics)``, the number of draws below z*, in 0…L.
-    statistics: each latent dimension; ``"log p(x|z)"``, which depends on the data and so distinguishes the
-    posterior from the prior (Modrák et al. 2023); ``"distance"``, the distance from a reference point that
-    depends on x (TARP, Lemos et al. 2023): its rank/L is the expected coverage.
+    ranks: ``(num_simulations, statistics)``, the number of draws with a smaller statistic than z*, in 0…L.
+    statistics: names of the ranked statistics of z: each latent dimension; ``"log p(x|z)"``, which depends on
+    x, so that a guide equal to the prior fails (Modrák et al. 2023); ``"distance"``, the distance from a
+    reference point that depends on x (TARP, Lemos et al. 2023). Its rank/L estimates the
+    probability under q(z|x) of the ball around the reference point with z* on its surface.
     coverage: fraction of the true latents in the guide's central 50, 90 and 95 % intervals, ``(dim, 3)``.
     """
 
@@ -123,16 +125,16 @@ def calibration(
     Draws (x, z*) from the model and ranks z* among draws z ~ q(z|x). The guide is not refitted. A guide equal
     to the prior passes in every latent dimension, but fails in ``log p(x|z)``.
 
-    :param data: as for :func:`~pyro_vae.fit`; gives the shapes and conditions of the simulated data, see
-        :func:`~pyro_vae.evidence.simulate`. The rows are repeated up to ``num_simulations``.
+    :param data: as for :func:`~pyro_vae.fit`. The simulated data have its shapes and conditions, see
+        :func:`~pyro_vae.evidence.simulate`. Rows are repeated until there are ``num_simulations``.
     :param num_simulations: number of simulated data, at least 100.
-    :param num_draws: L, the number of draws for each; L + 1 must be a multiple of 20.
+    :param num_draws: L, the number of draws for each simulated datum; L + 1 must be a multiple of 20.
     :raises ValueError: if ``num_draws`` or ``num_simulations`` is invalid.
     """
     if (num_draws + 1) % _BINS or num_simulations < 5 * _BINS:
         raise ValueError(
-            f"calibration: expected num_draws + 1 to be a multiple of {_BINS}, such as 99, and {5 * _BINS} "
-            f"simulations or more, but got {num_draws} and {num_simulations}"
+            f"calibration: expected num_draws + 1 to be a multiple of {_BINS}, such as num_draws=99, and "
+            f"num_simulations ≥ {5 * _BINS}, but got {num_draws} and {num_simulations}"
         )
     whole = read_whole(data, seed=seed).map(lambda part: part[torch.arange(num_simulations) % len(part)])
     simulated = simulate(model, whole, seed=seed, check=check)
@@ -164,7 +166,8 @@ def calibration(
 
 
 def _coverage(ranks: Tensor, num_draws: int) -> Tensor:
-    """Fraction of ranks in the central intervals, ``(dim, 3)``; rank r is uniform on [r, r + 1] / (L + 1)."""
+    """Fraction of ranks in the central intervals, ``(dim, 3)``. A rank r counts as a uniform distribution
+    from r/(L + 1) to (r + 1)/(L + 1)."""
     left, right = ranks.double() / (num_draws + 1), (ranks.double() + 1) / (num_draws + 1)
     inside = [
         (right.clamp_max((1 + level) / 2) - left.clamp_min((1 - level) / 2)).clamp_min(0).mean(0)
@@ -182,7 +185,8 @@ def _rank_of_first(values: Tensor) -> Tensor:
 
 
 def _reference_points(batch: Batch, true: Tensor) -> Tensor:
-    """A reference point for each datum: a random linear map of x, scaled as the latents: ``(rows, dim)``."""
+    """A reference point for each datum: a random linear map of x, with the mean and scale of the latents:
+    ``(rows, dim)``."""
     x = torch.cat([part.reshape(len(part), -1).to(true) for part in batch.tensors.values()], -1)
     x = (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
     weight = torch.randn(x.shape[1], true.shape[1], dtype=x.dtype, device=x.device) / math.sqrt(x.shape[1])

@@ -28,14 +28,14 @@ _MAX_DRAWS = 2**21  # particles × data that are in memory at once
 class Comparison:
     """Divergences and errors of a guide q against the exact posterior p, per datum, ``(batch,)``, in nats.
 
-    The standard errors ``*_se`` are 0 where a quantity is in closed form.
+    The standard errors ``*_se`` are 0 for quantities in closed form.
 
     elbo: E_q[log p(x, z) − log q(z|x)], a lower bound of log_evidence = log p(x). gap: KL(q‖p) = log p(x) −
-    ELBO. forward_kl: KL(p‖q), large if q misses a mode; ``nan`` if q cannot evaluate its density at draws
-    of p. mean_error: ‖E_q z − E_p z‖. covariance_error: Frobenius norm of the difference of covariances. w2:
-    W₂(q, p), ``nan`` unless both are Gaussian. coverage: ``(batch, 3)``, probability under p of the guide's
-    central 50, 90 and 95 % intervals, averaged over latent dimensions. split: gap = approximation +
-    amortization, or ``None``.
+    ELBO. forward_kl: KL(p‖q), large if q misses a mode; ``nan`` if the density of q cannot be
+    evaluated at draws of p. mean_error: ‖E_q z − E_p z‖. covariance_error: Frobenius norm of the difference
+    of covariances. w2: W₂(q, p), ``nan`` unless q and p are Gaussian. coverage: ``(batch, 3)``, probability
+    under p of the guide's central 50, 90 and 95 % intervals, averaged over latent dimensions. split: the gap
+    as a sum of approximation and amortization gap, or ``None``.
     """
 
     elbo: Tensor
@@ -74,14 +74,15 @@ class Comparison:
 
     def plot(self, num_data: int = 4) -> Figure:
         """Contours of the exact posterior and the guide for the first ``num_data`` data; a scatter plot of
-        the first two dimensions if there are more."""
+        the first two latent dimensions if there are more than two."""
         exact_model, guide, batch = self._pair
         return draw_posteriors(exact_model, {"guide": guide}, batch.first(num_data))
 
 
 @dataclass(frozen=True)
 class GuideComparison:
-    """Guides of one model on the same data, sorted by mean gap, smallest first."""
+    """Comparisons of several guides of one model on the same data, by name, sorted by mean gap, smallest
+    first."""
 
     comparisons: Mapping[str, Comparison]
 
@@ -100,7 +101,8 @@ class GuideComparison:
         return "\n".join(lines)
 
     def plot(self, num_data: int = 3) -> Figure:
-        """The guides over the exact posterior, and a bar chart of their gaps, split if the split is known."""
+        """Contours of the guides over the exact posterior, and a bar chart of the gaps of the guides. A bar
+        is split into approximation and amortization gap if these are known."""
         exact_model, _, batch = next(iter(self.comparisons.values()))._pair
         guides = {name: comparison._pair[1] for name, comparison in self.comparisons.items()}
         gaps = {name: (comparison.gap, comparison.split) for name, comparison in self.comparisons.items()}
@@ -117,16 +119,18 @@ def compare(
     seed: int = 0,
     check: bool = True,
 ) -> Comparison:
-    """Compare a guide with the exact posterior of its model. The parameters of both are unchanged.
+    """Compare a guide with the exact posterior of its model. The parameters of both programs are
+    unchanged.
 
-    Between Gaussians the divergences and moments are in closed form; otherwise they are estimated from
-    ``num_particles`` draws of q and of p.
+    If guide and posterior are Gaussian, divergences and moments are in closed form. Otherwise they are
+    estimated from ``num_particles`` draws of q and of p.
 
     :param exact_model: a model of :mod:`pyro_vae.exact`, or any Pyro model with methods ``posterior(x)`` and
         ``log_evidence(x)`` that take the arguments of the model.
     :param data: as for :func:`~pyro_vae.fit`.
     :param split: also split the gap (see :func:`split_gap`), if the guide's family is supported.
-    :raises ValueError: if the model has no exact posterior, a latent is discrete, or the guide misses a site.
+    :raises ValueError: if the model has no exact posterior, a latent is discrete, or the guide lacks a
+        latent.
     """
     if not hasattr(exact_model, "posterior") or not hasattr(exact_model, "log_evidence"):
         raise ValueError(
@@ -148,7 +152,7 @@ def compare(
 
 
 def _concatenate(splits: list[GapSplit | None]) -> GapSplit | None:
-    """The splits of all data, from those of consecutive chunks."""
+    """Concatenate the splits of consecutive chunks of the data."""
     known = [split for split in splits if split is not None]
     if not known:
         return None
@@ -217,7 +221,7 @@ def compare_guides(
 
     :param guides: guides by name, such as ``{"mean-field": g1, "full covariance": g2}``. The other arguments
         are those of :func:`compare`.
-    :raises ValueError: if ``guides`` is empty, or as :func:`compare`.
+    :raises ValueError: if ``guides`` is empty, and in the cases of :func:`compare`.
     """
     if not guides:
         raise ValueError("compare_guides: got no guides; expected a dict of name to guide")

@@ -94,7 +94,8 @@ def _draw_row(axes: list[Axes], exact_model: Any, guides: Mapping[str, Program],
 
 
 def _draw_scatter(axes: list[Axes], exact: Tensor, guides: Mapping[str, Tensor]) -> None:
-    """Scatter plot of draws in the first two dimensions; in one dimension, of the empirical CDF."""
+    """Scatter plot of the first two dimensions of the draws. If there is only one dimension, plot the
+    empirical CDF."""
     for i, ax in enumerate(axes):
         for j, (name, draws) in enumerate([("exact", exact), *guides.items()]):
             at = draws[:800, i].double().cpu().numpy()
@@ -115,7 +116,8 @@ def _legend(axes: list[Axes]) -> None:
 
 
 def _grid(draws: list[Tensor], steps: int) -> tuple[Tensor, tuple[int, ...]]:
-    """Grid over the range of the draws of each datum, ``(points, batch, d)``, and its shape."""
+    """Grid over the range of the draws of each datum, ``(points, batch, d)``, and the number of points along
+    each dimension."""
     ends = [[z.double().quantile(q, 0) for z in draws] for q in (0.001, 0.999)]
     low, high = torch.stack(ends[0]).amin(0), torch.stack(ends[1]).amax(0)
     dim = low.shape[-1]

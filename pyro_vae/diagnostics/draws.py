@@ -1,4 +1,4 @@
-"""Draws of a guide: by site, as an ArviZ ``DataTree``, and a classifier two-sample test."""
+"""Draws of a guide by site or as an ArviZ ``DataTree``, and a classifier two-sample test for draws."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +88,8 @@ def _draws(
     *,
     weighted: bool,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Draws of each site, and their log-weights if ``weighted``, which runs the model; else log q(z|x)."""
+    """Draws of each site, and one number for each draw: its log-weight if ``weighted``, for which the model
+    is run, else log q(z|x)."""
     if joint:
         joint_draws = joint_log_weights(model, guide, batch, num_particles=num_draws, seed=seed, check=check)
         return joint_draws.draws, joint_draws.log_weights
@@ -100,8 +101,8 @@ def _draws(
 
 @dataclass(frozen=True)
 class TwoSample:
-    """Held-out accuracy of a classifier between two sets of draws: ½ if their distributions are equal.
-    ``accuracy_se`` is the binomial standard error at an accuracy of ½."""
+    """Held-out accuracy of a classifier that tells two sets of draws apart: about ½ if both have the same
+    distribution. ``accuracy_se`` is the binomial standard error at an accuracy of ½."""
 
     accuracy: float
     accuracy_se: float
@@ -114,8 +115,8 @@ def two_sample_test(a: Tensor, b: Tensor, *, num_folds: int = 5, seed: int = 0) 
     """Classifier two-sample test (Lopez-Paz & Oquab 2017): a network with two hidden layers on z-scored
     features, cross-validated.
 
-    Compares draws of the guide with draws of the posterior, exact or by NUTS, for one datum. The best
-    accuracy between N(0, I) and N(δ, I) is Φ(‖δ‖/2).
+    Use it to compare draws of a guide for one datum with draws of the posterior, exact or by NUTS. For draws
+    of N(0, I) and of N(δ, I), the best possible accuracy is Φ(‖δ‖/2).
 
     :param a, b: draws ``(n, dim)`` of equal shape, with n ≥ 10 ``num_folds``.
     :raises ImportError: if ``scikit-learn`` is not installed.

@@ -19,9 +19,10 @@ class FreeEnergy:
     """Free energy F = E_q[−log p(x, z)] − H(q) = −log p(x) + KL(q‖p(z|x)), the negative ELBO, in nats, each
     ``(batch,)``.
 
-    expected_energy: E_q[−log p(x, z)]. entropy: H(q), analytic if the guide's distribution implements it,
-    else estimated from the same draws. free_energy_se: Monte Carlo standard error of F. bits_per_dimension:
-    F / (D ln 2), the bits-back code length of a discrete x of D dimensions (Hinton & van Camp 1993).
+    expected_energy: E_q[−log p(x, z)]. entropy: H(q), analytic if the guide's distribution has ``entropy``,
+    else estimated from the guide's draws. free_energy_se: Monte Carlo standard error of F.
+    bits_per_dimension: F / (D ln 2), the bits-back code length of a discrete x of D dimensions (Hinton & van
+    Camp 1993).
     """
 
     expected_energy: Tensor
@@ -79,7 +80,8 @@ def _entropy(distribution: Any, num_rows: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class PointwiseIdentity:
-    """log p(x) = log p(x, z) − log p(z|x) for every z, in nats, each ``(particles, batch)``.
+    """Terms of log p(x) = log p(x, z) − log p(z|x), which holds for every z. In nats, each
+    ``(particles, batch)``.
 
     log_weight: log p(x, z) − log q(z|x). correction: log q(z|x) − log p(z|x), so that log p(x) = log_weight +
     correction. The sign of the correction varies with z; its mean under q is KL(q‖p) ≥ 0.
@@ -106,7 +108,8 @@ class PointwiseIdentity:
 
 
 def pointwise_identity(exact_model: Any, guide: Program, data: Any, *, z: Tensor) -> PointwiseIdentity:
-    """Evaluate the identity at any ``z``. All rows of ``log_evidence`` are equal.
+    """Evaluate log p(x) = log p(x, z) − log p(z|x) at any ``z``. All rows of ``log_evidence`` are equal,
+    since the identity holds for every z.
 
     :param exact_model: as for :func:`~pyro_vae.compare`.
     :param data: as for :func:`~pyro_vae.fit`.

@@ -1,4 +1,4 @@
-"""Variational families with separate parameters for each datum, and closed forms between Gaussians."""
+"""Variational families with separate parameters for each datum, and closed forms for Gaussians."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -33,14 +33,15 @@ class UnknownFamily(ValueError):
 
 
 class Family:
-    """The family of a guide's distribution at a site: the unconstrained parameters of the distribution plus
-    separate shifts for each datum. The distribution still depends on other latents as in the guide.
+    """The variational family of a guide's distribution at a site. A member has the unconstrained parameters
+    of that distribution plus shifts, separate for each datum. A member depends on other
+    latents as the guide's distribution does.
 
-    ``start``: shifts of zero, which are the guide itself.
+    ``start``: shifts of zero, which give the guide itself.
 
     :param name: name of the site.
     :param distribution: the guide's distribution at the site.
-    :param rows: dimension of the data plate.
+    :param rows: dimension of the data plate, counted from the right, such as -1.
     :raises UnknownFamily: if the family of the distribution is not supported.
     """
 
@@ -66,11 +67,11 @@ class Family:
         return shifted.to_event(len(distribution.event_shape) - shifted.event_dim)
 
     def contains(self, _: Any) -> bool:
-        """Whether the family contains a distribution of its kind: always."""
+        """Always true: shifts of the parameters reach every distribution of this class."""
         return True
 
     def _parameters(self, distribution: Any) -> dict[str, Tensor]:
-        """Unconstrained parameters, ``(*batch, *event)``, or ``(*batch, d, …)`` for a matrix."""
+        """Unconstrained parameters by name: vectors ``(*batch, *event)`` and matrices ``(*batch, d, …)``."""
         if _kind(distribution) is not self.kind:
             raise UnknownFamily(
                 f"guide: expected the same family in every run, but got {self.kind.__name__} and "
@@ -87,7 +88,7 @@ class Family:
 
 
 class _ShiftMessenger(Messenger):
-    """Replaces the distribution at the site of a family by its shifted member."""
+    """Replaces the distribution at the site of ``family`` by the member of the family with these shifts."""
 
     def __init__(self, family: Family, shifts: dict[str, Tensor]) -> None:
         super().__init__()
@@ -99,12 +100,14 @@ class _ShiftMessenger(Messenger):
 
 
 class ReadoutFamily:
-    """The family of a conditional: its read-outs plus separate shifts for each datum.
+    """The variational family of a conditional. A member adds shifts, separate for each datum, to the outputs
+    of the read-outs, which are the last layers of the conditional: one for each parameter of its
+    distribution.
 
     Parameters that all data share, such as a learned scale or the networks of a flow, are unchanged.
 
-    ``start``: shifts of zero, which are the guide itself. ``kind``: the class of the distribution if some
-    shifts reach every member of that class whose scale is above ``min_scale``, else ``None``.
+    ``start``: shifts of zero, which give the guide itself. ``kind``: the class of the distribution, if shifts
+    can reach every distribution of that class with a scale above ``min_scale``; else ``None``.
     """
 
     def __init__(self, conditional: FromTrunk, rows: int, num_rows: int) -> None:
@@ -129,7 +132,7 @@ class ReadoutFamily:
                 hook.remove()
 
     def contains(self, distribution: Any) -> bool:
-        """Whether the family contains a Gaussian or log-normal distribution: every scale is above
+        """Whether the family contains a Gaussian or log-normal distribution. It does if every scale is above
         ``min_scale``."""
         base = unwrapped(distribution)
         scale = base.scale_tril.diagonal(dim1=-2, dim2=-1) if hasattr(base, "scale_tril") else base.scale
@@ -152,7 +155,8 @@ def _transform(kind: Any, name: str) -> Any:
 
 
 def _reachable_kind(conditional: FromTrunk) -> type | None:
-    """The class of distributions all of whose members the read-outs of a conditional can reach."""
+    """The class of a conditional's distribution, if shifts of the read-outs can reach every distribution of
+    that class; else ``None``."""
     if type(conditional) is MultivariateNormal:
         return dist.MultivariateNormal
     if type(conditional) in (Normal, LogNormal):
@@ -201,7 +205,7 @@ def wasserstein(
 ) -> Tensor:
     """2-Wasserstein distance of Gaussians, W₂² = ‖Δμ‖² + tr(A + B − 2 (A^½ B A^½)^½), ``(batch,)``."""
     tril = a.scale_tril
-    # the eigenvalues of A^½ B A^½ are those of Lᵀ B L
+    # A^½ B A^½ has the eigenvalues of Lᵀ B L, where A = L Lᵀ
     cross = torch.linalg.eigvalsh(tril.mT @ b.covariance_matrix @ tril).clamp_min(0).sqrt().sum(-1)
     traces = sum(g.covariance_matrix.diagonal(dim1=-2, dim2=-1).sum(-1) for g in (a, b))
     return (((a.loc - b.loc) ** 2).sum(-1) + traces - 2 * cross).clamp_min(0).sqrt()

@@ -31,12 +31,13 @@ Shifts = Mapping[str, dict[str, Tensor]]
 class GapSplit:
     """gap = approximation + amortization, in nats, each ``(batch,)`` with its standard error.
 
-    approximation = log p(x) − L[q*] and amortization = L[q*] − L[q], where L is the ELBO and q* maximizes it
-    within the guide's family for that datum. The approximation is ``nan`` if log p(x) is not known.
+    approximation = log p(x) − L[q*] and amortization = L[q*] − L[q], where L is the ELBO, and q* maximizes L
+    within the guide's family, separately for each datum. The approximation is ``nan`` if log p(x) is not
+    known.
 
     steps: number of optimization steps for q*, 0 if q* is in closed form. A part in closed form has standard
-    error 0. After an optimization both parts are estimates; a q* short of the optimum overestimates
-    approximation and underestimates amortization.
+    error 0. If q* is optimized, both parts are estimates. If the optimization ends short of the optimum,
+    the approximation gap is overestimated and the amortization gap underestimated.
     """
 
     approximation: Tensor
@@ -66,26 +67,29 @@ def split_gap(
     seed: int = 0,
     check: bool = True,
 ) -> GapSplit:
-    """Split the gap of a guide per datum (Cremer et al. 2018).
+    """Split log p(x) − ELBO into approximation and amortization gap, per datum (Cremer et al. 2018).
 
-    q* is the guide with separate parameters for each datum. If the guide calls one conditional of
-    :mod:`pyro_vae` for each latent, the outputs of its read-outs are free: any diagonal Gaussian if the
-    encoder gives location and scale. Otherwise all parameters of the guide's distributions are free.
-    Everything that data share is unchanged and belongs to the family: a fixed, learned or isotropic scale,
-    ``min_scale``, the networks of a flow, and the dependence of a latent on others.
+    Let q* be the guide whose ELBO is the highest if each datum has separate parameters. The approximation gap
+    is log p(x) minus the ELBO of q*, and the amortization gap is the rest. If the guide calls one conditional
+    of :mod:`pyro_vae` for each latent, these parameters are the outputs of its read-outs (the last layers,
+    one for each parameter of the distribution). If the read-outs give location and scale, q* can be any
+    diagonal Gaussian. For other guides, all parameters of the guide's distributions are separate. Whatever
+    all data share does not change: a fixed, learned or isotropic scale, ``min_scale``, the networks of a
+    flow, and the dependence of a latent on others.
 
-    q* is in closed form if the model implements ``ExactModel.best``: Gaussians for a Gaussian posterior,
-    diagonal Gaussians for the funnel and the banana, a log-normal for Gamma–Poisson. Otherwise Adam optimizes
-    it from the guide, on reparameterized gradients of 32 draws and all data at once. The learning rate is
-    halved whenever 100 steps gain less than ``tolerance`` nats per datum. After eight halvings q* is the
-    average of the parameters over 500 more steps, or the guide itself if its ELBO is larger.
+    q* is in closed form if the model implements ``ExactModel.best`` for the guide's family: Gaussians for a
+    Gaussian posterior, diagonal Gaussians for the funnel and the banana, a log-normal for Gamma–Poisson.
+    Otherwise Adam optimizes q* for all data at once. It starts at the guide and uses reparameterized
+    gradients of 32 draws. The learning rate is halved whenever 100 steps gain less than ``tolerance`` nats
+    per datum. After eight halvings, the parameters are averaged over 500 more steps. For data where the guide
+    itself has a larger ELBO than this average, q* is the guide.
 
     :param data: as for :func:`~pyro_vae.fit`.
     :param log_evidence: log p(x), ``(batch,)``; default ``model.log_evidence`` if the model has it.
     :param num_particles: draws for each ELBO that has no closed form, 2 or more.
-    :param tolerance: smallest gain of 100 steps in nats per datum.
-    :param max_steps: largest number of steps before the last 500; a warning is logged if the ELBO still
-        improves.
+    :param tolerance: in nats per datum; a smaller gain of 100 steps halves the learning rate.
+    :param max_steps: largest number of steps, not counting the last 500. A warning is logged if the ELBO
+        still improves then.
     :param seed: seed of the draws.
     :param check: ``False`` runs a pair even if :func:`~pyro_vae.check_pair` reports problems, unless the
         result is undefined.
@@ -123,15 +127,15 @@ def split_gap(
 
 
 class _PerDatumPair:
-    """A pair whose guide has separate parameters for each datum: those of the guide plus shifts. ``start`` is
-    the guide itself, with shifts of zero."""
+    """A pair whose guide has separate parameters for each datum: the parameters of ``guide`` plus shifts.
+    ``start`` has shifts of zero, which give ``guide`` itself."""
 
     def __init__(self, model: Program, guide: Program, batch: Batch, *, check: bool = True) -> None:
         self.model, self.guide = model, guide
         self.latents, batch = inspect_latents(model, guide, batch, verb="split_gap", check=check)
         self.batch = batch
         with torch.no_grad():
-            # raises if the guide has no log q(z|x)
+            # this raises if the guide has no log q(z|x)
             self.draws = self.latents.draw(guide, batch, 2)
             calls: list[tuple[FromTrunk, Any]] = []
             hook = nn.modules.module.register_module_forward_hook(
@@ -149,7 +153,8 @@ class _PerDatumPair:
         self.start = {name: family.start for name, family in self.families.items()}
 
     def _readout_families(self, calls: list[tuple[FromTrunk, Any]]) -> dict[str, Family | ReadoutFamily]:
-        """The families of the conditionals that the guide calls, or ``{}`` unless it calls one per site."""
+        """The families of the conditionals that the guide calls; ``{}`` if it does not call exactly one for
+        each latent site."""
         (rows, *other_rows), n = {site.rows for site in self.latents.sites.values()}, self.batch.num_rows
         has_data_plate = all(len(q.batch_shape) == -rows and q.batch_shape[rows] == n for _, q in calls)
         is_one_per_site = len({conditional for conditional, _ in calls}) == len(calls) == len(self.fns)
@@ -161,7 +166,8 @@ class _PerDatumPair:
         }
 
     def shifted_guide(self, shifts: Shifts) -> Program:
-        """The guide with its parameters shifted."""
+        """The guide with ``shifts`` added to the parameters of its distributions, separately for each
+        datum."""
 
         def guide(*args: Any, **kwargs: Any) -> Any:
             with ExitStack() as stack:
@@ -178,8 +184,9 @@ class _PerDatumPair:
 
     @torch.no_grad()
     def kind(self) -> type | None:
-        """The class of distributions that the family consists of, or ``None`` if it contains only some of
-        them, the guide has several sites, or log q has other terms, such as a mask or a factor."""
+        """The class of distributions that make up the guide's family. ``None`` if the family contains only
+        some of them, if the guide has several sites, or if log q(z|x) has other terms, such as those of a
+        mask or a factor."""
         family, *other_families = self.families.values()
         if other_families:
             return None
@@ -196,7 +203,8 @@ class _PerDatumPair:
 
 @torch.no_grad()
 def _closed_form(pair: _PerDatumPair, log_evidence: Tensor, num_particles: int) -> GapSplit | None:
-    """The split with q* in closed form, or ``None``. Between Gaussians the amortization is exact too."""
+    """The split with q* in closed form, or ``None``. If guide and posterior are Gaussian, the amortization
+    gap is in closed form too."""
     kind, n = pair.kind(), pair.batch.num_rows
     if kind is None or not isinstance(pair.model, ExactModel):
         return None
@@ -246,8 +254,8 @@ def _optimize(pair: _PerDatumPair, tolerance: float, max_steps: int) -> tuple[Sh
 
 @torch.no_grad()
 def _restore_worse(pair: _PerDatumPair, shifts: Shifts) -> None:
-    """Reset the shifts of each datum whose ELBO is below that of the guide, in place. The ELBO may decrease
-    between the modes of a mixture."""
+    """Reset the shifts to zero, in place, for each datum where they give a lower ELBO than the guide. This
+    happens if averaged parameters lie between the modes of a mixture."""
     elbo, start_elbo = (pair.elbo(s, 1000).mean(0) for s in (shifts, pair.start))
     for name, tensors in shifts.items():
         for key, value in tensors.items():

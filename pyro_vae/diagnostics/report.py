@@ -14,8 +14,8 @@ from pyro_vae.pairs.preserve import read_whole
 from pyro_vae.pairs.traces import Program
 
 _JOINT_NOTES = (
-    "latent dimensions: not computed: they are compared across data, but joint=True treats all data as one "
-    "datum",
+    "latent dimensions: not computed: their use is measured across data, but joint=True treats all data as "
+    "one datum",
     "calibration: not computed: with joint=True it needs a guide that is amortized over data sets",
 )
 
@@ -34,7 +34,7 @@ class Diagnosis:
     @property
     def pareto_k(self) -> Tensor:
         """k̂ of the importance weights of each datum, ``(batch,)``: below 0.5 the guide is a good proposal,
-        above 0.7 it is unreliable."""
+        above 0.7 an unreliable one."""
         k = self.importance.pareto_k
         return torch.full_like(self.importance.log_evidence, torch.nan) if k is None else k
 
@@ -89,7 +89,7 @@ def diagnose(
 
     :param data: as for :func:`~pyro_vae.fit`.
     :param num_particles: number of draws for each datum.
-    :param num_simulations: number of simulations of the calibration; 0 skips it.
+    :param num_simulations: number of data to simulate for the calibration; 0 skips the calibration.
     :param joint: treat all data as one datum, for models with global latents. ``usage`` and ``calibration``
         are then ``None``.
     :raises ValueError: if the pair is invalid, or a latent is outside of the data plate and ``joint`` is
@@ -103,7 +103,8 @@ def diagnose(
     )
     if weighted.bound == "none":
         notes.append(
-            "the guide has points (Delta), which have no density: ELBO, KL and Pareto k are not meaningful"
+            "the guide has Delta distributions, which have no density, so ELBO, KL and Pareto k are not "
+            "meaningful"
         )
     if joint:
         return Diagnosis(lower, weighted, None, None, (*notes, *_JOINT_NOTES))

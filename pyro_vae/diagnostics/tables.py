@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def over_data(value: Tensor) -> tuple[float, float]:
-    """Mean over data of ``value``, ``(batch,)``, and its standard error, ``nan`` for a single datum. The
-    spread over data includes the Monte Carlo error."""
+    """Mean over data of ``value``, ``(batch,)``, and the standard error of the mean, ``nan`` for a single
+    datum. The standard error is from the spread over data, which includes the Monte Carlo error."""
     error = value.std().item() / math.sqrt(len(value)) if len(value) > 1 else math.nan
     return value.mean().item(), error
 

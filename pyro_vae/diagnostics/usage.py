@@ -13,18 +13,17 @@ from pyro_vae.pairs.preserve import read_whole, untouched
 from pyro_vae.pairs.traces import Program, unwrapped
 
 _NUM_DRAWS = 100  # for each datum
-_CHUNK_ROWS = 50
 
 
 @dataclass(frozen=True)
 class LatentUsage:
-    """Activity, KL and mutual information of the latents; information is in nats.
+    """Activity, KL and mutual information of the latents. KL and mutual information are in nats.
 
     activity: Var_x E_q[z_j], ``(dim,)``. kl: KL(q(z_j|x)‖p(z_j)), ``(batch, dim)``, ``nan`` unless the
     dimensions of guide and prior are independent. correlation: correlation matrix of the aggregate posterior
-    q(z), the mean of q(z|x) over data, ``(dim, dim)``. mean_kl: mean of KL(q(z|x)‖p(z)) over data, which
-    equals mutual_information I_q(x; z) + marginal_kl KL(q(z)‖p(z)) (Hoffman & Johnson 2016). I_q is at most
-    log N for N data.
+    q(z), the mean of q(z|x) over data, ``(dim, dim)``. mean_kl: mean of KL(q(z|x)‖p(z)) over data. It
+    is the sum of mutual_information, I_q(x; z), and marginal_kl, KL(q(z)‖p(z)) (Hoffman & Johnson 2016). I_q
+    is at most log N for N data.
     """
 
     activity: Tensor
@@ -76,7 +75,7 @@ def latent_usage(
     """Use of the latent dimensions of a pair with a single latent site.
 
     The aggregate posterior is the mixture of q(z|x_n) over the N data. It is evaluated at one draw for each
-    datum, which takes N² densities.
+    datum, so N² densities are computed.
 
     :param data: as for :func:`~pyro_vae.fit`.
     :raises ValueError: if the model has several latent sites, or there are fewer than two data.
@@ -95,12 +94,7 @@ def latent_usage(
         z, log_q = latents.draw(guide, batch, _NUM_DRAWS)
         first = z[0]
         log_prior, _ = latents.log_prior_and_joint(model, batch, first.unsqueeze(0))
-        # element (i, n): log q(z_i|x_n)
-        log_pairwise = [
-            latents.log_q(guide, batch, first[i : i + _CHUNK_ROWS].unsqueeze(1).expand(-1, n, -1))
-            for i in range(0, n, _CHUNK_ROWS)
-        ]
-        log_marginal = torch.cat(log_pairwise).double().logsumexp(1) - math.log(n)
+        log_marginal = latents.log_aggregate(guide, batch, first)
         (site,) = latents.sites.values()
         kl = _kl(latents.distribution(guide, batch), site.fn, n, latents.dim)
     pooled = z.reshape(-1, latents.dim).double()

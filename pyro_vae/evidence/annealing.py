@@ -24,20 +24,22 @@ from pyro_vae.pairs.traces import Program
 
 Schedule = Literal["uniform", "sigmoid", "fitted"] | Tensor
 Walk = Callable[[Path, Tensor, Transition, tqdm], dict[str, Tensor]]
-MAX_BYTES = 2**28  # memory of the tensors that one evaluation allocates
+MAX_BYTES = 2**28  # memory of the tensors that one run of the model allocates
 
 
 @dataclass(frozen=True)
 class Annealing:
-    """Options of annealed chains: they target f_β = base^{1−β} p(x, z)^β at β₀ = 0 ≤ … ≤ β_K = 1 in turn.
+    """Options of annealed Markov chains.
 
-    Used by :func:`ais`, :func:`reverse_ais`, :func:`bdmc`, :func:`~pyro_vae.evidence.smc` and
-    :func:`~pyro_vae.evidence.reciprocal_importance`.
+    The chains target f_β = base^{1−β} p(x, z)^β for β = β₀, …, β_K in turn, where β₀ = 0 ≤ … ≤ β_K = 1. The
+    base is the prior or a guide. These options are used by :func:`ais`, :func:`reverse_ais`, :func:`bdmc`,
+    :func:`~pyro_vae.evidence.smc` and :func:`~pyro_vae.evidence.reciprocal_importance`.
 
-    :param num_temperatures: K. A larger K tightens the bounds. A ``schedule`` of shape ``(K + 1,)`` sets it.
+    :param num_temperatures: K. A larger K tightens the bounds. If ``schedule`` is a tensor, it sets K.
     :param num_chains: chains per datum, whose weights are averaged; for ``smc`` the number of particles.
-    :param schedule: ``"fitted"`` (a pilot run spaces the temperatures at equal KL divergence), ``"sigmoid"``
-        (finer at both ends), ``"uniform"``, or a tensor β₀ = 0 ≤ … ≤ β_K = 1 of shape ``(K + 1,)``.
+    :param schedule: ``"fitted"`` (a pilot run finds β with equal KL divergence between neighbours),
+        ``"sigmoid"`` (finer at both ends), ``"uniform"``, or a tensor β₀ = 0 ≤ … ≤ β_K = 1 of shape
+        ``(K + 1,)``.
     :param transition: a Markov transition that leaves f_β invariant, by default :class:`HMC`.
     :raises ValueError: for a count below 1, an invalid schedule, or a transition that is not a
         :class:`Transition`.
@@ -82,7 +84,8 @@ class Annealing:
     def betas(self) -> Tensor:
         """β₀ = 0 ≤ … ≤ β_K = 1 in double precision, ``(K + 1,)``.
 
-        ``"sigmoid"`` has radius 4. For ``"fitted"``, the sigmoid schedule, at which step sizes are tuned.
+        ``"sigmoid"`` is the logistic function on [−4, 4], rescaled to [0, 1]. For ``"fitted"``, this is
+        the sigmoid schedule. The pilot run that tunes the step sizes uses it, before β is fitted.
         """
         if isinstance(self.schedule, Tensor):
             return self.schedule.double()
@@ -114,17 +117,20 @@ def ais(
     """Annealed importance sampling (Neal 2001): a lower bound of log p(x) per datum, in nats, for any model.
 
     Chains start at draws from the base, which is the prior or a guide, and target f_β = base^{1−β} p(x, z)^β.
-    Each of the K temperatures adds (β_k − β_{k−1}) log [p(x, z) / base(z)] to the log-weight of a chain, then
-    applies the transition. E ŵ = p(x), because a pilot run fixes the schedule and the step sizes before the
-    weighted run, the weighted run draws independent random numbers, and transitions are Metropolis-corrected.
+    For each k = 1, …, K, (β_k − β_{k−1}) log [p(x, z) / base(z)] is added to the log-weight of a chain. If
+    k < K, the chain then makes a transition that leaves f_β at β_k invariant. The mean weight ŵ of the
+    chains has E ŵ = p(x), since transitions are Metropolis-corrected, and since a pilot run with independent
+    random numbers has fixed the schedule and the step sizes before the weighted run.
 
     :param data: the arguments of the model, ``(batch, *event)``, in any form that
         :func:`~pyro_vae.log_weights` accepts.
     :param start: a guide as the base; ``None`` for the prior.
     :param annealing: temperatures, chains, schedule and transition.
-    :param max_bytes: memory of the tensors that one evaluation allocates; it sets the size of data chunks.
+    :param max_bytes: memory of the tensors that one run of the model allocates. The data are divided into
+        chunks accordingly.
     :param check: ``False`` runs a pair that :func:`~pyro_vae.check_pair` rejects.
-    :param joint: treat all data as one datum, for models with global latents: log p(x₁…x_N), ``(1,)``.
+    :param joint: treat all data as one datum, for models with global latents. The result is log p(x₁…x_N),
+        ``(1,)``.
     :param progress: show a progress bar on stderr; by default only if stderr is a terminal.
     :param resume: a file that stores finished chunks of the data; an interrupted run resumes from it.
     :raises ValueError: for latents outside the data plate unless ``joint``, discrete latents that cannot be
@@ -165,9 +171,9 @@ def reverse_ais(
 ) -> Evidence:
     """Reverse AIS (Grosse et al. 2015): an upper bound of log p(x) per datum, in nats, for simulated data.
 
-    Chains start at the latents z* of the simulated data, which are exact posterior draws, and run from the
-    posterior to the base. E 1/ŵ = 1/p(x), with log ŵ = −log mean exp(−log ŵ_chain). Arguments as for
-    :func:`ais`.
+    The latents z* of simulated data are exact draws from the posterior. Chains start at z* and run from the
+    posterior to the base. The harmonic mean ŵ of the weights w of the chains, log ŵ = −log mean exp(−log w),
+    has E 1/ŵ = 1/p(x). The other arguments are those of :func:`ais`.
 
     :param simulated: the result of :func:`~pyro_vae.evidence.simulate`.
     """
@@ -210,11 +216,12 @@ def bdmc(
 ) -> Sandwich:
     """Bidirectional Monte Carlo (Grosse et al. 2015): AIS and reverse AIS on data simulated from the model.
 
-    AIS is the lower bound of log p(x), reverse AIS the upper bound. In expectation, their gap is an upper
-    bound of the error of each. Arguments as for :func:`ais`.
+    AIS gives a lower bound of log p(x), and reverse AIS an upper bound. In expectation, the gap between the
+    two bounds is at least the error of either bound. The other arguments are those of :func:`ais`.
 
-    :param data: data to simulate from, see :func:`~pyro_vae.evidence.simulate`; or given pairs (x, z*) as
-        ``evidence.Simulated(x, {"z": z})``. The bounds hold only for exact draws from the model.
+    :param data: data with the shapes and conditions to simulate, see :func:`~pyro_vae.evidence.simulate`; or
+        pairs (x, z*) as ``evidence.Simulated(x, {"z": z})``. The bounds hold only if these pairs are exact
+        draws from the model.
     :raises ValueError: for latents whose names or shapes differ from those of the model.
     """
     simulated = data if isinstance(data, Simulated) else simulate(model, data, seed=seed, check=check)
@@ -244,8 +251,8 @@ def bdmc(
 def _fit_schedule(path: Path, transition: Transition, num_temperatures: int, num_moves: int) -> Tensor:
     """A schedule with equal KL divergence between neighbours, ``(num_temperatures + 1,)``.
 
-    The divergence is ½ dβ² Var_β[log joint − log base]. A pilot run of about ``num_moves`` moves estimates
-    its mean over data.
+    The divergence between β and β + dβ is ½ dβ² Var_β[log joint − log base]. A pilot run of about
+    ``num_moves`` moves estimates the mean of this variance over data.
     """
     num_chains = 8 if num_moves >= 8 * 50 else 4
     coarse = Annealing(min(num_temperatures, 50, max(10, num_moves // num_chains)), schedule="sigmoid").betas
@@ -268,7 +275,7 @@ def _fit_schedule(path: Path, transition: Transition, num_temperatures: int, num
 def _forward(
     path: Path, betas: Tensor, transition: Transition, num_chains: int, bar: tqdm
 ) -> dict[str, Tensor]:
-    """Estimates of chains from the base to the posterior."""
+    """Run chains from the base to the posterior. Returns the estimates per datum."""
     point = path.draw(num_chains)
     log_weights, rates = torch.zeros_like(point.log_base, dtype=torch.double), []
     for k in range(1, len(betas)):
@@ -283,7 +290,8 @@ def _forward(
 def _backward(
     path: Path, exact_draws: Tensor, betas: Tensor, transition: Transition, num_chains: int, bar: tqdm
 ) -> dict[str, Tensor]:
-    """Estimates of chains from the posterior draws ``exact_draws``, ``(batch, dim)``, to the base."""
+    """Run chains from the posterior draws ``exact_draws``, ``(batch, dim)``, to the base. Returns the
+    estimates per datum."""
     point = path.at(exact_draws.expand(num_chains, *exact_draws.shape).clone())
     log_weights, rates = torch.zeros_like(point.log_base, dtype=torch.double), []
     for k in range(len(betas) - 1, 0, -1):
@@ -320,7 +328,7 @@ def run_chains(
     """Run chains on each chunk of the data: pilot runs set step sizes and schedule, then ``walk`` computes
     the weights. The estimates are concatenated over data."""
     coarse, num_chains = annealing.betas, annealing.num_chains
-    # of the weighted run; also the budget of the pilot runs
+    # moves of the weighted run; all pilot runs together make at most as many
     num_moves = num_chains * annealing.num_temperatures
     with untouched(training=False, seed=seed), torch.no_grad():
         path = Path(model, start, batch, verb=name, check=check, joint=joint)
@@ -351,7 +359,7 @@ def run_chains(
 
 
 def _chunks(path: Path, num_chains: int, max_bytes: int) -> list[slice]:
-    """Slices of the data for which the tensors of one evaluation take at most ``max_bytes``."""
+    """Divide the data into slices on each of which one run of the model allocates at most ``max_bytes``."""
     n, particles = path.batch.num_rows, path.particles
     probe = path.on(slice(0, 8)) if particles.rows_independent else path
     num_bytes = [counted_bytes(partial(probe.draw, k)) for k in (2, 4)]

@@ -28,7 +28,8 @@ def in_chunks(
     resume: Path | str | None,
     fingerprint: str,
 ) -> dict[str, Tensor]:
-    """Call ``compute`` on each chunk of the data and concatenate its tensors along their last dimension.
+    """Call ``compute`` on each chunk of the data and concatenate the returned tensors along their last
+    dimension.
 
     Each chunk has its own seed, so a resumed run returns the same numbers as an uninterrupted run.
 
@@ -55,14 +56,14 @@ def in_chunks(
 
 @contextmanager
 def progress_bar(total: int, progress: bool | None, name: str) -> Iterator[tqdm]:
-    """A bar on stderr; ``None`` shows it only if stderr is a terminal."""
+    """A progress bar on stderr. If ``progress`` is ``None``, it is shown only if stderr is a terminal."""
     with tqdm(total=total, desc=name, disable=None if progress is None else not progress) as bar:
         yield bar
 
 
 def fingerprint(batch: Batch, probe: Iterable[Tensor], **settings: Any) -> str:
-    """SHA-256 of the data, of the tensors ``probe`` that the pair returns for a part of the data, and of the
-    settings."""
+    """SHA-256 of the data, of the settings, and of ``probe``, log-densities or log-weights of a part of the
+    data, which identify the pair."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for tensor in (*batch.tensors.values(), *probe):
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())

@@ -9,12 +9,12 @@ from torch import Tensor
 from pyro_vae.evidence.path import Path, Point
 
 _FIRST_FACTOR = 8  # the pilot run makes this many times more moves at its first temperature
-# reductions of the pilot run, applied in this order; smaller values give inaccurate step sizes
+# `limited` reduces these fields to these values, in this order; smaller values give inaccurate step sizes
 _PILOT_REDUCTIONS = (("pilot_temperatures", 12), ("num_pilot", 4))
 
 
 class Transition(ABC):
-    """A Markov transition that leaves f_β invariant."""
+    """A Markov transition that leaves the density f_β of a :class:`~pyro_vae.evidence.Path` invariant."""
 
     @property
     def cost(self) -> int:
@@ -22,15 +22,15 @@ class Transition(ABC):
         return 1
 
     def tuned(self, path: Path, betas: Tensor) -> "Transition":  # noqa: ARG002
-        """A copy with settings tuned by a pilot run on these data.
+        """A copy with settings that a pilot run on the data of ``path`` has tuned.
 
-        Settings must not change afterwards: adaptation during the weighted run biases its weights.
+        The settings must not change afterwards: adaptation during the weighted run biases the weights.
         """
         return self
 
     def limited(self, num_moves: int) -> "Transition":  # noqa: ARG002
-        """A copy with a pilot run reduced towards ``num_moves`` moves, as far as the accuracy of its step
-        sizes allows. Chains count separately."""
+        """A copy with a shorter pilot run: at most ``num_moves`` moves in total over chains, or more if that
+        is too few for accurate step sizes."""
         return self
 
     @abstractmethod
@@ -53,7 +53,8 @@ class HMC(Transition):
     :param pilot_temperatures: maximal number of temperatures of the pilot run. If the weighted run makes
         fewer moves than the pilot run, :meth:`limited` reduces the pilot run.
     :param grid: temperatures of the pilot run, ``(T,)``; set by :meth:`tuned`.
-    :param log_steps: log step sizes at these temperatures, ``(T, batch)``; set by :meth:`tuned`.
+    :param log_steps: logarithms of the step sizes at the temperatures ``grid``, ``(T, batch)``; set by
+        :meth:`tuned`.
     :raises ValueError: for an argument out of range.
     """
 
@@ -122,10 +123,11 @@ class HMC(Transition):
         return self.leap(path, point, beta, log_step.exp())
 
     def leap(self, path: Path, point: Point, beta: Tensor, step: Tensor) -> tuple[Point, Tensor]:
-        """One trajectory and its acceptance step; returns the chains and the acceptance probabilities.
+        """Run one trajectory, and accept or reject its end. Returns the chains and the acceptance
+        probabilities.
 
-        :param step: step sizes, ``(batch,)``. A random factor between 0.8 and 1.2 avoids periodic
-            trajectories.
+        :param step: step sizes, ``(batch,)``. They are multiplied by random factors between 0.8 and 1.2,
+            which avoids periodic trajectories.
         """
         step = (step * (0.8 + 0.4 * torch.rand_like(step))).unsqueeze(-1)
         momentum = torch.randn_like(point.u)

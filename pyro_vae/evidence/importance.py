@@ -33,17 +33,20 @@ def importance(
 ) -> Evidence:
     """log (1/K) Σ p(x, z_k) / q(z_k|x), z_k ~ q(z|x): the IWAE bound (Burda et al. 2016) per datum, in nats.
 
-    A lower bound of log p(x) in expectation for every pair and every K. It tightens with K: its bias tends to
-    −χ²(p‖q)/(2K) if χ² is finite, which a Pareto k̂ below 0.5 indicates. K = 1 is the ELBO. Accepts the pairs
-    that :func:`~pyro_vae.log_weights` accepts.
+    A lower bound of log p(x) in expectation for every pair and every K. For K = 1 it is the ELBO, and it
+    tightens as K grows. If χ²(p‖q) from the posterior p to q is finite, the bias is about −χ²(p‖q)/(2K) for
+    large K. A Pareto k̂ below 0.5 indicates a finite χ². All pairs that :func:`~pyro_vae.log_weights`
+    accepts are accepted.
 
     :param data: the arguments of model and guide, ``(batch, *event)``, in any form that
         :func:`~pyro_vae.log_weights` accepts.
     :param num_particles: K.
-    :param max_bytes: memory of the tensors that one run allocates; memory does not grow with K.
+    :param max_bytes: memory of the tensors that one run of the pair allocates. A large K is divided among
+        several runs, so memory does not grow with K.
     :param seed: seed of the draws.
     :param check: ``False`` runs a pair that :func:`~pyro_vae.check_pair` rejects.
-    :param joint: treat all data as one datum, for models with global latents: log p(x₁…x_N), ``(1,)``.
+    :param joint: treat all data as one datum, for models with global latents. The result is log p(x₁…x_N),
+        ``(1,)``.
     :param progress: show a progress bar on stderr; by default only if stderr is a terminal.
     :param resume: a file that stores finished chunks of the data; an interrupted run resumes from it.
     :raises ValueError: in the cases of :func:`~pyro_vae.log_weights`, and for a ``resume`` file of another
@@ -80,8 +83,8 @@ def elbo(
 ) -> Evidence:
     """The ELBO: the mean of log p(x, z) − log q(z|x) over draws z ~ q(z|x), per datum, in nats.
 
-    A lower bound of log p(x) in expectation. More draws reduce its noise but do not tighten it. Arguments as
-    for :func:`importance`.
+    A lower bound of log p(x) in expectation. More draws reduce its noise but do not tighten it. The other
+    arguments are those of :func:`importance`.
     """
     result = _estimate(
         "elbo",
@@ -116,7 +119,7 @@ def prior_monte_carlo(
     """log (1/K) Σ p(x|z_k), z_k ~ p(z): importance sampling from the prior, a lower bound per datum, in nats.
 
     The bound is loose if KL(p(z|x)‖p(z)) exceeds log K; the effective sample size is then close to 1.
-    Arguments as for :func:`importance`.
+    The other arguments are those of :func:`importance`.
     """
     result = importance(
         model,
@@ -145,12 +148,13 @@ def importance_upper(
 ) -> Evidence:
     """log (1/K) [w(z*) + Σ_{k<K} w(z_k)], z_k ~ q(z|x): an upper bound of log p(x) per datum, in nats.
 
-    z* are the latents of the simulated data, an exact draw from the posterior. The bound holds in
-    expectation, since E 1/ŵ = 1/p(x). Arguments as for :func:`importance`.
+    Here w(z) = p(x, z) / q(z|x), and z* are the latents of the simulated data, an exact draw from the
+    posterior. The bound holds in expectation, since the mean weight ŵ has E 1/ŵ = 1/p(x). The other arguments
+    are those of :func:`importance`.
 
     :param simulated: the result of :func:`~pyro_vae.evidence.simulate`.
-    :raises ValueError: in the cases of :func:`~pyro_vae.log_weights`, and for a guide without a density at
-        given latents.
+    :raises ValueError: in the cases of :func:`~pyro_vae.log_weights`, and for a guide whose density cannot
+        be evaluated at given latents.
     """
     check_particles("importance_upper", num_particles)
     check_simulated("importance_upper", simulated)
@@ -207,7 +211,7 @@ def _estimate(
 
             estimates = in_chunks(compute, chunks, seed=seed, bar=bar, resume=resume, fingerprint=digest)
     plural = "" if num_particles == 1 else "s"
-    bound: Bound = "lower" if weigher.pair.has_density else "none"  # a Delta has no density
+    bound: Bound = "lower" if weigher.pair.has_density else "none"  # a Delta guide has no density
     return Evidence(
         f"importance sampling, {num_particles} draw{plural} from the guide",
         bound,

@@ -18,7 +18,8 @@ from pyro_vae.pairs.latents import Latents, Site
 from pyro_vae.pairs.structure import Particles, Structure
 from pyro_vae.pairs.traces import Program, prior_of
 
-# replace tensor bounds by floats, which broadcast with any number of rows
+# by type, functions that replace the tensor bounds of a constraint by floats, which broadcast with any
+# number of rows
 _WITH_SCALAR_BOUNDS: dict[type, Callable[[Any], Any]] = {
     type(constraints.interval(0.0, 1.0)): lambda c: constraints.interval(
         _scalar(c.lower_bound), _scalar(c.upper_bound)
@@ -44,11 +45,11 @@ class Point(NamedTuple):
 
     @property
     def log_ratio(self) -> Tensor:
-        """log joint − log base, ``(chains, batch)``; −∞ if it is NaN, as outside the support."""
+        """log joint − log base, ``(chains, batch)``. NaN, as outside of the support, is replaced by −∞."""
         return (self.log_joint - self.log_base).nan_to_num(nan=-torch.inf)
 
     def log_density(self, beta: Tensor) -> Tensor:
-        """log f_β = (1 − β) log base + β log joint, ``(chains, batch)``; −∞ if it is NaN."""
+        """log f_β = (1 − β) log base + β log joint, ``(chains, batch)``. NaN is replaced by −∞."""
         return (self.log_base + beta * (self.log_joint - self.log_base)).nan_to_num(nan=-torch.inf)
 
     def gradient(self, beta: Tensor) -> Tensor:
@@ -59,8 +60,9 @@ class Point(NamedTuple):
 class Path:
     """The densities f_β(u) = base(u)^{1−β} p(x, u)^β, from the base at β = 0 to the posterior at β = 1.
 
-    u concatenates the latents in unconstrained space; densities include the log-Jacobian of ``biject_to`` of
-    the support of each site. Discrete sites with a finite support are summed out.
+    u is the concatenation of all latents, each mapped to unconstrained space by the inverse of
+    ``biject_to(support)``. The densities are densities of u: they include the log-Jacobian of these maps.
+    Discrete sites with a finite support are summed out.
 
     :param start: a guide as the base; ``None`` for the prior.
     :param verb: name of the public function, for error messages.
@@ -102,16 +104,17 @@ class Path:
         }
         self.dim = sum(shape.numel() for shape in self.shapes.values())
         self.rows: slice | Tensor = slice(0, self.batch.num_rows)
-        self.graphs: dict[Any, Any] = {}  # by the shapes of u and the data; shared by all chunks of the data
+        # compiled functions by the shapes of u and the data; all chunks of the data share this dict
+        self.graphs: dict[Any, Any] = {}
 
     def on(self, rows: slice | Tensor) -> "Path":
-        """The path of the given ``rows`` of the data, a slice or indices."""
+        """The same path for only the given ``rows`` of the data, a slice or indices."""
         part = copy(self)
         part.rows, part.batch = rows, self.batch.rows(rows)
         return part
 
     def draw(self, num_chains: int) -> Point:
-        """Chains at independent draws from the base."""
+        """The state of ``num_chains`` chains at independent draws from the base."""
         if self.start is None:
             drawn = values_of(self.latents.run(self.model, self.batch, num_chains))
             z = self.latents.flat(drawn, num_chains, self.latents.num_rows(self.batch))
@@ -120,7 +123,7 @@ class Path:
         return self.at(self.unconstrained(z))
 
     def at(self, u: Tensor) -> Point:
-        """Log-densities and gradients at u, by a compiled graph if enough calls justify its compilation."""
+        """Evaluate log-densities and gradients at u, by a compiled graph if there are enough such calls."""
 
         def evaluate(u: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
             return self._evaluate(u, self.batch.with_leaves(parts))
@@ -153,13 +156,14 @@ class Path:
         return torch.cat(list(parts), -1)
 
     def _evaluate(self, u: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        # without validation: values outside the support have log-density −∞ or NaN, and are rejected
+        # validation would raise for values outside of the support; without it, their log-density is −∞ or
+        # NaN, and the move to them is rejected
         with torch.enable_grad(), pyro.validation_enabled(False):
             u = u.detach().requires_grad_()
             z, log_scale = self.constrained(u)
             log_prior, log_joint = self.latents.log_prior_and_joint(self.model, batch, z)
             log_base = log_prior if self.start is None else self.latents.log_q(self.start, batch, z)
-            jacobian = log_scale + 0.0 * u.sum(-1)  # the term in u gives constant densities a gradient
+            jacobian = log_scale + 0.0 * u.sum(-1)  # 0·u gives a constant density a gradient
             densities = log_base + jacobian, log_joint + jacobian
             gradients = [torch.autograd.grad(density.sum(), u, retain_graph=True)[0] for density in densities]
         return *(density.detach() for density in densities), *gradients
@@ -181,7 +185,7 @@ def _vectorized(pair: Structure) -> Particles:
 def _transform(name: str, site: Site, other: Any) -> Any:
     """The bijection from unconstrained space to the support of a site.
 
-    :param other: the distribution of the site in another run, whose support must have the same bounds.
+    :param other: the distribution of the site in another run, which must have the same support.
     """
     try:
         support = site.fn.support

@@ -16,7 +16,7 @@ from pyro_vae.pairs.traces import Program
 
 
 class _Identity(Transition):
-    """A transition that does not move, for exact posterior draws."""
+    """A transition that does not move the chains, for exact posterior draws."""
 
     def move(self, path: Path, point: Point, beta: Tensor) -> tuple[Point, Tensor]:  # noqa: ARG002
         return point, torch.ones_like(point.log_base)
@@ -39,17 +39,18 @@ def reciprocal_importance(
 ) -> Evidence:
     """1/p̂(x) = mean of q(z) / p(x, z) over posterior draws z: an estimate of log p(x) per datum, in nats.
 
-    q is a Gaussian in unconstrained space, fitted to half of the draws (for HMC, to half of the chains). The
-    mean is over the other half (Kingma & Welling 2013, appendix D; Gelfand & Dey 1994). If the model has a
-    method ``posterior``, the draws are exact and log p̂ is an upper bound in expectation. Otherwise annealed
-    HMC chains draw from the posterior, and log p̂ is not a bound. At most four latent dimensions. The
-    variance can be infinite if q has heavier tails than the posterior.
+    q is a Gaussian in unconstrained space, fitted to half of the draws. The mean is over the other half
+    (Kingma & Welling 2013, appendix D; Gelfand & Dey 1994). If the model has a method ``posterior``, its
+    draws are exact, and log p̂ is an upper bound in expectation. Otherwise, annealed HMC chains draw from the
+    posterior: log p̂ is then not a bound, and q is fitted to the draws of half of the chains. The model can
+    have at most four latent dimensions per datum. The variance of 1/p̂ can be infinite if q has heavier tails
+    than the posterior.
 
     :param data: the arguments of the model, ``(batch, *event)``, in any form that
         :func:`~pyro_vae.log_weights` accepts.
     :param num_samples: posterior draws per datum.
-    :param annealing: options of the chains from the prior to the posterior, with ``num_chains`` ≥ 2; unused
-        for exact draws.
+    :param annealing: options of the chains from the prior to the posterior, with ``num_chains`` ≥ 2. They are
+        not used if the draws are exact.
     :param thinning: moves of a chain between two draws.
     :raises ValueError: for more than four latent dimensions, fewer than 20 draws or fewer than 2 chains.
     """
@@ -74,8 +75,8 @@ def reciprocal_importance(
             bar.update(len(betas) - 1)
         else:
             points = _posterior_draws(path, betas, transition, num_chains, per_chain, thinning, bar)
-        # (draws per chain, chains, batch, …), with one draw per chain if draws are exact. The split is by
-        # chains, since the draws of a chain are dependent
+        # shape (draws per chain, chains, batch, …); each exact draw is a chain of its own. Whole chains go to
+        # one half or the other, since the draws of a chain are dependent
         u = torch.stack([point.u for point in points]).double()
         log_joint = torch.stack([point.log_joint for point in points]).double()
         half = u.shape[1] // 2
@@ -125,7 +126,7 @@ def _posterior_draws(
     thinning: int,
     bar: tqdm,
 ) -> list[Point]:
-    """``per_chain`` states of chains at β = 1, after annealing from the prior."""
+    """Anneal chains from the prior to the posterior. Returns ``per_chain`` states of the chains at β = 1."""
     point, draws = path.draw(num_chains), []
     for beta in betas[1:]:
         point, _ = transition.move(path, point, beta.to(point.u))

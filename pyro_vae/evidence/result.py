@@ -17,17 +17,18 @@ class Evidence:
     """An estimate of log p(x) per datum, in nats. Tensors have the shape ``(batch,)``.
 
     :param method: description of the estimator.
-    :param bound: ``"lower"`` if E ŵ = p(x), so that E log ŵ ≤ log p(x); ``"upper"`` if E 1/ŵ = 1/p(x);
-        ``"none"`` if neither is guaranteed.
+    :param bound: ``"lower"`` if E ŵ = p(x), so that E log ŵ ≤ log p(x); ``"upper"`` if E 1/ŵ = 1/p(x),
+        so that E log ŵ ≥ log p(x); ``"none"`` if neither is guaranteed.
     :param log_evidence: log ŵ, where ŵ is the average of the weights.
-    :param log_evidence_se: its Monte Carlo standard error by the jackknife, see
-        :func:`~pyro_vae.numerics.log_mean_exp_se`; for the ELBO the standard error of a mean.
+    :param log_evidence_se: Monte Carlo standard error of ``log_evidence``: by the jackknife, see
+        :func:`~pyro_vae.numerics.log_mean_exp_se`; for the ELBO, the standard error of the mean of its draws.
     :param ess: effective sample size of the ``num_particles`` weights.
     :param num_particles: number of weights per datum.
     :param cost: evaluations of the model per datum.
-    :param pareto_k: k̂ of the tail of the weights, NaN if there are too few; ``None`` if it does not apply.
+    :param pareto_k: Pareto shape k̂ of the tail of the weights, NaN if there are too few weights; ``None``
+        for estimators that do not report it.
     :param acceptance: mean acceptance rate of the moves; ``None`` for estimators without moves.
-    :param joint: all data are one datum: the estimate is of log p(x₁…x_N).
+    :param joint: whether all data are one datum, so that the estimate is of log p(x₁…x_N).
     """
 
     method: str
@@ -48,13 +49,14 @@ class Evidence:
 
     @property
     def mean_se(self) -> float:
-        """Standard error of the mean in nats, from the standard deviation over data, which includes Monte
-        Carlo error; NaN for a single datum."""
+        """Standard error of ``mean`` in nats: the standard deviation over data, divided by √N. It includes
+        the Monte Carlo error. NaN for a single datum."""
         return _mean_se(self.log_evidence)
 
     @property
     def noise(self) -> float:
-        """Monte Carlo standard error of the mean in nats, over seeds on the same data: √(Σᵢ SEᵢ²)/N.
+        """Monte Carlo standard error of ``mean`` in nats, √(Σᵢ SEᵢ²)/N: its spread over seeds on the same
+        data.
 
         If ``is_reliable`` is false, a few weights dominate and this error is not accurate.
         """
@@ -69,7 +71,8 @@ class Evidence:
         """b = −log(``probability``)/N in nats per datum, infinite if ``bound`` is ``"none"``.
 
         By Markov's inequality for N independent data, the mean of a lower bound exceeds the true mean of
-        log p(x) by more than b with at most this probability. An upper bound is below it likewise.
+        log p(x) by more than b with at most this probability. Likewise, the mean of an upper bound is
+        below the true mean by more than b with at most this probability.
 
         :raises ValueError: for a probability outside (0, 1).
         """
@@ -86,8 +89,8 @@ class Evidence:
         if self.bound != "none":
             side = "above" if self.bound == "lower" else "below"
             lines.append(
-                f"{self.bound} bound: {side} {truth} by more than {self.margin():.2g} nats with probability "
-                "at most 1e-6"
+                f"{self.bound} bound: it is {side} {truth} by more than {self.margin():.2g} nats with "
+                "probability at most 1e-6"
             )
         ess = self.ess.double()
         error = f"{self.noise:.2g}"
@@ -123,7 +126,7 @@ def _sign(bound: Bound) -> str:
 class Sandwich:
     """A lower and an upper bound of log p(x) for data simulated from the model, from :func:`bdmc`.
 
-    In expectation, the gap is an upper bound of the error of each on these data. It also estimates the error
+    In expectation, the gap is at least the error of either bound on these data. It also estimates the error
     of the lower bound on other data from the model.
 
     :param lower: the lower bound.
@@ -150,8 +153,8 @@ class Sandwich:
 
     @property
     def mean_se(self) -> float:
-        """Standard error of the mean in nats, from the standard deviation over data, which includes Monte
-        Carlo error; NaN for a single datum."""
+        """Standard error of ``mean`` in nats: the standard deviation over data, divided by √N. It includes
+        the Monte Carlo error. NaN for a single datum."""
         return _mean_se(self.gap)
 
     def __str__(self) -> str:

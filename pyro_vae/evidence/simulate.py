@@ -1,4 +1,4 @@
-"""Data simulated from a model, with their latents, as upper bounds of the evidence require."""
+"""Simulate data from a model, together with their latents. Upper bounds of the evidence require such data."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -55,15 +55,15 @@ class Simulated:
 def simulate(model: Program, data: Any, *, seed: int = 0, check: bool = True) -> Simulated:
     """Simulate (x, z*) ~ p(x, z) from the model, with the shape and the number of rows of ``data``.
 
-    :param data: the arguments of the model, in any form that :func:`~pyro_vae.log_weights` accepts. Arguments
-        that the model observes are replaced by simulated values; conditions and masks are unchanged.
+    :param data: the arguments of the model, in any form that :func:`~pyro_vae.log_weights` accepts. In the
+        result, arguments that the model observes have simulated values; conditions and masks are unchanged.
     :raises ValueError: if an observed value is not an argument of the model, or if the distribution of a
         simulated site depends on another observed argument.
     """
     batch = read_whole(data, seed=seed)
     with untouched(training=False, seed=seed), torch.no_grad():
         batch = inspect_checked(model, prior_of(model), batch, verb="simulate", check=check).batch
-    # another stream than the estimators', whose draws must be independent of z*
+    # a random stream of its own, since the draws of the estimators must be independent of z*
     with untouched(training=False, seed=stream_seed(seed, 1)), torch.no_grad():
         keys = observed_arguments(model, batch)
         simulated, latents = simulate_once(model, batch, keys)
@@ -72,7 +72,8 @@ def simulate(model: Program, data: Any, *, seed: int = 0, check: bool = True) ->
 
 
 def check_simulated(verb: str, simulated: Any) -> None:
-    """Raise ``ValueError`` if the argument of the function ``verb`` is not a :class:`Simulated`."""
+    """Raise ``ValueError`` if ``simulated`` is not a :class:`Simulated`. ``verb`` is the name of the
+    caller."""
     if not isinstance(simulated, Simulated):
         raise ValueError(
             f"{verb}: expected simulated data with their latents, evidence.simulate(model, data), but got "

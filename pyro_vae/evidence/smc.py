@@ -33,12 +33,12 @@ def smc(
 ) -> Evidence:
     """A sequential Monte Carlo sampler (Del Moral et al. 2006): a lower bound of log p(x) per datum, in nats.
 
-    As :func:`~pyro_vae.evidence.ais`, with resampling: if the effective sample size of the particles of a
-    datum is below ``threshold`` times their number, ŵ is multiplied by their mean weight and they are
-    resampled systematically. E ŵ = p(x), because the schedule, the threshold and the step sizes are fixed
-    before the weighted run. The standard error is a jackknife over the ancestors of the particles (Chan and
-    Lai 2013). It is infinite if all particles have the same ancestor. Arguments as for
-    :func:`~pyro_vae.evidence.ais`.
+    As :func:`~pyro_vae.evidence.ais`, with resampling. If the effective sample size of the particles of a
+    datum is below ``threshold`` times their number, ŵ is multiplied by the mean weight of the particles, and
+    the particles are resampled systematically, to equal weights. E ŵ = p(x), because the schedule, the
+    threshold and the step sizes are fixed before the weighted run. The standard error is a jackknife over the
+    initial particles from which the final particles descend (Chan and Lai 2013). It is infinite if there is
+    only one such initial particle. The other arguments are those of :func:`~pyro_vae.evidence.ais`.
 
     :param annealing: ``num_chains`` is the number of particles.
     :param threshold: effective sample size below which particles are resampled, as a fraction of their
@@ -79,10 +79,11 @@ def smc(
 def _run_particles(
     path: Path, betas: Tensor, transition: Transition, num_particles: int, threshold: float, bar: tqdm
 ) -> dict[str, Tensor]:
-    """Estimates of particles from the base to the posterior."""
+    """Run particles from the base to the posterior. Returns the estimates per datum."""
     point = path.draw(num_particles)
     log_weights = torch.zeros_like(point.log_base, dtype=torch.double)
-    log_product, rates = torch.zeros_like(log_weights[0]), []  # of the mean weights before each resampling
+    # log_product: log of the product of the mean weights before each resampling
+    log_product, rates = torch.zeros_like(log_weights[0]), []
     particles = torch.arange(num_particles, device=log_weights.device).unsqueeze(1)
     ancestors = particles.expand_as(log_weights)
     for k in range(1, len(betas)):
@@ -113,7 +114,8 @@ def _run_particles(
 def _systematic_indices(log_weights: Tensor) -> Tensor:
     """Indices of the particles that systematic resampling selects, ``(particles, batch)``.
 
-    One uniform number per datum. The expected number of copies is proportional to the weight.
+    It uses one uniform number per datum. The expected number of copies of a particle is proportional to its
+    weight.
     """
     n = len(log_weights)
     cumulative = (log_weights - log_weights.logsumexp(0)).exp().nan_to_num(nan=1 / n).cumsum(0)

@@ -1,7 +1,7 @@
-"""Pyro models with a known ``posterior(x)`` and ``log_evidence(x)``.
+"""Pyro models whose posterior and evidence are known: methods ``posterior(x)`` and ``log_evidence(x)``.
 
-The formulas are in the docstrings of the classes. :class:`Grid` computes both by quadrature for any Pyro
-model with one or two latent dimensions per datum.
+The formulas are in the docstrings of the classes. :class:`Grid` computes posterior and evidence by quadrature
+for any Pyro model with one or two latent dimensions per datum.
 """
 
 from pyro_vae.exact.belief_net import SigmoidBeliefNet

@@ -8,14 +8,15 @@ from pyro_vae.exact.model import ExactModel
 
 
 class SigmoidBeliefNet(ExactModel):
-    """zⱼ ~ Bernoulli(sigmoid(aⱼ)), xᵢ ~ Bernoulli(sigmoid((W z + b)ᵢ)), with sums over all 2^k states z.
+    """zⱼ ~ Bernoulli(sigmoid(aⱼ)), xᵢ ~ Bernoulli(sigmoid((W z + b)ᵢ)). Inference sums over all 2^k states z.
 
     :param weight: W, ``(D, k)``, k ≤ 12.
     :param bias: b, a number or ``(D,)``.
     :param prior_logits: a, a number or ``(k,)``.
     :raises ValueError: if ``weight`` is not a matrix with 1 ≤ k ≤ 12 columns.
 
-    ``posterior(x)`` is a Categorical over the rows of ``states``, ``(2^k, k)``. ``index(z)`` is the row of z.
+    ``states`` is the table of all z, ``(2^k, k)``. ``posterior(x)`` is a Categorical over its rows, and
+    ``index(z)`` is the row number of z.
     """
 
     weight: Tensor

@@ -75,9 +75,9 @@ class GammaPoisson(ExactModel):
         return dist.LogNormal((a / b).log() - 0.5 / a, a**-0.5).to_event(1)
 
     def log_normal_gap(self, x: Tensor) -> Tensor:
-        """KL of :meth:`log_normal`, ln Γ(A) − [(A − ½) ln A − A + ½ ln 2π] in nats, ``(batch,)``.
+        """KL(q‖p(z|x)) of the guide q of :meth:`log_normal` in nats, ``(batch,)``.
 
-        It is the remainder of Stirling's formula.
+        It is ln Γ(A) − [(A − ½) ln A − A + ½ ln 2π], the remainder of Stirling's formula.
         """
         a = self.posterior(x).base_dist.concentration
         return (torch.lgamma(a) - ((a - 0.5) * a.log() - a + 0.5 * math.log(2 * math.pi))).sum(-1)

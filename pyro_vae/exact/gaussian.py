@@ -73,11 +73,12 @@ class LinearGaussian(ExactModel):
         return dist.MultivariateNormal(self._mean(x), precision_matrix=self.precision)
 
     def mean_field(self, x: Tensor) -> dist.TorchDistribution:
-        """The independent Gaussians with the smallest KL(q‖p(z|x)): N(μ, diag 1/Λⱼⱼ)."""
+        """The Gaussian q with independent elements and the smallest KL(q‖p(z|x)): N(μ, diag 1/Λⱼⱼ)."""
         return dist.Normal(self._mean(x), self.precision.diagonal() ** -0.5).to_event(1)
 
     def mean_field_gap(self, x: Tensor) -> Tensor:
-        """KL of :meth:`mean_field`, ½[Σ log Λⱼⱼ − log |Λ|] in nats, ``(batch,)``. All values are equal."""
+        """KL(q‖p(z|x)) of :meth:`mean_field` in nats, ``(batch,)``: ½[Σ log Λⱼⱼ − log |Λ|], equal for all
+        data."""
         return diagonal_gap(self.precision).expand(len(self.checked(x)))
 
     def best(self, family: type, x: Tensor) -> tuple[dist.TorchDistribution, Tensor] | None:
@@ -86,8 +87,8 @@ class LinearGaussian(ExactModel):
         )
 
     def log_evidence(self, x: Tensor) -> Tensor:
-        # log N(r; 0, diag σ² + W diag s₀² Wᵀ) from k × k matrices: the matrix determinant lemma, and the
-        # quadratic form as the minimum over z. Woodbury's formula cancels in floating point.
+        # log N(r; 0, diag σ² + W diag s₀² Wᵀ) from k × k matrices: the determinant by the matrix determinant
+        # lemma, the quadratic form as a minimum over z. Woodbury's formula would lose digits by cancellation.
         shift = self._mean(x) - self.prior_loc
         residual = (x - self.weight @ self.prior_loc - self.bias - shift @ self.weight.mT) / self.noise_scale
         log_det = (
@@ -106,13 +107,13 @@ class LinearGaussian(ExactModel):
         """Maximum likelihood of probabilistic PCA in closed form (Tipping & Bishop 1999).
 
         λ₁ ≥ λ₂ ≥ … are the eigenvalues and U the eigenvectors of the sample covariance (divisor N). σ² is the
-        mean of λⱼ for j > k, and W = U_k (L_k − σ² I)^½. The mean log-likelihood is
+        mean of the λⱼ with j > k, and W = U_k (L_k − σ² I)^½. The mean log-likelihood is
         −½[D log 2π + Σ_{j≤k} log λⱼ + (D−k) log σ² + D].
 
         :param x: ``(N, D)``.
         :param latent_dim: k.
-        :raises ValueError: if ``latent_dim`` is not between 1 and D − 1, or the covariance has rank
-            ``latent_dim`` or less, so that σ² = 0.
+        :raises ValueError: if ``latent_dim`` is not between 1 and D − 1, or if the rank of the covariance is
+            ``latent_dim`` or less, since σ² is then 0.
         """
         if x.dim() != 2 or not 0 < latent_dim < x.shape[1]:
             raise ValueError(

@@ -1,9 +1,9 @@
 """Adaptive quadrature for any Pyro model with one or two latent dimensions per datum.
 
-The integration box is divided into cells, each with a Clenshaw–Curtis rule. The error of a cell is estimated
-by the difference between its rule and the rule on half the nodes. The cells with the largest errors are
-bisected until the total error is below the tolerance, so the points concentrate around the modes of the
-posterior.
+The integration box is divided into cells, and a Clenshaw–Curtis rule is applied to each cell. The error of a
+cell is estimated by the difference between this rule and the rule on every second node. The cells with the
+largest errors are bisected until the total error is below the tolerance, so the points concentrate around the
+modes of the posterior.
 """
 
 import logging
@@ -23,9 +23,10 @@ from pyro_vae.pairs.preserve import untouched
 from pyro_vae.pairs.traces import Program
 
 logger = logging.getLogger(__name__)
-_NODES = 13  # nodes of a cell along each axis, of the form 4 k + 1
-_INITIAL_CELLS = {1: 128, 2: 8}  # by latent dimension: cells along each axis before the first refinement
-_MAX_POINTS = {1: 2**17, 2: 2**21}  # by latent dimension: limit on the points of a datum
+_NODES = 13  # nodes of a cell along each axis; a number of the form 4 k + 1
+# by the number of latent dimensions: cells along each axis before the first refinement
+_INITIAL_CELLS = {1: 128, 2: 8}
+_MAX_POINTS = {1: 2**17, 2: 2**21}  # by the number of latent dimensions: maximum points per datum
 
 
 class Solution(NamedTuple):
@@ -33,7 +34,8 @@ class Solution(NamedTuple):
 
     log_evidence: log p(x) in nats, ``(batch,)``.
     error: estimated error of ``log_evidence`` in nats, ``(batch,)``: the sum of the errors of the cells plus
-        the mass at the edges of the box. A mode narrower than the spacing of the points may be missed.
+        the mass at the edges of the box. A mode that is narrower than the spacing of the points may be
+        missed; the error does not include it.
     points: in unconstrained space, ``(batch, G, d)``.
     weights: posterior mass of each point, ``(batch, G)``; they sum to 1.
     spacing: side lengths of the volume element of each point, ``(batch, G, d)``.
@@ -49,18 +51,19 @@ class Solution(NamedTuple):
 class Grid:
     """Posterior and evidence of a Pyro model by quadrature. ``grid(x)`` runs the model.
 
-    :param model: a Pyro program. All latents lie in the data plate, are continuous and have one or two
-        dimensions per datum in total: a vector or two scalars. Modules run in evaluation mode.
+    :param model: a Pyro program. All its latents must be continuous and lie in the data plate. In total they
+        must have one or two dimensions per datum: a vector or two scalars. Modules run in evaluation mode.
     :param tolerance: target of the estimated error of log p(x) for each datum, in nats. Cells are bisected
-        until two successive estimates are below it. A warning is logged if that takes too many points.
+        until two successive error estimates are below it. A warning is logged if this would take too many
+        points.
     :param max_points: number of points at which the model is evaluated at once; it bounds the memory.
     :raises ValueError: if a latent is discrete or shared by the data, the latents have no or more than two
         dimensions, or the tails of the posterior are too heavy.
 
-    Methods take the data that :func:`~pyro_vae.fit` takes. A module is copied and evaluated in double
-    precision. A function is evaluated in the dtype of its tensors; use float64 for full accuracy. Mass closer
-    to the upper end of an interval than floating-point resolution, such as that of Beta(0.1, 0.1) near 1, is
-    lost.
+    Methods take the data that :func:`~pyro_vae.fit` takes. If ``model`` is a module, it is copied and
+    evaluated in double precision. If it is a function, it is evaluated in the dtype of its tensors; use
+    float64 for full accuracy. Mass that is closer to the upper end of an interval than the floating-point
+    resolution is lost, such as the mass of Beta(0.1, 0.1) near 1.
 
     >>> import pyro
     >>> def model(x):
@@ -86,7 +89,8 @@ class Grid:
         return self.solve(data).log_evidence
 
     def posterior(self, data: Any) -> "GridPosterior":
-        """p(z|x), ``batch_shape`` ``(batch,)``. Two scalar latents form one vector, in sampling order."""
+        """p(z|x), with ``batch_shape`` ``(batch,)``. Two scalar latents form one vector in the order of
+        sampling."""
         joint = _Joint(self.model, as_whole(data))
         return GridPosterior(joint, self._solve(joint))
 
@@ -103,9 +107,9 @@ class Grid:
         return Solution(*(torch.cat(column) for column in zip(*padded, strict=True)))
 
     def _solve_rows(self, joint: "_Joint") -> Solution:
-        draws = joint.prior_draws(1000).clamp(-700.0, 700.0)  # underflow puts draws at infinity
+        draws = joint.prior_draws(1000).clamp(-700.0, 700.0)  # draws that underflow are infinite
         centre, scale = draws.mean(0), draws.std(0).clamp_min(1e-6)
-        half_width = torch.full_like(scale, 10.0)  # of the box, in prior standard deviations
+        half_width = torch.full_like(scale, 10.0)  # of the box, in standard deviations of the prior
         while (half_width <= 160).all():
             solution, edge_mass = self._refine(_Box(joint, centre, half_width * scale, self.max_points))
             # the mass beyond an edge may be much larger than the mass at its nodes
@@ -145,15 +149,15 @@ class Grid:
 
 
 def posterior_of(exact_model: Any, batch: Batch) -> Any:
-    """p(z|x) of a model that knows it: a :class:`Grid` takes the data, any other the arguments of its
-    program."""
+    """p(z|x) of an exact model. The method of a :class:`Grid` is called with the data, that of other models
+    with the arguments of the model."""
     if isinstance(exact_model, Grid):
         return exact_model.posterior(batch)
     return exact_model.posterior(*batch.args, **batch.kwargs)
 
 
 def log_evidence_of(exact_model: Any, batch: Batch) -> Tensor:
-    """log p(x) in nats of a model that knows it, ``(batch,)``; arguments as for :func:`posterior_of`."""
+    """log p(x) of an exact model in nats, ``(batch,)``. The arguments are those of :func:`posterior_of`."""
     if isinstance(exact_model, Grid):
         return exact_model.log_evidence(batch)
     return exact_model.log_evidence(*batch.args, **batch.kwargs)
@@ -163,9 +167,10 @@ class _Cells(NamedTuple):
     """C cells of the box [−1, 1]^d for each datum.
 
     low, width: lower corner and side lengths, ``(batch, C, d)``.
-    log_mass: log of weight × integrand at each node, ``(batch, C, nodes)``; −∞ in padding.
+    log_mass: log of weight × integrand at each node, ``(batch, C, nodes)``; −∞ for cells that are padding.
     log_error: log of the estimated error along each axis, ``(batch, C, d)``.
-    log_parent_error: log of half the estimated error of the cell that was bisected, ``(batch, C, 1)``.
+    log_parent_error: log of half the estimated error of the cell whose bisection gave this cell,
+        ``(batch, C, 1)``.
     """
 
     low: Tensor
@@ -228,7 +233,7 @@ class _Box:
         along = [mass.movedim(2 + axis, 2).reshape(*low.shape[:2], _NODES, -1) for axis in range(self.dim)]
         errors = [(self.relative_difference @ part).sum(-1).abs() for part in along]
         log_error = torch.stack([error.log() for error in errors], -1)
-        # bounds how much a Gaussian peak between the nodes exceeds the largest value at a node
+        # add a bound on how far a Gaussian peak between the nodes exceeds the largest value at a node
         log_error = log_error + top + (top - bottom).clamp_min(0) / _NODES
         return _Cells(low, width, log_mass, log_error, log_mass.logsumexp(-1, keepdim=True))
 
@@ -239,7 +244,7 @@ class _Box:
         return self.evaluate(low, torch.full_like(low, 2 / count))
 
     def bisect(self, cells: _Cells) -> list[_Cells]:
-        """The lower and upper halves of cells, each divided along its axis of largest error."""
+        """The lower and upper halves of cells. Each cell is divided along the axis with the largest error."""
         axis = torch.nn.functional.one_hot(cells.log_error.argmax(-1), self.dim)
         width = cells.width * (1 - axis / 2)
         log_parent_error = cells.log_error.logsumexp(-1, keepdim=True) - math.log(2)
@@ -263,8 +268,8 @@ def _clenshaw_curtis(n: int) -> tuple[Tensor, Tensor]:
 def _cells_to_split(error: Tensor, tolerance: float) -> Tensor:
     """Mask of the cells with the largest errors, ``(batch, C)``.
 
-    The errors of the other cells sum to at most half the tolerance. No cell is selected for a datum whose
-    total error is within the tolerance.
+    As many cells are selected as are needed for the errors of the other cells to sum to at most half the
+    tolerance. No cell is selected for a datum whose total error is within the tolerance.
     """
     ascending = error.sort(1)
     totals = ascending.values.cumsum(1)
@@ -337,7 +342,8 @@ class _Joint:
         return torch.cat(list(parts), -1)
 
     def constrain(self, u: Tensor) -> Tensor:
-        """Map unconstrained space to the support of the latents, ``(*batch, dim)`` each."""
+        """Map points u of unconstrained space to the support of the latents: ``(*batch, dim)`` →
+        ``(*batch, dim)``."""
         parts = (
             self.transforms[name](part).reshape(*u.shape[:-1], -1) for name, _, part in self.latents.split(u)
         )
@@ -352,13 +358,13 @@ def _transform(name: str, site: Site) -> Any:
     if support.is_discrete:
         raise ValueError(
             f"Grid: {name!r} is discrete ({support}); expected continuous latents; "
-            "marginalize it in the model"
+            "sum over its values in the model"
         )
     transform = biject_to(support)
     if transform.inverse_shape(site.shape) != site.shape:
         raise ValueError(
-            f"Grid: {name!r} has support {support} of fewer dimensions than its event; expected a latent "
-            "without constraints between its elements, such as logits"
+            f"Grid: {name!r} has support {support}, which has fewer dimensions than its event; expected a "
+            "latent without constraints between its elements, such as logits"
         )
     return transform
 

@@ -12,7 +12,7 @@ class FiniteMixture(ExactModel):
 
     :param weights: π, ``(K,)``; normalized by the constructor.
     :param locs: μ, ``(K, D)``.
-    :param scale_trils: Cholesky factors of Σ, ``(K, D, D)``, or ``(D, D)`` for a shared one.
+    :param scale_trils: Cholesky factors of Σ, ``(K, D, D)``, or ``(D, D)`` if all components share it.
     :raises ValueError: if the shapes do not match or a weight is not positive.
     """
 
@@ -53,11 +53,11 @@ class FiniteMixture(ExactModel):
 class MixturePrior(ExactModel):
     """z ~ Σₖ πₖ N(mₖ, Sₖ), x ~ N(W z + b, diag σ²). The posterior is a Gaussian mixture.
 
-    Its weights are ∝ πₖ N(x; W mₖ + b, W Sₖ Wᵀ + diag σ²).
+    The weights of the posterior are ∝ πₖ N(x; W mₖ + b, W Sₖ Wᵀ + diag σ²).
 
     :param weights: π, ``(K,)``; normalized by the constructor.
     :param locs: m, ``(K, k)``.
-    :param scale_trils: Cholesky factors of S, ``(K, k, k)`` or ``(k, k)``.
+    :param scale_trils: Cholesky factors of S, ``(K, k, k)``, or ``(k, k)`` if all components share it.
     :param weight: W, ``(D, k)``.
     :param noise_scale: σ, a number or ``(D,)``.
     :param bias: b, a number or ``(D,)``.

@@ -19,7 +19,7 @@ _DATA_METHODS = {"posterior", "log_evidence", "mean_field", "mean_field_gap", "l
 
 
 def _in_dtype_of_data(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Run the method on the model in the dtype of ``x``."""
+    """A decorator: the method runs on a copy of the model in the dtype of ``x``, if the dtypes differ."""
 
     @wraps(method)
     def run(self: "ExactModel", x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -31,8 +31,8 @@ def _in_dtype_of_data(method: Callable[..., Any]) -> Callable[..., Any]:
 class ExactModel(nn.Module, ABC):
     """p(z) p(x|z) with known p(z|x) and log p(x).
 
-    ``model(x)`` is an ordinary Pyro program with latent ``"z"``, observed ``"x"`` and plate ``"data"``; plain
-    ``SVI`` trains a guide for it. x: ``(batch, *event_shape)``.
+    ``model(x)`` is an ordinary Pyro program with latent site ``"z"``, observed site ``"x"`` and plate
+    ``"data"``, so Pyro's ``SVI`` can train a guide for it. x has shape ``(batch, *event_shape)``.
 
     :param latent_shape: event shape of z.
     :param event_shape: event shape of x.
@@ -52,11 +52,12 @@ class ExactModel(nn.Module, ABC):
     def register_constant(
         self, name: str, value: float | Tensor, size: int | None = None, like: Tensor | None = None
     ) -> None:
-        """Register a buffer and store its value in double precision, so that ``.double()`` loses no digits.
+        """Register a buffer, and store its value in double precision too, so that ``.double()`` has all
+        digits.
 
         :param size: length of the vector that ``value`` is expanded to. ``None`` keeps the shape.
-        :param like: tensor with the dtype and device of the buffer. The default is ``value``, or the default
-            dtype if ``value`` is a number.
+        :param like: tensor with the dtype and device of the buffer. By default they are those of ``value``,
+            or torch's default dtype if ``value`` is a number.
         """
         exact = torch.as_tensor(value, dtype=torch.double, device="cpu").detach()
         self._double_values[name] = (exact if size is None else exact.expand(size)).clone()
@@ -66,7 +67,7 @@ class ExactModel(nn.Module, ABC):
         self.register_buffer(name, (tensor if size is None else tensor.expand(size)).to(like).clone())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # a buffer that was changed, as by load_state_dict, no longer equals its double-precision value
+        # if load_state_dict or the user has changed a buffer, its stored double-precision value is not used
         pairs = {name: (exact, self.get_buffer(name)) for name, exact in self._double_values.items()}
         unchanged = [name for name, (exact, buffer) in pairs.items() if torch.equal(exact.to(buffer), buffer)]
         super()._apply(fn, recurse)
@@ -143,12 +144,15 @@ class ExactModel(nn.Module, ABC):
 
 
 def diagonal_gap(precision: Tensor) -> Tensor:
-    """min KL(q‖N(μ, Λ⁻¹)) over independent Gaussians q, ½[Σ log Λⱼⱼ − log |Λ|] in nats: ``()``."""
+    """The smallest KL(q‖N(μ, Λ⁻¹)) of a Gaussian q with independent elements, in nats, ``()``.
+
+    It is ½[Σ log Λⱼⱼ − log |Λ|].
+    """
     return 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision))
 
 
 def positive(name: str, value: T) -> T:
-    """``value``. Raises ``ValueError`` if it is not positive."""
+    """Return ``value``. Raises ``ValueError`` if it is not positive."""
     if not (torch.as_tensor(value) > 0).all():
         raise ValueError(f"{name}: expected a positive number but got {value}")
     return value

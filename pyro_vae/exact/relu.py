@@ -15,8 +15,8 @@ from pyro_vae.exact.model import ExactModel, positive
 class ReluDecoder(ExactModel):
     """z ~ N(0, 1), x ~ N(V relu(w z + c) + b, σ² I) with a one-dimensional z.
 
-    Between neighbouring breakpoints −cₕ/wₕ, sorted as t₁ < t₂ < …, the mean of x is affine, aᵢ z + bᵢ. The
-    posterior is a mixture of truncated normals. Piece (tᵢ, tᵢ₊₁) has evidence
+    The breakpoints are −cₕ/wₕ, sorted as t₁ < t₂ < …. On a piece (tᵢ, tᵢ₊₁) the mean of x is affine in z:
+    aᵢ z + bᵢ. The posterior is a mixture of truncated normals, one per piece. Piece (tᵢ, tᵢ₊₁) has evidence
     N(x; bᵢ, σ² I + aᵢ aᵢᵀ) [Φ((tᵢ₊₁ − mᵢ)/sᵢ) − Φ((tᵢ − mᵢ)/sᵢ)], with sᵢ⁻² = 1 + ‖aᵢ‖²/σ² and
     mᵢ = sᵢ² aᵢᵀ(x − bᵢ)/σ².
 
@@ -60,7 +60,7 @@ class ReluDecoder(ExactModel):
         self.register_constant("bias", bias, weight.shape[0], weight)
         self.register_constant("noise_scale", positive("noise_scale", noise_scale), None, weight)
         has_breakpoint = hidden_weight != 0
-        # several units may share a breakpoint; unique also sorts
+        # unique() removes the duplicates of breakpoints that several units share, and sorts
         w, c = hidden_weight[has_breakpoint].double(), hidden_bias[has_breakpoint].double()
         breakpoints = torch.unique(-c / w)
         infinity = breakpoints.new_tensor([math.inf])
@@ -102,7 +102,8 @@ class ReluDecoder(ExactModel):
 
 
 class _TruncatedNormals(dist.TorchDistribution):
-    """Mixture of normals. Component i is truncated to (edges[i], edges[i + 1]). Event shape ``(1,)``."""
+    """Mixture of normals. Component i is truncated to (edges[i], edges[i + 1]). The event shape is
+    ``(1,)``."""
 
     arg_constraints: ClassVar[dict] = {}
     support = constraints.real_vector
@@ -128,7 +129,7 @@ class _TruncatedNormals(dist.TorchDistribution):
                 part.expand(*piece.shape[:-1], part.shape[-1]).gather(-1, piece).squeeze(-1)
                 for part in (self.loc, self.scale, self.low, self.high)
             )
-            # intervals above 0 are mirrored: Φ is accurate in the lower tail
+            # intervals above 0 are mirrored, since Φ is accurate in the lower tail only
             flip = torch.where(low > 0, -1.0, 1.0).to(loc)
             ends = torch.stack([low * flip, high * flip]).sort(0).values
             below, above = torch.special.ndtr(ends)
@@ -156,7 +157,8 @@ class _TruncatedNormals(dist.TorchDistribution):
 
 
 def _log_mass(low: Tensor, high: Tensor) -> Tensor:
-    """log [Φ(high) − Φ(low)]. Intervals above 0 are mirrored: log Φ is accurate in the lower tail."""
+    """log [Φ(high) − Φ(low)]. Intervals above 0 are mirrored, since log Φ is accurate in the lower tail
+    only."""
     flip = low > 0
     low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
     upper, lower = log_ndtr(high), log_ndtr(low)

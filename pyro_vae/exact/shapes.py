@@ -1,4 +1,4 @@
-"""Densities that are hard to fit, as models without data: p(z|x) = p(z) and log p(x) = 0.
+"""Posteriors that are hard to approximate, as priors of models without data: p(z|x) = p(z) and log p(x) = 0.
 
 x is ``torch.zeros(batch, 1)``; only its batch size matters.
 """
@@ -65,7 +65,7 @@ class _FunnelDistribution(_NoiseTransform):
 
 
 class _BananaDistribution(_NoiseTransform):
-    """z₁ ~ N(0, s²), z₂ ~ N(b (z₁² − s²), 1). ``parameter`` is (s, b)."""
+    """z₁ ~ N(0, s²), z₂ ~ N(b (z₁² − s²), 1). ``parameter`` has the elements s and b."""
 
     def _transform_noise(self, noise: Tensor) -> Tensor:
         s, b = self.parameter
@@ -123,9 +123,9 @@ class Funnel(_PriorOnlyModel):
         return _FunnelDistribution(self.latent_shape[0], self.scale)
 
     def mean_field(self, x: Tensor) -> dist.TorchDistribution:
-        """The independent Gaussians with the smallest KL(q‖p(z|x)).
+        """The Gaussian q with independent elements and the smallest KL(q‖p(z|x)).
 
-        All means are 0; the variances are s_v² = 1/(1/σ² + n/2) of v and exp(−s_v²/2) of yᵢ.
+        All means are 0. The variance of v is s_v² = 1/(1/σ² + n/2), that of each yᵢ is exp(−s_v²/2).
         """
         n = self.latent_shape[0] - 1
         variance_v = 1 / (1 / self.scale**2 + n / 2)
@@ -133,7 +133,7 @@ class Funnel(_PriorOnlyModel):
         return dist.Normal(variances.new_zeros(len(self.checked(x)), n + 1), variances.sqrt()).to_event(1)
 
     def mean_field_gap(self, x: Tensor) -> Tensor:
-        """KL of :meth:`mean_field`, ½ log(1 + n σ²/2) in nats, ``(batch,)``."""
+        """KL(q‖p(z|x)) of :meth:`mean_field` in nats, ``(batch,)``: ½ log(1 + n σ²/2)."""
         gap = 0.5 * torch.log1p((self.latent_shape[0] - 1) * self.scale**2 / 2)
         return gap.expand(len(self.checked(x)))
 
@@ -162,21 +162,22 @@ class Banana(_PriorOnlyModel):
         return _BananaDistribution(2, self.parameter)
 
     def _mean_field_variance(self) -> Tensor:
-        """u = [−s⁻² + √(s⁻⁴ + 16 b²)]/(8 b²), in a form without cancellation as b → 0."""
+        """u = [−s⁻² + √(s⁻⁴ + 16 b²)]/(8 b²), in a form that has no cancellation as b → 0."""
         s, b = self.parameter
         return 2 / (s**-2 + torch.sqrt(s**-4 + 16 * b**2))
 
     def mean_field(self, x: Tensor) -> dist.TorchDistribution:
-        """The independent Gaussians with the smallest KL(q‖p(z|x)).
+        """The Gaussian q with independent elements and the smallest KL(q‖p(z|x)).
 
-        The means are 0 and b (u − s²), the variances u and 1, u = [−s⁻² + √(s⁻⁴ + 16 b²)]/(8 b²).
+        The means of z₁ and z₂ are 0 and b (u − s²), the variances are u and 1, where
+        u = [−s⁻² + √(s⁻⁴ + 16 b²)]/(8 b²).
         """
         (s, b), u = self.parameter, self._mean_field_variance()
         loc = torch.stack([torch.zeros_like(u), b * (u - s**2)]).expand(len(self.checked(x)), 2)
         return dist.Normal(loc, torch.stack([u.sqrt(), torch.ones_like(u)])).to_event(1)
 
     def mean_field_gap(self, x: Tensor) -> Tensor:
-        """KL of :meth:`mean_field`, ½[u/s² − log(u/s²) − 1 + 2 b² u²] in nats, ``(batch,)``."""
+        """KL(q‖p(z|x)) of :meth:`mean_field` in nats, ``(batch,)``: ½[u/s² − log(u/s²) − 1 + 2 b² u²]."""
         (s, b), u = self.parameter, self._mean_field_variance()
         gap = 0.5 * (u / s**2 - (u / s**2).log() - 1 + 2 * b**2 * u**2)
         return gap.expand(len(self.checked(x)))

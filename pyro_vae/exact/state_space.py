@@ -56,7 +56,7 @@ class LinearGaussianStateSpace(ExactModel):
     def _prior_precision(self) -> Tensor:
         """Precision of z, block tridiagonal: ``(T·d_z, T·d_z)``.
 
-        The diagonal blocks are Q⁻¹ + AᵀQ⁻¹A. In the first, P₀⁻¹ replaces the term Q⁻¹; the last has no term
+        The diagonal blocks are Q⁻¹ + AᵀQ⁻¹A, but the first has P₀⁻¹ in place of Q⁻¹, and the last has no term
         AᵀQ⁻¹A. The blocks below the diagonal are −Q⁻¹A.
         """
         steps, (d, _) = self.num_steps, self.transition.shape
@@ -95,16 +95,16 @@ class LinearGaussianStateSpace(ExactModel):
         return torch.linalg.solve(self.precision, natural.mT).mT
 
     def _blocks(self) -> Tensor:
-        """Jₜₜ, the diagonal blocks of the precision: ``(T, d_z, d_z)``."""
+        """J_tt, the diagonal blocks of the precision: ``(T, d_z, d_z)``."""
         steps, d = self.num_steps, len(self.transition)
         return self.precision.reshape(steps, d, steps, d).diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
     def mean_field(self, x: Tensor) -> dist.TorchDistribution:
-        """The Gaussian, independent over time, with the smallest KL(q‖p(z|x)): N(μₜ, Jₜₜ⁻¹) for each t."""
+        """The Gaussian q with independent z_t and the smallest KL(q‖p(z|x)): z_t ~ N(μ_t, J_tt⁻¹)."""
         return dist.MultivariateNormal(self._mean(x), precision_matrix=torch.block_diag(*self._blocks()))
 
     def mean_field_gap(self, x: Tensor) -> Tensor:
-        """KL of :meth:`mean_field`, ½[Σ log |Jₜₜ| − log |J|] in nats, ``(batch,)``."""
+        """KL(q‖p(z|x)) of :meth:`mean_field` in nats, ``(batch,)``: ½[Σ_t log |J_tt| − log |J|]."""
         gap = 0.5 * (torch.logdet(self._blocks()).sum() - torch.logdet(self.precision))
         return gap.expand(len(self.checked(x)))
 
@@ -125,7 +125,7 @@ class LinearGaussianStateSpace(ExactModel):
             total = total + dist.MultivariateNormal(expected, innovation).log_prob(y)
             gain = torch.linalg.solve(innovation, self.observation @ covariance).mT
             mean = mean + (y - expected) @ gain.mT
-            # Joseph form: the covariance stays symmetric and positive definite
+            # Joseph form of the update, which keeps the covariance symmetric and positive definite
             correction = torch.eye(len(covariance)).to(gain) - gain @ self.observation
             covariance = (
                 correction @ covariance @ correction.mT + gain @ self.observation_covariance @ gain.mT

@@ -1,9 +1,9 @@
 """Data-parallel training of one pair: each rank computes the gradient of its rows of a minibatch, and all
-ranks apply the mean.
+ranks apply the mean gradient.
 
-Gradients are averaged between the backward pass and the optimizer, so every ELBO object, several particles
-and the compiled step work. ``DistributedDataParallel`` does not apply: it hooks into ``forward``, which SVI
-does not call.
+Gradients are averaged between the backward pass and the optimizer, so this works with every ELBO object, with
+several particles and with the compiled step. ``DistributedDataParallel`` cannot be used: it requires calls of
+its ``forward``, which SVI does not make.
 """
 
 import os
@@ -16,7 +16,7 @@ import pyro
 import torch
 import torch.distributed as dist
 
-# imported before a process group exists, which its default arguments would keep alive
+# imported before a process group exists, since default arguments of its functions would keep the group alive
 import torch.distributed.nn.functional
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from pyro_vae.pairs.elbo import ElboTerms
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """RANK and WORLD_SIZE, which ``torchrun`` sets in the environment; (0, 1) without them.
+    """RANK and WORLD_SIZE, which ``torchrun`` sets in the environment; (0, 1) if neither is set.
 
     :raises ValueError: if only one of the two is set, or RANK is not a whole number below WORLD_SIZE.
     """
@@ -49,8 +49,8 @@ def rank_and_world_size() -> tuple[int, int]:
 
 @contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """Initialize torch's process group in the block if ``torchrun`` started this process. The backend is
-    gloo, or NCCL on GPUs."""
+    """Initialize torch's process group for the block if ``torchrun`` started several processes. The backend
+    is NCCL on GPUs, else gloo."""
     if rank_and_world_size()[1] == 1 or dist.is_initialized():
         yield
         return
@@ -58,8 +58,9 @@ def process_group(device: str) -> Iterator[None]:
         torch.cuda.set_device(device)
     store, rank, size = next(dist.rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
-        # torchrun's store keeps the addresses of processes from before a restart (pytorch/pytorch#135712), so
-        # each start has a different prefix. Not on several machines, whose restart counts may differ
+        # after a restart, torchrun's store still has the addresses of the old processes
+        # (pytorch/pytorch#135712): a prefix that differs between starts hides them. With several machines
+        # there is no prefix, since their restart counts may differ
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
@@ -70,15 +71,15 @@ def process_group(device: str) -> Iterator[None]:
 
 
 class Group:
-    """The ranks of torch's default process group; one rank if it is not initialized."""
+    """The ranks of torch's default process group; a single rank if no process group is initialized."""
 
     def __init__(self) -> None:
         initialized = dist.is_available() and dist.is_initialized()
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
 
     def shard(self, batches: Batches) -> None:
-        """Give each rank its rows of every minibatch, and a different random seed. All ranks shuffle in the
-        same order.
+        """Give each rank its share of the rows of every minibatch, and a random seed of its own. All ranks
+        shuffle the data in the same order.
 
         :raises ValueError: for data that are not in memory.
         """
@@ -95,7 +96,7 @@ class Group:
 
     def gradient_weight(self, batches: Batches, index: int) -> float:
         """The weight of this rank's gradient in the mean over ranks: n·W/B, where W is the number of
-        ranks, B the rows of minibatch ``index``, and n those on this rank."""
+        ranks, B the number of rows of minibatch ``index``, and n the number of these rows on this rank."""
         if self.size == 1 or not isinstance(batches, InMemory):
             return 1.0
         num_rows = min(batches.batch_size, batches.num_rows - index * batches.batch_size)
@@ -104,6 +105,7 @@ class Group:
     def average_gradients(self, params: Sequence[Tensor], gradients: Sequence[Tensor], weight: float) -> None:
         """Replace the gradients by their weighted mean over ranks, in place.
 
+        :param weight: the result of :meth:`gradient_weight`.
         :raises ValueError: for sparse gradients, and if ranks have gradients of different parameters.
         """
         if self.size == 1:
@@ -114,10 +116,10 @@ class Group:
                 "pair's embeddings"
             )
         names: dict[int, str] = {}
-        for name, p in pyro.get_param_store().named_parameters():  # a parameter may have two names
+        for name, p in pyro.get_param_store().named_parameters():  # the first name of a tied parameter
             names[id(p)] = min(name, names.get(id(p), name))
         order = sorted(range(len(params)), key=lambda i: names[id(params[i])])
-        # the order of a graph's parameters may differ between ranks
+        # sorted by name, since the order of the parameters of a compiled graph may differ between ranks
         gradients = [gradients[i] for i in order]
         checksum = zlib.crc32(repr([names[id(params[i])] for i in order]).encode())
         largest = torch.tensor([checksum, -checksum], device=self._device())
@@ -135,7 +137,7 @@ class Group:
                 g.copy_(part.view_as(g))
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """The tensor of rank 0."""
+        """The tensor that rank 0 passes."""
         if self.size == 1:
             return tensor
         copy = tensor.detach().to(self._device(), copy=True)
@@ -144,7 +146,7 @@ class Group:
 
     @torch.no_grad()
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
-        """Copy the tensors of rank 0 to those of all ranks, in place."""
+        """Replace the values of the tensors on all ranks by those on rank 0, in place."""
         if self.size > 1:
             for tensor in tensors:
                 tensor.copy_(self.broadcast(tensor))
@@ -158,12 +160,12 @@ class Group:
         return bool(largest.item())
 
     def barrier(self) -> None:
-        """Wait until all ranks call this."""
+        """Wait until all ranks have called this method."""
         if self.size > 1:
             dist.barrier()
 
     def gather_terms(self, terms: ElboTerms) -> ElboTerms:
-        """The terms of all ranks, concatenated."""
+        """The ELBO terms of the data on all ranks, concatenated."""
         if self.size == 1:
             return terms
         parts = [
@@ -172,7 +174,8 @@ class Group:
         return ElboTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def all_gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, for numbers, strings, tensors, and lists and dictionaries of them."""
+        """The values that the ranks pass, in the order of the ranks. Values may be numbers, strings, tensors,
+        and lists and dictionaries of them."""
         if self.size == 1:
             return [value]
         content = torch.frombuffer(bytearray(pack(value)), dtype=torch.uint8).to(self._device())

@@ -1,4 +1,4 @@
-"""Early stopping: the parameters of the best epoch on validation data."""
+"""Early stopping: keep the parameters of the epoch with the highest validation ELBO."""
 
 import math
 from collections.abc import Collection
@@ -13,8 +13,8 @@ from pyro_vae.pairs.traces import Program
 
 
 class PairState:
-    """The tensors that training changes: the parameters in Pyro's param store, which include those of
-    modules, and the buffers of the modules that ran."""
+    """The tensors that training changes: the parameters in Pyro's param store, including those of
+    modules, and the buffers of the modules that the pair has called."""
 
     def __init__(self, model: Program, guide: Program, modules: Collection[nn.Module]) -> None:
         self.model, self.guide, self.modules = model, guide, modules
@@ -43,8 +43,8 @@ class PairState:
 
 
 class EarlyStopping:
-    """The highest validation ELBO, the number of epochs since then, and with ``patience`` a copy of the
-    tensors of that epoch."""
+    """Records the highest validation ELBO and the number of epochs since it was reached. If ``patience`` is
+    given, also keeps a copy of the tensors at the end of that epoch."""
 
     def __init__(self, state: PairState, patience: int | None) -> None:
         self.state, self.patience = state, patience

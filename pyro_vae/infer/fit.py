@@ -22,10 +22,11 @@ from tqdm import tqdm
 from pyro_vae.checkpoint import Checkpoints
 from pyro_vae.data.batches import Batches, InMemory, as_batches, check_count, fitting
 from pyro_vae.data.datasets import Data
+from pyro_vae.infer.aggressive import AggressiveInference
 from pyro_vae.infer.distributed import Group
 from pyro_vae.infer.early_stopping import EarlyStopping, PairState
 from pyro_vae.infer.evaluate import check_independent_rows, check_minibatch, evaluate_batches
-from pyro_vae.infer.losses import check_loss, scale_problem
+from pyro_vae.infer.losses import check_loss, kind_of, name_of, scale_problem
 from pyro_vae.infer.minibatch import MinibatchSVI
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.resume import CheckpointManager, Epoch, Position
@@ -56,7 +57,10 @@ Beta = float | Callable[[float], float]
 
 @dataclass(frozen=True)
 class History:
-    """The result of :func:`fit`: its epochs, and its param store.
+    """The result of :func:`fit`: its epochs, its param store, and what it maximized.
+
+    - objective: the loss, such as ``"IWAE(num_particles=5, estimator='iwae')"``
+    - bound: what its value estimates, such as ``"the ELBO"``
 
     Modules are trained in place. Parameters of plain functions are in Pyro's param store, and each fit has a
     separate store: ``with history.scope():`` makes it Pyro's current one.
@@ -64,6 +68,8 @@ class History:
 
     epochs: tuple[Epoch, ...]
     param_store: Any
+    objective: str
+    bound: str
 
     def scope(self) -> AbstractContextManager:
         """Make the param store of this fit Pyro's current one in the ``with`` block."""
@@ -77,7 +83,9 @@ class History:
 
     def __str__(self) -> str:
         last = self.epochs[-1]
-        return f"{len(self.epochs)} epochs; train: {last.train}; validation: {last.validation}"
+        parts = {"train": last.train, "validation": last.validation}
+        means = [f"{name}: {mean}" for name, mean in parts.items() if mean is not None]
+        return "\n".join([f"{len(self.epochs)} epochs of {self.objective}, {self.bound}", *means])
 
 
 @contextmanager
@@ -102,6 +110,7 @@ def train(
     patience: int | None = None,
     compile: Compile = "auto",
     clip_norm: float | None = None,
+    inference_steps: int = 1,
     autocast: torch.dtype | None = None,
     checkpoint: Path | str | Checkpoints | None = None,
     every: int | None = None,
@@ -120,12 +129,23 @@ def train(
     checkpoints = Checkpoints(Path(checkpoint)) if isinstance(checkpoint, Path | str) else checkpoint
     with _exclusive(checkpoints, group):
         _check_options(
-            num_epochs, validation, beta, patience, clip_norm, autocast, checkpoints, every, resume
+            num_epochs,
+            validation,
+            beta,
+            patience,
+            clip_norm,
+            inference_steps,
+            autocast,
+            checkpoints,
+            every,
+            resume,
         )
         batches, held_out = as_batches(data, batch_size), _held_out_batches(validation, batch_size)
         store, state = pyro.get_param_store(), empty_store() if param_store is None else param_store
         with store.scope(state.copy()):
-            pair = inspect_for_training(model, guide, batches, loss, annealed=beta != 1.0, check=check)
+            pair = inspect_for_training(
+                model, guide, batches, loss, annealed=beta != 1.0, check=check, num_processes=group.size
+            )
         _check_held_out(pair, batches, held_out)
         warn_of_new_parameters(model, guide, state)
         batches.cast(pair.dtype)
@@ -140,10 +160,12 @@ def train(
             "beta": beta,
             "patience": patience,
             "clip_norm": clip_norm,
+            "inference_steps": int(inference_steps),
             "autocast": autocast and str(autocast),
         }
-        if isinstance(loss, Objective):
-            with store.scope(state.copy()):
+        with store.scope(state.copy()):
+            aggressive = AggressiveInference(int(inference_steps), pair)
+            if isinstance(loss, Objective):
                 loss.prepare(svi.model, svi.guide, pair.batch, check=check)
         has_checkpoints = checkpoints is not None or resume is not None
         config = configuration(batches, held_out, loss, optim, group, settings) if has_checkpoints else {}
@@ -170,12 +192,13 @@ def train(
                         is_last = at.batch_index >= batches.num_batches - 1
                         is_short = is_last and batch.num_rows < pair.num_rows // group.size
                         svi.compile = compile_last if is_short else compile_usual
+                        svi.not_updated = aggressive.not_updated(at.history, at.num_steps)
                         with precision:
                             at.terms.append(svi.minibatch_step(batch, at.beta, weight, at))
                         manager.after_step()
                         bar.update()
                     held_out_elbo = _validation_elbo(stopping.state, held_out, loss, group, check=check)
-                    record = at.end_epoch(held_out_elbo, group)
+                    record = at.end_epoch(held_out_elbo, group, aggressive.measure(at.history, group))
                     step_scheduler(optim, -(record.validation or record.train).objective)
                     stopping.update(held_out_elbo)
                     manager.save()
@@ -186,7 +209,7 @@ def train(
             with store.scope(state):
                 stopping.restore_best()
         remember_trained(pair, state["params"])
-        return History(tuple(at.history), state)
+        return History(tuple(at.history), state, name_of(loss), kind_of(loss).bound)
 
 
 def _with_options_of(train: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
@@ -242,6 +265,10 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
         eager Pyro below 300, a graph below 5000, then Inductor if there is a C++ compiler.
     :param clip_norm: the largest norm of the gradient of the loss per datum, over all parameters together: a
         gradient g of the loss is multiplied by min(1, N·clip_norm/‖g‖).
+    :param inference_steps: aggressive training of the guide, against posterior collapse (He et al. 2019): the
+        guide is updated at each step, and the model only at every ``inference_steps``-th, until the mutual
+        information I_q(x; z), measured on the first minibatch after each epoch, has had no new maximum for
+        five epochs. Then both are updated at each step.
     :param autocast: ``torch.bfloat16`` runs training steps under ``torch.autocast``, which computes matrix
         products in that precision. Parameters, optimizer and densities keep their precision, and the
         validation ELBO is not affected.
@@ -285,6 +312,7 @@ def inspect_for_training(
     *,
     annealed: bool,
     check: bool,
+    num_processes: int = 1,
     verb: str = "fit",
 ) -> Structure:
     """Inspect a pair on the first minibatch. Raises ``ValueError`` for an invalid pair, or an invalid
@@ -306,7 +334,7 @@ def inspect_for_training(
             f"pair: it fails on the {last} rows of the last minibatch: {error}; pass a batch_size that "
             f"leaves another remainder of the {n} data, or remove rows"
         )
-    check_loss(loss, pair, n, annealed=annealed, check=check, verb=verb)
+    check_loss(loss, pair, n, annealed=annealed, check=check, num_processes=num_processes, verb=verb)
     if (problem := scale_problem(loss, pair, n)) is not None:
         refuse([problem], verb=verb, check=check)
     if annealed:
@@ -363,13 +391,20 @@ def _check_options(
     beta: Beta,
     patience: int | None,
     clip_norm: float | None,
+    inference_steps: int,
     autocast: torch.dtype | None,
     checkpoint: Checkpoints | None,
     every: int | None,
     resume: Any,
 ) -> None:
-    for name, value in (("num_epochs", num_epochs), ("patience", patience), ("every", every)):
-        if value is not None or name == "num_epochs":
+    counts = {
+        "num_epochs": num_epochs,
+        "patience": patience,
+        "every": every,
+        "inference_steps": inference_steps,
+    }
+    for name, value in counts.items():
+        if value is not None or name in ("num_epochs", "inference_steps"):
             check_count(f"fit: {name}", value)
     if patience is not None and validation is None:
         raise ValueError(
@@ -382,7 +417,9 @@ def _check_options(
     if clip_norm is not None and not (_is_number(clip_norm) and clip_norm > 0):
         raise ValueError(f"fit: clip_norm is {clip_norm!r}; expected a positive number, or None")
     if every is not None and checkpoint is None:
-        raise ValueError(f"fit: every is {every} without a checkpoint folder; expected checkpoint=FOLDER")
+        raise ValueError(
+            f"fit: every={every} needs a checkpoint folder; expected checkpoint=FOLDER too, or every=None"
+        )
     if checkpoint is not None and resume is None:
         checkpoint.check_free()
 

@@ -33,12 +33,15 @@ Factor = Literal["sites", "objective", "none"]
 class Loss(NamedTuple):
     """A kind of loss.
 
-    factor: what is multiplied by N/B. ``"sites"``: the sites in data plates, for a loss that is linear in
-    log-probabilities. ``"objective"``: loss and gradients, for a loss that is not linear (a log of a sum,
-    ranks of weights, a kernel); this is correct only if no latent is shared by all data. ``"none"``: nothing,
-    so all data are needed at once. bound: what the loss estimates. linear: whether it is linear in
-    log-probabilities, so that β and latents that all data share are right in minibatches. has_value: whether
-    its ``loss`` is a number. trains: whether ``fit`` supports it, and ``reason`` why not.
+    - factor: what ``fit`` multiplies by N/B, the number of data over the rows of a minibatch. ``"sites"``:
+      the log-probabilities of sites in data plates. ``"objective"``: the loss and its gradients.
+      ``"none"``: nothing, so that minibatches are not supported.
+    - bound: what the loss estimates
+    - linear: whether the loss is linear in log-probabilities. Only then can β weight the latent terms, and
+      minibatches be unbiased if all data share a latent.
+    - has_value: whether its method ``loss`` returns a number
+    - trains: whether ``fit`` supports the loss
+    - reason: why ``fit`` does not support it, else empty
     """
 
     factor: Factor
@@ -95,6 +98,15 @@ def kind_of(loss: Any) -> Loss:
     return LOSSES.get(type(loss), _UNKNOWN)
 
 
+def name_of(loss: ELBO) -> str:
+    """The class of a loss with its options, such as ``"IWAE(num_particles=5, estimator='iwae')"``."""
+    if isinstance(loss, Objective):
+        return repr(loss)
+    options = {"num_particles": loss.num_particles} if loss.num_particles > 1 else {}
+    options |= {"alpha": loss.alpha} if hasattr(loss, "alpha") else {}
+    return f"{type(loss).__name__}({', '.join(f'{name}={value}' for name, value in options.items())})"
+
+
 def check_loss(
     loss: Any,
     pair: Structure,
@@ -103,10 +115,12 @@ def check_loss(
     annealed: bool = False,
     check: bool = True,
     verb: str = "fit",
+    num_processes: int = 1,
 ) -> None:
     """Raise ``ValueError`` for a loss that is not supported for this pair and these minibatches.
 
     :param annealed: whether latent terms are weighted by β.
+    :param num_processes: the number of ranks, which divide the rows of a batch.
     :param check: ``False`` assumes that an unknown subclass of ``ELBO`` is linear in log-probabilities.
     """
     name, kind = type(loss).__name__, kind_of(loss)
@@ -121,17 +135,23 @@ def check_loss(
             f"beta: {name} is not linear in log-probabilities, so β would be a power of probabilities in its "
             "weights; expected beta=1, or Trace_ELBO"
         )
-    if pair.batch.tensors and pair.num_rows < num_data:
+    if pair.batch.tensors and pair.num_rows < num_data * num_processes:
+        remedy = "batch_size=None" if num_processes == 1 else "batch_size=None in one process"
         if kind.factor == "none" and check:
             raise ValueError(
                 f"{verb}: {name} is a loss that pyro_vae does not know, so it cannot be scaled by N/B on "
-                "minibatches; pass batch_size=None, or check=False if the loss is linear in log-probabilities"
+                f"minibatches; pass {remedy}, or check=False if the loss is linear in log-probabilities"
             )
         if not kind.linear and pair.shared:
             raise ValueError(
                 f"{verb}: {name} is not linear in log-probabilities, and {pair.shared[0]!r} is shared by all "
-                "data, so no factor makes its loss on a minibatch an estimate of that on all data; pass "
-                "batch_size=None, or Trace_ELBO"
+                "data, so no factor makes its loss on some of the data an estimate of that on all; pass "
+                f"{remedy}, or Trace_ELBO"
+            )
+        if isinstance(loss, Objective) and pair.shared and pair.enumerates:
+            raise ValueError(
+                f"{verb}: {pair.shared[0]!r} is shared by all data and other sites are summed out, so "
+                f"{name} has one value for all data; pass {remedy}, or TraceEnum_ELBO"
             )
 
 

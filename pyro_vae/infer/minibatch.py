@@ -49,13 +49,14 @@ class MinibatchSVI(SVI):
         self.pair, self.plates, self.num_data, self.clip_norm = pair, pair.plates, batches.num_rows, clip_norm
         self.scales_objective = kind_of(loss).factor == "objective"  # else sites are scaled by N/B
         self.group, self.weight = group, 1.0
+        self.not_updated: frozenset[str] = frozenset()  # parameters that the next step leaves unchanged
         # data in memory are validated before the first step, unless the support depends on the batch
         self.checks_batches = not isinstance(batches, InMemory) or not has_fixed_support(pair.traces[0])
         self.batch, self.position = Batch((), {}), object()
         self.beta = torch.ones(()) if annealed else None  # a tensor: a graph reads its value at each step
         beta = 1.0 if self.beta is None else self.beta
-        self.handlers = [
-            Reweighted(pair.plates, num_rows=0, num_data=self.num_data, beta=beta, scaled=scaled)
+        self.handlers = [  # the number of rows is set at each step
+            Reweighted(pair.plates, num_rows=1, num_data=self.num_data, beta=beta, scaled=scaled)
             for scaled in scaled_sites(pair, self.num_data)
         ]
         self.programs = [
@@ -96,7 +97,9 @@ class MinibatchSVI(SVI):
             factor = self.num_data / self.batch.num_rows
             torch._foreach_mul_(_stored_values(p.grad for p in trained if p.grad is not None), factor)
             value = value * factor
-        self._before_update(trained, [p.grad for p in trained if p.grad is not None])
+        gradients = self._before_update(trained, [p.grad for p in trained if p.grad is not None])
+        for p, gradient in zip(trained, gradients, strict=True):
+            p.grad = gradient  # Pyro's optimizers leave a parameter without a gradient unchanged
         return value
 
     def _evaluate_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
@@ -109,9 +112,11 @@ class MinibatchSVI(SVI):
         terms = self._terms_of_traces(step.traces) if step.terms is None else step.terms
         return step.loss.item(), terms
 
-    def _before_update(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    def _before_update(
+        self, params: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
         """Average the gradients over ranks, raise ``FloatingPointError`` if they are not finite, and clip
-        them."""
+        them. Returns them, ``None`` for parameters that are not updated."""
         self.group.average_gradients(params, gradients, self.weight)
         total = _sum_of_entries(gradients) if self._extra is None or self.group.size > 1 else self._extra[-1]
         if not cmath.isfinite(total.item()) and (bad := nonfinite_parameters(params, gradients)):
@@ -119,12 +124,16 @@ class MinibatchSVI(SVI):
                 f"fit: the loss is finite but its gradient is not, at {self.position}: that of {bad}; "
                 "parameters are unchanged. Lower the learning rate, or check the model where it is not smooth"
             )
-        if self.clip_norm is not None and gradients:
-            dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        stored = pyro.get_param_store().named_parameters() if self.not_updated else ()
+        unchanged = {id(p) for name, p in stored if name in self.not_updated}
+        updated = [g for p, g in zip(params, gradients, strict=True) if id(p) not in unchanged]
+        if self.clip_norm is not None and updated:
+            dense = [g.coalesce().values() if g.is_sparse else g for g in updated]
             # in double precision, since squares overflow in single precision
             norm = torch.stack([g.double().norm() for g in dense]).norm()
             max_norm = self.clip_norm * self.num_data  # clip_norm is per datum; the loss is a sum over data
-            torch._foreach_mul_(_stored_values(gradients), (max_norm / norm).clamp_max(1.0).item())
+            torch._foreach_mul_(_stored_values(updated), (max_norm / norm).clamp_max(1.0).item())
+        return [None if id(p) in unchanged else g for p, g in zip(params, gradients, strict=True)]
 
     def _nonfinite_site(self) -> str:
         """The part of an error message that names the first site with a non-finite log-probability and its
@@ -170,7 +179,14 @@ class MinibatchSVI(SVI):
         return terms if weight else ElboTerms(*(part[:0] for part in terms))
 
     def _extra_outputs(self, step: Step, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        terms = self._terms_of_traces(step.traces) if step.terms is None else step.terms
+        if isinstance(self._elbo, TraceEnum_ELBO):
+            if self._differs_from_elbo([guide_trace for _, guide_trace in step.traces]):
+                from pyro_vae.compiler import CannotTrace
+
+                raise CannotTrace("a scale, or what the guide observes, makes the loss differ from the ELBO")
+            terms = ElboTerms.of_batch(-step.loss.double() / self.num_data, self.batch.num_rows)
+        else:
+            terms = self._terms_of_traces(step.traces) if step.terms is None else step.terms
         return *terms, _sum_of_entries(gradients)
 
     def _terms_of_traces(self, traces: Sequence[tuple[Trace, Trace]]) -> ElboTerms:
@@ -191,19 +207,25 @@ class MinibatchSVI(SVI):
         if isinstance(self._elbo, TraceEnum_ELBO) or not traced:
             # the traces do not contain the terms, so all rows get the mean of the loss. A loss that contains
             # β, poutine.scale, or sites that the guide observes is computed again without them
-            observes = any(site["is_observed"] for trace in guides for _, site in sampled(trace))
-            if self.beta is not None or self._is_scaled() or observes or not isinstance(value, float):
+            if self._differs_from_elbo(guides) or not isinstance(value, float):
                 value = self._unscaled_loss()
             return ElboTerms.of_batch(-value / self.num_data, self.batch.num_rows)
         return self._terms_of_traces(list(zip(models, guides, strict=True)))
+
+    def _differs_from_elbo(self, guide_traces: Sequence[Trace]) -> bool:
+        """Whether the loss has β, ``poutine.scale``, or sites that the guide observes."""
+        observes = any(site["is_observed"] for trace in guide_traces for _, site in sampled(trace))
+        return self.beta is not None or self._is_scaled() or observes
 
     def _is_scaled(self) -> bool:
         """Whether the pair scales a site by ``poutine.scale``."""
         traces = [handler.traces[-1] for handler in self.handlers if handler.traces]
         return any(
-            float(torch.as_tensor(site["scale"]).max()) != subsampling_scale(site) * self._factor(site)
+            (float(scale.max()) if isinstance(scale, Tensor) else scale)
+            != subsampling_scale(site) * self._factor(site)
             for trace in traces
             for _, site in sampled(trace)
+            for scale in [site["scale"]]
         )
 
     def _factor(self, site: dict) -> float:

@@ -3,7 +3,8 @@
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -32,7 +33,7 @@ from pyro_vae.pairs.problems import (
     per_datum_problems,
 )
 from pyro_vae.pairs.structure import Structure, first_line, inspect, row_dim
-from pyro_vae.pairs.traces import Program, proposal, sampled, subsampling_scale, sum_sites
+from pyro_vae.pairs.traces import Program, proposal, sampled, sum_sites
 
 Estimator = Literal["iwae", "dreg", "stl"]
 Traces = tuple[Trace, Trace]
@@ -154,18 +155,20 @@ class Objective(ELBO):
         """Why the objective is not defined for a pair."""
         return iter(())
 
-    def prepare(self, model: Program, guide: Program, batch: Batch, *, check: bool = True) -> None:
+    def prepare(self, model: Program, guide: Program, batch: Batch, *, check: bool = True) -> Structure:
         """Inspect and check a pair. Without this call the first step does so.
 
         The pair runs a few times in evaluation mode. All state is restored afterwards.
 
         :param check: ``False`` allows a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
+        :return: the structure of the pair, for the steps of this objective.
         :raises ValueError: for a pair without log-weights per datum, or without a valid objective.
         """
         name = type(self).__name__
         with untouched(training=False), torch.no_grad():
             pair = inspect(model, guide, batch)
-            is_joint = _all_data_share(pair) and not self.linear
+            # sites that are summed out have no log-probability of their own with its own scale
+            is_joint = _all_data_share(pair) and (pair.enumerates or not self.linear)
             weights = joint_problems(pair) if is_joint else () if self.linear else per_datum_problems(pair)
             problems = [*pair_problems(pair), *weights, *_guide_problems(pair), *self.problems(pair)]
             refuse(dict.fromkeys(problems), verb=name, check=check)
@@ -174,24 +177,23 @@ class Objective(ELBO):
                 refuse(coupled_latents_problems(pair), verb=name, check=check)
             self._observed = _observed(pair) if self.simulates else {}
             self._pair = pair.as_one_datum() if is_joint else pair
+            return self._pair
 
     def step(self, model: Program, guide: Program, batch: Batch, *, differentiate: bool = True) -> Step:
         """Loss, surrogate loss and terms on a batch, for the inference algorithms of this package."""
         pair = self._prepared(model, guide, batch)
-        with _known_densities(type(self).__name__):
-            if differentiate:
-                total, draws = self.surrogate(pair, batch)
-            else:
-                draws = _draw(pair, batch, self.num_particles)
-                total = draws.log_w.new_zeros(())
+        if differentiate:
+            total, draws = self.surrogate(pair, batch)
+        else:
+            draws = _draw(pair, batch, self.num_particles)
+            total = draws.log_w.new_zeros(())
         scale = _common_scale(draws.traces[0])
         loss = -scale * self.value(draws.log_w.detach()).sum()
         return Step(loss, -scale * total, self._terms(pair, draws, batch), draws.traces)
 
     def _prepared(self, model: Program, guide: Program, batch: Batch) -> Structure:
         if self._pair is None or (self._pair.model, self._pair.guide) != (model, guide):
-            self.prepare(model, guide, batch)
-        assert self._pair is not None
+            self._pair = self.prepare(model, guide, batch)
         return self._pair
 
     @torch.no_grad()
@@ -281,10 +283,9 @@ class STL(Objective):
         if pair.enumerates:
             return super().step(model, guide, batch, differentiate=differentiate)
         # as in Trace_ELBO, each site has its own scale, so that β and latents of all data are right
-        with _known_densities("STL"):
-            draws = _draw(pair, batch, k, _Cut if differentiate else None, scaled=True)
-            log_p = sum(model_trace.log_prob_sum() for model_trace, _ in draws.traces) / k
-            log_q = sum(_sum_of_log_q(guide_trace, scaled=True) for _, guide_trace in draws.traces) / k
+        draws = _draw(pair, batch, k, _Cut if differentiate else None, scaled=True)
+        log_p = sum(model_trace.log_prob_sum() for model_trace, _ in draws.traces) / k
+        log_q = sum(_sum_of_log_q(guide_trace, scaled=True) for _, guide_trace in draws.traces) / k
         weights = torch.full_like(draws.log_w, 1 / k).detach()
         total = _cut_surrogate(pair, draws, log_p, weights) if differentiate else log_p
         return Step((log_q - log_p).detach(), -total, None, draws.traces)
@@ -337,8 +338,8 @@ class VIMCO(Objective):
     ∇L_K = E[Σ_k (L_K − L_K^(−k)) ∇ log q(z_k|x) + Σ_k w̃_k ∇ log w_k],
 
     where L_K^(−k) is the bound with log w_k replaced by the mean of the other log-weights. As everywhere in
-    Pyro, the first sum has the latents that are not reparameterized, and the others are differentiated
-    through z. Pass ``distribution.has_rsample_(False)`` to the guide to change that.
+    Pyro, the first sum has the latents that are not reparameterized (``has_rsample`` is false), and the
+    gradient of reparameterized latents goes through z, as in :class:`IWAE`.
 
     :param num_particles: K, 2 or more.
     """
@@ -385,6 +386,9 @@ class WakeSleep(Objective):
     @property
     def simulates(self) -> bool:
         return True
+
+    def problems(self, pair: Structure) -> Iterator[Problem]:
+        return _without_density_at_latents(pair, "Trace_ELBO")
 
 
 class ReweightedWakeSleep(Objective):
@@ -438,16 +442,10 @@ class ReweightedWakeSleep(Objective):
     def simulates(self) -> bool:
         return self.sleep_phi > 0
 
-
-@contextmanager
-def _known_densities(name: str) -> Iterator[None]:
-    try:
-        yield
-    except NotImplementedError as error:
-        raise ValueError(
-            f"{name}: the density of the guide at given latents is not known ({first_line(error)}); expected "
-            "distributions that have log_prob, and transforms that have an inverse"
-        ) from error
+    def problems(self, pair: Structure) -> Iterator[Problem]:
+        # without a sleep phase the draws of an autoguide are those of its auxiliary sites
+        is_known = pair.points and not self.simulates
+        return (_without_inverse if is_known else _without_density_at_latents)(pair, "Trace_ELBO")
 
 
 def _normalized(log_w: Tensor) -> Tensor:
@@ -473,7 +471,7 @@ class _CutLatent(NamedTuple):
 
 
 class _Stop(Messenger):
-    """Draws of latents have no gradient."""
+    """Detaches the draws of latents."""
 
     def _pyro_post_sample(self, msg: dict) -> None:
         if not msg["is_observed"]:
@@ -491,31 +489,34 @@ class _Cut(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.copies: dict[str, Tensor] = {}
-        self.is_blocked = False
+        # an object of its own: a hook that refers to the copies would keep their graph alive
+        self.gradients = SimpleNamespace(are_blocked=False)
 
     def _pyro_post_sample(self, msg: dict) -> None:
         value = msg["value"]
         if msg["is_observed"] or not value.requires_grad:
             return
-        gate = value.view_as(value)
-        gate.register_hook(lambda gradient: torch.zeros_like(gradient) if self.is_blocked else gradient)
+        gate, gradients = value.view_as(value), self.gradients
+        gate.register_hook(lambda g: torch.zeros_like(g) if gradients.are_blocked else g)
         msg["value"] = self.copies[msg["name"]] = gate.view_as(gate)
 
     def cut(self, guide_trace: Trace, *, scaled: bool) -> list[_CutLatent]:
         """The latents of the run, with ∂ log q/∂z. Replaces the values in the trace by copies for the
         model."""
+        if not self.copies:  # a guide without latents, or without parameters that have gradients
+            return []
         nodes = {name: guide_trace.nodes[name] for name in self.copies}
         leaves = [copy.detach().requires_grad_() for copy in self.copies.values()]
         for node, leaf in zip(nodes.values(), leaves, strict=True):
             node["value"] = leaf
-        self.is_blocked = True
+        self.gradients.are_blocked = True
         gradients = torch.autograd.grad(
             _sum_of_log_q(guide_trace, scaled=scaled),
             [*leaves, *self.copies.values()],
             allow_unused=True,
             retain_graph=True,
         )
-        self.is_blocked = False
+        self.gradients.are_blocked = False
         n, latents = len(leaves), []
         for i, (node, copy) in enumerate(zip(nodes.values(), self.copies.values(), strict=True)):
             node["value"] = copy.view_as(copy)
@@ -609,29 +610,31 @@ def _cut_surrogate(
     :param scale_z: multiply the gradient with respect to z by the weights once more.
     """
     total = log_p
-    num_runs = len(draws.cut)
-    for latents, of_run in zip(draws.cut, weights.chunk(num_runs), strict=True):
+    for latents, of_run in zip(draws.cut, weights.chunk(len(draws.cut)), strict=True):
         for site, value, gradient in latents:
-            factor = _as_site(of_run, site, pair, is_vectorized=num_runs == 1)
+            factor = _as_site(of_run, site, value, pair)
             total = total - (factor * gradient * value).sum()
             if scale_z:
                 value.register_hook(factor.mul)
     return total
 
 
-def _as_site(factor: Tensor, site: dict, pair: Structure, *, is_vectorized: bool) -> Tensor:
-    """``(particles, rows)`` in a shape that broadcasts to the value of a site."""
+def _as_site(factor: Tensor, site: dict, value: Tensor, pair: Structure) -> Tensor:
+    """``(particles, rows)`` in a shape that broadcasts to the value of a site. Of a site that all rows share
+    the factor of the first row, since all rows have the same one."""
     event_dim, rows = site["fn"].event_dim, row_dim(site, pair.plates)
     shape = [1] * (pair.nesting + 1 + event_dim)
-    if is_vectorized:
-        shape[0] = factor.shape[0]
-    if rows is not None:
+    shape[0] = factor.shape[0]
+    if rows is None:
+        factor = factor[:, :1]
+    else:
         shape[rows - event_dim] = factor.shape[1]
-    return factor.reshape(shape if is_vectorized else shape[1:])
+    return factor.reshape(shape[len(shape) - value.dim() :])  # the dimensions left out have size 1
 
 
 def _common_scale(traces: Traces) -> float:
-    """The scale that all sites have, such as N/B. Raises ``ValueError`` if they have different ones."""
+    """The scale that all sites have, such as N/B, also of a data plate that subsamples. Raises ``ValueError``
+    if they have different ones."""
     first: tuple[str, float] | None = None
     for name, site in [*sampled(traces[0]), *proposal(traces[1])]:
         if isinstance(site["scale"], Tensor) and site["scale"].numel() > 1:
@@ -639,7 +642,7 @@ def _common_scale(traces: Traces) -> float:
                 f"objective: {name!r} has a tensor of scales (poutine.scale), which would be powers of its "
                 "probabilities in a log-weight; expected one number for all sites, or Trace_ELBO"
             )
-        scale = float(site["scale"]) / subsampling_scale(site)
+        scale = float(site["scale"])
         first = first or (name, scale)
         if not math.isclose(scale, first[1], rel_tol=1e-6):
             raise ValueError(
@@ -714,6 +717,20 @@ def _without_density_at_latents(pair: Structure, remedy: str) -> Iterator[Proble
             f"latents is not known; expected pyro.sample of a distribution for each latent, or {remedy}",
             judged=False,
         )
+    yield from _without_inverse(pair, remedy)
+
+
+def _without_inverse(pair: Structure, remedy: str) -> Iterator[Problem]:
+    """Latents of a guide whose density is known at its own draws only."""
+    for name, site in proposal(pair.traces[1]):
+        try:
+            site["fn"].log_prob(site["value"].clone(), *site["args"], **site["kwargs"])
+        except (NotImplementedError, KeyError) as error:  # KeyError: planar flows of Pyro
+            yield Problem(
+                f"guide: the density of {name!r} at a given value is not known ({first_line(error)}); "
+                f"expected distributions that have log_prob and transforms that have an inverse, or {remedy}",
+                judged=False,
+            )
 
 
 def _observed(pair: Structure) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""The state of a fit between two steps, and its checkpoints. A resumed fit equals the uninterrupted fit bit
-for bit."""
+"""Save the state of a fit between two steps in a checkpoint, and restore it. A resumed fit gives the same
+results as an uninterrupted fit, bit for bit."""
 
 import logging
 import math
@@ -37,39 +37,43 @@ logger = logging.getLogger(__name__)
 
 
 class Epoch(NamedTuple):
-    """One epoch of training. ``train`` is the mean over the epoch's minibatches, each at the parameters of
-    its step; ``validation`` is evaluated at the end of the epoch. Both are the ELBO itself, without β,
-    for every loss. ``beta`` is that of the last step."""
+    """One epoch of training.
+
+    ``train`` is the mean ELBO over the minibatches of the epoch, each evaluated with the parameters before
+    its step. ``validation`` is the ELBO of the validation data after the last step. Both are the ELBO itself,
+    with β = 1, whatever the loss. ``beta`` is the β of the last step. ``mutual_information`` is I_q(x; z) in
+    nats after an epoch with ``inference_steps``, else ``None``.
+    """
 
     epoch: int
     beta: float
     train: MeanElbo
     validation: MeanElbo | None
     seconds: float
+    mutual_information: float | None = None
 
     @classmethod
     def of(cls, record: Any) -> "Epoch":
-        """From the sequence that a checkpoint stores."""
-        epoch, beta, train, validation, seconds = record
-        return cls(
-            epoch, beta, MeanElbo(*train), None if validation is None else MeanElbo(*validation), seconds
-        )
+        """The epoch that a checkpoint stores as the sequence ``record``."""
+        epoch, beta, train, validation, *rest = record
+        held_out = None if validation is None else MeanElbo(*validation)
+        return cls(epoch, beta, MeanElbo(*train), held_out, *rest)
 
 
 @dataclass
 class Position:
-    """The position of a fit: the finished epochs, and the number of steps taken in the current one."""
+    """The position of a fit: the finished epochs, and the number of steps taken in the current epoch."""
 
-    # num_epochs of the first call: compile="auto" depends on it, and a resumed fit makes the same choice
+    # num_epochs of the first call of fit. compile="auto" depends on it, so a resumed fit uses the same number
     planned_epochs: int
     history: list[Epoch] = field(default_factory=list)
-    batch_index: int = 0  # of the next minibatch in the current epoch
+    batch_index: int = 0  # index of the next minibatch in the current epoch
     num_steps: int = 0
     beta: float = 1.0
-    terms: list[ElboTerms] = field(default_factory=list)  # of the steps of the current epoch
-    seconds: float = 0.0  # time of the current epoch before the fit was interrupted
+    terms: list[ElboTerms] = field(default_factory=list)  # one for each step of the current epoch
+    seconds: float = 0.0  # time spent on the current epoch before an interruption
     random_before_epoch: Any = None  # random state at the start of the current epoch
-    random_after_step: Any = None  # random state after its last step
+    random_after_step: Any = None  # random state after the last step of the current epoch
 
     @property
     def epoch(self) -> int:
@@ -92,10 +96,13 @@ class Position:
             set_random_state(self.random_after_step)
         return remaining
 
-    def end_epoch(self, validation: MeanElbo | None, group: Group) -> Epoch:
-        """Append the record of the current epoch over all ranks, and begin the next epoch."""
+    def end_epoch(
+        self, validation: MeanElbo | None, group: Group, mutual_information: float | None = None
+    ) -> Epoch:
+        """Append the record of the current epoch, with the mean over all ranks, and begin the next epoch."""
         terms = group.gather_terms(ElboTerms(*(torch.cat(part) for part in zip(*self.terms, strict=True))))
-        record = Epoch(self.epoch, self.beta, terms.mean(), validation, time.perf_counter() - self.start_time)
+        seconds = time.perf_counter() - self.start_time
+        record = Epoch(self.epoch, self.beta, terms.mean(), validation, seconds, mutual_information)
         self.history.append(record)
         self.batch_index, self.terms, self.seconds = 0, [], 0.0
         self.random_before_epoch = self.random_after_step = None
@@ -103,7 +110,7 @@ class Position:
 
 
 class CheckpointManager:
-    """Save and restore the checkpoints of a fit. Without ``checkpoints`` none are saved."""
+    """Save and restore the checkpoints of a fit. If ``checkpoints`` is ``None``, none are saved."""
 
     def __init__(
         self,
@@ -121,13 +128,14 @@ class CheckpointManager:
         if checkpoints is not None and batches.persistent:
             warnings.warn(
                 "checkpoint: the loader's workers persist between epochs, and checkpoints do not contain "
-                "their random states; if the data set draws random numbers, those of a resumed fit differ. "
-                "Pass persistent_workers=False",
+                "their random states; if the data set draws random numbers, a resumed fit draws different "
+                "ones. Pass persistent_workers=False",
                 stacklevel=3,
             )
 
     def start(self, resume: str | Path | None, first: Batch, held_out: Batches | None) -> None:
-        """Give all ranks the same parameters, and restore the checkpoint that ``resume`` names."""
+        """Divide the data among the ranks, copy the parameters of rank 0 to all ranks, and restore the
+        checkpoint that ``resume`` names, if any."""
         if self.group.size > 1:
             self.group.shard(self.batches)
             if held_out is not None:
@@ -138,7 +146,8 @@ class CheckpointManager:
             self._resume(resume, first)
 
     def after_step(self) -> None:
-        """Count a step, and save if one is due. Raises ``Interrupted`` if a rank has received a signal."""
+        """Count a step, and save a checkpoint after each ``every`` steps. Raises ``Interrupted`` if a rank
+        has received a signal."""
         self.position.batch_index += 1
         self.position.num_steps += 1
         if self.checkpoints is not None:
@@ -150,12 +159,13 @@ class CheckpointManager:
 
     @contextmanager
     def save_before_signals(self) -> Iterator[None]:
-        """Delay SIGINT and SIGTERM in the block until a checkpoint is saved. Without checkpoints they act at
-        once."""
+        """Delay SIGINT and SIGTERM in the block until a checkpoint is saved. If no checkpoints are
+        saved, signals are not delayed."""
         if self.checkpoints is None:
             yield
             return
-        with deferred(anywhere=self.group.size == 1):  # several ranks stop after the same step
+        # several ranks must stop after the same step, so only after_step may stop them
+        with deferred(anywhere=self.group.size == 1):
             try:
                 yield
             except Interrupted:
@@ -163,7 +173,7 @@ class CheckpointManager:
                 raise
 
     def save(self) -> None:
-        """Save a checkpoint, unless no step has run. Rank 0 writes it for all ranks."""
+        """Save a checkpoint if any step has run. Rank 0 writes the checkpoint for all ranks."""
         if self.checkpoints is None or not self.position.num_steps:
             return
         at = self.position
@@ -190,7 +200,7 @@ class CheckpointManager:
             "ranks": ranks,
             "seconds": time.perf_counter() - at.start_time if at.batch_index else 0.0,
             "weights": self.state.copy(),
-            # parameters with gradients: optimizers update these at each step, at a zero gradient by momentum
+            # parameters that have a gradient; an optimizer with momentum updates them even if it is zero
             "moved": [name for name, p in pyro.get_param_store().named_parameters() if p.grad is not None],
             "optim": optim_state(self.svi.optim),
             "best": {
@@ -209,9 +219,9 @@ class CheckpointManager:
     def _resume(self, resume: str | Path, first: Batch) -> None:
         """Restore a checkpoint.
 
-        :raises FileNotFoundError: if it does not exist.
-        :raises ValueError: if it is damaged, or of another pair.
-        :raises MismatchError: if it is of another version or configuration.
+        :raises FileNotFoundError: if the checkpoint does not exist.
+        :raises ValueError: if it is damaged, or has the parameters of another pair.
+        :raises MismatchError: if another version of pyro_vae wrote it, or if the configuration differs.
         """
         checkpoint = self._find(resume)
         if checkpoint is None:
@@ -231,7 +241,10 @@ class CheckpointManager:
         )
         of_rank = content["ranks"][self.group.rank]
         device = first.leaves()[0].device
-        at.terms = [ElboTerms(*(part.to(device) for part in of_rank["terms"]))] if of_rank["terms"] else []
+        terms = [part.to(device) for part in of_rank["terms"]]
+        if len(terms) == 3:  # checkpoints of earlier versions have no bound and ESS
+            terms = list(ElboTerms.of_elbo(*terms))
+        at.terms = [ElboTerms(*terms)] if terms else []
         at.random_before_epoch = random_state_from_tensors(of_rank["began"])
         at.random_after_step = random_state_from_tensors(of_rank["now"])
         self.stopping.best_elbo, self.stopping.epochs_since_best = best["elbo"], best["epochs_since"]
@@ -239,25 +252,26 @@ class CheckpointManager:
         if self.checkpoints is not None and not self.group.rank:
             self.checkpoints.go_on_from(path)
         self.svi._restore_graphs(content["graphs"])
-        # otherwise Pyro runs the pair to infer it
+        # if this is not set, Pyro runs the pair to infer it
         self.svi._elbo.max_plate_nesting = content["max_plate_nesting"]
-        logger.info("resume: from %s, after step %d", path, at.num_steps)
+        logger.info("resume: continuing from %s, after step %d", path, at.num_steps)
 
     def _check_content(self, path: Path, content: Any) -> None:
-        """Raise ``MismatchError`` for missing entries or another configuration; warn of other versions."""
+        """Raise ``MismatchError`` if entries are missing or the configuration differs. Warn if the versions
+        of torch or Pyro differ."""
         missing = [name for name in _required_entries(self.group.size) if not _has(content, name)]
         if missing:
             raise MismatchError(
                 f"resume: {path} lacks {', '.join(missing[:5])}, which this version of pyro_vae "
-                "requires; begin anew in another folder"
+                "requires; start a new fit in another folder"
             )
         for key, saved in content["config"].items():
             if self.config.get(key) != saved:
                 raise MismatchError(
-                    f"resume: {key} is {self.config.get(key)!r} but was {saved!r} in {path}; expected the "
-                    "same, or begin anew in another folder"
+                    f"resume: {key} is {self.config.get(key)!r} but was {saved!r} in {path}; pass the same "
+                    "value, or start a new fit in another folder"
                 )
-        # checkpoints of 0.1.0 have no versions
+        # checkpoints of pyro_vae 0.1.0 do not record versions
         installed, saved_versions = versions(), content.get("versions", {})
         changed = [
             f"{name} {saved} (now {installed.get(name)})"
@@ -273,8 +287,8 @@ class CheckpointManager:
             )
 
     def _make_parameters(self, first: Batch, names: Collection[str]) -> None:
-        """Create the parameters of the pair by running it, and those that the loss itself creates (running
-        averages)."""
+        """Run the pair, which creates its parameters. If ``names`` contains other parameters, evaluate
+        the loss too, which may create parameters of its own, such as running averages."""
         model, guide = self.state.model, self.state.guide
         make_parameters(model, guide, first)
         if set(names) <= self.state.tensors().keys():
@@ -286,26 +300,27 @@ class CheckpointManager:
         store.set_state(created)
 
     def _find(self, resume: str | Path) -> tuple[Path, Any] | None:
-        """The path and content of the checkpoint that ``resume`` names; ``None`` for "last" in an empty
-        folder."""
+        """The path and content of the checkpoint that ``resume`` names; ``None`` if ``resume`` is "last"
+        and the folder has no checkpoints."""
         if resume not in ("last", "best"):
             return Path(resume), read_checkpoint(Path(resume))
         if self.checkpoints is None:
             raise ValueError(
-                f'resume: "{resume}" needs a checkpoint folder; pass checkpoint=FOLDER, or a path'
+                f'resume: "{resume}" needs a checkpoint folder; pass checkpoint=FOLDER, or resume=PATH'
             )
         if resume == "last":
             return self.checkpoints.last()
         best = self.checkpoints.best()
         if best is None:
             raise FileNotFoundError(
-                f"resume: {self.checkpoints.folder} has no checkpoint of an epoch with validation data"
+                f"resume: {self.checkpoints.folder} has no checkpoint of an epoch with validation data; pass "
+                'resume="last"'
             )
         return best
 
 
 def _required_entries(num_ranks: int) -> list[str]:
-    """The dotted names of the entries that :meth:`CheckpointManager.save` writes."""
+    """The names of the entries that :meth:`CheckpointManager.save` writes. Dots separate nested keys."""
     return [
         "config",
         "weights",
@@ -327,7 +342,8 @@ def _required_entries(num_ranks: int) -> list[str]:
 
 
 def _has(content: Any, name: str) -> bool:
-    """Whether nested dictionaries and lists have an entry of a dotted name."""
+    """Whether ``content``, of nested dictionaries and lists, has an entry with a name such as
+    ``best.elbo``."""
     for key in name.split("."):
         try:
             content = content[int(key) if isinstance(content, list) else key]

@@ -9,33 +9,34 @@ from types import FrameType
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _pending: int | None = None  # the number of the delayed signal
 _may_poll = False  # whether `poll` and `interruptible` may raise
-_raise_at_once = False  # whether the handler raises `Interrupted`, in an `interruptible` block
+_raise_at_once = False  # whether the handler raises `Interrupted`: true in an `interruptible` block
 
 
 class Interrupted(KeyboardInterrupt):
-    """A delayed signal is pending, so the current work is abandoned."""
+    """Raised to end the current work early, because a delayed signal is pending."""
 
 
 @contextmanager
 def deferred(*, anywhere: bool = True) -> Iterator[None]:
-    """Delay the first SIGINT or SIGTERM to the end of the block, and then send it to its previous handler. A
-    second signal kills the process.
+    """Delay the first SIGINT or SIGTERM to the end of the block. The handler that was installed before the
+    block then receives the signal. A second signal kills the process.
 
-    The block may end early by raising :class:`Interrupted` when a signal is pending. Outside the main thread
-    this does nothing, since Python runs signal handlers only there.
+    Code in the block may raise :class:`Interrupted` to end the block early when a signal is pending. Outside
+    the main thread, this context manager does nothing: Python runs signal handlers only in the main thread.
 
-    :param anywhere: whether :func:`poll` and :func:`interruptible` may raise :class:`Interrupted`, too.
+    :param anywhere: whether :func:`poll` and :func:`interruptible` raise :class:`Interrupted` in the block.
+        If false, they do nothing.
     """
     global _pending, _may_poll
     previous = {number: signal.getsignal(number) for number in _SIGNALS}
     in_main_thread = threading.current_thread() is threading.main_thread()
     is_nested = _delay in previous.values()
-    # a handler that was not installed from Python is None here, and cannot be restored
+    # getsignal returns None for a handler that was not installed from Python, which cannot be restored
     if not in_main_thread or is_nested or None in previous.values():
         yield
         return
     for number, handler in previous.items():
-        if handler is not signal.SIG_IGN:  # a background job ignores SIGINT
+        if handler is not signal.SIG_IGN:  # a background job of a shell goes on ignoring SIGINT
             signal.signal(number, _delay)
     _may_poll = anywhere
     try:
@@ -61,7 +62,8 @@ def waiting() -> bool:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise :class:`Interrupted` as soon as a signal arrives in the block. For work without side effects."""
+    """Raise :class:`Interrupted` as soon as a signal arrives in the block. Use it only for work without side
+    effects, since the block may stop at any point."""
     global _raise_at_once
     poll()
     before, _raise_at_once = _raise_at_once, True

@@ -35,8 +35,8 @@ def set_random_state(state: dict[str, Any], batches: Batches | None = None) -> N
 
 
 def random_state_to_tensors(state: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Convert a random state to a form that checkpoints can store, with the states of Python's and numpy's
-    generators as tensors."""
+    """Convert a random state to values that a checkpoint can store: the states of Python's and numpy's
+    generators become tensors."""
     if state is None:
         return None
     (version, words, gauss), (kind, keys, *rest) = state["random"], state["numpy"]
@@ -55,7 +55,8 @@ def random_state_from_tensors(state: dict[str, Any] | None) -> dict[str, Any] | 
 
 
 def optim_state(optim: Any) -> dict[str, Any]:
-    """The states of an optimizer's torch optimizers and schedulers, by the names of the parameters."""
+    """The states of the torch optimizers and schedulers in a Pyro optimizer, by name of the parameter.
+    :class:`OneOptimizer` has one state for all parameters, with the name ``""``."""
     if isinstance(optim, OneOptimizer):
         return {"": optim.optimizer.state_dict()}
     states = {}
@@ -70,8 +71,8 @@ def optim_state(optim: Any) -> dict[str, Any]:
 
 
 def set_optim_state(optim: Any, state: dict[str, Any]) -> None:
-    """Restore the state of an optimizer, and create its torch optimizers, which Pyro creates at the first
-    step."""
+    """Restore the states that :func:`optim_state` returned. The torch optimizers are created now, since Pyro
+    creates them only at the first step."""
     if isinstance(optim, OneOptimizer):
         optim.optimizer.load_state_dict(state[""])
         return
@@ -95,8 +96,8 @@ def _is_scheduler(optim: Any) -> bool:
 def configuration(
     batches: Batches, held_out: Batches | None, loss: ELBO, optim: Any, group: Group, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """The settings that must be the same when a fit is resumed. Functions cannot be compared, and are all
-    recorded as "a function"."""
+    """The settings that must be the same when a fit is resumed. Functions cannot be compared, so each
+    is recorded as ``"a function"``."""
     names = "num_particles", "vectorize_particles", "alpha"
     options = loss.options() if isinstance(loss, Objective) else _attributes(loss, names)
     whole = batches.whole.leaves() if isinstance(batches, InMemory) else []
@@ -125,7 +126,8 @@ def versions() -> dict[str, str]:
 
 
 def _optimizer_settings(optim: Any) -> dict[str, Any]:
-    """The classes of an optimizer and its scheduler, and their options that are plain values."""
+    """The class names of an optimizer and its scheduler, and the options that are numbers, strings, tuples or
+    lists."""
     kinds = [
         type(optim),
         *(getattr(optim, f"pt_{part}_constructor", None) for part in ("optim", "scheduler")),

@@ -9,8 +9,9 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero, scale_and_mask
-from pyro.infer import ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.trace_elbo import _compute_log_r
+from pyro.infer.traceenum_elbo import _compute_dice_elbo
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
@@ -43,6 +44,9 @@ def evaluate_loss(elbo: ELBO, model: Program, guide: Program, batch: Batch) -> S
     if isinstance(elbo, Objective):
         return elbo.step(model, guide, batch)
     traces = list(elbo._get_traces(model, guide, batch.args, batch.kwargs))
+    if type(elbo) is TraceEnum_ELBO:
+        total = -sum(_compute_dice_elbo(*pair) for pair in traces) / elbo.num_particles
+        return Step(total.detach(), total, None, traces)
     particles = [surrogate(elbo, *pair) for pair in traces]
     loss, surrogate_loss = (sum(part) / elbo.num_particles for part in zip(*particles, strict=True))
     return Step(loss, surrogate_loss, None, traces)

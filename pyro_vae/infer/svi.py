@@ -11,7 +11,7 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.optim import PyroOptim
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -36,7 +36,7 @@ _COMPARE_AT, _COMPARE_EVERY = (10, 100), 1000  # steps of a graph at which it is
 _MAX_BUILDS = 16  # graphs of one signature, after which it runs as eager Pyro
 _MAX_SIGNATURES = 64  # signatures, after which others run as eager Pyro
 _NUM_FLOATS = 3  # values of floating arguments at which a graph is compared with eager Pyro
-_TRACED = (Trace_ELBO, TraceMeanField_ELBO)
+_TRACED = (Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO)
 
 
 class SVI(pyro.infer.SVI):
@@ -59,8 +59,9 @@ class SVI(pyro.infer.SVI):
     ``compile``, and the interface of ``pyro.infer.SVI``.
 
     :param optim: one of Pyro's optimizers, or a ``torch.optim.Optimizer`` over the pair's parameters.
-    :param loss: one of Pyro's ELBO objects, of which ``Trace_ELBO`` and ``TraceMeanField_ELBO`` are traced,
-        or an :class:`~pyro_vae.infer.Objective`, such as :class:`~pyro_vae.infer.IWAE`.
+    :param loss: one of Pyro's ELBO objects, of which ``Trace_ELBO``, ``TraceMeanField_ELBO`` and
+        ``TraceEnum_ELBO`` are traced, or an :class:`~pyro_vae.infer.Objective`, such as
+        :class:`~pyro_vae.infer.IWAE`.
     :param compile: ``"trace"``: a graph from the second step on; tracing takes about a second. ``True``: a
         graph compiled by Inductor, which takes from some seconds to a minute. ``"auto"``: a graph after 100
         steps of one signature, and Inductor after 5000 if there is a C++ compiler. ``False``: eager Pyro.
@@ -226,13 +227,17 @@ class SVI(pyro.infer.SVI):
                 self._run_eagerly(signature, f"the graph failed but eager Pyro did not: {describe(failure)}")
             return value
         self._extra = reported
-        self._before_update(signature.step.params, gradients)
-        signature.update(gradients)
+        signature.update(self._before_update(signature.step.params, gradients))
         return value
 
-    def _before_update(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Called after the gradients are computed and before the optimizer's update. A subclass may change
-        the gradients in place, or raise."""
+    def _before_update(
+        self,
+        params: Sequence[Tensor],  # noqa: ARG002
+        gradients: Sequence[Tensor],
+    ) -> Sequence[Tensor | None]:
+        """Called after the gradients are computed and before the optimizer's update. Returns the gradients
+        for the update, ``None`` for parameters that it leaves unchanged. A subclass may raise."""
+        return gradients
 
     def _extra_outputs(self, step: Step, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:  # noqa: ARG002
         """Additional outputs of a graph, computed from the evaluated loss and the gradients. After a step of
@@ -257,12 +262,10 @@ class SVI(pyro.infer.SVI):
         if self.compile is False:
             return "compile=False"
         if not self._is_elbo:
-            return "the loss is a function; Trace_ELBO and TraceMeanField_ELBO are traced"
+            return "the loss is a function, and not an ELBO object"
         if type(self._elbo) not in _TRACED and not isinstance(self._elbo, Objective):
-            return (
-                f"the loss is {type(self._elbo).__name__}; Trace_ELBO, TraceMeanField_ELBO and the "
-                "objectives of pyro_vae are traced"
-            )
+            traced = ", ".join(kind.__name__ for kind in _TRACED)
+            return f"the loss is {type(self._elbo).__name__}; {traced} and objectives of pyro_vae are traced"
         if getattr(self.loss_and_grads, "__self__", None) not in (self._elbo, self):
             return "loss_and_grads is not the method of the loss"
         if _PYRO_STACK:

@@ -1,4 +1,5 @@
-"""Pyro's validation of parameters and values, as tensor operations in a graph."""
+"""The checks of parameters and values of distributions that Pyro makes if validation is enabled. They are
+written as tensor operations, so that a compiled graph can contain them."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,11 +11,11 @@ from torch.distributions import TransformedDistribution, constraints
 
 
 def validity(traces: Sequence[tuple[Trace, Trace]], *, default: bool) -> Iterator[Tensor]:
-    """Yield for each constraint of a run whether it is satisfied, ``()``. Constraints to real numbers are
-    omitted, since a NaN there makes the loss NaN.
+    """For each constraint in the traces of a run, yield a scalar tensor: whether the constraint is satisfied.
+    Constraints to real numbers are omitted: only NaN violates them, and NaN makes the loss NaN.
 
-    :param default: whether distributions without ``validate_args`` are validated, see
-    ``set_default_validate_args``.
+    :param default: whether to validate distributions that were constructed without ``validate_args``, see
+        ``Distribution.set_default_validate_args``.
     """
     for model_trace, guide_trace in traces:
         for trace in (model_trace, guide_trace):
@@ -22,7 +23,8 @@ def validity(traces: Sequence[tuple[Trace, Trace]], *, default: bool) -> Iterato
                 if site["type"] != "sample" or not _is_validated(site["fn"], default):
                     continue
                 yield from _parameter_validity(site["fn"])
-                # values of the guide's sites are draws, which satisfy the constraint
+                # values of the guide's sites are draws from the site's distribution, so they are in its
+                # support
                 if trace is model_trace:
                     try:
                         support = _base_constraint(site["fn"].support)
@@ -34,7 +36,7 @@ def validity(traces: Sequence[tuple[Trace, Trace]], *, default: bool) -> Iterato
 
 def _is_validated(fn: Any, default: bool) -> bool:
     """Whether torch validates a distribution. A reshaped, expanded or masked distribution is validated if its
-    base is."""
+    base distribution is."""
     while "base_dist" in vars(fn) and not isinstance(fn, TransformedDistribution):
         fn = fn.base_dist
     validate_args = vars(fn).get("_validate_args")
@@ -51,7 +53,7 @@ def _parameter_validity(fn: Any) -> Iterator[Tensor]:
 
 
 def _base_constraint(constraint: Any) -> Any:
-    """The constraint without ``independent``."""
+    """The constraint that ``constraints.independent`` wraps, or the constraint itself."""
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
     return constraint
@@ -62,8 +64,8 @@ def _is_real(constraint: Any) -> bool:
 
 
 def _all_satisfy(constraint: Any, value: Tensor) -> Tensor:
-    """Whether all values satisfy a constraint, ``()``. The check of a positive definite matrix is written
-    here, since that of torch branches in Python on whether the matrix is symmetric."""
+    """Whether all values satisfy a constraint, as a scalar tensor. Symmetric and positive definite matrices
+    are not checked by torch's ``check``, since it branches in Python on the value of a tensor."""
     if not isinstance(constraint, type(constraints.symmetric)):
         return constraint.check(value).all()
     satisfied = torch.isclose(value, value.mT, atol=1e-6).all()

@@ -1,4 +1,4 @@
-"""Reading any pair of a Pyro model and guide: what it is made of, what is wrong with it, its log-weights."""
+"""Inspect any pair of a Pyro model and guide, report its problems, and compute its log-weights."""
 
 from pyro_vae.pairs.check import PairReport, SiteReport, check_pair
 from pyro_vae.pairs.elbo import ElboTerms, MeanElbo, elbo_terms

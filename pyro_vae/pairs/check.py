@@ -1,4 +1,4 @@
-"""Check a pair: the same checks on its structure for every verb."""
+"""Check a pair of a model and a guide. All functions that take a pair make the same checks."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 
 class SiteReport(NamedTuple):
-    """One random variable of a pair. ``plates``: outermost first. ``programs``: ``"model"``, ``"guide"`` or
-    both."""
+    """One random variable of a pair. ``plates``: names of its plates, outermost first. ``programs``: the
+    programs that have it, ``"model"``, ``"guide"`` or both."""
 
     name: str
     observed: bool
@@ -79,15 +79,15 @@ class PairReport:
 def check_pair(model: Program, guide: Program, data: Any) -> PairReport:
     """Run a pair on all data at once and report its problems. All state is restored afterwards.
 
-    Checked are: sites that only model or guide has; event shapes and plates that differ between them; batch
-    dimensions that no plate declares; data that are not finite, or outside of the likelihood's support, with
-    the row; draws of the guide outside of the model's support and the reverse; log-probabilities that are not
-    finite, with the row; networks that are not registered; rows along another dimension than the first; and
-    rows that are not independent given the latents that they share, as under batch normalization in training
-    mode.
+    It reports sites that only model or guide has; event shapes and plates that differ between model and
+    guide; batch dimensions that no plate declares; data that are not finite or outside of the likelihood's
+    support; draws of the guide outside of the model's support, and draws of the model outside of the guide's;
+    log-probabilities that are not finite; networks that are not registered in Pyro's param store; rows along
+    another dimension than the first; and rows that are not independent given the latents that they share, as
+    under batch normalization in training mode. Problems of data and of log-probabilities name the row.
 
-    :param data: as for :func:`~pyro_vae.fit`; some of them suffice, such as 100 rows. Invalid data are
-        reported too.
+    :param data: as for :func:`~pyro_vae.fit`; a part of the data, such as 100 rows, is enough. Invalid data
+        are reported as a problem.
     :return: :class:`PairReport`; ``print(check_pair(...))`` is a table of the sites and the list of problems.
 
     >>> import pyro, pyro.distributions as dist, torch
@@ -118,7 +118,8 @@ def check_pair(model: Program, guide: Program, data: Any) -> PairReport:
 
 
 def _trainable_problems(pair: Structure) -> Iterable[Problem]:
-    """The problems of training, unless all parameters are frozen: such a pair is meant to be evaluated."""
+    """The problems of training. If all parameters are frozen there are none, since such a pair is meant to be
+    evaluated only."""
     parameters = [p for module in pair.modules for p in module.parameters(recurse=False)]
     return () if parameters and not any(p.requires_grad for p in parameters) else training_problems(pair)
 
@@ -134,19 +135,23 @@ def inspect_checked(
     joint: bool = False,
     whole: bool = True,
 ) -> Structure:
-    """:func:`inspect` a pair for a verb that evaluates it. Raises ``ValueError`` for what is wrong with it.
+    """:func:`inspect` a pair for a function that evaluates it. Raises ``ValueError`` if the pair has
+    problems.
 
-    :param check: ``False`` allows problems that are judged, not undefined results.
-    :param per_datum: the verb needs log-weights per datum.
-    :param joint: the verb needs log-weights of all data together; the structure returned has them as one
-        datum.
-    :param whole: the batch is all data, so distinct rows must stay distinct in the dtype of the parameters.
+    :param verb: name of the function, for the error.
+    :param check: ``False`` allows problems that are ``judged``, see :class:`.Problem`. For other problems
+        results would be undefined, so they always raise.
+    :param per_datum: the function needs log-weights per datum.
+    :param joint: the function needs log-weights of all data together. In the structure that is returned all
+        data are one datum.
+    :param whole: the batch is all data. It is an error if different rows become equal in the dtype of the
+        parameters.
     """
     pair = inspect(model, guide, batch)
     if whole:
         batch.check_cast(pair.dtype)
     problems: list[Problem] = [*pair_problems(pair), *lost_parameters(pair)]
-    if not problems or not check:  # these may raise on a pair with other problems
+    if not problems or not check:  # these functions may raise for a pair with other problems
         with suppress(RuntimeError, ValueError) if problems else nullcontext():
             problems += [
                 *(per_datum_problems(pair) if per_datum else ()),
@@ -156,7 +161,7 @@ def inspect_checked(
     for side, name, site in pair.sites:
         if isinstance(site["scale"], Tensor) and site["scale"].numel() > 1 and not (site["scale"] == 1).all():
             logger.warning(
-                "%s: the weights of %r in the %s (poutine.scale) are for training, and left out here",
+                "%s: the weights of %r in the %s (poutine.scale) affect training only and are ignored here",
                 verb,
                 name,
                 side,
@@ -169,11 +174,14 @@ def inspect_checked(
 
 
 def refuse(problems: Iterable[Problem], *, verb: str, check: bool = True) -> None:
-    """Raise ``ValueError`` for these problems; with ``check=False`` only for undefined results."""
+    """Raise ``ValueError`` if there are problems. With ``check=False``, ignore those that are ``judged``, see
+    :class:`.Problem`."""
     found = [problem for problem in problems if check or not problem.judged]
     if not found:
         return
-    remedy = f" (to run {verb} all the same: check=False)" if all(problem.judged for problem in found) else ""
+    remedy = (
+        f" (pass check=False to run {verb} all the same)" if all(problem.judged for problem in found) else ""
+    )
     raise ValueError("; ".join(problem.text for problem in found) + remedy)
 
 

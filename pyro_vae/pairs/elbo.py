@@ -1,4 +1,4 @@
-"""The terms of the ELBO, and the handler that scales them by N/B and anneals the KL."""
+"""The terms of the ELBO, and a handler that scales them from B rows to N data and anneals the KL."""
 
 import math
 from typing import NamedTuple
@@ -13,9 +13,9 @@ from pyro_vae.pairs.traces import Recorded, proposal, sampled, subsampling_scale
 class MeanElbo(NamedTuple):
     """The ELBO of a data set: means over its data in nats per datum, elbo = reconstruction − kl.
 
-    - elbo_se: the standard error of the mean ``elbo`` over data; ``nan`` for a single datum, and where all
-      data of a batch have the mean ELBO of the batch
-    - reconstruction, kl: ``nan`` where sites are summed out
+    - elbo_se: the standard error of the mean ``elbo`` over data; ``nan`` for one datum, and if only the ELBO
+      of a whole batch is known
+    - reconstruction, kl: ``nan`` for a pair with enumerated sites, since only their difference is known
     - bound, bound_se: the value of an objective other than the ELBO, and its standard error, else ``None``
     - ess: effective sample size of the K weights of this objective, else ``None``
     """
@@ -49,7 +49,7 @@ def _with_se(mean: float, se: float | None) -> str:
 
 class ElboTerms(NamedTuple):
     """The ELBO of each datum in nats, log p(x|z) + log p(z) − log q(z|x) at draws of the guide: a lower bound
-    of log p(x) in expectation. Without annealing, scaling to a data set, and ``poutine.scale``.
+    of log p(x) in expectation. Annealing, scaling to a data set and ``poutine.scale`` are not applied.
 
     All are tensors ``(batch,)``. Terms of latents that all data share are divided evenly among the data.
 
@@ -73,15 +73,20 @@ class ElboTerms(NamedTuple):
         return cls(elbo, reconstruction, kl, unknown, unknown)
 
     @classmethod
-    def of_batch(cls, elbo: float, num_rows: int) -> "ElboTerms":
-        """The ELBO of a whole batch, divided evenly among its data, if the terms of each datum are
-        unknown."""
-        unknown = torch.full((num_rows,), torch.nan)
-        return cls(torch.full((num_rows,), elbo), *[unknown] * 4)
+    def of_batch(cls, elbo: float | Tensor, num_rows: int) -> "ElboTerms":
+        """Terms of a batch of which only the ELBO of all rows together is known.
+
+        :param elbo: the ELBO of the batch per datum, in nats. Each row gets this value; its other terms are
+            NaN.
+        """
+        return cls.of_elbo(
+            torch.as_tensor(elbo, dtype=torch.double).expand(num_rows),
+            *torch.full((2, num_rows), torch.nan, dtype=torch.double),
+        )
 
     def mean(self) -> MeanElbo:
         elbo, reconstruction, kl, bound, ess = (part.double().mean().item() for part in self)
-        # without terms and bound, all data of a batch have its mean, which does not show their spread
+        # values of of_batch do not show the spread over data
         is_mean = math.isnan(kl) and math.isnan(bound)
         mean = MeanElbo(elbo, reconstruction, kl, math.nan if is_mean else _mean_se(self.elbo))
         if math.isnan(bound):
@@ -93,8 +98,8 @@ class ElboTerms(NamedTuple):
 
 
 def _mean_se(values: Tensor) -> float:
-    """The standard error of the mean; ``nan`` for a single value, and if all are equal, which are then parts
-    of one value."""
+    """The standard error of the mean. ``nan`` for a single value, and if all values are equal: they come from
+    one total that was divided evenly among the data, so they do not show the spread over data."""
     n = len(values)
     if n < 2 or (values == values[0]).all():
         return math.nan
@@ -106,9 +111,10 @@ def elbo_terms(
 ) -> ElboTerms:
     """The ELBO terms of one run of a pair, per datum.
 
-    :param plates: names of the data plates. Without one the run must be over all data at once.
+    :param plates: names of the data plates. If there are none, the run must be over all data at once.
     :param num_data: N. Terms of sites outside of the data plates are divided by N.
-    :param num_particles: the number of vectorized particles in the traces, over which terms are averaged.
+    :param num_particles: the number of vectorized particles in the traces. The terms are means over
+        particles.
     """
     model, guide = sum_sites(sampled(model_trace), plates), sum_sites(proposal(guide_trace), plates)
     reconstruction = (model.observed + model.shared_observed / num_data) / num_particles
@@ -128,7 +134,7 @@ class Reweighted(Recorded):
     Sites that are scaled already are not scaled again: those in a subsampling plate, and those in ``scaled``.
 
     :param scaled: names of the sites that the pair itself scales by N/B, see ``Structure.scaled``.
-    :param strip: remove the pair's own ``poutine.scale``, for reports without annealing.
+    :param strip: remove the ``poutine.scale`` of the pair itself, to report the ELBO without annealing.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Many draws of a pair at once in an outermost plate of particles, and enumerated sites summed out."""
+"""Run many particles of a pair at once, in an outermost plate, and sum out enumerated sites."""
 
 import math
 from collections import OrderedDict
@@ -48,17 +48,18 @@ def is_enumerated(site: dict) -> bool:
 
 
 def sum_out(traces: Sequence[tuple[Trace, Sites, int]], plates: frozenset[str]) -> Tensor:
-    """log Σ Π f over the values of the enumerated sites, by variable elimination. f are the probabilities of
-    the sites of each trace, to the power of its sign. Enumerated sites of a trace of sign −1 count as 1,
-    since a mean of p/q over q is a sum of p.
+    """log Σ Π f, summed over the values of the enumerated sites by variable elimination.
 
-    Scales are removed, masks are applied.
+    The factors f are the probabilities of the sites of each trace to the power of the sign of the trace: 1
+    for p, −1 for q. Enumerated sites of a trace with sign −1 have no factor, since the mean of p/q over q is
+    the sum of p. Scales are removed, masks are applied.
 
-    :param traces: for each trace the function that gives its sites, ``sampled`` or ``proposal``, and its
-        sign. The guide's comes first, run under ``EnumMessenger(first_available_dim)``, then the model's, run
-        under ``EnumMessenger()``, so that they do not share enumeration dimensions.
-    :param plates: the plates that remain, of particles and of data.
-    :return: ``(particles, batch)``, without the dimensions of plates that are not there.
+    :param traces: a tuple for each trace: the trace, the function that returns its sites (``sampled`` or
+        ``proposal``), and its sign. The trace of the guide comes first, run under
+        ``EnumMessenger(first_available_dim)``. Then comes the trace of the model, run under
+        ``EnumMessenger()``. So they do not share enumeration dimensions.
+    :param plates: names of the plates that are not summed over, of particles and of data.
+    :return: ``(particles, batch)``, without the dimension of a plate that contains no site.
     """
     factors: OrderedDict[frozenset, list[Tensor]] = OrderedDict()
     symbols: dict[str, str] = {}
@@ -75,7 +76,7 @@ def sum_out(traces: Sequence[tuple[Trace, Sites, int]], plates: frozenset[str]) 
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
             masked = scale_and_mask(log_prob, mask=site["mask"])
             dim = site["infer"].get("_enumerate_dim")
-            if dim is not None and site["mask"] is not None:  # a masked site sums to 1
+            if dim is not None and site["mask"] is not None:  # the values of a masked site sum to 1
                 size = site["value"].shape[dim - site["fn"].event_dim]
                 masked = torch.where(
                     torch.as_tensor(site["mask"], device=masked.device), log_prob, -math.log(size)

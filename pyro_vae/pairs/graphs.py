@@ -23,8 +23,8 @@ def can_compile() -> bool:
 
 
 def graphed(f: Callable[..., Sequence[Tensor]], *, kind: str) -> Any:
-    """The function as a :class:`~pyro_vae.compiler.Graphed`, or as an eager function with the same
-    methods."""
+    """The function as a :class:`~pyro_vae.compiler.Graphed`, or if the compiler cannot be imported as an
+    eager function with the same methods."""
     if not can_compile():
         return _Eager(f)
     from pyro_vae.compiler import Graphed

@@ -1,6 +1,7 @@
-"""The latents of each datum, or of all data as one datum, concatenated in one vector, for many draws at
-once."""
+"""The latents of a datum as one vector, and log-probabilities at many such vectors at once. All data together
+may be one datum."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -14,31 +15,52 @@ from torch import Tensor
 from pyro_vae.data.batches import Batch
 from pyro_vae.pairs.check import inspect_checked
 from pyro_vae.pairs.enumeration import PARTICLES, Held, Sites, is_enumerated, sum_out, values_of
+from pyro_vae.pairs.preserve import untouched
 from pyro_vae.pairs.structure import Structure, first_line, row_dim
 from pyro_vae.pairs.traces import Program, prior_of, proposal, sampled, sum_sites
+
+_CHUNK = 50  # draws of which densities given all rows are evaluated at once
 
 
 def inspect_latents(
     model: Program, guide: Program | None, batch: Batch, *, verb: str, check: bool = True
 ) -> tuple["Latents", Batch]:
-    """The latents of a checked pair, and its batch. Without a guide, the latents are drawn from the prior."""
+    """Check a pair, and return its latents and its batch. Without a guide, latents are drawn from the
+    prior."""
     pair = inspect_checked(model, guide or prior_of(model), batch, verb=verb, check=check, per_datum=True)
     part_of_q = {name for name, _ in proposal(pair.traces[1])}
     for name, site in pair.guide_latents.items():
         if site["infer"].get("is_auxiliary") and name not in part_of_q:
             raise ValueError(
-                f"guide: its site {name!r} is not in the model, so log q(z|x) without it is not known, and "
-                f"{verb} needs it; expected a guide without auxiliary sites, or log_weights, evaluate and "
-                "importance, which need no more than log q(z|x, u)"
+                f"guide: its site {name!r} is not in the model, so log q(z|x) without this site is not "
+                f"known, and {verb} needs it; expected a guide without auxiliary sites. For this guide use "
+                "log_weights, evaluate or importance, which need log q(z|x, u) only"
             )
     return Latents(pair), pair.batch
 
 
+def mutual_information(pair: Structure, *, seed: int = 0) -> float:
+    """I_q(x; z) of data and latents in nats, at most log N: the mean of log q(z|x) − log q(z) over the N rows
+    of the pair's batch at one draw of z each, with q(z) the mean of q(z|x) over these rows (Hoffman & Johnson
+    2016).
+
+    :raises NotImplementedError: if the density of the guide at given latents is not known.
+    """
+    with untouched(training=False, seed=seed), torch.no_grad():
+        latents = Latents(pair)
+        z, log_q = latents.draw(pair.guide, pair.batch, 1)
+        log_marginal = latents.log_aggregate(pair.guide, pair.batch, z[0])
+        return (log_q[0].double() - log_marginal).mean().item()
+
+
 class Site(NamedTuple):
-    """A latent site. event: its event shape. plates: the size of each batch dimension, 1 without a plate.
-    rows: the batch dimension of the data. dims: the batch dimensions of plates within a datum. fn: its
-    distribution in the model. If all data are one datum, ``rows`` is a dimension of size 1 to the left of all
-    plates."""
+    """A latent site.
+
+    event: its event shape. plates: the size of each batch dimension, 1 if there is no plate. rows: the batch
+    dimension of the data plate. dims: the other batch dimensions, whose elements belong to one datum. fn: the
+    distribution of the site in the model. If all data are one datum, ``rows`` is a dimension of size 1 to the
+    left of all plates.
+    """
 
     event: torch.Size
     plates: tuple[int, ...]
@@ -49,7 +71,7 @@ class Site(NamedTuple):
 
     @property
     def inner(self) -> tuple[int, ...]:
-        """Sizes of the plates within a datum."""
+        """Sizes of the batch dimensions other than ``rows``."""
         return self.plates[: self.rows] + self.plates[len(self.plates) + self.rows + 1 :]
 
     @property
@@ -63,11 +85,12 @@ class Latents:
     log-probabilities at given z. Sites that the model enumerates in parallel are summed out and are not part
     of z.
 
-    For a joint structure all data are one datum: z contains all latents, the batch is 1, and
+    For a joint structure all data are one datum: z contains all latents, the batch size is 1, and
     log-probabilities are sums over all data.
 
-    :param pair: of :func:`~pyro_vae.pairs.check.inspect_checked` with ``per_datum`` or ``joint``.
-    :raises ValueError: for a latent of each datum in a sequential plate.
+    :param pair: a structure from :func:`~pyro_vae.pairs.check.inspect_checked` with ``per_datum`` or
+        ``joint``.
+    :raises ValueError: if a latent lies in a sequential plate or in no data plate, unless ``pair`` is joint.
     """
 
     def __init__(self, pair: Structure) -> None:
@@ -97,7 +120,7 @@ class Latents:
             )
         event, value = site["fn"].event_shape, site["value"]
         batch_shape = value.shape[max(0, value.dim() - len(event) - self.nesting) : value.dim() - len(event)]
-        sizes[len(sizes) - len(batch_shape) :] = batch_shape  # dimensions that no plate declares too
+        sizes[len(sizes) - len(batch_shape) :] = batch_shape  # also of dimensions that no plate declares
         for frame in frames:
             sizes[frame.dim] = self.pair.num_rows if frame.dim == rows else frame.size
         declared = {frame.dim for frame in frames}
@@ -109,7 +132,7 @@ class Latents:
         return 1 if self.joint else batch.num_rows
 
     def split(self, z: Tensor) -> Iterator[tuple[str, Site, Tensor]]:
-        """The part of z ``(*batch, dim)`` of each site: ``(*batch, *shape)``."""
+        """Split z ``(*batch, dim)`` into the values of the sites, ``(*batch, *shape)`` each."""
         parts = z.split([site.shape.numel() for site in self.sites.values()], -1)
         for (name, site), part in zip(self.sites.items(), parts, strict=True):
             yield name, site, part.reshape(*z.shape[:-1], *site.shape)
@@ -118,7 +141,7 @@ class Latents:
         """Values of the sites in a plate of particles, from z ``(particles, batch, dim)``."""
         values = {}
         for name, site, part in self.split(z):
-            # (particles, batch, plates within, event)
+            # (particles, batch, other plates, event)
             rows = part.reshape(*z.shape[:2], *site.inner, *site.event)
             value = rows[:, 0] if self.joint else rows.movedim(1, 1 + self.nesting + site.rows)
             values[name] = value.to(site.dtype)
@@ -127,7 +150,9 @@ class Latents:
     def flat(self, values: Mapping[str, Tensor], num_particles: int, num_rows: int) -> Tensor:
         """z ``(particles, batch, dim)`` from values of the sites, with or without a particle dimension."""
         if not self.sites:
-            raise ValueError("model: it has no latent of each datum that is not summed out; expected one")
+            raise ValueError(
+                "model: it has no latent per datum, apart from those that are summed out; expected one"
+            )
         for name in self.sites:
             if name not in values:
                 raise ValueError(
@@ -148,15 +173,15 @@ class Latents:
     def run(
         self, program: Program, batch: Batch, num_particles: int, values: Mapping[str, Tensor] | None = None
     ) -> Trace:
-        """A trace of ``num_particles`` runs at once. With ``values`` these sites are fixed, and enumerated
-        sites take all their values."""
+        """A trace of ``num_particles`` runs at once. If ``values`` are given, these sites are fixed at them,
+        and enumerated sites take all their possible values."""
         held = program if values is None else Held(values)(program)
         if self.enumerates and values is not None:
             held = EnumMessenger(first_available_dim=-2 - self.nesting)(held)
         with poutine.trace() as tracer, pyro.plate(PARTICLES, num_particles, dim=-1 - self.nesting):
             try:
                 held(*batch.args, **batch.kwargs)
-            except RuntimeError as error:  # of torch, about shapes: such as of batch normalization
+            except RuntimeError as error:  # an error of torch about shapes, such as in batch normalization
                 raise ValueError(
                     f"pair: it does not run in a plate of particles: {first_line(error)}; expected code that "
                     "counts dimensions from the right: z[..., 0], dim=-1, reshape(*z.shape[:-1], …)"
@@ -164,18 +189,19 @@ class Latents:
         return tracer.trace
 
     def draw(self, guide: Program, batch: Batch, num_particles: int) -> tuple[Tensor, Tensor]:
-        """Draws z of a guide ``(particles, batch, dim)``, and log q(z|x) of them ``(particles, batch)``."""
+        """Draws z of a guide, ``(particles, batch, dim)``, and log q(z|x) at these draws,
+        ``(particles, batch)``."""
         trace = self.run(guide, batch, num_particles)
         shape = num_particles, self.num_rows(batch)
         z = self.flat(values_of(trace), *shape)
-        # a sampled value of what the guide enumerates
+        # the run sampled one value of each site that the guide enumerates; log_q sums over all values
         if any(is_enumerated(site) for _, site in sampled(trace)):
             return z, self.log_q(guide, batch, z).expand(shape)
         latent, observed = self._sums(trace, proposal)
         return z, (latent + observed).expand(shape)
 
     def by_site(self, z: Tensor) -> dict[str, Tensor]:
-        """Draws z ``(particles, batch, dim)`` of each site, ``(particles, batch, *shape)``."""
+        """Split draws z ``(particles, batch, dim)`` by site, ``(particles, batch, *shape)`` each."""
         return {name: part.to(site.dtype) for name, site, part in self.split(z)}
 
     def distribution(self, guide: Program, batch: Batch) -> Any:
@@ -192,7 +218,7 @@ class Latents:
 
     def log_q(self, guide: Program, batch: Batch, z: Tensor) -> Tensor:
         """log q(z|x). z: ``(particles, batch, dim)`` → ``(particles, batch)``. Raises ``NotImplementedError``
-        for a guide that knows the density of its own draws only, such as an autoguide."""
+        if the guide can compute the density of its own draws only, as an autoguide."""
         if self.pair.guide is guide and self.pair.has_auxiliary:
             raise NotImplementedError(
                 "guide: it has auxiliary sites, so its density at given latents is not known"
@@ -201,10 +227,10 @@ class Latents:
             return self._total(self.run(guide, batch, len(z), self.values(z)), proposal).expand(
                 len(z), z.shape[1]
             )
-        except KeyError as error:  # a transform that can invert its own draws only
+        except KeyError as error:  # from a transform that has no inverse except for its own draws
             raise NotImplementedError(
-                f"guide: its density at given latents is not known: {first_line(error)}; a planar flow has "
-                "no inverse"
+                f"guide: its density at given latents is not known: {first_line(error)}; a planar flow, for "
+                "example, has no inverse"
             ) from error
 
     def log_prior_and_joint(self, model: Program, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,6 +247,15 @@ class Latents:
             parts = [latent, latent + observed]
         log_prior, log_joint = (part.expand(len(z), z.shape[1]) for part in parts)
         return log_prior, log_joint
+
+    def log_aggregate(self, guide: Program, batch: Batch, z: Tensor) -> Tensor:
+        """log q(z) of the aggregate posterior q(z) = 1/N Σ_n q(z|x_n) over the rows of a batch, in nats.
+        z: ``(n, dim)`` → ``(n,)``, in double precision. It takes n · N densities."""
+        num_rows = self.num_rows(batch)
+        parts = [
+            self.log_q(guide, batch, part.unsqueeze(1).expand(-1, num_rows, -1)) for part in z.split(_CHUNK)
+        ]
+        return torch.cat(parts).double().logsumexp(1) - math.log(num_rows)
 
     def _total(self, trace: Trace, sites: Sites) -> Tensor:
         """Log-probability of all sites, ``(particles, batch)`` or a shape that broadcasts to it."""

@@ -38,15 +38,15 @@ def log_weights(
 ) -> Tensor:
     """log p(x, z) − log q(z|x) per datum at z ~ q(z|x), in nats: ``(num_particles, batch)``.
 
-    The mean of their exponentials over particles is an unbiased estimate of p(x) for every guide. The mean of
+    For every guide, the mean of exp(log-weight) over particles is an unbiased estimate of p(x). The mean of
     the log-weights is an unbiased estimate of the ELBO.
 
     Accepts any pair with a data plate: several latents, plates within a datum, masks (masked entries do not
-    contribute to p), autoguides. Sites with ``infer={"enumerate": "parallel"}`` are summed out: sites of the
-    model exactly, log Σ_y p(x, y, z); sites of the guide with one draw per value,
-    log Σ_y p(x, y, z_y) / q(z_y|x, y). Scales, such as those of subsampling and annealing, are removed.
-    Observed sites of the guide (``obs=``, ``pyro.factor``) are not part of q; nor are auxiliary sites from
-    which no latent is computed.
+    contribute to p), autoguides. Sites with ``infer={"enumerate": "parallel"}`` are summed out. For a site y
+    of the model the sum is exact, log Σ_y p(x, y, z). For a site y of the guide, z is drawn once per value of
+    y, and the sum is log Σ_y p(x, y, z_y) / q(z_y|x, y). Scales, such as those of subsampling and annealing,
+    are removed. Observed sites of the guide (``obs=``, ``pyro.factor``) are not part of q. Auxiliary sites
+    from which no latent is computed are not part of q either.
 
     :param data: the arguments of model and guide, ``(batch, *event)``, in any form that :func:`~pyro_vae.fit`
         accepts: a tensor or array, a tuple for positional arguments, a dict for keyword arguments,
@@ -73,8 +73,8 @@ class JointLogWeights:
 
     :param log_weights: log p(x₁…x_N, z) − log q(z|x), ``(num_particles,)``.
     :param draws: the draws z by latent site, ``(num_particles, *shape)``, with a dimension for each plate of
-        the site. Sites that are summed out have no draws. Sites of which the guide makes one draw per value
-        of an enumerated site are left out.
+        the site. Two kinds of sites are left out: those that are summed out, and those that the guide draws
+        once for each value of an enumerated site.
     """
 
     log_weights: Tensor
@@ -87,12 +87,13 @@ class JointLogWeights:
 
     @property
     def log_evidence_se(self) -> float:
-        """Its Monte Carlo standard error by the jackknife, see :func:`~pyro_vae.numerics.log_mean_exp_se`."""
+        """Standard error of ``log_evidence`` by the jackknife, see
+        :func:`~pyro_vae.numerics.log_mean_exp_se`."""
         return log_mean_exp_se(self.log_weights.double()).item()
 
     @property
     def ess(self) -> float:
-        """Effective sample size of the weights, between 1 and their number."""
+        """Effective sample size of the weights, between 1 and the number of particles."""
         return effective_sample_size(self.log_weights.double()).item()
 
     @property
@@ -122,9 +123,10 @@ def joint_log_weights(
 ) -> JointLogWeights:
     """log p(x₁…x_N, z) − log q(z|x) of all data together, in nats, and the draws z: :class:`JointLogWeights`.
 
-    For pairs with global latents, such as the coefficients of a regression. The log-mean-exp estimates the
-    log evidence of the whole data set. Arguments as for :func:`log_weights`. The result stores all draws. If
-    local latents make them too large, use ``evidence.importance(…, joint=True)``, which does not store draws.
+    Use it for pairs with global latents, such as the coefficients of a regression. The log-mean-exp of the
+    log-weights estimates the log evidence of the whole data set. The arguments are those of
+    :func:`log_weights`. The result stores all draws. If the draws of local latents take too much memory, use
+    ``evidence.importance(…, joint=True)``, which does not store draws.
     """
     check_particles("joint_log_weights", num_particles)
     batch = read_whole(data, seed=seed)
@@ -161,7 +163,8 @@ def weigh(
 class Weigher:
     """Computes the log-weights of a pair by chunks of the data, in evaluation mode and without gradients.
 
-    :param pair: a structure with ``particles``. If it is joint, all data are one datum with one log-weight.
+    :param pair: a structure from :func:`.probe_particles`. If it is joint, all data are one datum with one
+        log-weight.
     :param max_bytes: memory of the tensors that one run allocates.
     """
 
@@ -174,11 +177,11 @@ class Weigher:
         self.vectorized = self.particles.vectorized
         self.latents: Latents | None = None  # set if draws are returned
         self.sites: list[str] = []  # names of the sites whose draws are returned
-        self.graphs: dict[Any, Any] = {}  # by the shapes of a chunk of the data
+        self.graphs: dict[Any, Any] = {}  # by the shapes of the tensors in a chunk of the data
 
     def chunks(self, num_particles: int) -> list[slice]:
-        """Slices of the rows of the data; also sets the number of particles per run. Call it before
-        :meth:`of`."""
+        """Slices that divide the rows of the data into chunks. Also sets the number of particles per run, so
+        call it before :meth:`of`."""
         rows, self.particles_per_run = self._chunk_sizes(num_particles)
         chunks = slices(self.batch.num_rows, rows)
         self.chunk_counts = Counter(chunk.stop - chunk.start for chunk in chunks)
@@ -187,7 +190,7 @@ class Weigher:
     def of(self, rows: slice, num_particles: int) -> Tensor:
         """The log-weights of a chunk of the data, ``(num_particles, rows)``.
 
-        :raises ValueError: for a datum with a log-weight that is NaN or ∞, or if all of them are −∞.
+        :raises ValueError: if a log-weight is NaN or ∞, or if all log-weights of a datum are −∞.
         """
         return self._compute(rows, num_particles)[0]
 
@@ -211,8 +214,8 @@ class Weigher:
         return log_w, *draws
 
     def _graphed(self, part: Batch, calls: int) -> Callable[..., Sequence[Tensor]]:
-        """The log-weights of ``particles_per_run`` particles as a function of the tensors of a chunk, by a
-        compiled graph if ``calls`` calls justify its compilation."""
+        """The log-weights of ``particles_per_run`` particles as a function of the tensors of a chunk. It is a
+        compiled graph if that saves time for ``calls`` calls."""
 
         def eager(*tensors: Tensor) -> tuple[Tensor, ...]:
             return self.weigh(part.with_leaves(tensors), self.particles_per_run)
@@ -236,7 +239,8 @@ class Weigher:
             )
 
     def _nonfinite_site(self, rows: slice) -> str:
-        """For an error: the first site with a log-probability that is not finite, else ``""``."""
+        """The end of an error message: the first site whose log-probability is not finite, ``""`` if there is
+        none."""
         batch = self.batch.rows(rows)
         with untouched(seed=0):
             traces = run_pair(self.pair.model, self.pair.guide, *batch.args, **batch.kwargs)
@@ -249,7 +253,7 @@ class Weigher:
     def weigh(self, batch: Batch, num_particles: int) -> tuple[Tensor, ...]:
         """Log-weights of a batch, ``(num_particles, rows)``, and the draws by site if they are returned.
 
-        Particles that do not run in one plate run one after another.
+        If particles cannot run in one plate, they run one after another.
         """
         if self.vectorized:
             return self._run(batch, num_particles)
@@ -284,7 +288,7 @@ class Weigher:
             return (log_w.expand(shape),)
         max_plates, values, draws = self.nesting + (num_particles is not None), values_of(q), {}
         for name, site in self.latents.sites.items():
-            # leave out draws with further dimensions: of enumerated sites of the guide, or without a plate
+            # leave out draws with more dimensions, from enumerated sites of the guide or without a plate
             if name in values and values[name].dim() <= max_plates + len(site.event):
                 draws[name] = self.latents.part(name, values[name], shape[0], 1)[:, 0]
         self.sites = list(draws)

@@ -51,10 +51,11 @@ def simulate_once(model: Program, batch: Batch, keys: Mapping[str, Any]) -> tupl
 
 
 def check_generative(model: Program, batch: Batch, keys: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` if the distribution of an observed site depends on an observed argument.
+    """Raise ``ValueError`` if the log-probability of a simulated value changes when the model runs on the
+    simulated data.
 
-    The value of such a site is drawn given the data, and not given the simulated observations. The
-    log-probabilities of simulated values then change when the model runs on them.
+    The distribution of that site then depends on an observed argument. When the value was drawn, the argument
+    still had its value from before the simulation.
     """
     with untouched(training=False, seed=0), torch.no_grad():
         trace = poutine.trace(poutine.uncondition(model)).get_trace(*batch.args, **batch.kwargs)
@@ -70,8 +71,8 @@ def check_generative(model: Program, batch: Batch, keys: Mapping[str, Any]) -> N
             before, after, rtol=1e-4, atol=1e-4, equal_nan=True
         ):
             raise ValueError(
-                f"simulate: the distribution of {name!r} depends on an observed argument, so it was drawn "
-                "given the old value; expected p(x|z) to depend only on latents and conditions"
+                f"simulate: the distribution of {name!r} depends on an observed argument, so {name!r} was "
+                "drawn given the original data; expected p(x|z) to depend only on latents and conditions"
             )
 
 
@@ -79,14 +80,23 @@ def _arguments(batch: Batch) -> dict[Any, Any]:
     return dict(enumerate(batch.args)) | batch.kwargs
 
 
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
 def _observed_argument(name: str, value: Tensor, given: dict[Any, Any]) -> Any:
-    """The key of the argument that a site observes: it shares memory with ``value``, or has equal entries."""
+    """The key of the argument that a site observes: the argument shares memory with the observed ``value``.
+    If there is no such argument, it is the one whose entries equal ``value``."""
     candidates = {
         key: part for key, part in given.items() if isinstance(part, Tensor) and part.numel() == value.numel()
     }
-    keys = [key for key, part in candidates.items() if part.data_ptr() == value.data_ptr()]
-    if not keys:
-        keys = [key for key, part in candidates.items() if bool((part.reshape(value.shape) == value).all())]
+    # not a transposed argument, whose memory is the same
+    candidates = {
+        key: part for key, part in candidates.items() if _is_equal(part.reshape(value.shape), value)
+    }
+    keys = [key for key, part in candidates.items() if part.data_ptr() == value.data_ptr()] or list(
+        candidates
+    )
     if len(keys) != 1:
         problem = f"equals several of its arguments, {keys}" if keys else "is not one of its arguments"
         raise ValueError(

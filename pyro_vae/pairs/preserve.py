@@ -17,26 +17,26 @@ from pyro_vae.pairs.traces import Program, run_pair
 
 
 def stream_seed(seed: int, index: int = 0) -> int:
-    """The seed of torch for the ``index``-th part of what a verb draws at ``seed``.
+    """The seed of torch's generator for the ``index``-th part of the draws of a function with argument
+    ``seed``.
 
-    It differs from ``seed``, so that data drawn after ``torch.manual_seed(0)`` do not share their noise with
-    a verb at ``seed=0``: its first draws would then be the latents that made the data.
+    It differs from ``seed``. Otherwise a function with ``seed=0`` would have the same noise as data drawn
+    after ``torch.manual_seed(0)``, and its first draws would be the latents that generated the data.
     """
     return ((seed ^ 0x9E3779B9) + 1_000_003 * index) % 2**32
 
 
 @contextmanager
 def untouched(*, training: bool | None = None, seed: int | None = None) -> Iterator[Mapping[nn.Module, bool]]:
-    """Run a block and restore the state that it changes: random states, Pyro's param store, training flags,
-    buffers and ``requires_grad`` of every module that runs, and torch's default for validation of
-    distributions. The autocast cache is cleared, since it does not notice that parameters change. Yields the
-    modules that ran, and whether gradients were enabled.
+    """A context that restores the state that its block changes: random states, Pyro's param store, training
+    flags, buffers and ``requires_grad`` of every module that runs, and torch's default for validation of
+    distributions. The autocast cache is cleared, since it may have casts of parameters that have changed.
+    Yields a mapping from each module that ran to whether gradients were enabled.
 
     :param training: run the modules in training or in evaluation mode; ``None`` keeps their own mode.
     :param seed: seed of the random state within the block, see :func:`stream_seed`; ``None`` continues the
         random state of the caller.
-    :raises RuntimeError: if another thread trains. Other threads that run a pair are blocked until the block
-    ends.
+    :raises RuntimeError: if another thread trains. Other threads that run a pair wait until the block ends.
     """
     if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**32):
         raise ValueError(f"seed: expected a whole number from 0 to 2³² − 1 but got {seed!r}")
@@ -87,7 +87,7 @@ def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Mo
         for (
             parameter,
             reference,
-        ) in references.items():  # get_state removes them, but a step in progress needs them
+        ) in references.items():  # get_state removes the references, but a step in progress needs them
             parameter.unconstrained = reference
         for parameter, was_trained in trained.items():
             parameter.requires_grad_(was_trained)
@@ -96,21 +96,21 @@ def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Mo
         with torch.no_grad():
             for module, name, buffer, kept in buffers:
                 module._buffers[name] = buffer  # the module may have replaced the tensor
-                # copy only if it was written: an expanded tensor cannot be
+                # copy only if the buffer has changed: copy_() raises for an expanded tensor
                 if buffer is not None and kept is not None and not torch.equal(buffer, kept):
                     buffer.copy_(kept)
 
 
 def read_whole(data: Any, *, seed: int) -> Batch:
-    """:func:`~pyro_vae.data.batches.as_whole` of the data of a verb. What a loader draws is drawn at
-    ``seed``, and the caller's random states are unchanged."""
+    """All data as one batch, see :func:`~pyro_vae.data.batches.as_whole`. A loader draws its random numbers
+    with ``seed``, and the caller's random states are unchanged."""
     with untouched(seed=seed):
         return as_whole(data)
 
 
 class _TransformModules(Messenger):
-    """Calls ``enter`` for modules that are transforms of a distribution, which run without forward hooks.
-    In nested blocks those of the outer blocks come first, as with forward hooks."""
+    """Calls ``enter`` for the transforms of distributions that are modules, since transforms run without
+    forward hooks. In nested blocks the ``enter`` of an outer block is called first, as forward hooks are."""
 
     _nested: ClassVar[list[Callable[[nn.Module, Any], None]]] = []
 
@@ -163,7 +163,7 @@ class KeepFrozen(Messenger):
 
 @contextmanager
 def modules_that_run() -> Iterator[Mapping[nn.Module, bool]]:
-    """The modules that run in the block, and whether gradients were enabled."""
+    """A context that yields a mapping from each module that runs in it to whether gradients were enabled."""
     ran: dict[nn.Module, bool] = {}
 
     def enter(module: nn.Module, _: Any) -> None:
@@ -177,7 +177,7 @@ def modules_that_run() -> Iterator[Mapping[nn.Module, bool]]:
 
 
 def make_parameters(model: Program, guide: Program, batch: Batch) -> list[nn.Module]:
-    """Run a pair to create the parameters that it creates lazily, and keep only these. Returns the modules
+    """Run a pair once so that it creates all its parameters, and restore all other state. Returns the modules
     that ran."""
     store = pyro.get_param_store()
     with untouched(training=False) as ran, torch.no_grad():
@@ -188,8 +188,8 @@ def make_parameters(model: Program, guide: Program, batch: Batch) -> list[nn.Mod
 
 
 def closed_over(model: Program, guide: Program, ran: Collection[nn.Module]) -> list[nn.Module]:
-    """The modules that ran, and their submodules, that are not submodules of model or guide, because plain
-    functions close over them. In the order in which they ran."""
+    """The modules that plain functions close over: those that ran, and their submodules, except the
+    submodules of model and guide. They are in the order in which they ran."""
     owned = {
         part for program in (model, guide) if isinstance(program, nn.Module) for part in program.modules()
     }

@@ -1,4 +1,5 @@
-"""Log-weights of a run, and how they compare between single runs, particles in a plate, and fewer rows."""
+"""Compute the log-weights of a run, and test whether they are the same in a plate of particles and on fewer
+rows."""
 
 import logging
 import math
@@ -31,7 +32,7 @@ from pyro_vae.pairs.traces import Program, proposal, run_pair, sampled, sum_site
 
 logger = logging.getLogger(__name__)
 _MAX_MIXTURES = 4
-_PROBE_SEED = 2**31 - 1  # not a seed that a verb is likely to have, whose draws would be repeated
+_PROBE_SEED = 2**31 - 1  # users are unlikely to pass it; the same seed would repeat draws
 
 
 def log_weight(traces: Traces, plates: frozenset[str], *, particle_dim: int | None = None) -> Tensor:
@@ -59,12 +60,13 @@ def log_prob_terms(
 
 
 def probe_particles(pair: Structure) -> Structure:
-    """The structure with its ``particles``.
+    """The structure with its ``particles``, which say whether the pair can be vectorized and its rows
+    divided.
 
-    The latents of two runs, and mixtures of both in which each row has the latents of one of them, are held
-    fixed. The log-probabilities at these are compared with those of the runs, in a plate of particles and on
-    fewer rows. Takes two runs of the pair, and more if the pair cannot be vectorized or its rows depend on
-    each other.
+    The pair is run at fixed latents: the latents of two runs, and mixtures in which each row has the latents
+    of one of the two runs. The log-probabilities in a plate of particles, and on fewer rows, are compared
+    with those of the two runs. This takes two runs of the pair, and more if the pair cannot be vectorized or
+    its rows depend on each other.
     """
     if pair.is_handler:
         made = counted_bytes(lambda: run_pair(pair.model, pair.guide, *pair.batch.args, **pair.batch.kwargs))
@@ -103,7 +105,7 @@ def probe_particles(pair: Structure) -> Structure:
         coupled = _is_coupled(pair, terms)
         if independent is False and not _same(terms[0], _held(pair, batch, draws[0], seed=_PROBE_SEED - 1)):
             independent = None  # the pair draws noise outside of its sites
-        # the rows that depend on each other may be others
+        # rows that depend on each other may have been left out: test all rows
         if not coupled and independent is not True and at is not None:
             draws = _draws(pair, _another_run(pair), None)
             coupled = _is_coupled(pair, [_held(pair, pair.batch, draw) for draw in draws])
@@ -123,8 +125,13 @@ def _another_run(pair: Structure) -> Traces:
 
 
 def _draws(pair: Structure, second: Traces, at: Tensor | None) -> list[dict[str, Tensor]]:
-    """Latents of the first run at the rows of the second one, those of the second run, others to mix with the
-    first, and mixtures in which some rows have the others, such that any two rows differ in one of them."""
+    """The latents at which the pair is tested: ``[one, two, others, *mixtures]``.
+
+    one: the latents of the first run, at the rows of the second run. two: the latents of the second run.
+    others: the same, but latents that are equal in both runs are shifted by a row. mixtures: some rows have
+    the latents of ``others`` and the rest those of ``one``. If there are up to 16 rows,
+    there is for any two rows a mixture in which they have latents of different lists.
+    """
     first, sites = latent_sites(pair.traces), latent_sites(second)
     two = {name: site["value"] for name, site in sites.items()}
     one = {name: _take_rows(first[name], at, pair) if name in first else two[name] for name in sites}
@@ -148,7 +155,7 @@ def _stacked(pair: Structure, traces: Traces, *, particle_dim: int | None = None
 
 def _held(pair: Structure, batch: Batch, values: Mapping[str, Tensor], *, seed: int = _PROBE_SEED) -> Tensor:
     """log p(x|z), log p(z) and log q(z|x) of a single run at given latents: ``(3, …)``. log q is NaN if the
-    guide does not know its density there."""
+    guide cannot compute its density at these latents."""
     with untouched(seed=seed):
         try:
             return _stacked(pair, run_particles(pair, batch, None, values))
@@ -164,7 +171,8 @@ def _held(pair: Structure, batch: Batch, values: Mapping[str, Tensor], *, seed: 
 
 
 def _is_coupled(pair: Structure, terms: list[Tensor]) -> bool:
-    """Whether rows of a mixture have other log-probabilities than in the run that their latents come from."""
+    """Whether the log-probability of a row differs between a mixture and the run that the row's latents are
+    from."""
     one, _, others, *mixtures = terms
     if not pair.plates or pair.shared or not one.shape[1:]:
         return False
@@ -191,9 +199,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 @contextmanager
 def moved_parameters(model: Program, guide: Program, batch: Batch) -> Iterator[None]:
-    """Run the block in evaluation mode with small noise added to all parameters, so that entries that start
-    equal, such as a table of zeros, give different terms. Positive parameters stay positive. The parameters
-    are restored afterwards."""
+    """Run the block in evaluation mode with small noise added to all parameters. Entries that start equal,
+    such as those of a table of zeros, then give different log-probabilities. Positive parameters stay
+    positive. The parameters are restored afterwards."""
     noise = torch.Generator().manual_seed(_PROBE_SEED)
     with untouched(training=False) as ran, torch.no_grad():
         run_pair(model, guide, *batch.args, **batch.kwargs)  # creates the parameters
@@ -217,7 +225,9 @@ def particle_programs(
 ) -> tuple[Program, Program]:
     """Model and guide in a plate of particles, or for a single run if ``num_particles`` is ``None``.
 
-    :param values: hold these latents fixed, without enumeration; otherwise they are drawn, with enumeration.
+    :param num_particles: ``None`` for a single run without this plate.
+    :param values: latents that are held fixed; there is then no enumeration. Without ``values``, latents are
+        drawn, and enumerated sites are enumerated.
     """
     model, guide = pair.model, pair.guide
     if values is not None:
@@ -247,7 +257,7 @@ def _agree(a: Tensor, b: Tensor, tolerance: float | None = None) -> bool:
 
 
 def _take_rows(site: dict, at: Tensor | None, pair: Structure) -> Tensor:
-    """The value of a site at some rows."""
+    """The value of a site at the rows ``at``."""
     value, dim = site["value"], row_dim(site, pair.plates)
     if at is None or dim is None:
         return value
@@ -256,8 +266,9 @@ def _take_rows(site: dict, at: Tensor | None, pair: Structure) -> Tensor:
 
 
 def _mixed_rows(n: int) -> list[Tensor]:
-    """The rows with other latents, for each mixture: those with a binary digit 1 in the row number, or random
-    rows if the row number has more than four digits."""
+    """For each mixture, a mask of the rows that have other latents. Mixture d has the rows whose number has
+    the binary digit 1 at position d. If row numbers have more than four binary digits, the rows are
+    random."""
     digits = max(1, math.ceil(math.log2(max(n, 2))))
     if digits > _MAX_MIXTURES:
         return list(torch.rand(_MAX_MIXTURES, n, generator=torch.Generator().manual_seed(0)) < 0.5)

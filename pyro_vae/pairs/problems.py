@@ -1,5 +1,5 @@
-"""What can be wrong with a pair: one generator of problems for each kind. :mod:`pyro_vae.pairs.check` calls
-them."""
+"""The problems that a pair can have. Each function generates the problems of one kind;
+:mod:`pyro_vae.pairs.check` calls the functions."""
 
 import math
 from collections.abc import Collection, Iterable, Iterator
@@ -24,15 +24,15 @@ from pyro_vae.pairs.traces import proposal, run_pair, sampled, sum_sites
 
 
 class Problem(NamedTuple):
-    """A problem of a pair. ``judged``: the results are defined but probably wrong, so ``check=False`` allows
-    them; otherwise they are undefined."""
+    """A problem of a pair. If ``judged`` is true, results are defined but probably wrong, and ``check=False``
+    allows the problem. Otherwise results are undefined, and the problem is always an error."""
 
     text: str
     judged: bool = True
 
 
 def pair_problems(pair: Structure) -> Iterator[Problem]:
-    """Problems of a pair for every verb."""
+    """Problems of a pair for every function that takes a pair."""
     yield from _site_problems(pair)
     yield from _auxiliary_problems(pair)
     yield from _plate_problems(pair)
@@ -54,11 +54,11 @@ def per_datum_problems(pair: Structure) -> Iterator[Problem]:
     if outside:
         named = [
             name for name, is_auxiliary in outside.items() if not is_auxiliary
-        ] or outside  # not those of an autoguide
+        ] or outside  # auxiliary sites, such as those of an autoguide, only if there are no others
         yield Problem(
             f"pair: {_lie(named)} in no data plate, so there is no evidence per datum; expected all sites "
             "within "
-            'pyro.plate("data", len(x)) over the rows of the data. For latents that all data share: '
+            'pyro.plate("data", len(x)) over the rows of the data. If all data share the latents, use '
             "joint_log_weights, or joint=True in evidence.importance, elbo, prior_monte_carlo, ais, and in "
             "diagnose, posterior_draws, to_arviz",
             judged=False,
@@ -72,9 +72,9 @@ def per_datum_problems(pair: Structure) -> Iterator[Problem]:
         if len(around) > 1:
             yield Problem(
                 f"{side}: {name!r} lies in the plates {' and '.join(around)}, which both have "
-                f"{pair.num_rows} rows, so it is not known which are the data; expected a pair that runs on "
-                f"another number of rows ({pair.other_rows_error or 'both follow the data'}), or the joint "
-                "evidence of all data, joint=True",
+                f"{pair.num_rows} rows, so it is ambiguous which is the data plate "
+                f"({pair.other_rows_error or 'both sizes change with the number of rows'}); expected a pair "
+                "that runs on another number of rows, or joint=True for the evidence of all data together",
                 judged=False,
             )
             break
@@ -112,32 +112,33 @@ def _counts(pair: Structure, name: str, site: dict) -> bool:
 
 
 def coupled_latents_problems(pair: Structure) -> Iterator[Problem]:
-    """Rows that depend on the latents of other rows, as in a random walk over the rows.
+    """The problem that rows depend on the latents of other rows, as in a random walk over the rows.
 
-    :param pair: with its particles.
+    :param pair: a structure with ``particles``.
     """
     if pair.particles is not None and pair.particles.coupled:
         yield Problem(
-            "pair: the log-weight of a row moves when the latents of another row are replaced, so there is "
-            "no evidence per datum; expected rows that are independent given their own latents and what all "
-            "share. For data that depend on each other, such as the steps of one series: joint_log_weights, "
-            "or joint=True in evidence.importance, elbo, prior_monte_carlo, ais, and in diagnose, "
-            "posterior_draws, to_arviz; or a series for each row of the data"
+            "pair: the log-weight of a row changes when the latents of another row are replaced, so there is "
+            "no evidence per datum; expected rows that are independent given their own latents and the "
+            "latents that all rows share. If the rows depend on each other, such as the steps of one time "
+            "series, use joint_log_weights, or joint=True in evidence.importance, elbo, prior_monte_carlo, "
+            "ais, and in diagnose, posterior_draws, to_arviz; or make a whole series one row of the data"
         )
 
 
 def dividing_problems(pair: Structure, num_data: int) -> Iterator[Problem]:
-    """Why a pair cannot be evaluated in minibatches: log-probabilities of a row that depend on the other rows
+    """Why a pair cannot be evaluated in minibatches: the log-probabilities of a row depend on the other rows
     of the batch.
 
-    :param pair: with its particles.
+    :param pair: a structure with ``particles``.
     """
     if pair.particles is not None and pair.particles.rows_independent is False:
         yield Problem(
             "pair: at the same latents, the log-probabilities of a row change when other rows are left out, "
             f"so minibatches of {pair.num_rows} of the {num_data} data give other results than all data at "
             "once. Usual causes: a statistic of the batch (x.mean()), a parameter indexed by the position in "
-            "it (loc[:len(x)]), a prior that uses len(x). Pass batch_size=None to take all data at once"
+            "the batch (loc[:len(x)]), a prior that uses len(x). Pass batch_size=None to take all data at "
+            "once"
         )
 
 
@@ -177,14 +178,16 @@ def subsample_problems(pair: Structure) -> Iterator[Problem]:
 
 
 def _lie(sites: Iterable[str]) -> str:
-    """Subject and verb of an error message, such as ``'a' and 'b' lie``; of many sites four and a count."""
+    """Subject and verb of an error message, such as ``'a' and 'b' lie``. Of many sites, four are named and
+    the others are counted."""
     names = [repr(name) for name in dict.fromkeys(sites)]
     listed = names if len(names) <= 5 else [*names[:4], f"{len(names) - 4} more sites"]
     return f"{listed[0]} lies" if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]} lie"
 
 
 def rows_problem(pair: Structure) -> Problem | None:
-    """A plate of the model over another dimension of the data than the first, which counts the rows."""
+    """The problem that a plate of the model is over a dimension of the data that is not the first. Rows are
+    counted along the first dimension."""
     if not pair.batch.tensors:
         return None
     for name, site in sampled(pair.traces[0]):
@@ -196,23 +199,23 @@ def rows_problem(pair: Structure) -> Problem | None:
                 if pair.plates and not _is_within(pair, frame.name):
                     continue
                 dim = part.shape[1:].index(size) + 1
-                rows = f"no plate follows the {len(part)} rows of the data"
+                rows = f"no plate is over the {len(part)} rows of the data"
                 remedy = f"pass the data with rows first, such as x.transpose(0, {dim})"
                 if pair.plates:
                     inner = min(pair.plates)
-                    rows = f"all sites of plate {inner!r} of the data's {len(part)} rows lie in it too"
-                    remedy += f", or give plate {inner!r} the size len(x) where its rows are the data"
+                    rows = f"all sites of plate {inner!r} (the {len(part)} rows of the data) lie in it too"
+                    remedy += f", or give plate {inner!r} the size len(x) if its rows are the data"
                 return Problem(
                     f"model: {name!r} lies in plate {frame.name!r} of {size} rows, and {rows}: dimension "
-                    f"{dim} of {key} has {size}. Data are counted along dimension 0, so a mean per datum "
-                    f"would be one of something else; {remedy}"
+                    f"{dim} of {key} has {size}. A datum is an index of dimension 0, so a mean per datum "
+                    f"would be a mean over the wrong dimension; {remedy}"
                 )
     return None
 
 
 def _is_within(pair: Structure, outer: str) -> bool:
-    """Whether the data plates are nested in another plate that has more sites. Used for a pair that runs on
-    one number of rows only, whose data plates are recognized by size."""
+    """Whether the data plates are nested in the plate ``outer``, which has more sites. False unless the pair
+    runs on one number of rows only: its data plates are then recognized by their size alone."""
     if pair.other_rows is not None or any(len(part) != pair.num_rows for part in pair.batch.tensors.values()):
         return False
     sites = list(sampled(pair.traces[0]))
@@ -253,8 +256,8 @@ def _site_problems(pair: Structure) -> Iterator[Problem]:
         shapes = [tuple(sites[name]["fn"].event_shape) for sites in (model, guide)]
         if shapes[0] != shapes[1]:
             yield Problem(
-                f"guide: {name!r} has event_shape {shapes[1]} but in the model {shapes[0]}; declare the "
-                "same event dimensions with .to_event(k)",
+                f"guide: {name!r} has event_shape {shapes[1]} but in the model it has {shapes[0]}; declare "
+                "the same event dimensions with .to_event(k)",
                 judged=False,
             )
     for name in model.keys() & guide.keys():
@@ -268,7 +271,7 @@ def _site_problems(pair: Structure) -> Iterator[Problem]:
 
 
 def _auxiliary_problems(pair: Structure) -> Iterator[Problem]:
-    """Auxiliary sites of a guide with points (Delta) that no point is computed from, see
+    """The problem that a guide has points (Delta), and auxiliary sites from which no point is computed, see
     :func:`.proposal`."""
     auxiliary = {
         name
@@ -318,7 +321,7 @@ def _plate_problems(pair: Structure) -> Iterator[Problem]:
         elif dims[0] != dims[1]:
             yield Problem(
                 f"guide: the plates of {name!r} have dimensions {dims[1]} but in the model {dims[0]}; "
-                "expected the same on both sides: pyro.plate(…, dim=…)",
+                "expected the same dimensions on both sides: pass dim to pyro.plate",
                 judged=False,
             )
     for side, trace in zip(("model", "guide"), pair.traces, strict=True):
@@ -342,7 +345,7 @@ def _plate_problems(pair: Structure) -> Iterator[Problem]:
 
 def _common_names(site: dict, pair: Structure) -> set[str]:
     """Names of a site's plates, with one name for all data plates, since model and guide may name them
-    differently. With enumeration they must agree, since Pyro eliminates variables by plate name."""
+    differently. With enumeration the names must be equal, since Pyro eliminates variables by plate name."""
     data = pair.plates if pair.other_rows is not None and not pair.enumerates else ()
     return {"data" if name in data else name for name in plates_of(site)}
 
@@ -386,7 +389,7 @@ def reach_problems(pair: Structure) -> Iterator[Problem]:
             and not _inside(q, drawn_from=p)
         ):
             yield Problem(
-                f"guide: {name!r} has support {q.support} but the model {p.support}, so the guide cannot "
+                f"guide: {name!r} has support {q.support} but in the model {p.support}, so the guide cannot "
                 "reach the whole posterior; expected a guide on the model's support, such as one of "
                 f"{family(p)}"
             )
@@ -409,8 +412,10 @@ def data_problems(
 ) -> Iterator[str]:
     """Rows of the data outside the likelihood's support.
 
-    :param whole: all data. They are checked in place of the batch if an observed value is an argument of the
-        model and the support is fixed, unlike that of a ``Multinomial``, which depends on the batch.
+    :param whole: all data. If an observed value is an argument of the model and its support is fixed, all
+        data are checked instead of the batch. The support of a ``Multinomial`` is not fixed: it depends on
+        the batch.
+    :param trusted: names of sites that are not checked.
     """
     for name, site in sampled(model_trace):
         value, fn = site["value"], site["fn"]
@@ -451,7 +456,7 @@ def has_fixed_support(model_trace: Trace) -> bool:
 
 
 def _by_row(elements: Tensor, dim: int | None, event_dim: int) -> Tensor:
-    """Whether any element of each row is true: ``(rows,)``; ``(1,)`` without a data plate."""
+    """For each row, whether any of its elements is true: ``(rows,)``, or ``(1,)`` without a data plate."""
     if dim is None or elements.dim() < event_dim - dim:
         return elements.reshape(len(elements), -1).any(1) if elements.dim() else elements.reshape(1)
     rows = elements.movedim(dim - event_dim, 0)
@@ -490,10 +495,10 @@ def _outside(name: str, support: Any, value: Tensor, outside: Tensor, row: int, 
         return f"{cause}; rescale the data or use another conditional"
     if low >= 0 and high <= 1:
         return (
-            f'{cause}, grey; binarize them with load(…, binarize="threshold") or "stochastic", or keep '
-            '"none" and use a continuous conditional such as ContinuousBernoulli or Normal'
+            f'{cause}, so they are grey; binarize them with load(…, binarize="threshold") or "stochastic", '
+            'or keep "none" and use a continuous conditional such as ContinuousBernoulli or Normal'
         )
-    return f"{cause}; divide by the largest (255 for bytes), then binarize, or use another conditional"
+    return f"{cause}; divide by the largest value (255 for bytes) and binarize, or use another conditional"
 
 
 def _density_problems(pair: Structure) -> Iterator[Problem]:
@@ -547,7 +552,7 @@ def improbable_rows(site: dict, plates: frozenset[str]) -> Iterator[tuple[int, f
 
 
 def _always(pair: Structure, name: str, row: int) -> bool:
-    """Whether a log-probability is −∞ at other draws of the latents too."""
+    """Whether the log-probability of a row is not finite at several other draws of the latents too."""
     if not pair.latents:
         return True
     for seed in range(4):
@@ -560,8 +565,8 @@ def _always(pair: Structure, name: str, row: int) -> bool:
 
 
 def lost_parameters(pair: Structure) -> Iterator[Problem]:
-    """Parameters that this run created although a fit trained them: the param store of that fit is not
-    active."""
+    """The problem that a run created parameters that a fit has trained, because the param store of the fit is
+    not active."""
     for program, trace in zip((pair.model, pair.guide), pair.traces, strict=True):
         trained, asked = trained_parameters(program), set(trace.param_nodes)
         lost = [
@@ -580,8 +585,8 @@ def lost_parameters(pair: Structure) -> Iterator[Problem]:
 
 
 def training_problems(pair: Structure) -> Iterator[Problem]:
-    """Why a pair, or a part of it, would not be trained. Only verbs that train call this: frozen pairs can be
-    evaluated."""
+    """Why a pair, or a part of it, would not be trained. Only functions that train a pair call this, since a
+    frozen pair can be evaluated."""
     parameters = {
         name: value.unconstrained() if hasattr(value := site["value"], "unconstrained") else value
         for trace in pair.traces
@@ -609,16 +614,16 @@ def training_problems(pair: Structure) -> Iterator[Problem]:
         yield Problem(
             _replaced(own.values(), pair)
             or f"pair: {_named(module, pair)} runs but is not registered, so it would never be trained; "
-            "expected pyro.module(name, net) with a name of its own, or an attribute of a PyroModule that "
-            "its forward, or a method marked @pyro_method, calls; or net.requires_grad_(False) where it is "
-            "frozen"
+            "expected pyro.module(name, net) with a name that no other network has, or a PyroModule that has "
+            "the network as an attribute and calls it in forward or in a method marked @pyro_method; if the "
+            "network is frozen, call net.requires_grad_(False)"
         )
         return
 
 
 def _replaced(own: Collection[Tensor], pair: Structure) -> str:
-    """The problem that the param store has another tensor under the name of one of these parameters, else
-    ``""``."""
+    """A message if the param store has another tensor under the name of one of these parameters, ``""``
+    otherwise."""
     model, guide = pair.traces
     for side, trace, other in (("model", model, guide), ("guide", guide, model)):
         for key, site in trace.nodes.items():
@@ -629,13 +634,13 @@ def _replaced(own: Collection[Tensor], pair: Structure) -> str:
             if any(start is not site["args"][1] for start in starts):
                 return (
                     "pair: model and guide register different networks under one name in Pyro's param store, "
-                    f"{name!r}, so that of the {side} would never be trained; expected two names: rename the "
-                    "attribute, or the name that is given to pyro.module, on one side"
+                    f"{name!r}, so the network of the {side} would never be trained; expected two "
+                    "names: on one side, rename the attribute, or change the name passed to pyro.module"
                 )
             return (
-                f"pair: Pyro's param store holds a network of an earlier pair as {name!r}, so that of the "
-                f"{side} would never be trained; expected pyro.clear_param_store() before the first run of "
-                "this pair, or a param store of its own"
+                f"pair: Pyro's param store holds a network of an earlier pair as {name!r}, so the network of "
+                f"the {side} would never be trained; expected pyro.clear_param_store() before the first run "
+                "of this pair, or a separate param store for this pair"
             )
     return ""
 
@@ -664,8 +669,8 @@ def log_prob_problems(pair: Structure) -> Iterator[Problem]:
 
 
 def coupling_problems(pair: Structure) -> Iterator[Problem]:
-    """Log-probabilities of other rows that change when one row of the data is replaced, at the same
-    latents."""
+    """The problem that the log-probabilities of other rows change, at the same latents, when one row of the
+    data is replaced."""
     model, guide, batch, plates = pair.model, pair.guide, pair.batch, pair.plates
     n = batch.num_rows if batch.tensors else 0
     if n < 2:
@@ -677,7 +682,7 @@ def coupling_problems(pair: Structure) -> Iterator[Problem]:
         drawn = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
 
     def sums(of: Batch) -> dict[str, Tensor]:
-        # the same latents in both runs: with rejection sampling the rows would not get the same noise
+        # replay the latents: at the same seed, rejection sampling may still give rows other noise
         with untouched(seed=0), torch.no_grad():
             traces = run_pair(model, poutine.replay(guide, trace=drawn), *of.args, **of.kwargs)
         p, q = sum_sites(sampled(traces[0]), plates), sum_sites(proposal(traces[1]), plates)
@@ -686,7 +691,7 @@ def coupling_problems(pair: Structure) -> Iterator[Problem]:
 
     try:
         before, after = sums(batch), sums(batch.map(lambda part: part[rows]))
-    except KeyError:  # a transform that can invert its own draws only
+    except KeyError:  # from a transform that has no inverse except for its own draws
         return
     for name, one in before.items():
         moved = ((one - after[name]).abs() > 1e-4 * (1 + one.abs())).nonzero().flatten()

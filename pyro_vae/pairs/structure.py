@@ -1,5 +1,5 @@
-"""Inspect a pair: run it a few times and record its plates, latents, parameters and particles, once for every
-verb."""
+"""Inspect a pair: run it a few times and record its plates, latents, parameters and particles. All functions
+that take a pair use this record."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -44,8 +44,8 @@ LESS_MEMORY = "lower the batch size (--batch-size), or the number of particles"
 
 @dataclass(frozen=True, eq=False)
 class Particles:
-    """How log-weights of several particles and of fewer rows compare with those of single runs on the whole
-    batch.
+    """How the log-weights of particles in a plate, and of fewer rows, compare with those of single runs on
+    the whole batch.
 
     vectorized: particles in one plate have the log-weights of single runs; otherwise ``reason`` says why not.
     rows_independent: at the same latents, the log-probabilities of a row do not change when other rows are
@@ -72,7 +72,8 @@ class Structure:
     - other_rows, other_traces: the rows of a second run, and its traces
     - other_rows_error: the error if the pair does not run on another number of rows, else ``""``
     - row_parameters: parameters with an entry for each row of this batch
-    - scaled: for model and guide, the sites in data plates that the pair itself scales by M/rows, and M
+    - scaled: for model and guide, the sites in data plates that the pair itself scales from the batch to M
+      data, by M / number of rows; each is mapped to M
     - created: the parameters that the first run created
     - unvalidated: for model and guide, the sites built with ``validate_args=False``
     - particles: see :class:`Particles`
@@ -101,8 +102,8 @@ class Structure:
         return self.batch.num_rows
 
     def as_one_datum(self) -> "Structure":
-        """The structure with all rows together as one datum: no plate is a data plate, and rows are not
-        divided."""
+        """A copy that treats all rows as one datum: no plate counts as a data plate, and the pair may not run
+        on some of the rows only."""
         particles = self.particles and replace(self.particles, rows_independent=False)
         return replace(self, plates=frozenset(), particles=particles, joint=True)
 
@@ -149,7 +150,7 @@ class Structure:
 
     @cached_property
     def points(self) -> tuple[str, ...]:
-        """The latents at which the guide has a point (Delta), and the model a distribution."""
+        """The latents that are points (Delta) in the guide but not in the model."""
         guide = self.guide_latents
         return tuple(
             n for n, site in self.latents.items() if n in guide and is_point(guide[n]) and not is_point(site)
@@ -157,8 +158,8 @@ class Structure:
 
     @cached_property
     def has_density(self) -> bool:
-        """Whether q(z|x) has a density. A point has none, unless it is computed from auxiliary sites, or
-        states its own."""
+        """Whether q(z|x) has a density. A point (Delta) has none, unless it is computed from auxiliary sites
+        or has a ``log_density``."""
         stated = [unwrapped(self.guide_latents[name]["fn"]).log_density for name in self.points]
         return self.has_auxiliary or all(bool(torch.as_tensor(density).any()) for density in stated)
 
@@ -185,17 +186,19 @@ def inspect(
     """Run a pair a few times and record its structure. All state is restored afterwards, see
     :func:`untouched`.
 
-    The pair runs once on the batch and once on another number of rows, which tells the data plates from
-    others. A third run is needed if the batch does not have the dtype of the parameters.
+    The pair runs once on the batch and once on another number of rows. Data plates are the plates whose size
+    changes with the number of rows. A third run is needed if the batch does not have the dtype of the
+    parameters.
 
-    :param training: run with gradients, and each module in its own mode; otherwise in evaluation mode.
-    :raises ValueError: for a model or guide that is not callable, a missing argument, or a pair that fails on
-    the batch.
+    :param training: run with gradients, and each module in its own mode. By default, run without gradients
+        and in evaluation mode.
+    :raises ValueError: if model or guide is not callable or lacks an argument, or if the pair fails on the
+        batch.
     """
     for name, program in (("model", model), ("guide", guide)):
         if not callable(program):
             raise ValueError(
-                f"{name}: expected a Pyro program, called with the data, but got {program!r:.80}"
+                f"{name}: expected a Pyro program that can be called with the data, but got {program!r:.80}"
             )
     batch = fitting(batch, model, guide)
     batch, dtype, first = _first_run(model, guide, batch, training)
@@ -241,8 +244,9 @@ def structure_of_run(
     ran: Mapping[nn.Module, bool],
     made: Mapping[str, Tensor],
 ) -> Structure:
-    """The structure that one recorded run shows. Data plates are recognized by their size alone."""
-    # if the default is off, validate_args=False cannot be told from it
+    """The structure of a pair as far as it is known from the traces of one run. Data plates are recognized by
+    their size alone."""
+    # if validation is off by default, an explicit validate_args=False is not recognized
     known = bool(Distribution._validate_args)
     unvalidated = (_unvalidated(traces[0]), _unvalidated(traces[1])) if known else (frozenset(), frozenset())
     run = Run(ran, {}, traces)
@@ -266,7 +270,7 @@ def structure_of_run(
 
 
 class _Parameters(Messenger):
-    """Records the values of ``pyro.param`` statements, unconstrained."""
+    """Records the unconstrained values of ``pyro.param`` statements."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -314,7 +318,7 @@ class Run:
 
 
 def fails_on(pair: Structure, num_rows: int) -> str:
-    """The error of the pair in training on the first rows of its batch, ``""`` if there is none."""
+    """The error that the pair raises in training on the first rows of its batch, ``""`` if there is none."""
     return run_once(pair.model, pair.guide, pair.batch.first(num_rows), True, log_probs=True).error
 
 
@@ -327,8 +331,9 @@ def run_once(
     log_probs: bool = False,
     seed: int | None = None,
 ) -> Run:
-    """
-    :param log_probs: raise errors of log-probabilities too, such as shapes that do not match.
+    """Run a pair once. All state is restored afterwards.
+
+    :param log_probs: record errors of log-probabilities too, such as shapes that do not match.
     """
     recorded = _Parameters()
     with (
@@ -344,8 +349,8 @@ def run_once(
             with enough_memory(LESS_MEMORY):
                 run.traces = run_pair(model, guide, *batch.args, **batch.kwargs)
                 run.unvalidated = _unvalidated(run.traces[0]), _unvalidated(run.traces[1])
-                # now, since some transforms know the density of their latest draws only; the checks report
-                # bad data
+                # compute log-probabilities now: some transforms know the density of their latest draws only;
+                # errors due to invalid data are left to the checks
                 for trace in run.traces:
                     with nullcontext() if log_probs else suppress(Exception):
                         trace.compute_log_prob()
@@ -377,7 +382,8 @@ def first_line(error: Exception) -> str:
 def _first_run(
     model: Program, guide: Program, batch: Batch, training: bool
 ) -> tuple[Batch, torch.dtype | None, Run]:
-    """A run on the batch, cast to the dtype of the parameters; small integer types become int64."""
+    """Cast the batch to the dtype of the parameters, with small integer types as int64, and run the pair on
+    it."""
     batch = batch.cast(None)
     run = run_once(model, guide, batch, training)
     dtype = _dtype(run)
@@ -395,8 +401,8 @@ def _first_run(
             hint = ". A list is passed on unchanged; if its tensors are the rows, pass torch.stack(rows)"
         if "plate(" in run.error:
             hint = (
-                ". A guide with parameters for each datum, such as an autoguide of a local latent, runs on "
-                "the data it was built for, all at once: batch_size=None"
+                ". A guide with parameters for each datum, such as an autoguide of a local latent, runs only "
+                "on all the data it was built for: pass batch_size=None"
             )
         raise ValueError(f"pair: it fails on a batch of shape {shapes}: {run.error}{hint}") from run.cause
     return batch, dtype, run
@@ -410,7 +416,7 @@ def _dtype(run: Run) -> torch.dtype | None:
 
 
 def _other_rows(batch: Batch) -> Tensor | str:
-    """Rows for a batch of another size, or the reason why there are none."""
+    """Indices of rows for a batch of another size, or the reason why such a batch is impossible."""
     if not batch.tensors:
         return "it is given no tensor with rows"
     if sum(leaf.dim() > 0 for leaf in batch.leaves()) > len(batch.tensors):
@@ -418,9 +424,9 @@ def _other_rows(batch: Batch) -> Tensor | str:
     n = batch.num_rows
     if any(len(part) != n for part in batch.tensors.values()):
         return "its arguments have different numbers of rows"
-    if n <= 2:  # not one row, which would broadcast, and not the number of rows of the batch
+    if n <= 2:  # neither one row, which would broadcast, nor n rows
         return torch.tensor([0, 0, 1] if n == 2 else [0, 0])
-    # in their order, which may be that of their lengths, and without the last one, since a pair may treat it
+    # in ascending order, since rows may be sorted by length; without the last row, which a pair may treat
     # differently
     return torch.randperm(n - 1, generator=torch.Generator().manual_seed(0))[:_MAX_OTHER_ROWS].sort().values
 
@@ -434,8 +440,8 @@ def _rows_of_nested(batch: Batch) -> int:
 
 
 def _plate_sizes(run: Run) -> dict[str, tuple[int, int]]:
-    """``(size, full_size)`` of the vectorized plates; for a plate without a size, taken from the batch
-    shape."""
+    """``(size, full_size)`` of the vectorized plates. The size of a plate without one is that of the batch
+    dimension."""
     sizes: dict[str, tuple[int, int]] = {}
     for trace in run.traces:
         for site in trace.nodes.values():
@@ -452,7 +458,8 @@ def _plate_sizes(run: Run) -> dict[str, tuple[int, int]]:
 
 
 def _data_plates(num_rows: int, first: Run, second: Run | None) -> frozenset[str]:
-    """Names of the data plates: those whose size, or full size, is the number of rows and changes with it."""
+    """Names of the data plates. The size or full size of a data plate is the number of rows, and it changes
+    if the number of rows changes."""
     sizes = _plate_sizes(first)
     plates = {name for name, size in sizes.items() if num_rows in size}
     if second is not None:
@@ -462,8 +469,8 @@ def _data_plates(num_rows: int, first: Run, second: Run | None) -> frozenset[str
 
 
 def _row_parameters(n: int, first: Run, second: Run | None, plates: frozenset[str]) -> tuple[str, ...]:
-    """Parameters with an entry for each of the n rows: they change shape with the rows, or the pair runs on
-    no others."""
+    """Parameters with an entry for each of the n rows: their shape changes with the number of rows. If the
+    pair runs on n rows only, their shape contains n."""
     if not plates or n < 2:
         return ()
     layers = {
@@ -479,7 +486,7 @@ def _row_parameters(n: int, first: Run, second: Run | None, plates: frozenset[st
         return tuple(
             name for name in suspects if name in others and others[name].shape != first.parameters[name].shape
         )
-    if not suspects:  # autoguides keep all latents in one vector
+    if not suspects:  # an autoguide has one vector for all latents, of a length that is divisible by n
         suspects = [name for name, value in parameters.items() if value.numel() and value.numel() % n == 0]
     return tuple(suspects)
 
@@ -487,8 +494,8 @@ def _row_parameters(n: int, first: Run, second: Run | None, plates: frozenset[st
 def _scaled(
     n: int, m: int, first: Run, second: Run | None, plates: frozenset[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Sites of model and guide in data plates whose scale is M/rows, and M: the pair itself scales
-    minibatches.
+    """For model and guide, the sites in data plates that the pair itself scales from the batch to M data, by
+    M / number of rows. Each is mapped to M.
 
     :param n: number of rows in the first run; m: in the second.
     """
@@ -525,7 +532,7 @@ def remember_trained(pair: Structure, parameters: Mapping[str, Tensor]) -> None:
             _trained[_identity(program)] = {
                 name: ref(parameters[name]) for name in names if name in parameters
             }
-        except TypeError:  # a program without weak references
+        except TypeError:  # a program that does not support weak references
             continue
 
 

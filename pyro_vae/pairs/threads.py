@@ -1,5 +1,5 @@
-"""One thread at a time: the param store, the handlers and the random state are shared by all threads of a
-process."""
+"""Let one thread at a time run a pair, since all threads of a process share Pyro's param store and handlers
+and the random state."""
 
 import threading
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ _training: dict[object, threading.Thread] = {}  # the thread of each fit that ha
 
 @contextmanager
 def exclusive() -> Iterator[None]:
-    """Run the block while no other thread is in such a block.
+    """A context that only one thread at a time can be in. Other threads wait.
 
     :raises RuntimeError: if another thread trains.
     """
@@ -42,6 +42,6 @@ def _refuse_others(what: str) -> None:
         if thread is not here and thread.is_alive():  # the fit of a thread that ended will not continue
             raise RuntimeError(
                 f"{what}: thread {thread.name!r} of this process trains, and Pyro's param store, handlers "
-                "and random state are shared by all threads; run it after that fit, or in a process of its "
-                "own"
+                "and random state are shared by all threads; wait until that thread has finished its fit, or "
+                "use another process"
             )

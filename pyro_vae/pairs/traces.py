@@ -21,8 +21,8 @@ Program = Callable[..., Any]
 
 @contextmanager
 def enough_memory(remedy: str) -> Iterator[None]:
-    """Raise ``MemoryError`` with that remedy where the block runs out of memory, of the machine or of a
-    GPU."""
+    """A context that raises ``MemoryError`` with the given remedy if the machine or a GPU runs out of
+    memory."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -34,9 +34,9 @@ def enough_memory(remedy: str) -> Iterator[None]:
 
 
 def run_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> tuple[Trace, Trace]:
-    """Traces of the model and of the guide, the model replayed against the guide's latents."""
+    """Traces of the model and of the guide. The model is replayed with the latents of the guide."""
     messenger = poutine.unwrap(guide)
-    if isinstance(messenger, GuideMessenger):  # a guide that is a handler of its model
+    if isinstance(messenger, GuideMessenger):  # a guide that wraps its model and runs both
         guide(*args, **kwargs)
         return messenger.get_traces()
     guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -50,8 +50,8 @@ def prior_of(model: Program) -> Program:
 
 
 def sampled(trace: Trace) -> Iterator[tuple[str, dict]]:
-    """The random variables of a trace, observed and latent: no subsample sites of plates, no deterministic
-    sites."""
+    """The random variables of a trace, observed and latent, without subsample sites of plates and
+    deterministic sites."""
     for name, site in prune_subsample_sites(trace).nodes.items():
         if site["type"] == "sample" and not site["infer"].get("_deterministic"):
             yield name, site
@@ -81,8 +81,12 @@ def proposal(guide_trace: Trace) -> Iterator[tuple[str, dict]]:
 
 
 class SiteSums(NamedTuple):
-    """Log-probabilities of a trace in nats, summed over observed and over latent sites: those in data plates,
-    ``(batch,)``, and those outside, ``()``. With a particle dimension ``(particles, …)``."""
+    """Sums of the log-probabilities of a trace in nats, over its observed and over its latent sites.
+
+    ``observed`` and ``latent`` are sums over the sites in data plates, ``(batch,)``; ``shared_observed`` and
+    ``shared_latent`` are sums over the sites outside of data plates, ``()``. With a particle dimension, the
+    shapes are ``(particles, …)``.
+    """
 
     observed: Tensor
     latent: Tensor
@@ -153,5 +157,5 @@ class Recorded(Messenger):
 
 
 def subsampling_scale(site: dict) -> float:
-    """The scale of a site by subsampling plates: the product of full_size / size."""
+    """The scale of a site due to its subsampling plates: the product of full_size / size."""
     return math.prod(frame.full_size / frame.size for frame in site["cond_indep_stack"])

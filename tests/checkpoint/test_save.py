@@ -127,7 +127,7 @@ def test_pair_with_a_user_module_needs_a_factory(tmp_path):
         checkpoint.load(tmp_path / "a")
     loaded = checkpoint.load(tmp_path / "a", lambda: make_pair(trunk=UserModule()))
     assert torch.equal(loaded.guide.encoder.trunk.layer.weight, vae.guide.encoder.trunk.layer.weight)
-    with pytest.raises(ValueError, match="weights of another pair"):
+    with pytest.raises(ValueError, match="parameters of another pair"):
         checkpoint.load(tmp_path / "a", lambda: make_pair(trunk=make_trunk()))
 
 

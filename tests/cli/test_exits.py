@@ -32,7 +32,7 @@ from tests.support.runs import PAIR, weights_file
         (("train", "--learning-rate", "inf"), 2, "finite"),
         (("train", "--seed", "-1"), 2, "--seed"),
         (("train", "--device", "meta"), 2, "--device"),
-        (("train", "--pair", "mine:make", "--latent-dim", "2"), 2, "--latent-dim would have no effect"),
+        (("train", "--pair", "mine:make", "--latent-dim", "2"), 2, "leave out --latent-dim"),
         (("train", "--likelihood", "categorical", "--binarize", "stochastic"), 65, "grey levels"),
         (("train", "--learning-rate", "1e30"), 70, "--learning-rate"),
         (("train", "--out", "/dev/null/a"), 74, "Not a directory"),
@@ -73,7 +73,7 @@ def test_damaged_and_newer_runs_have_exit_codes(run, tmp_path):
     weights.write_bytes(content)
     config.write_text(text.replace('"latent_dim": 2', '"latent_dim": 3'))
     code, _, err = run("sample", "a")
-    assert (code, "weights of another pair" in err) == (65, True)
+    assert (code, "parameters of another pair" in err) == (65, True)
     config.write_text(text.replace('"schema": 2', '"schema": 99'))
     assert run("sample", "a")[0] == 78
     config.write_text("{")

@@ -207,7 +207,7 @@ def test_masked_arrays_raise_with_a_remedy_that_works():
         (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), "pad"),
         ([1.0, 2.0], "list of 2"),
         ((torch.ones(2), [1.0, 2.0]), "list of 2"),
-        ((torch.ones(3), torch.ones(2)), "2 rows but the first has 3"),
+        ((torch.ones(3), torch.ones(2)), "2 rows but the first argument has 3"),
         (None, "NoneType"),
         ("digits", "a str"),
     ],

@@ -184,7 +184,7 @@ def test_printed_result_states_the_bound_and_its_margin():
     for text in (
         "log p(x) ≥",
         "50 data",
-        "lower bound: above the true mean by more than 0.28 nats",
+        "lower bound: it is above the true mean by more than 0.28 nats",
         "100.0 of 100",
     ):
         assert text in str(result)

@@ -38,7 +38,7 @@ INVALID = [
     ({"clip_norm": True}, "fit: clip_norm is True; expected a positive number"),
     ({"clip_norm": float("nan")}, "fit: clip_norm is nan; expected a positive number"),
     ({"every": 1.5}, "fit: every: expected a whole number, 1 or more, but got 1.5"),
-    ({"every": 5}, "fit: every is 5 without a checkpoint folder"),
+    ({"every": 5}, "fit: every=5 needs a checkpoint folder"),
 ]
 
 

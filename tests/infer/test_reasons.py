@@ -232,7 +232,7 @@ def function_loss(model, guide, *args):
     [
         (
             function_loss,
-            "eager Pyro: the loss is a function; Trace_ELBO and TraceMeanField_ELBO are traced, 3 steps",
+            "eager Pyro: the loss is a function, and not an ELBO object, 3 steps",
         ),
         (RenyiELBO(num_particles=2), "the loss is RenyiELBO"),
     ],

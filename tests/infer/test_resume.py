@@ -248,7 +248,7 @@ def test_invalid_options_for_resuming_raise(tmp_path):
     ):
         with pytest.raises(MismatchError, match=message):
             run(checkpoint=tmp_path / "a", resume="last", **options)
-    with pytest.raises(ValueError, match="weights of another pair"):
+    with pytest.raises(ValueError, match="parameters of another pair"):
         run(branches, checkpoint=tmp_path / "a", resume="last", check=False)
     with pytest.raises(FileExistsError, match="resume="):
         run(checkpoint=tmp_path / "a")
@@ -295,7 +295,7 @@ def test_the_error_for_a_checkpoint_without_an_entry_names_the_entry(tmp_path, n
     del part[last]
     write(path, "training run", content, score=-math.inf)
     for resume in ("last", path):
-        with pytest.raises(MismatchError, match=rf"{path.name} lacks {re.escape(name)}.*begin anew"):
+        with pytest.raises(MismatchError, match=rf"{path.name} lacks {re.escape(name)}.*start a new fit"):
             run(checkpoint=tmp_path, resume=resume)
 
 
@@ -344,3 +344,19 @@ def test_a_checkpoint_without_versions_gives_no_warning(tmp_path, monkeypatch):
         patch.setattr(resume_module, "versions", dict)
         run(num_epochs=1, checkpoint=tmp_path)
     assert_same(run(num_epochs=2, checkpoint=tmp_path, resume="last"), run(num_epochs=2))
+
+
+def test_a_checkpoint_of_a_version_without_objectives_is_resumed(tmp_path, monkeypatch):
+    """Its means and terms have no bound and no effective sample size."""
+    run_until_step(monkeypatch, 9, checkpoint=tmp_path, num_epochs=3)
+    (path, content) = Checkpoints(tmp_path).last()
+    assert content["history"]
+    for of_rank in content["ranks"]:
+        assert len(of_rank["terms"]) == 5
+        of_rank["terms"] = of_rank["terms"][:3]
+    content["history"] = [
+        (epoch, beta, train[:4], validation[:4], seconds)
+        for epoch, beta, train, validation, seconds in content["history"]
+    ]
+    write(path, "training run", content, score=-math.inf)
+    assert_same(run(num_epochs=3, checkpoint=tmp_path, resume="last"), run(num_epochs=3))

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta
 from torch import nn
 
@@ -164,18 +164,6 @@ def splines():
     return vae(flows.NeuralSpline)
 
 
-def enumerated():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            k = pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
-            loc = pyro.param("loc", torch.arange(2.0))
-            pyro.sample(
-                "x", dist.Normal(loc[k.long()].unsqueeze(-1).expand(*k.shape, D), 1.0).to_event(1), obs=x
-            )
-
-    return model, lambda x: None
-
-
 def branching():
     model, guide = functions()
     return model, lambda x: guide(x) if x.mean() > -10 else guide(-x)
@@ -188,10 +176,9 @@ def branching():
         (numpy_number, "numpy's generator", Trace_ELBO),
         (splines, "depends on values", Trace_ELBO),
         (branching, "reads the value of a tensor", Trace_ELBO),
-        (enumerated, "TraceEnum_ELBO", lambda: TraceEnum_ELBO(max_plate_nesting=1)),
         (subsampled, "TraceGraph_ELBO", TraceGraph_ELBO),
     ],
-    ids=["numpy noise", "a number of numpy", "boolean masks", "a branch on data", "TraceEnum", "TraceGraph"],
+    ids=["numpy noise", "a number of numpy", "boolean masks", "a branch on data", "TraceGraph"],
 )
 def test_pairs_and_losses_that_cannot_be_traced_run_as_eager_pyro(make, reason, loss, caplog):
     assert_runs_as_eager_pyro(make, caplog, reason, loss)

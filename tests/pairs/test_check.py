@@ -226,7 +226,7 @@ def test_a_network_of_an_earlier_pair_in_the_param_store_is_named():
     with pyro.get_param_store().scope({"params": {}, "constraints": {}}):
         guide_with(nn.Linear(1, 1))(torch.randn(7))
         (problem,) = pv.check_pair(model, guide_with(nn.Linear(1, 1)), torch.randn(7)).problems
-        assert "holds a network of an earlier pair as 'net', so that of the guide" in problem
+        assert "holds a network of an earlier pair as 'net', so the network of the guide" in problem
         assert "pyro.clear_param_store()" in problem
 
 

@@ -358,7 +358,7 @@ def word_guide(x):
 @pytest.mark.parametrize(
     ("model", "guide", "message"),
     [
-        (summed, elsewhere, r"'z' has event_shape \(3,\) but in the model \(2,\)"),
+        (summed, elsewhere, r"'z' has event_shape \(3,\) but in the model it has \(2,\)"),
         (words, flat_guide, r"the plates of 'z' have dimensions \[-1\] but in the model \[-2\]"),
         (some_words, word_guide, "subsamples 2 of its 5 rows"),
     ],
