@@ -34,7 +34,7 @@ MAX_MCEM = 1000  # training images of Monte Carlo EM, which has a chain for each
 COLORS = {"AEVB": "C3", "wake-sleep": "C2", "Monte Carlo EM": "C0"}
 MOVES = evidence.HMC(num_leapfrog=4)
 DRAWS = evidence.Annealing(num_temperatures=60, num_chains=10, schedule="sigmoid", transition=MOVES)
-AIS = evidence.Annealing(num_temperatures=60, num_chains=4, transition=MOVES)
+AIS = evidence.Annealing(num_temperatures=200, num_chains=4, transition=MOVES)
 SEEN = (10_000, 50_000, 200_000, 1_000_000)
 
 
