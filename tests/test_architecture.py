@@ -16,7 +16,7 @@ LAYERS = (
     ("data",),  # what pairs are trained on
     ("pairs", "compiler"),  # reading any pair; steps as graphs
     ("vae", "exact"),  # programs
-    ("checkpoint", "infer", "evidence", "diagnostics"),  # verbs on any pair
+    ("checkpoint", "evidence", "infer", "diagnostics"),  # verbs on any pair
     ("plots", "cli", "__main__"),  # figures and the command line
 )
 PLACE = {name: (row, column) for row, names in enumerate(LAYERS) for column, name in enumerate(names)}

@@ -122,10 +122,10 @@ class Batch(NamedTuple):
         if dtype is not None:
             ranges.check(dtype)
 
-    def rows(self, rows: slice) -> "Batch":
-        """The rows of a slice. Raises ``ValueError`` if a nested argument would be divided."""
+    def rows(self, rows: slice | Tensor) -> "Batch":
+        """The rows of a slice, or at indices. Raises ``ValueError`` if a nested argument would be divided."""
         if not self.divisible:
-            if rows.indices(self.num_rows) == (0, self.num_rows, 1):
+            if isinstance(rows, slice) and rows.indices(self.num_rows) == (0, self.num_rows, 1):
                 return self
             raise ValueError(
                 f"data: {self._describe_nested()}, from which rows cannot be taken; {_NESTED_REMEDY}"

@@ -359,18 +359,8 @@ def run_chains(
 
 
 def _chunks(path: Path, num_chains: int, max_bytes: int) -> list[slice]:
-    """Divide the data into slices such that one run of the model on a slice allocates at most ``max_bytes``.
-
-    :raises ValueError: if the model does not run in a plate of particles.
-    """
-    n, particles = path.batch.num_rows, path.pair.particles
-    if particles is None or not particles.vectorized:
-        raise ValueError(
-            "model: it does not run in a plate of particles "
-            f"({particles.reason if particles else 'not tested'}), so chains cannot run in parallel; "
-            "expected code that counts dimensions from the right: z[..., 0], dim=-1, "
-            "reshape(*z.shape[:-1], …), z.unsqueeze(-1) to broadcast a scalar latent with a vector"
-        )
+    """Divide the data into slices on each of which one run of the model allocates at most ``max_bytes``."""
+    n, particles = path.batch.num_rows, path.particles
     probe = path.on(slice(0, 8)) if particles.rows_independent else path
     num_bytes = [counted_bytes(partial(probe.draw, k)) for k in (2, 4)]
     per_two_chains = max(1, num_bytes[1] - num_bytes[0])

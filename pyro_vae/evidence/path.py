@@ -15,6 +15,7 @@ from pyro_vae.pairs.check import inspect_checked
 from pyro_vae.pairs.enumeration import values_of
 from pyro_vae.pairs.graphs import graphed
 from pyro_vae.pairs.latents import Latents, Site
+from pyro_vae.pairs.structure import Particles, Structure
 from pyro_vae.pairs.traces import Program, prior_of
 
 # by type, functions that replace the tensor bounds of a constraint by floats, which broadcast with any
@@ -67,8 +68,8 @@ class Path:
     :param verb: name of the public function, for error messages.
     :param check: ``False`` runs a pair that :func:`~pyro_vae.check_pair` rejects.
     :param joint: treat all data as one datum.
-    :raises ValueError: for a support without a bijection from unconstrained space, or for latents outside the
-        data plate unless ``joint``.
+    :raises ValueError: for a support without a bijection from unconstrained space, for latents outside the
+        data plate unless ``joint``, or for a model that does not run in a plate of particles.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Path:
             self.model, guide, batch, verb=verb, check=check, per_datum=not joint, joint=joint
         )
         self.batch = self.pair.batch
+        self.particles = _vectorized(self.pair)
         self.latents = Latents(self.pair)
         if not self.latents.sites:
             raise ValueError("model: it has no continuous latent for chains; expected at least one")
@@ -101,12 +103,12 @@ class Path:
             for name, site in self.latents.sites.items()
         }
         self.dim = sum(shape.numel() for shape in self.shapes.values())
-        self.rows = slice(0, self.batch.num_rows)
+        self.rows: slice | Tensor = slice(0, self.batch.num_rows)
         # compiled functions by the shapes of u and the data; all chunks of the data share this dict
         self.graphs: dict[Any, Any] = {}
 
-    def on(self, rows: slice) -> "Path":
-        """The same path for only the given ``rows`` of the data."""
+    def on(self, rows: slice | Tensor) -> "Path":
+        """The same path for only the given ``rows`` of the data, a slice or indices."""
         part = copy(self)
         part.rows, part.batch = rows, self.batch.rows(rows)
         return part
@@ -165,6 +167,19 @@ class Path:
             densities = log_base + jacobian, log_joint + jacobian
             gradients = [torch.autograd.grad(density.sum(), u, retain_graph=True)[0] for density in densities]
         return *(density.detach() for density in densities), *gradients
+
+
+def _vectorized(pair: Structure) -> Particles:
+    """How the pair runs in a plate of particles. Raises ``ValueError`` if it does not."""
+    particles = pair.particles
+    if particles is None or not particles.vectorized:
+        raise ValueError(
+            "model: it does not run in a plate of particles "
+            f"({particles.reason if particles else 'not tested'}), so chains cannot run in parallel; "
+            "expected code that counts dimensions from the right: z[..., 0], dim=-1, "
+            "reshape(*z.shape[:-1], …), z.unsqueeze(-1) to broadcast a scalar latent with a vector"
+        )
+    return particles
 
 
 def _transform(name: str, site: Site, other: Any) -> Any:

@@ -3,6 +3,7 @@
 from pyro_vae.infer.distributed import Group, process_group, rank_and_world_size
 from pyro_vae.infer.evaluate import evaluate
 from pyro_vae.infer.fit import History, fit, train
+from pyro_vae.infer.mcem import EMHistory, mcem
 from pyro_vae.infer.objectives import (
     IWAE,
     STL,
@@ -20,6 +21,7 @@ __all__ = [
     "STL",
     "SVI",
     "VIMCO",
+    "EMHistory",
     "Epoch",
     "Group",
     "History",
@@ -29,6 +31,7 @@ __all__ = [
     "WakeSleep",
     "evaluate",
     "fit",
+    "mcem",
     "process_group",
     "rank_and_world_size",
     "train",

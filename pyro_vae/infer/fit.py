@@ -141,13 +141,13 @@ def train(
             resume,
         )
         batches, held_out = as_batches(data, batch_size), _held_out_batches(validation, batch_size)
-        store, state = pyro.get_param_store(), _empty_store() if param_store is None else param_store
+        store, state = pyro.get_param_store(), empty_store() if param_store is None else param_store
         with store.scope(state.copy()):
             pair = inspect_for_training(
                 model, guide, batches, loss, annealed=beta != 1.0, check=check, num_processes=group.size
             )
         _check_held_out(pair, batches, held_out)
-        _warn_of_new_parameters(model, guide, state)
+        warn_of_new_parameters(model, guide, state)
         batches.cast(pair.dtype)
         svi = MinibatchSVI(
             model, guide, loss, optim, pair, batches, annealed=beta != 1.0, clip_norm=clip_norm, group=group
@@ -199,7 +199,7 @@ def train(
                         bar.update()
                     held_out_elbo = _validation_elbo(stopping.state, held_out, loss, group, check=check)
                     record = at.end_epoch(held_out_elbo, group, aggressive.measure(at.history, group))
-                    _step_scheduler(optim, record)
+                    step_scheduler(optim, -(record.validation or record.train).objective)
                     stopping.update(held_out_elbo)
                     manager.save()
                 bar.set_postfix(_postfix(record))
@@ -301,7 +301,7 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
             return end.value
 
 
-def _empty_store() -> dict:
+def empty_store() -> dict:
     return {"params": {}, "constraints": {}}
 
 
@@ -314,6 +314,7 @@ def inspect_for_training(
     annealed: bool,
     check: bool,
     num_processes: int = 1,
+    verb: str = "fit",
 ) -> Structure:
     """Inspect a pair on the first minibatch. Raises ``ValueError`` for an invalid pair, or an invalid
     loss."""
@@ -327,16 +328,16 @@ def inspect_for_training(
             Problem(text)
             for text in data_problems(pair.traces[0], pair.batch, pair.plates, whole, pair.unvalidated[0])
         ]
-    refuse(dict.fromkeys(problems), verb="fit", check=check)
-    check_minibatch(pair, n, verb="fit", check=check)
+    refuse(dict.fromkeys(problems), verb=verb, check=check)
+    check_minibatch(pair, n, verb=verb, check=check)
     if last and (error := fails_on(pair, last)):
         raise ValueError(
             f"pair: it fails on the {last} rows of the last minibatch: {error}; pass a batch_size that "
             f"leaves another remainder of the {n} data, or remove rows"
         )
-    check_loss(loss, pair, n, annealed=annealed, check=check, num_processes=num_processes)
+    check_loss(loss, pair, n, annealed=annealed, check=check, num_processes=num_processes, verb=verb)
     if (problem := scale_problem(loss, pair, n)) is not None:
-        refuse([problem], verb="fit", check=check)
+        refuse([problem], verb=verb, check=check)
     if annealed:
         _check_annealing(pair)
     if check and pair.num_rows < n and pair.other_rows is not None:
@@ -345,11 +346,12 @@ def inspect_for_training(
                 moved = inspect(model, guide, pair.batch)
             except ValueError as error:
                 logger.info(
-                    "fit: rows were not tested at perturbed parameters, since the pair fails there: %s",
+                    "%s: rows were not tested at perturbed parameters, since the pair fails there: %s",
+                    verb,
                     error,
                 )
                 moved = inspect(model, guide, pair.batch)
-            check_independent_rows(moved, n, verb="fit")
+            check_independent_rows(moved, n, verb=verb)
     return pair
 
 
@@ -372,7 +374,7 @@ def _check_held_out(pair: Structure, batches: Batches, held_out: Batches | None)
         )
 
 
-def _warn_of_new_parameters(model: Program, guide: Program, state: dict) -> None:
+def warn_of_new_parameters(model: Program, guide: Program, state: dict) -> None:
     """Log a warning if an earlier fit trained parameters of these functions that are not in ``state``."""
     names = {*trained_parameters(model), *trained_parameters(guide)} - state["params"].keys()
     if names and not any(isinstance(program, torch.nn.Module) for program in (model, guide)):
@@ -473,11 +475,12 @@ def _check_annealing(pair: Structure) -> None:
             )
 
 
-def _step_scheduler(optim: PyroOptim, record: Epoch) -> None:
-    """Step the learning-rate scheduler. ``ReduceLROnPlateau`` gets the loss per datum."""
+def step_scheduler(optim: PyroOptim, loss: float) -> None:
+    """Step the learning-rate scheduler at the end of an epoch. ``ReduceLROnPlateau`` gets the loss per
+    datum."""
     if isinstance(optim, PyroLRScheduler):
         is_plateau = optim.pt_scheduler_constructor is torch.optim.lr_scheduler.ReduceLROnPlateau
-        optim.step(-(record.validation or record.train).objective) if is_plateau else optim.step()
+        optim.step(loss) if is_plateau else optim.step()
 
 
 def _held_out_batches(validation: Any, batch_size: int | None) -> Batches | None:

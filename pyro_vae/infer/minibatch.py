@@ -119,7 +119,7 @@ class MinibatchSVI(SVI):
         them. Returns them, ``None`` for parameters that are not updated."""
         self.group.average_gradients(params, gradients, self.weight)
         total = _sum_of_entries(gradients) if self._extra is None or self.group.size > 1 else self._extra[-1]
-        if not cmath.isfinite(total.item()) and (bad := _nonfinite_parameters(params, gradients)):
+        if not cmath.isfinite(total.item()) and (bad := nonfinite_parameters(params, gradients)):
             raise FloatingPointError(
                 f"fit: the loss is finite but its gradient is not, at {self.position}: that of {bad}; "
                 "parameters are unchanged. Lower the learning rate, or check the model where it is not smooth"
@@ -268,7 +268,7 @@ def _sum_of_entries(gradients: Sequence[Tensor]) -> Tensor:
     return torch.cat(rows).sum()  # rows first: Inductor is slow to sum a whole matrix
 
 
-def _nonfinite_parameters(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> str:
+def nonfinite_parameters(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> str:
     """The names of the parameters whose gradients are not finite."""
     bad = [p for p, g in zip(params, _stored_values(gradients), strict=True) if not g.isfinite().all()]
     return ", ".join(
