@@ -91,7 +91,7 @@ class _NotSerializable(Exception):
 def _append(module: Any, plan: list[Any], indices: dict[int, int]) -> int:
     """Append a module, after the modules in its arguments, to the plan. Return the index of its entry.
 
-    :param indices: indices of the entries of the appended modules, by the ``id`` of the module.
+    :param indices: maps the ``id`` of each appended module to the index of its entry. It is updated in place.
     """
     if id(module) not in indices:
         cls = type(module)

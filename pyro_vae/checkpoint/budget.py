@@ -51,8 +51,8 @@ class _Bounded(TorchDispatchMode):
 
 
 def _num_elements(argument: Any) -> int:
-    """The number of elements of the output that an argument of a torch function implies: the product of a
-    shape, or an integer, such as the end of ``arange``."""
+    """How many elements the output of a torch function may have, by one of its arguments: the product of the
+    sizes for a shape, the value itself for an integer, such as the end of ``arange``, and 0 for others."""
     if isinstance(argument, list | tuple) and argument and all(type(size) is int for size in argument):
         return abs(math.prod(argument))
     return argument if type(argument) is int else 0

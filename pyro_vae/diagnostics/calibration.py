@@ -185,8 +185,8 @@ def _rank_of_first(values: Tensor) -> Tensor:
 
 
 def _reference_points(batch: Batch, true: Tensor) -> Tensor:
-    """A reference point for each datum: a random linear map of x, with the mean and scale of the latents:
-    ``(rows, dim)``."""
+    """Reference points, ``(rows, dim)``: for each datum a random linear map of x, shifted and scaled to the
+    mean and standard deviation of the true latents."""
     x = torch.cat([part.reshape(len(part), -1).to(true) for part in batch.tensors.values()], -1)
     x = (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
     weight = torch.randn(x.shape[1], true.shape[1], dtype=x.dtype, device=x.device) / math.sqrt(x.shape[1])

@@ -152,7 +152,8 @@ def compare(
 
 
 def _concatenate(splits: list[GapSplit | None]) -> GapSplit | None:
-    """Concatenate the splits of consecutive chunks of the data."""
+    """Concatenate the results of :func:`split_gap` for consecutive chunks of the data. ``None`` if no chunk
+    has one."""
     known = [split for split in splits if split is not None]
     if not known:
         return None

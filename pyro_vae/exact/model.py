@@ -56,7 +56,7 @@ class ExactModel(nn.Module, ABC):
         digits.
 
         :param size: length of the vector that ``value`` is expanded to. ``None`` keeps the shape.
-        :param like: tensor with the dtype and device of the buffer. By default they are those of ``value``,
+        :param like: tensor whose dtype and device the buffer gets. By default they are those of ``value``,
             or torch's default dtype if ``value`` is a number.
         """
         exact = torch.as_tensor(value, dtype=torch.double, device="cpu").detach()

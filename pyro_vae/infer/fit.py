@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.checkpoint import Checkpoints
-from pyro_vae.data.batches import Batches, InMemory, as_batches, check_count, fitting
+from pyro_vae.data.batches import Batch, Batches, InMemory, as_batches, check_count, fitting
 from pyro_vae.data.datasets import Data
 from pyro_vae.infer.aggressive import AggressiveInference
 from pyro_vae.infer.distributed import Group
@@ -341,18 +341,26 @@ def inspect_for_training(
     if annealed:
         _check_annealing(pair)
     if check and pair.num_rows < n and pair.other_rows is not None:
-        with moved_parameters(model, guide, pair.batch):
-            try:
-                moved = inspect(model, guide, pair.batch)
-            except ValueError as error:
-                logger.info(
-                    "%s: rows were not tested at perturbed parameters, since the pair fails there: %s",
-                    verb,
-                    error,
-                )
-                moved = inspect(model, guide, pair.batch)
-            check_independent_rows(moved, n, verb=verb)
+        _check_rows(model, guide, pair.batch, n, verb=verb)
     return pair
+
+
+def _check_rows(model: Program, guide: Program, batch: Batch, num_data: int, *, verb: str) -> None:
+    """Raise ``ValueError`` if the ELBO terms of a row depend on the other rows of its minibatch."""
+    with moved_parameters(model, guide, batch):
+        try:
+            moved = inspect(model, guide, batch)
+        except ValueError as error:
+            logger.info(
+                "%s: whether rows depend on each other is tested without noise on the parameters, since the "
+                "pair fails with noise: %s",
+                verb,
+                error,
+            )
+        else:
+            check_independent_rows(moved, num_data, verb=verb)
+            return
+    check_independent_rows(inspect(model, guide, batch), num_data, verb=verb)
 
 
 def _check_held_out(pair: Structure, batches: Batches, held_out: Batches | None) -> None:

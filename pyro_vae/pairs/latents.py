@@ -1,5 +1,5 @@
-"""The latents of a datum as one vector, and log-probabilities at many such vectors at once. All data together
-may be one datum."""
+"""The latents of a datum as one vector, and log-probabilities at many such vectors at once. If latents are
+shared by all data, the whole data set may be treated as one datum (``joint=True``)."""
 
 import math
 from collections.abc import Iterator, Mapping

@@ -494,8 +494,9 @@ def _row_parameters(n: int, first: Run, second: Run | None, plates: frozenset[st
 def _scaled(
     n: int, m: int, first: Run, second: Run | None, plates: frozenset[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """For model and guide, the sites in data plates that the pair itself scales from the batch to M data, by
-    M / number of rows. Each is mapped to M.
+    """The sites in data plates that the pair itself scales from the rows of a batch to all data. For model
+    and guide, a dictionary from the name of the site to the number of data, which is its scale times the
+    number of rows.
 
     :param n: number of rows in the first run; m: in the second.
     """
@@ -537,7 +538,7 @@ def remember_trained(pair: Structure, parameters: Mapping[str, Tensor]) -> None:
 
 
 def trained_parameters(program: Program) -> Mapping[str, "ref[Tensor]"]:
-    """The parameters that the latest fit of this program in this process trained, by name."""
+    """The parameters, by name, that were trained by the latest fit of this program in this process."""
     try:
         return _trained.get(_identity(program), {})
     except TypeError:

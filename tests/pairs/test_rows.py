@@ -626,3 +626,23 @@ def test_points_per_datum_are_said_to_have_no_density(caplog):
     torch.testing.assert_close(w[0], dist.Normal(0.0, 1.0).log_prob(X / 2) * 2)
     assert "points (Delta), which have no density" in caplog.text
     assert "points (Delta)" in str(pv.diagnose(model, points, X, num_simulations=0))
+
+
+def test_a_pair_that_fails_with_noise_on_its_parameters_is_tested_without_noise(caplog):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros(()))
+        if 0 < abs(loc) < 0.05:
+            raise ValueError("a forbidden value")
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc.expand(len(x)), 1.0))
+
+    caplog.set_level("INFO", "pyro_vae")
+    adam = pyro.optim.Adam({"lr": 0.2})
+    history = pv.fit(model, guide, torch.randn(20) + 3, optim=adam, num_epochs=1, batch_size=10)
+    assert len(history.epochs) == 1
+    assert any("without noise on the parameters" in message for message in caplog.messages)
