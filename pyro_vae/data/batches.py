@@ -1,18 +1,20 @@
 """Minibatches of users' data: tensors, arrays, tuples and dicts of them, data sets, loaders.
 
 For tensors in memory, an epoch is a permutation of the rows, and a minibatch is taken from the tensors by
-indexing, which is faster than collating rows one by one. A ``DataLoader`` keeps its own order, batch size and
-collate function.
+indexing, which is faster than collating rows one by one. The same holds for memory-mapped arrays, whose rows
+are read from disk for each minibatch. A ``DataLoader`` keeps its own order, batch size and collate function.
 """
 
 import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from functools import cache, partial
+from itertools import islice
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -31,10 +33,22 @@ from torch.utils.data import (
     default_collate,
 )
 
-from pyro_vae.data.arrays import Ranges, SparseRows, as_tensor, check_rows, is_nested, loses_precision
+from pyro_vae.data.arrays import (
+    DiskRows,
+    Ranges,
+    Rows,
+    SparseRows,
+    as_tensor,
+    check_rows,
+    check_shape,
+    is_nested,
+    loses_precision,
+    rows_per_block,
+)
 from pyro_vae.data.datasets import Data
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 _CAST_TO_INT64 = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.uint64)
 
 
@@ -115,12 +129,7 @@ class Batch(NamedTuple):
 
     def check_cast(self, dtype: torch.dtype | None) -> None:
         """Raise ``ValueError`` if different rows become equal in ``dtype``: see :meth:`Ranges.check`."""
-        ranges = Ranges()
-        for name, part in self.named.items():
-            if _has_rows(part) and loses_precision(part, dtype):
-                ranges.update(name, part)
-        if dtype is not None:
-            ranges.check(dtype)
+        _check_cast([self], dtype)
 
     def rows(self, rows: slice) -> "Batch":
         """The rows of a slice. Raises ``ValueError`` if a nested argument would be divided."""
@@ -149,13 +158,15 @@ class Batch(NamedTuple):
         """Types and shapes of the arguments, without their contents."""
         return ", ".join(f"{name}: {_describe(part)}" for name, part in self.named.items()) or "no arguments"
 
-    def checked(self, name: str) -> "Batch":
+    def checked(self, name: str, rows: Tensor | None = None, num_rows: int = 0) -> "Batch":
         """The batch after validation, with 0 in place of missing entries.
 
         The keyword argument ``mask`` is false at missing entries. It is a bool tensor with the shape of an
         argument, or the shape of its first dimensions. Missing entries that are NaN or infinite are replaced
-        by 0, so that gradients stay finite. Other entries must be finite.
+        by 0, so that gradients stay finite. Other entries must be finite. If an argument is on disk, only
+        shapes are validated: entries are validated when rows are read.
 
+        :param rows: the numbers of these rows among all ``num_rows`` rows of the data, for errors.
         :raises ValueError: for no rows, unequal numbers of rows, or non-finite entries that are not missing.
         """
         batch = self._fill_missing()
@@ -165,7 +176,8 @@ class Batch(NamedTuple):
                 f"{name}: expected tensors or arrays of shape (n, *event) but got {self.describe()}"
             )
         for key, part in parts.items():
-            check_rows(part, f"{name}, {key}" if len(parts) > 1 else name)
+            label = f"{name}, {key}" if len(parts) > 1 else name
+            check_shape(part, label) if self.on_disk else check_rows(part, label, rows, num_rows)
             if len(part) != batch.num_rows:
                 raise ValueError(
                     f"{name}: {key} has {len(part)} rows but the first argument has {batch.num_rows}"
@@ -180,9 +192,16 @@ class Batch(NamedTuple):
                         )
         return batch
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether an argument is a memory-mapped array, of which no rows have been read."""
+        return not self.plain and any(
+            isinstance(part, DiskRows) for part in (*self.args, *self.kwargs.values())
+        )
+
     def _fill_missing(self) -> "Batch":
         mask = self.kwargs.get("mask")
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or not mask.dim():
+        if self.on_disk or not isinstance(mask, Tensor) or mask.dtype != torch.bool or not mask.dim():
             return self
 
         def fill(part: Any) -> Any:
@@ -207,7 +226,18 @@ _NESTED_REMEDY = (
 
 
 def _has_rows(part: Any) -> bool:
-    return (isinstance(part, Tensor) and part.dim() > 0) or isinstance(part, SparseRows)
+    return (isinstance(part, Tensor) and part.dim() > 0) or isinstance(part, Rows)
+
+
+def _check_cast(blocks: Iterable[Batch], dtype: torch.dtype | None) -> None:
+    """Raise ``ValueError`` if different rows in the blocks become equal: see :meth:`Ranges.check`."""
+    ranges = Ranges()
+    for block in blocks:
+        for name, part in block.named.items():
+            if _has_rows(part) and loses_precision(part, dtype):
+                ranges.update(name, part)
+    if dtype is not None:
+        ranges.check(dtype)
 
 
 def _cast_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -219,7 +249,7 @@ def _cast_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _describe(part: Any) -> str:
-    if isinstance(part, Tensor | SparseRows):
+    if isinstance(part, Tensor | Rows):
         return f"{str(part.dtype).removeprefix('torch.')} {tuple(part.shape)}"
     if isinstance(part, PackedSequence):
         return f"a PackedSequence of {int(part.batch_sizes[0])} sequences"
@@ -232,12 +262,14 @@ class Batches(ABC):
 
     ``num_rows`` is the number N of data. ``persistent`` is true if the data come from worker processes that
     outlive an epoch. The random states of such processes cannot be read. ``in_data_order`` is true if
-    ``epoch(shuffle=False)`` yields all data in order.
+    ``epoch(shuffle=False)`` yields all data in order. ``rows`` has the numbers of the rows of the batch that
+    an epoch yielded last, if they are known.
     """
 
     num_rows: int
     persistent = False
     in_data_order = True
+    rows: Tensor | None = None
 
     def __init__(self) -> None:
         self._prepare: Callable[[Batch], Batch] = lambda batch: batch
@@ -245,6 +277,13 @@ class Batches(ABC):
     @abstractmethod
     def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
         """One pass over the data."""
+
+    def remaining(self, num_used: int) -> Iterator[Batch]:
+        """The minibatches of a shuffled epoch after the first ``num_used``."""
+        epoch = self.epoch(shuffle=True)
+        for _ in islice(epoch, num_used):
+            pass
+        return epoch
 
     @property
     @abstractmethod
@@ -265,10 +304,14 @@ class Batches(ABC):
 
 
 class InMemory(Batches):
-    """Minibatches of tensors in memory, by index.
+    """Minibatches of tensors in memory, or of arrays on disk, by index.
 
     ``drawn`` is true if the batches are not rows of ``source`` themselves: if ``take`` is given, or if there
     are sparse rows, which become dense.
+
+    If an array is on disk, a thread reads the next batch while the caller uses the current one, and each
+    batch is validated when it is taken. The file is then read once in an epoch, and not a second time before
+    the first step.
 
     :param source: all data.
     :param take: a function that returns the batch of the rows at given indices, for data that are drawn anew
@@ -277,7 +320,7 @@ class InMemory(Batches):
 
     def __init__(self, source: Batch, batch_size: int, take: Callable[[Tensor], Batch] | None = None) -> None:
         super().__init__()
-        self.source = source
+        self.source, self.on_disk = source, source.on_disk
         self.drawn = take is not None or any(isinstance(part, SparseRows) for part in source.named.values())
         self.num_rows = source.num_rows
         self.batch_size = min(batch_size, self.num_rows)
@@ -291,26 +334,62 @@ class InMemory(Batches):
 
     @property
     def whole(self) -> Batch:
-        """All of ``source`` as one batch, cast as set by :meth:`cast`."""
-        return self._prepare(self.source)
+        """All of ``source`` as one batch, cast as set by :meth:`cast`. Arrays on disk become tensors that
+        share their memory if that is possible."""
+        if not self.on_disk:
+            return self._prepare(self.source)
+        whole = self.source.map(lambda part: part.whole() if isinstance(part, DiskRows) else part)
+        return self._prepare(whole.checked("data"))
+
+    def blocks(self) -> Iterator[Batch]:
+        """All of ``source`` as consecutive batches, validated and cast as set by :meth:`cast`. Their memory
+        is bounded if an array is on disk; otherwise there is one batch."""
+        return map(self._prepare, self._blocks()) if self._is_read_by_blocks else iter([self.whole])
+
+    @property
+    def _is_read_by_blocks(self) -> bool:
+        return self.on_disk and self.source.divisible
+
+    def _blocks(self) -> Iterator[Batch]:
+        size = min(rows_per_block(part) for part in self.source.named.values() if _has_rows(part))
+        for rows in slices(self.num_rows, size):
+            numbers = torch.arange(rows.start, rows.stop)
+            yield self.source.rows(rows).checked("data", numbers, self.num_rows)
 
     def cast(self, dtype: torch.dtype | None) -> None:
-        self.source.check_cast(dtype)
+        loses = any(loses_precision(part, dtype) for part in self.source.named.values())
+        if loses:  # a property of all rows together, so arrays on disk are read once more
+            _check_cast(self._blocks() if self._is_read_by_blocks else [self.source], dtype)
         super().cast(dtype)
 
     def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
+        return self._epoch(shuffle=shuffle)
+
+    def remaining(self, num_used: int) -> Iterator[Batch]:
+        return self._epoch(shuffle=True, start=num_used)
+
+    def _epoch(self, *, shuffle: bool, start: int = 0) -> Iterator[Batch]:
         if shuffle and self.batch_size < self.num_rows:
             order = torch.randperm(self.num_rows, generator=self._order_generator)
         else:  # a full batch stays in data order: a guide may have parameters for each row
             order = torch.arange(self.num_rows)
-        if self._world_size == 1:
-            return (self._prepare(self._take(rows)) for rows in order.split(self.batch_size))
-        shares = ((rows, rows[self._rank :: self._world_size]) for rows in order.split(self.batch_size))
-        return (
-            self._prepare(self._take(local if len(local) else rows[:1]))
-            for rows, local in shares
-            if len(local) or shuffle
-        )
+        of_batches: Iterable[Tensor] = order.split(self.batch_size)[start:]
+        if self._world_size > 1:
+            shares = ((rows, rows[self._rank :: self._world_size]) for rows in of_batches)
+            of_batches = (
+                local if len(local) else rows[:1] for rows, local in shares if len(local) or shuffle
+            )
+        return self._taken(of_batches)
+
+    def _taken(self, of_batches: Iterable[Tensor]) -> Iterator[Batch]:
+        taken = ((rows, self._take(rows)) for rows in of_batches)
+        if not self.on_disk:
+            for self.rows, batch in taken:
+                yield self._prepare(batch)
+            return
+        for rows, batch in prefetched(taken):
+            self.rows = rows
+            yield self._prepare(batch.checked("data", rows, self.num_rows))
 
     def share(self, rank: int, size: int, seed: int) -> None:
         """Divide each minibatch among ``size`` ranks. This rank gets the rows with numbers ``rank``,
@@ -337,8 +416,19 @@ class InMemory(Batches):
         return -(-self.num_rows // self.batch_size)
 
 
-def _index_rows(part: Tensor | SparseRows, rows: Tensor) -> Tensor:
-    return part[rows] if isinstance(part, SparseRows) else part.index_select(0, rows.to(part.device))
+def _index_rows(part: Tensor | Rows, rows: Tensor) -> Tensor:
+    return part[rows] if isinstance(part, Rows) else part.index_select(0, rows.to(part.device))
+
+
+def prefetched(items: Iterator[T]) -> Iterator[T]:
+    """The items of an iterator. A thread computes the next item while the caller uses the current one. Its
+    errors are raised here."""
+    end: Any = object()
+    with ThreadPoolExecutor(1, "pyro_vae prefetch") as thread:
+        item = thread.submit(next, items, end)
+        while (current := item.result()) is not end:
+            item = thread.submit(next, items, end)
+            yield current
 
 
 class Loaded(Batches):
@@ -547,16 +637,15 @@ def slices(num_rows: int, at_once: int) -> list[slice]:
     return [slice(start, min(start + at_once, num_rows)) for start in range(0, num_rows, at_once)]
 
 
-def as_batch(items: Any, *, share: bool = False) -> Batch:
+def as_batch(items: Any, *, in_place: bool = False) -> Batch:
     """The arguments in ``items``: one positional argument for a tensor or array, several for a tuple or list,
     keyword arguments for a mapping."""
+    convert = partial(as_tensor, in_place=in_place)
     if isinstance(items, Mapping):
-        return Batch((), {key: as_tensor(part, f"data, {key}", share=share) for key, part in items.items()})
+        return Batch((), {key: convert(part, f"data, {key}") for key, part in items.items()})
     if isinstance(items, tuple | list) and not isinstance(items, PackedSequence):
-        return Batch(
-            tuple(as_tensor(part, f"data, argument {i}", share=share) for i, part in enumerate(items)), {}
-        )
-    return Batch((as_tensor(items, share=share),), {})
+        return Batch(tuple(convert(part, f"data, argument {i}") for i, part in enumerate(items)), {})
+    return Batch((convert(items),), {})
 
 
 def as_ordered_batches(data: Any, batch_size: int | None) -> Batches:
@@ -646,7 +735,7 @@ def as_batches(data: Any, batch_size: int | None) -> Batches:
                 "with torch.stack, or pass a tuple if its items are the arguments of the model"
             )
         data = (data,)
-    source = as_batch(data, share=True).checked("data")
+    source = as_batch(data, in_place=True).checked("data")
     return InMemory(source, batch_size or source.num_rows)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
+from torch import Tensor
 
 from pyro_vae.data.batches import Batch, Batches, as_ordered_batches, fitting
 from pyro_vae.infer.losses import check_loss, kind_of, reports_bound
@@ -106,7 +107,13 @@ def evaluate_batches(
             else:
                 check_draws = check and num_evaluated > 0  # the first batch is checked above
                 terms = _sampled_terms(
-                    pair, batch, batches.num_rows, num_particles, check=check_draws, verb=verb
+                    pair,
+                    batch,
+                    batches.num_rows,
+                    num_particles,
+                    check=check_draws,
+                    verb=verb,
+                    rows=batches.rows,
                 )
             if check and not terms.elbo.isfinite().all():
                 bad = int((~terms.elbo.isfinite()).nonzero()[0])
@@ -178,14 +185,21 @@ def check_independent_rows(pair: Structure, num_data: int, *, verb: str) -> None
 
 
 def _sampled_terms(
-    pair: Structure, batch: Batch, num_data: int, num_particles: int, *, check: bool, verb: str
+    pair: Structure,
+    batch: Batch,
+    num_data: int,
+    num_particles: int,
+    *,
+    check: bool,
+    verb: str,
+    rows: Tensor | None,
 ) -> ElboTerms:
     """ELBO terms of a batch, averaged over draws of the latents."""
     draws = []
     for i in range(num_particles):
         traces = run_pair(pair.model, pair.guide, *batch.args, **batch.kwargs)
         if check and not i:
-            check_observed(pair, traces[0], batch, verb)
+            check_observed(pair, traces[0], batch, verb, rows)
         draws.append(elbo_terms(*traces, pair.plates, num_data=num_data))
     return ElboTerms(*(torch.stack(part).mean(0) for part in zip(*draws, strict=True)))
 

@@ -320,7 +320,8 @@ def inspect_for_training(
     last = n % first.num_rows if first.tensors else 0
     pair = inspect(model, guide, first, training=True)
     problems = [*pair_problems(pair), *training_problems(pair)]
-    if isinstance(batches, InMemory) and not batches.drawn and pair.batch.tensors:
+    is_here = isinstance(batches, InMemory) and not batches.drawn and not batches.on_disk
+    if isinstance(batches, InMemory) and is_here and pair.batch.tensors:
         whole = fitting(batches.whole.cast(pair.dtype), model, guide)
         problems += [
             Problem(text)

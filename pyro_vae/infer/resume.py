@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,9 +88,7 @@ class Position:
             set_random_state(self.random_before_epoch, batches)
         else:
             self.random_before_epoch = random_state(batches)
-        remaining = batches.epoch(shuffle=True)
-        for _ in islice(remaining, self.batch_index):  # skip the minibatches that steps have used
-            pass
+        remaining = batches.remaining(self.batch_index)
         if self.random_after_step is not None:
             set_random_state(self.random_after_step)
         return remaining
