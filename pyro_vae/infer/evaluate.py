@@ -30,6 +30,7 @@ def evaluate(
     loss: ELBO | None = None,
     num_particles: int = 1,
     batch_size: int | None = 500,
+    num_data: int | None = None,
     seed: int = 0,
     check: bool = True,
 ) -> ElboTerms:
@@ -48,6 +49,7 @@ def evaluate(
     :param seed: seed of the draws. Two evaluations with the same seed use the same noise.
     :param batch_size: rows of a minibatch; ``None`` for all data at once, which a guide with parameters for
         each datum needs.
+    :param num_data: the number of rows of a stream that has no length.
     :param check: ``False`` evaluates a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
     :return: :class:`~pyro_vae.pairs.ElboTerms`, tensors ``(n,)`` in the order of the data; its ``mean()`` has
         the standard error over data. For a model that subsamples, only the rows of the subsample have terms.
@@ -64,7 +66,7 @@ def evaluate(
             f"evaluate: {type(loss).__name__} estimates {kind_of(loss).bound}, which is not an ELBO; "
             "expected an ELBO object of Pyro, or an objective of pyro_vae.infer, such as IWAE(50)"
         )
-    batches = as_ordered_batches(data, batch_size)
+    batches = as_ordered_batches(data, batch_size, num_data)
     return evaluate_batches(
         model, guide, batches, loss=loss, num_particles=num_particles, seed=seed, check=check
     )

@@ -13,7 +13,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Trace_ELBO
 
 import pyro_vae as pv
 from pyro_vae import conditionals, nets, priors
@@ -224,11 +223,10 @@ def test_an_error_of_the_thread_is_raised_here_after_the_items_before_it():
         yield from range(3)
         raise OSError("disk")
 
-    seen, iterator = [], prefetched(items())
+    iterator = prefetched(items())
+    assert [next(iterator) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(OSError, match="disk"):
-        for item in iterator:
-            seen.append(item)
-    assert seen == [0, 1, 2]
+        next(iterator)
     assert not threads()
 
 
