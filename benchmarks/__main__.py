@@ -2,7 +2,8 @@
 
     python -m benchmarks
 
-Takes about 20 minutes on 2 cores. MNIST is loaded as by ``pyro-vae train mnist``.
+Takes about 20 minutes on 2 cores. MNIST is loaded as by ``pyro-vae train mnist``. With the argument
+``memory``, training on a memory-mapped file of 20 GB is measured.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import pyro
 import torch
 
 import pyro_vae as pv
-from benchmarks import epoch, objectives, posterior, step
+from benchmarks import epoch, memory, objectives, posterior, step
 from benchmarks.timing import print_table
 from pyro_vae.compiler.passes import PASSES
 
@@ -20,11 +21,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("tables", nargs="*", help="step, objectives, epoch, posterior; default: all")
+    parser.add_argument(
+        "tables", nargs="*", help="step, objectives, epoch, posterior; memory; default: all but memory"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--epochs", type=int, default=5, help="rounds of the epoch table")
     parser.add_argument("--num-data", type=int, default=60_000, help="MNIST images per epoch")
     parser.add_argument("--data-dir")
+    parser.add_argument("--gigabytes", type=float, default=20, help="size of the file of the memory table")
+    parser.add_argument("--folder", help="where the memory table makes its files")
     parser.add_argument(
         "--without", nargs="*", default=[], choices=list(PASSES), help="compiler passes to turn off"
     )
@@ -57,3 +62,5 @@ if __name__ == "__main__":
         print_table("Log-weights", columns, posterior.IMPORTANCE)
         columns = {f"{n} data, 16 chains": posterior.hmc(n, 16, args.rounds) for n in (1, 100)}
         print_table("Gradient of log p(x, z) for a leapfrog step of HMC", columns, posterior.HMC)
+    if "memory" in tables:
+        memory.print_memory(args.gigabytes, min(args.rounds, 5), args.folder)

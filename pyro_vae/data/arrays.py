@@ -1,6 +1,7 @@
 """Conversion of users' data to tensors: numpy arrays, data frames, sparse matrices, other array types."""
 
 import math
+import mmap
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-_BLOCK_ELEMENTS = 2**24  # elements that a check reads at a time
+_BLOCK_ELEMENTS = 2**22  # elements that a check reads at a time
 _COMPLEX_REMEDY = "pass x.real, or the real and imaginary parts as two columns"
 
 
@@ -72,15 +73,48 @@ pytree.register_pytree_node(
 )
 
 
-def as_tensor(part: Any, name: str = "data", *, share: bool = False) -> Any:
+class DiskRows:
+    """A memory-mapped array. ``rows[index]`` is a tensor ``(k, *event)`` in memory: these rows, read from
+    disk and converted to a dtype of torch.
+
+    :param dtype: numpy's name of that dtype.
+    """
+
+    def __init__(self, array: np.ndarray, dtype: np.dtype, name: str = "data") -> None:
+        self.array, self._dtype, self._name = array.view(np.ndarray), dtype, name
+        self.shape, self.dtype = torch.Size(array.shape), torch.from_numpy(np.empty(0, dtype)).dtype
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        is_view = isinstance(rows, slice)
+        part = self.array[rows if isinstance(rows, slice) else rows.cpu().numpy()]
+        _check_uint64(part, self._name)
+        return torch.from_numpy(part.astype(self._dtype, order="C", copy=is_view))
+
+    def whole(self) -> Tensor:
+        """All rows as a tensor, which shares the memory of the array if torch supports its dtype and
+        strides, and which must not be written to."""
+        strides = self.array.strides
+        if self.array.dtype != self._dtype or any(s < 0 or s % self._dtype.itemsize for s in strides):
+            return self[:]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about read-only memory
+            return torch.from_numpy(self.array)
+
+
+Rows = SparseRows | DiskRows  # indexed like tensors, by row
+
+
+def as_tensor(part: Any, name: str = "data", *, in_place: bool = False) -> Any:
     """Convert an array to a tensor, or to :class:`SparseRows` if it is sparse. Objects that are not arrays
     are returned unchanged.
 
     Arrays are numpy arrays, pandas and polars frames and series with numeric columns, scipy and torch sparse
     matrices, and objects with ``__array__`` or ``__dlpack__``. Packed sequences and lists of tensors are not.
 
-    :param share: do not copy a memory-mapped array: the tensor shares its memory, and rows are read from disk
-        when they are accessed. Other arrays are copied.
+    :param in_place: do not copy a memory-mapped array, but return :class:`DiskRows`.
     :raises ValueError: for masked entries, arrays of objects or text, lazy frames, nested tensors, lists of
         numbers.
     """
@@ -94,9 +128,9 @@ def as_tensor(part: Any, name: str = "data", *, share: bool = False) -> Any:
     if isinstance(part, np.generic):
         return part.item()
     if isinstance(part, np.ndarray):
-        return _from_numpy(part, name, share)
+        return _from_numpy(part, name, in_place)
     if hasattr(part, "to_numpy") and (hasattr(part, "columns") or hasattr(part, "name")):
-        return _from_numpy(_frame(part, name), name, share)
+        return _from_numpy(_frame(part, name), name)
     if hasattr(part, "tocoo"):
         return SparseRows.of(_from_scipy(part, name))
     if hasattr(part, "collect") and hasattr(part, "lazy"):
@@ -104,7 +138,7 @@ def as_tensor(part: Any, name: str = "data", *, share: bool = False) -> Any:
             f"{name}: expected an array but got a {type(part).__name__}, which is lazy; call .collect()"
         )
     if hasattr(part, "__array__"):
-        return _from_numpy(np.asarray(part), name, share)
+        return _from_numpy(np.asarray(part), name, in_place)
     if hasattr(part, "__dlpack__"):
         return torch.from_dlpack(part)
     if (
@@ -136,7 +170,7 @@ def _is_numeric(part: list | tuple) -> bool:
     return not part or isinstance(part[0], bool | int | float | list | tuple | np.ndarray | np.generic)
 
 
-def _from_numpy(array: np.ndarray, name: str, share: bool = False) -> Tensor:
+def _from_numpy(array: np.ndarray, name: str, in_place: bool = False) -> Any:
     if np.ma.is_masked(array):
         raise ValueError(
             f"{name}: the array has {int(np.ma.getmaskarray(array).sum())} masked entries, and tensors have "
@@ -158,17 +192,26 @@ def _from_numpy(array: np.ndarray, name: str, share: bool = False) -> Tensor:
         if array.dtype.kind == "u" and array.dtype.itemsize > 1
         else array.dtype.newbyteorder("=")
     )
-    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"{name}: {array.max()} exceeds the range of int64; pass x.astype(float)")
     if array.dtype.kind == "f" and array.dtype.itemsize > 8:
         dtype = np.dtype(np.float64)
-    if share and isinstance(array, np.memmap) and dtype == array.dtype and min(array.strides, default=0) >= 0:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about read-only memory; a model gets copies of the rows
-            tensor = torch.from_numpy(array)
-    else:
-        tensor = torch.from_numpy(np.array(array, dtype=dtype, order="C"))
-    return tensor
+    if in_place and array.ndim and _is_mapped(array):
+        return DiskRows(array, dtype, name)
+    _check_uint64(array, name)
+    return torch.from_numpy(np.array(array, dtype=dtype, order="C"))
+
+
+def _is_mapped(array: np.ndarray) -> bool:
+    """Whether the memory of an array is that of a mapped file. The results of arithmetic with a
+    ``np.memmap`` are not."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base.obj if isinstance(base, memoryview) else base, mmap.mmap)
+
+
+def _check_uint64(array: np.ndarray, name: str) -> None:
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name}: {array.max()} exceeds the range of int64; pass x.astype(float)")
 
 
 def _type_names(array: np.ndarray) -> str:
@@ -216,21 +259,30 @@ def _column(column: Any, name: str, label: Any) -> np.ndarray:
     return array
 
 
-def check_rows(x: Tensor | SparseRows, name: str) -> None:
-    """Raise ``ValueError`` if ``x`` is empty, complex or has a non-finite entry. The error names the row."""
+def check_shape(x: Tensor | Rows, name: str) -> None:
+    """Raise ``ValueError`` if ``x`` is empty or complex."""
     if not x.shape or not x.shape.numel():
         raise ValueError(
             f"{name}: there are no data: the shape is {tuple(x.shape)}; expected (n, *event) with n ≥ 1"
         )
     if x.dtype.is_complex:
         raise ValueError(f"{name}: expected real numbers but got {x.dtype}; {_COMPLEX_REMEDY}")
+
+
+def check_rows(x: Tensor | SparseRows, name: str, rows: Tensor | None = None, num_rows: int = 0) -> None:
+    """Raise ``ValueError`` if ``x`` is empty, complex or has a non-finite entry. The error names the row.
+
+    :param rows: if ``x`` is a part of the data, the numbers of its rows among all ``num_rows`` rows.
+    """
+    check_shape(x, name)
     if x.dtype.is_floating_point:
         bad = not_finite(x)
         if len(bad):
+            row, n = (int(bad[0]), len(x)) if rows is None else (int(rows[bad[0]]), num_rows)
             raise ValueError(
-                f"{name}: row {int(bad[0])} of {len(x)} has NaN or infinite entries ({len(bad)} such rows); "
-                "drop these rows, or give the model a keyword argument mask and pass "
-                '{"x": x, "mask": torch.isfinite(x)}'
+                f"{name}: row {row} of {n} has NaN or infinite entries ({len(bad)} such rows"
+                f"{'' if rows is None else ' in this minibatch'}); drop these rows, or give the model a "
+                'keyword argument mask and pass {"x": x, "mask": torch.isfinite(x)}'
             )
 
 
@@ -240,15 +292,24 @@ def not_finite(x: Tensor | SparseRows) -> Tensor:
         bad = (~torch.isfinite(x.values)).unsqueeze(-1).flatten(1).any(1).nonzero().flatten()
         return torch.unique(torch.searchsorted(x.start, bad, right=True) - 1)
     blocks = (
-        (start, (~torch.isfinite(block)).reshape(len(block), -1).any(1)) for start, block in row_blocks(x)
+        (start, (~torch.isfinite(block)).reshape(len(block), -1).any(1))
+        for start, block in row_blocks(x)
+        if not block.detach().sum().isfinite()  # else all entries are finite
     )
-    return torch.cat([bad.nonzero().flatten() + start for start, bad in blocks])
+    return torch.cat(
+        [torch.empty(0, dtype=torch.int64), *(bad.nonzero().flatten().cpu() + start for start, bad in blocks)]
+    )
 
 
 def row_blocks(x: Tensor | SparseRows) -> Iterator[tuple[int, Tensor]]:
     """Consecutive blocks of rows of ``x``, each with the index of its first row."""
-    num_rows = max(1, _BLOCK_ELEMENTS * len(x) // max(1, x.shape.numel()))
+    num_rows = rows_per_block(x)
     return ((start, x[start : start + num_rows]) for start in range(0, len(x), num_rows))
+
+
+def rows_per_block(x: Tensor | Rows) -> int:
+    """The number of rows that a check reads at a time."""
+    return max(1, _BLOCK_ELEMENTS * len(x) // max(1, x.shape.numel()))
 
 
 class Ranges:
@@ -309,7 +370,7 @@ class Ranges:
 
 def loses_precision(x: Any, dtype: torch.dtype | None) -> bool:
     """Whether ``dtype`` has fewer digits or a smaller range than the dtype of ``x``."""
-    if dtype is None or not isinstance(x, Tensor | SparseRows) or x.dtype.is_complex or x.dtype is torch.bool:
+    if dtype is None or not isinstance(x, Tensor | Rows) or x.dtype.is_complex or x.dtype is torch.bool:
         return False
     if not x.dtype.is_floating_point:
         return torch.iinfo(x.dtype).max > 1 / torch.finfo(dtype).eps

@@ -1,18 +1,22 @@
 """Minibatches of users' data: tensors, arrays, tuples and dicts of them, data sets, loaders.
 
 For tensors in memory, an epoch is a permutation of the rows, and a minibatch is taken from the tensors by
-indexing, which is faster than collating rows one by one. A ``DataLoader`` keeps its own order, batch size and
-collate function.
+indexing, which is faster than collating rows one by one. The same holds for memory-mapped arrays, whose rows
+are read from disk for each minibatch. A ``DataLoader`` keeps its own order, batch size and collate function.
+A stream of batches is read in its order.
 """
 
 import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache, partial
+from itertools import islice
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -31,10 +35,22 @@ from torch.utils.data import (
     default_collate,
 )
 
-from pyro_vae.data.arrays import Ranges, SparseRows, as_tensor, check_rows, is_nested, loses_precision
+from pyro_vae.data.arrays import (
+    DiskRows,
+    Ranges,
+    Rows,
+    SparseRows,
+    as_tensor,
+    check_rows,
+    check_shape,
+    is_nested,
+    loses_precision,
+    rows_per_block,
+)
 from pyro_vae.data.datasets import Data
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 _CAST_TO_INT64 = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.uint64)
 
 
@@ -115,12 +131,7 @@ class Batch(NamedTuple):
 
     def check_cast(self, dtype: torch.dtype | None) -> None:
         """Raise ``ValueError`` if different rows become equal in ``dtype``: see :meth:`Ranges.check`."""
-        ranges = Ranges()
-        for name, part in self.named.items():
-            if _has_rows(part) and loses_precision(part, dtype):
-                ranges.update(name, part)
-        if dtype is not None:
-            ranges.check(dtype)
+        _check_cast([self], dtype)
 
     def rows(self, rows: slice | Tensor) -> "Batch":
         """The rows of a slice, or at indices. Raises ``ValueError`` if a nested argument would be divided."""
@@ -149,13 +160,15 @@ class Batch(NamedTuple):
         """Types and shapes of the arguments, without their contents."""
         return ", ".join(f"{name}: {_describe(part)}" for name, part in self.named.items()) or "no arguments"
 
-    def checked(self, name: str) -> "Batch":
+    def checked(self, name: str, rows: Tensor | None = None, num_rows: int = 0) -> "Batch":
         """The batch after validation, with 0 in place of missing entries.
 
         The keyword argument ``mask`` is false at missing entries. It is a bool tensor with the shape of an
         argument, or the shape of its first dimensions. Missing entries that are NaN or infinite are replaced
-        by 0, so that gradients stay finite. Other entries must be finite.
+        by 0, so that gradients stay finite. Other entries must be finite. If an argument is on disk, only
+        shapes are validated: entries are validated when rows are read.
 
+        :param rows: the numbers of these rows among all ``num_rows`` rows of the data, for errors.
         :raises ValueError: for no rows, unequal numbers of rows, or non-finite entries that are not missing.
         """
         batch = self._fill_missing()
@@ -165,7 +178,8 @@ class Batch(NamedTuple):
                 f"{name}: expected tensors or arrays of shape (n, *event) but got {self.describe()}"
             )
         for key, part in parts.items():
-            check_rows(part, f"{name}, {key}" if len(parts) > 1 else name)
+            label = f"{name}, {key}" if len(parts) > 1 else name
+            check_shape(part, label) if self.on_disk else check_rows(part, label, rows, num_rows)
             if len(part) != batch.num_rows:
                 raise ValueError(
                     f"{name}: {key} has {len(part)} rows but the first argument has {batch.num_rows}"
@@ -180,9 +194,16 @@ class Batch(NamedTuple):
                         )
         return batch
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether an argument is a memory-mapped array, of which no rows have been read."""
+        return not self.plain and any(
+            isinstance(part, DiskRows) for part in (*self.args, *self.kwargs.values())
+        )
+
     def _fill_missing(self) -> "Batch":
         mask = self.kwargs.get("mask")
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or not mask.dim():
+        if self.on_disk or not isinstance(mask, Tensor) or mask.dtype != torch.bool or not mask.dim():
             return self
 
         def fill(part: Any) -> Any:
@@ -207,7 +228,18 @@ _NESTED_REMEDY = (
 
 
 def _has_rows(part: Any) -> bool:
-    return (isinstance(part, Tensor) and part.dim() > 0) or isinstance(part, SparseRows)
+    return (isinstance(part, Tensor) and part.dim() > 0) or isinstance(part, Rows)
+
+
+def _check_cast(blocks: Iterable[Batch], dtype: torch.dtype | None) -> None:
+    """Raise ``ValueError`` if different rows in the blocks become equal: see :meth:`Ranges.check`."""
+    ranges = Ranges()
+    for block in blocks:
+        for name, part in block.named.items():
+            if _has_rows(part) and loses_precision(part, dtype):
+                ranges.update(name, part)
+    if dtype is not None:
+        ranges.check(dtype)
 
 
 def _cast_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -219,7 +251,7 @@ def _cast_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _describe(part: Any) -> str:
-    if isinstance(part, Tensor | SparseRows):
+    if isinstance(part, Tensor | Rows):
         return f"{str(part.dtype).removeprefix('torch.')} {tuple(part.shape)}"
     if isinstance(part, PackedSequence):
         return f"a PackedSequence of {int(part.batch_sizes[0])} sequences"
@@ -232,12 +264,16 @@ class Batches(ABC):
 
     ``num_rows`` is the number N of data. ``persistent`` is true if the data come from worker processes that
     outlive an epoch. The random states of such processes cannot be read. ``in_data_order`` is true if
-    ``epoch(shuffle=False)`` yields all data in order.
+    ``epoch(shuffle=False)`` yields all data in order. ``reproducible`` is true if the random states before an
+    epoch determine its batches. ``rows`` has the numbers of the rows of the batch that an epoch yielded last,
+    if they are known.
     """
 
     num_rows: int
     persistent = False
     in_data_order = True
+    reproducible = True
+    rows: Tensor | None = None
 
     def __init__(self) -> None:
         self._prepare: Callable[[Batch], Batch] = lambda batch: batch
@@ -245,6 +281,20 @@ class Batches(ABC):
     @abstractmethod
     def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
         """One pass over the data."""
+
+    def state(self) -> Any:
+        """The position in the data, for :meth:`remaining`; ``None`` for data that do not know it."""
+        return None
+
+    def remaining(self, num_used: int, state: Any = None) -> Iterator[Batch]:  # noqa: ARG002
+        """The minibatches of a shuffled epoch after the first ``num_used``.
+
+        :param state: the result of :meth:`state` after these.
+        """
+        epoch = self.epoch(shuffle=True)
+        for _ in islice(epoch, num_used):
+            pass
+        return epoch
 
     @property
     @abstractmethod
@@ -265,10 +315,14 @@ class Batches(ABC):
 
 
 class InMemory(Batches):
-    """Minibatches of tensors in memory, by index.
+    """Minibatches of tensors in memory, or of arrays on disk, by index.
 
     ``drawn`` is true if the batches are not rows of ``source`` themselves: if ``take`` is given, or if there
     are sparse rows, which become dense.
+
+    If an array is on disk, a thread reads the next batch while the caller uses the current one, and each
+    batch is validated when it is taken. The file is then read once in an epoch, and not a second time before
+    the first step.
 
     :param source: all data.
     :param take: a function that returns the batch of the rows at given indices, for data that are drawn anew
@@ -277,7 +331,7 @@ class InMemory(Batches):
 
     def __init__(self, source: Batch, batch_size: int, take: Callable[[Tensor], Batch] | None = None) -> None:
         super().__init__()
-        self.source = source
+        self.source, self.on_disk = source, source.on_disk
         self.drawn = take is not None or any(isinstance(part, SparseRows) for part in source.named.values())
         self.num_rows = source.num_rows
         self.batch_size = min(batch_size, self.num_rows)
@@ -291,26 +345,62 @@ class InMemory(Batches):
 
     @property
     def whole(self) -> Batch:
-        """All of ``source`` as one batch, cast as set by :meth:`cast`."""
-        return self._prepare(self.source)
+        """All of ``source`` as one batch, cast as set by :meth:`cast`. Arrays on disk become tensors that
+        share their memory if that is possible."""
+        if not self.on_disk:
+            return self._prepare(self.source)
+        whole = self.source.map(lambda part: part.whole() if isinstance(part, DiskRows) else part)
+        return self._prepare(whole.checked("data"))
+
+    def blocks(self) -> Iterator[Batch]:
+        """All of ``source`` as consecutive batches, validated and cast as set by :meth:`cast`. Their memory
+        is bounded if an array is on disk; otherwise there is one batch."""
+        return map(self._prepare, self._blocks()) if self._is_read_by_blocks else iter([self.whole])
+
+    @property
+    def _is_read_by_blocks(self) -> bool:
+        return self.on_disk and self.source.divisible
+
+    def _blocks(self) -> Iterator[Batch]:
+        size = min(rows_per_block(part) for part in self.source.named.values() if _has_rows(part))
+        for rows in slices(self.num_rows, size):
+            numbers = torch.arange(rows.start, rows.stop)
+            yield self.source.rows(rows).checked("data", numbers, self.num_rows)
 
     def cast(self, dtype: torch.dtype | None) -> None:
-        self.source.check_cast(dtype)
+        loses = any(loses_precision(part, dtype) for part in self.source.named.values())
+        if loses:  # a property of all rows together, so arrays on disk are read once more
+            _check_cast(self._blocks() if self._is_read_by_blocks else [self.source], dtype)
         super().cast(dtype)
 
     def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
+        return self._epoch(shuffle=shuffle)
+
+    def remaining(self, num_used: int, state: Any = None) -> Iterator[Batch]:  # noqa: ARG002
+        return self._epoch(shuffle=True, start=num_used)
+
+    def _epoch(self, *, shuffle: bool, start: int = 0) -> Iterator[Batch]:
         if shuffle and self.batch_size < self.num_rows:
             order = torch.randperm(self.num_rows, generator=self._order_generator)
         else:  # a full batch stays in data order: a guide may have parameters for each row
             order = torch.arange(self.num_rows)
-        if self._world_size == 1:
-            return (self._prepare(self._take(rows)) for rows in order.split(self.batch_size))
-        shares = ((rows, rows[self._rank :: self._world_size]) for rows in order.split(self.batch_size))
-        return (
-            self._prepare(self._take(local if len(local) else rows[:1]))
-            for rows, local in shares
-            if len(local) or shuffle
-        )
+        of_batches: Iterable[Tensor] = order.split(self.batch_size)[start:]
+        if self._world_size > 1:
+            shares = ((rows, rows[self._rank :: self._world_size]) for rows in of_batches)
+            of_batches = (
+                local if len(local) else rows[:1] for rows, local in shares if len(local) or shuffle
+            )
+        return self._taken(of_batches)
+
+    def _taken(self, of_batches: Iterable[Tensor]) -> Iterator[Batch]:
+        taken = ((rows, self._take(rows)) for rows in of_batches)
+        if not self.on_disk:
+            for self.rows, batch in taken:
+                yield self._prepare(batch)
+            return
+        for rows, batch in prefetched(taken):
+            self.rows = rows
+            yield self._prepare(batch.checked("data", rows, self.num_rows))
 
     def share(self, rank: int, size: int, seed: int) -> None:
         """Divide each minibatch among ``size`` ranks. This rank gets the rows with numbers ``rank``,
@@ -337,47 +427,33 @@ class InMemory(Batches):
         return -(-self.num_rows // self.batch_size)
 
 
-def _index_rows(part: Tensor | SparseRows, rows: Tensor) -> Tensor:
-    return part[rows] if isinstance(part, SparseRows) else part.index_select(0, rows.to(part.device))
+def _index_rows(part: Tensor | Rows, rows: Tensor) -> Tensor:
+    return part[rows] if isinstance(part, Rows) else part.index_select(0, rows.to(part.device))
 
 
-class Loaded(Batches):
-    """The batches of a user's ``DataLoader``, which sets their order and size. Each batch is validated.
+def prefetched(items: Iterator[T]) -> Iterator[T]:
+    """The items of an iterator. A thread computes the next item while the caller uses the current one. Its
+    errors are raised here."""
+    end: Any = object()
+    with ThreadPoolExecutor(1, "pyro_vae prefetch") as thread:
+        item = thread.submit(next, items, end)
+        while (current := item.result()) is not end:
+            item = thread.submit(next, items, end)
+            yield current
 
-    With a ``RandomSampler``, unshuffled epochs iterate over the whole data set in order. Any other sampler is
-    used unchanged; unless it is sequential, ``in_data_order`` is false.
+
+class Received(Batches):
+    """Batches that a user's object yields. Each is validated when it arrives.
+
+    If the object has the methods ``state_dict`` and ``load_state_dict``, as the ``StatefulDataLoader`` of
+    torchdata, its position is part of a checkpoint.
     """
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, stateful: Any, num_rows: int) -> None:
         super().__init__()
-        self.shuffled, self.ordered = loader, loader
-        self.persistent = loader.persistent_workers
-        batching: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-        sampler = getattr(batching, "sampler", batching)
-        self._must_match_length = isinstance(loader.dataset, IterableDataset) or not isinstance(
-            batching, BatchSampler
-        )
-        self.num_rows = _count_rows(loader, batching, sampler)
-        self._num_batches = _length(loader, "the loader and its batch sampler have no length")
-        if (
-            isinstance(sampler, RandomSampler)
-            and not sampler.replacement
-            and isinstance(batching, BatchSampler)
-        ):
-            self.ordered = _sequential(loader, batching.batch_size)
-        else:
-            stream = isinstance(loader.dataset, IterableDataset)
-            self.in_data_order = stream or isinstance(sampler, SequentialSampler)
-            if getattr(batching, "drop_last", loader.drop_last):
-                self.num_rows = self._num_batches * (
-                    getattr(batching, "batch_size", None) or loader.batch_size or 1
-                )
-        if not self._num_batches:
-            raise ValueError(
-                f"data: the loader has no batches: its data set has {_num_items(loader)} rows, in batches of "
-                f"{loader.batch_size}{' with drop_last=True' if loader.drop_last else ''}; expected at least "
-                "one batch: lower batch_size, or pass drop_last=False"
-            )
+        has_state = hasattr(stateful, "state_dict") and hasattr(stateful, "load_state_dict")
+        self._stateful, self.num_rows = stateful if has_state else None, num_rows
+        self._num_seen = self._num_batches_seen = 0  # in the current pass of training
         self._dtype: torch.dtype | None = None
         # ranges of the batches so far; the dtype is known only after the first batch
         self._ranges: Ranges | None = Ranges()
@@ -387,15 +463,83 @@ class Loaded(Batches):
         if dtype != self._dtype:
             self._dtype, self._ranges = dtype, self._ranges or Ranges()
 
+    def state(self) -> Any:
+        if self._stateful is None:
+            return None
+        seen = [self._num_batches_seen, self._num_seen]
+        return {"seen": seen, "state": self._stateful.state_dict()}
+
+    def _restore(self, state: Any) -> None:
+        if self._stateful is None:
+            raise ValueError(
+                "resume: the checkpoint has the position of a loader with a state_dict; expected the same "
+                "data"
+            )
+        self._num_batches_seen, self._num_seen = state["seen"]
+        self._stateful.load_state_dict(state["state"])
+
+    def _record_ranges(self, batch: Batch) -> None:
+        if self._ranges is not None:
+            for key, part in batch.tensors.items():
+                if loses_precision(part, self._dtype or torch.get_default_dtype()):
+                    self._ranges.update(key, part)
+
+    def _check_ranges(self) -> None:
+        """Check the ranges of all batches so far. This ends their record."""
+        if self._ranges is not None and self._dtype is not None:
+            self._ranges.check(self._dtype)
+            self._ranges = None
+
+
+class Loaded(Received):
+    """The batches of a user's ``DataLoader`` of a map-style data set, which sets their order and size.
+
+    With a ``RandomSampler``, unshuffled epochs iterate over the whole data set in order. Any other sampler is
+    used unchanged; unless it is sequential, ``in_data_order`` is false.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        batching: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        sampler = getattr(batching, "sampler", batching)
+        super().__init__(loader, _count_rows(loader, batching, sampler))
+        self.shuffled, self.ordered = loader, loader
+        self.persistent = loader.persistent_workers
+        self._must_match_length = not isinstance(batching, BatchSampler)
+        self._num_batches = _length(loader, "the loader and its batch sampler have no length")
+        if (
+            isinstance(sampler, RandomSampler)
+            and not sampler.replacement
+            and isinstance(batching, BatchSampler)
+        ):
+            self.ordered = _sequential(loader, batching.batch_size)
+        else:
+            self.in_data_order = isinstance(sampler, SequentialSampler)
+            if getattr(batching, "drop_last", loader.drop_last):
+                self.num_rows = self._num_batches * (
+                    getattr(batching, "batch_size", None) or loader.batch_size or 1
+                )
+        _check_not_empty(loader, self._num_batches)
+
     def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
+        return self._epoch(shuffle=shuffle)
+
+    def remaining(self, num_used: int, state: Any = None) -> Iterator[Batch]:
+        if state is None:
+            return super().remaining(num_used)
+        self._restore(state)
+        return self._epoch(shuffle=True, items=_iterate(self.shuffled))
+
+    def _epoch(self, *, shuffle: bool, items: Iterator[Any] | None = None) -> Iterator[Batch]:
+        """One pass over the data.
+
+        :param items: the rest of a pass that has been resumed.
+        """
         loader = self.shuffled if shuffle else self.ordered
-        sizes = _batch_sizes(loader)
-        generators = self.generators()
-        states = [generator.get_state() for generator in generators]
-        num_seen = 0
-        try:
-            for i, items in enumerate(_iterate(loader)):
-                batch = as_batch(items).checked(f"data, batch {i}")
+        num_batches, num_seen = (0, 0) if items is None else (self._num_batches_seen, self._num_seen)
+        sizes = _batch_sizes(loader, num_batches)
+        with _kept(self.generators() if not shuffle else []):
+            for i, item in enumerate(_iterate(loader) if items is None else items, num_batches):
+                batch = as_batch(item).checked(f"data, batch {i}")
                 if sizes is not None and batch.num_rows != (size := next(sizes, 0)):
                     raise ValueError(
                         f"data: batch {i} of the loader has {batch.num_rows} rows from {size} items of its "
@@ -405,45 +549,205 @@ class Loaded(Batches):
                 num_seen += batch.num_rows
                 if self._must_match_length and num_seen > self.num_rows:
                     break
-                self._check_precision(batch, f"data, batch {i}", shuffle)
+                self._record_ranges(batch)
+                # consecutive rows may be close to each other, so they are checked at the end of the epoch
+                is_mixed = shuffle and self.ordered is not self.shuffled and batch.num_rows > 1
+                if is_mixed and self._ranges is not None and self._dtype is not None:
+                    self._ranges.check(self._dtype, f"data, batch {i}")
+                if shuffle:
+                    self._num_batches_seen, self._num_seen = i + 1, num_seen
                 yield self._prepare(batch)
             if not num_seen or (self._must_match_length and num_seen != self.num_rows):
                 got = "more" if num_seen > self.num_rows else str(num_seen)
                 raise ValueError(
                     f"data: expected {self.num_rows} rows in an epoch, by the loader's length, but got "
-                    f"{got}; correct the data set's __len__, or divide the rows among the loader's workers "
-                    "(torch.utils.data.get_worker_info)"
+                    f"{got}; correct the length of the data set or its batch sampler"
                 )
-            if self._ranges is not None and self._dtype is not None:
-                self._ranges.check(self._dtype)
-                self._ranges = None
-        finally:
-            if not shuffle:  # an unshuffled epoch leaves random states unchanged
-                for generator, state in zip(generators, states, strict=True):
-                    generator.set_state(state)
-
-    def _check_precision(self, batch: Batch, name: str, shuffle: bool) -> None:
-        """Record the ranges of a batch, and check them at once if the batch is shuffled. Consecutive rows may
-        be close to each other, so without shuffling the ranges are checked at the end of the epoch."""
-        if self._ranges is None:
-            return
-        for key, part in batch.tensors.items():
-            if loses_precision(part, self._dtype or torch.get_default_dtype()):
-                self._ranges.update(key, part)
-        if self._dtype is not None and shuffle and self.ordered is not self.shuffled and batch.num_rows > 1:
-            self._ranges.check(self._dtype, name)
+            if shuffle:
+                self._num_batches_seen = self._num_seen = 0
+            self._check_ranges()
 
     @property
     def num_batches(self) -> int:
         return self._num_batches
 
     def generators(self) -> list[torch.Generator]:
-        owners: list[Any] = []
-        for loader in (self.shuffled, self.ordered):
-            batching = loader.batch_sampler
-            owners += [loader, loader.sampler, batching, getattr(batching, "sampler", None)]
-        generators = (getattr(owner, "generator", None) for owner in owners)
-        return list(dict.fromkeys(generator for generator in generators if generator is not None))
+        return _generators(self.shuffled, self.ordered)
+
+
+class Streamed(Received):
+    """The batches of a stream, in its order: a loader of an ``IterableDataset``, or any iterable of batches.
+
+    A shuffled epoch has the next ``steps_per_epoch`` batches: it goes on where the last one ended, and the
+    stream is read again when it ends. With ``steps_per_epoch=None`` an epoch is one pass over the stream, as
+    an unshuffled epoch always is.
+
+    :param source: a loader, an iterable whose ``__iter__`` starts anew, or a function that returns an
+        iterator.
+    :param num_rows: the number of rows in a pass. Only an endless stream with ``steps_per_epoch`` may have
+        another number.
+    :param stateful: an object whose ``state_dict`` has the position in the stream.
+    """
+
+    reproducible = False
+
+    def __init__(
+        self, source: Any, num_rows: int, steps_per_epoch: int | None = None, stateful: Any = None
+    ) -> None:
+        super().__init__(source if stateful is None else stateful, num_rows)
+        self.source, self.steps_per_epoch = source, steps_per_epoch
+        self.persistent = isinstance(source, DataLoader) and source.persistent_workers
+        self._pass: Iterator[Batch] | None = None  # the pass of training that the next epoch continues
+        self._first: Batch | None = None  # a row of the first batch, whose shapes all batches have
+        self._num_batches = steps_per_epoch
+        if not isinstance(source, DataLoader) and self._open() is self._open():
+            raise ValueError(
+                f"data: a {type(source).__name__} can be read once only, but each epoch reads the stream "
+                "anew; expected a function that returns a new iterator, such as a generator function, or an "
+                "object whose __iter__ starts anew"
+            )
+
+    def _open(self) -> Iterator[Any]:
+        if isinstance(self.source, DataLoader):
+            return _iterate(self.source)
+        return iter(self.source() if callable(self.source) else self.source)
+
+    def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
+        if not shuffle:
+            return self._read(training=False)
+        return self._read() if self.steps_per_epoch is None else self._steps(self.steps_per_epoch)
+
+    def remaining(self, num_used: int, state: Any = None) -> Iterator[Batch]:
+        rest = None
+        if state is not None:
+            self._restore(state)
+            rest = self._read(items=self._open())
+        if self.steps_per_epoch is None:
+            return self._read() if rest is None else rest
+        self._pass = rest or self._pass
+        return self._steps(self.steps_per_epoch - num_used)
+
+    def _steps(self, num_steps: int) -> Iterator[Batch]:
+        """The next batches of training."""
+        for _ in range(num_steps):
+            batch = None if self._pass is None else next(self._pass, None)
+            if batch is None:
+                self._pass = self._read()
+                batch = next(self._pass)
+            yield batch
+        self._check_ranges()
+
+    def _read(self, *, training: bool = True, items: Iterator[Any] | None = None) -> Iterator[Batch]:
+        """One pass over the stream.
+
+        :param training: whether this is the pass whose position :meth:`state` returns.
+        :param items: the rest of a pass that has been resumed.
+        """
+        num_batches, num_seen = (0, 0) if items is None else (self._num_batches_seen, self._num_seen)
+        endless = training and self.steps_per_epoch is not None
+        with _kept([] if training else self.generators()):
+            for i, item in enumerate(self._open() if items is None else items, num_batches):
+                batch = as_batch(item).checked(f"data, batch {i}")
+                self._check_shapes(batch, i)
+                num_seen += batch.num_rows
+                if num_seen > self.num_rows and not endless:
+                    raise ValueError(
+                        f"data: expected {self.num_rows} rows in a pass over the stream but got more; "
+                        "correct num_data or the length of the data set, divide the rows among the loader's "
+                        "workers (torch.utils.data.get_worker_info), or bound the epochs of fit by "
+                        "steps_per_epoch"
+                    )
+                self._record_ranges(batch)
+                if training:
+                    self._num_batches_seen, self._num_seen = i + 1, num_seen
+                yield self._prepare(batch)
+        if not num_seen:
+            self._raise_empty()
+        if num_seen != self.num_rows:
+            raise ValueError(
+                f"data: expected {self.num_rows} rows in a pass over the stream but got {num_seen}; pass "
+                f"num_data={num_seen}, correct the length of the data set, or, if the stream does not start "
+                "anew each time, pass a function that returns a new iterator"
+            )
+        if training:
+            self._num_batches_seen = self._num_seen = 0
+        self._check_ranges()
+
+    def _raise_empty(self) -> None:
+        if self._first is not None:
+            raise ValueError(
+                "data: the stream has no batches when it is read again; expected a function that returns a "
+                "new iterator, or an object whose __iter__ starts anew"
+            )
+        raise ValueError("data: the stream has no batches; expected one batch of rows or more")
+
+    def _check_shapes(self, batch: Batch, index: int) -> None:
+        """Raise ``ValueError`` if a batch has other arguments, or rows of another shape, than the first."""
+        row = batch.first(1) if batch.divisible else batch
+        if self._first is None:
+            self._first = row.map(torch.empty_like)
+            self._num_batches = self._num_batches or -(-self.num_rows // batch.num_rows)
+        if row.describe() != self._first.describe():
+            raise ValueError(
+                f"data: a row of batch {index} of the stream is {row.describe()}, but a row of the first "
+                f"batch is {self._first.describe()}; expected the same arguments, dtypes and shapes in all "
+                "batches: pad rows to one length and add a mask"
+            )
+
+    def count(self) -> None:
+        """Set ``num_rows``, which is the limit until now, to the number of rows in a pass."""
+        limit, self.num_rows = self.num_rows, 0
+        with _kept(self.generators()):
+            for i, item in enumerate(self._open()):
+                self.num_rows += as_batch(item).checked(f"validation, batch {i}").num_rows
+                if self.num_rows > limit:
+                    raise ValueError(
+                        f"validation: the stream has more than {limit} rows, the number of training data, so "
+                        "it may have no end; expected fewer rows, or a data set with a length"
+                    )
+        if not self.num_rows:
+            self._raise_empty()
+
+    @property
+    def num_batches(self) -> int:
+        """The number of minibatches in an epoch; estimated by the size of the first batch if the stream has
+        no length."""
+        if self._num_batches is None:
+            next(self.epoch(shuffle=False))
+        return self._num_batches or 1
+
+    def generators(self) -> list[torch.Generator]:
+        return _generators(self.source) if isinstance(self.source, DataLoader) else []
+
+
+@contextmanager
+def _kept(generators: list[torch.Generator]) -> Iterator[None]:
+    """Leave the states of the generators unchanged."""
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _generators(*loaders: DataLoader) -> list[torch.Generator]:
+    """The generators that loaders and their samplers use."""
+    owners: list[Any] = []
+    for loader in loaders:
+        batching = loader.batch_sampler
+        owners += [loader, loader.sampler, batching, getattr(batching, "sampler", None)]
+    generators = (getattr(owner, "generator", None) for owner in owners)
+    return list(dict.fromkeys(generator for generator in generators if generator is not None))
+
+
+def _check_not_empty(loader: DataLoader, num_batches: int) -> None:
+    if not num_batches:
+        raise ValueError(
+            f"data: the loader has no batches: its data set has {_num_items(loader)} rows, in batches of "
+            f"{loader.batch_size}{' with drop_last=True' if loader.drop_last else ''}; expected at least "
+            "one batch: lower batch_size, or pass drop_last=False"
+        )
 
 
 def _length(sized: Any, cause: str) -> int:
@@ -456,16 +760,18 @@ def _length(sized: Any, cause: str) -> int:
         ) from error
 
 
-def _batch_sizes(loader: DataLoader) -> Iterator[int] | None:
-    """The number of data-set items in each batch of a loader; ``None`` if it cannot be known in advance."""
+def _batch_sizes(loader: DataLoader, start: int) -> Iterator[int] | None:
+    """The number of data-set items in each batch of a loader from batch ``start`` on; ``None`` if it cannot
+    be known in advance."""
     batching: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    if isinstance(loader.dataset, IterableDataset) or type(batching) is not BatchSampler:
+    if type(batching) is not BatchSampler:
         return None
     try:
         n = len(batching.sampler)  # type: ignore[arg-type]
     except TypeError:
         return None
-    return (min(batching.batch_size, n - start) for start in range(0, n, batching.batch_size))
+    size = batching.batch_size
+    return (min(size, n - first) for first in range(start * size, n, size))
 
 
 def _num_items(loader: DataLoader) -> int:
@@ -478,10 +784,6 @@ def _count_rows(loader: DataLoader, batching: Any, sampler: Any) -> int:
         "data: the DataLoader has batch_size=None, so the data set itself makes the batches, and their rows "
         "cannot be counted; expected "
     )
-    if isinstance(loader.dataset, IterableDataset):
-        if loader.batch_size is None:
-            raise ValueError(f"{uncountable}a data set of single rows and batch_size in the DataLoader")
-        return _num_items(loader)
     if loader.batch_sampler is None and not isinstance(batching, BatchSampler):
         raise ValueError(f"{uncountable}batch_size in the DataLoader, or sampler=BatchSampler(...)")
     if isinstance(sampler, RandomSampler):
@@ -513,8 +815,12 @@ def _sequential(loader: DataLoader, batch_size: int) -> DataLoader:
 
 
 def _iterate(loader: DataLoader) -> Iterator[Any]:
-    """The batches of a loader. Raises ``ValueError`` if rows cannot be stacked."""
-    iterator = iter(loader)
+    """The batches of a loader, whose iteration starts with this call. Raises ``ValueError`` if rows cannot be
+    stacked."""
+    return _stacked(iter(loader))
+
+
+def _stacked(iterator: Iterator[Any]) -> Iterator[Any]:
     while True:
         try:
             items = next(iterator)
@@ -547,25 +853,24 @@ def slices(num_rows: int, at_once: int) -> list[slice]:
     return [slice(start, min(start + at_once, num_rows)) for start in range(0, num_rows, at_once)]
 
 
-def as_batch(items: Any, *, share: bool = False) -> Batch:
+def as_batch(items: Any, *, in_place: bool = False) -> Batch:
     """The arguments in ``items``: one positional argument for a tensor or array, several for a tuple or list,
     keyword arguments for a mapping."""
+    convert = partial(as_tensor, in_place=in_place)
     if isinstance(items, Mapping):
-        return Batch((), {key: as_tensor(part, f"data, {key}", share=share) for key, part in items.items()})
+        return Batch((), {key: convert(part, f"data, {key}") for key, part in items.items()})
     if isinstance(items, tuple | list) and not isinstance(items, PackedSequence):
-        return Batch(
-            tuple(as_tensor(part, f"data, argument {i}", share=share) for i, part in enumerate(items)), {}
-        )
-    return Batch((as_tensor(items, share=share),), {})
+        return Batch(tuple(convert(part, f"data, argument {i}") for i, part in enumerate(items)), {})
+    return Batch((convert(items),), {})
 
 
-def as_ordered_batches(data: Any, batch_size: int | None) -> Batches:
+def as_ordered_batches(data: Any, batch_size: int | None, num_data: int | None = None) -> Batches:
     """Minibatches whose unshuffled epochs are in data order. Data with stochastic binarization are binarized
     once.
 
     :raises ValueError: as :func:`as_batches` does, and for a loader whose sampler changes the order.
     """
-    batches = as_batches(data.fixed() if isinstance(data, Data) else data, batch_size)
+    batches = as_batches(data.fixed() if isinstance(data, Data) else data, batch_size, num_data=num_data)
     if not batches.in_data_order:
         raise ValueError(
             "data: the loader's sampler has an order of its own, so results cannot be matched with rows; "
@@ -574,8 +879,8 @@ def as_ordered_batches(data: Any, batch_size: int | None) -> Batches:
     return batches
 
 
-def as_whole(data: Any) -> Batch:
-    """All data as one batch, in data order.
+def as_whole(data: Any, num_data: int | None = None) -> Batch:
+    """All data as one batch, in data order. Those of a loader or a stream are collected in memory.
 
     :param data: as for :func:`as_ordered_batches`. A :class:`Batch`, which functions of this library pass to
         each other, is returned unchanged.
@@ -583,7 +888,7 @@ def as_whole(data: Any) -> Batch:
     """
     if isinstance(data, Batch):
         return data
-    batches = as_ordered_batches(data, None)
+    batches = as_ordered_batches(data, None, num_data)
     if isinstance(batches, InMemory):
         return batches.whole.map(lambda part: part[:] if isinstance(part, SparseRows) else part)
     parts = list(batches.epoch(shuffle=False))
@@ -608,21 +913,127 @@ def check_count(name: str, value: Any, *, expected: str = "a whole number, 1 or 
     return int(value)
 
 
-def as_batches(data: Any, batch_size: int | None) -> Batches:
+def as_batches(
+    data: Any, batch_size: int | None, *, num_data: int | None = None, steps_per_epoch: int | None = None
+) -> Batches:
     """The minibatches of ``data``.
 
     :param data: a torch or numpy array ``(n, *event)``, dense or sparse, or a data frame of numeric columns;
         a tuple of them, for ``model(x, c)``; a dict of them, for ``model(x=…, mask=…)``; a
-        :class:`~pyro_vae.data.Data`; a torch ``Dataset`` with a length; or a ``DataLoader``. Packed sequences
-        and lists of tensors are allowed if each minibatch has all data. Missing entries may be NaN if
-        ``mask`` is false there: see :meth:`Batch.checked`.
+        :class:`~pyro_vae.data.Data`; a torch ``Dataset``; a ``DataLoader``; or a stream of batches: an
+        iterable whose ``__iter__`` starts anew, or a function that returns an iterator. Packed sequences and
+        lists of tensors are allowed if each minibatch has all data. Missing entries may be NaN if ``mask`` is
+        false there: see :meth:`Batch.checked`.
     :param batch_size: rows in a minibatch, ``None`` for all data. A ``DataLoader`` has its own batch size.
-    :raises ValueError: for empty data, non-finite rows, arguments of unequal length, and unsupported types.
+    :param num_data: the number of rows, which a stream without a length needs.
+    :param steps_per_epoch: the number of batches in an epoch of a stream, see :class:`Streamed`.
+    :raises ValueError: for empty data, non-finite rows, arguments of unequal length, unsupported types, a
+        stream without a number of rows, or another number of rows than ``num_data``.
     """
     if batch_size is not None:
         batch_size = check_count(
             "batch_size", batch_size, expected="1 or more, or None for all data at once,"
         )
+    for name, count in (("num_data", num_data), ("steps_per_epoch", steps_per_epoch)):
+        if count is not None:
+            check_count(name, count)
+    batches = (
+        _as_stream(data, batch_size, num_data, steps_per_epoch)
+        if _is_stream(data)
+        else _as_finite(data, batch_size)
+    )
+    if steps_per_epoch is not None and not isinstance(batches, Streamed):
+        raise ValueError(
+            f"steps_per_epoch: these data have {batches.num_rows} rows, so an epoch has "
+            f"{batches.num_batches} steps; expected a stream (an IterableDataset, its loader, or an iterable "
+            "of batches), or steps_per_epoch=None"
+        )
+    if num_data is not None and num_data != batches.num_rows:
+        raise ValueError(
+            f"num_data is {num_data} but the data have {batches.num_rows} rows; expected num_data=None, or "
+            "the number of rows"
+        )
+    return batches
+
+
+def _is_stream(data: Any) -> bool:
+    """Whether ``data`` yields rows or batches, and cannot be indexed."""
+    if isinstance(data, DataLoader):
+        return isinstance(data.dataset, IterableDataset)
+    if isinstance(data, IterableDataset):
+        return True
+    if isinstance(data, torch.nn.Module | type):
+        return False
+    has_index = hasattr(data, "__getitem__") or hasattr(data, "__array__") or hasattr(data, "__dlpack__")
+    return not has_index and (callable(data) or hasattr(data, "__iter__"))
+
+
+def _as_stream(
+    data: Any, batch_size: int | None, num_data: int | None, steps_per_epoch: int | None
+) -> Streamed:
+    length, yields_batches = _stream_length(data), _yields_batches(data)
+    num_rows = num_data if length is None else length
+    if num_rows is None and isinstance(data, DataLoader) and yields_batches:
+        raise ValueError(
+            "data: the DataLoader has batch_size=None, so the data set itself makes the batches, and their "
+            "rows cannot be counted; pass num_data, the number of rows in a pass, or batch_size in the "
+            "DataLoader"
+        )
+    if num_rows is None:
+        kind = type(data.dataset if isinstance(data, DataLoader) else data).__name__
+        raise ValueError(
+            f"data: the stream, of type {kind}, has no length, so a minibatch cannot be scaled to all data; "
+            "pass num_data, the number of rows in a pass, where the function has this option"
+            + ("" if yields_batches else ", or add a method __len__ that returns it")
+        )
+    if isinstance(data, DataLoader):
+        if length is not None:
+            num_batches = len(data)
+            _check_not_empty(data, num_batches)
+            if data.drop_last:
+                num_rows = num_batches * (data.batch_size or 1)
+        # without workers, the data set has read no further than the last batch
+        inner = data.dataset if not hasattr(data, "state_dict") and not data.num_workers else None
+        return Streamed(data, num_rows, steps_per_epoch, stateful=inner)
+    if yields_batches:
+        return Streamed(data, num_rows, steps_per_epoch)
+    if not num_rows:
+        raise ValueError("data: the data set is empty")
+    loader: DataLoader = DataLoader(data, batch_size or num_rows, collate_fn=_collate)
+    return Streamed(loader, num_rows, steps_per_epoch, stateful=data)
+
+
+def as_counted_batches(data: Any, batch_size: int | None, *, limit: int) -> Batches:
+    """Minibatches as of :func:`as_batches`. The rows of a stream without a length are counted.
+
+    :raises ValueError: as :func:`as_batches` does, and if such a stream has more than ``limit`` rows.
+    """
+    if not _is_stream(data) or _stream_length(data) is not None:
+        return as_batches(data, batch_size)
+    batches = _as_stream(data, batch_size, limit, None)
+    batches.count()
+    return batches
+
+
+def _yields_batches(stream: Any) -> bool:
+    """Whether a stream yields batches and not rows."""
+    if isinstance(stream, DataLoader):
+        return stream.batch_size is None
+    return not isinstance(stream, IterableDataset)
+
+
+def _stream_length(stream: Any) -> int | None:
+    """The number of rows of a stream, if it is known. The length of a stream of batches is not that."""
+    if _yields_batches(stream):
+        return None
+    try:
+        return len(stream.dataset if isinstance(stream, DataLoader) else stream)
+    except TypeError:
+        return None
+
+
+def _as_finite(data: Any, batch_size: int | None) -> Batches:
+    """The minibatches of data that are not a stream."""
     if isinstance(data, DataLoader):
         return Loaded(data)
     if isinstance(data, Data):
@@ -632,13 +1043,10 @@ def as_batches(data: Any, batch_size: int | None) -> Batches:
     if isinstance(data, TensorDataset) and type(data).__getitem__ is TensorDataset.__getitem__:
         data = data.tensors
     if isinstance(data, Dataset):
-        stream = isinstance(data, IterableDataset)
         n = _length(data, f"the data set, of type {type(data).__name__}, has no length")
         if not n:
             raise ValueError("data: the data set is empty")
-        return Loaded(
-            DataLoader(data, batch_size or n, shuffle=None if stream else True, collate_fn=_collate)
-        )
+        return Loaded(DataLoader(data, batch_size or n, shuffle=True, collate_fn=_collate))
     if isinstance(data, list):
         if not is_nested(data):
             raise ValueError(
@@ -646,7 +1054,7 @@ def as_batches(data: Any, batch_size: int | None) -> Batches:
                 "with torch.stack, or pass a tuple if its items are the arguments of the model"
             )
         data = (data,)
-    source = as_batch(data, share=True).checked("data")
+    source = as_batch(data, in_place=True).checked("data")
     return InMemory(source, batch_size or source.num_rows)
 
 

@@ -80,6 +80,7 @@ def diagnose(
     *,
     num_particles: int = 1000,
     num_simulations: int = 1000,
+    num_data: int | None = None,
     seed: int = 0,
     check: bool = True,
     joint: bool = False,
@@ -90,12 +91,13 @@ def diagnose(
     :param data: as for :func:`~pyro_vae.fit`.
     :param num_particles: number of draws for each datum.
     :param num_simulations: number of data to simulate for the calibration; 0 skips the calibration.
+    :param num_data: the number of rows of a stream that has no length.
     :param joint: treat all data as one datum, for models with global latents. ``usage`` and ``calibration``
         are then ``None``.
     :raises ValueError: if the pair is invalid, or a latent is outside of the data plate and ``joint`` is
         false.
     """
-    batch = read_whole(data, seed=seed)
+    batch = read_whole(data, seed=seed, num_data=num_data)
     notes: list[str] = []
     lower = elbo(model, guide, batch, num_particles=num_particles, joint=joint, seed=seed, check=check)
     weighted = importance(

@@ -25,6 +25,7 @@ def importance(
     *,
     num_particles: int = 1000,
     max_bytes: int = MAX_BYTES,
+    num_data: int | None = None,
     seed: int = 0,
     check: bool = True,
     joint: bool = False,
@@ -43,6 +44,7 @@ def importance(
     :param num_particles: K.
     :param max_bytes: memory of the tensors that one run of the pair allocates. A large K is divided among
         several runs, so memory does not grow with K.
+    :param num_data: the number of rows of a stream that has no length. Its batches are collected in memory.
     :param seed: seed of the draws.
     :param check: ``False`` runs a pair that :func:`~pyro_vae.check_pair` rejects.
     :param joint: treat all data as one datum, for models with global latents. The result is log p(x₁…x_N),
@@ -60,6 +62,7 @@ def importance(
         data,
         num_particles=num_particles,
         max_bytes=max_bytes,
+        num_data=num_data,
         seed=seed,
         check=check,
         joint=joint,
@@ -75,6 +78,7 @@ def elbo(
     *,
     num_particles: int = 100,
     max_bytes: int = MAX_BYTES,
+    num_data: int | None = None,
     seed: int = 0,
     check: bool = True,
     joint: bool = False,
@@ -94,6 +98,7 @@ def elbo(
         data,
         num_particles=num_particles,
         max_bytes=max_bytes,
+        num_data=num_data,
         seed=seed,
         check=check,
         joint=joint,
@@ -110,6 +115,7 @@ def prior_monte_carlo(
     *,
     num_particles: int = 1000,
     max_bytes: int = MAX_BYTES,
+    num_data: int | None = None,
     seed: int = 0,
     check: bool = True,
     joint: bool = False,
@@ -127,6 +133,7 @@ def prior_monte_carlo(
         data,
         num_particles=num_particles,
         max_bytes=max_bytes,
+        num_data=num_data,
         seed=seed,
         check=check,
         joint=joint,
@@ -187,6 +194,7 @@ def _estimate(
     *,
     num_particles: int,
     max_bytes: int,
+    num_data: int | None,
     seed: int,
     check: bool,
     joint: bool,
@@ -195,7 +203,7 @@ def _estimate(
 ) -> Evidence:
     """Apply ``summarize`` to the log-weights ``(K, rows)`` of each chunk of the data."""
     check_particles(name, num_particles)
-    batch = read_whole(data, seed=seed)
+    batch = read_whole(data, seed=seed, num_data=num_data)
     with untouched(training=False, seed=seed), torch.no_grad():
         weigher = weigh(model, guide, batch, verb=name, check=check, max_bytes=max_bytes, joint=joint)
         batch = weigher.batch

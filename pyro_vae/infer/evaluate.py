@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
+from torch import Tensor
 
 from pyro_vae.data.batches import Batch, Batches, as_ordered_batches, fitting
 from pyro_vae.infer.losses import check_loss, kind_of, reports_bound
@@ -29,6 +30,7 @@ def evaluate(
     loss: ELBO | None = None,
     num_particles: int = 1,
     batch_size: int | None = 500,
+    num_data: int | None = None,
     seed: int = 0,
     check: bool = True,
 ) -> ElboTerms:
@@ -47,6 +49,7 @@ def evaluate(
     :param seed: seed of the draws. Two evaluations with the same seed use the same noise.
     :param batch_size: rows of a minibatch; ``None`` for all data at once, which a guide with parameters for
         each datum needs.
+    :param num_data: the number of rows of a stream that has no length.
     :param check: ``False`` evaluates a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
     :return: :class:`~pyro_vae.pairs.ElboTerms`, tensors ``(n,)`` in the order of the data; its ``mean()`` has
         the standard error over data. For a model that subsamples, only the rows of the subsample have terms.
@@ -63,7 +66,7 @@ def evaluate(
             f"evaluate: {type(loss).__name__} estimates {kind_of(loss).bound}, which is not an ELBO; "
             "expected an ELBO object of Pyro, or an objective of pyro_vae.infer, such as IWAE(50)"
         )
-    batches = as_ordered_batches(data, batch_size)
+    batches = as_ordered_batches(data, batch_size, num_data)
     return evaluate_batches(
         model, guide, batches, loss=loss, num_particles=num_particles, seed=seed, check=check
     )
@@ -106,7 +109,13 @@ def evaluate_batches(
             else:
                 check_draws = check and num_evaluated > 0  # the first batch is checked above
                 terms = _sampled_terms(
-                    pair, batch, batches.num_rows, num_particles, check=check_draws, verb=verb
+                    pair,
+                    batch,
+                    batches.num_rows,
+                    num_particles,
+                    check=check_draws,
+                    verb=verb,
+                    rows=batches.rows,
                 )
             if check and not terms.elbo.isfinite().all():
                 bad = int((~terms.elbo.isfinite()).nonzero()[0])
@@ -178,14 +187,21 @@ def check_independent_rows(pair: Structure, num_data: int, *, verb: str) -> None
 
 
 def _sampled_terms(
-    pair: Structure, batch: Batch, num_data: int, num_particles: int, *, check: bool, verb: str
+    pair: Structure,
+    batch: Batch,
+    num_data: int,
+    num_particles: int,
+    *,
+    check: bool,
+    verb: str,
+    rows: Tensor | None,
 ) -> ElboTerms:
     """ELBO terms of a batch, averaged over draws of the latents."""
     draws = []
     for i in range(num_particles):
         traces = run_pair(pair.model, pair.guide, *batch.args, **batch.kwargs)
         if check and not i:
-            check_observed(pair, traces[0], batch, verb)
+            check_observed(pair, traces[0], batch, verb, rows)
         draws.append(elbo_terms(*traces, pair.plates, num_data=num_data))
     return ElboTerms(*(torch.stack(part).mean(0) for part in zip(*draws, strict=True)))
 

@@ -20,7 +20,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.checkpoint import Checkpoints
-from pyro_vae.data.batches import Batch, Batches, InMemory, as_batches, check_count, fitting
+from pyro_vae.data.batches import (
+    Batch,
+    Batches,
+    InMemory,
+    Streamed,
+    as_batches,
+    as_counted_batches,
+    check_count,
+    fitting,
+)
 from pyro_vae.data.datasets import Data
 from pyro_vae.infer.aggressive import AggressiveInference
 from pyro_vae.infer.distributed import Group
@@ -105,6 +114,8 @@ def train(
     optim: PyroOptim | None = None,
     num_epochs: int = 10,
     batch_size: int | None = 100,
+    num_data: int | None = None,
+    steps_per_epoch: int | None = None,
     validation: Any = None,
     beta: Beta = 1.0,
     patience: int | None = None,
@@ -140,7 +151,8 @@ def train(
             every,
             resume,
         )
-        batches, held_out = as_batches(data, batch_size), _held_out_batches(validation, batch_size)
+        batches = as_batches(data, batch_size, num_data=num_data, steps_per_epoch=steps_per_epoch)
+        held_out = _held_out_batches(validation, batch_size, batches.num_rows)
         store, state = pyro.get_param_store(), empty_store() if param_store is None else param_store
         with store.scope(state.copy()):
             pair = inspect_for_training(
@@ -244,7 +256,19 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
     :param data: ``Tensor`` or ``ndarray`` ``(n, *event)``, a tuple of them for ``model(x, c)``, a dict for
         keyword arguments, a :class:`~pyro_vae.data.Data`, a torch ``Dataset`` or a ``DataLoader``. If a batch
         has more arguments than the model takes, the model gets the first ones, so an unsupervised pair can be
-        trained on a labelled data set.
+        trained on a labelled data set. Memory-mapped arrays (``np.load(path, mmap_mode="r")``) are not
+        copied: a thread reads the rows of the next minibatch while a step runs, and each row is validated
+        before the step that uses it. A *stream* is an ``IterableDataset``, a loader of one, or an iterable of
+        batches that can be read again: an object whose ``__iter__`` starts anew, or a generator function. Its
+        order is not changed. For a Parquet file::
+
+            def batches():
+                for part in pyarrow.parquet.ParquetFile(path).iter_batches(256):
+                    yield np.stack([column.to_numpy() for column in part.columns], 1)
+
+            fit(model, guide, batches, num_data=pyarrow.parquet.read_metadata(path).num_rows)
+
+        and for an HDF5 file, ``yield file["x"][start : start + 256]`` for blocks in random order.
     :param loss: one of Pyro's ELBO objects, by default ``Trace_ELBO()``, or an
         :class:`~pyro_vae.infer.Objective`, such as ``infer.IWAE(5)``.
     :param optim: one of Pyro's optimizers, by default Adam with learning rate 1e-3. A scheduler steps once an
@@ -256,7 +280,12 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
         ``poutine.scale`` this cannot be recognized. With a process group of torch each rank computes some of
         the rows; this needs tensors, arrays or ``Data``. A guide with parameters for each datum, such as an
         autoguide of a local latent, needs ``None``.
-    :param validation: data whose ELBO is evaluated after each epoch.
+    :param num_data: the number N of rows of a stream that has no length.
+    :param steps_per_epoch: the number of steps in an epoch of a stream; by default an epoch is one pass over
+        it. The next epoch goes on where the last one ended, and a stream that ends is read again. For an
+        endless stream ``num_data`` is the N of the loss.
+    :param validation: data whose ELBO is evaluated after each epoch. A stream without a length is read once
+        to count its rows; it may not have more rows than the training data.
     :param beta: weight of the latent terms, log p(z) − log q(z|x): a number, or a function of the number of
         epochs elapsed, which is a fraction within an epoch. It changes the objective; reported ELBOs do not
         contain it.
@@ -280,7 +309,9 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
     :param resume: ``"last"``: resume from the newest undamaged checkpoint in that folder, or start if there
         is none; ``"best"``: from that of the highest validation objective; or a path. All other
         arguments must be the same, except that ``num_epochs`` may be larger. The parameters are those of an
-        uninterrupted fit, bit for bit.
+        uninterrupted fit, bit for bit. A loader or stream with the methods ``state_dict`` and
+        ``load_state_dict``, as the ``StatefulDataLoader`` of torchdata, continues at its position; a stream
+        without them is read from its start, so the interrupted epoch begins anew.
     :param progress: show a bar on stderr; by default only if that is a terminal.
     :param check: ``False`` trains a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
     :param param_store: ``history.param_store`` of an earlier fit to continue it; by default parameters of
@@ -319,10 +350,12 @@ def inspect_for_training(
     """Inspect a pair on the first minibatch. Raises ``ValueError`` for an invalid pair, or an invalid
     loss."""
     first, n = next(iter(batches.epoch(shuffle=False))), batches.num_rows
-    last = n % first.num_rows if first.tensors else 0
+    endless = isinstance(batches, Streamed) and batches.steps_per_epoch is not None
+    last = n % first.num_rows if first.tensors and not endless else 0
     pair = inspect(model, guide, first, training=True)
     problems = [*pair_problems(pair), *training_problems(pair)]
-    if isinstance(batches, InMemory) and not batches.drawn and pair.batch.tensors:
+    is_here = isinstance(batches, InMemory) and not batches.drawn and not batches.on_disk
+    if isinstance(batches, InMemory) and is_here and pair.batch.tensors:
         whole = fitting(batches.whole.cast(pair.dtype), model, guide)
         problems += [
             Problem(text)
@@ -491,11 +524,12 @@ def step_scheduler(optim: PyroOptim, loss: float) -> None:
         optim.step(loss) if is_plateau else optim.step()
 
 
-def _held_out_batches(validation: Any, batch_size: int | None) -> Batches | None:
+def _held_out_batches(validation: Any, batch_size: int | None, num_data: int) -> Batches | None:
     if validation is None:
         return None
     fixed = validation.fixed() if isinstance(validation, Data) else validation
-    return as_batches(fixed, None if batch_size is None else max(batch_size, 500))
+    size = None if batch_size is None else max(batch_size, 500)
+    return as_counted_batches(fixed, size, limit=num_data)
 
 
 def _validation_elbo(

@@ -48,10 +48,11 @@ class MinibatchSVI(SVI):
     ) -> None:
         self.pair, self.plates, self.num_data, self.clip_norm = pair, pair.plates, batches.num_rows, clip_norm
         self.scales_objective = kind_of(loss).factor == "objective"  # else sites are scaled by N/B
-        self.group, self.weight = group, 1.0
+        self.batches, self.group, self.weight = batches, group, 1.0
         self.not_updated: frozenset[str] = frozenset()  # parameters that the next step leaves unchanged
         # data in memory are validated before the first step, unless the support depends on the batch
-        self.checks_batches = not isinstance(batches, InMemory) or not has_fixed_support(pair.traces[0])
+        is_checked = isinstance(batches, InMemory) and not batches.on_disk
+        self.checks_batches = not is_checked or not has_fixed_support(pair.traces[0])
         self.batch, self.position = Batch((), {}), object()
         self.beta = torch.ones(()) if annealed else None  # a tensor: a graph reads its value at each step
         beta = 1.0 if self.beta is None else self.beta
@@ -150,7 +151,7 @@ class MinibatchSVI(SVI):
         """Raise ``ValueError`` if the batch is outside the support of an observed site."""
         for trace in reversed(self.handlers[0].traces):
             if any(site["is_observed"] for _, site in sampled(trace)):  # simulations observe nothing
-                check_observed(self.pair, trace, self.batch, f"fit: {self.position}")
+                check_observed(self.pair, trace, self.batch, f"fit: {self.position}", self.batches.rows)
                 return
 
     def minibatch_step(self, batch: Batch, beta: float, weight: float, position: object) -> ElboTerms:

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import pyro
 import torch
 
 from pyro_vae.checkpoint import Checkpoints, MismatchError, copy_all, read_checkpoint
-from pyro_vae.data.batches import Batch, Batches
+from pyro_vae.data.batches import Batch, Batches, Streamed
 from pyro_vae.infer.distributed import Group
 from pyro_vae.infer.early_stopping import EarlyStopping
 from pyro_vae.infer.minibatch import MinibatchSVI
@@ -75,6 +74,7 @@ class Position:
     seconds: float = 0.0  # time spent on the current epoch before an interruption
     random_before_epoch: Any = None  # random state at the start of the current epoch
     random_after_step: Any = None  # random state after the last step of the current epoch
+    data_state: Any = None  # position in the data at which the current epoch is resumed, see Batches.state
 
     @property
     def epoch(self) -> int:
@@ -90,9 +90,8 @@ class Position:
             set_random_state(self.random_before_epoch, batches)
         else:
             self.random_before_epoch = random_state(batches)
-        remaining = batches.epoch(shuffle=True)
-        for _ in islice(remaining, self.batch_index):  # skip the minibatches that steps have used
-            pass
+        remaining = batches.remaining(self.batch_index, self.data_state)
+        self.data_state = None
         if self.random_after_step is not None:
             set_random_state(self.random_after_step)
         return remaining
@@ -183,6 +182,7 @@ class CheckpointManager:
             "began": random_state_to_tensors(before),
             "now": random_state_to_tensors(at.random_after_step),
             "terms": [torch.cat(part) for part in zip(*at.terms, strict=True)],
+            "data": self.batches.state(),
         }
         ranks = self.group.all_gather(of_rank)
         if self.group.rank:
@@ -248,6 +248,9 @@ class CheckpointManager:
         at.terms = [ElboTerms(*terms)] if terms else []
         at.random_before_epoch = random_state_from_tensors(of_rank["began"])
         at.random_after_step = random_state_from_tensors(of_rank["now"])
+        at.data_state = of_rank.get("data")
+        if at.data_state is None and not self.batches.reproducible:
+            self._begin_epoch_anew()
         self.stopping.best_elbo, self.stopping.epochs_since_best = best["elbo"], best["epochs_since"]
         self.stopping.best_tensors = best["weights"]
         if self.checkpoints is not None and not self.group.rank:
@@ -256,6 +259,19 @@ class CheckpointManager:
         # if this is not set, Pyro runs the pair to infer it
         self.svi._elbo.max_plate_nesting = content["max_plate_nesting"]
         logger.info("resume: continuing from %s, after step %d", path, at.num_steps)
+
+    def _begin_epoch_anew(self) -> None:
+        """Read a stream from its start, since its position at the checkpoint is not known."""
+        at, batches = self.position, self.batches
+        if at.batch_index or (isinstance(batches, Streamed) and batches.steps_per_epoch is not None):
+            logger.warning(
+                "resume: the stream has no methods state_dict and load_state_dict, so it is read from its "
+                "start: epoch %d begins anew, and the parameters differ from those of an uninterrupted fit",
+                at.epoch,
+            )
+        if at.batch_index:
+            at.batch_index, at.terms, at.seconds = 0, [], 0.0
+            at.random_before_epoch, at.random_after_step = at.random_after_step, None
 
     def _check_content(self, path: Path, content: Any) -> None:
         """Raise ``MismatchError`` if entries are missing or the configuration differs. Warn if the versions

@@ -7,7 +7,6 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import ELBO
-from torch import Tensor
 
 from pyro_vae.data.batches import Batches, InMemory, bytes_of
 from pyro_vae.infer.distributed import Group
@@ -100,19 +99,16 @@ def configuration(
     is recorded as ``"a function"``."""
     names = "num_particles", "vectorize_particles", "alpha"
     options = loss.options() if isinstance(loss, Objective) else _attributes(loss, names)
-    whole = batches.whole.leaves() if isinstance(batches, InMemory) else []
     return {
         "num_processes": group.size,
         "num_data": batches.num_rows,
         "batch_size": batches.batch_size if isinstance(batches, InMemory) else None,
         "drawn": isinstance(batches, InMemory) and batches.drawn,
         "num_batches": batches.num_batches,
-        "data": [_checksum(tensor) for tensor in whole],
+        "data": _checksums(batches),
         "loss": {"name": type(loss).__name__} | options,
         "optim": _optimizer_settings(optim),
-        "validation": [_checksum(tensor) for tensor in held_out.whole.leaves()]
-        if isinstance(held_out, InMemory)
-        else [],
+        "validation": _checksums(held_out),
     } | {name: "a function" if callable(value) else value for name, value in settings.items()}
 
 
@@ -141,5 +137,20 @@ def _optimizer_settings(optim: Any) -> dict[str, Any]:
     }
 
 
-def _checksum(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(bytes_of(tensor)).hexdigest()}"
+def _checksums(batches: Batches | None) -> list[str]:
+    """The dtype, shape and SHA-256 of each tensor of the data. Loaders have none."""
+    if not isinstance(batches, InMemory):
+        return []
+    digests: dict[int, Any] = {}
+    shapes: dict[int, tuple[int, ...]] = {}
+    dtypes: dict[int, torch.dtype] = {}
+    for block in batches.blocks():
+        for i, tensor in enumerate(block.leaves()):
+            if i not in digests:
+                digests[i], shapes[i], dtypes[i] = hashlib.sha256(), tuple(tensor.shape), tensor.dtype
+            elif tensor.dim():
+                shapes[i] = (shapes[i][0] + len(tensor), *shapes[i][1:])
+            else:  # it has no rows, and each block has it
+                continue
+            digests[i].update(bytes_of(tensor))
+    return [f"{dtypes[i]} {shapes[i]} {digests[i].hexdigest()}" for i in digests]

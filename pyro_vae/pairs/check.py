@@ -185,10 +185,12 @@ def refuse(problems: Iterable[Problem], *, verb: str, check: bool = True) -> Non
     raise ValueError("; ".join(problem.text for problem in found) + remedy)
 
 
-def check_observed(pair: Structure, model_trace: Trace, batch: Batch, where: str) -> None:
+def check_observed(
+    pair: Structure, model_trace: Trace, batch: Batch, where: str, rows: Tensor | None = None
+) -> None:
     """Raise ``ValueError`` if an observed row of another run of the pair is outside of the likelihood's
-    support."""
-    for problem in data_problems(model_trace, batch, pair.plates, None, pair.unvalidated[0]):
+    support. ``rows`` has the numbers of the rows of the batch in the data."""
+    for problem in data_problems(model_trace, batch, pair.plates, None, pair.unvalidated[0], rows):
         raise ValueError(f"{where}: {problem}")
 
 

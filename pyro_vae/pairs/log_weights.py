@@ -33,6 +33,7 @@ def log_weights(
     *,
     num_particles: int = 1,
     max_bytes: int = MAX_BYTES,
+    num_data: int | None = None,
     seed: int = 0,
     check: bool = True,
 ) -> Tensor:
@@ -50,10 +51,12 @@ def log_weights(
 
     :param data: the arguments of model and guide, ``(batch, *event)``, in any form that :func:`~pyro_vae.fit`
         accepts: a tensor or array, a tuple for positional arguments, a dict for keyword arguments,
-        ``pv.Data``, a ``Dataset``, or a ``DataLoader`` that keeps the order of its data set.
+        ``pv.Data``, a ``Dataset``, a ``DataLoader`` that keeps the order of its data set, or a stream, whose
+        batches are collected in memory.
     :param num_particles: draws per datum.
     :param max_bytes: memory of the tensors that one run allocates; it sets the size of chunks of particles
         and data.
+    :param num_data: the number of rows of a stream that has no length.
     :param seed: seed of the draws.
     :param check: ``False`` runs a pair that :func:`~pyro_vae.check_pair` rejects.
     :raises ValueError: for an invalid pair; a latent outside the data plate, which has no weight per datum
@@ -61,7 +64,7 @@ def log_weights(
         or a datum whose log-probability is not finite.
     """
     check_particles("log_weights", num_particles)
-    batch = read_whole(data, seed=seed)
+    batch = read_whole(data, seed=seed, num_data=num_data)
     with untouched(training=False, seed=seed), torch.no_grad():
         weigher = weigh(model, guide, batch, verb="log_weights", check=check, max_bytes=max_bytes)
         return torch.cat([weigher.of(rows, num_particles) for rows in weigher.chunks(num_particles)], 1)
@@ -118,6 +121,7 @@ def joint_log_weights(
     *,
     num_particles: int = 1,
     max_bytes: int = MAX_BYTES,
+    num_data: int | None = None,
     seed: int = 0,
     check: bool = True,
 ) -> JointLogWeights:
@@ -129,7 +133,7 @@ def joint_log_weights(
     ``evidence.importance(…, joint=True)``, which does not store draws.
     """
     check_particles("joint_log_weights", num_particles)
-    batch = read_whole(data, seed=seed)
+    batch = read_whole(data, seed=seed, num_data=num_data)
     with untouched(training=False, seed=seed), torch.no_grad():
         weigher = weigh(
             model, guide, batch, verb="joint_log_weights", check=check, max_bytes=max_bytes, joint=True

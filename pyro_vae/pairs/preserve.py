@@ -101,11 +101,11 @@ def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Mo
                     buffer.copy_(kept)
 
 
-def read_whole(data: Any, *, seed: int) -> Batch:
+def read_whole(data: Any, *, seed: int, num_data: int | None = None) -> Batch:
     """All data as one batch, see :func:`~pyro_vae.data.batches.as_whole`. A loader draws its random numbers
     with ``seed``, and the caller's random states are unchanged."""
     with untouched(seed=seed):
-        return as_whole(data)
+        return as_whole(data, num_data)
 
 
 class _TransformModules(Messenger):

@@ -409,6 +409,7 @@ def data_problems(
     plates: frozenset[str],
     whole: Batch | None = None,
     trusted: frozenset[str] = frozenset(),
+    rows: Tensor | None = None,
 ) -> Iterator[str]:
     """Rows of the data outside the likelihood's support.
 
@@ -416,6 +417,7 @@ def data_problems(
         data are checked instead of the batch. The support of a ``Multinomial`` is not fixed: it depends on
         the batch.
     :param trusted: names of sites that are not checked.
+    :param rows: the numbers of the rows of the batch in the data, for the text.
     """
     for name, site in sampled(model_trace):
         value, fn = site["value"], site["fn"]
@@ -435,6 +437,8 @@ def data_problems(
         bad = _by_row(outside, row_dim(site, plates), len(fn.event_shape))
         if bad.any():
             row = int(bad.nonzero()[0])
+            if rows is not None and len(rows) == len(bad):
+                row = int(rows[row])
             yield _outside(name, support, value, outside, row, int(bad.sum()))
 
 

@@ -139,20 +139,6 @@ def test_non_finite_sparse_rows_raise_with_the_row():
         as_batches(x.to_sparse(), 5)
 
 
-def test_memory_map_is_shared_and_batches_are_copies(tmp_path):
-    x = sparse_normal(N, 4).numpy()
-    np.save(tmp_path / "x.npy", x)
-    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
-    batches = as_batches(mapped, 5)
-    assert batches.source.args[0].data_ptr() == mapped.ctypes.data
-    batch = next(batches.epoch(shuffle=False))
-    batch.args[0].zero_()  # the file is unchanged
-    assert np.array_equal(mapped, x)
-    (argument,) = as_arguments((mapped,), {}).args
-    argument.zero_()
-    assert np.array_equal(mapped, x)
-
-
 @pytest.mark.parametrize("library", [pd, pl], ids=["pandas", "polars"])
 def test_frames_and_series_can_be_mixed_with_tensors(library):
     frame = library.DataFrame({"a": [1.0, 2.0, 3.0], "b": [True, False, True], "c": [4, 5, 6]})
