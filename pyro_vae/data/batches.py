@@ -626,9 +626,13 @@ def as_batches(data: Any, batch_size: int | None) -> Batches:
     if isinstance(data, DataLoader):
         return Loaded(data)
     if isinstance(data, Data):
-        source = Batch(tuple(part for part in (data.x, data.condition) if part is not None), {})
-        draw = (lambda rows: Batch(data.arguments(rows), {})) if data.binarize == "stochastic" else None
-        return InMemory(source, batch_size or len(data), draw)
+        mask = {} if data.mask is None else {"mask": data.mask}
+        source = Batch(tuple(part for part in (data.x, data.condition) if part is not None), mask)
+
+        def draw(rows: Tensor) -> Batch:
+            return Batch(data.arguments(rows), {key: part[rows] for key, part in mask.items()})
+
+        return InMemory(source, batch_size or len(data), draw if data.binarize == "stochastic" else None)
     if isinstance(data, TensorDataset) and type(data).__getitem__ is TensorDataset.__getitem__:
         data = data.tensors
     if isinstance(data, Dataset):
@@ -669,6 +673,12 @@ def fitting(batch: Batch, *programs: Callable[..., Any]) -> Batch:
         key: part for key, part in batch.kwargs.items() if not names or any(key in taken for taken in names)
     }
     cut = Batch(args, kwargs)
+    mask = batch.kwargs.get("mask")
+    if "mask" not in kwargs and isinstance(mask, Tensor) and mask.dtype == torch.bool and not mask.all():
+        raise ValueError(
+            f"data: {int((~mask).sum())} entries are missing, but neither model nor guide takes mask; give "
+            "both a keyword argument mask, as pyro_vae.VAE has, or remove the rows"
+        )
     for name in batch.kwargs.keys() - kwargs.keys():
         optional = {
             key for signature in known for key in _keyword_names(signature) or () if key not in kwargs
