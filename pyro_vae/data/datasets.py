@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 
 from pyro_vae.data.arrays import SparseRows, as_tensor, check_rows
 from pyro_vae.data.readers import Table, read
+from pyro_vae.files import is_path
 
 Binarize = Literal["none", "threshold", "stochastic"]
 Name = Literal["digits", "mnist", "fashion-mnist", "frey-faces", "ring"]
@@ -199,7 +200,7 @@ class Data(Dataset):
         return self._map(lambda part: part[index])
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> "Data":
-        parts = {key: f(part) for key in _PARTS if (part := getattr(self, key)) is not None}
+        parts: dict[str, Any] = {key: f(part) for key in _PARTS if (part := getattr(self, key)) is not None}
         return replace(self, **parts)
 
     def __repr__(self) -> str:
@@ -243,15 +244,15 @@ def load(
     :raises FileNotFoundError: if a file is missing and cannot be downloaded.
     :raises ModuleNotFoundError: if the library for a format is missing.
     """
-    options = {"label": label, "condition": condition, "key": key, "image_size": image_size}
+    options: dict[str, Any] = {"label": label, "condition": condition, "key": key, "image_size": image_size}
     if name not in SOURCES:
         if not is_path(name):
             raise ValueError(
                 f"load: there is no data set {name!r}; expected one of {', '.join(SOURCES)}, or the path of "
                 "a file"
             )
-        table = read(name, **options)  # type: ignore[arg-type]
-        held_out = None if validation is None else read(validation, **options)  # type: ignore[arg-type]
+        table = read(locate(name, data_dir), **options)
+        held_out = None if validation is None else read(locate(validation, data_dir), **options)
         return from_tables(table, held_out, binarize=binarize, holdout=holdout, seed=seed)
     given = options | {"holdout": holdout, "validation": validation}
     if unused := [option for option, value in given.items() if value is not None]:
@@ -268,10 +269,19 @@ def load(
     return replace(train, binarize=binarize), replace(test, binarize=binarize).fixed()
 
 
-def is_path(name: str | os.PathLike) -> bool:
-    """Whether ``name`` is meant as a path: it exists, has a suffix, or has a separator of folders."""
-    text = os.fspath(name)
-    return not isinstance(name, str) or os.sep in text or bool(Path(text).suffix) or os.path.exists(text)
+def locate(name: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> Path:
+    """The path of a file: ``name``, or, if that does not exist, ``data_dir/name``.
+
+    :raises FileNotFoundError: if neither exists.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    if not (other := _folder(data_dir) / path).exists():
+        raise FileNotFoundError(
+            f"{path} does not exist, nor does {other}; pass the path of a file, or its folder as data_dir"
+        )
+    return other
 
 
 def from_tables(

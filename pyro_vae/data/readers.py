@@ -125,6 +125,7 @@ def read(
     condition: str | None = None,
     key: str | None = None,
     image_size: int | None = None,
+    sha256: str | None = None,
 ) -> Table:
     """Read the data in a file, or a folder of images.
 
@@ -141,8 +142,9 @@ def read(
     :param condition: the name of a column or array with one condition for each row.
     :param key: the name of the array or layer with the data.
     :param image_size: scale and crop images to squares of this size. Without it, all must have one size.
-    :raises ValueError: if the file is malformed, contains pickled objects, or has infinite entries or columns
-        without entries. The error names the remedy.
+    :param sha256: the expected SHA-256, ``Table.sha256`` of an earlier call.
+    :raises ValueError: if the file is malformed or was changed, contains pickled objects, or has infinite
+        entries or columns without entries. The error names the remedy.
     :raises FileNotFoundError: if there is no file at ``path``.
     :raises ModuleNotFoundError: if the library for the format is missing. The error names it.
     """
@@ -157,9 +159,14 @@ def read(
                 f'{path}: {name} has no {option}, but got {option}="{value}"; leave it out, or store the '
                 f"data in {_REMEDY_OF[option]}"
             )
-    sha256 = digest(path)
+    found = digest(path)
+    if sha256 not in (None, found):
+        raise ValueError(
+            f"{path} was changed: its SHA-256 is {found[:16]}…, expected {str(sha256)[:16]}…; restore the "
+            "file, or train again with the new one"
+        )
     content = reader(path, **{option: given[option] for option in options})
-    return _table(path, name, content, sha256)
+    return _table(path, name, content, found)
 
 
 def digest(path: str | os.PathLike) -> str:
