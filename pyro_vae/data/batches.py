@@ -626,13 +626,11 @@ def as_batches(data: Any, batch_size: int | None) -> Batches:
     if isinstance(data, DataLoader):
         return Loaded(data)
     if isinstance(data, Data):
-        mask = {} if data.mask is None else {"mask": data.mask}
-        source = Batch(tuple(part for part in (data.x, data.condition) if part is not None), mask)
-
-        def draw(rows: Tensor) -> Batch:
-            return Batch(data.arguments(rows), {key: part[rows] for key, part in mask.items()})
-
-        return InMemory(source, batch_size or len(data), draw if data.binarize == "stochastic" else None)
+        parts = {"x": data.x, "c": data.condition, "mask": data.mask}
+        parts = {key: part for key, part in parts.items() if part is not None}
+        source = Batch(tuple(parts.values()), {}) if data.mask is None else Batch((), parts)
+        draw = (lambda rows: as_batch(data[rows])) if data.binarize == "stochastic" else None
+        return InMemory(source, batch_size or len(data), draw)
     if isinstance(data, TensorDataset) and type(data).__getitem__ is TensorDataset.__getitem__:
         data = data.tensors
     if isinstance(data, Dataset):

@@ -73,7 +73,8 @@ SOURCES: dict[Name, str] = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Data(Dataset):
-    """Data in memory, for ``model(x)`` or ``model(x, condition)``, with ``mask=mask`` for missing entries.
+    """Data in memory, for ``model(x)`` or ``model(x, condition)``; with missing entries for ``model(x=x,
+    c=condition, mask=mask)``.
 
     :param x: ``(n, *event)``, a tensor, array or data frame of numbers; for images, grey values in [0, 1].
     :param labels: ``(n,)``, integers for plots, which are not passed to the model.
@@ -83,7 +84,7 @@ class Data(Dataset):
         > 1/2, and to 0 elsewhere.
     :param num_levels: the number of grey levels of the images, 256 for bytes: see :meth:`levels`.
     :param mask: bool, the shape of x, false at missing entries, which may be NaN and are set to 0. Model and
-        guide get it as the keyword argument ``mask``.
+        guide then get all arguments by keyword: x, mask and, if there is a condition, c.
     :raises ValueError: for empty data, non-finite entries, or, with ``binarize``, grey values outside [0, 1].
         The error names the row.
     """

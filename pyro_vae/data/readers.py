@@ -198,7 +198,9 @@ def _table(path: Path, name: str, content: _Content, sha256: str) -> Table:
     parts: dict[str, np.ndarray | None] = {}
     for key in ("labels", "condition"):
         part = getattr(content, key)
-        parts[key] = None if part is None else _per_row(part, len(x), f"{path}, {key}")
+        if part is not None:
+            part = _per_row(part, len(x), f"{path}, {key}", may_be_missing=key == "labels")
+        parts[key] = part
     x, mask = _without_missing(x, path, content.columns)
     num_levels = content.num_levels
     if num_levels is None and x.dtype == torch.uint8 and x.dim() in (3, 4) and stored == "uint8":
@@ -262,8 +264,8 @@ def _describe(x: Tensor, mask: Tensor | None) -> tuple[float, float, Kind]:
     return float(low), float(high), kind
 
 
-def _per_row(part: Any, num_rows: int, name: str) -> np.ndarray:
-    """Labels or conditions as an array ``(n,)`` of numbers or text."""
+def _per_row(part: Any, num_rows: int, name: str, *, may_be_missing: bool) -> np.ndarray:
+    """Labels or conditions as an array ``(n,)`` of numbers or text. Missing ones are NaN or ``"missing"``."""
     array = np.asarray(part)
     if array.shape == (num_rows, 1):
         array = array[:, 0]
@@ -273,17 +275,19 @@ def _per_row(part: Any, num_rows: int, name: str) -> np.ndarray:
         )
     if array.dtype.kind == "O":
         missing = [i for i, item in enumerate(array) if item is None or item != item]
-        if missing:
+        if missing and not may_be_missing:
             raise ValueError(
                 f"{name}: row {missing[0]} has no entry ({len(missing)} such rows); fill these in, or remove "
                 "the rows"
             )
+        array = array.copy()
+        array[missing] = "missing"
         array = array.astype(str)
     if array.dtype.kind == "S":
         array = array.astype(str)
     if array.dtype.kind not in "biufU":
         raise ValueError(f"{name}: expected numbers or text but got dtype {array.dtype}")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
+    if array.dtype.kind == "f" and not may_be_missing and not np.isfinite(array).all():
         row = int((~np.isfinite(array)).argmax())
         raise ValueError(f"{name}: row {row} has no finite entry; fill it in, or remove the row")
     return array
@@ -382,10 +386,16 @@ def _read_csv(path: Path, *, label: str | None, condition: str | None) -> _Conte
             path,
             read_options=arrow_csv.ReadOptions(block_size=_CSV_BLOCK),
             parse_options=arrow_csv.ParseOptions(delimiter=delimiter),
-            convert_options=arrow_csv.ConvertOptions(null_values=_MISSING),
+            convert_options=arrow_csv.ConvertOptions(null_values=_MISSING, strings_can_be_null=True),
         )
+        last = table.slice(table.num_rows - 1).to_pylist() if table.num_rows else []
     except pyarrow.ArrowInvalid as error:
         raise _damaged(path, name, _reason_of(error)) from error
+    # a quote that is not closed makes the rest of the file one text, which is the last entry
+    if any("\n" in entry for row in last for entry in row.values() if isinstance(entry, str)):
+        with path.open("rb") as file:
+            if sum(block.count(b'"') for block in iter(lambda: file.read(2**20), b"")) % 2:
+                raise _damaged(path, name, "a quote is not closed")
     return _from_arrow(path, table, label, condition)
 
 
@@ -721,7 +731,7 @@ def _checked_objects(path: Path, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except Exception as error:  # numpy parses headers with ast, whose errors are of many types
-        if "allow_pickle" in str(error) or "Object arrays" in str(error):
+        if "allow_pickle" in str(error) or "Python objects" in str(error):
             raise ValueError(
                 f"{path} has an array of Python objects, which are pickled, and reading a pickle runs code "
                 "from the file, so it is refused; save numbers: numpy.save(path, x.astype(float))"
