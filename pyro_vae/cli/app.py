@@ -241,7 +241,7 @@ def train(
     if dataset not in DEFAULTS and not (resume and out and runs.is_run(out)):  # a run has its own values
         tables = build.read_tables(dataset, of_file, data_dir)
         values = defaults.of_file(tables.kind, len(tables.train), tables.train.x[0].numel())
-    values |= {key: value for key, value in given.items() if value is not None}
+    values = values | {key: value for key, value in given.items() if value is not None}
     if warm_up is None and objective not in LINEAR_OBJECTIVES:
         values["warm_up"] = 0
     if pair is not None:
@@ -280,6 +280,7 @@ def train(
         config = replace(
             config,
             num_levels=tables.train.num_levels,
+            holdout=0.1 if holdout is None and validation is None else holdout,
             sha256=tables.train.sha256,
             validation_sha256=None if tables.validation is None else tables.validation.sha256,
         )

@@ -150,6 +150,14 @@ class Config:
                 raise ValueError(f"{source}: {field.name} is {reprlib.repr(value)}, which is out of range")
         if values["contents"] is not None and values["contents"].get("kind") not in KINDS:
             raise ValueError(f"{source}: contents has no kind; expected one of {', '.join(KINDS)}")
+        # a received run must not name a file of which it does not know the contents
+        for name, digest in (("dataset", "sha256"), ("validation", "validation_sha256")):
+            if values[name] not in (None, *SOURCES) and not re.fullmatch(
+                "[0-9a-f]{64}", values[digest] or ""
+            ):
+                raise ValueError(
+                    f"{source}: {digest} is missing or invalid, so {name} is not read; train again"
+                )
         return cls(**values)
 
     def bound_name(self) -> str:
@@ -326,7 +334,13 @@ def _vae(config: Config, train: Data | None) -> Pair:
     encoder = _look_up("guide", config.guide, GUIDES)(trunk, event_shape=latent_dim)
     if isinstance(decoder, conditionals.Poisson | conditionals.NegativeBinomial):
         _start_at_mean(decoder, _moments(config, train)[0])
-    pseudo_inputs = torch.zeros(PSEUDO_INPUTS, *x_shape) if train is None else train.x[:PSEUDO_INPUTS].float()
+    pseudo_inputs = torch.zeros(PSEUDO_INPUTS, *x_shape)
+    if train is not None:
+        rows = torch.arange(PSEUDO_INPUTS) % len(train)
+        pseudo_inputs = train.x[rows].float()
+        if train.mask is not None:
+            if_missing = torch.as_tensor(nets.value_if_missing(trunk)).to(pseudo_inputs)
+            pseudo_inputs = torch.where(train.mask[rows], pseudo_inputs, if_missing)
     vae = VAE(_look_up("prior", config.prior, PRIORS)(encoder, pseudo_inputs), decoder, encoder)
     return Pair(vae.model, vae.guide, vae)
 

@@ -151,6 +151,8 @@ def read(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; expected {_EXPECTED}")
+    if not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is a device or a pipe; expected {_EXPECTED}")
     name, reader, options = _reader(path)
     given = {"label": label, "condition": condition, "key": key, "image_size": image_size}
     for option, value in given.items():

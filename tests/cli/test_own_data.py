@@ -99,6 +99,36 @@ def test_nats_of_real_data_are_those_of_the_original_units(run, tmp_path):
     assert elbos[0] - elbos[1] == pytest.approx(np.log(1024), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        (("--prior", "vamp"), "missing.csv"),
+        (("--prior", "vamp", "--likelihood", "poisson"), "counts.npz"),
+        (("--likelihood", "categorical"), "images"),
+        (("--likelihood", "bernoulli"), "images"),
+        (("--likelihood", "student-t", "--guide", "flow"), "counts.csv"),
+        (("--objective", "iwae", "--condition", "group"), "missing.csv"),
+    ],
+)
+def test_options_of_models_apply_to_files(run, tmp_path, options, kind):
+    ALL[kind][0](tmp_path / kind)
+    code, _, err = run("train", kind, *options, "-n", 1, "--out", "a")
+    assert code == 0, err
+    code, _, err = run("evaluate", "a", "--num-particles", 3)
+    assert code == 0, err
+
+
+def test_received_run_names_no_file_of_unknown_contents(run, tmp_path):
+    own_files.npz(tmp_path / "x.npz")
+    run("train", "x.npz", "-n", 1, "--out", "a")
+    config = config_of(tmp_path / "a")
+    for change in ({"sha256": None}, {"validation": "y.npz"}, {"contents": {}}, {"dataset": 3}):
+        (tmp_path / "a" / "config.json").write_text(json.dumps(config | change))
+        code, _, err = run("evaluate", "a")
+        assert code == 65, err
+        assert "Traceback" not in err
+
+
 def test_data_command_reads_a_file(run, tmp_path):
     own_files.npz(tmp_path / "x.npz")
     code, out, err = run("data", "x.npz", "--label", "y", "--json")
