@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 from torch.nn.functional import softplus
 
-from pyro_vae.nets import Part, Readout, Shape, as_shape, num_inputs, out_shape
+from pyro_vae.nets import Part, Readout, Shape, Standardize, as_shape, num_inputs, out_shape
 
 Scale = Literal["network", "log_variance", "learned", "isotropic"] | float | Tensor
 
@@ -180,6 +180,10 @@ class LocationScale(Elementwise):
         see "Parameters trained elsewhere" in the README.
     :param loc_constraint: constraint on the location. ``constraints.unit_interval`` applies a sigmoid, as
         Kingma & Welling (2013) do for Frey Face.
+    :param standardize: for columns of y with different units, (y − m)/s. Location and scale, with ``scale``,
+        ``min_scale`` and ``loc_constraint``, are then those of the standardized y, so that the network
+        computes numbers near 1. The distribution is that of y: its location is m + s·loc, its scale s·scale,
+        and log p(y) includes −log s.
     :raises ValueError: if ``scale`` or ``min_scale`` is invalid.
     """
 
@@ -195,6 +199,7 @@ class LocationScale(Elementwise):
         scale: Scale = "network",
         min_scale: float = 1e-3,
         loc_constraint: constraints.Constraint = constraints.real,
+        standardize: Standardize | None = None,
     ) -> None:
         scale_readouts = _SCALE_READOUTS.get(scale, ()) if isinstance(scale, str) else ()
         readouts = dict.fromkeys(self.names + scale_readouts, event_shape)
@@ -202,6 +207,7 @@ class LocationScale(Elementwise):
         self.min_scale = scale_floor(min_scale)
         self.register_buffer("fixed_scale", None)
         self.loc_transform = transform_to(loc_constraint)
+        self.standardize = standardize
         invalid = (
             'scale: expected "network", "log_variance", "learned", "isotropic" or a positive number, but got '
             f"{scale!r}"
@@ -231,6 +237,9 @@ class LocationScale(Elementwise):
             else:
                 log_scale = parameters.pop("log_scale") if "log_scale" in parameters else self.log_scale
             scale = self.min_scale + log_scale.exp()
+        if self.standardize is not None:
+            unit = self.standardize.scale
+            loc, scale = self.standardize.mean + unit * loc, unit * scale
         return self.element(loc=loc, scale=scale, **parameters).to_event(len(self.event_shape))
 
 

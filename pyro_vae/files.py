@@ -52,6 +52,12 @@ def meant_for(name: str) -> str | None:
     return match[1] if match else None
 
 
+def is_path(name: str | os.PathLike) -> bool:
+    """Whether ``name`` is meant as a path: it exists, has a suffix, or has a separator of folders."""
+    text = os.fspath(name)
+    return not isinstance(name, str) or os.sep in text or bool(Path(text).suffix) or os.path.exists(text)
+
+
 def is_file(path: Path) -> bool:
     """Whether ``path`` is a regular file and not a symbolic link."""
     return path.is_file() and not path.is_symlink()

@@ -294,6 +294,41 @@ class Standardize(Part):
         return (matching(x, self.mean) - self.mean) / self.scale
 
 
+class Log1p(Part):
+    """log(1 + x), to compress counts as the input of a trunk. ``forward(x)`` preserves the shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x if x.is_floating_point() else x.to(torch.get_default_dtype())).log1p()
+
+
+class Preprocess(Part):
+    """A trunk whose first input passes through a layer such as :class:`Standardize`. Further inputs, such as
+    conditions, reach the trunk unchanged.
+
+    :param layer: a module that preserves the shape of its input.
+    :param trunk: any trunk.
+
+    ``forward(x, *given)`` is ``trunk(layer(x), *given)``.
+    """
+
+    def __init__(self, layer: nn.Module, trunk: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.trunk = layer, trunk
+        self.num_inputs, self.out_shape = num_inputs(trunk), out_shape(trunk)
+
+    def forward(self, x: Tensor, *given: Tensor) -> Tensor:
+        return self.trunk(self.layer(x), *given)
+
+
+def value_if_missing(trunk: nn.Module | None) -> Tensor | float:
+    """The value that stands for a missing entry in the first input of a trunk: the mean of a
+    :class:`Standardize` that this input reaches first, which it maps to 0; else 0."""
+    first = trunk.layer if isinstance(trunk, Preprocess) else trunk
+    if isinstance(trunk, nn.Sequential) and len(trunk):
+        first = trunk[0]
+    return first.mean if isinstance(first, Standardize) else 0.0
+
+
 class Readout(nn.Module):
     """Linear last layer that maps features of shape ``in_shape`` to one parameter of shape ``shape``.
 

@@ -208,10 +208,13 @@ def plot_reconstructions(x: Tensor, reconstructions: Tensor, *, columns: int = 1
 
 
 @torch.no_grad()
-def plot_samples(vae: VAE, n: int = 100) -> Figure:
+def plot_samples(vae: VAE, n: int = 100, *, given: tuple[Tensor, ...] = ()) -> Figure:
     """Plot E[x|z] at n draws of z from the prior, for images ``(height, width)`` or
-    ``(channels, height, width)``."""
-    images = vae.decode(vae.model.prior().sample((n,))).mean
+    ``(channels, height, width)``.
+
+    :param given: the conditions of a conditional VAE, each with n rows.
+    """
+    images = vae.decode(vae.model.prior(*given).expand((n,)).sample(), *given).mean
     return plot_images(images, title="E[x|z] at draws of z from the prior")
 
 
@@ -241,11 +244,23 @@ def plot_manifold(vae: VAE, *, steps: int = 20) -> Figure:
 
 
 @torch.no_grad()
-def plot_latent(vae: VAE, x: Tensor, labels: Tensor | None = None, ax: Axes | None = None) -> Axes:
+def plot_latent(
+    vae: VAE,
+    x: Tensor,
+    labels: Tensor | None = None,
+    ax: Axes | None = None,
+    *,
+    given: tuple[Tensor, ...] = (),
+    mask: Tensor | None = None,
+) -> Axes:
     """Plot the means of q(z|x) of a 2-D latent, coloured by label. If q(z|x) does not implement its mean,
-    such as a flow, plot one draw for each datum instead."""
+    such as a flow, plot one draw for each datum instead.
+
+    :param given: the conditions of a conditional VAE.
+    :param mask: false at missing entries of x.
+    """
     ax = ax or plt.subplots(figsize=(6, 5.5), layout="constrained")[1]
-    kind, points = _means_or_draws(vae.encode(x))
+    kind, points = _means_or_draws(vae.encode(x, *given, mask=mask))
     z = points.cpu().numpy()
     if labels is None:
         ax.scatter(z[:, 0], z[:, 1], s=6, alpha=0.7)

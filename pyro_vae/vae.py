@@ -16,7 +16,7 @@ from pyro.params.param_store import normalize_param_name
 from torch import Tensor
 
 from pyro_vae.conditionals import Conditional, masked
-from pyro_vae.nets import Part, num_inputs
+from pyro_vae.nets import Part, num_inputs, value_if_missing
 
 
 class _Program(PyroModule):
@@ -89,8 +89,9 @@ class Model(_Program):
 class Guide(_Program):
     """The Pyro guide q(z|x), or q(z|x, c…) with conditions: ``z ~ encoder(x, *given)``.
 
-    The arguments are those of :class:`Model`. Missing entries (``mask`` false) are set to zero in the input
-    of the encoder.
+    The arguments are those of :class:`Model`. The encoder sees 0 in place of missing entries (``mask``
+    false), or the mean of its :class:`~pyro_vae.nets.Standardize`, which that maps to 0. It does not see the
+    mask.
     """
 
     def __init__(self, encoder: Conditional) -> None:
@@ -108,9 +109,7 @@ class Guide(_Program):
         given = given if c is None else (*given, c)
         _sample_weights(self)
         with pyro.plate("data", len(x), dim=-1):
-            if mask is not None:
-                x = torch.where(_check_mask(mask, x), x, torch.zeros_like(x))
-            posterior = self.encoder(x, *given)
+            posterior = self.encoder(self.filled(x, mask), *given)
             if posterior.batch_shape != x.shape[:1]:
                 raise ValueError(
                     f"encoder: for x of shape {tuple(x.shape)}, q(z|x) has batch_shape "
@@ -118,6 +117,13 @@ class Guide(_Program):
                     f"in_shape={tuple(x.shape[1:])}"
                 )
             return pyro.sample("z", posterior)
+
+    def filled(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x as the encoder sees it."""
+        if mask is None:
+            return x
+        value = torch.as_tensor(value_if_missing(getattr(self.encoder, "trunk", None))).to(x)
+        return torch.where(_check_mask(mask, x), x, value)
 
 
 class VAE(Part):
@@ -161,10 +167,11 @@ class VAE(Part):
         self.model = Model(prior, decoder)
         self.guide = Guide(encoder)
 
-    def encode(self, x: Tensor, *given: Tensor) -> dist.TorchDistribution:
-        """q(z|x), or q(z|x, c…) with conditions. x and each condition: ``(batch, *its event)``."""
+    def encode(self, x: Tensor, *given: Tensor, mask: Tensor | None = None) -> dist.TorchDistribution:
+        """q(z|x), or q(z|x, c…) with conditions. x and each condition: ``(batch, *its event)``; ``mask`` is
+        that of :class:`Guide`."""
         _check_event(x, self.model.decoder.event_shape)
-        return self.guide.encoder(x, *given)
+        return self.guide.encoder(self.guide.filled(x, mask), *given)
 
     def decode(self, z: Tensor, *given: Tensor) -> dist.TorchDistribution:
         """p(x|z), or p(x|z, c…) with conditions. z: ``(*batch, *latent)``. If x is an image, plot the mean of
@@ -188,10 +195,10 @@ class VAE(Part):
         return self.decode(self.model.prior(*given).expand((n,)).sample(), *given).sample()
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, *given: Tensor) -> Tensor:
+    def reconstruct(self, x: Tensor, *given: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of p(x|z) at a draw z ~ q(z|x): ``(batch, *event)``. With conditions, the mean of
-        p(x|z, c…) at z ~ q(z|x, c…)."""
-        return self.decode(self.encode(x, *given).sample(), *given).mean
+        p(x|z, c…) at z ~ q(z|x, c…). ``mask`` is that of :class:`Guide`."""
+        return self.decode(self.encode(x, *given, mask=mask).sample(), *given).mean
 
 
 def _sample_weights(program: PyroModule) -> None:

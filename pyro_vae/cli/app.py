@@ -19,7 +19,7 @@ import typer
 from typer import Argument, Option
 
 from pyro_vae import __version__
-from pyro_vae.cli import options, output
+from pyro_vae.cli import defaults, options, output
 from pyro_vae.cli.defaults import ALPHA, DEFAULTS, LINEAR_OBJECTIVES, OBJECTIVES
 from pyro_vae.cli.options import default_text, one_of
 from pyro_vae.files import put, reserved
@@ -31,7 +31,16 @@ if TYPE_CHECKING:
     from pyro_vae.vae import VAE
 
 Dataset = Literal["digits", "mnist", "fashion-mnist", "frey-faces", "ring"]
-Likelihood = Literal["bernoulli", "continuous-bernoulli", "normal", "laplace", "student-t", "categorical"]
+Likelihood = Literal[
+    "bernoulli",
+    "continuous-bernoulli",
+    "normal",
+    "laplace",
+    "student-t",
+    "categorical",
+    "poisson",
+    "negative-binomial",
+]
 Guide = Literal["normal", "full", "low-rank", "laplace", "student-t", "flow", "spline", "mixture"]
 Prior = Literal["standard-normal", "normal", "mixture", "vamp"]
 Objective = Literal["elbo", "stl", "iwae", "dreg", "renyi", "vimco", "wake-sleep", "rws"]
@@ -48,6 +57,19 @@ RunPair = Annotated[
         metavar="SOURCE:FACTORY",
         help="The --pair that the run was trained with, if any. Its code is executed.",
     ),
+]
+Label = Annotated[
+    str | None, Option(metavar="COLUMN", help="Column or array of a file with labels, for the plots.")
+]
+Condition = Annotated[
+    str | None,
+    Option(metavar="COLUMN", help="Column or array of a file with the condition c of p(x|z, c), q(z|x, c)."),
+]
+Key = Annotated[
+    str | None, Option(metavar="NAME", help="Array of a .npz or .safetensors file, or layer of a .h5ad file.")
+]
+ImageSize = Annotated[
+    int | None, Option(min=1, help="Scale and crop the images of a folder to squares of this size.")
 ]
 Out = Annotated[Path | None, Option(help="Output folder.  [default: a new one]")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace the files that pyro-vae wrote to --out.")]
@@ -81,7 +103,18 @@ def _root(
 @app.command()
 def train(
     context: typer.Context,
-    dataset: Annotated[Dataset, Argument(**options.argument(Dataset, "Data set"))] = "digits",
+    dataset: Annotated[str, Argument(**options.data_source(Dataset, "Data set"))] = "digits",
+    label: Label = None,
+    condition: Condition = None,
+    key: Key = None,
+    image_size: ImageSize = None,
+    holdout: Annotated[
+        float | None,
+        Option(help="Fraction of a file's rows that are held out, drawn by --seed.  [default: 0.1]"),
+    ] = None,
+    validation: Annotated[
+        str | None, Option(metavar="PATH", help="File with the held-out rows, in place of --holdout.")
+    ] = None,
     num_epochs: Annotated[
         int | None,
         Option("-n", "--num-epochs", min=1, help=f"Passes over the data.  {default_text('num_epochs')}"),
@@ -117,7 +150,7 @@ def train(
         Binarize | None,
         Option(
             **one_of(Binarize),
-            help="Binarization of grey pixels.  [default: stochastic for bernoulli, else none]",
+            help="Binarization of grey values.  [default: stochastic for bernoulli, else none]",
         ),
     ] = None,
     objective: Annotated[
@@ -194,16 +227,33 @@ def train(
         "latent_dim": latent_dim,
         "hidden": options.parse_widths(hidden),
     }
+    of_file: dict[str, Any] = {
+        "label": label,
+        "condition": condition,
+        "key": key,
+        "image_size": image_size,
+        "holdout": holdout,
+        "validation": validation,
+    }
+    options.check_file_options(dataset, of_file, prior)
     given = {"num_epochs": num_epochs, "learning_rate": learning_rate, "warm_up": warm_up} | families
-    values = DEFAULTS[dataset] | {key: value for key, value in given.items() if value is not None}
+    tables, values = None, DEFAULTS.get(dataset, DEFAULTS["digits"])
+    if dataset not in DEFAULTS and not (resume and out and runs.is_run(out)):  # a run has its own values
+        tables = build.read_tables(dataset, of_file, data_dir)
+        values = defaults.of_file(tables.kind, len(tables.train), tables.train.x[0].numel())
+    values = values | {key: value for key, value in given.items() if value is not None}
     if warm_up is None and objective not in LINEAR_OBJECTIVES:
         values["warm_up"] = 0
     if pair is not None:
         options.check_pair_option(pair, families)
         values |= dict.fromkeys(build.VAE_FIELDS)
-    default_binarize = "stochastic" if values["likelihood"] == "bernoulli" else "none"
+    contents = None if tables is None else tables.record()
+    kind = "grey" if contents is None else contents["kind"]
+    default_binarize = "stochastic" if values["likelihood"] == "bernoulli" and kind == "grey" else "none"
     config = build.Config(
         **values,
+        **of_file,
+        contents=contents,
         dataset=dataset,
         pair=pair,
         binarize=binarize or default_binarize,
@@ -226,15 +276,33 @@ def train(
     if resume is not None:
         config = options.resumed_config(context, out, overwrite, config)
     options.check_objective(config)
+    if tables is not None:
+        config = replace(
+            config,
+            num_levels=tables.train.num_levels,
+            holdout=0.1 if holdout is None and validation is None else holdout,
+            sha256=tables.train.sha256,
+            validation_sha256=None if tables.validation is None else tables.validation.sha256,
+        )
+        if is_first:
+            for table in filter(None, tables):
+                output.print_progress(table.summary())
+            if pair is None:
+                output.print_progress(options.likelihood_text(config, chosen=likelihood is None))
     options.check_likelihood(config)
-    folder = out or Path("runs") / dataset
+    folder = out or Path("runs") / Path(dataset).stem
     if is_first:  # only rank 0 writes and prints
         folder = context.with_resource(reserved(folder, numbered=out is None))
         runs.check_no_links(folder)
         if resume is None or not runs.is_run(folder):
             runs.check_free(folder, overwrite=overwrite)
-    train_data, test = build.build_data(config, data_dir)
-    config = replace(config, event_shape=tuple(train_data.x.shape[1:]), num_levels=train_data.num_levels)
+    train_data, test = build.build_data(config, data_dir, tables)
+    config = replace(
+        config,
+        event_shape=tuple(train_data.x.shape[1:]),
+        num_levels=train_data.num_levels,
+        condition_size=None if train_data.condition is None else train_data.condition.shape[1],
+    )
     pyro.set_rng_seed(config.seed)
     built = build.build_pair(config, train_data)
     print_progress = output.print_progress if is_first else lambda _: None
@@ -271,7 +339,7 @@ def train(
     if not is_first:
         return
     epochs = run.history()
-    with run.loaded(test.x[:2]) as trained:
+    with run.loaded(*test.arguments(slice(2))) as trained:
         output.write_pictures(runs.replaceable_or_new(run.path / "plots"), runs.pictures(run, trained, test))
     epoch, seconds = run.saved_epoch(), sum(epoch.seconds for epoch in epochs)
     result = {
@@ -292,25 +360,30 @@ def sample(
     run: RunFolder,
     n: Annotated[int, Option("-n", "--num-samples", min=1, help="Number of samples.")] = 100,
     seed: Seed = 0,
+    data_dir: DataDir = None,
     pair: RunPair = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Draw x from p(z) p(x|z). Writes samples.npy, and a picture of up to 400 means E[x|z]. The default
-    output folder is the first unused one of RUN/samples, RUN/samples-2, …"""
+    """Draw x from p(z) p(x|z), with --condition at conditions drawn from the held-out data. Writes
+    samples.npy, and a picture of up to 400 means E[x|z]. The default output folder is the first unused one of
+    RUN/samples, RUN/samples-2, …"""
     import torch
 
     from pyro_vae import plots
-    from pyro_vae.cli import report
+    from pyro_vae.cli import build, report, runs
 
     opened = _open_run(run, pair)
     folder = output.reserve_folder(context, out, run / "samples", overwrite)
+    test = None if opened.config.condition is None else build.build_data(opened.config, data_dir)[1]
     with opened.loaded() as trained:
         vae = _vae(trained, "sample")
         torch.manual_seed(seed)
-        x = vae.sample(n)
-        image = {"samples": lambda: plots.plot_samples(vae, min(n, 400))}
+        given = () if test is None else runs.draw_conditions(test, n)
+        x = vae.sample(n, *given)
+        first = tuple(c[:400] for c in given)
+        image = {"samples": lambda: plots.plot_samples(vae, min(n, 400), given=first)}
         pictures = image if x.dim() > 2 else output.points(samples=x)
         files = output.write_results(folder, {"samples": x}, pictures)
     output.print_files(files, as_json)
@@ -341,11 +414,12 @@ def reconstruct(
 
     opened = _open_run(run, pair)
     folder = output.reserve_folder(context, out, run / "reconstructions", overwrite)
-    x = build.build_data(opened.config, data_dir)[1].x[:n]
-    with opened.loaded(x) as trained:
+    test = build.build_data(opened.config, data_dir)[1].head(n)
+    x, *given = test.arguments(slice(None))
+    with opened.loaded(x, *given) as trained:
         vae = _vae(trained, "reconstruct")
         torch.manual_seed(seed)
-        y = vae.reconstruct(x)
+        y = vae.reconstruct(x, *given, mask=test.mask)
     image = {"reconstructions": lambda: plots.plot_reconstructions(x[:100], y[:100])}
     pictures = image if x.dim() > 2 else output.points(x=x, reconstructions=y)
     files = output.write_results(folder, {"x": x, "reconstructions": y}, pictures)
@@ -371,7 +445,7 @@ def plot(
     opened = _open_run(run, pair)
     folder = output.reserve_folder(context, out, run / "plots", overwrite)
     _, test = build.build_data(opened.config, data_dir)
-    with opened.loaded(test.x[:2]) as trained:
+    with opened.loaded(*test.arguments(slice(2))) as trained:
         files = output.write_pictures(folder, runs.pictures(opened, trained, test))
     output.print_files(files, as_json)
     page = report.write_report(opened, folder)
@@ -414,14 +488,14 @@ def evaluate(
         return f"{saved}; resume with the same command\n  {output.current_command()}"
 
     with (
-        opened.loaded(selected.x[:2]) as trained,
+        opened.loaded(*selected.arguments(slice(2))) as trained,
         options.threads(threads),
         output.report_interruption(describe_saved),
     ):
         for rung in ladder.compute(
             trained,
             opened.config,
-            selected.arguments(slice(None)),
+            selected,
             names,
             num_particles=num_particles,
             num_temperatures=num_temperatures,
@@ -476,7 +550,7 @@ def diagnose(
     folder = output.reserve_folder(context, out, run / "diagnosis", overwrite)
     selected = build.select_rows(data, *build.build_data(opened.config, data_dir))
     with (
-        opened.loaded(selected.x[:2]) as trained,
+        opened.loaded(*selected.arguments(slice(2))) as trained,
         options.threads(threads),
         output.report_interruption(_nothing_saved),
     ):
@@ -547,13 +621,18 @@ def compare(
 @app.command()
 def data(
     dataset: Annotated[
-        Dataset | None, Argument(**options.argument(Dataset, "Data set to load and validate"))
+        str | None, Argument(**options.data_source(Dataset, "Data set to load and validate"))
     ] = None,
+    label: Label = None,
+    condition: Condition = None,
+    key: Key = None,
+    image_size: ImageSize = None,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """List the data sets and their sources, or load a data set and print its shape and range."""
-    from pyro_vae.data.datasets import SOURCES, is_here, load
+    """List the data sets and their sources, or read a data set or a file and print its shape and range."""
+    from pyro_vae.data.datasets import SOURCES, is_here, load, locate
+    from pyro_vae.data.readers import read
 
     if dataset is None:
         rows = {name: {"here": is_here(name, data_dir), "source": source} for name, source in SOURCES.items()}
@@ -563,6 +642,12 @@ def data(
         )
         output.print_result(rows, text, as_json)
         return output.print_next(None, "train", "digits")
+    given: dict[str, Any] = {"label": label, "condition": condition, "key": key, "image_size": image_size}
+    options.check_file_options(dataset, given)
+    if dataset not in DEFAULTS:
+        table = read(locate(dataset, data_dir), **given)
+        output.print_result(table.record(), table.summary(), as_json)
+        return output.print_next(None, "train", dataset, *_repeated_options(None, data_dir, **given))
     train_data, test = load(dataset, data_dir=data_dir)
     low, high = (float(end) for end in train_data.x.aminmax())
     result = {
@@ -588,13 +673,13 @@ def _open_run(run: Path, pair: str | None) -> "Run":
     return opened
 
 
-def _repeated_options(pair: str | None, data_dir: Path | None = None) -> list[object]:
+def _repeated_options(pair: str | None, data_dir: Path | None = None, **others: object) -> list[object]:
     """The options of this command that the next command on the same run must repeat."""
     return [
         word
-        for key, value in (("--pair", pair), ("--data-dir", data_dir))
+        for key, value in {"pair": pair, "data_dir": data_dir, **others}.items()
         if value is not None
-        for word in (key, value)
+        for word in (f"--{key.replace('_', '-')}", value)
     ]
 
 
@@ -632,8 +717,9 @@ def _fail(code: int, error: Exception) -> NoReturn:
 def main() -> NoReturn:
     """Run the command line and exit.
 
-    Exit codes: 0 success; 1 a bug; 2 usage; 65 invalid data; 66 missing input; 70 numerical failure or out of
-    memory; 74 I/O; 78 a run of another version or configuration; 130 and 143 interrupted.
+    Exit codes: 0 success; 1 a bug; 2 usage; 65 invalid data; 66 missing input; 69 a library for a file is
+    missing; 70 numerical failure or out of memory; 74 I/O; 78 a run of another version or configuration; 130
+    and 143 interrupted.
     """
     os.environ.setdefault("MPLBACKEND", "Agg")
     for stream in (sys.__stdout__, sys.stderr):
@@ -653,6 +739,10 @@ def main() -> NoReturn:
         # pyro_vae raises FileNotFoundError without errno for missing input
         is_missing_input = isinstance(error, FileNotFoundError) and error.errno is None
         _fail(66 if is_missing_input else 74, error)
+    except ModuleNotFoundError as error:
+        if "pip install" not in str(error):  # a bug, not a library that readers.read names
+            raise
+        _fail(69, error)
     except (FloatingPointError, MemoryError) as error:
         _fail(70, error)
     except ValueError as error:

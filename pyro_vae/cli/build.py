@@ -23,7 +23,9 @@ from torch.distributions import constraints
 
 from pyro_vae import conditionals, flows, infer, nets, priors
 from pyro_vae.cli.defaults import ALPHA
-from pyro_vae.data.datasets import Data, load
+from pyro_vae.data.arrays import Ranges, loses_precision, row_blocks
+from pyro_vae.data.datasets import SOURCES, Data, from_tables, load, locate
+from pyro_vae.data.readers import KINDS, Table, read
 from pyro_vae.pairs.traces import Program
 from pyro_vae.vae import VAE
 
@@ -36,7 +38,10 @@ LIKELIHOODS: dict[str, Callable[..., conditionals.Conditional]] = {
     "laplace": conditionals.Laplace,
     "student-t": conditionals.StudentT,
     "categorical": conditionals.Categorical,
+    "poisson": conditionals.Poisson,
+    "negative-binomial": conditionals.NegativeBinomial,
 }
+DENSITIES = ("normal", "laplace", "student-t")  # on all real numbers
 GUIDES: dict[str, Callable[..., conditionals.Conditional]] = {
     "normal": conditionals.Normal,
     "full": conditionals.MultivariateNormal,
@@ -65,7 +70,12 @@ OBJECTIVES: dict[str, Callable[[int, float], ELBO]] = {  # of the number of part
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 PSEUDO_INPUTS = 100  # number of pseudo-inputs of a VampPrior
-LATER_FIELDS: dict[str, Any] = {"objective": "elbo", "alpha": None}  # of runs without these fields
+FILE_FIELDS = ("label", "condition", "key", "image_size", "holdout", "validation")  # options of files
+LATER_FIELDS: dict[str, Any] = {  # of runs without these fields
+    "objective": "elbo",
+    "alpha": None,
+    **dict.fromkeys((*FILE_FIELDS, "contents", "sha256", "validation_sha256", "condition_size")),
+}
 VAE_FIELDS = ("likelihood", "guide", "prior", "latent_dim", "hidden")  # ``None`` in a Config with --pair
 
 
@@ -96,6 +106,23 @@ class Config:
     alpha: float | None = None
     event_shape: tuple = ()
     num_levels: int | None = None
+    label: str | None = None
+    condition: str | None = None
+    key: str | None = None
+    image_size: int | None = None
+    holdout: float | None = None
+    validation: str | None = None
+    contents: dict | None = None  # what was read from the file, see Table.record
+    sha256: str | None = None
+    validation_sha256: str | None = None
+    condition_size: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """What the entries of the data are: one of :data:`~pyro_vae.data.readers.KINDS`."""
+        if self.contents is not None:
+            return self.contents["kind"]
+        return "real" if self.dataset == "ring" else "grey"
 
     @classmethod
     def read(cls, record: Mapping[str, Any], source: str) -> "Config":
@@ -121,6 +148,16 @@ class Config:
                 )
             if not _is_in_range(field.name, value):
                 raise ValueError(f"{source}: {field.name} is {reprlib.repr(value)}, which is out of range")
+        if values["contents"] is not None and values["contents"].get("kind") not in KINDS:
+            raise ValueError(f"{source}: contents has no kind; expected one of {', '.join(KINDS)}")
+        # a received run must not name a file of which it does not know the contents
+        for name, digest in (("dataset", "sha256"), ("validation", "validation_sha256")):
+            if values[name] not in (None, *SOURCES) and not re.fullmatch(
+                "[0-9a-f]{64}", values[digest] or ""
+            ):
+                raise ValueError(
+                    f"{source}: {digest} is missing or invalid, so {name} is not read; train again"
+                )
         return cls(**values)
 
     def bound_name(self) -> str:
@@ -146,16 +183,70 @@ class Pair(NamedTuple):
     vae: VAE | None = None
 
 
-def build_data(config: Config, data_dir: Path | None) -> tuple[Data, Data]:
+class Tables(NamedTuple):
+    """The contents of a file, and of the file with the held-out data, if any."""
+
+    train: Table
+    validation: Table | None
+
+    def record(self) -> dict[str, Any]:
+        """What was read, for ``config.json``."""
+        return self.train.record() | {"kind": self.kind}
+
+    @property
+    def kind(self) -> str:
+        """What the entries of both files are."""
+        kinds = {table.kind for table in self if table is not None}
+        if len(kinds) == 1:
+            return kinds.pop()
+        return {frozenset(("binary", "counts")): "counts", frozenset(("binary", "grey")): "grey"}.get(
+            frozenset(kinds), "real"
+        )
+
+
+def read_tables(
+    dataset: str, options: Mapping[str, Any], data_dir: Path | None, *sha256: str | None
+) -> Tables:
+    """Read a file, and the file of the option ``validation``, if any.
+
+    :param options: the options of files, by the names in ``FILE_FIELDS``.
+    :param sha256: the expected SHA-256 of both files, if known.
+    """
+    read_options: dict[str, Any] = {key: options[key] for key in ("label", "condition", "key", "image_size")}
+    expected = sha256 or (None, None)
+    tables = (
+        None if name is None else read(locate(name, data_dir), **read_options, sha256=digest)
+        for name, digest in zip((dataset, options["validation"]), expected, strict=True)
+    )
+    return Tables(*tables)  # type: ignore[arg-type]
+
+
+def build_data(config: Config, data_dir: Path | None, tables: Tables | None = None) -> tuple[Data, Data]:
     """Load ``(train, test)``, binarized as in ``config.binarize``. For a categorical likelihood, pixels are
     integer grey levels; otherwise they are in [0, 1].
 
-    :raises ValueError: if the shape of the data is not that of the run.
+    :param tables: the contents of the files of ``config``, if they are read already.
+    :raises ValueError: if the shape of the data is not that of the run, if a file was changed since it was
+        trained on, or if the rows of a file are too close to each other for ``config.dtype``.
     """
-    train, test = load(config.dataset, binarize=config.binarize, data_dir=data_dir)  # type: ignore[arg-type]
+    binarize: Any = config.binarize
+    dtype = _look_up("dtype", config.dtype, DTYPES)
+    if config.dataset in SOURCES:
+        train, test = load(config.dataset, binarize=binarize, data_dir=data_dir)
+    else:
+        tables = tables or read_tables(
+            config.dataset, vars(config), data_dir, config.sha256, config.validation_sha256
+        )
+        train, test = from_tables(*tables, binarize=binarize, holdout=config.holdout, seed=config.seed)
+        ranges = Ranges()
+        for part in (train, test):
+            if loses_precision(part.x, dtype):
+                ranges.update("the data", part.x)
+        ranges.check(dtype, config.dataset)
     if config.likelihood == "categorical":
         train, test = train.levels(), test.levels()
-    dtype = _look_up("dtype", config.dtype, DTYPES)
+    elif config.contents is not None:
+        train, test = (replace(part, x=part.x.to(dtype)) for part in (train, test))
     if config.event_shape and config.event_shape != tuple(train.x.shape[1:]):
         raise ValueError(
             f"config.json: event_shape is {config.event_shape} but data of {config.dataset} have "
@@ -180,12 +271,7 @@ def select_rows(selection: str, train: Data, test: Data) -> Data:
     rows = slice(int(start) if start else None, int(stop) if stop else None)
     if not len(whole.x[rows]):
         raise ValueError(f"--data: {selection} has no rows; {name} has {len(whole)}")
-    tensors = {
-        field: tensor[rows]
-        for field in ("x", "labels", "condition")
-        if (tensor := getattr(whole, field)) is not None
-    }
-    return replace(whole, **tensors)
+    return whole.rows(rows)
 
 
 def build_pair(config: Config, train: Data | None = None) -> Pair:
@@ -221,8 +307,9 @@ def _vae(config: Config, train: Data | None) -> Pair:
     x_shape, hidden, latent_dim = config.event_shape, config.hidden, config.latent_dim
     if hidden is None or latent_dim is None:
         raise ValueError("config: expected hidden and latent_dim for a VAE but got neither")
+    c_shape = None if config.condition_size is None else (config.condition_size,)
     options: dict[str, Any] = {}
-    trunk: torch.nn.Module = nets.MLP(x_shape, hidden)
+    trunk: torch.nn.Module = nets.MLP(x_shape if c_shape is None else (x_shape, c_shape), hidden)
     if config.likelihood == "categorical":
         if config.num_levels is None:
             raise ValueError(
@@ -230,17 +317,62 @@ def _vae(config: Config, train: Data | None) -> Pair:
                 "likelihood, such as normal"
             )
         options["num_classes"] = config.num_levels
-        trunk = torch.nn.Sequential(nets.Standardize(0, config.num_levels - 1), trunk)
-    elif config.likelihood in ("normal", "laplace", "student-t"):
+        trunk = nets.Preprocess(nets.Standardize(0, config.num_levels - 1), trunk)
+    elif config.likelihood in DENSITIES:
         options["min_scale"] = 0.02
-        if config.num_levels:  # grey values: a sigmoid gives means in [0, 1], as in AEVB for Frey Face
+        if config.kind in ("binary", "grey"):  # a sigmoid gives means in [0, 1], as in AEVB for Frey Face
             options["loc_constraint"] = constraints.unit_interval
+        elif config.contents is not None:
+            moments = _moments(config, train)
+            options["standardize"] = nets.Standardize(*moments)
+            trunk = nets.Preprocess(nets.Standardize(*moments), trunk)
+    elif config.kind == "counts":
+        trunk = nets.Preprocess(nets.Log1p(), trunk)
     likelihood = _look_up("likelihood", config.likelihood, LIKELIHOODS)
-    decoder = likelihood(nets.MLP(latent_dim, hidden[::-1]), event_shape=x_shape, **options)
+    z_shape = latent_dim if c_shape is None else ((latent_dim,), c_shape)
+    decoder = likelihood(nets.MLP(z_shape, hidden[::-1]), event_shape=x_shape, **options)
     encoder = _look_up("guide", config.guide, GUIDES)(trunk, event_shape=latent_dim)
-    pseudo_inputs = torch.zeros(PSEUDO_INPUTS, *x_shape) if train is None else train.x[:PSEUDO_INPUTS].float()
+    if isinstance(decoder, conditionals.Poisson | conditionals.NegativeBinomial):
+        _start_at_mean(decoder, _moments(config, train)[0])
+    pseudo_inputs = torch.zeros(PSEUDO_INPUTS, *x_shape)
+    if train is not None:
+        rows = torch.arange(PSEUDO_INPUTS) % len(train)
+        pseudo_inputs = train.x[rows].float()
+        if train.mask is not None:
+            if_missing = torch.as_tensor(nets.value_if_missing(trunk)).to(pseudo_inputs)
+            pseudo_inputs = torch.where(train.mask[rows], pseudo_inputs, if_missing)
     vae = VAE(_look_up("prior", config.prior, PRIORS)(encoder, pseudo_inputs), decoder, encoder)
     return Pair(vae.model, vae.guide, vae)
+
+
+def _moments(config: Config, train: Data | None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each column over the entries that are not missing, ``event_shape`` each.
+    The standard deviation of a constant column is 1. Without data, they are 0 and 1."""
+    if train is None:
+        return torch.zeros(config.event_shape), torch.ones(config.event_shape)
+    observed = len(train) if train.mask is None else train.mask.sum(0).clamp_min(1)
+
+    def mean_of(f: Callable[[Tensor], Tensor]) -> Tensor:
+        total = torch.zeros(config.event_shape, dtype=torch.double)
+        for start, block in row_blocks(train.x):
+            values = f(block.double())
+            if train.mask is not None:
+                values = values * train.mask[start : start + len(block)]
+            total += values.sum(0)
+        return total / observed
+
+    mean = mean_of(lambda x: x)
+    scale = mean_of(lambda x: (x - mean) ** 2).sqrt()
+    scale = torch.where(scale > 1e-12 * mean.abs(), scale, 1.0)
+    dtype = _look_up("dtype", config.dtype, DTYPES)
+    return mean.to(dtype), scale.to(dtype)
+
+
+@torch.no_grad()
+def _start_at_mean(decoder: conditionals.Elementwise, mean: Tensor) -> None:
+    """Initialize the read-out of a count likelihood so that its mean is about that of the data."""
+    readout: Any = decoder.readout["log_rate" if "log_rate" in decoder.readout else "logits"]
+    readout.layer.bias.add_((mean + 0.01).log().flatten())
 
 
 def _import_pair(factory: str) -> Pair:

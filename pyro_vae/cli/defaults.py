@@ -35,6 +35,25 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ring": _MNIST | _RING,
 }
 
+LIKELIHOOD_OF = {  # of files, by what their entries are
+    "binary": "bernoulli",
+    "counts": "negative-binomial",
+    "grey": "continuous-bernoulli",
+    "real": "normal",
+}
+
+
+def of_file(kind: str, num_rows: int, num_columns: int) -> dict[str, Any]:
+    """The defaults for a file: one hidden layer of twice as many units as columns (64 to 512), half as many
+    latent dimensions as columns (2 to 20), and about 20,000 steps (10 to 200 epochs of batches of 100)."""
+    return _MNIST | {
+        "likelihood": LIKELIHOOD_OF[kind],
+        "latent_dim": max(2, min(20, num_columns // 2)),
+        "hidden": (max(64, min(512, 2 * num_columns)),),
+        "num_epochs": max(10, min(200, 2_000_000 // num_rows)),
+    }
+
+
 # what `train --objective` names: a line of help, and the default number of particles
 OBJECTIVES: dict[str, tuple[str, int]] = {
     "elbo": ("the ELBO", 1),

@@ -11,6 +11,7 @@ import torch
 
 from pyro_vae import evidence
 from pyro_vae.cli.build import Config, Pair, build_loss
+from pyro_vae.data.batches import as_whole
 from pyro_vae.evidence import Annealing, Evidence
 from pyro_vae.infer import Objective
 from pyro_vae.numerics import effective_sample_size
@@ -52,7 +53,7 @@ class Rung:
 def compute(
     pair: Pair,
     config: Config,
-    arguments: tuple[Any, ...],
+    data: Any,
     names: Sequence[str],
     *,
     num_particles: int,
@@ -65,6 +66,7 @@ def compute(
     temperatures grows by factors of ten up to ``num_particles`` or ``num_temperatures``. The ELBO is followed
     by the bound that the run maximized, if it is another.
 
+    :param data: as for :func:`~pyro_vae.fit`.
     :param resume_folder: folder that stores finished chunks of an estimate. After an interruption, the same
         call resumes from them. They are deleted when the estimate is finished.
     """
@@ -74,45 +76,43 @@ def compute(
         "elbo": [
             (
                 "elbo",
-                lambda **o: evidence.elbo(
-                    model, guide, arguments, num_particles=min(100, num_particles), **o
-                ),
+                lambda **o: evidence.elbo(model, guide, data, num_particles=min(100, num_particles), **o),
             )
         ],
         "importance": [
             (
                 f"importance-{k}",
-                lambda k=k, **o: evidence.importance(model, guide, arguments, num_particles=k, **o),
+                lambda k=k, **o: evidence.importance(model, guide, data, num_particles=k, **o),
             )
             for k in _powers_of_ten(10, num_particles)
         ],
         "prior": [
             (
                 "prior",
-                lambda **o: evidence.prior_monte_carlo(model, arguments, num_particles=num_particles, **o),
+                lambda **o: evidence.prior_monte_carlo(model, data, num_particles=num_particles, **o),
             )
         ],
         "ais": [
             (
                 f"ais-{t}",
-                lambda t=t, **o: evidence.ais(model, arguments, annealing=Annealing(t, num_chains), **o),
+                lambda t=t, **o: evidence.ais(model, data, annealing=Annealing(t, num_chains), **o),
             )
             for t in _powers_of_ten(100, num_temperatures)
         ],
-        "smc": [("smc", lambda **o: evidence.smc(model, arguments, annealing=smc_annealing, **o))],
+        "smc": [("smc", lambda **o: evidence.smc(model, data, annealing=smc_annealing, **o))],
     }
     for name in names:
         if name == "bdmc":
             start = time.perf_counter()
             sandwich = evidence.bdmc(
-                model, arguments, annealing=Annealing(num_temperatures, num_chains), seed=seed
+                model, data, annealing=Annealing(num_temperatures, num_chains), seed=seed
             )
             for side, estimate in (("below", sandwich.lower), ("above", sandwich.upper)):
                 seconds = (time.perf_counter() - start) / 2
                 yield Rung(f"bdmc-{side}", f"bdmc {side}, simulated data", estimate, seconds)
             continue
         for rung, estimator in estimators[name]:
-            shapes = [tuple(part.shape) for part in arguments]
+            shapes = [tuple(part.shape) for part in as_whole(data).leaves()]
             key = repr((rung, num_particles, num_chains, seed, *shapes)).encode()
             file = resume_folder / f"{rung}-{hashlib.sha256(key).hexdigest()[:12]}.safetensors"
             start = time.perf_counter()
@@ -121,7 +121,7 @@ def compute(
             file.unlink(missing_ok=True)
         if name == "elbo" and isinstance(loss := build_loss(config), Objective) and not loss.is_elbo:
             start = time.perf_counter()
-            estimate = _objective_bound(pair, config, loss, arguments, num_particles, seed)
+            estimate = _objective_bound(pair, config, loss, data, num_particles, seed)
             yield Rung("objective", config.bound_name(), estimate, time.perf_counter() - start)
     if resume_folder.is_dir() and not any(resume_folder.iterdir()):
         resume_folder.rmdir()
@@ -131,7 +131,7 @@ def _objective_bound(
     pair: Pair,
     config: Config,
     objective: Objective,
-    arguments: tuple[Any, ...],
+    data: Any,
     num_particles: int,
     seed: int,
 ) -> Evidence:
@@ -139,9 +139,7 @@ def _objective_bound(
     ``num_particles`` if these are fewer, and at least two evaluations."""
     k = objective.num_particles
     num_evaluations = max(2, min(100, num_particles) // k)
-    log_w = log_weights(
-        pair.model, pair.guide, arguments, num_particles=num_evaluations * k, seed=seed
-    ).double()
+    log_w = log_weights(pair.model, pair.guide, data, num_particles=num_evaluations * k, seed=seed).double()
     groups = log_w.unflatten(0, (num_evaluations, k))
     values = torch.stack([objective.value(group) for group in groups])
     return Evidence(

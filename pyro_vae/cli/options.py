@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import typer
 
-from pyro_vae.cli.defaults import DEFAULTS, LINEAR_OBJECTIVES, OBJECTIVES
+from pyro_vae.cli.defaults import DEFAULTS, LIKELIHOOD_OF, LINEAR_OBJECTIVES, OBJECTIVES
+from pyro_vae.files import is_path
 
 if TYPE_CHECKING:
     from pyro_vae.cli.build import Config, Pair
@@ -32,12 +33,26 @@ def one_of(literal: Any) -> dict[str, Any]:
     return {"parser": parse, "metavar": f"[{'|'.join(expected)}]"}
 
 
-def argument(literal: Any, about: str) -> dict[str, Any]:
-    """As :func:`one_of`, for the ``Argument`` DATASET. Its help is ``about`` and the list of the strings."""
-    return one_of(literal) | {
-        "metavar": "DATASET",
-        "help": f"{about}: one of {', '.join(get_args(literal))}.",
-    }
+def data_source(literal: Any, about: str) -> dict[str, Any]:
+    """Keyword arguments of the ``Argument`` DATASET, the name of a data set or the path of a file. Its help
+    is ``about`` and the list of the names."""
+    names = get_args(literal)
+
+    def parse(word: str) -> str:
+        if word in names:
+            return word
+        if not is_path(word):
+            raise typer.BadParameter(
+                f"expected one of {', '.join(names)}, or the path of a file, but got "
+                f"{word!r}{suggestion(word, names)}"
+            )
+        return str(Path(word))
+
+    text = (
+        f"{about}: one of {', '.join(names)}; or the path of a file (.npy, .npz, .csv, .tsv, .parquet, "
+        ".h5ad, .safetensors) or of a folder of images."
+    )
+    return {"parser": parse, "metavar": "DATASET|PATH", "help": text}
 
 
 def comma_separated(option: str, given: str, expected: Collection[str]) -> list[str]:
@@ -68,7 +83,10 @@ def default_text(key: str) -> str:
     if len(names_by_value) == 1:
         return f"[default: {next(iter(names_by_value))}]"
     parts = (f"{value} for {', '.join(names)}" for value, names in names_by_value.items())
-    return f"[default: {'; '.join(parts)}]"
+    of_file = (
+        "; by its data for a file" if key in ("likelihood", "latent_dim", "hidden", "num_epochs") else ""
+    )
+    return f"[default: {'; '.join(parts)}{of_file}]"
 
 
 def objective_help() -> str:
@@ -167,34 +185,75 @@ def check_objective(config: "Config") -> None:
         )
 
 
-_DENSITIES = "normal", "laplace", "student-t"
+_SUPPORTS = {  # kinds of data that a likelihood allows; one that is not listed allows all
+    "bernoulli": ("binary",),
+    "continuous-bernoulli": ("binary", "grey"),
+    "poisson": ("binary", "counts"),
+    "negative-binomial": ("binary", "counts"),
+}
 
 
 def check_likelihood(config: "Config") -> None:
     """Raise ``ValueError`` if the data are outside of the support of the likelihood."""
     if config.likelihood is None:  # a pair from --pair
         return
-    name = f"--likelihood {config.likelihood}"
-    if config.dataset == "ring":
-        if config.likelihood not in _DENSITIES:
-            raise ValueError(
-                f"{name}: the data of ring are points in the plane; expected --likelihood "
-                f"{' or '.join(_DENSITIES)}"
-            )
-        if config.binarize != "none":
-            raise ValueError(
-                f"--binarize {config.binarize}: the data of ring are points in the plane, not grey values; "
-                "leave --binarize out"
-            )
-    elif config.likelihood == "bernoulli" and config.binarize == "none":
+    from pyro_vae.cli.build import DENSITIES
+    from pyro_vae.data.readers import KINDS
+
+    name, dataset, kind = f"--likelihood {config.likelihood}", config.dataset, config.kind
+    what = "points in the plane" if dataset == "ring" else f"{kind} ({KINDS[kind]})"  # type: ignore[index]
+    if kind in ("real", "counts") and config.binarize != "none":
         raise ValueError(
-            f"{name} requires pixels that are 0 or 1, but with --binarize none {config.dataset} has grey "
-            "values; expected --binarize stochastic or threshold, or --likelihood continuous-bernoulli"
+            f"--binarize {config.binarize}: the data of {dataset} are {what}, not grey values; leave "
+            "--binarize out"
+        )
+    if config.likelihood == "bernoulli" and kind == "grey":
+        if config.binarize == "none":
+            raise ValueError(
+                f"{name} requires pixels that are 0 or 1, but with --binarize none {dataset} has grey "
+                "values; expected --binarize stochastic or threshold, or --likelihood continuous-bernoulli"
+            )
+    elif config.likelihood == "categorical" and (config.contents or kind != "grey") and not config.num_levels:
+        expected = " or ".join(DENSITIES) if kind == "real" else LIKELIHOOD_OF[kind]
+        raise ValueError(
+            f"{name} requires images of bytes, but the data of {dataset} are {what}; expected --likelihood "
+            f"{expected}"
         )
     elif config.likelihood == "categorical" and config.binarize != "none":
         raise ValueError(
             f"{name} requires grey levels, which --binarize {config.binarize} removes; leave --binarize out, "
             "or pass --likelihood bernoulli"
+        )
+    elif kind not in _SUPPORTS.get(config.likelihood, (kind,)):
+        expected = " or ".join(DENSITIES) if kind == "real" else LIKELIHOOD_OF[kind]
+        raise ValueError(
+            f"{name} requires data that are {' or '.join(_SUPPORTS[config.likelihood])}, but the data of "
+            f"{dataset} are {what}; expected --likelihood {expected}"
+        )
+
+
+def likelihood_text(config: "Config", *, chosen: bool) -> str:
+    """A line about the likelihood of a file's data, and why it was chosen."""
+    from pyro_vae.cli.build import DENSITIES
+
+    reason = f": the data are {config.kind}" if chosen else ""
+    units = ""
+    if config.likelihood in DENSITIES and config.kind in ("real", "counts"):
+        units = "; columns are standardized inside the networks, and nats are those of the original units"
+    return f"--likelihood {config.likelihood}{reason}{units}"
+
+
+def check_file_options(dataset: str, given: dict[str, Any], prior: str | None = None) -> None:
+    """Raise ``BadParameter`` for options of files without a file, and for those that exclude each other."""
+    named = [f"--{key.replace('_', '-')}" for key, value in given.items() if value is not None]
+    if dataset in DEFAULTS and named:
+        raise typer.BadParameter(f"{named[0]} is for files, and {dataset} is a data set; leave it out")
+    if given.get("holdout") is not None and given.get("validation") is not None:
+        raise typer.BadParameter("--holdout and --validation exclude each other; expected one of them")
+    if prior == "vamp" and given["condition"] is not None:
+        raise typer.BadParameter(
+            "--prior vamp: the pseudo-inputs have no condition; leave --condition out, or pass another "
+            "--prior"
         )
 
 

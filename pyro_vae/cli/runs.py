@@ -142,22 +142,22 @@ class Run(NamedTuple):
         note = "" if saved == epochs[-1] else f", parameters of epoch {saved.epoch}"
         return f"{len(epochs)} epochs in {seconds:.0f} s{note}; held out: {saved.validation}"
 
-    def save(self, pair: Pair, rows: Tensor, epoch: Epoch) -> None:
+    def save(self, pair: Pair, rows: tuple[Tensor, ...], epoch: Epoch) -> None:
         """Save the parameters, including those in Pyro's param store, with their epoch. See
         :func:`~pyro_vae.checkpoint.save`.
 
-        :param rows: two rows of data, on which the pair is run to collect its parameters.
+        :param rows: two rows of each argument, on which the pair is run to collect its parameters.
         """
         programs = pair.vae or (pair.model, pair.guide)
-        checkpoint.save_pair(self.subpath("weights"), programs, (rows,), {}, about={"epoch": tuple(epoch)})
+        checkpoint.save_pair(self.subpath("weights"), programs, rows, {}, about={"epoch": tuple(epoch)})
 
     @contextmanager
-    def loaded(self, rows: Tensor | None = None) -> Iterator[Pair]:
+    def loaded(self, *rows: Tensor) -> Iterator[Pair]:
         """Load the trained pair on the CPU, in evaluation mode. Within the block, Pyro's param store has the
         parameters of the pair.
 
-        :param rows: two rows of data, on which the pair is run to collect its parameters. The default for a
-            VAE is zeros.
+        :param rows: two rows of each argument, on which the pair is run to collect its parameters. The
+            default for a VAE is zeros.
         :raises FileNotFoundError: if no parameters are saved.
         """
         weights = self.subpath("weights")
@@ -169,7 +169,7 @@ class Run(NamedTuple):
             )
         with nullcontext() if self.config.pair else checkpoint.within(weights):
             pair = build_pair(self.config)
-        if rows is None and pair.vae is None:
+        if not rows and pair.vae is None:
             raise ValueError(
                 f"{self.path}: the run was trained with a model and a guide of your own, so samples and "
                 "reconstructions are not defined; expected a run whose --pair returns a pyro_vae.VAE"
@@ -177,10 +177,12 @@ class Run(NamedTuple):
         for program in (pair.model, pair.guide):
             if isinstance(program, torch.nn.Module):
                 program.eval()
-        if rows is None:
-            rows = torch.zeros(2, *self.config.event_shape, dtype=getattr(torch, self.config.dtype))
+        if not rows:
+            dtype, size = getattr(torch, self.config.dtype), self.config.condition_size
+            rows = (torch.zeros(2, *self.config.event_shape, dtype=dtype),)
+            rows += () if size is None else (torch.zeros(2, size, dtype=dtype),)
         with pyro.get_param_store().scope():
-            checkpoint.load(weights, lambda: pair, rows)
+            checkpoint.load(weights, lambda: pair, *rows)
             yield pair
 
 
@@ -190,11 +192,11 @@ class _RunCheckpoints(checkpoint.Checkpoints):
     pair are saved too, and the epoch is recorded in ``metrics.jsonl``. With early stopping, parameters are
     saved only if the epoch is the best so far.
 
-    :param rows: two rows of data, on which the pair is run to collect its parameters.
+    :param rows: two rows of each argument, on which the pair is run to collect its parameters.
     """
 
     def __init__(
-        self, path: Path, pair: Pair, rows: Tensor, create_run: Callable[[], Run], resumes: bool
+        self, path: Path, pair: Pair, rows: tuple[Tensor, ...], create_run: Callable[[], Run], resumes: bool
     ) -> None:
         super().__init__(path / "checkpoints")
         self.pair, self.rows, self.create_run, self.resumes = pair, rows, create_run, resumes
@@ -251,7 +253,7 @@ def train(
     checkpoints = _RunCheckpoints(
         path,
         pair,
-        test.x[:2],
+        test.arguments(slice(2)),
         lambda: create(path, config, device, overwrite=overwrite, resumes=resumes),
         resumes,
     )
@@ -508,21 +510,24 @@ def pictures(run: Run, pair: Pair, test: Data) -> dict[str, Callable[[], Figure]
     }
     if history[-1].train.ess is not None and k > 1:
         drawings["ess"] = lambda: plots.figure_of(plots.plot_ess(history, k))
-    vae, is_image = pair.vae, test.x.dim() > 2
+    vae, is_image, given = pair.vae, test.x.dim() > 2, test.arguments(slice(None))[1:]
     if vae is None:
         return drawings
     if is_image:
+        first = test.head(30)
         drawings["reconstructions"] = lambda: plots.plot_reconstructions(
-            test.x[:30], vae.reconstruct(test.x[:30])
+            first.x, vae.reconstruct(*first.arguments(slice(None)), mask=first.mask)
         )
-        drawings["samples"] = lambda: plots.plot_samples(vae)
+        drawings["samples"] = lambda: plots.plot_samples(vae, given=draw_conditions(test, 100))
     elif test.x.shape[1:] == (2,):
         drawings["samples"] = lambda: plots.figure_of(
-            plots.plot_points({"data": test.x, "samples": vae.sample(len(test))})
+            plots.plot_points({"data": test.x, "samples": vae.sample(len(test), *given)})
         )
     if vae.model.prior.event_shape == (2,):
-        drawings["latent"] = lambda: plots.figure_of(plots.plot_latent(vae, test.x, test.labels))
-        if is_image and isinstance(vae.model.prior, StandardNormal):
+        drawings["latent"] = lambda: plots.figure_of(
+            plots.plot_latent(vae, test.x, test.labels, given=given, mask=test.mask)
+        )
+        if is_image and not given and isinstance(vae.model.prior, StandardNormal):
             drawings["manifold"] = lambda: plots.plot_manifold(vae)
 
     def seeded(draw: Callable[[], Figure]) -> Callable[[], Figure]:
@@ -533,6 +538,13 @@ def pictures(run: Run, pair: Pair, test: Data) -> dict[str, Callable[[], Figure]
         return draw_with_seed
 
     return {name: seeded(draw) for name, draw in drawings.items()}
+
+
+def draw_conditions(data: Data, n: int) -> tuple[Tensor, ...]:
+    """The conditions of n rows drawn at random, ``(n, k)``; none if the data have no conditions."""
+    if data.condition is None:
+        return ()
+    return (data.condition[torch.randint(len(data), (n,))],)
 
 
 def to_json(result: Any) -> Any:

@@ -226,11 +226,13 @@ def _from_scipy(matrix: Any, name: str) -> Tensor:
     )
     if values.dtype == torch.bool:  # coalesce does not support bool
         return (
-            torch.sparse_coo_tensor(torch.from_numpy(indices), values.to(torch.uint8), coo.shape)
+            torch.sparse_coo_tensor(
+                torch.from_numpy(indices), values.to(torch.uint8), coo.shape, check_invariants=True
+            )
             .coalesce()
             .bool()
         )
-    return torch.sparse_coo_tensor(torch.from_numpy(indices), values, coo.shape)
+    return torch.sparse_coo_tensor(torch.from_numpy(indices), values, coo.shape, check_invariants=True)
 
 
 def _frame(frame: Any, name: str) -> np.ndarray:

@@ -1027,7 +1027,8 @@ def _stream_length(stream: Any) -> int | None:
     if _yields_batches(stream):
         return None
     try:
-        return len(stream.dataset if isinstance(stream, DataLoader) else stream)
+        sized: Any = stream.dataset if isinstance(stream, DataLoader) else stream
+        return len(sized)
     except TypeError:
         return None
 
@@ -1037,8 +1038,10 @@ def _as_finite(data: Any, batch_size: int | None) -> Batches:
     if isinstance(data, DataLoader):
         return Loaded(data)
     if isinstance(data, Data):
-        source = Batch(tuple(part for part in (data.x, data.condition) if part is not None), {})
-        draw = (lambda rows: Batch(data.arguments(rows), {})) if data.binarize == "stochastic" else None
+        parts = {"x": data.x, "c": data.condition, "mask": data.mask}
+        parts = {key: part for key, part in parts.items() if part is not None}
+        source = Batch(tuple(parts.values()), {}) if data.mask is None else Batch((), parts)
+        draw = (lambda rows: as_batch(data[rows])) if data.binarize == "stochastic" else None
         return InMemory(source, batch_size or len(data), draw)
     if isinstance(data, TensorDataset) and type(data).__getitem__ is TensorDataset.__getitem__:
         data = data.tensors
@@ -1077,6 +1080,12 @@ def fitting(batch: Batch, *programs: Callable[..., Any]) -> Batch:
         key: part for key, part in batch.kwargs.items() if not names or any(key in taken for taken in names)
     }
     cut = Batch(args, kwargs)
+    mask = batch.kwargs.get("mask")
+    if "mask" not in kwargs and isinstance(mask, Tensor) and mask.dtype == torch.bool and not mask.all():
+        raise ValueError(
+            f"data: {int((~mask).sum())} entries are missing, but neither model nor guide takes mask; give "
+            "both a keyword argument mask, as pyro_vae.VAE has, or remove the rows"
+        )
     for name in batch.kwargs.keys() - kwargs.keys():
         optional = {
             key for signature in known for key in _keyword_names(signature) or () if key not in kwargs

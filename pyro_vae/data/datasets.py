@@ -1,4 +1,5 @@
-"""Data sets: the embedded digits, MNIST and Fashion-MNIST, Frey Face, a ring; binarization and splits.
+"""Data sets: the embedded digits, MNIST and Fashion-MNIST, Frey Face, a ring, users' files; binarization and
+splits.
 
 >>> from pyro_vae import load
 >>> train, test = load("digits", binarize="stochastic")
@@ -13,12 +14,12 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 from zipfile import ZipFile
 
 import numpy as np
@@ -27,6 +28,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pyro_vae.data.arrays import SparseRows, as_tensor, check_rows
+from pyro_vae.data.readers import Table, read
+from pyro_vae.files import is_path
 
 Binarize = Literal["none", "threshold", "stochastic"]
 Name = Literal["digits", "mnist", "fashion-mnist", "frey-faces", "ring"]
@@ -52,6 +55,8 @@ _FREY_BYTES = 1965 * 28 * 20 + 1000  # upper bound, with the header of the .npy 
 _IDX_BYTES = 60000 * 28 * 28 + 16  # size of the largest file
 
 
+_PARTS = ("x", "labels", "condition", "mask")  # the tensors of Data, which have rows
+
 SOURCES: dict[Name, str] = {
     "digits": (
         "1497 + 300 images of 8x8; Alpaydin & Kaynak, UCI Machine Learning Repository, CC BY 4.0; "
@@ -68,7 +73,8 @@ SOURCES: dict[Name, str] = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Data(Dataset):
-    """Data in memory, for ``model(x)`` or ``model(x, condition)``.
+    """Data in memory, for ``model(x)`` or ``model(x, condition)``; with missing entries for ``model(x=x,
+    c=condition, mask=mask)``.
 
     :param x: ``(n, *event)``, a tensor, array or data frame of numbers; for images, grey values in [0, 1].
     :param labels: ``(n,)``, integers for plots, which are not passed to the model.
@@ -77,6 +83,8 @@ class Data(Dataset):
         (Salakhutdinov & Murray 2008); :meth:`fixed` draws once. ``"threshold"`` sets x once: to 1 where grey
         > 1/2, and to 0 elsewhere.
     :param num_levels: the number of grey levels of the images, 256 for bytes: see :meth:`levels`.
+    :param mask: bool, the shape of x, false at missing entries, which may be NaN and are set to 0. Model and
+        guide then get all arguments by keyword: x, mask and, if there is a condition, c.
     :raises ValueError: for empty data, non-finite entries, or, with ``binarize``, grey values outside [0, 1].
         The error names the row.
     """
@@ -87,11 +95,12 @@ class Data(Dataset):
     binarize: Binarize = "none"
     name: str = "data"
     num_levels: int | None = None
+    mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.binarize not in get_args(Binarize):
             raise ValueError(f"binarize: expected one of {get_args(Binarize)} but got {self.binarize!r}")
-        for key in ("x", "labels", "condition"):
+        for key in _PARTS:
             part = as_tensor(getattr(self, key), f"{self.name}, {key}")
             if isinstance(part, SparseRows):
                 part = part[:]
@@ -102,6 +111,13 @@ class Data(Dataset):
             object.__setattr__(self, key, part)
         if self.x is None:
             raise ValueError(f"{self.name}: expected x as a tensor or array but got None")
+        if self.mask is not None:
+            if self.mask.dtype != torch.bool or self.mask.shape != self.x.shape:
+                raise ValueError(
+                    f"{self.name}: expected a bool mask of shape {tuple(self.x.shape)}, true where observed, "
+                    f"but got {self.mask.dtype} of shape {tuple(self.mask.shape)}"
+                )
+            object.__setattr__(self, "x", self.x.masked_fill(~self.mask, 0))
         check_rows(self.x, self.name)
         if self.binarize in ("threshold", "stochastic") and not self.x.is_floating_point():
             object.__setattr__(self, "x", self.x.to(torch.get_default_dtype()))
@@ -127,9 +143,12 @@ class Data(Dataset):
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, index: int | slice | Tensor) -> Tensor | tuple[Tensor, ...]:
-        """x at ``index``, or (x, condition). With stochastic binarization, each call is a new draw."""
+    def __getitem__(self, index: int | slice | Tensor) -> Any:
+        """x at ``index``, or (x, condition). With missing entries, a dict of x, mask and the condition c, for
+        keyword arguments. With stochastic binarization, each call is a new draw."""
         arguments = self.arguments(index)
+        if self.mask is not None:
+            return dict(zip(("x", "c"), arguments, strict=False)) | {"mask": self.mask[index]}
         return arguments if len(arguments) > 1 else arguments[0]
 
     def arguments(self, index: int | slice | Tensor) -> tuple[Tensor, ...]:
@@ -139,10 +158,9 @@ class Data(Dataset):
             x = torch.bernoulli(x)
         return (x,) if self.condition is None else (x, self.condition[index])
 
-    def batches(
-        self, batch_size: int = 100, *, shuffle: bool = True
-    ) -> Iterator[Tensor | tuple[Tensor, ...]]:
-        """One epoch of minibatches, for plain Pyro: ``for x in data.batches(100): svi.step(x)``."""
+    def batches(self, batch_size: int = 100, *, shuffle: bool = True) -> Iterator[Any]:
+        """One epoch of minibatches, for plain Pyro: ``for x in data.batches(100): svi.step(x)``. With missing
+        entries a minibatch is a dict: ``svi.step(**batch)``."""
         order = torch.randperm(len(self)) if shuffle else torch.arange(len(self))
         return (self[rows] for rows in order.split(batch_size))
 
@@ -172,38 +190,74 @@ class Data(Dataset):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Data":
         """The data on ``device``, in the floating ``dtype``. Integers keep their dtype."""
-        parts = {k: v for k in ("x", "labels", "condition") if (v := getattr(self, k)) is not None}
-        return replace(
-            self, **{k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in parts.items()}
-        )
+        return self._map(lambda part: part.to(device, dtype if part.is_floating_point() else part.dtype))
 
     def head(self, n: int) -> "Data":
         """The first ``n`` rows."""
-        parts = {k: v[:n] for k in ("x", "labels", "condition") if (v := getattr(self, k)) is not None}
+        return self.rows(slice(n))
+
+    def rows(self, index: slice | Tensor) -> "Data":
+        """The rows at ``index``."""
+        return self._map(lambda part: part[index])
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> "Data":
+        parts: dict[str, Any] = {key: f(part) for key in _PARTS if (part := getattr(self, key)) is not None}
         return replace(self, **parts)
 
     def __repr__(self) -> str:
         parts = [f"{self.name!r}, x: {tuple(self.x.shape)}"]
-        parts += [key for key in ("labels", "condition") if getattr(self, key) is not None]
+        parts += [key for key in _PARTS[1:] if getattr(self, key) is not None]
         return f"Data({', '.join(parts)}, binarize={self.binarize!r})"
 
 
 def load(
-    name: Name, *, binarize: Binarize = "none", data_dir: str | os.PathLike | None = None
+    name: Name | str | os.PathLike,
+    *,
+    binarize: Binarize = "none",
+    data_dir: str | os.PathLike | None = None,
+    holdout: float | None = None,
+    validation: str | os.PathLike | None = None,
+    seed: int = 0,
+    label: str | None = None,
+    condition: str | None = None,
+    key: str | None = None,
+    image_size: int | None = None,
 ) -> tuple[Data, Data]:
-    """``(train, test)`` of a named data set; images are grey values in [0, 1], ``(n, height, width)``.
+    """``(train, test)`` of a named data set, or of a file.
 
-    ``"digits"`` (1497 + 300 images of 8×8, shipped with the package) and ``"ring"`` need no files.
-    ``"mnist"`` and ``"fashion-mnist"`` (60,000 + 10,000 of 28×28) are read from four IDX files, plain or
-    ``.gz``, in ``data_dir/MNIST/raw``, ``data_dir/MNIST`` or ``data_dir`` itself (``FashionMNIST`` likewise);
-    torchvision downloads missing files. ``"frey-faces"`` (1768 + 197 of 28×20, every tenth frame held out) is
-    read from ``data_dir/frey_faces.npz``.
+    Images are grey values in [0, 1], ``(n, height, width)``. ``"digits"`` (1497 + 300 images of 8×8, shipped
+    with the package) and ``"ring"`` need no files. ``"mnist"`` and ``"fashion-mnist"`` (60,000 + 10,000 of
+    28×28) are read from four IDX files, plain or ``.gz``, in ``data_dir/MNIST/raw``, ``data_dir/MNIST`` or
+    ``data_dir`` itself (``FashionMNIST`` likewise); torchvision downloads missing files. ``"frey-faces"``
+    (1768 + 197 of 28×20, every tenth frame held out) is read from ``data_dir/frey_faces.npz``.
+
+    Any other name is the path of a file or folder: see :func:`~pyro_vae.data.read` for the formats, and for
+    ``label``, ``condition``, ``key`` and ``image_size``. Missing entries are false in ``mask``.
 
     :param binarize: see :class:`Data`; the test set is binarized once.
     :param data_dir: by default the environment variable ``PYRO_VAE_DATA``, or ``./data``.
-    :raises ValueError: for an unknown name, or a file whose contents differ from the published file.
+    :param holdout: the fraction of a file's rows that are held out, drawn by ``seed``; 0.1 by default. The
+        rows are copied into memory.
+    :param validation: a file with the held-out rows, in place of ``holdout``. The rows of a mapped ``.npy``
+        file are then not copied.
+    :raises ValueError: for an unknown name, a malformed file, or, of a named data set, a file whose contents
+        differ from the published file.
     :raises FileNotFoundError: if a file is missing and cannot be downloaded.
+    :raises ModuleNotFoundError: if the library for a format is missing.
     """
+    options: dict[str, Any] = {"label": label, "condition": condition, "key": key, "image_size": image_size}
+    if name not in SOURCES:
+        if not is_path(name):
+            raise ValueError(
+                f"load: there is no data set {name!r}; expected one of {', '.join(SOURCES)}, or the path of "
+                "a file"
+            )
+        table = read(locate(name, data_dir), **options)
+        held_out = None if validation is None else read(locate(validation, data_dir), **options)
+        return from_tables(table, held_out, binarize=binarize, holdout=holdout, seed=seed)
+    given = options | {"holdout": holdout, "validation": validation}
+    if unused := [option for option, value in given.items() if value is not None]:
+        raise ValueError(f"load: {unused[0]} is for files; {name} has its own held-out data, so leave it out")
     folder = _folder(data_dir)
     loaders = {
         "digits": _load_digits,
@@ -212,10 +266,128 @@ def load(
         "frey-faces": lambda: _load_frey_faces(folder),
         "ring": lambda: (ring(2000, seed=0), ring(500, seed=1)),
     }
-    if name not in loaders:
-        raise ValueError(f"load: there is no data set {name!r}; expected one of {', '.join(loaders)}")
-    train, test = loaders[name]()
+    train, test = loaders[str(name)]()
     return replace(train, binarize=binarize), replace(test, binarize=binarize).fixed()
+
+
+def locate(name: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> Path:
+    """The path of a file: ``name``, or, if that does not exist, ``data_dir/name``.
+
+    :raises FileNotFoundError: if neither exists.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    if not (other := _folder(data_dir) / path).exists():
+        raise FileNotFoundError(
+            f"{path} does not exist, nor does {other}; pass the path of a file, or its folder as data_dir"
+        )
+    return other
+
+
+def from_tables(
+    table: Table,
+    validation: Table | None = None,
+    *,
+    binarize: Binarize = "none",
+    holdout: float | None = None,
+    seed: int = 0,
+) -> tuple[Data, Data]:
+    """``(train, test)`` of the contents of a file.
+
+    The condition of each row becomes a vector: text, and whole numbers of at most 20 different values, are
+    one-hot; other numbers are standardized by mean and standard deviation. Labels become integers.
+
+    :param validation: the held-out rows. Otherwise a fraction ``holdout`` (0.1 by default) of the rows of
+        ``table`` is held out, drawn by ``seed``.
+    :raises ValueError: if ``holdout`` leaves no rows to one side, or if ``validation`` has other columns or
+        conditions than ``table``.
+    """
+    name = Path(table.path).name
+    if validation is None:
+        fraction = 0.1 if holdout is None else holdout
+        n = len(table)
+        num_held_out = max(1, round(fraction * n)) if 0 < fraction < 1 else 0
+        if not 0 < num_held_out < n:
+            raise ValueError(
+                f"holdout: {fraction:g} of the {n} rows of {table.path} leaves no rows to one side; expected "
+                "a fraction between 0 and 1, and 2 rows or more"
+            )
+        whole = Data(
+            table.x,
+            labels=_codes(table.labels),
+            condition=_vectors(table.condition, table.condition, name),
+            name=name,
+            num_levels=table.num_levels,
+            mask=table.mask,
+        )
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        test, train = (
+            whole.rows(rows.sort().values) for rows in order.split([num_held_out, n - num_held_out])
+        )
+        return replace(train, binarize=binarize), replace(test, binarize=binarize).fixed()
+    if holdout is not None:
+        raise ValueError("holdout: the held-out rows are those of validation; leave one of the two out")
+    if table.columns != validation.columns or table.x.shape[1:] != validation.x.shape[1:]:
+        differing = sorted(set(table.columns) ^ set(validation.columns))
+        shapes = tuple(validation.x.shape[1:]), tuple(table.x.shape[1:])
+        what = (
+            f"the columns {differing[:3]} are in one only"
+            if differing
+            else f"its rows have shape {shapes[0]} instead of {shapes[1]}, or its columns have another order"
+        )
+        raise ValueError(
+            f"{validation.path}: its columns are not those of {table.path}: {what}; expected the same columns"
+        )
+    labels = None
+    if table.labels is not None and validation.labels is not None:
+        labels = _codes(np.concatenate([table.labels, validation.labels]))
+    parts = []
+    for part, rows in ((table, slice(len(table))), (validation, slice(len(table), None))):
+        parts.append(
+            Data(
+                part.x.to(table.x.dtype),
+                labels=None if labels is None else labels[rows],
+                condition=_vectors(part.condition, table.condition, part.path),
+                binarize=binarize,
+                name=Path(part.path).name,
+                num_levels=table.num_levels if part.num_levels == table.num_levels else None,
+                mask=part.mask,
+            )
+        )
+    return parts[0], parts[1].fixed()
+
+
+def _codes(labels: np.ndarray | None) -> Tensor | None:
+    """Labels as integers: whole numbers as they are, others by their rank."""
+    if labels is None:
+        return None
+    if labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and (labels == labels.round()).all()):
+        return torch.from_numpy(labels.astype(np.int64))
+    return torch.from_numpy(np.unique(labels, return_inverse=True)[1].astype(np.int64))
+
+
+_MAX_LEVELS = 20  # whole numbers with more different values are not one-hot
+
+
+def _vectors(condition: np.ndarray | None, of_train: np.ndarray | None, name: str) -> Tensor | None:
+    """Conditions as vectors ``(n, k)``. The levels, or mean and standard deviation, are those of
+    ``of_train``."""
+    if condition is None or of_train is None:
+        return None
+    levels = np.unique(of_train)
+    is_whole = of_train.dtype.kind not in "f" or bool((levels == levels.round()).all())
+    if of_train.dtype.kind == "U" or (is_whole and len(levels) <= _MAX_LEVELS):
+        code = np.searchsorted(levels, condition).clip(max=len(levels) - 1)
+        if (unknown := levels[code] != condition).any():
+            row = int(unknown.argmax())
+            raise ValueError(
+                f"{name}: row {row} has the condition {str(condition[row])!r}, which no row for training "
+                "has; remove these rows"
+            )
+        return torch.eye(len(levels))[torch.from_numpy(code)]
+    values = (condition - of_train.mean()) / max(float(of_train.std()), 1e-300)
+    return torch.from_numpy(values).to(torch.get_default_dtype()).unsqueeze(1)
 
 
 def is_here(name: Name, data_dir: str | os.PathLike | None = None) -> bool:

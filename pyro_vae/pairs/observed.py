@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_vae.data.batches import Batch
 from pyro_vae.pairs.enumeration import Held
 from pyro_vae.pairs.preserve import untouched
-from pyro_vae.pairs.traces import Program, sampled
+from pyro_vae.pairs.traces import Program, masks_of, sampled
 
 
 def observed_arguments(model: Program, batch: Batch) -> dict[str, Any]:
@@ -21,12 +21,12 @@ def observed_arguments(model: Program, batch: Batch) -> dict[str, Any]:
     :raises ValueError: if an observed value is not an argument of the model, or equals several of them.
     """
     observed = {
-        name: site["value"]
+        name: site
         for name, site in sampled(poutine.trace(model).get_trace(*batch.args, **batch.kwargs))
         if site["is_observed"] and site["fn"].event_dim + len(site["fn"].batch_shape)
     }
     given = _arguments(batch)
-    return {name: _observed_argument(name, value, given) for name, value in observed.items()}
+    return {name: _observed_argument(name, site, given) for name, site in observed.items()}
 
 
 def with_observations(batch: Batch, keys: Mapping[str, Any], values: Mapping[str, Tensor]) -> Batch:
@@ -80,23 +80,30 @@ def _arguments(batch: Batch) -> dict[Any, Any]:
     return dict(enumerate(batch.args)) | batch.kwargs
 
 
-def _is_equal(a: Tensor, b: Tensor) -> bool:
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+def _is_equal(a: Tensor, b: Tensor, site: dict) -> bool:
+    """Whether two values of a site are equal where it is not masked."""
+    equal = (a == b) | (a.isnan() & b.isnan())
+    for mask in masks_of(site):
+        equal = equal | ~mask
+    return bool(equal.all())
 
 
-def _observed_argument(name: str, value: Tensor, given: dict[Any, Any]) -> Any:
-    """The key of the argument that a site observes: the argument shares memory with the observed ``value``.
-    If there is no such argument, it is the one whose entries equal ``value``."""
-    # equal in this order too, unlike a transposed argument, whose memory is the same
+def _observed_argument(name: str, site: dict, given: dict[Any, Any]) -> Any:
+    """The key of the argument that a site observes: the argument shares memory with the observed value. If
+    there is no such argument, it is the one whose entries equal that value."""
+    value = site["value"]
     candidates = {
         key: part
         for key, part in given.items()
-        if isinstance(part, Tensor)
-        and part.numel() == value.numel()
-        and _is_equal(part.reshape(value.shape), value)
+        if isinstance(part, Tensor) and part.numel() == value.numel() and key != "mask"
     }
-    same = [key for key, part in candidates.items() if part.data_ptr() == value.data_ptr()]
-    keys = same or list(candidates)
+    # not a transposed argument, whose memory is the same
+    candidates = {
+        key: part for key, part in candidates.items() if _is_equal(part.reshape(value.shape), value, site)
+    }
+    keys = [key for key, part in candidates.items() if part.data_ptr() == value.data_ptr()] or list(
+        candidates
+    )
     if len(keys) != 1:
         problem = f"equals several of its arguments, {keys}" if keys else "is not one of its arguments"
         raise ValueError(

@@ -20,7 +20,7 @@ from pyro_vae.data.batches import Batch
 from pyro_vae.pairs.elbo import elbo_terms
 from pyro_vae.pairs.preserve import untouched
 from pyro_vae.pairs.structure import Structure, first_line, is_point, row_dim, trained_parameters
-from pyro_vae.pairs.traces import proposal, run_pair, sampled, sum_sites
+from pyro_vae.pairs.traces import masks_of, proposal, run_pair, sampled, sum_sites
 
 
 class Problem(NamedTuple):
@@ -430,7 +430,7 @@ def data_problems(
                     if part.shape == value.shape and torch.equal(part.to(value), value):
                         value = whole.tensors[key].to(value)
             outside = ~support.check(value)
-            for mask in _masks(site):
+            for mask in masks_of(site):  # masked values are not checked
                 outside = outside & mask
         except (NotImplementedError, RuntimeError):
             continue
@@ -471,17 +471,6 @@ def _elementwise(support: Any) -> Any:
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return support
-
-
-def _masks(site: dict) -> Iterator[Tensor]:
-    """The masks of a site, from handlers and from its distribution. Masked values are not checked."""
-    if isinstance(site["mask"], Tensor):
-        yield site["mask"].reshape(site["mask"].shape + (1,) * len(site["fn"].event_shape))
-    fn = site["fn"]
-    while hasattr(fn, "base_dist"):
-        if isinstance(fn, dist.MaskedDistribution) and isinstance(fn._mask, Tensor):
-            yield fn._mask.reshape(fn._mask.shape + (1,) * len(fn.event_shape))
-        fn = fn.base_dist
 
 
 def _outside(name: str, support: Any, value: Tensor, outside: Tensor, row: int, count: int) -> str:

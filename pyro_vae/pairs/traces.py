@@ -57,6 +57,17 @@ def sampled(trace: Trace) -> Iterator[tuple[str, dict]]:
             yield name, site
 
 
+def masks_of(site: dict) -> Iterator[Tensor]:
+    """The masks of a site, from handlers and from its distribution. They broadcast with its value."""
+    if isinstance(site["mask"], Tensor):
+        yield site["mask"].reshape(site["mask"].shape + (1,) * len(site["fn"].event_shape))
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution) and isinstance(fn._mask, Tensor):
+            yield fn._mask.reshape(fn._mask.shape + (1,) * len(fn.event_shape))
+        fn = fn.base_dist
+
+
 def unwrapped(distribution: Any) -> Any:
     """The base distribution without ``to_event`` and ``expand``."""
     while isinstance(distribution, torch.distributions.Independent | dist.ExpandedDistribution):

@@ -17,7 +17,11 @@ from pyro_vae.cli import app, build, runs
 from pyro_vae.cli.defaults import DEFAULTS
 
 GUIDES, PRIORS, LIKELIHOODS = map(get_args, (app.Guide, app.Prior, app.Likelihood))
-LIKELIHOODS_OF = {"digits": LIKELIHOODS, "ring": ("normal", "laplace", "student-t")}
+COUNTS = ("poisson", "negative-binomial")
+LIKELIHOODS_OF = {
+    "digits": [name for name in LIKELIHOODS if name not in COUNTS],
+    "ring": ("normal", "laplace", "student-t"),
+}
 INVALID = [("ring", likelihood) for likelihood in LIKELIHOODS if likelihood not in LIKELIHOODS_OF["ring"]]
 ALL = [
     (name, *families)

@@ -128,7 +128,7 @@ def test_sparse_rows_equal_dense_rows(shape, dense_dims):
 
 
 def test_duplicate_sparse_entries_are_added():
-    x = torch.sparse_coo_tensor([[1, 1, 0], [2, 2, 0]], [1.0, 2.0, 5.0], (3, 4))
+    x = torch.sparse_coo_tensor([[1, 1, 0], [2, 2, 0]], [1.0, 2.0, 5.0], (3, 4), check_invariants=True)
     assert torch.equal(as_arguments((x,), {}).args[0], x.to_dense())
 
 
