@@ -137,7 +137,7 @@ if __name__ == "__main__":
             error = gain.std() / len(gain) ** 0.5
             print(
                 f"{TITLES[name]}, N_z = {num_latents}: AEVB above wake-sleep by {gain.mean():.2f} ± "
-                f"{error:.2f} nats per datum, {gain.mean() / error:.0f} standard errors",
+                f"{error:.2f} nats per datum, {gain.mean() / error:.1f} standard errors",
                 flush=True,
             )
     draw(curves).savefig(args.out, dpi=110)

@@ -9,9 +9,9 @@ each draw; a training sample is a datum in an update. It needs a chain for each 
 
 The curves are AIS, a lower bound of log p(x) in expectation, of the first 100 training and test images. At
 the end the estimator of the paper's appendix D stands beside it: a Gaussian q is fitted to half of the HMC
-draws from p(z|x), with 4 leapfrog steps, and 1/p(x) is the mean of q(z)/p(x, z) over the other half. Where
-chains end in different modes, or far from all of them, it misses log p(x) by hundreds of nats, so its median
-over data is printed, and its mean.
+draws from p(z|x), with 4 leapfrog steps, and 1/p(x) is the mean of q(z)/p(x, z) over the other half. For
+data whose chains end in different modes it is wrong by tens of nats or more, so its difference from AIS is
+printed as a median over data and as a mean.
 
     python examples/papers/aevb_figure3.py --data-dir DIR      # writes aevb_figure3.png
 """
