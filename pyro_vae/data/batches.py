@@ -11,7 +11,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from functools import cache, partial
 from itertools import islice
@@ -242,6 +242,10 @@ def _check_cast(blocks: Iterable[Batch], dtype: torch.dtype | None) -> None:
         ranges.check(dtype)
 
 
+def _dense(part: Tensor | SparseRows) -> Tensor:
+    return part[:] if isinstance(part, SparseRows) else part
+
+
 def _cast_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     if tensor.dtype in _CAST_TO_INT64:
         return torch.int64
@@ -283,14 +287,21 @@ class Batches(ABC):
         """One pass over the data."""
 
     def state(self) -> Any:
-        """The position in the data, for :meth:`remaining`; ``None`` for data that do not know it."""
+        """The position in the data, for :meth:`restore`; ``None`` for data that do not know it."""
         return None
 
-    def remaining(self, num_used: int, state: Any = None) -> Iterator[Batch]:  # noqa: ARG002
-        """The minibatches of a shuffled epoch after the first ``num_used``.
+    def restore(self, state: Any, *, begins: bool) -> None:  # noqa: ARG002
+        """Go to a position that :meth:`state` returned, from which the next call of :meth:`remaining`
+        continues.
 
-        :param state: the result of :meth:`state` after these.
+        :param begins: whether an epoch begins there.
         """
+        raise ValueError(
+            "resume: the checkpoint has the position of a loader with a state_dict; expected the same data"
+        )
+
+    def remaining(self, num_used: int) -> Iterator[Batch]:
+        """The minibatches of a shuffled epoch after the first ``num_used``."""
         epoch = self.epoch(shuffle=True)
         for _ in islice(epoch, num_used):
             pass
@@ -376,7 +387,7 @@ class InMemory(Batches):
     def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
         return self._epoch(shuffle=shuffle)
 
-    def remaining(self, num_used: int, state: Any = None) -> Iterator[Batch]:  # noqa: ARG002
+    def remaining(self, num_used: int) -> Iterator[Batch]:
         return self._epoch(shuffle=True, start=num_used)
 
     def _epoch(self, *, shuffle: bool, start: int = 0) -> Iterator[Batch]:
@@ -449,11 +460,12 @@ class Received(Batches):
     torchdata, its position is part of a checkpoint.
     """
 
-    def __init__(self, stateful: Any, num_rows: int) -> None:
+    def __init__(self, source: Any, num_rows: int) -> None:
         super().__init__()
-        has_state = hasattr(stateful, "state_dict") and hasattr(stateful, "load_state_dict")
-        self._stateful, self.num_rows = stateful if has_state else None, num_rows
+        has_state = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
+        self._stateful, self.num_rows = source if has_state else None, num_rows
         self._num_seen = self._num_batches_seen = 0  # in the current pass of training
+        self._is_restored = False  # whether the next iteration continues at a restored position
         self._dtype: torch.dtype | None = None
         # ranges of the batches so far; the dtype is known only after the first batch
         self._ranges: Ranges | None = Ranges()
@@ -469,14 +481,16 @@ class Received(Batches):
         seen = [self._num_batches_seen, self._num_seen]
         return {"seen": seen, "state": self._stateful.state_dict()}
 
-    def _restore(self, state: Any) -> None:
+    def restore(self, state: Any, *, begins: bool) -> None:
         if self._stateful is None:
-            raise ValueError(
-                "resume: the checkpoint has the position of a loader with a state_dict; expected the same "
-                "data"
-            )
+            return super().restore(state, begins=begins)
+        self._is_restored = True
         self._num_batches_seen, self._num_seen = state["seen"]
         self._stateful.load_state_dict(state["state"])
+
+    @staticmethod
+    def _validated(item: Any, name: str) -> Batch:
+        return as_batch(item).checked(name).map(_dense)
 
     def _record_ranges(self, batch: Batch) -> None:
         if self._ranges is not None:
@@ -523,10 +537,16 @@ class Loaded(Received):
     def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
         return self._epoch(shuffle=shuffle)
 
-    def remaining(self, num_used: int, state: Any = None) -> Iterator[Batch]:
-        if state is None:
+    def restore(self, state: Any, *, begins: bool) -> None:
+        super().restore(state, begins=begins)
+        if begins:  # the loader goes to its position now, and draws the new epoch at its next iteration
+            iter(self.shuffled)
+            self._is_restored = False
+
+    def remaining(self, num_used: int) -> Iterator[Batch]:
+        if not self._is_restored:
             return super().remaining(num_used)
-        self._restore(state)
+        self._is_restored = False
         return self._epoch(shuffle=True, items=_iterate(self.shuffled))
 
     def _epoch(self, *, shuffle: bool, items: Iterator[Any] | None = None) -> Iterator[Batch]:
@@ -539,7 +559,7 @@ class Loaded(Received):
         sizes = _batch_sizes(loader, num_batches)
         with _kept(self.generators() if not shuffle else []):
             for i, item in enumerate(_iterate(loader) if items is None else items, num_batches):
-                batch = as_batch(item).checked(f"data, batch {i}")
+                batch = self._validated(item, f"data, batch {i}")
                 if sizes is not None and batch.num_rows != (size := next(sizes, 0)):
                     raise ValueError(
                         f"data: batch {i} of the loader has {batch.num_rows} rows from {size} items of its "
@@ -586,19 +606,16 @@ class Streamed(Received):
         iterator.
     :param num_rows: the number of rows in a pass. Only an endless stream with ``steps_per_epoch`` may have
         another number.
-    :param stateful: an object whose ``state_dict`` has the position in the stream.
     """
 
     reproducible = False
 
-    def __init__(
-        self, source: Any, num_rows: int, steps_per_epoch: int | None = None, stateful: Any = None
-    ) -> None:
-        super().__init__(source if stateful is None else stateful, num_rows)
+    def __init__(self, source: Any, num_rows: int, steps_per_epoch: int | None = None) -> None:
+        super().__init__(source, num_rows)
         self.source, self.steps_per_epoch = source, steps_per_epoch
         self.persistent = isinstance(source, DataLoader) and source.persistent_workers
         self._pass: Iterator[Batch] | None = None  # the pass of training that the next epoch continues
-        self._first: Batch | None = None  # a row of the first batch, whose shapes all batches have
+        self._first: Batch | None = None  # a row of the first batch, whose shape all rows have
         self._num_batches = steps_per_epoch
         if not isinstance(source, DataLoader) and self._open() is self._open():
             raise ValueError(
@@ -610,18 +627,22 @@ class Streamed(Received):
     def _open(self) -> Iterator[Any]:
         if isinstance(self.source, DataLoader):
             return _iterate(self.source)
-        return iter(self.source() if callable(self.source) else self.source)
+        try:
+            return iter(self.source() if callable(self.source) else self.source)
+        except TypeError as error:
+            raise ValueError(
+                f"data: a {type(self.source).__name__} does not yield batches ({error}); expected an "
+                "iterable of batches, or a function without arguments that returns an iterator of them"
+            ) from error
 
     def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
         if not shuffle:
             return self._read(training=False)
         return self._read() if self.steps_per_epoch is None else self._steps(self.steps_per_epoch)
 
-    def remaining(self, num_used: int, state: Any = None) -> Iterator[Batch]:
-        rest = None
-        if state is not None:
-            self._restore(state)
-            rest = self._read(items=self._open())
+    def remaining(self, num_used: int) -> Iterator[Batch]:
+        rest = self._read(items=self._open()) if self._is_restored else None
+        self._is_restored = False
         if self.steps_per_epoch is None:
             return self._read() if rest is None else rest
         self._pass = rest or self._pass
@@ -645,9 +666,9 @@ class Streamed(Received):
         """
         num_batches, num_seen = (0, 0) if items is None else (self._num_batches_seen, self._num_seen)
         endless = training and self.steps_per_epoch is not None
-        with _kept([] if training else self.generators()):
+        with nullcontext() if training else self._unmoved():
             for i, item in enumerate(self._open() if items is None else items, num_batches):
-                batch = as_batch(item).checked(f"data, batch {i}")
+                batch = self._validated(item, f"data, batch {i}")
                 self._check_shapes(batch, i)
                 num_seen += batch.num_rows
                 if num_seen > self.num_rows and not endless:
@@ -673,6 +694,20 @@ class Streamed(Received):
             self._num_batches_seen = self._num_seen = 0
         self._check_ranges()
 
+    @contextmanager
+    def _unmoved(self) -> Iterator[None]:
+        """Restore the states of the generators, and the position of the stream if it has one, after the
+        block."""
+        with _kept(self.generators()):
+            if self._stateful is None:
+                yield
+                return
+            state = self._stateful.state_dict()
+            try:
+                yield
+            finally:
+                self._stateful.load_state_dict(state)
+
     def _raise_empty(self) -> None:
         if self._first is not None:
             raise ValueError(
@@ -683,10 +718,12 @@ class Streamed(Received):
 
     def _check_shapes(self, batch: Batch, index: int) -> None:
         """Raise ``ValueError`` if a batch has other arguments, or rows of another shape, than the first."""
-        row = batch.first(1) if batch.divisible else batch
+        self._num_batches = self._num_batches or -(-self.num_rows // batch.num_rows)
+        if not batch.divisible:
+            return
+        row = batch.first(1)
         if self._first is None:
             self._first = row.map(torch.empty_like)
-            self._num_batches = self._num_batches or -(-self.num_rows // batch.num_rows)
         if row.describe() != self._first.describe():
             raise ValueError(
                 f"data: a row of batch {index} of the stream is {row.describe()}, but a row of the first "
@@ -697,9 +734,9 @@ class Streamed(Received):
     def count(self) -> None:
         """Set ``num_rows``, which is the limit until now, to the number of rows in a pass."""
         limit, self.num_rows = self.num_rows, 0
-        with _kept(self.generators()):
+        with self._unmoved():
             for i, item in enumerate(self._open()):
-                self.num_rows += as_batch(item).checked(f"validation, batch {i}").num_rows
+                self.num_rows += self._validated(item, f"validation, batch {i}").num_rows
                 if self.num_rows > limit:
                     raise ValueError(
                         f"validation: the stream has more than {limit} rows, the number of training data, so "
@@ -890,7 +927,7 @@ def as_whole(data: Any, num_data: int | None = None) -> Batch:
         return data
     batches = as_ordered_batches(data, None, num_data)
     if isinstance(batches, InMemory):
-        return batches.whole.map(lambda part: part[:] if isinstance(part, SparseRows) else part)
+        return batches.whole.map(_dense)
     parts = list(batches.epoch(shuffle=False))
     if any(len(part.leaves()) > len(part.tensors) for part in parts):
         raise ValueError(
@@ -903,7 +940,7 @@ def as_whole(data: Any, num_data: int | None = None) -> Batch:
 def as_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
     """The arguments of a call as a validated batch. Raises ``ValueError`` as :meth:`Batch.checked` does."""
     batch = Batch(as_batch(args).args, as_batch(kwargs).kwargs).checked("data")
-    return batch.map(lambda part: part[:] if isinstance(part, SparseRows) else part)
+    return batch.map(_dense)
 
 
 def check_count(name: str, value: Any, *, expected: str = "a whole number, 1 or more,") -> int:
@@ -992,15 +1029,13 @@ def _as_stream(
             _check_not_empty(data, num_batches)
             if data.drop_last:
                 num_rows = num_batches * (data.batch_size or 1)
-        # without workers, the data set has read no further than the last batch
-        inner = data.dataset if not hasattr(data, "state_dict") and not data.num_workers else None
-        return Streamed(data, num_rows, steps_per_epoch, stateful=inner)
+        return Streamed(data, num_rows, steps_per_epoch)
     if yields_batches:
         return Streamed(data, num_rows, steps_per_epoch)
     if not num_rows:
         raise ValueError("data: the data set is empty")
     loader: DataLoader = DataLoader(data, batch_size or num_rows, collate_fn=_collate)
-    return Streamed(loader, num_rows, steps_per_epoch, stateful=data)
+    return Streamed(loader, num_rows, steps_per_epoch)
 
 
 def as_counted_batches(data: Any, batch_size: int | None, *, limit: int) -> Batches:
@@ -1026,9 +1061,9 @@ def _stream_length(stream: Any) -> int | None:
     """The number of rows of a stream, if it is known. The length of a stream of batches is not that."""
     if _yields_batches(stream):
         return None
+    dataset: Any = stream.dataset if isinstance(stream, DataLoader) else stream
     try:
-        sized: Any = stream.dataset if isinstance(stream, DataLoader) else stream
-        return len(sized)
+        return len(dataset)
     except TypeError:
         return None
 

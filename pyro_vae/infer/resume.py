@@ -86,14 +86,18 @@ class Position:
     def remaining_batches(self, batches: Batches) -> Iterator[Batch]:
         """The minibatches of the current epoch that no step has used."""
         self.start_time = time.perf_counter() - self.seconds
+        is_restored = self.data_state is not None
+        if is_restored:
+            batches.restore(self.data_state, begins=not self.batch_index)
+            self.data_state = None
         if self.random_before_epoch is not None:
             set_random_state(self.random_before_epoch, batches)
         else:
             self.random_before_epoch = random_state(batches)
-        remaining = batches.remaining(self.batch_index, self.data_state)
-        self.data_state = None
+        remaining = batches.remaining(self.batch_index)
         if self.random_after_step is not None:
-            set_random_state(self.random_after_step)
+            # a loader that is at its position has drawn its order, and others draw it at their first batch
+            set_random_state(self.random_after_step, batches if is_restored else None)
         return remaining
 
     def end_epoch(
@@ -151,7 +155,7 @@ class CheckpointManager:
         self.position.batch_index += 1
         self.position.num_steps += 1
         if self.checkpoints is not None:
-            self.position.random_after_step = random_state()
+            self.position.random_after_step = random_state(self.batches)
             if self.every is not None and self.position.num_steps % self.every == 0:
                 self.save()
             if self.group.any_rank(waiting()):
