@@ -248,7 +248,7 @@ def train(
         options.check_pair_option(pair, families)
         values |= dict.fromkeys(build.VAE_FIELDS)
     contents = None if tables is None else tables.record()
-    kind = "grey" if contents is None else contents["kind"]
+    kind = contents["kind"] if contents else "real" if dataset == "ring" else "grey"
     default_binarize = "stochastic" if values["likelihood"] == "bernoulli" and kind == "grey" else "none"
     config = build.Config(
         **values,

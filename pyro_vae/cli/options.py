@@ -202,11 +202,6 @@ def check_likelihood(config: "Config") -> None:
 
     name, dataset, kind = f"--likelihood {config.likelihood}", config.dataset, config.kind
     what = "points in the plane" if dataset == "ring" else f"{kind} ({KINDS[kind]})"  # type: ignore[index]
-    if kind in ("real", "counts") and config.binarize != "none":
-        raise ValueError(
-            f"--binarize {config.binarize}: the data of {dataset} are {what}, not grey values; leave "
-            "--binarize out"
-        )
     if config.likelihood == "bernoulli" and kind == "grey":
         if config.binarize == "none":
             raise ValueError(
@@ -229,6 +224,11 @@ def check_likelihood(config: "Config") -> None:
         raise ValueError(
             f"{name} requires data that are {' or '.join(_SUPPORTS[config.likelihood])}, but the data of "
             f"{dataset} are {what}; expected --likelihood {expected}"
+        )
+    if kind in ("real", "counts") and config.binarize != "none":
+        raise ValueError(
+            f"--binarize {config.binarize}: the data of {dataset} are {what}, not grey values; leave "
+            "--binarize out"
         )
 
 

@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -444,6 +445,8 @@ def _check_header(path: Path, delimiter: str, name: str) -> None:
 
 
 def _is_number(text: str) -> bool:
+    if "_" in text:  # which float allows, such as in 10_000
+        return False
     try:
         float(text)
     except ValueError:
@@ -466,18 +469,19 @@ def _read_parquet(path: Path, *, label: str | None, condition: str | None) -> _C
 def _from_arrow(path: Path, table: Any, label: str | None, condition: str | None) -> _Content:
     """The numeric columns of a table of Arrow."""
     names: list[str] = table.column_names
-    if repeated := sorted({name for name in names if names.count(name) > 1}) if len(names) < 10**4 else []:
-        raise ValueError(f"{path}: several columns have the name {repeated[0]!r}; rename or remove them")
+    repeated, count = Counter(names).most_common(1)[0] if names else ("", 0)
+    if count > 1:
+        raise ValueError(f"{path}: {count} columns have the name {repeated!r}; rename or remove them")
     for option, name in (("label", label), ("condition", condition)):
         if name is not None and name not in names:
             raise ValueError(f'{path}: it has no column {option}="{name}"; its columns are {_listed(names)}')
     if not table.num_rows:
         raise ValueError(f"{path} has {len(names)} names of columns but no rows; expected one row or more")
     arrays, columns, left_out = [], [], []
-    for name in names:
+    for name, column in zip(names, table.columns, strict=True):
         if name in (label, condition):
             continue
-        array, reason = _numeric(path, name, table.column(name))
+        array, reason = _numeric(path, name, column)
         if array is not None and name in ("", "__index_level_0__"):
             reason = "an index"
         if reason is None and array is not None:
@@ -510,14 +514,16 @@ def _numeric(path: Path, name: str, column: Any) -> tuple[np.ndarray | None, str
     elif types.is_binary(kind):
         raise ValueError(f"{path}: column {name!r} is not UTF-8 text; save the file as UTF-8")
     elif types.is_string(kind) or types.is_large_string(kind):
-        values = column.drop_null().unique().to_pylist()
-        if any(map(_is_number, values)):
-            bad = next(i for i, item in enumerate(column) if item.is_valid and not _is_number(item.as_py()))
+        if not any(map(_is_number, column.drop_null().unique().to_pylist())):
+            return None, "text"
+        values = column.to_pylist()
+        bad = next((i for i, text in enumerate(values) if text is not None and not _is_number(text)), None)
+        if bad is not None:
             raise ValueError(
                 f"{path}: column {name!r} has both numbers and text: row {bad} of {len(column)} has "
-                f"{str(column[bad].as_py())[:40]!r}; correct these entries, or remove the column"
+                f"{values[bad][:40]!r}; correct these entries, or remove the column"
             )
-        return None, "text"
+        return np.array([math.nan if text is None else float(text) for text in values]), None  # with spaces
     elif not (types.is_integer(kind) or types.is_floating(kind)):
         return None, str(kind)
     if column.null_count:

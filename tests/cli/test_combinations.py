@@ -83,7 +83,7 @@ def test_pairwise_combinations_train_evaluate_and_plot(name, guide, prior, likel
     assert not diagnosis.notes
     assert vae.sample(3).shape == vae.reconstruct(x[:3]).shape == (3, *x.shape[1:])
     plot_samples = plots.plot_samples
-    monkeypatch.setattr(plots, "plot_samples", lambda vae: plot_samples(vae, 4))
+    monkeypatch.setattr(plots, "plot_samples", lambda vae, given: plot_samples(vae, 4))
     monkeypatch.setattr(runs.Run, "history", lambda self: epochs)
     pictures = runs.pictures(runs.Run(tmp_path, config), pair, test)
     expected = {"curve", "samples", "latent"} | ({"reconstructions"} if name == "digits" else set())

@@ -275,7 +275,7 @@ MALFORMED = [
     ("x.csv", text("a,b\n1,2\n1," + "9" * 10**6 + "\n"), (), "a cell is too large"),
     ("x.csv", text("a,b\n1,caf\xe9\n", "latin-1"), (), "not UTF-8"),
     ("x.csv", text("a,b\n1,2\n", "utf-16"), (), "UTF-16"),
-    ("x.csv", text("a,b,a\n1,2,3\n"), (), "several columns have the name 'a'"),
+    ("x.csv", text("a,b,a\n1,2,3\n"), (), "2 columns have the name 'a'"),
     ("x.csv", text("a,b\n1,inf\n2,3\n"), (), "infinite entry in column 'b'"),
     ("x.csv", text("a,b\n1,\n2,\n"), (), "column 'b' has no entries"),
     ("x.csv", text("a,b\n1,2\n-1,2\n"), ("--likelihood", "poisson"), "are real (real numbers)"),

@@ -87,6 +87,15 @@ def test_columns_of_a_table(tmp_path):
     assert data.read(tmp_path / "x.csv").left_out == (" (an index)", "name (text)")
 
 
+def test_text_that_looks_like_numbers(tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow reads CSV")
+    (tmp_path / "x.csv").write_text('a,id\n" 1 ",10_20\n 2,10_21\n,10_22\n')
+    table = data.read(tmp_path / "x.csv")
+    assert (table.columns, table.left_out) == (("a",), ("id (text)",))
+    assert table.x.tolist() == [[1], [2], [0]]
+    assert table.mask.tolist() == [[True], [True], [False]]
+
+
 def test_parquet_and_csv_of_one_table_are_equal(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow reads tables")
     from pyarrow import csv, parquet
