@@ -63,4 +63,4 @@ if __name__ == "__main__":
         columns = {f"{n} data, 16 chains": posterior.hmc(n, 16, args.rounds) for n in (1, 100)}
         print_table("Gradient of log p(x, z) for a leapfrog step of HMC", columns, posterior.HMC)
     if "memory" in tables:
-        memory.print_memory(args.gigabytes, min(args.rounds, 5), args.folder)
+        memory.print_memory(args.gigabytes, args.rounds, args.folder)

@@ -488,6 +488,20 @@ class Received(Batches):
         self._num_batches_seen, self._num_seen = state["seen"]
         self._stateful.load_state_dict(state["state"])
 
+    @contextmanager
+    def _unmoved(self) -> Iterator[None]:
+        """Restore the states of the generators, and the position of the user's object if it has one, after
+        the block."""
+        with _kept(self.generators()):
+            if self._stateful is None:
+                yield
+                return
+            state = self._stateful.state_dict()
+            try:
+                yield
+            finally:
+                self._stateful.load_state_dict(state)
+
     @staticmethod
     def _validated(item: Any, name: str) -> Batch:
         return as_batch(item).checked(name).map(_dense)
@@ -557,7 +571,9 @@ class Loaded(Received):
         loader = self.shuffled if shuffle else self.ordered
         num_batches, num_seen = (0, 0) if items is None else (self._num_batches_seen, self._num_seen)
         sizes = _batch_sizes(loader, num_batches)
-        with _kept(self.generators() if not shuffle else []):
+        is_moved = self.ordered is self.shuffled
+        unmoved = self._unmoved() if is_moved else _kept(self.generators())
+        with nullcontext() if shuffle else unmoved:
             for i, item in enumerate(_iterate(loader) if items is None else items, num_batches):
                 batch = self._validated(item, f"data, batch {i}")
                 if sizes is not None and batch.num_rows != (size := next(sizes, 0)):
@@ -693,20 +709,6 @@ class Streamed(Received):
         if training:
             self._num_batches_seen = self._num_seen = 0
         self._check_ranges()
-
-    @contextmanager
-    def _unmoved(self) -> Iterator[None]:
-        """Restore the states of the generators, and the position of the stream if it has one, after the
-        block."""
-        with _kept(self.generators()):
-            if self._stateful is None:
-                yield
-                return
-            state = self._stateful.state_dict()
-            try:
-                yield
-            finally:
-                self._stateful.load_state_dict(state)
 
     def _raise_empty(self) -> None:
         if self._first is not None:
@@ -1034,7 +1036,12 @@ def _as_stream(
         return Streamed(data, num_rows, steps_per_epoch)
     if not num_rows:
         raise ValueError("data: the data set is empty")
-    loader: DataLoader = DataLoader(data, batch_size or num_rows, collate_fn=_collate)
+    loader: DataLoader = DataLoader(
+        data,
+        batch_size or num_rows,
+        collate_fn=_collate,
+        generator=torch.Generator(),  # else each pass draws a seed for workers from the global random state
+    )
     return Streamed(loader, num_rows, steps_per_epoch)
 
 

@@ -3,6 +3,8 @@
 import logging
 import math
 import re
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -98,6 +100,12 @@ def batch_sampled():
     )
 
 
+def memory_map():
+    with tempfile.TemporaryDirectory() as folder:  # the mapping outlives the name of the file
+        np.save(Path(folder, "x.npy"), data().numpy())
+        return np.load(Path(folder, "x.npy"), mmap_mode="r")
+
+
 class Noisy(torch.utils.data.Dataset):
     """Items that draw from the generators of torch, Python and numpy."""
 
@@ -108,6 +116,46 @@ class Noisy(torch.utils.data.Dataset):
         import random
 
         return data()[i] + 0.1 * torch.randn(4) + random.random() + np.random.rand()  # noqa: NPY002
+
+
+class StatefulBatches:
+    """A stream of batches in an order of its own. Its position is its state."""
+
+    def __init__(self):
+        self.num_passes = self.num_used = 0
+
+    def __iter__(self):
+        order = torch.randperm(107, generator=torch.Generator().manual_seed(self.num_passes)).split(20)
+        while self.num_used < len(order):
+            self.num_used += 1
+            yield data()[order[self.num_used - 1]]
+        self.num_passes, self.num_used = self.num_passes + 1, 0
+
+    def state_dict(self):
+        return {"passes": self.num_passes, "used": self.num_used}
+
+    def load_state_dict(self, state):
+        self.num_passes, self.num_used = state["passes"], state["used"]
+
+
+class StatefulLoader(DataLoader):
+    """A loader in the order of its data set, which reads the remaining items only when it is resumed."""
+
+    num_used = 0
+
+    def __iter__(self):
+        first, self.num_used = self.num_used, 0
+        for i, rows in enumerate(self.batch_sampler):
+            if i >= first:
+                self.num_used = i + 1
+                yield self.collate_fn([self.dataset[row] for row in rows])
+        self.num_used = 0
+
+    def state_dict(self):
+        return {"used": self.num_used}
+
+    def load_state_dict(self, state):
+        self.num_used = state["used"]
 
 
 CASES = {
@@ -125,6 +173,10 @@ CASES = {
     "a DataLoader": {"x": loader},
     "a Dataset that draws": {"x": Noisy},
     "stochastic pixels": {"x": lambda: pv.Data(data().sigmoid(), binarize="stochastic")},
+    "a memory map": {"x": memory_map},
+    "a loader with a state": {"x": lambda: StatefulLoader(Noisy(), 20)},
+    "a stream with a state": {"x": StatefulBatches, "num_data": 107},
+    "epochs of a stream with a state": {"x": StatefulBatches, "num_data": 107, "steps_per_epoch": 4},
     "all data at once": {"batch_size": None, "num_epochs": 40},
     "annealed": {"beta": lambda t: min(1.0, t / 3)},
     "clipped": {"clip_norm": 5.0},
@@ -153,6 +205,49 @@ def test_a_resumed_fit_equals_the_uninterrupted_fit_bitwise(tmp_path, monkeypatc
         folder = tmp_path / str(steps)
         run_until_step(monkeypatch, steps, checkpoint=folder, **options)
         assert_same(run(checkpoint=folder, resume="last", seed=77, **options), whole)
+
+
+def test_a_loader_with_a_state_reads_the_remaining_items_only(tmp_path, monkeypatch):
+    options = {"x": lambda: StatefulLoader(TensorDataset(data()), 20), "validation": None, "num_epochs": 1}
+    run_until_step(monkeypatch, 4, checkpoint=tmp_path, **options)
+    read, item = [], TensorDataset.__getitem__
+    monkeypatch.setattr(TensorDataset, "__getitem__", lambda self, i: read.append(i) or item(self, i))
+    run(checkpoint=tmp_path, resume="last", **options)
+    assert read == [*range(20), *range(80, 107)]  # the pair is inspected on the first batch
+
+
+def in_order():
+    yield from data().split(20)
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+def test_an_epoch_of_a_stream_without_a_state_begins_anew(tmp_path, monkeypatch, caplog, steps):
+    options = {"x": lambda: in_order, "num_data": 107, "num_epochs": 3, "compile": False}
+    run_until_step(monkeypatch, steps, checkpoint=tmp_path, **options)
+    used, epoch = steps % 6, steps // 6 + 1
+    with caplog.at_level(logging.WARNING):
+        _, epochs = run(checkpoint=tmp_path, resume="last", **options)
+    assert [record.epoch for record in epochs] == [1, 2, 3]
+    assert caplog.text.count(f"epoch {epoch} begins anew") == 1
+    assert Checkpoints(tmp_path).last()[1]["steps"] == 18 + used  # the used batches are used again
+
+
+def test_a_stream_without_a_state_is_resumed_bitwise_between_epochs(tmp_path, caplog):
+    options = {"x": lambda: in_order, "num_data": 107, "compile": False}
+    run(num_epochs=2, checkpoint=tmp_path, **options)
+    with caplog.at_level(logging.WARNING):
+        resumed = run(num_epochs=3, checkpoint=tmp_path, resume="last", seed=77, **options)
+    assert "anew" not in caplog.text
+    assert_same(resumed, run(num_epochs=3, **options))
+
+
+def test_bounded_epochs_of_a_stream_without_a_state_begin_at_its_start(tmp_path, caplog):
+    options = {"x": lambda: in_order, "num_data": 107, "steps_per_epoch": 4, "validation": None}
+    run(num_epochs=2, checkpoint=tmp_path, **options)
+    with caplog.at_level(logging.WARNING):
+        _, epochs = run(num_epochs=3, checkpoint=tmp_path, resume="last", **options)
+    assert len(epochs) == 3
+    assert caplog.text.count("it is read from its start: epoch 3") == 1
 
 
 @pytest.mark.slow
