@@ -21,7 +21,7 @@ FAST = {"custom_pair", "mnist", "ring"}  # the others are slow
 def test_example_runs_and_saves_its_picture(path, tmp_path, request):
     if path.stem == "lightning_svi":
         pytest.importorskip("lightning")
-    if path.stem in ("mnist", "frey_faces"):
+    if path.stem in ("mnist", "frey_faces", "linear_vae_mnist"):
         folder = request.getfixturevalue("data_dir").resolve()
         os.environ["PYRO_VAE_DATA"] = str(folder)
     process = subprocess.run(

@@ -94,51 +94,31 @@ def errors(pair, truth, x, num_seeds):
 
 
 def train(objective, truth, x_test, num_seeds, num_steps):
-    """Returns steps, and the :func:`errors` after each of them, ``(len(steps), 3, num_seeds)``."""
+    """Returns the :func:`errors` of the trained pairs, ``(3, num_seeds)``."""
     pyro.set_rng_seed(0)
     pyro.clear_param_store()
     pair = Pair(num_seeds)
     svi = pv.SVI(pair.model, pair.guide, Adam({"lr": 1e-3}), objective)
     seed = torch.arange(num_seeds).repeat_interleave(BATCH)
-    every, steps, found = max(1, num_steps // 50), [], []
-    for step in range(num_steps):
+    for _ in range(num_steps):
         svi.step(truth.sample(len(seed)), seed)
-        if (step + 1) % every == 0:
-            steps.append(step + 1)
-            found.append(errors(pair, truth, x_test, num_seeds))
-    return steps, torch.stack(found)
+    return errors(pair, truth, x_test, num_seeds)
 
 
-def draw(steps, found):
-    fig, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    styles = dict(zip(NUM_PARTICLES, (":", "--", "-"), strict=True))
-    for (name, k), history in found.items():
-        error = history[:, 0]
-        mean, low, high = error.mean(-1), error.amin(-1), error.amax(-1)
-        axes[0].plot(steps, mean, styles[k], color=COLORS[name], label=f"{name}, K = {k}")
-        axes[0].fill_between(steps, low, high, color=COLORS[name], alpha=0.12, lw=0)
-    for name in OBJECTIVES:
-        for ax, part in zip(axes[1:], (0, 2), strict=True):
-            last = torch.stack([found[name, k][-1, part] for k in NUM_PARTICLES])
-            ax.errorbar(
-                NUM_PARTICLES,
-                last.mean(-1),
-                yerr=last.std(-1) / last.shape[-1] ** 0.5,
-                fmt="o-",
-                capsize=4,
-                color=COLORS[name],
-                label=name,
-            )
-    axes[0].set(xlabel="steps", ylabel="‖q(z|x) − p(z|x)‖", title="Error of the guide", yscale="log")
-    axes[1].set(ylabel="‖q(z|x) − p(z|x)‖", title="Error of the guide at the end", yscale="log")
-    axes[2].set(ylabel="‖softmax(θ/2) − weights‖", title="Error of the weights at the end", yscale="log")
-    for ax in axes:
-        ax.grid(alpha=0.3, which="both")
-        ax.legend(frameon=False, fontsize=8)
-    for ax in axes[1:]:
-        ax.set(xlabel="K", xscale="log")
+def draw(means, ses):
+    """``means``, ``ses``: of the :func:`errors`, by objective and K."""
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for ax, part in zip(axes, (0, 2), strict=True):
+        for name in OBJECTIVES:
+            mean, se = (torch.stack([of[name, k][part] for k in NUM_PARTICLES]) for of in (means, ses))
+            ax.errorbar(NUM_PARTICLES, mean, yerr=se, fmt="o-", capsize=4, color=COLORS[name], label=name)
+        ax.set(xlabel="K", xscale="log", yscale="log")
         ax.set_xticks(NUM_PARTICLES, NUM_PARTICLES)
-        ax.minorticks_off()
+        ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False)
+    axes[0].set(ylabel="‖q(z|x) − p(z|x)‖", title="Error of the guide")
+    axes[1].set(ylabel="‖softmax(θ/2) − weights‖", title="Error of the mixture weights")
     return fig
 
 
@@ -155,18 +135,17 @@ if __name__ == "__main__":
 
     pyro.set_rng_seed(1)
     truth, num_steps = make_mixture(torch.arange(5.0, 5 + NUM_COMPONENTS)), args.num_steps
-    x_test, found = truth.sample(1000), {}
+    x_test, means, ses = truth.sample(1000), {}, {}
     if args.smoke_test:
         num_steps = 20
     print(f"after {num_steps} steps: mean and standard error of {args.num_seeds} seeds")
     for name, make in OBJECTIVES.items():
         for k in NUM_PARTICLES:
-            steps, found[name, k] = train(make(k), truth, x_test, args.num_seeds, num_steps)
-            last = found[name, k][-1]
+            last = train(make(k), truth, x_test, args.num_seeds, num_steps)
+            means[name, k], ses[name, k] = last.mean(-1), last.std(-1) / args.num_seeds**0.5
             guide, kl, weights = (
-                f"{mean:.4f} ± {se:.4f}"
-                for mean, se in zip(last.mean(-1), last.std(-1) / args.num_seeds**0.5, strict=True)
+                f"{mean:.4f} ± {se:.4f}" for mean, se in zip(means[name, k], ses[name, k], strict=True)
             )
             print(f"{name:22} K = {k:2}: guide {guide}, KL {kl} nats, mixture weights {weights}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    draw(steps, found).savefig(args.out / "rws_mixture.png", dpi=110)
+    draw(means, ses).savefig(args.out / "rws_mixture.png", dpi=110)

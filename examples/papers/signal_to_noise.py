@@ -154,11 +154,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--dims", type=int, nargs="+", default=(2, 20))
     parser.add_argument(
-        "-n",
-        "--num-draws",
-        type=int,
-        default=2048,
-        help="for each datum, in 20 dimensions; 20/d times as many in d dimensions",
+        "-n", "--num-draws", type=int, default=5120, help="for each datum, over the dimensions"
     )
     parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER")
     parser.add_argument("--smoke-test", action="store_true", help="2 dimensions, K ≤ 8, fewer draws")
@@ -167,7 +163,7 @@ if __name__ == "__main__":
     torch.set_default_dtype(torch.double)
     numbers, dims, num_draws = [2**i for i in range(9)], args.dims, args.num_draws
     if args.smoke_test:
-        numbers, dims, num_draws = numbers[:4], (2,), 50
+        numbers, dims, num_draws = numbers[:4], (2,), 1024
 
     ratios, distances = {}, []
     for dim in dims:
@@ -176,7 +172,7 @@ if __name__ == "__main__":
         print(f"{dim} dimensions: signal-to-noise ratios of gradients, in nats per datum")
         print(" " * 9 + "K" + "".join(f"{name:>25}" for name in CLAIMS))
         for k in numbers:
-            found = measure(problem, k, num_draws * 20 // dim)
+            found = measure(problem, k, num_draws // dim)
             iwae, dreg = found["φ, IWAE"], found["φ, DReG"]
             for name, moments in found.items():
                 signal = dreg.signal if moments is iwae else moments.signal
