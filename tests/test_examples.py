@@ -23,7 +23,7 @@ def test_example_runs_and_saves_its_picture(path, tmp_path, request):
         pytest.importorskip("lightning")
     if path.stem == "own_data":
         pytest.importorskip("pyarrow", reason="pyarrow reads CSV")
-    if path.stem in ("mnist", "frey_faces", "aevb_figure2", "aevb_figure3"):
+    if path.stem in ("mnist", "frey_faces", "aevb_figure2", "aevb_figure3", "linear_vae_mnist"):
         folder = request.getfixturevalue("data_dir").resolve()
         os.environ["PYRO_VAE_DATA"] = str(folder)
     process = subprocess.run(
