@@ -269,8 +269,9 @@ class CheckpointManager:
         at, batches = self.position, self.batches
         if at.batch_index or (isinstance(batches, Streamed) and batches.steps_per_epoch is not None):
             logger.warning(
-                "resume: the stream has no methods state_dict and load_state_dict, so it is read from its "
-                "start: epoch %d begins anew, and the parameters differ from those of an uninterrupted fit",
+                "resume: the stream or its loader has no methods state_dict and load_state_dict, so it is "
+                "read from its start: epoch %d begins anew, and the parameters differ from those of an "
+                "uninterrupted fit",
                 at.epoch,
             )
         if at.batch_index:
