@@ -12,7 +12,7 @@ from pyro_vae.infer.losses import check_loss, kind_of, reports_bound
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.signals import poll
 from pyro_vae.pairs.check import check_observed, inspect_checked, refuse
-from pyro_vae.pairs.elbo import ElboTerms, Reweighted, elbo_terms
+from pyro_vae.pairs.elbo import CollectedTerms, ElboTerms, Reweighted, elbo_terms
 from pyro_vae.pairs.enumeration import is_enumerated
 from pyro_vae.pairs.log_weights import check_particles
 from pyro_vae.pairs.preserve import untouched
@@ -84,7 +84,7 @@ def evaluate_batches(
     verb: str = "evaluate",
 ) -> ElboTerms:
     """:func:`evaluate` on minibatches."""
-    parts: list[ElboTerms] = []
+    collected = CollectedTerms()
     with untouched(training=False, seed=seed), torch.no_grad():
         pair: Structure | None = None
         for batch in batches.epoch(shuffle=False):
@@ -101,7 +101,7 @@ def evaluate_batches(
                     check_independent_rows(pair, batches.num_rows, verb=verb)
                 batches.cast(pair.dtype)
             batch = fitting(batch.cast(pair.dtype), model, guide)
-            num_evaluated = sum(len(part.elbo) for part in parts)
+            num_evaluated = len(collected)
             if isinstance(loss, Objective) and not loss.linear:
                 terms = _objective_terms(pair, batch, loss, num_particles)
             elif isinstance(loss, TraceEnum_ELBO):
@@ -123,10 +123,8 @@ def evaluate_batches(
                     f"{verb}: the ELBO of row {num_evaluated + bad} is {float(terms.elbo[bad])}; expected "
                     "finite log-probabilities: check this row of the data, and the parameters of the pair"
                 )
-            parts.append(terms)
-    if not parts:  # the other ranks have all rows
-        return ElboTerms.of_batch(0.0, 0)
-    return ElboTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
+            collected.append(terms)
+    return collected.all  # of no rows if the other ranks have all
 
 
 def _check_enumeration(pair: Structure, loss: ELBO | None, verb: str) -> None:

@@ -29,7 +29,7 @@ from pyro_vae.infer.snapshot import (
     set_random_state,
     versions,
 )
-from pyro_vae.pairs.elbo import ElboTerms, MeanElbo
+from pyro_vae.pairs.elbo import CollectedTerms, ElboTerms, MeanElbo
 from pyro_vae.pairs.preserve import make_parameters, untouched
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Position:
     batch_index: int = 0  # index of the next minibatch in the current epoch
     num_steps: int = 0
     beta: float = 1.0
-    terms: list[ElboTerms] = field(default_factory=list)  # one for each step of the current epoch
+    terms: CollectedTerms = field(default_factory=CollectedTerms)  # of the steps of the current epoch
     seconds: float = 0.0  # time spent on the current epoch before an interruption
     random_before_epoch: Any = None  # random state at the start of the current epoch
     random_after_step: Any = None  # random state after the last step of the current epoch
@@ -104,11 +104,11 @@ class Position:
         self, validation: MeanElbo | None, group: Group, mutual_information: float | None = None
     ) -> Epoch:
         """Append the record of the current epoch, with the mean over all ranks, and begin the next epoch."""
-        terms = group.gather_terms(ElboTerms(*(torch.cat(part) for part in zip(*self.terms, strict=True))))
+        terms = group.gather_terms(self.terms.all)
         seconds = time.perf_counter() - self.start_time
         record = Epoch(self.epoch, self.beta, terms.mean(), validation, seconds, mutual_information)
         self.history.append(record)
-        self.batch_index, self.terms, self.seconds = 0, [], 0.0
+        self.batch_index, self.terms, self.seconds = 0, CollectedTerms(), 0.0
         self.random_before_epoch = self.random_after_step = None
         return record
 
@@ -185,7 +185,7 @@ class CheckpointManager:
         of_rank = {
             "began": random_state_to_tensors(before),
             "now": random_state_to_tensors(at.random_after_step),
-            "terms": [torch.cat(part) for part in zip(*at.terms, strict=True)],
+            "terms": list(at.terms.all) if at.batch_index else [],
             "data": self.batches.state(),
         }
         ranks = self.group.all_gather(of_rank)
@@ -249,7 +249,8 @@ class CheckpointManager:
         terms = [part.to(device) for part in of_rank["terms"]]
         if len(terms) == 3:  # checkpoints of earlier versions have no bound and ESS
             terms = list(ElboTerms.of_elbo(*terms))
-        at.terms = [ElboTerms(*terms)] if terms else []
+        if terms:
+            at.terms.append(ElboTerms(*terms))
         at.random_before_epoch = random_state_from_tensors(of_rank["began"])
         at.random_after_step = random_state_from_tensors(of_rank["now"])
         at.data_state = of_rank.get("data")
@@ -269,12 +270,13 @@ class CheckpointManager:
         at, batches = self.position, self.batches
         if at.batch_index or (isinstance(batches, Streamed) and batches.steps_per_epoch is not None):
             logger.warning(
-                "resume: the stream has no methods state_dict and load_state_dict, so it is read from its "
-                "start: epoch %d begins anew, and the parameters differ from those of an uninterrupted fit",
+                "resume: the stream or its loader has no methods state_dict and load_state_dict, so it is "
+                "read from its start: epoch %d begins anew, and the parameters differ from those of an "
+                "uninterrupted fit",
                 at.epoch,
             )
         if at.batch_index:
-            at.batch_index, at.terms, at.seconds = 0, [], 0.0
+            at.batch_index, at.terms, at.seconds = 0, CollectedTerms(), 0.0
             at.random_before_epoch, at.random_after_step = at.random_after_step, None
 
     def _check_content(self, path: Path, content: Any) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from pyro_vae.pairs.traces import Recorded, proposal, sampled, subsampling_scale, sum_sites
 
+_MIN_COLLECTED = 2**14  # rows for which memory is allocated at first
+
 
 class MeanElbo(NamedTuple):
     """The ELBO of a data set: means over its data in nats per datum, elbo = reconstruction − kl.
@@ -125,6 +127,43 @@ def elbo_terms(
     if not plates:
         reconstruction, kl = reconstruction.expand(num_data), kl.expand(num_data)
     return ElboTerms.of_elbo(reconstruction - kl, reconstruction, kl)
+
+
+class CollectedTerms:
+    """ELBO terms of minibatches, one after another.
+
+    They are copied to a few large tensors. Small tensors that are kept between the large temporary ones of
+    each step would fragment the heap, and the memory of the process would grow with every step.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+        self._num_rows = 0
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def append(self, terms: ElboTerms) -> None:
+        end = self._num_rows + len(terms.elbo)
+        if not self._parts:
+            self._parts = [torch.empty_like(part) for part in terms]
+        for i, part in enumerate(terms):
+            buffer = self._parts[i]
+            dtype = torch.promote_types(buffer.dtype, part.dtype)
+            if end > len(buffer) or dtype != buffer.dtype:
+                size = len(buffer) if end <= len(buffer) else max(end, 2 * len(buffer), _MIN_COLLECTED)
+                larger = torch.empty(size, dtype=dtype, device=buffer.device)
+                larger[: self._num_rows] = buffer[: self._num_rows]
+                buffer = self._parts[i] = larger
+            buffer[self._num_rows : end] = part.detach()
+        self._num_rows = end
+
+    @property
+    def all(self) -> ElboTerms:
+        """The terms of all rows; without a minibatch, those of no rows."""
+        if not self._parts:
+            return ElboTerms.of_batch(0.0, 0)
+        return ElboTerms(*(part[: self._num_rows].clone() for part in self._parts))
 
 
 class Reweighted(Recorded):

@@ -13,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import pyro_vae as pv
 from pyro_vae import conditionals, nets, priors
@@ -21,7 +22,10 @@ from pyro_vae.data import batches as batches_module
 from pyro_vae.data.arrays import DiskRows
 from pyro_vae.data.batches import as_arguments, as_batches, as_whole, prefetched
 from pyro_vae.infer.resume import CheckpointManager
+from tests.faults import small
+from tests.faults.processes import make_rows, run_group
 from tests.support.fits import assert_same, data, run, run_until_step
+from tests.support.mapped_ranks import train_rank
 
 N = 23
 DTYPES = ["f4", "f8", "f2", ">f4", "u1", "i2", "u2", "u4", "u8", "i8", "?"]
@@ -199,6 +203,18 @@ def test_ranks_divide_each_minibatch_of_a_memory_map(tmp_path):
         assert set(rows.tolist()) == set(range(N))
         if shuffle:
             assert len({len(share) for share in shares}) == 1
+
+
+def test_two_processes_share_a_memory_map_and_train_as_one(tmp_path):
+    """Parameters after gradient descent agree to 1e-12."""
+    for name, rows in zip(("x", "noise"), make_rows(), strict=True):
+        np.save(tmp_path / f"{name}.npy", rows.numpy())
+    assert run_group(2, train_rank, tmp_path)
+    assert small.run(train_rank, tmp_path) == 0
+    one, *ranks = (load_file(tmp_path / name) for name in ("one", "0", "1"))
+    for rank in ranks:
+        for name, value in one.items():
+            torch.testing.assert_close(rank[name], value, rtol=1e-12 if name != "means" else 1e-6, atol=0)
 
 
 # --- prefetching ---

@@ -3,6 +3,7 @@
 import itertools
 from functools import partial
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -329,3 +330,34 @@ def test_verbs_return_the_results_of_a_stream_in_its_order(verb):
         verb(generated)
     with pytest.raises(ValueError, match="got more"):
         verb(endless, num_data=N)
+
+
+# --- files, as in the documentation of fit ---
+
+
+def test_record_batches_of_a_parquet_file_are_a_stream(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "x.parquet"
+    pd.DataFrame(X.numpy(), columns=list("abcd")).to_parquet(path)
+
+    def batches():
+        for part in parquet.ParquetFile(path).iter_batches(5):
+            yield np.stack([column.to_numpy() for column in part.columns], 1)
+
+    read = as_batches(batches, None, num_data=parquet.read_metadata(path).num_rows)
+    assert torch.equal(rows_of(read.epoch(shuffle=True)), X)
+
+
+def test_blocks_of_an_hdf5_file_are_a_stream(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["x"] = X.numpy()
+
+    def batches():
+        with h5py.File(tmp_path / "x.h5") as file:
+            for start in torch.randperm(5).tolist():
+                yield file["x"][5 * start : 5 * start + 5]
+
+    rows = rows_of(as_batches(batches, None, num_data=N).epoch(shuffle=True))
+    assert not torch.equal(rows, X)
+    assert torch.equal(rows.sort(0).values, X.sort(0).values)

@@ -247,7 +247,7 @@ def test_bounded_epochs_of_a_stream_without_a_state_begin_at_its_start(tmp_path,
     with caplog.at_level(logging.WARNING):
         _, epochs = run(num_epochs=3, checkpoint=tmp_path, resume="last", **options)
     assert len(epochs) == 3
-    assert caplog.text.count("it is read from its start: epoch 3") == 1
+    assert caplog.text.count("is read from its start: epoch 3") == 1
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 import pyro_vae as pv
 from pyro_vae.data.batches import as_batch
 from pyro_vae.pairs import elbo_terms, traces
+from pyro_vae.pairs.elbo import CollectedTerms, ElboTerms
 from pyro_vae.pairs.structure import inspect
 from tests.support.plain import decoder, encoder, guide, model
 
@@ -295,3 +296,15 @@ def test_untouched_puts_back_whatever_a_module_did_to_its_buffers():
     assert torch.equal(x, before)
     assert torch.equal(net.last, torch.zeros(3))
     assert net.cache.shape == (0,)
+
+
+def test_collected_terms_are_the_concatenated_terms():
+    collected, parts = CollectedTerms(), []
+    assert [len(part) for part in collected.all] == [0] * 5
+    for n, dtype in ((3, torch.float32), (0, torch.float32), (20_000, torch.float32), (5, torch.double)):
+        elbo, kl = torch.randn(2, n, dtype=dtype)
+        parts.append(ElboTerms.of_elbo(elbo, elbo + kl, kl))
+        collected.append(parts[-1])
+    assert len(collected) == 20_008
+    for part, expected in zip(collected.all, map(torch.cat, zip(*parts, strict=True)), strict=True):
+        torch.testing.assert_close(part, expected, rtol=0, atol=0, equal_nan=True)
