@@ -250,7 +250,10 @@ def test_unknown_losses_raise_for_minibatches_unless_check_is_false():
     assert pv.fit(local_model, amortized, x, loss=UserELBO(), num_epochs=1, batch_size=None)
     assert pv.fit(local_model, amortized, x, loss=UserELBO(), num_epochs=1, batch_size=5, check=False)
     for loss in (EnergyDistance(), ReweightedWakeSleep()):
-        with pytest.raises(ValueError, match=rf"{type(loss).__name__}.*expected pyro.infer.SVI"):
+        with pytest.raises(
+            ValueError,
+            match=rf"{type(loss).__name__}.*expected pyro(.infer.SVI|_vae.infer.ReweightedWakeSleep)",
+        ):
             pv.fit(local_model, amortized, x, loss=loss, num_epochs=1)
 
 
@@ -333,7 +336,7 @@ def test_a_nonlinear_loss_with_a_shared_latent_raises_for_minibatches():
 
 @pytest.mark.parametrize("make", [RenyiELBO, lambda **k: TraceTailAdaptive_ELBO(**k)])
 def test_evaluate_raises_for_a_loss_that_is_not_an_elbo(make):
-    with pytest.raises(ValueError, match=r"which is not an ELBO.*evidence.importance"):
+    with pytest.raises(ValueError, match=r"which is not an ELBO.*an objective of pyro_vae.infer"):
         pv.evaluate(
             local_model, prior_guide, torch.randn(5), loss=make(num_particles=3, vectorize_particles=True)
         )

@@ -110,11 +110,11 @@ def test_early_stopping_reports_the_elbo_of_the_saved_parameters(run, tmp_path):
 def test_interrupted_early_stopping_saves_the_best_parameters(run, tmp_path, monkeypatch):
     epoch_line, elbos = runs._epoch_line, []
 
-    def interrupt(epoch):
+    def interrupt(epoch, num_particles):
         elbos.append(epoch.validation.elbo)
         if elbos[-1] < max(elbos):
             raise KeyboardInterrupt
-        return epoch_line(epoch)
+        return epoch_line(epoch, num_particles)
 
     monkeypatch.setattr(runs, "_epoch_line", interrupt)
     assert run("train", "-n", 19, "--learning-rate", 0.03, "--patience", 9, "--out", "a")[0] == 130
