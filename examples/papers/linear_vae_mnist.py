@@ -1,4 +1,4 @@
-"""A linear VAE on 1000 MNIST images reaches the maximum likelihood of probabilistic PCA (Lucas et al. 2019).
+"""A linear VAE on 1000 MNIST images, against the maximum likelihood of probabilistic PCA (Lucas et al. 2019).
 
 p(x|z) = N(Wz + b, σ²I) with z in 200 dimensions, q(z|x) = N(Vx + c, diag s²), and all of them learned. The
 ELBO has no spurious local maxima, and at its maximum the gap is 0, so that no unit collapses but those whose
@@ -16,7 +16,8 @@ Adam comes near, by :func:`pyro_vae.train` with the "sticking the landing" gradi
 where the guide is exact. L-BFGS goes on in double precision with the ELBO in closed form:
 E_q‖x − Wz − b‖² = ‖x − Wμ − b‖² + Σⱼ sⱼ² ‖wⱼ‖². What remains is mostly a rotation of z, along which gradients
 hardly move (Bao et al. 2020): p(x) is the same for W and WR, but only where the columns of W are orthogonal
-does its posterior have independent units. So z is turned there, which leaves p(x) as it is, and L-BFGS ends.
+does its posterior have independent units. So z is turned there, which leaves p(x) as it is, and L-BFGS goes
+on. `docs/papers.md` says how near it comes.
 
     python examples/papers/linear_vae_mnist.py --data-dir DIR --out FOLDER     # writes linear_vae_mnist.png
 """

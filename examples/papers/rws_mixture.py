@@ -1,4 +1,4 @@
-"""More particles help reweighted wake-sleep and not VIMCO: the Gaussian mixture of Le et al. (2020).
+"""Reweighted wake-sleep and VIMCO by the number of particles: the Gaussian mixture of Le et al. (2020).
 
 z ~ Categorical(softmax(θ/2)) with 20 components, x ~ N(10z, 5²); q(z|x) is the softmax of a network
 1–16–16–20 of tanh units. As in the paper the data come from weights ∝ 5, 6, …, 24, a fresh batch of 100 at
