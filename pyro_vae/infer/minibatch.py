@@ -185,7 +185,7 @@ class MinibatchSVI(SVI):
                 from pyro_vae.compiler import CannotTrace
 
                 raise CannotTrace("a scale, or what the guide observes, makes the loss differ from the ELBO")
-            terms = ElboTerms.of_batch(-step.loss.double() / self.num_data, self.batch.num_rows)
+            terms = ElboTerms.of_batch(-step.loss / self.num_data, self.batch.num_rows)
         else:
             terms = self._terms_of_traces(step.traces) if step.terms is None else step.terms
         return *terms, _sum_of_entries(gradients)

@@ -81,10 +81,7 @@ class ElboTerms(NamedTuple):
         :param elbo: the ELBO of the batch per datum, in nats. Each row gets this value; its other terms are
             NaN.
         """
-        return cls.of_elbo(
-            torch.as_tensor(elbo, dtype=torch.double).expand(num_rows),
-            *torch.full((2, num_rows), torch.nan, dtype=torch.double),
-        )
+        return cls.of_elbo(torch.as_tensor(elbo).expand(num_rows), *torch.full((2, num_rows), torch.nan))
 
     def mean(self) -> MeanElbo:
         elbo, reconstruction, kl, bound, ess = (part.double().mean().item() for part in self)

@@ -16,7 +16,9 @@ from tests.support.own_files import ALL, CSV, config_of, image_bytes
 from tests.support.runs import weights_of
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "counts.csv" else pytest.mark.slow) for name in ALL]
+)
 def test_every_format_is_trained_resumed_evaluated_and_diagnosed(run, tmp_path, name):
     write, options, likelihood = ALL[name]
     write(tmp_path / name)

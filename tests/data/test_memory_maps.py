@@ -418,6 +418,7 @@ print(max(seen) - start)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
 def test_anonymous_memory_of_a_fit_is_far_below_the_size_of_the_file(tmp_path):
     """A fit that computes checksums, casts to float32 and validates."""

@@ -97,6 +97,7 @@ def test_a_traced_step_equals_eager_pyro(name):
     assert "traced, 15 steps" in svi.explain()
 
 
+@pytest.mark.slow
 def test_a_compiled_step_equals_eager_pyro():
     svi = train_and_compare(semi_supervised(), 4, loss=enum_elbo(), compile=True)
     assert "compiled by Inductor, 4 steps" in svi.explain()

@@ -451,7 +451,7 @@ def test_a_checkpoint_of_a_version_without_objectives_is_resumed(tmp_path, monke
         of_rank["terms"] = of_rank["terms"][:3]
     content["history"] = [
         (epoch, beta, train[:4], validation[:4], seconds)
-        for epoch, beta, train, validation, seconds in content["history"]
+        for epoch, beta, train, validation, seconds, _ in content["history"]
     ]
     write(path, "training run", content, score=-math.inf)
     assert_same(run(num_epochs=3, checkpoint=tmp_path, resume="last"), run(num_epochs=3))
