@@ -8,7 +8,7 @@ each draw; a training sample is a datum in an update. It needs a chain for each 
 50,000 images.
 
 The curves are AIS, a lower bound of log p(x) in expectation, of the first 100 training and test images. At
-the end the estimator of the paper's appendix D stands beside it: a Gaussian q is fitted to half of the HMC
+the end the estimator of the paper's appendix D is printed too: a Gaussian q is fitted to half of the HMC
 draws from p(z|x), with 4 leapfrog steps, and 1/p(x) is the mean of q(z)/p(x, z) over the other half. For
 data whose chains end in different modes it is wrong by tens of nats or more, so its difference from AIS is
 printed as a median over data and as a mean.

@@ -614,7 +614,7 @@ class Loaded(Received):
 class Streamed(Received):
     """The batches of a stream, in its order: a loader of an ``IterableDataset``, or any iterable of batches.
 
-    A shuffled epoch has the next ``steps_per_epoch`` batches: it goes on where the last one ended, and the
+    A shuffled epoch has the next ``steps_per_epoch`` batches: it continues where the last one ended, and the
     stream is read again when it ends. With ``steps_per_epoch=None`` an epoch is one pass over the stream, as
     an unshuffled epoch always is.
 

@@ -75,7 +75,7 @@ def reciprocal_importance(
             bar.update(len(betas) - 1)
         else:
             points = _posterior_draws(path, betas, transition, num_chains, per_chain, thinning, bar)
-        # shape (draws per chain, chains, batch, …); each exact draw is a chain of its own. Whole chains go to
+        # shape (draws per chain, chains, batch, …); each exact draw counts as one chain. Whole chains go to
         # one half or the other, since the draws of a chain are dependent
         u = torch.stack([point.u for point in points]).double()
         log_joint = torch.stack([point.log_joint for point in points]).double()

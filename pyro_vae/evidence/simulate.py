@@ -63,7 +63,7 @@ def simulate(model: Program, data: Any, *, seed: int = 0, check: bool = True) ->
     batch = read_whole(data, seed=seed)
     with untouched(training=False, seed=seed), torch.no_grad():
         batch = inspect_checked(model, prior_of(model), batch, verb="simulate", check=check).batch
-    # a random stream of its own, since the draws of the estimators must be independent of z*
+    # another random stream than that of the estimators, whose draws must be independent of z*
     with untouched(training=False, seed=stream_seed(seed, 1)), torch.no_grad():
         keys = observed_arguments(model, batch)
         simulated, latents = simulate_once(model, batch, keys)

@@ -15,8 +15,9 @@ class AggressiveInference:
     had no new maximum for five epochs (He et al. 2019).
 
     :param pair: its batch is the data of the mutual information.
-    :raises ValueError: if the model has no parameters apart from those of the guide, or the density of the
-        guide at given latents is not known.
+    :raises ValueError: if the model has no parameters apart from those of the guide, or if I_q(x; z) cannot
+        be computed: the density of the guide at given latents is not known, all data share a latent, or the
+        guide does not run in a plate of particles.
     """
 
     def __init__(self, inference_steps: int, pair: Structure) -> None:
@@ -34,17 +35,19 @@ class AggressiveInference:
             )
         try:
             mutual_information(pair)
-        except NotImplementedError as error:
+        except (NotImplementedError, ValueError) as error:
             raise ValueError(
-                f"fit: inference_steps={inference_steps} needs log q(z|x) at given z, to know when to stop: "
-                f"{error}; expected inference_steps=1, or another guide"
+                f"fit: inference_steps={inference_steps} ends by the mutual information of data and latents, "
+                f"which cannot be computed: {error}; expected inference_steps=1, or another pair"
             ) from error
 
     def is_on(self, history: Sequence[Epoch]) -> bool:
         """Whether the next epoch trains the guide aggressively."""
+        if self.inference_steps == 1:
+            return False
         values = [epoch.mutual_information for epoch in history if epoch.mutual_information is not None]
         since_maximum = len(values) - 1 - values.index(max(values)) if values else 0
-        return self.inference_steps > 1 and len(values) == len(history) and since_maximum < _PATIENCE
+        return len(values) == len(history) and since_maximum < _PATIENCE
 
     def not_updated(self, history: Sequence[Epoch], num_steps: int) -> frozenset[str]:
         """The parameters that the step after ``num_steps`` steps does not update."""

@@ -78,7 +78,7 @@ class Group:
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
 
     def shard(self, batches: Batches) -> None:
-        """Give each rank its share of the rows of every minibatch, and a random seed of its own. All ranks
+        """Give each rank its share of the rows of every minibatch, and a different random seed. All ranks
         shuffle the data in the same order.
 
         :raises ValueError: for data that are not in memory.

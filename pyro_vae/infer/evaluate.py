@@ -96,7 +96,7 @@ def evaluate_batches(
                 if isinstance(loss, Objective):
                     check_loss(loss, pair, batches.num_rows, verb=verb)
                     loss = copy(loss)  # fit prepares its loss for other programs
-                    loss.prepare(pair.model, pair.guide, pair.batch, check=check)
+                    loss.use(pair, check=check)
                 if check and verb != "validation":  # fit has checked the minibatches of its training data
                     check_independent_rows(pair, batches.num_rows, verb=verb)
                 batches.cast(pair.dtype)

@@ -64,8 +64,18 @@ R = TypeVar("R")
 Beta = float | Callable[[float], float]
 
 
+class WithParamStore:
+    """A result of training with its param store."""
+
+    param_store: Any
+
+    def scope(self) -> AbstractContextManager:
+        """Make this param store Pyro's current one in the ``with`` block."""
+        return pyro.get_param_store().scope(self.param_store)
+
+
 @dataclass(frozen=True)
-class History:
+class History(WithParamStore):
     """The result of :func:`fit`: its epochs, its param store, and what it maximized.
 
     - objective: the loss, such as ``"IWAE(num_particles=5, estimator='iwae')"``
@@ -79,10 +89,6 @@ class History:
     param_store: Any
     objective: str
     bound: str
-
-    def scope(self) -> AbstractContextManager:
-        """Make the param store of this fit Pyro's current one in the ``with`` block."""
-        return pyro.get_param_store().scope(self.param_store)
 
     @property
     def best(self) -> Epoch:
@@ -282,7 +288,7 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
         autoguide of a local latent, needs ``None``.
     :param num_data: the number N of rows of a stream that has no length.
     :param steps_per_epoch: the number of steps in an epoch of a stream; by default an epoch is one pass over
-        it. The next epoch goes on where the last one ended, and a stream that ends is read again. For an
+        it. The next epoch continues where the last one ended, and a stream that ends is read again. For an
         endless stream ``num_data`` is the N of the loss.
     :param validation: data whose ELBO is evaluated after each epoch. A stream without a length is read once
         to count its rows; it may not have more rows than the training data.

@@ -1,8 +1,8 @@
 """Monte Carlo EM: train a model without a guide, by posterior draws of HMC."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +17,16 @@ from pyro_vae.data.batches import Batch, InMemory, as_whole, check_count
 from pyro_vae.evidence import HMC, Path
 from pyro_vae.evidence.chunks import progress_bar
 from pyro_vae.infer.distributed import Group
-from pyro_vae.infer.fit import empty_store, inspect_for_training, step_scheduler, warn_of_new_parameters
+from pyro_vae.infer.fit import (
+    WithParamStore,
+    empty_store,
+    inspect_for_training,
+    step_scheduler,
+    warn_of_new_parameters,
+)
 from pyro_vae.infer.minibatch import nonfinite_parameters
 from pyro_vae.infer.svi import check_optimizer
-from pyro_vae.pairs.preserve import KeepFrozen, make_parameters, stream_seed, untouched
+from pyro_vae.pairs.preserve import KeepFrozen, make_parameters, restored_random_states, untouched
 from pyro_vae.pairs.structure import LESS_MEMORY, Structure, first_line, remember_trained
 from pyro_vae.pairs.threads import training
 from pyro_vae.pairs.traces import Program, enough_memory, prior_of, sampled, subsampling_scale
@@ -30,7 +36,7 @@ _FIRST_GAIN = 1.0  # in the first half of the warm-up, where step sizes are far 
 
 
 @dataclass(frozen=True)
-class EMHistory:
+class EMHistory(WithParamStore):
     """The result of :func:`mcem`: its steps, the last state of its chains, and its param store.
 
     Modules are trained in place. Parameters of plain functions are in Pyro's param store, and each call has a
@@ -51,10 +57,6 @@ class EMHistory:
     step_size: Tensor
     latents: dict[str, Tensor]
     param_store: Any
-
-    def scope(self) -> AbstractContextManager:
-        """Make the param store of this call Pyro's current one in the ``with`` block."""
-        return pyro.get_param_store().scope(self.param_store)
 
     def __str__(self) -> str:
         return (
@@ -144,7 +146,9 @@ def mcem(
         )
     store, state = pyro.get_param_store(), empty_store() if param_store is None else param_store
     program = config_enumerate(model, default="parallel")
-    with training(), _random_state(seed), enough_memory(LESS_MEMORY):
+    # without a seed the draws continue the random states of the caller
+    seeded = nullcontext() if seed is None else restored_random_states(seed)
+    with training(), seeded, enough_memory(LESS_MEMORY):
         whole = as_whole(data)
         batches = InMemory(whole, whole.num_rows if batch_size is None else batch_size)
         with store.scope(state.copy()):
@@ -303,18 +307,3 @@ def _check_model(pair: Structure, num_data: int) -> None:
 def _parts(n: int, size: int) -> Sequence[slice | Tensor]:
     """The rows of the minibatches of an epoch, in random order."""
     return [slice(None)] if size == n else torch.randperm(n).split(size)
-
-
-@contextmanager
-def _random_state(seed: int | None) -> Iterator[None]:
-    """Run the block at ``seed`` and restore the random states after it; ``None`` continues them."""
-    if seed is None:
-        yield
-        return
-    state = pyro.util.get_rng_state()
-    try:
-        with torch.random.fork_rng():
-            pyro.set_rng_seed(stream_seed(seed))
-            yield
-    finally:
-        pyro.util.set_rng_state(state)

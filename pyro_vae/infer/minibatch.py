@@ -108,8 +108,7 @@ class MinibatchSVI(SVI):
         computes them."""
         if not isinstance(self._elbo, Objective):
             return self._elbo.loss_and_grads(model, guide, *args, **kwargs), None
-        step = self._elbo.step(model, guide, Batch(args, kwargs))
-        step.surrogate.backward()
+        step = self._elbo.step_and_grads(model, guide, Batch(args, kwargs))
         terms = self._terms_of_traces(step.traces) if step.terms is None else step.terms
         return step.loss.item(), terms
 

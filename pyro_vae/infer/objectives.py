@@ -1,7 +1,6 @@
 """Objectives beyond the ELBO: importance-weighted bounds, their gradient estimators, wake-sleep."""
 
 import math
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -92,7 +91,8 @@ class Objective(ELBO):
         pair allows it.
     """
 
-    bound = ""  # what the value estimates, with its direction
+    # what the value estimates, with its direction
+    bound = "the importance-weighted bound of K particles, a lower bound of log p(x)"
     is_elbo = False  # whether the value is the ELBO
     linear = False  # whether it is linear in log-probabilities, and a sum over sites as the ELBO is
     _min_particles = 1
@@ -130,21 +130,26 @@ class Objective(ELBO):
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """The loss. Its gradients are added to those of the parameters."""
-        step = self.step(model, guide, Batch(args, kwargs))
+        return self.step_and_grads(model, guide, Batch(args, kwargs)).loss.item()
+
+    def step_and_grads(self, model: Program, guide: Program, batch: Batch) -> Step:
+        """:meth:`step`, with its gradients added to those of the parameters."""
+        step = self.step(model, guide, batch)
         if step.surrogate.requires_grad:
             step.surrogate.backward()
-        return step.loss.item()
+        return step
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Traces:
         return self.step(model, guide, Batch(args, kwargs), differentiate=False).traces[0]
 
-    @abstractmethod
     def value(self, log_w: Tensor) -> Tensor:
         """The objective of each datum in nats, ``(rows,)``, at log-weights ``(num_particles, rows)``."""
+        return log_w.mean(0) if self.is_elbo else log_mean_exp(log_w)
 
-    @abstractmethod
     def surrogate(self, pair: Structure, batch: Batch) -> tuple[Tensor, Draws]:
         """A tensor ``()`` whose gradient is that of Σ over data of the objective, and the draws."""
+        draws = _draw(pair, batch, self.num_particles)
+        return self.value(draws.log_w).sum(), draws
 
     @property
     def simulates(self) -> bool:
@@ -164,10 +169,14 @@ class Objective(ELBO):
         :return: the structure of the pair, for the steps of this objective.
         :raises ValueError: for a pair without log-weights per datum, or without a valid objective.
         """
+        with untouched(training=False), torch.no_grad():
+            return self.use(inspect(model, guide, batch), check=check)
+
+    def use(self, pair: Structure, *, check: bool = True) -> Structure:
+        """:meth:`prepare` for a pair that was inspected in evaluation mode."""
         name = type(self).__name__
         with untouched(training=False), torch.no_grad():
-            pair = inspect(model, guide, batch)
-            # sites that are summed out have no log-probability of their own with its own scale
+            # the log-probability of a site that is summed out is not known, so it cannot be scaled by itself
             is_joint = _all_data_share(pair) and (pair.enumerates or not self.linear)
             weights = joint_problems(pair) if is_joint else () if self.linear else per_datum_problems(pair)
             problems = [*pair_problems(pair), *weights, *_guide_problems(pair), *self.problems(pair)]
@@ -228,8 +237,6 @@ class IWAE(Objective):
     :raises ValueError: for a guide with latents that are not reparameterized; use :class:`VIMCO` for these.
     """
 
-    bound = "the importance-weighted bound of K particles, a lower bound of log p(x)"
-
     def __init__(self, num_particles: int = 5, estimator: Estimator = "iwae") -> None:
         if estimator not in get_args(Estimator):
             raise ValueError(f'IWAE: estimator is {estimator!r}; expected "iwae", "dreg" or "stl"')
@@ -239,13 +246,9 @@ class IWAE(Objective):
     def options(self) -> dict[str, Any]:
         return super().options() | {"estimator": self.estimator}
 
-    def value(self, log_w: Tensor) -> Tensor:
-        return log_mean_exp(log_w)
-
     def surrogate(self, pair: Structure, batch: Batch) -> tuple[Tensor, Draws]:
         if self.estimator == "iwae":
-            draws = _draw(pair, batch, self.num_particles)
-            return self.value(draws.log_w).sum(), draws
+            return super().surrogate(pair, batch)
         draws = _draw(pair, batch, self.num_particles, _Cut)
         weights = _normalized(draws.log_w)
         log_p = (weights * draws.log_p).sum()
@@ -269,9 +272,6 @@ class STL(Objective):
 
     bound = "the ELBO, a lower bound of log p(x)"
     is_elbo = linear = True
-
-    def value(self, log_w: Tensor) -> Tensor:
-        return log_w.mean(0)
 
     def surrogate(self, pair: Structure, batch: Batch) -> tuple[Tensor, Draws]:
         draws = _draw(pair, batch, self.num_particles, _Cut)
@@ -323,10 +323,6 @@ class Renyi(Objective):
             return log_w.mean(0)
         return log_mean_exp((1 - self.alpha) * log_w) / (1 - self.alpha)
 
-    def surrogate(self, pair: Structure, batch: Batch) -> tuple[Tensor, Draws]:
-        draws = _draw(pair, batch, self.num_particles)
-        return self.value(draws.log_w).sum(), draws
-
     def problems(self, pair: Structure) -> Iterator[Problem]:
         return _not_reparameterized(pair, "VIMCO, or TraceEnum_ELBO")
 
@@ -344,18 +340,13 @@ class VIMCO(Objective):
     :param num_particles: K, 2 or more.
     """
 
-    bound = IWAE.bound
     _min_particles = 2
 
     def __init__(self, num_particles: int = 5) -> None:
         super().__init__(num_particles)
 
-    def value(self, log_w: Tensor) -> Tensor:
-        return log_mean_exp(log_w)
-
     def surrogate(self, pair: Structure, batch: Batch) -> tuple[Tensor, Draws]:
-        draws = _draw(pair, batch, self.num_particles)
-        total = self.value(draws.log_w).sum()
+        total, draws = super().surrogate(pair, batch)
         if draws.score is not None:
             total = total + (_vimco_signal(draws.log_w.detach()) * draws.score).sum()
         return total, draws
@@ -373,11 +364,8 @@ class WakeSleep(Objective):
     :raises ValueError: if an observed value is not an argument of the model, so that it cannot be simulated.
     """
 
-    bound = "the ELBO, a lower bound of log p(x)"
+    bound = STL.bound
     is_elbo = True
-
-    def value(self, log_w: Tensor) -> Tensor:
-        return log_w.mean(0)
 
     def surrogate(self, pair: Structure, batch: Batch) -> tuple[Tensor, Draws]:
         draws = _draw(pair, batch, self.num_particles, _Stop, guide_grad=False)
@@ -408,8 +396,6 @@ class ReweightedWakeSleep(Objective):
         not an argument of the model, so that it cannot be simulated.
     """
 
-    bound = IWAE.bound
-
     def __init__(self, num_particles: int = 5, *, wake_phi: float = 1.0, sleep_phi: float = 0.0) -> None:
         for name, factor in (("wake_phi", wake_phi), ("sleep_phi", sleep_phi)):
             if not isinstance(factor, int | float) or not 0 <= factor < math.inf:
@@ -427,9 +413,6 @@ class ReweightedWakeSleep(Objective):
 
     def options(self) -> dict[str, Any]:
         return super().options() | {"wake_phi": self.wake_phi, "sleep_phi": self.sleep_phi}
-
-    def value(self, log_w: Tensor) -> Tensor:
-        return log_mean_exp(log_w)
 
     def surrogate(self, pair: Structure, batch: Batch) -> tuple[Tensor, Draws]:
         draws = _draw(pair, batch, self.num_particles, _Stop, guide_grad=self.wake_phi > 0)
@@ -489,7 +472,7 @@ class _Cut(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.copies: dict[str, Tensor] = {}
-        # an object of its own: a hook that refers to the copies would keep their graph alive
+        # hooks refer to this object and not to the handler, whose copies would keep their graph alive
         self.gradients = SimpleNamespace(are_blocked=False)
 
     def _pyro_post_sample(self, msg: dict) -> None:

@@ -311,7 +311,7 @@ class CheckpointManager:
 
     def _make_parameters(self, first: Batch, names: Collection[str]) -> None:
         """Run the pair, which creates its parameters. If ``names`` contains other parameters, evaluate
-        the loss too, which may create parameters of its own, such as running averages."""
+        the loss too, which may create further parameters, such as running averages."""
         model, guide = self.state.model, self.state.guide
         make_parameters(model, guide, first)
         if set(names) <= self.state.tensors().keys():

@@ -218,7 +218,7 @@ class Latents:
 
     def log_q(self, guide: Program, batch: Batch, z: Tensor) -> Tensor:
         """log q(z|x). z: ``(particles, batch, dim)`` → ``(particles, batch)``. Raises ``NotImplementedError``
-        if the guide can compute the density of its own draws only, as an autoguide."""
+        if the density of the guide is known only at its draws, as for an autoguide."""
         if self.pair.guide is guide and self.pair.has_auxiliary:
             raise NotImplementedError(
                 "guide: it has auxiliary sites, so its density at given latents is not known"

@@ -45,6 +45,20 @@ def untouched(*, training: bool | None = None, seed: int | None = None) -> Itera
 
 
 @contextmanager
+def restored_random_states(seed: int | None = None) -> Iterator[None]:
+    """Restore the random states of torch, Python and numpy after the block, which starts at ``seed`` if it is
+    given, see :func:`stream_seed`."""
+    state = pyro.util.get_rng_state()
+    try:
+        with torch.random.fork_rng():
+            if seed is not None:
+                pyro.set_rng_seed(stream_seed(seed))
+            yield
+    finally:
+        pyro.util.set_rng_state(state)
+
+
+@contextmanager
 def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Module, bool]]:
     ran: dict[nn.Module, bool] = {}
     flags: dict[nn.Module, bool] = {}
@@ -68,21 +82,17 @@ def _restored(training: bool | None, seed: int | None) -> Iterator[Mapping[nn.Mo
     store = pyro.get_param_store()
     # a global hook, for this block only, also sees the networks that plain functions close over
     hook = nn.modules.module.register_module_forward_pre_hook(enter)
-    state = pyro.util.get_rng_state()
     validate = Distribution._validate_args
     references = {
         p: p.__dict__["unconstrained"] for p in store._params.values() if "unconstrained" in p.__dict__
     }
     torch.clear_autocast_cache()
     try:
-        with torch.random.fork_rng(), store.scope(store.get_state()), _TransformModules(enter):
-            if seed is not None:
-                pyro.set_rng_seed(stream_seed(seed))
+        with restored_random_states(seed), store.scope(store.get_state()), _TransformModules(enter):
             yield ran
     finally:
         hook.remove()
         torch.clear_autocast_cache()
-        pyro.util.set_rng_state(state)
         Distribution._validate_args = validate
         for (
             parameter,

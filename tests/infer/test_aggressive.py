@@ -4,14 +4,19 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import torch.distributed
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.autoguide import AutoDiagonalNormal
 from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import conditionals, nets, priors
 from pyro_vae.data.batches import Batch
+from pyro_vae.infer import IWAE, WakeSleep
 from pyro_vae.infer.minibatch import MinibatchSVI
 from pyro_vae.pairs.check import inspect_checked
 from pyro_vae.pairs.latents import mutual_information
+from tests.faults.processes import run_group
 
 
 def small_vae():
@@ -164,3 +169,105 @@ def test_shared_parameters_are_refused():
 def test_invalid_numbers_of_steps_are_refused(steps):
     with pytest.raises(ValueError, match="inference_steps"):
         trained(inference_steps=steps)
+
+
+def local_model(x):
+    slope = pyro.param("slope", torch.ones(1))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(slope * z, 1.0).to_event(1), obs=x)
+
+
+def local_guide(x):
+    loc = pyro.param("loc", torch.zeros(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(loc * x, 1.0).to_event(1))
+
+
+def shared_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+    mean = pyro.sample("mean", dist.Normal(0.0, pyro.param("scale", torch.ones(()))))
+    with pyro.plate("observations", len(x)):
+        pyro.sample("x", dist.Normal(z + mean, 1.0).to_event(1), obs=x)
+
+
+def shared_guide(x):
+    local_guide(x)
+    pyro.sample("mean", dist.Normal(pyro.param("mean_loc", torch.zeros(())), 1.0))
+
+
+def mixture_model(x):
+    weights = pyro.param("weights", torch.ones(2) / 2, constraint=dist.constraints.simplex)
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(k.unsqueeze(-1).double(), 1.0).to_event(1), obs=x)
+
+
+def two_latents_model(x):
+    local_model(x)
+    with pyro.plate("others", len(x)):
+        pyro.sample("b", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+
+
+def flattened_guide(x):
+    loc = pyro.param("loc", torch.zeros(1))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(loc * x, 1.0).to_event(1))
+    with pyro.plate("others", len(x)):
+        pyro.sample("b", dist.Normal(z.reshape(len(x), 1), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "loss", "cause"),
+    [
+        (shared_model, shared_guide, Trace_ELBO, "'mean' lies in no data plate"),
+        (local_model, AutoDiagonalNormal(local_model), Trace_ELBO, "auxiliary"),
+        (two_latents_model, flattened_guide, Trace_ELBO, "plate of particles"),
+        (mixture_model, lambda x: None, lambda: TraceEnum_ELBO(max_plate_nesting=1), "no latent per datum"),
+    ],
+    ids=[
+        "a latent that all data share",
+        "an autoguide",
+        "a guide that reshapes",
+        "only latents that are summed out",
+    ],
+)
+def test_pairs_without_a_known_mutual_information_are_refused(model, guide, loss, cause):
+    x = torch.randn(8, 1)
+    with pytest.raises(ValueError, match=f"inference_steps=2 ends by the mutual information.*{cause}"):
+        pv.fit(model, guide, x, loss=loss(), batch_size=None, num_epochs=1, inference_steps=2)
+
+
+@pytest.mark.parametrize("loss", [lambda: IWAE(3, "dreg"), WakeSleep, lambda: RenyiELBO(num_particles=2)])
+def test_other_losses_leave_the_model_unchanged_between_its_steps(loss):
+    x = torch.randn(20, 1)
+    # two steps of an epoch, of which the third would be the first of the model
+    history = pv.fit(
+        local_model,
+        local_guide,
+        x,
+        loss=loss(),
+        batch_size=10,
+        num_epochs=1,
+        inference_steps=3,
+        compile=False,
+    )
+    params = history.param_store["params"]
+    assert torch.equal(params["slope"], torch.ones(1))
+    assert not torch.equal(params["loc"], torch.zeros(1))
+
+
+def train_rank(folder):
+    torch.set_num_threads(1)
+    vae, history = trained(3, inference_steps=3)
+    result = parameters(vae), [epoch.mutual_information for epoch in history.epochs]
+    torch.save(result, folder / f"{torch.distributed.get_rank()}.pt")
+
+
+def test_processes_have_the_same_parameters_and_the_same_mutual_information(tmp_path):
+    assert run_group(2, train_rank, tmp_path)
+    (params, information), (others, same) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+    assert information == same
+    assert None not in information

@@ -471,7 +471,7 @@ def test_vimco_with_discrete_and_reparameterized_latents_is_unbiased():
 
 
 class BeliefNet(pairs.FactorAnalysis):
-    """z with 2 bits, x with 3 bits, each row with parameters of its own, so that a gradient per row is
+    """z with 2 bits, x with 3 bits, each row with separate parameters, so that a gradient per row is
     known."""
 
     def __init__(self, rows, datum):

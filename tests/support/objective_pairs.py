@@ -86,14 +86,12 @@ class FactorAnalysis(nn.Module):
 
     def noise(self, arguments, z):
         """The noise ε of the draws."""
-        (x,) = arguments
-        loc, scale = self.q(x)
+        loc, scale = self.q(arguments[0])
         return {"z": (z["z"] - loc) / scale}
 
     def latents(self, arguments, noise):
         """The draws as functions of φ at this noise."""
-        (x,) = arguments
-        loc, scale = self.q(x)
+        loc, scale = self.q(arguments[0])
         return {"z": loc + scale * noise["z"]}
 
     def pieces(self, arguments, z):
@@ -134,12 +132,6 @@ class MaskedData(FactorAnalysis):
         with pyro.plate("data", len(x)), poutine.mask(mask=y > 0):
             loc, scale = self.q(x)
             self.saw((x, y), z=pyro.sample("z", dist.Normal(loc, scale).to_event(1)))
-
-    def noise(self, arguments, z):
-        return super().noise(arguments[:1], z)
-
-    def latents(self, arguments, noise):
-        return super().latents(arguments[:1], noise)
 
     def pieces(self, arguments, z):
         pieces, is_kept = super().pieces(arguments[:1], z), arguments[1] > 0
@@ -520,12 +512,6 @@ class Keywords(FactorAnalysis):
         with pyro.plate("data", len(x)):
             loc, scale = self.q(x)
             self.saw((x, power), z=pyro.sample("z", dist.Normal(loc, scale).to_event(1)))
-
-    def noise(self, arguments, z):
-        return super().noise(arguments[:1], z)
-
-    def latents(self, arguments, noise):
-        return super().latents(arguments[:1], noise)
 
     def pieces(self, arguments, z):
         x, power = arguments
