@@ -57,7 +57,16 @@ def test_all_public_functions_are_tested():
     assert public | {"log_weights", "joint_log_weights"} == set(VERBS)
 
 
-@every_verb
+@pytest.mark.parametrize(
+    "verb",
+    [
+        # all of these run chains; ais stands for them in the default run
+        pytest.param(verb, marks=pytest.mark.slow)
+        if verb in ("bdmc", "smc", "reverse_ais", "reciprocal_importance")
+        else verb
+        for verb in VERBS
+    ],
+)
 def test_result_does_not_depend_on_the_form_of_the_data(verb):
     rows = TensorDataset(X, SHIFT)
     expected = VERBS[verb]((X, SHIFT))
