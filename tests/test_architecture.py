@@ -12,7 +12,8 @@ import pyro_vae
 PACKAGE = Path(pyro_vae.__file__).parent
 # A module imports from the rows above its own, and from the left of it in its row.
 LAYERS = (
-    ("files", "numerics", "nets", "conditionals", "priors", "flows"),  # parts: distributions given something
+    # parts: distributions given something, and tools
+    ("files", "tree", "processes", "numerics", "nets", "conditionals", "priors", "flows"),
     ("data",),  # what pairs are trained on
     ("pairs", "compiler"),  # reading any pair; steps as graphs
     ("vae", "exact"),  # programs

@@ -32,7 +32,6 @@ from pyro_vae.data.batches import (
 )
 from pyro_vae.data.datasets import Data
 from pyro_vae.infer.aggressive import AggressiveInference
-from pyro_vae.infer.distributed import Group
 from pyro_vae.infer.early_stopping import EarlyStopping, PairState
 from pyro_vae.infer.evaluate import check_independent_rows, check_minibatch, evaluate_batches
 from pyro_vae.infer.losses import check_loss, kind_of, name_of, scale_problem
@@ -56,6 +55,7 @@ from pyro_vae.pairs.structure import (
 )
 from pyro_vae.pairs.threads import training
 from pyro_vae.pairs.traces import Program, enough_memory
+from pyro_vae.processes import Group
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -159,6 +159,8 @@ def train(
         )
         batches = as_batches(data, batch_size, num_data=num_data, steps_per_epoch=steps_per_epoch)
         held_out = _held_out_batches(validation, batch_size, batches.num_rows)
+        if group.size > 1:
+            batches.share(group)
         store, state = pyro.get_param_store(), empty_store() if param_store is None else param_store
         with store.scope(state.copy()):
             pair = inspect_for_training(
@@ -186,10 +188,10 @@ def train(
             if isinstance(loss, Objective):
                 loss.prepare(svi.model, svi.guide, pair.batch, check=check)
         has_checkpoints = checkpoints is not None or resume is not None
-        config = configuration(batches, held_out, loss, optim, group, settings) if has_checkpoints else {}
+        config = configuration(batches, held_out, loss, optim, settings) if has_checkpoints else {}
         manager = CheckpointManager(checkpoints, every, at, stopping, svi, batches, config)
         with store.scope(state):
-            manager.start(resume, pair.batch, held_out)
+            manager.start(resume, pair.batch)
         _check_resumed(at, num_epochs)
         yield from at.history
         compile_usual, compile_last = (
@@ -206,13 +208,13 @@ def train(
                 with store.scope(state), manager.save_before_signals(), enough_memory(LESS_MEMORY):
                     for batch in at.remaining_batches(batches):
                         at.beta = _beta_at(beta, at.epoch - 1 + at.batch_index / batches.num_batches)
-                        batch, weight = batch.like(pair.batch), group.gradient_weight(batches, at.batch_index)
+                        batch = batch.like(pair.batch)
                         is_last = at.batch_index >= batches.num_batches - 1
                         is_short = is_last and batch.num_rows < pair.num_rows // group.size
                         svi.compile = compile_last if is_short else compile_usual
                         svi.not_updated = aggressive.not_updated(at.history, at.num_steps)
                         with precision:
-                            at.terms.append(svi.minibatch_step(batch, at.beta, weight, at))
+                            at.terms.append(svi.minibatch_step(batch, at.beta, at))
                         manager.after_step()
                         bar.update()
                     held_out_elbo = _validation_elbo(stopping.state, held_out, loss, group, check=check)
@@ -283,9 +285,13 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
     :param batch_size: rows of a minibatch; ``None`` for all data at once. Sites in the data plate are scaled
         by N/B, unless the model subsamples. The loss of a minibatch is then an unbiased estimate also for
         latents that all data share. A pair must not multiply ``pyro.factor`` by N/B itself: unlike
-        ``poutine.scale`` this cannot be recognized. With a process group of torch each rank computes some of
-        the rows; this needs tensors, arrays or ``Data``. A guide with parameters for each datum, such as an
+        ``poutine.scale`` this cannot be recognized. A guide with parameters for each datum, such as an
         autoguide of a local latent, needs ``None``.
+
+        With a process group of torch, ``batch_size`` is that of all ranks together, and each rank computes
+        some of the rows of each minibatch. All ranks pass all data, and rank 0 draws the order. There are two
+        exceptions: a loader with a ``DistributedSampler``, and a stream, of which each rank must read other
+        rows. The batch size of these is that of one rank. The parts of a stream may differ in length.
     :param num_data: the number N of rows of a stream that has no length.
     :param steps_per_epoch: the number of steps in an epoch of a stream; by default an epoch is one pass over
         it. The next epoch continues where the last one ended, and a stream that ends is read again. For an
@@ -541,14 +547,13 @@ def _held_out_batches(validation: Any, batch_size: int | None, num_data: int) ->
 def _validation_elbo(
     state: PairState, held_out: Batches | None, loss: ELBO, group: Group, *, check: bool
 ) -> MeanElbo | None:
-    """The ELBO of the validation data of all ranks, at the parameters and buffers of rank 0."""
+    """The ELBO of the validation data, which the ranks divide, at the parameters and buffers of rank 0."""
     if held_out is None:
         return None
     group.broadcast_(state.buffers().values())
-    terms = evaluate_batches(
-        state.model, state.guide, held_out, loss=loss, seed=group.rank, check=check, verb="validation"
-    )
-    return group.gather_terms(terms).mean()
+    return evaluate_batches(
+        state.model, state.guide, held_out, loss=loss, check=check, verb="validation", group=group
+    ).mean()
 
 
 def _progress_bar(progress: bool | None, num_steps: int, group: Group) -> tqdm:
