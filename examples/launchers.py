@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --nproc-per-node 2 examples/launchers.py torchrun
     python examples/launchers.py fabric
-    accelerate launch --cpu --num_processes 2 examples/launchers.py accelerate
+    python examples/launchers.py accelerate
     python examples/launchers.py ray
 
 Each of them makes a process group of torch, which ``pv.fit`` uses: there is nothing to wrap, and a script is
@@ -13,9 +13,10 @@ import argparse
 
 import pyro
 import torch
+import torch.distributed
 
 import pyro_vae as pv
-from pyro_vae import conditionals, infer, nets, priors
+from pyro_vae import checkpoint, conditionals, infer, nets, priors
 
 
 def train(num_epochs, out):
@@ -33,7 +34,7 @@ def train(num_epochs, out):
     if infer.Group().rank == 0:
         print(f"{infer.Group().size} processes, held-out: {elbo}")
         if out is not None:
-            pv.save(vae, out)
+            checkpoint.save(out, vae)
 
 
 def torchrun(*options):
@@ -47,13 +48,21 @@ def fabric(*options):
     # lightning starts the second process by running this script again
     Fabric(accelerator="cpu", devices=2, strategy="ddp").launch()
     train(*options)
+    torch.distributed.destroy_process_group()
 
 
 def accelerate(*options):
+    from accelerate import notebook_launcher  # on GPUs: accelerate launch
+
+    notebook_launcher(accelerated, options, num_processes=2)
+
+
+def accelerated(*options):
     from accelerate import Accelerator
 
-    Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True)
     train(*options)
+    accelerator.end_training()
 
 
 def ray(*options):

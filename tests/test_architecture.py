@@ -13,7 +13,7 @@ PACKAGE = Path(pyro_vae.__file__).parent
 # A module imports from the rows above its own, and from the left of it in its row.
 LAYERS = (
     # parts: distributions given something, and tools
-    ("files", "tree", "processes", "numerics", "nets", "conditionals", "priors", "flows"),
+    ("files", "tree", "progress", "processes", "numerics", "nets", "conditionals", "priors", "flows"),
     ("data",),  # what pairs are trained on
     ("pairs", "compiler"),  # reading any pair; steps as graphs
     ("vae", "exact"),  # programs

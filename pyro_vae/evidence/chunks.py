@@ -18,6 +18,7 @@ from pyro_vae.data.batches import Batch, bytes_of
 from pyro_vae.files import write_whole
 from pyro_vae.pairs.preserve import stream_seed
 from pyro_vae.processes import Group
+from pyro_vae.progress import progress_bar as bar_of
 
 
 def in_chunks(
@@ -62,10 +63,9 @@ def in_chunks(
 
 @contextmanager
 def progress_bar(total: int, progress: bool | None, name: str) -> Iterator[tqdm]:
-    """A progress bar on stderr. If ``progress`` is ``None``, it is shown only if stderr is a terminal."""
+    """The progress bar of an estimator, see :func:`pyro_vae.progress.progress_bar`."""
     group = Group.dividing()  # each rank computes a part of the total, and the first shows its part
-    disable = True if group.rank else None if progress is None else not progress
-    with tqdm(total=-(-total // group.size), desc=name, disable=disable) as bar:
+    with bar_of(-(-total // group.size), progress, rank=group.rank, desc=name) as bar:
         yield bar
 
 

@@ -14,6 +14,7 @@ from pyro_vae.infer.objectives import (
 )
 from pyro_vae.infer.resume import Epoch
 from pyro_vae.infer.svi import SVI
+from pyro_vae.infer.tracking import TensorBoard, Tracker, metrics_of
 from pyro_vae.processes import Group, across_processes, process_group, rank_and_world_size
 
 __all__ = [
@@ -28,11 +29,14 @@ __all__ = [
     "Objective",
     "Renyi",
     "ReweightedWakeSleep",
+    "TensorBoard",
+    "Tracker",
     "WakeSleep",
     "across_processes",
     "evaluate",
     "fit",
     "mcem",
+    "metrics_of",
     "process_group",
     "rank_and_world_size",
     "train",

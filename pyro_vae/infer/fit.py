@@ -17,7 +17,6 @@ import torch
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.optim import Adam, PyroLRScheduler, PyroOptim
 from torch import Tensor
-from tqdm import tqdm
 
 from pyro_vae.checkpoint import Checkpoints
 from pyro_vae.data.batches import (
@@ -40,6 +39,7 @@ from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.resume import CheckpointManager, Epoch, Position
 from pyro_vae.infer.snapshot import configuration
 from pyro_vae.infer.svi import Compile
+from pyro_vae.infer.tracking import Tracker, log_epoch
 from pyro_vae.pairs.check import refuse
 from pyro_vae.pairs.elbo import MeanElbo
 from pyro_vae.pairs.graphs import can_compile
@@ -56,6 +56,7 @@ from pyro_vae.pairs.structure import (
 from pyro_vae.pairs.threads import training
 from pyro_vae.pairs.traces import Program, enough_memory
 from pyro_vae.processes import Group
+from pyro_vae.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -133,6 +134,7 @@ def train(
     every: int | None = None,
     resume: Path | str | None = None,
     progress: bool | None = None,
+    tracker: Tracker | None = None,
     check: bool = True,
     param_store: dict | None = None,
 ) -> Generator[Epoch, None, History]:
@@ -156,6 +158,7 @@ def train(
             checkpoints,
             every,
             resume,
+            tracker,
         )
         batches = as_batches(data, batch_size, num_data=num_data, steps_per_epoch=steps_per_epoch)
         held_out = _held_out_batches(validation, batch_size, batches.num_rows)
@@ -202,7 +205,8 @@ def train(
             if autocast is None
             else torch.autocast(pair.batch.leaves()[0].device.type, autocast)
         )
-        with _progress_bar(progress, num_epochs * batches.num_batches, group) as bar:
+        num_steps = num_epochs * batches.num_batches
+        with progress_bar(num_steps, progress, rank=group.rank, unit="step") as bar:
             bar.update(at.num_steps)
             while at.epoch <= num_epochs and not stopping.should_stop():
                 with store.scope(state), manager.save_before_signals(), enough_memory(LESS_MEMORY):
@@ -221,6 +225,8 @@ def train(
                     record = at.end_epoch(held_out_elbo, group, aggressive.measure(at.history, group))
                     step_scheduler(optim, -(record.validation or record.train).objective)
                     stopping.update(held_out_elbo)
+                    if tracker is not None and not group.rank:
+                        log_epoch(tracker, record, at.num_steps)
                     manager.save()
                 bar.set_postfix(_postfix(record))
                 yield record
@@ -324,7 +330,10 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
         uninterrupted fit, bit for bit. A loader or stream with the methods ``state_dict`` and
         ``load_state_dict``, as the ``StatefulDataLoader`` of torchdata, continues at its position; a stream
         without them is read from its start, so the interrupted epoch begins anew.
-    :param progress: show a bar on stderr; by default only if that is a terminal.
+    :param progress: show a bar on stderr; by default only if that is a terminal, or in a notebook.
+    :param tracker: an experiment tracker, see :class:`~pyro_vae.infer.Tracker`, such as
+        :class:`~pyro_vae.infer.TensorBoard`. It gets the metrics of each epoch. A resumed fit continues with
+        the next epoch. If the tracker fails, a warning is logged and training goes on.
     :param check: ``False`` trains a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
     :param param_store: ``history.param_store`` of an earlier fit to continue it; by default parameters of
         plain functions start anew.
@@ -450,7 +459,13 @@ def _check_options(
     checkpoint: Checkpoints | None,
     every: int | None,
     resume: Any,
+    tracker: Any,
 ) -> None:
+    if tracker is not None and not isinstance(tracker, Tracker):
+        raise ValueError(
+            f"fit: tracker is a {type(tracker).__name__}; expected an object with the methods log, figure "
+            "and close, such as infer.TensorBoard(folder)"
+        )
     counts = {
         "num_epochs": num_epochs,
         "patience": patience,
@@ -554,12 +569,6 @@ def _validation_elbo(
     return evaluate_batches(
         state.model, state.guide, held_out, loss=loss, check=check, verb="validation", group=group
     ).mean()
-
-
-def _progress_bar(progress: bool | None, num_steps: int, group: Group) -> tqdm:
-    """A bar on stderr. By default only rank 0 shows it, and only on a terminal."""
-    disable = not progress if progress is not None else None if group.rank == 0 else True
-    return tqdm(total=num_steps, unit="step", disable=disable)
 
 
 def _postfix(record: Epoch) -> dict[str, Any]:
