@@ -701,6 +701,7 @@ class Streamed(Received):
     def __init__(self, source: Any, num_rows: int, steps_per_epoch: int | None = None) -> None:
         super().__init__(source, num_rows)
         self.source, self.steps_per_epoch = source, steps_per_epoch
+        self.in_data_order = getattr(source, "in_data_order", True)
         self.persistent = isinstance(source, DataLoader) and source.persistent_workers
         self._pass: Iterator[Batch] | None = None  # the pass of training that the next epoch continues
         self._first: Batch | None = None  # a row of the first batch, whose shape all rows have
@@ -1055,8 +1056,8 @@ def as_ordered_batches(data: Any, batch_size: int | None, num_data: int | None =
     batches = as_batches(data.fixed() if isinstance(data, Data) else data, batch_size, num_data=num_data)
     if not batches.in_data_order:
         raise ValueError(
-            "data: the loader's sampler has an order of its own, so results cannot be matched with rows; "
-            "pass the data set, or DataLoader(dataset, batch_size, shuffle=False)"
+            "data: the loader or stream has an order of its own, so results cannot be matched with rows; "
+            "pass the data set, DataLoader(dataset, batch_size, shuffle=False), or a stream without shuffling"
         )
     return batches
 
@@ -1208,9 +1209,10 @@ def _yields_batches(stream: Any) -> bool:
 
 
 def _stream_length(stream: Any) -> int | None:
-    """The number of rows of a stream, if it is known. The length of a stream of batches is not that."""
+    """The number of rows of a stream, if it is known: its attribute ``num_data``, or the length of a stream
+    of rows. The length of a stream of batches is not that."""
     if _yields_batches(stream):
-        return None
+        return getattr(stream, "num_data", None)
     dataset: Any = stream.dataset if isinstance(stream, DataLoader) else stream
     try:
         return len(dataset)

@@ -274,15 +274,7 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
         copied: a thread reads the rows of the next minibatch while a step runs, and each row is validated
         before the step that uses it. A *stream* is an ``IterableDataset``, a loader of one, or an iterable of
         batches that can be read again: an object whose ``__iter__`` starts anew, or a generator function. Its
-        order is not changed. For a Parquet file::
-
-            def batches():
-                for part in pyarrow.parquet.ParquetFile(path).iter_batches(256):
-                    yield np.stack([column.to_numpy() for column in part.columns], 1)
-
-            fit(model, guide, batches, num_data=pyarrow.parquet.read_metadata(path).num_rows)
-
-        and for an HDF5 file, ``yield file["x"][start : start + 256]`` for blocks in random order.
+        order is not changed. :class:`~pyro_vae.data.FileStream` reads Parquet and HDF5 files.
     :param loss: one of Pyro's ELBO objects, by default ``Trace_ELBO()``, or an
         :class:`~pyro_vae.infer.Objective`, such as ``infer.IWAE(5)``.
     :param optim: one of Pyro's optimizers, by default Adam with learning rate 1e-3. A scheduler steps once an
@@ -298,7 +290,7 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
         some of the rows of each minibatch. All ranks pass all data, and rank 0 draws the order. There are two
         exceptions: a loader with a ``DistributedSampler``, and a stream, of which each rank must read other
         rows. The batch size of these is that of one rank. The parts of a stream may differ in length.
-    :param num_data: the number N of rows of a stream that has no length.
+    :param num_data: the number N of rows of a stream that has no length and no attribute ``num_data``.
     :param steps_per_epoch: the number of steps in an epoch of a stream; by default an epoch is one pass over
         it. The next epoch continues where the last one ended, and a stream that ends is read again. For an
         endless stream ``num_data`` is the N of the loss.
