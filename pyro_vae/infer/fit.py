@@ -9,7 +9,7 @@ from functools import wraps
 from inspect import signature
 from numbers import Real
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import pyro
@@ -19,6 +19,7 @@ from pyro.optim import Adam, PyroLRScheduler, PyroOptim
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_vae import html
 from pyro_vae.checkpoint import Checkpoints
 from pyro_vae.data.batches import (
     Batch,
@@ -56,6 +57,9 @@ from pyro_vae.pairs.structure import (
 )
 from pyro_vae.pairs.threads import training
 from pyro_vae.pairs.traces import Program, enough_memory
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -101,6 +105,23 @@ class History(WithParamStore):
         parts = {"train": last.train, "validation": last.validation}
         means = [f"{name}: {mean}" for name, mean in parts.items() if mean is not None]
         return "\n".join([f"{len(self.epochs)} epochs of {self.objective}, {self.bound}", *means])
+
+    def plot(self) -> "Axes":
+        """Plot the curves, see :func:`~pyro_vae.plots.plot_history`."""
+        from pyro_vae import plots  # matplotlib is imported when it is needed
+
+        return plots.plot_history(self.epochs, objective=self.objective)
+
+    def _repr_html_(self) -> str:
+        from pyro_vae import plots
+
+        best = self.best
+        return html.notebook(
+            html.paragraph(f"{len(self.epochs)} epochs of {self.objective}: {self.bound}"),
+            plots.embedded(self.plot(), "ELBO of each epoch"),
+            html.note(f"Means of the best epoch, {best.epoch}, in nats per datum, ± their standard error"),
+            best.to_html(self.objective),
+        )
 
 
 @contextmanager
