@@ -6,35 +6,44 @@ loaded from the network.
 """
 
 import base64
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jinja2 import Environment
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 GENERATOR = '<meta name="generator" content="pyro-vae">'  # shows that pyro_vae wrote the page
 
-# one template for each part
-_parts: Any = (
-    Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    .from_string(
-        """\
+
+def _unbroken(text: str) -> Markup:
+    """A text whose options, such as ``--out``, are not broken at the ends of lines."""
+    return Markup(re.sub(r"--\w[\w-]*", r'<span class="option">\g<0></span>', str(escape(text))))
+
+
+_environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+_environment.filters["unbroken"] = _unbroken
+_TEMPLATE = """\
 {% macro styles() %}
 <style>
   .pyro-vae { overflow-wrap: break-word }
   .pyro-vae .scroll { overflow-x: auto }
   .pyro-vae table { border-collapse: collapse; margin: .5rem 0; font-variant-numeric: tabular-nums }
-  .pyro-vae th, .pyro-vae td { text-align: left; vertical-align: top; padding: .3rem 1.5rem .3rem 0;
+  .pyro-vae th, .pyro-vae td { text-align: left; vertical-align: top; padding: .3rem 1.2rem .3rem 0;
     border-bottom: 1px solid rgba(128, 128, 128, .3) }
   .pyro-vae th { font-weight: 600 }
-  .pyro-vae .numbers th + th, .pyro-vae .numbers td + td { text-align: right; white-space: nowrap }
+  .pyro-vae .numbers tbody th { font-weight: 400 }
+  .pyro-vae .numbers td, .pyro-vae .numbers th + th { text-align: right; white-space: nowrap }
+  .pyro-vae .option { white-space: nowrap }
   .pyro-vae pre { font-size: .85em; line-height: 1.5; padding: .75rem 1rem; border-radius: 6px;
     overflow-x: auto; background: rgba(128, 128, 128, .12) }
   .pyro-vae pre.command { white-space: pre-wrap }
   .pyro-vae .warning { margin: 1rem 0; padding: .6rem 1rem; border-left: 4px solid #d97706;
     border-radius: 4px; background: rgba(217, 119, 6, .13) }
   .pyro-vae .note { opacity: .75; font-size: .9em }
-  .pyro-vae figure { margin: 1rem 0; max-width: 46rem }
+  .pyro-vae .pictures { display: grid; gap: 0 1.5rem;
+    grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)) }
+  .pyro-vae figure { margin: 1rem 0 }
   .pyro-vae img { max-width: 100%; box-sizing: border-box; padding: .5rem; border-radius: 6px;
     background: #fff; border: 1px solid rgba(128, 128, 128, .3) }
   .pyro-vae figcaption { opacity: .75; font-size: .9em }
@@ -56,10 +65,10 @@ _parts: Any = (
   :root { color-scheme: light dark; --ink: #1f2328; --paper: #fff; --link: #0550ae }
   @media (prefers-color-scheme: dark) { :root { --ink: #dfe3e8; --paper: #16191d; --link: #7db7ff } }
   body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-    max-width: 60rem; margin: 2rem auto 4rem; padding: 0 1rem }
+    max-width: 70rem; margin: 2rem auto 4rem; padding: 0 1rem }
   h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 }
   h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem }
-  p { max-width: 46rem }
+  p, .warning { max-width: 46rem }
   a { color: var(--link) }
   @media (prefers-color-scheme: dark) { .pyro-vae img { filter: brightness(.92) } }
 </style>
@@ -109,11 +118,11 @@ _parts: Any = (
 {% endmacro %}
 
 {% macro warning(remedy, cause) %}
-<div class="warning"><strong>{{ remedy }}</strong><br>{{ cause }}</div>
+<div class="warning"><strong>{{ remedy | unbroken }}</strong><br>{{ cause | unbroken }}</div>
 {% endmacro %}
 
 {% macro pre(text, kind) %}
-<pre{% if kind %} class="{{ kind }}"{% endif %}>{{ text }}</pre>
+<pre{% if kind %} class="{{ kind }}"{% endif %}>{{ text | unbroken }}</pre>
 {% endmacro %}
 
 {% macro picture(src, name, caption) %}
@@ -122,6 +131,14 @@ _parts: Any = (
 <figcaption>{{ caption }}</figcaption>
 {% endif %}
 </figure>
+{% endmacro %}
+
+{% macro pictures(parts) %}
+<div class="pictures">
+{% for part in parts %}
+{{ part }}
+{% endfor %}
+</div>
 {% endmacro %}
 
 {% macro link(target, text) %}<a href="{{ target }}">{{ text }}</a>{% endmacro %}
@@ -134,9 +151,7 @@ _parts: Any = (
 </details>
 {% endmacro %}
 """
-    )
-    .make_module({"generator": Markup(GENERATOR)})
-)
+_parts: Any = _environment.from_string(_TEMPLATE).make_module({"generator": Markup(GENERATOR)})
 
 
 def page(title: str, *parts: Markup, policy: str = "") -> str:
@@ -194,6 +209,11 @@ def picture(src: str, name: str, caption: str = "") -> Markup:
     :param src: its URL, relative or from :func:`data_url`.
     """
     return _parts.picture(src, name, caption)
+
+
+def pictures(*parts: Markup) -> Markup:
+    """Pictures in columns, as many as the page is wide enough for."""
+    return _parts.pictures(parts)
 
 
 def link(target: str, text: str) -> Markup:

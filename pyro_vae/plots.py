@@ -20,23 +20,24 @@ from PIL import Image
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyro_vae import html
+from pyro_vae.html import data_url, page, picture
 
 if TYPE_CHECKING:  # the results and pairs below this layer draw themselves with this module
-    from pyro_vae.diagnostics import Diagnosis
-    from pyro_vae.evidence import Evidence
-    from pyro_vae.infer import Epoch
+    from pyro_vae.diagnostics.report import Diagnosis
+    from pyro_vae.evidence.result import Evidence
+    from pyro_vae.infer.resume import Epoch
     from pyro_vae.pairs.elbo import MeanElbo
     from pyro_vae.vae import VAE
 
 # ten colours that stay distinct with colour-blindness (Petroff 2021, arXiv:2107.02270)
 COLOURS: tuple[str, ...] = tuple(plt.style.library["petroff10"]["axes.prop_cycle"].by_key()["color"])
 BLUE, RED, GREY = COLOURS[0], COLOURS[2], COLOURS[3]
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # settings of matplotlib
     "axes.prop_cycle": plt.style.library["petroff10"]["axes.prop_cycle"],
     "figure.figsize": (5.5, 3.6),  # scaled to a column of 3.3 inches, the font is 6.6 points high
     "figure.constrained_layout.use": True,
     "savefig.dpi": 200,
+    "savefig.bbox": "tight",
     "font.size": 11,
     "axes.titlesize": 11,
     "legend.fontsize": 10,
@@ -74,7 +75,7 @@ def embedded(drawn: Axes | Figure, name: str, caption: str = "") -> Markup:
     figure, buffer = drawn if isinstance(drawn, Figure) else figure_of(drawn), io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
-    return html.picture(html.data_url(buffer.getvalue()), name, caption)
+    return picture(data_url(buffer.getvalue()), name, caption)
 
 
 def _new_axes(width: float = 5.5, height: float = 3.6) -> Axes:
@@ -98,12 +99,12 @@ def plot_history(epochs: "Sequence[Epoch]", ax: Axes | None = None, *, objective
         numbers, values = [epoch.epoch for epoch in epochs], np.array([mean.objective for mean in means])
         elbos = np.array([mean.elbo for mean in means])
         label = f"{part}, {objective}" if has_bound else part
+        if part == "held out":
+            label += _mark_best(ax, numbers, values, colour)
+            _cut_off_start(ax, elbos)
         ax.plot(numbers, values, label=label, color=colour, marker=marker)
         if has_bound:
             ax.plot(numbers, elbos, label=f"{part}, ELBO", color=colour, marker=marker, linestyle="--")
-        if part == "held out":
-            _mark_best(ax, numbers, values, colour)
-            _cut_off_start(ax, elbos)
     ylabel, title = "ELBO (nats per datum)", "Evidence lower bound"
     if has_bound:
         ylabel, title = "nats per datum", "Objective and evidence lower bound"
@@ -113,13 +114,14 @@ def plot_history(epochs: "Sequence[Epoch]", ax: Axes | None = None, *, objective
     return ax
 
 
-def _mark_best(ax: Axes, numbers: Sequence[int], values: np.ndarray, colour: str) -> None:
-    """A ring around the highest value, with its epoch in the legend."""
-    if np.isfinite(values).any():
-        best = int(np.nanargmax(values))
-        label = f"best: {values[best]:.2f} in epoch {numbers[best]}"
-        ring = {"marker": "o", "s": 70, "facecolors": "none", "edgecolors": colour, "linewidths": 1.8}
-        ax.scatter(numbers[best], values[best], label=label, zorder=3, **ring)
+def _mark_best(ax: Axes, numbers: Sequence[int], values: np.ndarray, colour: str) -> str:
+    """A ring around the highest value. Returns text for the legend, empty if there is no finite value."""
+    if not np.isfinite(values).any():
+        return ""
+    best = int(np.nanargmax(values))
+    ring: dict[str, Any] = {"marker": "o", "s": 70, "facecolors": "none", "linewidths": 1.8, "zorder": 3}
+    ax.scatter(numbers[best], values[best], edgecolors=colour, **ring)
+    return f", best {values[best]:.2f} in epoch {numbers[best]}"
 
 
 def _cut_off_start(ax: Axes, *curves: np.ndarray) -> None:
@@ -144,8 +146,8 @@ def plot_runs(runs: "Mapping[str, Sequence[Epoch]]", ax: Axes | None = None) -> 
         part = "" if epochs[0].validation else " (training data)"
         marker = "o" if len(epochs) < 10 else None
         colour = COLOURS[i % len(COLOURS)]
-        ax.plot(numbers, elbos, label=f"{name}{part}", color=colour, marker=marker)
-        _mark_best(ax, numbers, elbos, colour)
+        best = _mark_best(ax, numbers, elbos, colour)
+        ax.plot(numbers, elbos, label=f"{name}{part}{best}", color=colour, marker=marker)
         curves.append(elbos)
     _cut_off_start(ax, *curves)
     ax.set(xlabel="epoch", ylabel="ELBO (nats per datum)", title="ELBO of held-out data")
@@ -373,11 +375,12 @@ def plot_latent(
     z = points[:, plane].cpu().numpy()
     ax = ax or _new_axes(5.5, 4.8)
     for label, (rows, colour) in _by_label(labels, len(x)).items():
-        ax.scatter(z[rows, 0], z[rows, 1], s=8, alpha=0.7, label=label, color=colour, linewidths=0)
+        ax.scatter(z[rows, 0], z[rows, 1], s=14, alpha=0.85, label=label, color=colour, linewidths=0)
     if labels is not None:
         ax.legend(title="label", markerscale=2, bbox_to_anchor=(1, 1), loc="upper left")
     xlabel, ylabel = (f"$z_{{{dim + 1}}}$" for dim in plane)
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=f"{kind} of q(z|x), held-out data", aspect="equal")
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=f"{kind} of q(z|x), held-out data")
+    ax.set_aspect("equal", adjustable="datalim")
     return ax
 
 
@@ -418,10 +421,11 @@ _MAP_BODY = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).f
     touch-action: none; outline-offset: 4px; border: 1px solid rgba(128, 128, 128, .4) }
   #points { position: absolute; width: 100%; height: 100% }
   #cell { position: absolute; box-sizing: border-box; outline: 2px solid currentColor; pointer-events: none }
-  .map aside { flex: 0 0 14rem }
-  #image { display: block; width: 14rem; height: auto; image-rendering: pixelated;
+  .map aside { flex: 0 1 14rem; display: flex; flex-wrap: wrap; gap: 0 1rem; align-content: start }
+  .map aside p { margin: .6rem 0; flex: 1 1 9rem }
+  #image { width: min(14rem, 40vw); height: auto; align-self: start; image-rendering: pixelated;
     border: 1px solid rgba(128, 128, 128, .4) }
-  #where { font-variant-numeric: tabular-nums }
+  #where { white-space: pre; font-variant-numeric: tabular-nums }
   .key span { display: inline-block; margin: 0 1rem .2rem 0; white-space: nowrap }
   .key i { display: inline-block; width: .7em; height: .7em; margin-right: .4em; border-radius: 50% }
 </style>
@@ -502,8 +506,8 @@ def latent_map(
         index[rows] = i
     others = points.shape[1] - 2
     about = (
-        f"{kind} of q(z|x) of {len(x)} data. The image is E[x|z] at the centre of the marked cell: move the "
-        "pointer, or press the arrow keys."
+        f"{kind} of q(z|x) of {len(x)} data, with z{plane[0] + 1} horizontal and z{plane[1] + 1} vertical. "
+        "The image is E[x|z] at the centre of the marked cell: move the pointer, or press the arrow keys."
     )
     if others > 0:
         about += f" The other {others} dimensions of z are at their mean over these data."
@@ -524,11 +528,11 @@ def latent_map(
                 [round(a, 3), round(b, 3), i] for (a, b), i in zip(z.tolist(), index.tolist(), strict=True)
             ],
         },
-        sheet=html.data_url(_as_png(sheet)),
+        sheet=data_url(_as_png(sheet)),
         script=Markup(resources.files("pyro_vae").joinpath("latent_map.js").read_text("utf-8")),
     )
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    return html.page(title, Markup(body), policy=policy)
+    return page(title, Markup(body), policy=policy)
 
 
 def _as_png(image: np.ndarray) -> bytes:

@@ -15,8 +15,8 @@ from pyro.nn import PyroModule
 from pyro.params.param_store import normalize_param_name
 from torch import Tensor
 
-from pyro_vae import html
 from pyro_vae.conditionals import Conditional, masked
+from pyro_vae.html import details, notebook, pre, table
 from pyro_vae.nets import Part, num_inputs, value_if_missing
 
 
@@ -174,15 +174,15 @@ class VAE(Part):
             "decoder p(x|z)": self.model.decoder,
             "encoder q(z|x)": self.guide.encoder,
         }
-        return html.notebook(
-            html.table(
+        return notebook(
+            table(
                 [
                     (name, type(part).__name__, tuple(part.event_shape), f"{num_parameters(part):,}")
                     for name, part in parts.items()
                 ],
                 ("VAE", "family", "event shape", "parameters"),
             ),
-            html.details("modules", html.pre(repr(self))),
+            details("modules", pre(repr(self))),
         )
 
     def encode(self, x: Tensor, *given: Tensor, mask: Tensor | None = None) -> dist.TorchDistribution:

@@ -80,7 +80,7 @@ class RunComparison:
             *([] if self.same_data else [html.warning(_REMEDY, _CAUSE)]),
             html.paragraph(Markup("Reports: ") + Markup(", ").join(links)),
             html.section("Results", html.table(results, ("", *self.names)), html.note(_ABOUT)),
-            html.section("Training", *shown),
+            html.section("Training", html.pictures(*shown)),
             html.section(
                 "Settings that differ", html.table(settings, ("", *self.names)) if settings else none
             ),

@@ -85,14 +85,13 @@ def _parts(run: Run) -> Iterator[Markup]:
         if picture.stem in ("curve", "ess")
     ]
     if curves:
-        yield html.section("Training", *map(_picture, curves))
+        yield html.section("Training", html.pictures(*map(_picture, curves)))
     for kind, title in _TITLES.items():
-        newest, *earlier = results[kind] or [None]
-        if newest is not None and (parts := newest.parts(without=curves)):
-            yield html.section(title, *parts)
-        for result in earlier:
-            if parts := result.parts():
-                yield html.details(f"earlier: {result.folder.name}", *parts)
+        for i, result in enumerate(results[kind]):
+            if parts := result.parts(without=curves):
+                is_newest = i == 0
+                name = title if is_newest else f"earlier: {result.folder.name}"
+                yield html.section(name, *parts) if is_newest else html.details(name, *parts)
     yield html.section("What was trained", *_settings(run))
     yield html.section("Files", _files(run.path, results))
 
@@ -153,7 +152,7 @@ def _warnings(
             last = unreliable[-1]
             yield (
                 "Add --estimator ais to evaluate: it depends on the guide less.",
-                f"{last.method} has Pareto k above 0.7 for {last.k_share:.0%} of the data: the bound is "
+                f"For {last.k_share:.0%} of the data Pareto k is above 0.7 ({last.method}): the bound is "
                 "valid but loose, and its Monte Carlo error is not accurate.",
             )
 
@@ -272,13 +271,13 @@ class Estimate(NamedTuple):
     name: str
     method: str
     bound: str
+    k_share: float | None
     log_evidence: float
     mean_se: float
     noise: float
     ess: float
-    k_share: float | None
-    num_data: int
-    cost: int
+    num_data: float
+    cost: float
     seconds: float
 
     @property
@@ -331,7 +330,8 @@ class _Result(NamedTuple):
             )
             for file in maps
         ]
-        return parts + [_picture(file) for file in self.pictures() if file not in without]
+        pictures = [_picture(file) for file in self.pictures() if file not in without]
+        return [*parts, html.pictures(*pictures)] if pictures else parts
 
 
 def _results(run: Path) -> dict[str, list[_Result]]:
@@ -369,10 +369,9 @@ def _estimate(name: str, row: dict[str, Any]) -> Estimate:
             raise TypeError(f"{key} is not a number")
         return value
 
+    keys = ("log_evidence", "mean_se", "noise", "ess", "num_data", "cost", "seconds")
     share = None if row["pareto_k_above_0.7"] is None else number("pareto_k_above_0.7")
-    numbers = (number(key) for key in ("log_evidence", "mean_se", "noise", "ess"))
-    counts: Any = (number(key) for key in ("num_data", "cost", "seconds"))
-    return Estimate(name, str(row["method"]), str(row["bound"]), *numbers, share, *counts)
+    return Estimate(name, str(row["method"]), str(row["bound"]), share, *map(number, keys))
 
 
 def _estimates(estimates: Sequence[Estimate]) -> Iterator[Markup]:

@@ -96,9 +96,9 @@ class Calibration:
     @style()
     def plot(self) -> Figure:
         """Histograms of the ranks, each with the 99 % band of the counts of a calibrated guide."""
-        columns = min(4, len(self.statistics))
+        columns = min(2, len(self.statistics))
         rows = -(-len(self.statistics) // columns)
-        fig, axes = plt.subplots(rows, columns, figsize=(2.8 * columns, 2.2 * rows), squeeze=False)
+        fig, axes = plt.subplots(rows, columns, figsize=(2.75 * columns, 2.2 * rows), squeeze=False)
         n = len(self.ranks)
         expected, spread = n / _BINS, 2.58 * math.sqrt(n / _BINS * (1 - 1 / _BINS))
         for ax, name, ranks in zip(axes.flat, self.statistics, self.ranks.unbind(1), strict=False):

@@ -9,17 +9,19 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae import html, plots
 from pyro_vae.data.batches import Batch, fitting, slices
 from pyro_vae.diagnostics.drawing import draw_posteriors, draw_ranking
 from pyro_vae.diagnostics.families import UnknownFamily, as_gaussian, wasserstein
 from pyro_vae.diagnostics.gap import GapSplit, split_gap
 from pyro_vae.diagnostics.tables import over_data, table
 from pyro_vae.exact.grid import log_evidence_of, posterior_of
+from pyro_vae.html import note, notebook, plus_minus
+from pyro_vae.html import table as html_table
 from pyro_vae.numerics import covariance
 from pyro_vae.pairs.latents import inspect_latents
 from pyro_vae.pairs.preserve import read_whole, untouched
 from pyro_vae.pairs.traces import Program
+from pyro_vae.plots import embedded
 
 LEVELS = (0.5, 0.9, 0.95)
 _MAX_DRAWS = 2**21  # particles × data that are in memory at once
@@ -74,19 +76,17 @@ class Comparison:
         return table(f"{len(self.elbo)} data, means in nats per datum", self.rows())
 
     def _repr_html_(self) -> str:
-        return html.notebook(
-            html.note(
-                f"Means over {len(self.elbo)} data in nats per datum, ± their standard error over data"
-            ),
-            html.table(
+        return notebook(
+            note(f"Means over {len(self.elbo)} data in nats per datum, ± their standard error over data"),
+            html_table(
                 [
-                    (name, html.plus_minus(mean, error, 4))
+                    (name, plus_minus(mean, error, 4))
                     for name, (mean, error) in self.rows().items()
                     if not math.isnan(mean)
                 ],
                 ("", "mean"),
             ),
-            plots.embedded(self.plot(), "exact posterior and guide"),
+            embedded(self.plot(), "exact posterior and guide"),
         )
 
     def plot(self, num_data: int = 4) -> Figure:
@@ -123,13 +123,13 @@ class GuideComparison:
 
     def _repr_html_(self) -> str:
         rows = [
-            (key, *("–" if math.isnan(mean) else html.plus_minus(mean, error, 4) for mean, error in cells))
+            (key, *("–" if math.isnan(mean) else plus_minus(mean, error, 4) for mean, error in cells))
             for key, cells in self.rows().items()
         ]
-        return html.notebook(
-            html.note("Means over data in nats per datum, ± their standard error over data"),
-            html.table(rows, ("", *self.comparisons)),
-            plots.embedded(self.plot(), "exact posterior, guides and gaps"),
+        return notebook(
+            note("Means over data in nats per datum, ± their standard error over data"),
+            html_table(rows, ("", *self.comparisons)),
+            embedded(self.plot(), "exact posterior, guides and gaps"),
         )
 
     def plot(self, num_data: int = 3) -> Figure:

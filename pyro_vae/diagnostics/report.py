@@ -10,12 +10,13 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from pyro_vae import html, plots
 from pyro_vae.diagnostics.calibration import Calibration, calibration
 from pyro_vae.diagnostics.usage import LatentUsage, latent_usage
 from pyro_vae.evidence import Evidence, elbo, importance
+from pyro_vae.html import notebook, plus_minus, table
 from pyro_vae.pairs.preserve import read_whole
 from pyro_vae.pairs.traces import Program
+from pyro_vae.plots import embedded, plot_pareto_k
 
 _NUMBERS = "elbo", "elbo_se", "importance", "importance_se", "pareto_k_median"  # of to_dict; may be NaN
 _JOINT_NOTES = (
@@ -103,10 +104,10 @@ class Diagnosis:
     def _repr_html_(self) -> str:
         pictures = []
         if self.pareto_k.isfinite().any():
-            pictures.append(plots.embedded(plots.plot_pareto_k(self.pareto_k), "Pareto k"))
+            pictures.append(embedded(plot_pareto_k(self.pareto_k), "Pareto k"))
         if self.calibration is not None:
-            pictures.append(plots.embedded(self.calibration.plot(), "calibration"))
-        return html.notebook(summary_table(self.to_dict()), *pictures)
+            pictures.append(embedded(self.calibration.plot(), "calibration"))
+        return notebook(summary_table(self.to_dict()), *pictures)
 
 
 def summary_table(record: Mapping[str, Any]) -> Markup:
@@ -118,10 +119,10 @@ def summary_table(record: Mapping[str, Any]) -> Markup:
     record = {key: math.nan if value is None and key in _NUMBERS else value for key, value in record.items()}
     gap = record["importance"] - record["elbo"]
     rows = [
-        ("ELBO", f"{html.plus_minus(record['elbo'], record['elbo_se'])} nats per datum"),
+        ("ELBO", f"{plus_minus(record['elbo'], record['elbo_se'])} nats per datum"),
         (
             f"IWAE-{record['num_particles']}",
-            f"{html.plus_minus(record['importance'], record['importance_se'])} nats per datum: a tighter "
+            f"{plus_minus(record['importance'], record['importance_se'])} nats per datum: a tighter "
             "lower bound of log p(x)",
         ),
         ("KL(q‖p)", f"{gap:.2f} nats per datum, or more"),
@@ -151,7 +152,7 @@ def summary_table(record: Mapping[str, Any]) -> Markup:
                 else "not rejected at the 1 % level on simulated data",
             )
         )
-    return html.table([*rows, *(("note", note) for note in record["notes"])])
+    return table([*rows, *(("note", note) for note in record["notes"])])
 
 
 def diagnose(

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyro_vae import html
+from pyro_vae.html import notebook, paragraph, table
 from pyro_vae.numerics import is_reliable
 
 Bound = Literal["lower", "upper", "none"]
@@ -123,7 +123,7 @@ class Evidence:
         return "\n".join(lines + [f"{key} {text}" for key, text in rows.items()])
 
     def _repr_html_(self) -> str:
-        return html.notebook(html.table(self.rows().items()))
+        return notebook(table(self.rows().items()))
 
 
 def _mean_se(values: Tensor) -> float:
@@ -178,8 +178,8 @@ class Sandwich:
 
     def _repr_html_(self) -> str:
         gap, *_ = str(self).splitlines()
-        parts = (html.table(bound.rows().items()) for bound in (self.lower, self.upper))
-        return html.notebook(html.paragraph(gap), *parts)
+        parts = (table(bound.rows().items()) for bound in (self.lower, self.upper))
+        return notebook(paragraph(gap), *parts)
 
 
 def _plus_minus(error: float) -> str:

@@ -19,7 +19,6 @@ from pyro.optim import Adam, PyroLRScheduler, PyroOptim
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae import html
 from pyro_vae.checkpoint import Checkpoints
 from pyro_vae.data.batches import (
     Batch,
@@ -32,6 +31,7 @@ from pyro_vae.data.batches import (
     fitting,
 )
 from pyro_vae.data.datasets import Data
+from pyro_vae.html import note, notebook, paragraph
 from pyro_vae.infer.aggressive import AggressiveInference
 from pyro_vae.infer.distributed import Group
 from pyro_vae.infer.early_stopping import EarlyStopping, PairState
@@ -108,18 +108,18 @@ class History(WithParamStore):
 
     def plot(self) -> "Axes":
         """Plot the curves, see :func:`~pyro_vae.plots.plot_history`."""
-        from pyro_vae import plots  # matplotlib is imported when it is needed
+        from pyro_vae.plots import plot_history  # matplotlib is imported when it is needed
 
-        return plots.plot_history(self.epochs, objective=self.objective)
+        return plot_history(self.epochs, objective=self.objective)
 
     def _repr_html_(self) -> str:
-        from pyro_vae import plots
+        from pyro_vae.plots import embedded
 
         best = self.best
-        return html.notebook(
-            html.paragraph(f"{len(self.epochs)} epochs of {self.objective}: {self.bound}"),
-            plots.embedded(self.plot(), "ELBO of each epoch"),
-            html.note(f"Means of the best epoch, {best.epoch}, in nats per datum, ± their standard error"),
+        return notebook(
+            paragraph(f"{len(self.epochs)} epochs of {self.objective}: {self.bound}"),
+            embedded(self.plot(), "ELBO of each epoch"),
+            note(f"Means of the best epoch, {best.epoch}, in nats per datum, ± their standard error"),
             best.to_html(self.objective),
         )
 

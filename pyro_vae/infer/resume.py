@@ -15,9 +15,9 @@ import pyro
 import torch
 from markupsafe import Markup
 
-from pyro_vae import html
 from pyro_vae.checkpoint import Checkpoints, MismatchError, copy_all, read_checkpoint
 from pyro_vae.data.batches import Batch, Batches, Streamed
+from pyro_vae.html import plus_minus, table
 from pyro_vae.infer.distributed import Group
 from pyro_vae.infer.early_stopping import EarlyStopping
 from pyro_vae.infer.minibatch import MinibatchSVI
@@ -62,11 +62,11 @@ class Epoch(NamedTuple):
         rows = []
         for name, mean in (("held out", self.validation), ("train", self.train)):
             if mean is not None:
-                bound = () if mean.bound is None else (html.plus_minus(mean.bound, mean.bound_se),)
-                elbo = html.plus_minus(mean.elbo, mean.elbo_se)
+                bound = () if mean.bound is None else (plus_minus(mean.bound, mean.bound_se),)
+                elbo = plus_minus(mean.elbo, mean.elbo_se)
                 rows.append((name, *bound, elbo, f"{mean.reconstruction:.2f}", f"{mean.kl:.2f}"))
         names = () if self.train.bound is None else (objective,)
-        return html.table(rows, ("", *names, "ELBO", "reconstruction", "KL"))
+        return table(rows, ("", *names, "ELBO", "reconstruction", "KL"))
 
     @classmethod
     def of(cls, record: Any) -> "Epoch":
