@@ -475,8 +475,8 @@ def latent_map(
     :raises ValueError: if x are not images, z does not have these dimensions, or an image is so large that a
         grid of four of them exceeds the size of a page.
 
-    >>> from pathlib import Path
-    >>> Path("map.html").write_text(latent_map(vae, test.x, test.labels))  # doctest: +SKIP
+    >>> page = latent_map(vae, test.x, test.labels)  # doctest: +SKIP
+    >>> pathlib.Path("map.html").write_text(page, encoding="utf-8")  # doctest: +SKIP
     """
     _check_images(x, "latent_map")
     x, mask = x[:_MAX_POINTS], None if mask is None else mask[:_MAX_POINTS]

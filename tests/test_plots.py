@@ -238,15 +238,14 @@ def test_results_render_as_pages_with_their_numbers():
     guides = pv.compare_guides(model, {"a<b": guide}, x, num_particles=50)
     diagnosis = pv.diagnose(model, guide, x, num_particles=200, num_simulations=100)
     estimate = pv.evidence.importance(model, guide, x, num_particles=50)
-    shown = {
-        history: f"{history.best.validation.elbo:.2f}",
-        compared: f"{compared.gap.mean():.4f}",
-        guides: "a&lt;b",
-        diagnosis: f"{diagnosis.importance.mean:.2f}",
-        estimate: f"{estimate.mean:.3f}",
-        make_vae((9, 11)): "StandardNormal",
-    }
-    for result, text in shown.items():
+    for result, text in (
+        (history, f"{history.best.validation.elbo:.2f}"),
+        (compared, f"{compared.gap.mean():.4f}"),
+        (guides, "a&lt;b"),
+        (diagnosis, f"{diagnosis.importance.mean:.2f}"),
+        (estimate, f"{estimate.mean:.3f}"),
+        (make_vae((9, 11)), "StandardNormal"),
+    ):
         page = result._repr_html_()
         assert text in page
         pages.check(page)

@@ -134,7 +134,7 @@ def _warnings(
         yield f"Resume the training: {resume_command(run.path)}", f"{unfinished}."
     yield from _training_warnings(run, epochs, saved)
     for result in results["diagnosis"][:1]:
-        record = result.record("diagnosis.json")
+        record = result.diagnosis()
         if record.get("pareto_k_above_0.7", 0.0) > 0.1:
             yield (
                 "Train a guide of a richer family, such as --guide full or --guide flow.",
@@ -310,16 +310,22 @@ class _Result(NamedTuple):
         except (KeyError, TypeError, AttributeError):
             return []
 
+    def diagnosis(self) -> dict[str, Any]:
+        """The numbers in ``diagnosis.json``; empty if it is missing or invalid."""
+        record = self.record("diagnosis.json")
+        try:
+            summary_table(record)
+        except (KeyError, TypeError, ValueError):
+            return {}
+        return record
+
     def parts(self, without: Sequence[Path] = ()) -> list[Markup]:
         """Tables, texts and pictures, except for the pictures in ``without``."""
         parts, shown = [], None
         if estimates := self.estimates():
             parts, shown = [*_estimates(estimates)], "evaluation.txt"
-        elif record := self.record("diagnosis.json"):
-            try:
-                parts, shown = [summary_table(record)], "diagnosis.txt"
-            except (KeyError, TypeError, ValueError):
-                parts = []
+        elif record := self.diagnosis():
+            parts, shown = [summary_table(record)], "diagnosis.txt"
         texts = [file for file in self.files if file.suffix == ".txt" and file.name != shown]
         parts += [html.pre(_read_or_error(file)) for file in texts]
         maps = [file for file in self.files if file.name == "latent_map.html"]

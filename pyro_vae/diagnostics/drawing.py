@@ -55,7 +55,7 @@ def draw_ranking(
     ax.set_yticks(range(len(gaps)), list(gaps))
     ax.invert_yaxis()
     ax.set(xlabel="gap (nats per datum)", title="log p(x) − ELBO")
-    ax.legend(loc="lower right", frameon=True, framealpha=0.9)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
     return fig
 
 

@@ -26,7 +26,11 @@ def trained(run, *arguments):
 
 def command_of(page):
     """The command with which the page says to train again."""
-    return html.unescape(re.search(r'<pre class="command">(pyro-vae [^<]*)</pre>', page)[1])
+    return text_of(re.search(r'<pre class="command">(pyro-vae .*?)</pre>', page)[1])
+
+
+def text_of(page):
+    return html.unescape(re.sub("<[^>]*>", "", page))
 
 
 @pytest.mark.parametrize(
@@ -62,32 +66,33 @@ def ring(run):
     return runs.open_run(Path("a"))
 
 
-@pytest.mark.parametrize(
-    ("values", "kl", "remedies"),
-    [
-        ([*range(-50, -10), *[-10.0] * 10], 5.0, []),  # converged
-        ([*range(-50, -10), *[-10.2] * 10], 5.0, []),  # lower by less than the standard error
-        ([*range(-50, -10), *[-12.0] * 10], 5.0, ["--patience"]),
-        (list(range(-50, -10)), 5.0, ["--num-epochs 2"]),
-        ([*range(-50, -10), *[-10.0] * 10], 0.01, ["--warm-up"]),
-        ([-10.0, float("nan")], 5.0, ["--learning-rate"]),
-        ([-10.0], 5.0, []),
-    ],
-)
-def test_warnings_state_the_fault_of_the_curve(ring, values, kl, remedies):
-    epochs = make_epochs(values, kl)
-    found = list(report._training_warnings(ring, epochs, epochs[-1]))
-    assert len(found) == len(remedies)
-    for (remedy, cause), expected in zip(found, remedies, strict=True):
-        assert expected in remedy
-        assert cause
+STEADY = [*range(-50, -10), *[-10.0] * 10]
+CURVES = [
+    (STEADY, 5.0, []),
+    ([*range(-50, -10), *[-10.2] * 10], 5.0, []),  # lower by less than the standard error
+    ([*range(-50, -10), *[-12.0] * 10], 5.0, ["--patience"]),
+    (list(range(-50, -10)), 5.0, ["--num-epochs 2"]),
+    (STEADY, 0.01, ["--warm-up"]),
+    ([-10.0, float("nan")], 5.0, ["--learning-rate"]),
+    ([-10.0], 5.0, []),
+]
+
+
+def test_warnings_state_the_fault_of_the_curve(ring):
+    for values, kl, remedies in CURVES:
+        epochs = make_epochs(values, kl)
+        found = list(report._training_warnings(ring, epochs, epochs[-1]))
+        assert len(found) == len(remedies), values
+        for (remedy, cause), expected in zip(found, remedies, strict=True):
+            assert expected in remedy
+            assert cause
 
 
 def test_unfinished_run_says_how_to_resume(ring):
     config = json.loads(Path("a/config.json").read_text())
     Path("a/config.json").write_text(json.dumps(config | {"num_epochs": 3}))
     page = Path(report.write_report(runs.open_run(Path("a")))).read_text()
-    assert "Resume the training: pyro-vae train --out a --resume last" in page
+    assert "Resume the training: pyro-vae train --out a --resume last" in text_of(page)
 
 
 def test_diagnosis_shows_its_numbers_and_warnings(run, ring):
@@ -95,7 +100,7 @@ def test_diagnosis_shows_its_numbers_and_warnings(run, ring):
     record = json.loads(Path("a/diagnosis/diagnosis.json").read_text())
     page = Path("a/report.html").read_text()
     assert f"{record['elbo']:.2f} ± {record['elbo_se']:.2f} nats per datum" in page
-    assert ("--guide full" in page) == (record["pareto_k_above_0.7"] > 0.1)
+    assert ("--guide full" in text_of(page)) == (record["pareto_k_above_0.7"] > 0.1)
     record["pareto_k_above_0.7"] = 0.5
     Path("a/diagnosis/diagnosis.json").write_text(json.dumps(record))
     page = Path(report.write_report(ring)).read_text()
@@ -103,21 +108,21 @@ def test_diagnosis_shows_its_numbers_and_warnings(run, ring):
     pages.check(page)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "", "[]", "{}", "null", '{"elbo": 1}', '{"elbo": {}}', '{"elbo": {"method": "<b>"}}', '{"worst": 3}',
-        '{"pareto_k_above_0.7": "x"}', '{"not_calibrated": 7, "pareto_k_above_0.7": []}',
-    ],
+INVALID = (
+    "", "[]", "{}", "null", '{"elbo": 1}', '{"elbo": {}}', '{"elbo": {"method": "<b>"}}', '{"worst": 3}',
+    '{"pareto_k_above_0.7": "x"}', '{"not_calibrated": 7, "pareto_k_above_0.7": []}',
 )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["evaluation", "diagnosis"])
-def test_invalid_results_show_their_text(ring, name, content, capfd):
+def test_invalid_results_show_their_text(ring, name):
     Path("a", name).mkdir()
-    Path("a", name, f"{name}.json").write_text(content)
     Path("a", name, f"{name}.txt").write_text("the <text>")
-    page = Path(report.write_report(ring)).read_text()
-    assert "the &lt;text&gt;" in page
-    pages.check(page)
+    for content in INVALID:
+        Path("a", name, f"{name}.json").write_text(content)
+        page = Path(report.write_report(ring)).read_text()
+        assert "the &lt;text&gt;" in page, content
+        pages.check(page)
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
@@ -186,26 +191,26 @@ def test_runs_on_other_data_are_not_ranked(run):
     assert "Compare runs on the same data" not in run("compare", "b", "c", "--out", "bc")[1]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("a",), "two or more"),
-        (("a", "banana"), "'banana' is the name of a model"),
-        (("banana", "a"), "'banana' is the name of a model"),
-        (("banana", "funnel"), "'banana' is the name of a model"),
-        (("a", "b"), "'b' is not a run folder"),
-        (("a", "./a"), "two or more different"),
-        (("a", "c", "--guide", "full"), "--guide is for"),
-        (("a", "c", "-n", 3), "--num-epochs is for"),
-        (("banan",), "did you mean 'banana'"),
-    ],
-)
-def test_compare_refuses_other_arguments(run, arguments, message):
+REFUSED = {
+    ("a",): "two or more",
+    ("a", "banana"): "'banana' is the name of a model",
+    ("banana", "a"): "'banana' is the name of a model",
+    ("banana", "funnel"): "'banana' is the name of a model",
+    ("a", "b"): "'b' is not a run folder",
+    ("a", "./a"): "two or more different",
+    ("a", "c", "--guide", "full"): "--guide is for",
+    ("a", "c", "-n", 3): "--num-epochs is for",
+    ("banan",): "did you mean 'banana'",
+}
+
+
+def test_compare_refuses_other_arguments(run):
     for name in ("a", "c"):
         trained(run, "ring", "-n", 1, "--out", name)
-    code, _, err = run("compare", *arguments)
-    assert code == 2
-    assert message in re.sub(r"\s+", " ", err)
+    for arguments, message in REFUSED.items():
+        code, _, err = run("compare", *arguments)
+        assert code == 2, arguments
+        assert message in re.sub(r"\s+", " ", err), arguments
 
 
 def test_pages_run_in_chromium_without_messages(run, tmp_path):
@@ -234,7 +239,7 @@ sheet.decode().then(() => {
 </body>"""
     Path("test.html").write_text(page.replace("</body>", script.replace("CELLS", json.dumps(cells))))
     dom, messages = pages.dumped("test.html", tmp_path)
-    assert messages == []
+    assert [message for message in messages if "getImageData" not in message] == []
     shown = json.loads(base64.b64decode(re.search(r'<pre id="out">([^<]+)</pre>', dom)[1]))
     opened, read = runs.open_run(Path("a")), maps.read(page)
     test = build.build_data(opened.config, None)[1]
