@@ -12,13 +12,16 @@ import pyro_vae
 PACKAGE = Path(pyro_vae.__file__).parent
 # A module imports from the rows above its own, and from the left of it in its row.
 LAYERS = (
-    # parts: distributions given something, and tools
-    ("files", "tree", "progress", "processes", "numerics", "nets", "conditionals", "priors", "flows"),
+    # parts: distributions given something; tools
+    (
+        *("files", "tree", "progress", "processes", "numerics", "html", "plots"),
+        *("nets", "conditionals", "priors", "flows"),
+    ),
     ("data",),  # what pairs are trained on
     ("pairs", "compiler"),  # reading any pair; steps as graphs
     ("vae", "exact"),  # programs
     ("checkpoint", "evidence", "infer", "diagnostics"),  # verbs on any pair
-    ("plots", "cli", "__main__"),  # figures and the command line
+    ("cli", "__main__"),  # the command line
 )
 PLACE = {name: (row, column) for row, names in enumerate(LAYERS) for column, name in enumerate(names)}
 

@@ -45,6 +45,7 @@ class Rung:
             "margin": estimate.margin(),
             "ess": estimate.ess.median().item(),
             "num_particles": estimate.num_particles,
+            "num_data": len(estimate.log_evidence),
             "pareto_k_above_0.7": None if k is None else (k > 0.7).double().mean().item(),
             "cost": estimate.cost,
             "seconds": self.seconds,

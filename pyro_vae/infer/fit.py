@@ -9,7 +9,7 @@ from functools import wraps
 from inspect import signature
 from numbers import Real
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import pyro
@@ -30,6 +30,7 @@ from pyro_vae.data.batches import (
     fitting,
 )
 from pyro_vae.data.datasets import Data
+from pyro_vae.html import note, notebook, paragraph
 from pyro_vae.infer.aggressive import AggressiveInference
 from pyro_vae.infer.early_stopping import EarlyStopping, PairState
 from pyro_vae.infer.evaluate import check_independent_rows, check_minibatch, evaluate_batches
@@ -57,6 +58,9 @@ from pyro_vae.pairs.threads import training
 from pyro_vae.pairs.traces import Program, enough_memory
 from pyro_vae.processes import Group
 from pyro_vae.progress import progress_bar
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -102,6 +106,23 @@ class History(WithParamStore):
         parts = {"train": last.train, "validation": last.validation}
         means = [f"{name}: {mean}" for name, mean in parts.items() if mean is not None]
         return "\n".join([f"{len(self.epochs)} epochs of {self.objective}, {self.bound}", *means])
+
+    def plot(self) -> "Axes":
+        """Plot the curves, see :func:`~pyro_vae.plots.plot_history`."""
+        from pyro_vae.plots import plot_history  # matplotlib is imported when it is needed
+
+        return plot_history(self.epochs, objective=self.objective)
+
+    def _repr_html_(self) -> str:
+        from pyro_vae.plots import embedded
+
+        best = self.best
+        return notebook(
+            paragraph(f"{len(self.epochs)} epochs of {self.objective}: {self.bound}"),
+            embedded(self.plot(), "ELBO of each epoch"),
+            note(f"Means of the best epoch, {best.epoch}, in nats per datum, ± their standard error"),
+            best.to_html(self.objective),
+        )
 
 
 @contextmanager

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
+from markupsafe import Markup
 
 from pyro_vae.checkpoint import Checkpoints, MismatchError, copy_all, read_checkpoint
 from pyro_vae.data.batches import Batch, Batches, Streamed
+from pyro_vae.html import plus_minus, table
 from pyro_vae.infer.early_stopping import EarlyStopping
 from pyro_vae.infer.minibatch import MinibatchSVI
 from pyro_vae.infer.signals import Interrupted, deferred, waiting
@@ -51,6 +53,20 @@ class Epoch(NamedTuple):
     validation: MeanElbo | None
     seconds: float
     mutual_information: float | None = None
+
+    def to_html(self, objective: str = "bound") -> Markup:
+        """The means of training and held-out data as a table for a page, see :mod:`pyro_vae.html`.
+
+        :param objective: the name of the bound of an objective other than the ELBO.
+        """
+        rows = []
+        for name, mean in (("held out", self.validation), ("train", self.train)):
+            if mean is not None:
+                bound = () if mean.bound is None else (plus_minus(mean.bound, mean.bound_se),)
+                elbo = plus_minus(mean.elbo, mean.elbo_se)
+                rows.append((name, *bound, elbo, f"{mean.reconstruction:.2f}", f"{mean.kl:.2f}"))
+        names = () if self.train.bound is None else (objective,)
+        return table(rows, ("", *names, "ELBO", "reconstruction", "KL"))
 
     @classmethod
     def of(cls, record: Any) -> "Epoch":
