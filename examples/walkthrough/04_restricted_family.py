@@ -130,13 +130,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("-n", "--num-epochs", type=int, default=3000)
     parser.add_argument("--out", default="04_restricted_family.png")
     parser.add_argument("--smoke-test", action="store_true", help="few epochs")
     args = parser.parse_args()
     mpl.use("Agg")
 
     pyro.set_rng_seed(0)
-    num_epochs = 20 if args.smoke_test else 3000
+    num_epochs = 20 if args.smoke_test else args.num_epochs
     x = exact.LinearGaussian(WEIGHT, noise_scale=0.4).sample(500)
     trained = {name: train_sigma(x, family, num_epochs) for name, family in FAMILIES.items()}
     sigmas = torch.linspace(0.1, 1.2, 2201, dtype=torch.double)
