@@ -31,6 +31,7 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 os.environ["COLUMNS"] = "100"  # of `pyro-vae --help`
 os.environ["PYRO_VAE_EXAMPLES"] = str(Path(__file__).parent.parent / "examples")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm draws its bars as text
 
 # reference
 autodoc_default_options = {"members": True, "member-order": "bysource"}
