@@ -84,7 +84,9 @@ if __name__ == "__main__":
     mpl.use("Agg")
 
     pyro.set_rng_seed(0)
-    num_epochs, rows, widths = (2, 3, WIDTHS[:2]) if args.smoke_test else (args.num_epochs, args.rows, args.widths)
+    num_epochs, rows, widths = args.num_epochs, args.rows, args.widths
+    if args.smoke_test:
+        num_epochs, rows, widths = 2, 3, WIDTHS[:2]
     train, test = pv.load("digits", binarize="threshold")
     model = train_model(train, num_epochs)
     sets = {"data it was trained on": train.fixed().x[:rows], "new data": test.fixed().x[:rows]}
