@@ -43,7 +43,7 @@ def evaluate(
     :param data: as for :func:`~pyro_vae.infer.fit`; stochastically binarized data are binarized once.
     :param loss: ``None`` or one of Pyro's losses that are ELBOs. With ``TraceEnum_ELBO`` enumerated sites are
         summed out; that loss is one number for a batch, so all data of a batch get its mean per datum. With
-        an objective of :mod:`pyro_vae.infer.objectives`, such as ``IWAE(50)``, the result also has its value
+        an objective of :mod:`pyro_vae.infer`, such as ``IWAE(50)``, the result also has its value
         for each datum, ``bound``.
     :param num_particles: draws of z for each datum; of an objective, evaluations over which its value is
         averaged.
