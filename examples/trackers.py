@@ -68,7 +68,7 @@ def main(args):
     options = {"validation": test, "num_epochs": 2 if args.smoke_test else 20, "tracker": tracker}
     steps_per_epoch = -(-len(train) // 100)
     for epoch in pv.train(vae.model, vae.guide, train, **options):
-        figure = plots.plot_samples(vae, 36)
+        figure = plots.plot_samples(vae, 36).figure
         tracker.figure("samples", figure, epoch.epoch * steps_per_epoch)
         plt.close(figure)
     tracker.close()

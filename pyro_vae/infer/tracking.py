@@ -37,7 +37,7 @@ class TensorBoard:
 
         tracker = infer.TensorBoard("runs/first")
         for epoch in pv.train(vae.model, vae.guide, train, tracker=tracker):
-            tracker.figure("samples", plots.plot_samples(vae), epoch.epoch)
+            tracker.figure("samples", plots.plot_samples(vae).figure, epoch.epoch)
         tracker.close()
 
     :raises ModuleNotFoundError: if the package ``tensorboard`` is missing.
