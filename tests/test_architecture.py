@@ -109,7 +109,12 @@ def test_public_names_are_there():
 
 
 @pytest.mark.parametrize(
-    "tool", [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",)], ids=" ".join
+    "tool",
+    [
+        pytest.param(("ruff", "check", "."), id="ruff check"),
+        pytest.param(("ruff", "format", "--check", "."), id="ruff format"),
+        pytest.param(("mypy",), id="mypy", marks=pytest.mark.slow),
+    ],
 )
 def test_tools_are_clean(tool):
     root = PACKAGE.parent

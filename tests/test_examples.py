@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").rglob("*.py"))
-FAST = {"custom_pair", "mnist", "own_data", "ring"}  # the others are slow
+FAST = {"custom_pair", "ring"}  # the others are slow
 
 
 @pytest.mark.parametrize(

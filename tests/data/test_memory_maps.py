@@ -247,7 +247,9 @@ FITS = {
 }
 
 
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "graph" else name for name in FITS]
+)
 def test_a_fit_on_a_memory_map_equals_the_fit_in_memory_bitwise(tmp_path, prefetch, name):
     convert, options = FITS[name]
     x, options = convert(data().numpy()), {"num_epochs": 3, "compile": False} | options

@@ -8,6 +8,7 @@ from tests.faults.processes import run_group
 from tests.support import ranks
 from tests.support.ranks import FORMS
 
+pytestmark = pytest.mark.slow
 SIZES = (2, 3)
 
 
@@ -78,7 +79,7 @@ def test_data_that_the_ranks_cannot_divide_raise(results, size, case):
         assert MESSAGES[case].format(rank=rank, size=size) in result["errors"][case]
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [1, 3])
 def test_a_fit_resumes_on_another_number_of_processes(tmp_path, size):
     """It continues after the last step, and says once that its random numbers are new."""
     assert run_group(2, ranks.begin, tmp_path)
