@@ -109,7 +109,7 @@ def plot_history(epochs: "Sequence[Epoch]", ax: Axes | None = None, *, objective
     if has_bound:
         ylabel, title = "nats per datum", "Objective and evidence lower bound"
     ax.set(xlabel="epoch", ylabel=ylabel, title=title)
-    ax.legend(loc="lower right")
+    ax.legend(loc="lower right", frameon=True, framealpha=0.8, edgecolor="none")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
@@ -151,7 +151,7 @@ def plot_runs(runs: "Mapping[str, Sequence[Epoch]]", ax: Axes | None = None) -> 
         curves.append(elbos)
     _cut_off_start(ax, *curves)
     ax.set(xlabel="epoch", ylabel="ELBO (nats per datum)", title="ELBO of held-out data")
-    ax.legend(loc="lower right")
+    ax.legend(loc="lower right", frameon=True, framealpha=0.8, edgecolor="none")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
