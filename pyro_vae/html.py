@@ -41,9 +41,8 @@ _TEMPLATE = """\
   .pyro-vae .warning { margin: 1rem 0; padding: .6rem 1rem; border-left: 4px solid #d97706;
     border-radius: 4px; background: rgba(217, 119, 6, .13) }
   .pyro-vae .note { opacity: .75; font-size: .9em }
-  .pyro-vae .pictures { display: grid; gap: 0 1.5rem;
-    grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)) }
-  .pyro-vae figure { margin: 1rem 0 }
+  .pyro-vae .pictures { columns: 28rem 2; column-gap: 1.5rem; margin-top: 1rem }
+  .pyro-vae figure { margin: 0 0 1.5rem; break-inside: avoid }
   .pyro-vae img { max-width: 100%; box-sizing: border-box; padding: .5rem; border-radius: 6px;
     background: #fff; border: 1px solid rgba(128, 128, 128, .3) }
   .pyro-vae figcaption { opacity: .75; font-size: .9em }

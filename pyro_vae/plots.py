@@ -109,7 +109,7 @@ def plot_history(epochs: "Sequence[Epoch]", ax: Axes | None = None, *, objective
     if has_bound:
         ylabel, title = "nats per datum", "Objective and evidence lower bound"
     ax.set(xlabel="epoch", ylabel=ylabel, title=title)
-    ax.legend(loc="lower right")
+    ax.legend(loc="lower right", frameon=True, framealpha=0.8, edgecolor="none")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
@@ -151,7 +151,7 @@ def plot_runs(runs: "Mapping[str, Sequence[Epoch]]", ax: Axes | None = None) -> 
         curves.append(elbos)
     _cut_off_start(ax, *curves)
     ax.set(xlabel="epoch", ylabel="ELBO (nats per datum)", title="ELBO of held-out data")
-    ax.legend(loc="lower right")
+    ax.legend(loc="lower right", frameon=True, framealpha=0.8, edgecolor="none")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
@@ -475,8 +475,17 @@ def latent_map(
     :raises ValueError: if x are not images, z does not have these dimensions, or an image is so large that a
         grid of four of them exceeds the size of a page.
 
-    >>> page = latent_map(vae, test.x, test.labels)  # doctest: +SKIP
-    >>> pathlib.Path("map.html").write_text(page, encoding="utf-8")  # doctest: +SKIP
+    >>> import pyro_vae as pv
+    >>> from pyro_vae import conditionals, nets, priors
+    >>> vae = pv.VAE(
+    ...     prior=priors.StandardNormal(2),
+    ...     decoder=conditionals.Bernoulli(nets.MLP(2, (50,)), event_shape=(8, 8)),
+    ...     encoder=conditionals.Normal(nets.MLP(64, (50,)), event_shape=2),
+    ... )
+    >>> _, test = pv.load("digits")
+    >>> page = latent_map(vae, test.x, test.labels)
+    >>> len(page) < 5e6  # write it to a file, such as map.html, and open that in a browser
+    True
     """
     _check_images(x, "latent_map")
     x, mask = x[:_MAX_POINTS], None if mask is None else mask[:_MAX_POINTS]
@@ -529,7 +538,7 @@ def latent_map(
             ],
         },
         sheet=data_url(_as_png(sheet)),
-        script=Markup(resources.files("pyro_vae").joinpath("latent_map.js").read_text("utf-8")),
+        script=Markup(resources.files("pyro_vae").joinpath("latent_map.js").read_text(encoding="utf-8")),
     )
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     return page(title, Markup(body), policy=policy)

@@ -13,12 +13,13 @@ from markupsafe import Markup
 
 from pyro_vae import html
 from pyro_vae.cli import output
-from pyro_vae.cli.build import Config
+from pyro_vae.cli.build import Config, build_loss
 from pyro_vae.cli.runs import RESULT_FOLDERS, Run, resume_command, train_command
 from pyro_vae.data.datasets import SOURCES
 from pyro_vae.diagnostics.report import summary_table
 from pyro_vae.files import is_file, is_folder, parse_json, read_bytes, write_whole
 from pyro_vae.infer import Epoch
+from pyro_vae.infer.losses import kind_of
 
 _TITLES = {
     "plots": "Pictures",
@@ -119,9 +120,12 @@ def _numbers(run: Run, epochs: Sequence[Epoch], saved: Epoch) -> Iterator[Markup
         if run.config.patience is None
         else f"Early stopping restored the parameters of epoch {saved.epoch} of {len(epochs)}."
     )
+    bound = ""
+    if saved.train.bound is not None:
+        bound = f"{run.config.bound_name()} is {kind_of(build_loss(run.config)).bound}. "
     yield html.note(
         "Means over data in nats per datum, ± their standard error. In expectation the ELBO, "
-        "reconstruction − KL, is a lower bound of log p(x). "
+        f"reconstruction − KL, is a lower bound of log p(x). {bound}"
         f"The training values are from the steps of the epoch. {which}"
     )
 
@@ -225,7 +229,8 @@ def _data(config: Config) -> str:
     """What the data are."""
     about = [config.dataset]
     if config.contents is None:
-        about.append(SOURCES.get(config.dataset, ""))  # type: ignore[call-overload]
+        source = SOURCES.get(config.dataset, "")  # type: ignore[call-overload]
+        about += [part for part in source.split("; ") if not part.startswith("DIR")]
     else:
         contents = config.contents
         about += [f"{key} {contents[key]}" for key in ("format", "shape", "kind") if contents.get(key)]

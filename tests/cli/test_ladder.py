@@ -86,6 +86,7 @@ def test_diagnose_prints_and_writes_the_diagnosis(run, trained, tmp_path):
     assert (tmp_path / "d" / "diagnosis.txt").read_text() in out
     assert {file.name for file in (tmp_path / "d").iterdir()} == {
         ".written.json",
+        "diagnosis.json",
         "diagnosis.txt",
         "pareto-k.png",
         "worst.png",
