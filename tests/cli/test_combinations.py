@@ -92,7 +92,7 @@ def test_each_family_trains_evaluates_and_is_plotted(name, guide, prior, likelih
     if "latent_map" in pictures:
         assert pictures.pop("latent_map")().startswith("<!doctype html>")
     for draw in [*pictures.values(), *plots.plot_diagnosis(diagnosis, x).values()]:
-        figure = draw()
+        figure = draw().figure  # of axes or of a figure
         grids = [ax.images[0].get_array() for ax in figure.axes if ax.images]
         for grid in grids:  # images of 8 × 8 pixels, with masked gaps between them
             num_pixels = int((~np.ma.getmaskarray(grid)).sum())
