@@ -15,6 +15,7 @@ from pyro.optim import Adam
 from pyro_vae import diagnostics, evidence, infer, plots
 from pyro_vae.cli import app, build, runs
 from pyro_vae.cli.defaults import DEFAULTS
+from tests.support import maps
 
 GUIDES, PRIORS, LIKELIHOODS = map(get_args, (app.Guide, app.Prior, app.Likelihood))
 COUNTS = ("poisson", "negative-binomial")
@@ -86,10 +87,13 @@ def test_pairwise_combinations_train_evaluate_and_plot(name, guide, prior, likel
     monkeypatch.setattr(plots, "plot_samples", lambda vae, given: plot_samples(vae, 4))
     monkeypatch.setattr(runs.Run, "history", lambda self: epochs)
     pictures = runs.pictures(runs.Run(tmp_path, config), pair, test)
-    expected = {"curve", "samples", "latent"} | ({"reconstructions"} if name == "digits" else set())
-    assert pictures.keys() - {"manifold"} == expected
+    of_images = {"reconstructions", "latent_map"} if name == "digits" else set()
+    assert pictures.keys() - {"manifold"} == {"curve", "samples", "latent"} | of_images
+    if of_images:
+        assert maps.read(pictures.pop("latent_map")()).sheet.shape[1:] == (320, 320)
     for draw in [*pictures.values(), *plots.plot_diagnosis(diagnosis, x).values()]:
-        figure = draw()
+        drawn = draw()
+        figure = drawn if isinstance(drawn, Figure) else plots.figure_of(drawn)
         grids = [ax.images[0].get_array() for ax in figure.axes if ax.images]
         for grid in grids:  # images of 8 × 8 pixels, with masked gaps between them
             num_pixels = int((~np.ma.getmaskarray(grid)).sum())
