@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pyro_vae.pairs import JointLogWeights, PairReport, check_pair, joint_log_weights, log_weights
     from pyro_vae.vae import VAE, Guide, Model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _SUBMODULE_OF = {

@@ -177,7 +177,7 @@ class LocationScale(Elementwise):
     :param min_scale: lower bound of σ unless σ is fixed, so that log p(y) ≤ −log min_scale + const for each
         element. Without this bound the density diverges as σ → 0 if the location equals y, which happens for
         a pixel with the same value in all images. Pass 0 for parameters that were trained without the bound,
-        see "Parameters trained elsewhere" in the README.
+        see "Parameters trained elsewhere" in the documentation.
     :param loc_constraint: constraint on the location. ``constraints.unit_interval`` applies a sigmoid, as
         Kingma & Welling (2013) do for Frey Face.
     :param standardize: for columns of y with different units, (y − m)/s. Location and scale, with ``scale``,

@@ -12,19 +12,24 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import pyro_vae
+
 ROOT = Path(__file__).parent.parent
 if not (ROOT / "pyproject.toml").is_file():
     pytest.skip(
         "these tests read pyproject.toml, and the package is installed without its sources",
         allow_module_level=True,
     )
+ROOT_FILES = "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "NOTICE"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def lower_bounds():
     """The versions that ``pyproject.toml`` gives after ``>=``, by name: a set, since extras may repeat a
-    requirement."""
-    extras = PROJECT["project"]["optional-dependencies"].values()
+    requirement. Those of the documentation and of the launchers, which are tried with the newest versions
+    only, are left out."""
+    optional = PROJECT["project"]["optional-dependencies"]
+    extras = [requirements for name, requirements in optional.items() if name not in ("docs", "launchers")]
     lines = [
         *PROJECT["build-system"]["requires"],
         *PROJECT["project"]["dependencies"],
@@ -48,7 +53,7 @@ def clone(tmp_path):
     """A copy of what is built, in a folder with the name of the package, as a clone may have."""
     folder = tmp_path / "pyro_vae"
     shutil.copytree(ROOT / "pyro_vae", folder / "pyro_vae", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "CHANGELOG.md"):
+    for name in ROOT_FILES:
         shutil.copy(ROOT / name, folder)
     return folder
 
@@ -67,11 +72,15 @@ def built(clone, kind):
 def test_wheel_and_sdist_hold_every_file_of_the_package(clone):
     files = {str(path.relative_to(clone)) for path in (clone / "pyro_vae").rglob("*") if path.is_file()}
     assert {"pyro_vae/data/digits.npz", "pyro_vae/py.typed"} < files
-    with zipfile.ZipFile(built(clone, "wheel")) as wheel:
+    wheel_path = built(clone, "wheel")
+    assert wheel_path.stat().st_size < 2_000_000
+    with zipfile.ZipFile(wheel_path) as wheel:
         assert {name for name in wheel.namelist() if ".dist-info/" not in name} == files
+        licences = {Path(name).name for name in wheel.namelist() if "/licenses/" in name}
+    assert licences == {"LICENSE", "NOTICE"}
     with tarfile.open(built(clone, "sdist")) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    assert files | {"pyproject.toml", "README.md", "CHANGELOG.md"} <= names
+    assert files | set(ROOT_FILES) <= names
 
 
 @pytest.mark.parametrize("place", ["the parent of the clone", "the clone", "another folder"])
@@ -97,4 +106,8 @@ def test_a_script_imports_an_editable_install(clone, place):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [PROJECT["project"]["version"], str(clone / "pyro_vae" / "__init__.py")]
+    assert done.stdout.split() == [pyro_vae.__version__, str(clone / "pyro_vae" / "__init__.py")]
+
+
+def test_the_version_of_a_wheel_is_that_of_the_package(clone):
+    assert built(clone, "wheel").name.startswith(f"pyro_vae-{pyro_vae.__version__}-")

@@ -120,9 +120,10 @@ def draw(x, trained, eigenvalues, norms):
     return fig
 
 
-def digits():
-    """All 1797 digits, grey values 0 … 16, centred and divided by a noise scale of √13.5."""
-    x = torch.cat([part.levels().x for part in pv.load("digits")]).flatten(1).double()
+def digits(rows=None):
+    """The 1797 digits or the first ``rows`` of them, grey values 0 … 16, centred and divided by √13.5, the
+    noise scale."""
+    x = torch.cat([part.levels().x for part in pv.load("digits")])[:rows].flatten(1).double()
     return (x - x.mean(0)) / 13.5**0.5
 
 
@@ -130,15 +131,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("-n", "--num-epochs", type=int, default=3000, help="of the linear VAE")
+    parser.add_argument("--rows", type=int, help="digits that the linear VAE is trained on; all by default")
     parser.add_argument("--out", default="04_restricted_family.png")
     parser.add_argument("--smoke-test", action="store_true", help="few epochs")
     args = parser.parse_args()
     mpl.use("Agg")
 
     pyro.set_rng_seed(0)
-    num_epochs = 20 if args.smoke_test else 3000
+    sigma_epochs, num_epochs = (20, 20) if args.smoke_test else (3000, args.num_epochs)
     x = exact.LinearGaussian(WEIGHT, noise_scale=0.4).sample(500)
-    trained = {name: train_sigma(x, family, num_epochs) for name, family in FAMILIES.items()}
+    trained = {name: train_sigma(x, family, sigma_epochs) for name, family in FAMILIES.items()}
     sigmas = torch.linspace(0.1, 1.2, 2201, dtype=torch.double)
     best = dict(zip(("full covariance", "mean-field"), curves(x, sigmas), strict=True))
     for name, sigma in trained.items():
@@ -148,7 +151,7 @@ if __name__ == "__main__":
             f"{highest:.4f}"
         )
 
-    x_digits = digits()
+    x_digits = digits(args.rows)
     eigenvalues = torch.linalg.eigvalsh(torch.cov(x_digits.mT, correction=0)).flip(0)
     norms = {beta: column_norms(train_linear(x_digits, beta, num_epochs)) for beta in BETAS}
     for beta, values in norms.items():

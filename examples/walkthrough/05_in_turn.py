@@ -98,12 +98,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--rounds", type=int, default=8, help="turns of 100 epochs of guide and of model")
     parser.add_argument("--out", default="05_in_turn.png")
     parser.add_argument("--smoke-test", action="store_true", help="few turns")
     args = parser.parse_args()
     mpl.use("Agg")
 
-    rounds = 1 if args.smoke_test else 8
+    rounds = 1 if args.smoke_test else args.rounds
     x, runs = digits(), {}
     best = exact.LinearGaussian.ppca(x, UNITS).log_evidence(x).mean().item()
     for name, turns in {"in turn": ["guide", "model"] * rounds, "at once": ["both"] * (2 * rounds)}.items():

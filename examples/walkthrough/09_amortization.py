@@ -75,13 +75,18 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("-n", "--num-epochs", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=50, help="data of each set to split the gap of")
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="hidden units of each encoder")
     parser.add_argument("--out", default="09_amortization.png")
     parser.add_argument("--smoke-test", action="store_true", help="few epochs, few data")
     args = parser.parse_args()
     mpl.use("Agg")
 
     pyro.set_rng_seed(0)
-    num_epochs, rows, widths = (2, 3, WIDTHS[:2]) if args.smoke_test else (200, 50, WIDTHS)
+    num_epochs, rows, widths = args.num_epochs, args.rows, args.widths
+    if args.smoke_test:
+        num_epochs, rows, widths = 2, 3, WIDTHS[:2]
     train, test = pv.load("digits", binarize="threshold")
     model = train_model(train, num_epochs)
     sets = {"data it was trained on": train.fixed().x[:rows], "new data": test.fixed().x[:rows]}

@@ -144,7 +144,12 @@ def _steps(path: Path) -> int:
 
 
 def read_checkpoint(path: Path) -> Any:
-    """The content of a checkpoint. Raises the errors of :func:`~pyro_vae.checkpoint.folder.read`."""
+    """The content of a checkpoint.
+
+    :raises FileNotFoundError: if nothing is stored at ``path``.
+    :raises ValueError: if a file is damaged or missing; ``MismatchError`` if a newer version of pyro_vae
+        wrote it.
+    """
     return read(path, _KIND)
 
 

@@ -493,13 +493,15 @@ def evaluate(
     """Estimate and bound log p(x) under the model of a run, in nats per datum. Writes a table and a picture
     of the estimators at increasing cost. The estimator elbo includes the bound that the run maximized, if it
     is another. The default output folder is the first unused one of RUN/evaluation, RUN/evaluation-2, … To
-    resume after an interruption, repeat the command."""
-    from pyro_vae import plots
+    resume after an interruption, repeat the command. Processes started by torchrun divide the data."""
+    from pyro_vae import infer, plots
     from pyro_vae.cli import build, ladder, report, runs
 
     names = options.comma_separated("--estimator", estimator, ladder.ESTIMATORS)
     opened = _open_run(run, pair)
-    folder = output.reserve_folder(context, out, run / "evaluation", overwrite, ignore=".evidence")
+    is_first = infer.rank_and_world_size()[0] == 0  # only rank 0 writes and prints
+    if is_first:
+        folder = output.reserve_folder(context, out, run / "evaluation", overwrite, ignore=".evidence")
     selected = build.select_rows(data, *build.build_data(opened.config, data_dir))
     resume_folder = opened.subpath(".evidence") if out is None else out / ".evidence"
     rungs = []
@@ -511,7 +513,9 @@ def evaluate(
     with (
         opened.loaded(*selected.arguments(slice(2))) as trained,
         options.threads(threads),
-        output.report_interruption(describe_saved),
+        infer.process_group("cpu"),
+        infer.across_processes(),
+        output.report_interruption(describe_saved, is_first),
     ):
         for rung in ladder.compute(
             trained,
@@ -525,7 +529,12 @@ def evaluate(
             resume_folder=resume_folder,
         ):
             rungs.append(rung)
-            output.print_progress(f"{rung.estimate.method}: {rung.estimate.mean:.3f}, {rung.seconds:.1f} s")
+            if is_first:
+                output.print_progress(
+                    f"{rung.estimate.method}: {rung.estimate.mean:.3f}, {rung.seconds:.1f} s"
+                )
+    if not is_first:
+        return
     by_estimator: dict[str, list[Evidence]] = {}
     for rung in rungs:
         by_estimator.setdefault(rung.estimator, []).append(rung.estimate)
@@ -560,8 +569,8 @@ def diagnose(
 ) -> None:
     """Diagnose the guide of a run. Writes a text, and pictures of Pareto k, of the data with the worst fit
     and of the calibration. The default output folder is the first unused one of RUN/diagnosis,
-    RUN/diagnosis-2, …"""
-    from pyro_vae import diagnostics, plots
+    RUN/diagnosis-2, … Processes started by torchrun divide the data."""
+    from pyro_vae import diagnostics, infer, plots
     from pyro_vae.cli import build, report, runs
 
     if 0 < num_simulations < 100:
@@ -569,12 +578,16 @@ def diagnose(
             f"--num-simulations: expected 100 or more, or 0 for no calibration, but got {num_simulations}"
         )
     opened = _open_run(run, pair)
-    folder = output.reserve_folder(context, out, run / "diagnosis", overwrite)
+    is_first = infer.rank_and_world_size()[0] == 0  # only rank 0 writes and prints
+    if is_first:
+        folder = output.reserve_folder(context, out, run / "diagnosis", overwrite)
     selected = build.select_rows(data, *build.build_data(opened.config, data_dir))
     with (
         opened.loaded(*selected.arguments(slice(2))) as trained,
         options.threads(threads),
-        output.report_interruption(_nothing_saved),
+        infer.process_group("cpu"),
+        infer.across_processes(),
+        output.report_interruption(_nothing_saved, is_first),
     ):
         diagnosis = diagnostics.diagnose(
             trained.model,
@@ -584,6 +597,8 @@ def diagnose(
             num_simulations=num_simulations,
             seed=seed,
         )
+    if not is_first:
+        return
     output.write_pictures(folder, plots.plot_diagnosis(diagnosis, selected.x), format)
     put(folder / "diagnosis.txt", f"{diagnosis}\n".encode())
     put(folder / "diagnosis.json", (json.dumps(runs.to_json(diagnosis.to_dict()), indent=2) + "\n").encode())

@@ -71,7 +71,7 @@ def split_gap(
 
     Let q* be the guide whose ELBO is the highest if each datum has separate parameters. The approximation gap
     is log p(x) minus the ELBO of q*, and the amortization gap is the rest. If the guide calls one conditional
-    of :mod:`pyro_vae` for each latent, these parameters are the outputs of its read-outs (the last layers,
+    of pyro_vae for each latent, these parameters are the outputs of its read-outs (the last layers,
     one for each parameter of the distribution). If the read-outs give location and scale, q* can be any
     diagonal Gaussian. For other guides, all parameters of the guide's distributions are separate. Whatever
     all data share does not change: a fixed, learned or isotropic scale, ``min_scale``, the networks of a

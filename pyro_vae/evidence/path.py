@@ -136,7 +136,7 @@ class Path:
         return Point(u, *self.graphs[key](*tensors))
 
     def constrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Map u to z, ``(chains, batch, dim)``, and log |dz/du|, ``(chains, batch)``."""
+        """Map u to z, ``(chains, batch, dim)``, and log det dz/du, ``(chains, batch)``."""
         z, log_scale = [], torch.zeros(u.shape[:-1], dtype=u.dtype, device=u.device)
         parts = u.split([shape.numel() for shape in self.shapes.values()], -1)
         for (name, shape), part in zip(self.shapes.items(), parts, strict=True):

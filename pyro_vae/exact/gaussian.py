@@ -77,7 +77,7 @@ class LinearGaussian(ExactModel):
         return dist.Normal(self._mean(x), self.precision.diagonal() ** -0.5).to_event(1)
 
     def mean_field_gap(self, x: Tensor) -> Tensor:
-        """KL(q‖p(z|x)) of :meth:`mean_field` in nats, ``(batch,)``: ½[Σ log Λⱼⱼ − log |Λ|], equal for all
+        """KL(q‖p(z|x)) of :meth:`mean_field` in nats, ``(batch,)``: ½[Σ log Λⱼⱼ − log det Λ], equal for all
         data."""
         return diagonal_gap(self.precision).expand(len(self.checked(x)))
 

@@ -320,7 +320,7 @@ class _Joint:
             return self.latents.log_joint(self.model, self.batch, z).double()
 
     def log_integrand(self, u: Tensor) -> Tensor:
-        """log p(x, z(u)) + log |dz/du| in unconstrained space. u: ``(batch, G, dim)`` → ``(batch, G)``."""
+        """log p(x, z(u)) + log det dz/du in unconstrained space. u: ``(batch, G, dim)`` → ``(batch, G)``."""
         u = u.movedim(1, 0)
         log_jacobian, z = torch.zeros((), dtype=u.dtype, device=u.device), []
         for name, _, part in self.latents.split(u):

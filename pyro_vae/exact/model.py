@@ -146,7 +146,7 @@ class ExactModel(nn.Module, ABC):
 def diagonal_gap(precision: Tensor) -> Tensor:
     """The smallest KL(q‖N(μ, Λ⁻¹)) of a Gaussian q with independent elements, in nats, ``()``.
 
-    It is ½[Σ log Λⱼⱼ − log |Λ|].
+    It is ½[Σ log Λⱼⱼ − log det Λ].
     """
     return 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision))
 

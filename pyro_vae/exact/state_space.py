@@ -104,7 +104,7 @@ class LinearGaussianStateSpace(ExactModel):
         return dist.MultivariateNormal(self._mean(x), precision_matrix=torch.block_diag(*self._blocks()))
 
     def mean_field_gap(self, x: Tensor) -> Tensor:
-        """KL(q‖p(z|x)) of :meth:`mean_field` in nats, ``(batch,)``: ½[Σ_t log |J_tt| − log |J|]."""
+        """KL(q‖p(z|x)) of :meth:`mean_field` in nats, ``(batch,)``: ½[Σ_t log det J_tt − log det J]."""
         gap = 0.5 * (torch.logdet(self._blocks()).sum() - torch.logdet(self.precision))
         return gap.expand(len(self.checked(x)))
 

@@ -356,7 +356,7 @@ class WakeSleep(Objective):
     """Wake-sleep (Hinton et al. 1995), in one step for model and guide:
 
     - wake: ∇θ log p(x, z), z ~ q(z|x)
-    - sleep: ∇φ log q(z'|x'), (x', z') ~ p(x, z)
+    - sleep: ``∇φ log q(z'|x')``, (x', z') ~ p(x, z)
 
     These are not gradients of one function. The reported value is the ELBO.
 
@@ -384,7 +384,7 @@ class ReweightedWakeSleep(Objective):
 
     - wake-θ: Σ_k w̃_k ∇θ log p(x, z_k), as in :class:`IWAE`
     - wake-φ: Σ_k w̃_k ∇φ log q(z_k|x), with a bias of O(1/K)
-    - sleep-φ: ∇φ log q(z'|x'), (x', z') ~ p(x, z)
+    - sleep-φ: ``∇φ log q(z'|x')``, (x', z') ~ p(x, z)
 
     with z_k ~ q(z|x) without reparameterization, and normalized weights w̃. It suits discrete latents. The
     reported value is the importance-weighted bound.

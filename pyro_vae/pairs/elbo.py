@@ -58,7 +58,7 @@ class ElboTerms(NamedTuple):
     - elbo = reconstruction − kl
     - reconstruction: log p(x|z)
     - kl: log q(z|x) − log p(z)
-    - bound: the value of an objective other than the ELBO, see :mod:`pyro_vae.infer.objectives`, else ``nan``
+    - bound: the value of an objective other than the ELBO, see :mod:`pyro_vae.infer`, else ``nan``
     - ess: effective sample size of its K weights, else ``nan``
     """
 

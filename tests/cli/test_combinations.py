@@ -1,4 +1,4 @@
-"""All combinations of guides, priors and likelihoods of the command line."""
+"""Guides, priors and likelihoods of the command line: each of them, and each pair."""
 
 import itertools
 from pathlib import Path
@@ -15,7 +15,6 @@ from pyro.optim import Adam
 from pyro_vae import diagnostics, evidence, infer, plots
 from pyro_vae.cli import app, build, runs
 from pyro_vae.cli.defaults import DEFAULTS
-from tests.support import maps
 
 GUIDES, PRIORS, LIKELIHOODS = map(get_args, (app.Guide, app.Prior, app.Likelihood))
 COUNTS = ("poisson", "negative-binomial")
@@ -24,10 +23,11 @@ LIKELIHOODS_OF = {
     "ring": ("normal", "laplace", "student-t"),
 }
 INVALID = [("ring", likelihood) for likelihood in LIKELIHOODS if likelihood not in LIKELIHOODS_OF["ring"]]
-ALL = [
-    (name, *families)
+# each family occurs at least once
+EACH = [
+    (name, *(of[i % len(of)] for of in (GUIDES, PRIORS, likelihoods)))
     for name, likelihoods in LIKELIHOODS_OF.items()
-    for families in itertools.product(GUIDES, PRIORS, likelihoods)
+    for i in range(max(map(len, (GUIDES, PRIORS, likelihoods))))
 ]
 # each pair of two families occurs at least once
 PAIRWISE = [
@@ -49,8 +49,8 @@ def test_pairwise_combinations_cover_each_pair_of_families():
             )
 
 
-@pytest.mark.parametrize(("name", "guide", "prior", "likelihood"), PAIRWISE)
-def test_pairwise_combinations_train_evaluate_and_plot(name, guide, prior, likelihood, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "guide", "prior", "likelihood"), EACH)
+def test_each_family_trains_evaluates_and_is_plotted(name, guide, prior, likelihood, tmp_path, monkeypatch):
     """At the default latent dimension, on 100 data."""
     monkeypatch.setattr(build, "PSEUDO_INPUTS", 5)
     families = {"guide": guide, "prior": prior, "likelihood": likelihood, "hidden": (20,)}
@@ -87,13 +87,12 @@ def test_pairwise_combinations_train_evaluate_and_plot(name, guide, prior, likel
     monkeypatch.setattr(plots, "plot_samples", lambda vae, given: plot_samples(vae, 4))
     monkeypatch.setattr(runs.Run, "history", lambda self: epochs)
     pictures = runs.pictures(runs.Run(tmp_path, config), pair, test)
-    of_images = {"reconstructions", "latent_map"} if name == "digits" else set()
-    assert pictures.keys() - {"manifold"} == {"curve", "samples", "latent"} | of_images
-    if of_images:
-        assert maps.read(pictures.pop("latent_map")()).sheet.shape[1:] == (320, 320)
+    expected = {"curve", "samples", "latent"} | ({"reconstructions"} if name == "digits" else set())
+    assert pictures.keys() - {"manifold", "latent_map"} == expected
+    if "latent_map" in pictures:
+        assert pictures.pop("latent_map")().startswith("<!doctype html>")
     for draw in [*pictures.values(), *plots.plot_diagnosis(diagnosis, x).values()]:
-        drawn = draw()
-        figure = drawn if isinstance(drawn, Figure) else plots.figure_of(drawn)
+        figure = draw().figure  # of axes or of a figure
         grids = [ax.images[0].get_array() for ax in figure.axes if ax.images]
         for grid in grids:  # images of 8 × 8 pixels, with masked gaps between them
             num_pixels = int((~np.ma.getmaskarray(grid)).sum())
@@ -103,8 +102,10 @@ def test_pairwise_combinations_train_evaluate_and_plot(name, guide, prior, likel
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "guide", "prior", "likelihood"), ALL)
-def test_all_combinations_pass_all_commands_without_warning(run, name, guide, prior, likelihood, monkeypatch):
+@pytest.mark.parametrize(("name", "guide", "prior", "likelihood"), PAIRWISE)
+def test_pairwise_combinations_pass_all_commands_without_warning(
+    run, name, guide, prior, likelihood, monkeypatch
+):
     monkeypatch.setattr(build, "PSEUDO_INPUTS", 20)  # for speed: VampPrior runs the guide on each
     savefig = Figure.savefig
     monkeypatch.setattr(
