@@ -56,7 +56,7 @@ def test_every_command_is_on_the_page_of_the_command_line():
     commands = {command.name or command.callback.__name__ for command in app.app.registered_commands}
     page = read(DOCS / "reference" / "command_line.md")
     assert set(re.findall(r"^## pyro-vae (\w+)$", page, re.MULTILINE)) == commands
-    assert set(re.findall(r"^pyro-vae (\w+) --help$", page, re.MULTILINE)) == commands
+    assert set(re.findall(r"^!pyro-vae (\w+) --help$", page, re.MULTILINE)) == commands
 
 
 def test_the_table_of_exit_codes_has_those_of_main():
