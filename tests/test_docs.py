@@ -90,7 +90,8 @@ def headings(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_internal_links_lead_to_pages_and_headings_that_are_there(page):
     text = re.sub(r"^(```|~~~).*?^\1", "", read(page), flags=re.MULTILINE | re.DOTALL)  # no code
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for words, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", text):
+        assert words, f"the link to {target} has no text, which only the site would fill in"
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
