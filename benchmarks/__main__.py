@@ -3,7 +3,8 @@
     python -m benchmarks
 
 Takes about 20 minutes on 2 cores. MNIST is loaded as by ``pyro-vae train mnist``. With the argument
-``memory``, training on a memory-mapped file of 20 GB is measured.
+``memory``, training on a memory-mapped file of 20 GB is measured, and with ``processes`` evidence on two
+processes.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import pyro
 import torch
 
 import pyro_vae as pv
-from benchmarks import epoch, memory, objectives, posterior, step
+from benchmarks import epoch, memory, objectives, posterior, processes, step
 from benchmarks.timing import print_table
 from pyro_vae.compiler.passes import PASSES
 
@@ -22,7 +23,9 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "tables", nargs="*", help="step, objectives, epoch, posterior; memory; default: all but memory"
+        "tables",
+        nargs="*",
+        help="step, objectives, epoch, posterior; memory; processes; default: all but the last two",
     )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--epochs", type=int, default=5, help="rounds of the epoch table")
@@ -64,3 +67,5 @@ if __name__ == "__main__":
         print_table("Gradient of log p(x, z) for a leapfrog step of HMC", columns, posterior.HMC)
     if "memory" in tables:
         memory.print_memory(args.gigabytes, args.rounds, args.folder)
+    if "processes" in tables:
+        processes.print_efficiency(args.rounds)

@@ -55,6 +55,5 @@ if __name__ == "__main__":
     with torch.no_grad():
         c = torch.eye(CLASSES).repeat_interleave(CLASSES, 0)
         images = cvae.decode(cvae.model.prior(c).sample(), c).mean
-    plots.plot_images(images, title="E[x|z, c] at z ~ p(z|c), a row for each class").savefig(
-        args.out, dpi=150
-    )
+    ax = plots.plot_images(images, title="E[x|z, c] at z ~ p(z|c), a row for each class")
+    plots.figure_of(ax).savefig(args.out, dpi=150)

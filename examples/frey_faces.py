@@ -50,4 +50,4 @@ if __name__ == "__main__":
         vae.model, vae.guide, train, validation=test, optim=Adam({"lr": 1e-3}), num_epochs=num_epochs
     )
     print(history)
-    plots.plot_manifold(vae, steps=12).savefig(args.out, dpi=150)
+    plots.figure_of(plots.plot_manifold(vae, steps=12)).savefig(args.out, dpi=150)

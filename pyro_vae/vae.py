@@ -16,6 +16,7 @@ from pyro.params.param_store import normalize_param_name
 from torch import Tensor
 
 from pyro_vae.conditionals import Conditional, masked
+from pyro_vae.html import details, notebook, pre, table
 from pyro_vae.nets import Part, num_inputs, value_if_missing
 
 
@@ -167,6 +168,23 @@ class VAE(Part):
         self.model = Model(prior, decoder)
         self.guide = Guide(encoder)
 
+    def _repr_html_(self) -> str:
+        parts = {
+            "prior p(z)": self.model.prior,
+            "decoder p(x|z)": self.model.decoder,
+            "encoder q(z|x)": self.guide.encoder,
+        }
+        return notebook(
+            table(
+                [
+                    (name, type(part).__name__, tuple(part.event_shape), f"{num_parameters(part):,}")
+                    for name, part in parts.items()
+                ],
+                ("VAE", "family", "event shape", "parameters"),
+            ),
+            details("modules", pre(repr(self))),
+        )
+
     def encode(self, x: Tensor, *given: Tensor, mask: Tensor | None = None) -> dist.TorchDistribution:
         """q(z|x), or q(z|x, c…) with conditions. x and each condition: ``(batch, *its event)``; ``mask`` is
         that of :class:`Guide`."""
@@ -199,6 +217,11 @@ class VAE(Part):
         """The mean of p(x|z) at a draw z ~ q(z|x): ``(batch, *event)``. With conditions, the mean of
         p(x|z, c…) at z ~ q(z|x, c…). ``mask`` is that of :class:`Guide`."""
         return self.decode(self.encode(x, *given, mask=mask).sample(), *given).mean
+
+
+def num_parameters(module: torch.nn.Module) -> int:
+    """The number of trainable parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def _sample_weights(program: PyroModule) -> None:

@@ -309,9 +309,9 @@ def test_gradients_of_a_minibatch_are_those_of_pyro_times_n_over_b(loss):
 
 def _one_step(model, guide, whole, x, optim, loss):
     from pyro_vae.data.batches import Batch, as_batches
-    from pyro_vae.infer.distributed import Group
     from pyro_vae.infer.fit import inspect_for_training
     from pyro_vae.infer.minibatch import MinibatchSVI
+    from pyro_vae.processes import Group
 
     batches = as_batches(whole, len(x))
     pair = inspect_for_training(model, guide, batches, loss, annealed=False, check=True)
@@ -319,7 +319,7 @@ def _one_step(model, guide, whole, x, optim, loss):
         model, guide, loss, optim, pair, batches, annealed=False, clip_norm=None, group=Group()
     )
     step.compile = False
-    step.minibatch_step(Batch((x,), {}), 1.0, 1.0, "here")
+    step.minibatch_step(Batch((x,), {}), 1.0, "here")
 
 
 def test_a_nonlinear_loss_with_a_shared_latent_raises_for_minibatches():

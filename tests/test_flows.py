@@ -98,6 +98,7 @@ def test_flows_and_mixtures_have_smaller_gaps_on_bimodal_posteriors():
     assert gaps["spline"] < 0.8 * gaps["Gaussian"]
 
 
+@pytest.mark.slow
 def test_split_gap_of_a_mixture_guide_sums_to_the_gap():
     toy = bimodal_model()
     pyro.set_rng_seed(1)

@@ -26,9 +26,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 def lower_bounds():
     """The versions that ``pyproject.toml`` gives after ``>=``, by name: a set, since extras may repeat a
-    requirement. Those of the documentation, which is built with the newest versions only, are left out."""
+    requirement. Those of the documentation and of the launchers, which are tried with the newest versions
+    only, are left out."""
     optional = PROJECT["project"]["optional-dependencies"]
-    extras = [requirements for name, requirements in optional.items() if name != "docs"]
+    extras = [requirements for name, requirements in optional.items() if name not in ("docs", "launchers")]
     lines = [
         *PROJECT["build-system"]["requires"],
         *PROJECT["project"]["dependencies"],

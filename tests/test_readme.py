@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae import conditionals, nets, priors
+from pyro_vae import conditionals, evidence, infer, nets, plots, priors
 from tests.support import plain
 
 ROOT = Path(__file__).parent.parent
@@ -44,21 +44,34 @@ def own_vae():
         conditionals.Bernoulli(nets.MLP(2, (8,)), event_shape=(8, 8)),
         conditionals.Normal(nets.MLP(64, (8,)), event_shape=2),
     )
-    return {"pv": pv, "vae": vae, "train": pv.load("digits", binarize="threshold")[0].head(100)}
+    train, test = (part.head(100) for part in pv.load("digits", binarize="threshold"))
+    return {"pv": pv, "vae": vae, "train": train, "test": test}
 
 
 def own_files():
+    from pyarrow import table
+    from pyarrow.parquet import write_table
+
     rows = "\n".join(f"{i % 7},{i % 3},{'ab'[i % 2]}" for i in range(50))
     Path("counts.csv").write_text(f"gene0,gene1,cell_type\n{rows}\n")
     for name in ("train", "test"):
         np.save(f"{name}.npy", np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32))
-    return {}
+    x = torch.randn(300, 3)
+    np.save("x.npy", x.numpy())
+    write_table(table({f"x{i}": column for i, column in enumerate(x.numpy().T)}), "x.parquet")
+    vae = pv.VAE(
+        priors.StandardNormal(2),
+        conditionals.Normal(nets.MLP(2, (8,)), event_shape=3),
+        conditionals.Normal(nets.MLP(3, (8,)), event_shape=2),
+    )
+    return {"pv": pv, "vae": vae, "my_simulator": lambda n: torch.randn(n, 3)}
 
 
 # what a page takes from its reader, or from the cells that the site executes
 GIVEN = {
     "docs/own_data.md": own_files,
     "docs/tutorials/own_pair.md": own_pair,
+    "docs/tutorials/processes.md": lambda: own_vae() | {"infer": infer, "evidence": evidence, "plots": plots},
     "docs/tutorials/resuming.md": own_vae,
     "docs/tutorials/saving.md": lambda: own_pair() | {"checkpoint": pv.checkpoint},
 }
@@ -75,6 +88,8 @@ GIVEN = {
 def test_every_snippet_of_a_page_runs_after_those_before_it(page, tmp_path, monkeypatch):
     if page == "docs/own_data.md":
         pytest.importorskip("pyarrow", reason="pyarrow reads CSV")
+    if page == "docs/tutorials/processes.md":
+        pytest.importorskip("tensorboard")
     monkeypatch.chdir(tmp_path)
     with pyro.get_param_store().scope():
         assert run_snippets(page, GIVEN.get(page, dict)()) > 0

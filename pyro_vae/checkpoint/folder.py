@@ -19,8 +19,8 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from pyro_vae.checkpoint.tree import flatten, unflatten
 from pyro_vae.files import is_file, meant_for, parse_json, read_bytes, sum_of, write_whole
+from pyro_vae.tree import flatten, unflatten
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -120,19 +120,6 @@ def _tensor_file_in_manifest(path: Path) -> str | None:
         return str(next(iter(record["manifest"]["files"]), ""))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def pack(content: Any) -> bytes:
-    """Serialize any content that :func:`write` accepts to bytes."""
-    tensors: dict[str, Tensor] = {}
-    tree = flatten(content, tensors)
-    return to_bytes(tensors, {"content": json.dumps(tree)})
-
-
-def unpack(packed: bytes) -> Any:
-    """The inverse of :func:`pack`."""
-    header = json.loads(packed[8 : 8 + int.from_bytes(packed[:8], "little")])
-    return unflatten(json.loads(header["__metadata__"]["content"]), read_tensors(packed))
 
 
 def read(path: Path, kind: str) -> Any:

@@ -45,6 +45,7 @@ Guide = Literal["normal", "full", "low-rank", "laplace", "student-t", "flow", "s
 Prior = Literal["standard-normal", "normal", "mixture", "vamp"]
 Objective = Literal["elbo", "stl", "iwae", "dreg", "renyi", "vimco", "wake-sleep", "rws"]
 Binarize = Literal["none", "threshold", "stochastic"]
+PictureFormat = Literal["png", "svg", "pdf"]
 
 RunFolder = Annotated[Path, Argument(metavar="RUN", help="A folder that `pyro-vae train` wrote.")]
 DataDir = Annotated[
@@ -74,6 +75,9 @@ ImageSize = Annotated[
 Out = Annotated[Path | None, Option(help="Output folder.  [default: a new one]")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace the files that pyro-vae wrote to --out.")]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
+Format = Annotated[
+    PictureFormat, Option("--format", **one_of(PictureFormat), help="File format of the pictures.")
+]
 Seed = Annotated[int, Option(min=0, max=2**32 - 1, help="Random seed.")]
 Threads = Annotated[
     int | None,
@@ -208,6 +212,7 @@ def train(
         ),
     ] = None,
     data_dir: DataDir = None,
+    format: Format = "png",
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -340,7 +345,8 @@ def train(
         return
     epochs = run.history()
     with run.loaded(*test.arguments(slice(2))) as trained:
-        output.write_pictures(runs.replaceable_or_new(run.path / "plots"), runs.pictures(run, trained, test))
+        pictures = runs.pictures(run, trained, test)
+        output.write_pictures(runs.replaceable_or_new(run.path / "plots"), pictures, format)
     epoch, seconds = run.saved_epoch(), sum(epoch.seconds for epoch in epochs)
     result = {
         "run": str(run.path),
@@ -362,6 +368,7 @@ def sample(
     seed: Seed = 0,
     data_dir: DataDir = None,
     pair: RunPair = None,
+    format: Format = "png",
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -385,7 +392,7 @@ def sample(
         first = tuple(c[:400] for c in given)
         image = {"samples": lambda: plots.plot_samples(vae, min(n, 400), given=first)}
         pictures = image if x.dim() > 2 else output.points(samples=x)
-        files = output.write_results(folder, {"samples": x}, pictures)
+        files = output.write_results(folder, {"samples": x}, pictures, format)
     output.print_files(files, as_json)
     page = report.write_report(opened, folder)
     output.print_next(page, "reconstruct", run, *_repeated_options(pair))
@@ -401,6 +408,7 @@ def reconstruct(
     seed: Seed = 0,
     data_dir: DataDir = None,
     pair: RunPair = None,
+    format: Format = "png",
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -422,7 +430,7 @@ def reconstruct(
         y = vae.reconstruct(x, *given, mask=test.mask)
     image = {"reconstructions": lambda: plots.plot_reconstructions(x[:100], y[:100])}
     pictures = image if x.dim() > 2 else output.points(x=x, reconstructions=y)
-    files = output.write_results(folder, {"x": x, "reconstructions": y}, pictures)
+    files = output.write_results(folder, {"x": x, "reconstructions": y}, pictures, format)
     output.print_files(files, as_json)
     page = report.write_report(opened, folder)
     output.print_next(page, "diagnose", run, *_repeated_options(pair, data_dir))
@@ -432,21 +440,33 @@ def reconstruct(
 def plot(
     context: typer.Context,
     run: RunFolder,
+    dims: Annotated[
+        str | None,
+        Option(
+            metavar="I,J",
+            help="Dimensions of z to draw, counted from 0.  [default: the two that vary most]",
+        ),
+    ] = None,
     data_dir: DataDir = None,
     pair: RunPair = None,
+    format: Format = "png",
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Draw the pictures of a run again. The default output folder is the first unused one of RUN/plots,
+    """Draw the pictures of a run again, and for images a map of the latent plane: a page that shows the
+    decoded image under the pointer. The default output folder is the first unused one of RUN/plots,
     RUN/plots-2, …"""
     from pyro_vae.cli import build, report, runs
 
+    chosen = options.parse_dims(dims)
     opened = _open_run(run, pair)
     folder = output.reserve_folder(context, out, run / "plots", overwrite)
     _, test = build.build_data(opened.config, data_dir)
     with opened.loaded(*test.arguments(slice(2))) as trained:
-        files = output.write_pictures(folder, runs.pictures(opened, trained, test))
+        if chosen is not None:
+            options.check_dims(chosen, _vae(trained, "plot --dims").model.prior.event_shape)
+        files = output.write_pictures(folder, runs.pictures(opened, trained, test, chosen), format)
     output.print_files(files, as_json)
     page = report.write_report(opened, folder)
     output.print_next(page, "evaluate", run, *_repeated_options(pair, data_dir))
@@ -465,6 +485,7 @@ def evaluate(
     threads: Threads = None,
     data_dir: DataDir = None,
     pair: RunPair = None,
+    format: Format = "png",
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -472,13 +493,15 @@ def evaluate(
     """Estimate and bound log p(x) under the model of a run, in nats per datum. Writes a table and a picture
     of the estimators at increasing cost. The estimator elbo includes the bound that the run maximized, if it
     is another. The default output folder is the first unused one of RUN/evaluation, RUN/evaluation-2, … To
-    resume after an interruption, repeat the command."""
-    from pyro_vae import plots
+    resume after an interruption, repeat the command. Processes started by torchrun divide the data."""
+    from pyro_vae import infer, plots
     from pyro_vae.cli import build, ladder, report, runs
 
     names = options.comma_separated("--estimator", estimator, ladder.ESTIMATORS)
     opened = _open_run(run, pair)
-    folder = output.reserve_folder(context, out, run / "evaluation", overwrite, ignore=".evidence")
+    is_first = infer.rank_and_world_size()[0] == 0  # only rank 0 writes and prints
+    if is_first:
+        folder = output.reserve_folder(context, out, run / "evaluation", overwrite, ignore=".evidence")
     selected = build.select_rows(data, *build.build_data(opened.config, data_dir))
     resume_folder = opened.subpath(".evidence") if out is None else out / ".evidence"
     rungs = []
@@ -490,7 +513,9 @@ def evaluate(
     with (
         opened.loaded(*selected.arguments(slice(2))) as trained,
         options.threads(threads),
-        output.report_interruption(describe_saved),
+        infer.process_group("cpu"),
+        infer.across_processes(),
+        output.report_interruption(describe_saved, is_first),
     ):
         for rung in ladder.compute(
             trained,
@@ -504,12 +529,17 @@ def evaluate(
             resume_folder=resume_folder,
         ):
             rungs.append(rung)
-            output.print_progress(f"{rung.estimate.method}: {rung.estimate.mean:.3f}, {rung.seconds:.1f} s")
+            if is_first:
+                output.print_progress(
+                    f"{rung.estimate.method}: {rung.estimate.mean:.3f}, {rung.seconds:.1f} s"
+                )
+    if not is_first:
+        return
     by_estimator: dict[str, list[Evidence]] = {}
     for rung in rungs:
         by_estimator.setdefault(rung.estimator, []).append(rung.estimate)
     text, rows = ladder.table(rungs), {rung.name: rung.row() for rung in rungs}
-    output.write_pictures(folder, {"ladder": lambda: plots.figure_of(plots.plot_ladder(by_estimator))})
+    output.write_pictures(folder, {"ladder": lambda: plots.plot_ladder(by_estimator)}, format)
     put(folder / "evaluation.txt", f"{text}\n".encode())
     put(folder / "evaluation.json", (json.dumps(runs.to_json(rows), indent=2) + "\n").encode())
     page = report.write_report(opened, folder)
@@ -532,27 +562,32 @@ def diagnose(
     threads: Threads = None,
     data_dir: DataDir = None,
     pair: RunPair = None,
+    format: Format = "png",
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Diagnose the guide of a run. Writes a text, and pictures of Pareto k, of the data with the worst fit
     and of the calibration. The default output folder is the first unused one of RUN/diagnosis,
-    RUN/diagnosis-2, …"""
-    from pyro_vae import diagnostics, plots
-    from pyro_vae.cli import build, report
+    RUN/diagnosis-2, … Processes started by torchrun divide the data."""
+    from pyro_vae import diagnostics, infer, plots
+    from pyro_vae.cli import build, report, runs
 
     if 0 < num_simulations < 100:
         raise typer.BadParameter(
             f"--num-simulations: expected 100 or more, or 0 for no calibration, but got {num_simulations}"
         )
     opened = _open_run(run, pair)
-    folder = output.reserve_folder(context, out, run / "diagnosis", overwrite)
+    is_first = infer.rank_and_world_size()[0] == 0  # only rank 0 writes and prints
+    if is_first:
+        folder = output.reserve_folder(context, out, run / "diagnosis", overwrite)
     selected = build.select_rows(data, *build.build_data(opened.config, data_dir))
     with (
         opened.loaded(*selected.arguments(slice(2))) as trained,
         options.threads(threads),
-        output.report_interruption(_nothing_saved),
+        infer.process_group("cpu"),
+        infer.across_processes(),
+        output.report_interruption(_nothing_saved, is_first),
     ):
         diagnosis = diagnostics.diagnose(
             trained.model,
@@ -562,8 +597,11 @@ def diagnose(
             num_simulations=num_simulations,
             seed=seed,
         )
-    output.write_pictures(folder, plots.plot_diagnosis(diagnosis, selected.x))
+    if not is_first:
+        return
+    output.write_pictures(folder, plots.plot_diagnosis(diagnosis, selected.x), format)
     put(folder / "diagnosis.txt", f"{diagnosis}\n".encode())
+    put(folder / "diagnosis.json", (json.dumps(runs.to_json(diagnosis.to_dict()), indent=2) + "\n").encode())
     page = report.write_report(opened, folder)
     result = {"pareto_k": diagnosis.pareto_k.tolist(), "worst": diagnosis.worst().tolist()}
     output.print_result(result, f"{diagnosis}\n{folder}", as_json)
@@ -574,7 +612,10 @@ def diagnose(
 @app.command()
 def compare(
     context: typer.Context,
-    model: Annotated[str | None, Argument(help="Name of a model, see --list.")] = None,
+    names: Annotated[
+        list[str] | None,
+        Argument(metavar="MODEL|RUN…", help="Name of a model, see --list; or two or more run folders."),
+    ] = None,
     guide: Annotated[str, Option(help="Families of q(z|x), such as normal,full,flow.")] = "normal,full,flow",
     num_epochs: Annotated[
         int,
@@ -586,35 +627,43 @@ def compare(
     threads: Annotated[
         int | None, Option(min=1, help="Number of threads of torch.  [default: OMP_NUM_THREADS, or 1]")
     ] = None,
+    format: Format = "png",
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Train guides on a model with a known posterior, and write a table and a figure of their gaps,
-    log p(x) − ELBO."""
-    from pyro_vae.cli import exact_models, runs
+    """With a MODEL, whose posterior is known: train guides on it, and write a table and a figure of their
+    gaps, log p(x) − ELBO. With RUN folders: write a table and a page of the settings that differ, the curves
+    and the bounds."""
+    from pyro_vae.cli import comparison, exact_models, runs
 
-    if list_models or model is None:
+    if list_models or not names:
         descriptions = {name: text for name, (_, text) in exact_models.MODELS.items()}
         listing = "\n".join(f"{name:16} {text}" for name, text in descriptions.items())
         output.print_result(descriptions, listing, as_json)
         return output.print_next(None, "compare", next(iter(descriptions)))
-    if model not in exact_models.MODELS:
-        suggestion = options.suggestion(model, exact_models.MODELS)
-        raise typer.BadParameter(
-            f"MODEL: expected one of {', '.join(exact_models.MODELS)}, but got {model!r}{suggestion}"
-        )
+    if names[0] not in exact_models.MODELS or len(names) > 1:
+        options.check_runs(context, names, exact_models.MODELS, options.OF_MODELS)
+        folder = output.reserve_folder(context, out, Path("runs") / "comparison", overwrite)
+        compared = comparison.compare(map(Path, names))
+        files = output.write_pictures(folder, {"curves": compared.plot}, format)
+        put(folder / "comparison.txt", f"{compared}\n".encode())
+        put(folder / "comparison.json", (json.dumps(compared.to_dict(), indent=2) + "\n").encode())
+        put(folder / "comparison.html", compared.page(folder, [file.name for file in files]).encode())
+        output.print_result(compared.to_dict(), f"{compared}\n{folder}", as_json)
+        return output.print_next(folder / "comparison.html", "evaluate", names[0])
+    (model,) = names
     families = options.comma_separated("--guide", guide, get_args(Guide))
     folder = output.reserve_folder(context, out, Path("runs") / f"compare-{model}", overwrite)
     with options.threads(threads, exact_models.LARGEST_PRODUCT), output.report_interruption(_nothing_saved):
-        comparison = exact_models.train_guides(
+        ranking = exact_models.train_guides(
             exact_models.MODELS[model][0](), families, num_epochs=num_epochs, num_data=num_data, seed=seed
         )
-    output.write_pictures(folder, {"guides": comparison.plot})
-    put(folder / "comparison.txt", f"{comparison}\n".encode())
-    result = {name: dict(guide.rows()) for name, guide in comparison.comparisons.items()}
+    output.write_pictures(folder, {"guides": ranking.plot}, format)
+    put(folder / "comparison.txt", f"{ranking}\n".encode())
+    result = {name: dict(guide.rows()) for name, guide in ranking.comparisons.items()}
     put(folder / "comparison.json", (json.dumps(runs.to_json(result), indent=2) + "\n").encode())
-    output.print_result(result, f"{comparison}\n{folder}", as_json)
+    output.print_result(result, f"{ranking}\n{folder}", as_json)
     return output.print_next(None, "compare", "--list")
 
 
@@ -704,7 +753,7 @@ def _option_arguments() -> set[str]:
         "context",
         "run",
         "dataset",
-        "model",
+        "names",
         "as_json",
         "list_models",
     }

@@ -76,6 +76,9 @@ LATER_FIELDS: dict[str, Any] = {  # of runs without these fields
     "alpha": None,
     **dict.fromkeys((*FILE_FIELDS, "contents", "sha256", "validation_sha256", "condition_size")),
 }
+NOT_OPTIONS = (  # fields of a Config that are read from the data, and its argument
+    "dataset", "event_shape", "num_levels", "contents", "sha256", "validation_sha256", "condition_size",
+)  # fmt: skip
 VAE_FIELDS = ("likelihood", "guide", "prior", "latent_dim", "hidden")  # ``None`` in a Config with --pair
 
 

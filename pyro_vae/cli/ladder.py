@@ -16,6 +16,7 @@ from pyro_vae.evidence import Annealing, Evidence
 from pyro_vae.infer import Objective
 from pyro_vae.numerics import effective_sample_size
 from pyro_vae.pairs import log_weights
+from pyro_vae.processes import Group
 
 ESTIMATORS = ("elbo", "importance", "prior", "ais", "smc", "bdmc")
 
@@ -44,6 +45,7 @@ class Rung:
             "margin": estimate.margin(),
             "ess": estimate.ess.median().item(),
             "num_particles": estimate.num_particles,
+            "num_data": len(estimate.log_evidence),
             "pareto_k_above_0.7": None if k is None else (k > 0.7).double().mean().item(),
             "cost": estimate.cost,
             "seconds": self.seconds,
@@ -70,7 +72,7 @@ def compute(
     :param resume_folder: folder that stores finished chunks of an estimate. After an interruption, the same
         call resumes from them. They are deleted when the estimate is finished.
     """
-    model, guide = pair.model, pair.guide
+    model, guide, is_first = pair.model, pair.guide, Group.dividing().rank == 0
     smc_annealing = Annealing(min(100, num_temperatures), num_chains=100)
     estimators: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         "elbo": [
@@ -118,12 +120,13 @@ def compute(
             start = time.perf_counter()
             estimate = estimator(seed=seed, resume=file)
             yield Rung(rung, name, estimate, time.perf_counter() - start)
-            file.unlink(missing_ok=True)
+            if is_first:
+                file.unlink(missing_ok=True)
         if name == "elbo" and isinstance(loss := build_loss(config), Objective) and not loss.is_elbo:
             start = time.perf_counter()
             estimate = _objective_bound(pair, config, loss, data, num_particles, seed)
             yield Rung("objective", config.bound_name(), estimate, time.perf_counter() - start)
-    if resume_folder.is_dir() and not any(resume_folder.iterdir()):
+    if is_first and resume_folder.is_dir() and not any(resume_folder.iterdir()):
         resume_folder.rmdir()
 
 

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -115,6 +115,68 @@ def parse_widths(hidden: str | None) -> tuple[int, ...] | None:
     return tuple(map(int, words))
 
 
+def parse_dims(dims: str | None) -> tuple[int, int] | None:
+    """Parse ``--dims``, such as ``"0,1"``."""
+    if dims is None:
+        return None
+    words = dims.split(",")
+    if len(set(words)) != 2 or len(words) != 2 or not all(word.strip().isdecimal() for word in words):
+        raise typer.BadParameter(
+            f"--dims: expected two different dimensions of z, counted from 0, such as 0,1, but got {dims!r}"
+        )
+    return int(words[0]), int(words[1])
+
+
+def check_dims(dims: tuple[int, int], event_shape: tuple[int, ...]) -> None:
+    """Raise ``BadParameter`` unless z has these dimensions."""
+    if len(event_shape) != 1 or max(dims) >= event_shape[0]:
+        raise typer.BadParameter(
+            f"--dims {dims[0]},{dims[1]}: z has the shape {tuple(event_shape)}; expected two different "
+            "dimensions of a vector, counted from 0"
+        )
+
+
+OF_MODELS = "guide", "num_epochs", "num_data", "seed", "threads"  # options of `compare MODEL`
+
+
+def check_runs(
+    context: typer.Context, names: Sequence[str], models: Collection[str], excluded: Collection[str]
+) -> None:
+    """Raise ``BadParameter`` unless ``names`` are different run folders, two or more, and no option in
+    ``excluded`` is given.
+
+    :param models: the names of models, for error texts.
+    """
+    from pyro_vae.cli.runs import is_run
+
+    others = [name for name in names if not is_run(Path(name))]
+    if len(others) == len(names) == 1:
+        raise typer.BadParameter(
+            f"MODEL: expected one of {', '.join(models)}, or two or more run folders, but got "
+            f"{others[0]!r}{suggestion(others[0], models)}"
+        )
+    if others:
+        what = "the name of a model" if others[0] in models else "not a run folder"
+        raise typer.BadParameter(
+            f"{others[0]!r} is {what}; expected one MODEL, or two or more folders that `pyro-vae train` wrote"
+        )
+    if len({Path(name).resolve() for name in names}) < max(2, len(names)):
+        raise typer.BadParameter(
+            f"expected two or more different run folders to compare but got {', '.join(names)}"
+        )
+    for name in excluded:
+        if is_given(context, name):
+            raise typer.BadParameter(
+                f"--{name.replace('_', '-')} is for the comparison of guides on a MODEL; leave it out"
+            )
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option is on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def check_finite(name: str, value: float) -> float:
     """Return ``value``. Raises ``BadParameter`` if it is infinite or NaN."""
     if not math.isfinite(value):
@@ -158,8 +220,7 @@ def resumed_config(context: typer.Context, out: Path | None, overwrite: bool, co
         )
     if not runs.is_run(out):
         return config
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    given = {name for name in context.params if is_given(context, name)}
     return runs.resumed_config(out, config, given & vars(config).keys())
 
 

@@ -16,11 +16,12 @@ from pyro_vae.files import LOCK, check_no_link, is_listed, put, reserved, writte
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from torch import Tensor
     from typer import Context
 
-    Pictures = Mapping[str, Callable[[], Figure]]  # a call draws the figure
+    Pictures = Mapping[str, Callable[[], Axes | Figure | str]]  # a call draws a figure, or returns a page
 
 
 def points(**sets: "Tensor") -> "Pictures":
@@ -28,7 +29,7 @@ def points(**sets: "Tensor") -> "Pictures":
     from pyro_vae import plots
 
     drawable = {name: points for name, points in sets.items() if points.shape[1:] == (2,)}
-    return {"points": lambda: plots.figure_of(plots.plot_points(drawable))} if drawable else {}
+    return {"points": lambda: plots.plot_points(drawable)} if drawable else {}
 
 
 def reserve_folder(
@@ -61,7 +62,9 @@ def reserve_folder(
     return folder
 
 
-def write_results(folder: Path, arrays: "dict[str, Tensor]", pictures: "Pictures") -> list[Path]:
+def write_results(
+    folder: Path, arrays: "dict[str, Tensor]", pictures: "Pictures", format: str = "png"
+) -> list[Path]:
     """Write arrays and pictures to a folder. Returns the paths of the files."""
     import numpy as np
 
@@ -72,32 +75,45 @@ def write_results(folder: Path, arrays: "dict[str, Tensor]", pictures: "Pictures
         np.save(buffer, array.cpu().numpy(), allow_pickle=False)
         files.append(folder / f"{name}.npy")
         put(files[-1], buffer.getvalue())
-    return files + write_pictures(folder, pictures)
+    return files + write_pictures(folder, pictures, format)
 
 
-def write_pictures(folder: Path, pictures: "Pictures") -> list[Path]:
+def write_pictures(folder: Path, pictures: "Pictures", format: str = "png") -> list[Path]:
     """Draw pictures and write them to a folder. Returns the paths of the files. A picture that fails is
-    skipped with a warning."""
+    skipped with a warning.
+
+    :param format: png, svg or pdf. A page is an HTML file in any case.
+    """
     import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+
+    from pyro_vae import plots
 
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, picture in pictures.items():
-        before, buffer = set(plt.get_fignums()), io.BytesIO()
+        before, file = set(plt.get_fignums()), folder / f"{name}.{format}"
         try:
-            picture().savefig(buffer, format="png", dpi=150)
+            with plots.style():
+                drawn = picture()
+                if isinstance(drawn, str):
+                    file, content = file.with_suffix(".html"), drawn.encode()
+                else:
+                    buffer = io.BytesIO()
+                    figure = drawn if isinstance(drawn, Figure) else plots.figure_of(drawn)
+                    figure.savefig(buffer, format=format)
+                    content = buffer.getvalue()
         except Exception as error:
             cause = (str(error) or "no message").splitlines()[0]
             print_progress(
-                f"warning: the picture {folder / name}.png could not be drawn ({type(error).__name__}: "
-                f"{cause})"
+                f"warning: the picture {file} could not be drawn ({type(error).__name__}: {cause})"
             )
             continue
         finally:
             for number in set(plt.get_fignums()) - before:
                 plt.close(number)
-        files.append(folder / f"{name}.png")
-        put(files[-1], buffer.getvalue())
+        files.append(file)
+        put(file, content)
     return files
 
 

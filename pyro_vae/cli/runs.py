@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from matplotlib.figure import Figure
 from pyro.optim import Adam
 from torch import Tensor
 
 from pyro_vae import __version__, checkpoint, infer, plots
-from pyro_vae.cli.build import Config, Pair, build_loss, build_pair
+from pyro_vae.cli.build import NOT_OPTIONS, Config, Pair, build_loss, build_pair
 from pyro_vae.data.datasets import Data
 from pyro_vae.files import (
     LOCK,
@@ -39,6 +38,7 @@ from pyro_vae.files import (
     write_whole,
     written,
 )
+from pyro_vae.html import GENERATOR
 from pyro_vae.infer import Epoch
 from pyro_vae.infer.losses import kind_of, name_of
 from pyro_vae.pairs.elbo import MeanElbo
@@ -53,7 +53,6 @@ _KEYS = {  # keys of the files of a run, which show that a run wrote them
     "env.json": {"pyro_vae", "command"},
     "metrics.jsonl": {"epoch", "train"},
 }
-GENERATOR = '<meta name="generator" content="pyro-vae">'  # shows that a run wrote the report
 
 
 class Run(NamedTuple):
@@ -133,7 +132,7 @@ class Run(NamedTuple):
     def objective(self) -> str:
         """What the training maximized, as text. Raises ``ValueError`` for an invalid objective."""
         loss = build_loss(self.config)
-        return f"objective: {name_of(loss)}, {kind_of(loss).bound}"
+        return f"{name_of(loss)}: {kind_of(loss).bound}"
 
     def summary(self) -> str:
         """The duration of the training and the held-out ELBO, as text."""
@@ -290,6 +289,17 @@ def last_step(path: Path) -> int | None:
     return int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else None
 
 
+def train_command(config: Config) -> str:
+    """The shell command that trains with the options of ``config``."""
+    options = {key: value for key, value in asdict(config).items() if key not in NOT_OPTIONS}
+    words = ["pyro-vae", "train", config.dataset]
+    for key, value in options.items():
+        if value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [f"--{key.replace('_', '-')}", text]
+    return shlex.join(words)
+
+
 def resume_command(path: Path, options: Iterable[object] = ()) -> str:
     """The shell command that resumes the run at ``path``.
 
@@ -424,9 +434,27 @@ def open_run(path: Path, pair: str | None = None) -> Run:
 
     :param pair: the ``--pair`` that the run was trained with, if any. The caller must pass it again,
         since the code that it names is executed.
+    :raises ValueError: ``MismatchError`` if ``pair`` differs from the run, and in the cases of
+        :func:`read_run`.
+    """
+    run = read_run(path)
+    if run.config.pair != pair:
+        recorded = reprlib.repr(run.config.pair)
+        raise checkpoint.MismatchError(
+            f"{path} was trained with --pair {recorded}, whose code would be executed; pass the same --pair "
+            "if you trust it"
+            if run.config.pair
+            else f"{path} was trained without --pair; leave --pair {pair!r} out"
+        )
+    return run
+
+
+def read_run(path: Path) -> Run:
+    """Read the configuration of a run folder. Nothing of the run is executed.
+
     :raises FileNotFoundError: if there is no run at ``path``.
     :raises ValueError: if its ``config.json`` is invalid; ``MismatchError`` if another version of pyro_vae
-        wrote it, or if ``pair`` differs from the run.
+        wrote it.
     """
     file = path / "config.json"
     if not is_run(path):
@@ -445,16 +473,7 @@ def open_run(path: Path, pair: str | None = None) -> Run:
             f"{file} has schema {reprlib.repr(schema)} but this version of pyro_vae reads schema "
             f"{SCHEMA}; install the version that wrote the run"
         )
-    run = Run(path, Config.read(record, str(file)))
-    if run.config.pair != pair:
-        recorded = reprlib.repr(run.config.pair)
-        raise checkpoint.MismatchError(
-            f"{path} was trained with --pair {recorded}, whose code would be executed; pass the same --pair "
-            "if you trust it"
-            if run.config.pair
-            else f"{path} was trained without --pair; leave --pair {pair!r} out"
-        )
-    return run
+    return Run(path, Config.read(record, str(file)))
 
 
 def _read_text(file: Path) -> str:
@@ -498,18 +517,21 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def pictures(run: Run, pair: Pair, test: Data) -> dict[str, Callable[[], Figure]]:
+def pictures(
+    run: Run, pair: Pair, test: Data, dims: tuple[int, int] | None = None
+) -> dict[str, Callable[[], Any]]:
     """Functions that draw the pictures of a run, by name. Without a VAE, there are only those of the
     training: its curve, and the effective sample size of an objective with several weights.
 
+    :param dims: the dimensions of z to draw, see :func:`~pyro_vae.plots.plot_latent`.
     :raises ValueError: if ``metrics.jsonl`` is invalid.
     """
     history, k = run.history(), run.config.num_particles
-    drawings: dict[str, Callable[[], Figure]] = {
-        "curve": lambda: plots.figure_of(plots.plot_history(history, objective=run.config.bound_name()))
+    drawings: dict[str, Callable[[], Any]] = {
+        "curve": lambda: plots.plot_history(history, objective=run.config.bound_name())
     }
     if history[-1].train.ess is not None and k > 1:
-        drawings["ess"] = lambda: plots.figure_of(plots.plot_ess(history, k))
+        drawings["ess"] = lambda: plots.plot_ess(history, k)
     vae, is_image, given = pair.vae, test.x.dim() > 2, test.arguments(slice(None))[1:]
     if vae is None:
         return drawings
@@ -520,18 +542,23 @@ def pictures(run: Run, pair: Pair, test: Data) -> dict[str, Callable[[], Figure]
         )
         drawings["samples"] = lambda: plots.plot_samples(vae, given=draw_conditions(test, 100))
     elif test.x.shape[1:] == (2,):
-        drawings["samples"] = lambda: plots.figure_of(
-            plots.plot_points({"data": test.x, "samples": vae.sample(len(test), *given)})
+        drawings["samples"] = lambda: plots.plot_points(
+            {"data": test.x, "samples": vae.sample(len(test), *given)}
         )
-    if vae.model.prior.event_shape == (2,):
-        drawings["latent"] = lambda: plots.figure_of(
-            plots.plot_latent(vae, test.x, test.labels, given=given, mask=test.mask)
+    latent_shape = vae.model.prior.event_shape
+    if len(latent_shape) == 1 and latent_shape[0] > 1:
+        drawings["latent"] = lambda: plots.plot_latent(
+            vae, test.x, test.labels, dims=dims, given=given, mask=test.mask
         )
-        if is_image and not given and isinstance(vae.model.prior, StandardNormal):
-            drawings["manifold"] = lambda: plots.plot_manifold(vae)
+        if is_image and not given:
+            drawings["latent_map"] = lambda: plots.latent_map(
+                vae, test.x, test.labels, dims=dims, mask=test.mask, title=f"Latent map of {run.path.name}"
+            )
+    if is_image and not given and latent_shape == (2,) and isinstance(vae.model.prior, StandardNormal):
+        drawings["manifold"] = lambda: plots.plot_manifold(vae)
 
-    def seeded(draw: Callable[[], Figure]) -> Callable[[], Figure]:
-        def draw_with_seed() -> Figure:
+    def seeded(draw: Callable[[], Any]) -> Callable[[], Any]:
+        def draw_with_seed() -> Any:
             torch.manual_seed(run.config.seed)
             return draw()
 

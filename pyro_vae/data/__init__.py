@@ -3,5 +3,18 @@
 from pyro_vae.data.batches import Batch, Batches, as_batches
 from pyro_vae.data.datasets import SOURCES, Data, is_here, load, ring
 from pyro_vae.data.readers import Table, read
+from pyro_vae.data.stream import FileStream
 
-__all__ = ["SOURCES", "Batch", "Batches", "Data", "Table", "as_batches", "is_here", "load", "read", "ring"]
+__all__ = [
+    "SOURCES",
+    "Batch",
+    "Batches",
+    "Data",
+    "FileStream",
+    "Table",
+    "as_batches",
+    "is_here",
+    "load",
+    "read",
+    "ring",
+]

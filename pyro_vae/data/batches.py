@@ -8,8 +8,9 @@ A stream of batches is read in its order.
 
 import inspect
 import logging
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
@@ -29,6 +30,7 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     TensorDataset,
     WeightedRandomSampler,
@@ -48,6 +50,7 @@ from pyro_vae.data.arrays import (
     rows_per_block,
 )
 from pyro_vae.data.datasets import Data
+from pyro_vae.processes import Group
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -270,7 +273,8 @@ class Batches(ABC):
     outlive an epoch. The random states of such processes cannot be read. ``in_data_order`` is true if
     ``epoch(shuffle=False)`` yields all data in order. ``reproducible`` is true if the random states before an
     epoch determine its batches. ``rows`` has the numbers of the rows of the batch that an epoch yielded last,
-    if they are known.
+    if they are known. ``idle`` is true if this batch repeats rows because this rank has none left: all ranks
+    take the same number of steps, and the gradient of such a batch does not count.
     """
 
     num_rows: int
@@ -278,13 +282,26 @@ class Batches(ABC):
     in_data_order = True
     reproducible = True
     rows: Tensor | None = None
+    idle = False
+    group = Group.alone()
 
     def __init__(self) -> None:
         self._prepare: Callable[[Batch], Batch] = lambda batch: batch
 
     @abstractmethod
     def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
-        """One pass over the data."""
+        """One pass over the data. Only shuffled epochs are divided among ranks, see :meth:`share`."""
+
+    def share(self, group: Group) -> None:
+        """Divide the rows of shuffled epochs among the ranks of a group. All ranks must call this.
+
+        :raises ValueError: for data that cannot be divided, or differ between ranks.
+        """
+        self.group = group
+
+    def set_epoch(self, epoch: int) -> None:  # noqa: ARG002
+        """Tell the number of the next epoch, from 0, to samplers and data sets that shuffle by it."""
+        return None
 
     def state(self) -> Any:
         """The position in the data, for :meth:`restore`; ``None`` for data that do not know it."""
@@ -350,7 +367,6 @@ class InMemory(Batches):
             raise ValueError(
                 f"data: {source._describe_nested()}, from which minibatches cannot be taken; {_NESTED_REMEDY}"
             )
-        self._rank, self._world_size = 0, 1
         self._order_generator: torch.Generator | None = None
         self._take = take or (lambda rows: source.map(partial(_index_rows, rows=rows)))
 
@@ -395,39 +411,27 @@ class InMemory(Batches):
             order = torch.randperm(self.num_rows, generator=self._order_generator)
         else:  # a full batch stays in data order: a guide may have parameters for each row
             order = torch.arange(self.num_rows)
-        of_batches: Iterable[Tensor] = order.split(self.batch_size)[start:]
-        if self._world_size > 1:
-            shares = ((rows, rows[self._rank :: self._world_size]) for rows in of_batches)
-            of_batches = (
-                local if len(local) else rows[:1] for rows, local in shares if len(local) or shuffle
-            )
-        return self._taken(of_batches)
+        of_batches = order.split(self.batch_size)[start:]
+        shares = (_share(rows, self.group) if shuffle else (rows, False) for rows in of_batches)
+        return self._taken(shares)
 
-    def _taken(self, of_batches: Iterable[Tensor]) -> Iterator[Batch]:
-        taken = ((rows, self._take(rows)) for rows in of_batches)
-        if not self.on_disk:
-            for self.rows, batch in taken:
-                yield self._prepare(batch)
-            return
-        for rows, batch in prefetched(taken):
-            self.rows = rows
-            yield self._prepare(batch.checked("data", rows, self.num_rows))
+    def _taken(self, shares: Iterable[tuple[Tensor, bool]]) -> Iterator[Batch]:
+        taken = ((rows, idle, self._take(rows)) for rows, idle in shares)
+        for rows, idle, batch in prefetched(taken) if self.on_disk else taken:
+            self.rows, self.idle = rows, idle
+            yield self._prepare(batch.checked("data", rows, self.num_rows) if self.on_disk else batch)
 
-    def share(self, rank: int, size: int, seed: int) -> None:
-        """Divide each minibatch among ``size`` ranks. This rank gets the rows with numbers ``rank``,
-        ``rank + size``, …
-
-        All ranks shuffle by ``seed``. A rank for which a shuffled minibatch has no row gets the first row
-        instead, so that all ranks take the same number of steps. The caller must ignore the loss of this row.
-
-        :raises ValueError: for nested arguments, which cannot be divided.
-        """
+    def share(self, group: Group) -> None:
+        """Divide each minibatch: this rank gets the rows with numbers ``rank``, ``rank + size``, …, in an
+        order that is the same on all ranks."""
         if not self.source.divisible:
             raise ValueError(
-                f"data: {self.source._describe_nested()}, whose rows cannot be divided among {size} "
+                f"data: {self.source._describe_nested()}, whose rows cannot be divided among {group.size} "
                 "processes; pad them to one tensor"
             )
-        self._rank, self._world_size = rank, size
+        _check_equal_counts(group, self.num_rows)
+        super().share(group)
+        seed = int(group.broadcast(torch.randint(2**31, (1,))).item())
         self._order_generator = torch.Generator().manual_seed(seed)
 
     def generators(self) -> list[torch.Generator]:
@@ -440,6 +444,23 @@ class InMemory(Batches):
 
 def _index_rows(part: Tensor | Rows, rows: Tensor) -> Tensor:
     return part[rows] if isinstance(part, Rows) else part.index_select(0, rows.to(part.device))
+
+
+def _share(rows: Any, group: Group) -> tuple[Any, bool]:
+    """This rank's part of the rows of a minibatch, and false. If it has none, the first row, and true."""
+    own = rows[group.rank :: group.size]
+    return (own, False) if len(own) else (rows[:1], True)
+
+
+def _check_equal_counts(group: Group, num_rows: int) -> None:
+    group.check_equal(num_rows, f"data: this process has {num_rows} rows; expected all rows of the data")
+
+
+def check_same_data(group: Group, batch: Batch) -> None:
+    """Raise ``ValueError`` unless all ranks have the same batch."""
+    if group.size > 1:
+        checksums = [zlib.crc32(bytes_of(leaf)) for leaf in batch.leaves()]
+        group.check_equal(checksums, "data: the processes have different data; expected all rows, in order,")
 
 
 def prefetched(items: Iterator[T]) -> Iterator[T]:
@@ -531,6 +552,8 @@ class Loaded(Received):
         sampler = getattr(batching, "sampler", batching)
         super().__init__(loader, _count_rows(loader, batching, sampler))
         self.shuffled, self.ordered = loader, loader
+        self._batching, self._own_generators = batching, _generators(loader)
+        self._plan: _Plan | None = None  # the batches of this rank, if the loader is divided among ranks
         self.persistent = loader.persistent_workers
         self._must_match_length = not isinstance(batching, BatchSampler)
         self._num_batches = _length(loader, "the loader and its batch sampler have no length")
@@ -551,6 +574,28 @@ class Loaded(Received):
     def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
         return self._epoch(shuffle=shuffle)
 
+    def share(self, group: Group) -> None:
+        """Each rank loads its part of each batch. Rank 0 draws the items of all batches of an epoch. A
+        ``DistributedSampler`` has divided the data set already, and is used unchanged."""
+        sampler = getattr(self._batching, "sampler", self._batching)
+        super().share(group)
+        if (num_replicas := getattr(sampler, "num_replicas", None)) is not None:
+            if (num_replicas, sampler.rank) != (group.size, group.rank):
+                raise ValueError(
+                    f"data: the loader's sampler is of rank {sampler.rank} of {num_replicas}, but this "
+                    f"process has rank {group.rank} of {group.size}; expected DistributedSampler(dataset), "
+                    "which takes both from the process group, or a loader without it"
+                )
+            self.num_rows = _num_items(self.shuffled)
+            _check_equal_counts(group, self.num_rows)
+            return
+        _check_equal_counts(group, self.num_rows)
+        self._plan, self._stateful = _Plan(), None
+        self.shuffled = _with_batches(self.shuffled, self._plan)
+
+    def set_epoch(self, epoch: int) -> None:
+        _set_epoch(epoch, self._batching, getattr(self._batching, "sampler", None))
+
     def restore(self, state: Any, *, begins: bool) -> None:
         super().restore(state, begins=begins)
         if begins:  # the loader goes to its position now, and draws the new epoch at its next iteration
@@ -570,7 +615,12 @@ class Loaded(Received):
         """
         loader = self.shuffled if shuffle else self.ordered
         num_batches, num_seen = (0, 0) if items is None else (self._num_batches_seen, self._num_seen)
-        sizes = _batch_sizes(loader, num_batches)
+        plan = self._plan if shuffle else None
+        if plan is not None:
+            of_batches = self.group.from_first(lambda: [list(items) for items in self._batching])
+            plan.shares = [_share(items, self.group) for items in of_batches]
+            self._check_planned(sum(map(len, of_batches)))
+        sizes = _batch_sizes(loader, num_batches) if plan is None else map(len, plan)
         is_moved = self.ordered is self.shuffled
         unmoved = self._unmoved() if is_moved else _kept(self.generators())
         with nullcontext() if shuffle else unmoved:
@@ -583,7 +633,9 @@ class Loaded(Received):
                         "row for each item"
                     )
                 num_seen += batch.num_rows
-                if self._must_match_length and num_seen > self.num_rows:
+                if plan is not None:
+                    self.idle = plan.shares[i][1]
+                elif self._must_match_length and num_seen > self.num_rows:
                     break
                 self._record_ranges(batch)
                 # consecutive rows may be close to each other, so they are checked at the end of the epoch
@@ -593,22 +645,39 @@ class Loaded(Received):
                 if shuffle:
                     self._num_batches_seen, self._num_seen = i + 1, num_seen
                 yield self._prepare(batch)
-            if not num_seen or (self._must_match_length and num_seen != self.num_rows):
-                got = "more" if num_seen > self.num_rows else str(num_seen)
-                raise ValueError(
-                    f"data: expected {self.num_rows} rows in an epoch, by the loader's length, but got "
-                    f"{got}; correct the length of the data set or its batch sampler"
-                )
+            if plan is None:
+                self._check_planned(num_seen)
             if shuffle:
                 self._num_batches_seen = self._num_seen = 0
             self._check_ranges()
+
+    def _check_planned(self, num_seen: int) -> None:
+        """Check the number of rows in an epoch."""
+        if not num_seen or (self._must_match_length and num_seen != self.num_rows):
+            got = "more" if num_seen > self.num_rows else str(num_seen)
+            raise ValueError(
+                f"data: expected {self.num_rows} rows in an epoch, by the loader's length, but got "
+                f"{got}; correct the length of the data set or its batch sampler"
+            )
 
     @property
     def num_batches(self) -> int:
         return self._num_batches
 
     def generators(self) -> list[torch.Generator]:
-        return _generators(self.shuffled, self.ordered)
+        return list(dict.fromkeys([*self._own_generators, *_generators(self.ordered)]))
+
+
+class _Plan(Sampler[list[int]]):
+    """The items of each batch of an epoch on this rank, and whether the rank is idle then."""
+
+    shares: Sequence[tuple[list[int], bool]] = ()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (items for items, _ in self.shares)
+
+    def __len__(self) -> int:
+        return len(self.shares)
 
 
 class Streamed(Received):
@@ -617,6 +686,9 @@ class Streamed(Received):
     A shuffled epoch has the next ``steps_per_epoch`` batches: it continues where the last one ended, and the
     stream is read again when it ends. With ``steps_per_epoch=None`` an epoch is one pass over the stream, as
     an unshuffled epoch always is.
+
+    On several ranks each rank reads its own part of the rows. A rank whose part has ended repeats its last
+    batch, until all have ended.
 
     :param source: a loader, an iterable whose ``__iter__`` starts anew, or a function that returns an
         iterator.
@@ -629,9 +701,11 @@ class Streamed(Received):
     def __init__(self, source: Any, num_rows: int, steps_per_epoch: int | None = None) -> None:
         super().__init__(source, num_rows)
         self.source, self.steps_per_epoch = source, steps_per_epoch
+        self.in_data_order = getattr(source, "in_data_order", True)
         self.persistent = isinstance(source, DataLoader) and source.persistent_workers
         self._pass: Iterator[Batch] | None = None  # the pass of training that the next epoch continues
         self._first: Batch | None = None  # a row of the first batch, whose shape all rows have
+        self._is_checked = False  # whether the ranks are known to read different rows
         self._num_batches = steps_per_epoch
         if not isinstance(source, DataLoader) and self._open() is self._open():
             raise ValueError(
@@ -652,17 +726,54 @@ class Streamed(Received):
             ) from error
 
     def epoch(self, *, shuffle: bool) -> Iterator[Batch]:
-        if not shuffle:
-            return self._read(training=False)
-        return self._read() if self.steps_per_epoch is None else self._steps(self.steps_per_epoch)
+        return self.remaining(0) if shuffle else self._read(training=False)
 
     def remaining(self, num_used: int) -> Iterator[Batch]:
         rest = self._read(items=self._open()) if self._is_restored else None
         self._is_restored = False
         if self.steps_per_epoch is None:
-            return self._read() if rest is None else rest
+            rows = self._read() if rest is None else rest
+            return rows if self.group.size == 1 else self._until_all_end(rows)
         self._pass = rest or self._pass
         return self._steps(self.steps_per_epoch - num_used)
+
+    def set_epoch(self, epoch: int) -> None:
+        dataset = self.source.dataset if isinstance(self.source, DataLoader) else self.source
+        _set_epoch(epoch, dataset)
+
+    def _until_all_end(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """A pass of training in which each rank reads its part, and repeats its last batch when this has
+        ended and others have not."""
+        last = None
+        while True:
+            batch = next(batches, None)
+            if not self.group.sum(batch is not None):
+                break
+            self.idle, last = batch is None, batch or last
+            if last is None:  # a resumed pass that had ended on this rank
+                first = self._read(training=False)
+                last = next(first)
+                first.close()  # type: ignore[attr-defined]
+            self._check_different(last)
+            yield last
+        if (num_seen := self.group.sum(self._num_seen)) != self.num_rows:
+            raise ValueError(
+                f"data: expected {self.num_rows} rows in a pass over the stream but got {num_seen} on all "
+                f"{self.group.size} processes together; {_SHARD_REMEDY}, or correct num_data"
+            )
+        self._num_batches_seen = self._num_seen = 0
+
+    def _check_different(self, first: Batch) -> None:
+        """Raise ``ValueError`` if all ranks read the same first batch."""
+        if self._is_checked:
+            return
+        self._is_checked = True
+        checksums = self.group.all_gather([zlib.crc32(bytes_of(leaf)) for leaf in first.leaves()])
+        if all(other == checksums[0] for other in checksums):
+            raise ValueError(
+                f"data: the stream has the same first batch in each of the {self.group.size} processes; "
+                f"{_SHARD_REMEDY}"
+            )
 
     def _steps(self, num_steps: int) -> Iterator[Batch]:
         """The next batches of training."""
@@ -671,6 +782,8 @@ class Streamed(Received):
             if batch is None:
                 self._pass = self._read()
                 batch = next(self._pass)
+            if self.group.size > 1:
+                self._check_different(batch)
             yield batch
         self._check_ranges()
 
@@ -681,6 +794,7 @@ class Streamed(Received):
         :param items: the rest of a pass that has been resumed.
         """
         num_batches, num_seen = (0, 0) if items is None else (self._num_batches_seen, self._num_seen)
+        is_part = training and self.group.size > 1
         endless = training and self.steps_per_epoch is not None
         with nullcontext() if training else self._unmoved():
             for i, item in enumerate(self._open() if items is None else items, num_batches):
@@ -700,6 +814,8 @@ class Streamed(Received):
                 yield self._prepare(batch)
         if not num_seen:
             self._raise_empty()
+        if is_part:
+            return self._check_ranges()
         if num_seen != self.num_rows:
             raise ValueError(
                 f"data: expected {self.num_rows} rows in a pass over the stream but got {num_seen}; pass "
@@ -720,7 +836,8 @@ class Streamed(Received):
 
     def _check_shapes(self, batch: Batch, index: int) -> None:
         """Raise ``ValueError`` if a batch has other arguments, or rows of another shape, than the first."""
-        self._num_batches = self._num_batches or -(-self.num_rows // batch.num_rows)
+        num_rows = batch.num_rows * self.group.size
+        self._num_batches = self._num_batches or -(-self.num_rows // num_rows)
         if not batch.divisible:
             return
         row = batch.first(1)
@@ -757,6 +874,18 @@ class Streamed(Received):
 
     def generators(self) -> list[torch.Generator]:
         return _generators(self.source) if isinstance(self.source, DataLoader) else []
+
+
+_SHARD_REMEDY = (
+    "expected a stream that yields other rows in each process, such as itertools.islice(batches, rank, None, "
+    "world_size) with the rank of torch.distributed.get_rank()"
+)
+
+
+def _set_epoch(epoch: int, *owners: Any) -> None:
+    for owner in owners:
+        if callable(set_epoch := getattr(owner, "set_epoch", None)):
+            set_epoch(epoch)
 
 
 @contextmanager
@@ -838,12 +967,16 @@ def _count_rows(loader: DataLoader, batching: Any, sampler: Any) -> int:
 
 def _sequential(loader: DataLoader, batch_size: int) -> DataLoader:
     """A loader of the same data set in order, with the last batch even if it is smaller."""
-    collate: Any = loader.collate_fn
     order = SequentialSampler(loader.dataset)  # type: ignore[arg-type]
+    return _with_batches(loader, BatchSampler(order, batch_size, drop_last=False))
+
+
+def _with_batches(loader: DataLoader, batch_sampler: Sampler[list[int]]) -> DataLoader:
+    """A loader of the same data set with other batches."""
+    collate: Any = loader.collate_fn
+    batches_itself = loader.batch_sampler is None  # the data set takes the indices of a whole batch
     sampling: dict[str, Any] = (
-        {"batch_size": batch_size, "sampler": order}
-        if loader.batch_size is not None or loader.batch_sampler is not None
-        else {"batch_size": None, "sampler": BatchSampler(order, batch_size, drop_last=False)}
+        {"batch_size": None, "sampler": batch_sampler} if batches_itself else {"batch_sampler": batch_sampler}
     )
     return DataLoader(
         loader.dataset, **sampling, collate_fn=collate, num_workers=loader.num_workers,
@@ -887,6 +1020,17 @@ def bytes_of(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
+def rows_per_chunk(num_rows: int, limit: int) -> int:
+    """The number of rows in a chunk of the data, at most ``limit``, the rows that fit in memory.
+
+    There are six chunks or more of at least 50 rows, if there are enough rows, so that several processes can
+    divide them. The number does not depend on that of the processes, so neither does the noise. Chunks are of
+    equal size if possible, since each size has its own graph.
+    """
+    num_chunks = next((k for k in range(6, 13) if num_rows % k == 0), 6)
+    return min(limit, max(50, -(-num_rows // num_chunks)))
+
+
 def slices(num_rows: int, at_once: int) -> list[slice]:
     """Slices that split ``num_rows`` rows into blocks of ``at_once``."""
     return [slice(start, min(start + at_once, num_rows)) for start in range(0, num_rows, at_once)]
@@ -912,8 +1056,8 @@ def as_ordered_batches(data: Any, batch_size: int | None, num_data: int | None =
     batches = as_batches(data.fixed() if isinstance(data, Data) else data, batch_size, num_data=num_data)
     if not batches.in_data_order:
         raise ValueError(
-            "data: the loader's sampler has an order of its own, so results cannot be matched with rows; "
-            "pass the data set, or DataLoader(dataset, batch_size, shuffle=False)"
+            "data: the loader or stream has an order of its own, so results cannot be matched with rows; "
+            "pass the data set, DataLoader(dataset, batch_size, shuffle=False), or a stream without shuffling"
         )
     return batches
 
@@ -1065,9 +1209,10 @@ def _yields_batches(stream: Any) -> bool:
 
 
 def _stream_length(stream: Any) -> int | None:
-    """The number of rows of a stream, if it is known. The length of a stream of batches is not that."""
+    """The number of rows of a stream, if it is known: its attribute ``num_data``, or the length of a stream
+    of rows. The length of a stream of batches is not that."""
     if _yields_batches(stream):
-        return None
+        return getattr(stream, "num_data", None)
     dataset: Any = stream.dataset if isinstance(stream, DataLoader) else stream
     try:
         return len(dataset)

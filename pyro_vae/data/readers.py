@@ -300,12 +300,12 @@ def _per_row(part: Any, num_rows: int, name: str, *, may_be_missing: bool) -> np
 
 
 def _read_npy(path: Path) -> _Content:
-    _check_start(path, b"\x93NUMPY", ".npy")
+    check_start(path, b"\x93NUMPY", ".npy")
     return _Content(_checked_objects(path, lambda: np.load(path, mmap_mode="r", allow_pickle=False)))
 
 
 def _read_npz(path: Path, *, key: str | None, label: str | None, condition: str | None) -> _Content:
-    _check_start(path, b"PK", ".npz")
+    check_start(path, b"PK", ".npz")
     try:
         with ZipFile(path) as archive:
             for member in archive.infolist():
@@ -317,7 +317,7 @@ def _read_npz(path: Path, *, key: str | None, label: str | None, condition: str 
                     )
             names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
     except (BadZipFile, OSError, NotImplementedError) as error:
-        raise _damaged(path, ".npz", error) from error
+        raise damaged(path, ".npz", error) from error
     if not names:
         raise ValueError(
             f"{path} is a zip archive without arrays (.npy); expected one that numpy.savez wrote"
@@ -338,7 +338,7 @@ def _read_safetensors(path: Path, *, key: str | None, label: str | None, conditi
         with safe_open(path, "pt") as file:
             names = list(file.keys())
     except SafetensorError as error:
-        raise _damaged(path, ".safetensors", error) from error
+        raise damaged(path, ".safetensors", error) from error
 
     def array(name: str) -> Any:
         with safe_open(path, "pt") as file:
@@ -379,7 +379,7 @@ def _from_named(
 
 
 def _read_csv(path: Path, *, label: str | None, condition: str | None) -> _Content:
-    pyarrow = _import("pyarrow", ".csv")
+    pyarrow = import_library("pyarrow", ".csv")
     from pyarrow import csv as arrow_csv
 
     name, delimiter = path.suffix.lower(), "\t" if path.suffix.lower() == ".tsv" else ","
@@ -393,12 +393,12 @@ def _read_csv(path: Path, *, label: str | None, condition: str | None) -> _Conte
         )
         last = table.slice(table.num_rows - 1).to_pylist() if table.num_rows else []
     except pyarrow.ArrowInvalid as error:
-        raise _damaged(path, name, _reason_of(error)) from error
+        raise damaged(path, name, _reason_of(error)) from error
     # a quote that is not closed makes the rest of the file one text, which is the last entry
     if any("\n" in entry for row in last for entry in row.values() if isinstance(entry, str)):
         with path.open("rb") as file:
             if sum(block.count(b'"') for block in iter(lambda: file.read(2**20), b"")) % 2:
-                raise _damaged(path, name, "a quote is not closed")
+                raise damaged(path, name, "a quote is not closed")
     return _from_arrow(path, table, label, condition)
 
 
@@ -455,14 +455,14 @@ def _is_number(text: str) -> bool:
 
 
 def _read_parquet(path: Path, *, label: str | None, condition: str | None) -> _Content:
-    pyarrow = _import("pyarrow", ".parquet")
+    pyarrow = import_library("pyarrow", ".parquet")
     from pyarrow import parquet
 
-    _check_start(path, b"PAR1", ".parquet")
+    check_start(path, b"PAR1", ".parquet")
     try:
         table = parquet.ParquetFile(path).read()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise _damaged(path, ".parquet", error) from error
+        raise damaged(path, ".parquet", error) from error
     return _from_arrow(path, table, label, condition)
 
 
@@ -541,8 +541,8 @@ def _values(column: Any) -> np.ndarray:
 
 
 def _read_h5ad(path: Path, *, key: str | None, label: str | None, condition: str | None) -> _Content:
-    anndata = _import("anndata", ".h5ad")
-    _check_start(path, b"\x89HDF", ".h5ad")
+    anndata = import_library("anndata", ".h5ad")
+    check_start(path, b"\x89HDF", ".h5ad")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -551,7 +551,7 @@ def _read_h5ad(path: Path, *, key: str | None, label: str | None, condition: str
             if hasattr(x, "check_format"):  # a sparse matrix
                 x.check_format(full_check=True)
     except Exception as error:  # errors of h5py and anndata have no common base class
-        raise _damaged(path, ".h5ad", error) from error
+        raise damaged(path, ".h5ad", error) from error
     layers = _listed(data.layers) or "none"
     if key is not None and key not in data.layers:
         raise ValueError(f'{path}: it has no layer key="{key}"; its layers are {layers}')
@@ -585,7 +585,7 @@ def _image_files(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def _read_images(path: Path, *, image_size: int | None) -> _Content:
-    _import("PIL", "images", "pillow")
+    import_library("PIL", "images", "pillow")
     files, others = _image_files(path)
     if not files:
         raise ValueError(
@@ -679,7 +679,7 @@ def _reader(path: Path) -> tuple[str, Callable[..., _Content], tuple[str, ...]]:
     raise ValueError(f"{path}: unknown format {suffix or 'without a suffix'}; expected {_EXPECTED}")
 
 
-def _import(module: str, what: str, package: str | None = None) -> Any:
+def import_library(module: str, what: str, package: str | None = None) -> Any:
     try:
         return __import__(module)
     except ModuleNotFoundError as error:
@@ -719,7 +719,7 @@ def _check_not_empty(path: Path) -> None:
         raise ValueError(f"{path} is empty (0 bytes); expected {path.suffix} data")
 
 
-def _check_start(path: Path, signature: bytes, name: str) -> None:
+def check_start(path: Path, signature: bytes, name: str) -> None:
     """Raise ``ValueError`` if a file does not start with the signature of its format."""
     _check_not_empty(path)
     with path.open("rb") as file:
@@ -729,7 +729,7 @@ def _check_start(path: Path, signature: bytes, name: str) -> None:
         raise ValueError(f"{path} is not a {name} file but {found}; save it as {name}, or rename it")
 
 
-def _damaged(path: Path, name: str, error: object) -> ValueError:
+def damaged(path: Path, name: str, error: object) -> ValueError:
     reason = (str(error) or type(error).__name__).splitlines()[0][:300]
     return ValueError(f"{path} is not a complete {name} file ({reason}); correct it, or save it again")
 
@@ -746,7 +746,7 @@ def _checked_objects(path: Path, load: Callable[[], Any]) -> Any:
             ) from error
         if isinstance(error, MemoryError):
             raise
-        raise _damaged(path, path.suffix, error) from error
+        raise damaged(path, path.suffix, error) from error
 
 
 def _listed(names: Iterable[str], most: int = 8) -> str:

@@ -16,6 +16,7 @@ from pyro_vae.evidence import simulate
 from pyro_vae.pairs.latents import inspect_latents
 from pyro_vae.pairs.preserve import read_whole, untouched
 from pyro_vae.pairs.traces import Program
+from pyro_vae.plots import BLUE, style
 
 _BINS = 20
 _CHUNK_ROWS = 50  # data that are processed at once
@@ -92,19 +93,18 @@ class Calibration:
         )
         return "\n".join(lines)
 
+    @style()
     def plot(self) -> Figure:
         """Histograms of the ranks, each with the 99 % band of the counts of a calibrated guide."""
-        columns = min(4, len(self.statistics))
+        columns = min(2, len(self.statistics))
         rows = -(-len(self.statistics) // columns)
-        fig, axes = plt.subplots(
-            rows, columns, figsize=(2.8 * columns, 2.2 * rows), squeeze=False, layout="constrained"
-        )
+        fig, axes = plt.subplots(rows, columns, figsize=(2.75 * columns, 2.2 * rows), squeeze=False)
         n = len(self.ranks)
         expected, spread = n / _BINS, 2.58 * math.sqrt(n / _BINS * (1 - 1 / _BINS))
         for ax, name, ranks in zip(axes.flat, self.statistics, self.ranks.unbind(1), strict=False):
             ax.axhspan(expected - spread, expected + spread, color="0.85")
-            ax.hist(ranks.cpu().numpy(), bins=np.linspace(-0.5, self.num_draws + 0.5, _BINS + 1), color="C0")
-            ax.set(title=name, xlabel="rank", yticks=[])
+            ax.hist(ranks.cpu().numpy(), bins=np.linspace(-0.5, self.num_draws + 0.5, _BINS + 1), color=BLUE)
+            ax.set(title=name, xlabel="rank", ylabel="simulations")
         for ax in list(axes.flat)[len(self.statistics) :]:
             ax.set_axis_off()
         return fig

@@ -15,10 +15,13 @@ from pyro_vae.diagnostics.families import UnknownFamily, as_gaussian, wasserstei
 from pyro_vae.diagnostics.gap import GapSplit, split_gap
 from pyro_vae.diagnostics.tables import over_data, table
 from pyro_vae.exact.grid import log_evidence_of, posterior_of
+from pyro_vae.html import note, notebook, plus_minus
+from pyro_vae.html import table as html_table
 from pyro_vae.numerics import covariance
 from pyro_vae.pairs.latents import inspect_latents
 from pyro_vae.pairs.preserve import read_whole, untouched
 from pyro_vae.pairs.traces import Program
+from pyro_vae.plots import embedded
 
 LEVELS = (0.5, 0.9, 0.95)
 _MAX_DRAWS = 2**21  # particles × data that are in memory at once
@@ -72,6 +75,20 @@ class Comparison:
     def __str__(self) -> str:
         return table(f"{len(self.elbo)} data, means in nats per datum", self.rows())
 
+    def _repr_html_(self) -> str:
+        return notebook(
+            note(f"Means over {len(self.elbo)} data in nats per datum, ± their standard error over data"),
+            html_table(
+                [
+                    (name, plus_minus(mean, error, 4))
+                    for name, (mean, error) in self.rows().items()
+                    if not math.isnan(mean)
+                ],
+                ("", "mean"),
+            ),
+            embedded(self.plot(), "exact posterior and guide"),
+        )
+
     def plot(self, num_data: int = 4) -> Figure:
         """Contours of the exact posterior and the guide for the first ``num_data`` data; a scatter plot of
         the first two latent dimensions if there are more than two."""
@@ -86,19 +103,34 @@ class GuideComparison:
 
     comparisons: Mapping[str, Comparison]
 
-    def __str__(self) -> str:
-        rows = {name: comparison.rows() for name, comparison in self.comparisons.items()}
-        quantities = list(
-            dict.fromkeys(
-                key for row in rows.values() for key, (mean, _) in row.items() if not math.isnan(mean)
-            )
+    def rows(self) -> dict[str, list[tuple[float, float]]]:
+        """Mean over data and its standard error of each quantity, for each guide; ``nan`` if it is not
+        known."""
+        columns = [comparison.rows() for comparison in self.comparisons.values()]
+        names = dict.fromkeys(
+            key for column in columns for key, (mean, _) in column.items() if not math.isnan(mean)
         )
-        widths = {name: max(len(name), 10) for name in rows}
-        lines = [f"{'':24}" + "  ".join(f"{name:>{width}}" for name, width in widths.items())]
-        for key in quantities:
-            cells = (f"{rows[name].get(key, (math.nan, 0))[0]:>{width}.4f}" for name, width in widths.items())
-            lines.append(f"{key:24}" + "  ".join(cells))
-        return "\n".join(lines)
+        return {key: [column.get(key, (math.nan, math.nan)) for column in columns] for key in names}
+
+    def __str__(self) -> str:
+        widths = [max(len(name), 10) for name in self.comparisons]
+        lines = [[f"{name:>{width}}" for name, width in zip(self.comparisons, widths, strict=True)]]
+        for cells in self.rows().values():
+            lines.append([f"{mean:>{width}.4f}" for (mean, _), width in zip(cells, widths, strict=True)])
+        return "\n".join(
+            f"{key:24}" + "  ".join(line) for key, line in zip(["", *self.rows()], lines, strict=True)
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (key, *("–" if math.isnan(mean) else plus_minus(mean, error, 4) for mean, error in cells))
+            for key, cells in self.rows().items()
+        ]
+        return notebook(
+            note("Means over data in nats per datum, ± their standard error over data"),
+            html_table(rows, ("", *self.comparisons)),
+            embedded(self.plot(), "exact posterior, guides and gaps"),
+        )
 
     def plot(self, num_data: int = 3) -> Figure:
         """Contours of the guides over the exact posterior, and a bar chart of the gaps of the guides. A bar

@@ -15,24 +15,28 @@ from pyro_vae.exact.grid import posterior_of
 from pyro_vae.pairs.latents import inspect_latents
 from pyro_vae.pairs.preserve import untouched
 from pyro_vae.pairs.traces import Program
+from pyro_vae.plots import BLUE, COLOURS, GREY, RED, style
 
 _MASSES = (0.95, 0.5)
+_COLOURS = (BLUE, RED, *(colour for colour in COLOURS if colour not in (BLUE, RED, GREY)))  # of guides
 
 
+@style()
 def draw_posteriors(exact_model: Any, guides: Mapping[str, Program], batch: Batch) -> Figure:
     """One panel for each datum, with p(z|x) and every q(z|x)."""
     n = batch.num_rows
-    fig, axes = plt.subplots(1, n, figsize=(3.2 * n, 3.4), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(1, n, figsize=(3.2 * n, 3.4), squeeze=False)
     _draw_row(list(axes[0]), exact_model, guides, batch)
     return fig
 
 
+@style()
 def draw_ranking(
     exact_model: Any, guides: Mapping[str, Program], batch: Batch, gaps: Mapping[str, Any]
 ) -> Figure:
     """The panels of :func:`draw_posteriors`, and a bar chart of the mean gap of each guide."""
     n = batch.num_rows + 1
-    fig, axes = plt.subplots(1, n, figsize=(3.2 * n, 3.4), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(1, n, figsize=(3.2 * n, 3.4), squeeze=False)
     _draw_row(list(axes[0][:-1]), exact_model, guides, batch)
     ax = axes[0][-1]
     for i, (gap, split) in enumerate(gaps.values()):
@@ -40,18 +44,18 @@ def draw_ranking(
             ax.barh(i, float(gap.mean()), color="0.6", label="gap" if i == 0 else None)
             continue
         approximation = max(float(split.approximation.mean()), 0.0)
-        ax.barh(i, approximation, color="C7", label="approximation" if i == 0 else None)
+        ax.barh(i, approximation, color=GREY, label="approximation" if i == 0 else None)
         ax.barh(
             i,
             float(split.amortization.mean()),
             left=approximation,
-            color="C1",
+            color=BLUE,
             label="amortization" if i == 0 else None,
         )
     ax.set_yticks(range(len(gaps)), list(gaps))
     ax.invert_yaxis()
     ax.set(xlabel="gap (nats per datum)", title="log p(x) − ELBO")
-    ax.legend(loc="lower right", framealpha=0.9)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
     return fig
 
 
@@ -74,7 +78,7 @@ def _draw_row(axes: list[Axes], exact_model: Any, guides: Mapping[str, Program],
         at = grid[:, i].double().cpu().numpy()
         for j, (name, log_density) in enumerate(densities.items()):
             density = log_density[:, i].double().exp().cpu().numpy()
-            colour = "0.75" if j == 0 else f"C{j - 1}"
+            colour = "0.75" if j == 0 else _COLOURS[(j - 1) % len(_COLOURS)]
             if latents.dim == 1:
                 draw = ax.fill_between if j == 0 else ax.plot
                 draw(at[:, 0], density, color=colour, label=name)
@@ -102,9 +106,8 @@ def _draw_scatter(axes: list[Axes], exact: Tensor, guides: Mapping[str, Tensor])
             first, second = (
                 (at[:, 0], at[:, 1]) if at.shape[1] > 1 else (np.sort(at[:, 0]), np.linspace(0, 1, len(at)))
             )
-            ax.scatter(
-                first, second, s=4, alpha=0.4 if j else 1.0, color=f"C{j - 1}" if j else "0.7", label=name
-            )
+            colour = _COLOURS[(j - 1) % len(_COLOURS)] if j else "0.7"
+            ax.scatter(first, second, s=4, alpha=0.4 if j else 1.0, color=colour, label=name)
         ax.set(xlabel="$z_1$", ylabel="$z_2$", title=f"datum {i}")
     _legend(axes)
 
@@ -112,7 +115,7 @@ def _draw_scatter(axes: list[Axes], exact: Tensor, guides: Mapping[str, Tensor])
 def _legend(axes: list[Axes]) -> None:
     """A shared legend below the row."""
     handles, labels = axes[0].get_legend_handles_labels()
-    axes[0].get_figure().legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)  # type: ignore[union-attr]
+    axes[0].get_figure().legend(handles, labels, loc="outside lower center", ncols=len(labels))  # type: ignore[union-attr]
 
 
 def _grid(draws: list[Tensor], steps: int) -> tuple[Tensor, tuple[int, ...]]:

@@ -1,18 +1,24 @@
 """Summary of the diagnostics of a pair that need no exact posterior."""
 
 import itertools
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from pyro_vae.diagnostics.calibration import Calibration, calibration
 from pyro_vae.diagnostics.usage import LatentUsage, latent_usage
 from pyro_vae.evidence import Evidence, elbo, importance
+from pyro_vae.html import notebook, plus_minus, table
 from pyro_vae.pairs.preserve import read_whole
 from pyro_vae.pairs.traces import Program
+from pyro_vae.plots import embedded, plot_pareto_k
 
+_NUMBERS = "elbo", "elbo_se", "importance", "importance_se", "pareto_k_median"  # of to_dict; may be NaN
 _JOINT_NOTES = (
     "latent dimensions: not computed: their use is measured across data, but joint=True treats all data as "
     "one datum",
@@ -71,6 +77,82 @@ class Diagnosis:
         if self.calibration is not None:
             lines += ["CALIBRATION ON SIMULATED DATA", str(self.calibration)]
         return "\n".join([*lines, *self.notes])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers of the diagnosis, as JSON types: means over data in nats, and shares of the data.
+        ``None`` if not computed."""
+        k, usage, calibrated = self.pareto_k.double(), self.usage, self.calibration
+        return {
+            "num_data": len(k),
+            "num_particles": self.importance.num_particles,
+            "elbo": self.elbo.mean,
+            "elbo_se": self.elbo.mean_se,
+            "importance": self.importance.mean,
+            "importance_se": self.importance.mean_se,
+            "pareto_k_median": k.nanmedian().item(),
+            "pareto_k_above_0.5": (k > 0.5).double().mean().item(),
+            "pareto_k_above_0.7": (k > 0.7).double().mean().item(),
+            "worst": self.worst(8).tolist(),
+            "num_active": None if usage is None else int(usage.active.sum()),
+            "latent_dim": None if usage is None else len(usage.activity),
+            "kl": None if usage is None else usage.mean_kl,
+            "mutual_information": None if usage is None else usage.mutual_information,
+            "not_calibrated": None if calibrated is None else list(calibrated.rejected()),
+            "notes": list(self.notes),
+        }
+
+    def _repr_html_(self) -> str:
+        pictures = []
+        if self.pareto_k.isfinite().any():
+            pictures.append(embedded(plot_pareto_k(self.pareto_k), "Pareto k"))
+        if self.calibration is not None:
+            pictures.append(embedded(self.calibration.plot(), "calibration"))
+        return notebook(summary_table(self.to_dict()), *pictures)
+
+
+def summary_table(record: Mapping[str, Any]) -> Markup:
+    """The result of :meth:`Diagnosis.to_dict` as a table for a page, see :mod:`pyro_vae.html`. In a record
+    from JSON, NaN is ``None``.
+
+    :raises KeyError: if an entry is missing; ``TypeError`` or ``ValueError`` if one is invalid.
+    """
+    record = {key: math.nan if value is None and key in _NUMBERS else value for key, value in record.items()}
+    gap = record["importance"] - record["elbo"]
+    rows = [
+        ("ELBO", f"{plus_minus(record['elbo'], record['elbo_se'])} nats per datum"),
+        (
+            f"IWAE-{record['num_particles']}",
+            f"{plus_minus(record['importance'], record['importance_se'])} nats per datum: a tighter "
+            "lower bound of log p(x)",
+        ),
+        ("KL(q‖p)", f"{gap:.2f} nats per datum, or more"),
+        (
+            "Pareto k",
+            f"{record['pareto_k_median']:.2f} (median of {record['num_data']} data); above 0.5 for "
+            f"{record['pareto_k_above_0.5']:.0%}, above 0.7 (bad) for {record['pareto_k_above_0.7']:.0%}",
+        ),
+        ("data with the largest Pareto k", ", ".join(map(str, record["worst"]))),
+    ]
+    if record["num_active"] is not None:
+        rows.append(
+            (
+                "latent dimensions",
+                f"{record['num_active']} of {record['latent_dim']} are active; KL(q(z|x)‖p(z)) is "
+                f"{record['kl']:.2f} nats, of which the mutual information of x and z is "
+                f"{record['mutual_information']:.2f}",
+            )
+        )
+    if record["not_calibrated"] is not None:
+        bad = ", ".join(record["not_calibrated"])
+        rows.append(
+            (
+                "calibration",
+                f"not calibrated on simulated data: {bad}"
+                if bad
+                else "not rejected at the 1 % level on simulated data",
+            )
+        )
+    return table([*rows, *(("note", note) for note in record["notes"])])
 
 
 def diagnose(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae.data.batches import Batch, check_count, slices
+from pyro_vae.data.batches import Batch, check_count, rows_per_chunk, slices
 from pyro_vae.evidence.chunks import fingerprint, in_chunks, progress_bar
 from pyro_vae.evidence.hmc import HMC, Transition
 from pyro_vae.evidence.importance import summary
@@ -365,7 +365,7 @@ def _chunks(path: Path, num_chains: int, max_bytes: int) -> list[slice]:
     num_bytes = [counted_bytes(partial(probe.draw, k)) for k in (2, 4)]
     per_two_chains = max(1, num_bytes[1] - num_bytes[0])
     size = max(1, max_bytes * 2 * probe.batch.num_rows // per_two_chains // num_chains)
-    return slices(n, size if size < n and particles.rows_independent else n)
+    return slices(n, rows_per_chunk(n, size) if particles.rows_independent else n)
 
 
 def _evidence(

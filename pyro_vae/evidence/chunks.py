@@ -17,6 +17,8 @@ from tqdm import tqdm
 from pyro_vae.data.batches import Batch, bytes_of
 from pyro_vae.files import write_whole
 from pyro_vae.pairs.preserve import stream_seed
+from pyro_vae.processes import Group
+from pyro_vae.progress import progress_bar as bar_of
 
 
 def in_chunks(
@@ -31,19 +33,24 @@ def in_chunks(
     """Call ``compute`` on each chunk of the data and concatenate the returned tensors along their last
     dimension.
 
-    Each chunk has its own seed, so a resumed run returns the same numbers as an uninterrupted run.
+    Each chunk has its own seed, so a resumed run returns the same numbers as an uninterrupted run, and
+    several processes, which compute the chunks in turn, the same as one.
 
     :param resume: a file that stores the finished chunks; if it exists, the run resumes from it.
     :param fingerprint: a hash of everything that the result depends on, see :func:`fingerprint`.
     :raises ValueError: if the file at ``resume`` has another fingerprint or is damaged.
     """
-    path = None if resume is None else Path(resume)
+    path, group = None if resume is None else Path(resume), Group.dividing()
     done = _read(path, fingerprint) if path is not None and path.exists() else []
+    group.check_equal(len(done), "resume: the processes have different files; expected the same file")
     bar.update(int(bar.total * len(done) / len(chunks)))
-    for index in range(len(done), len(chunks)):
-        pyro.set_rng_seed(stream_seed(seed, index))
-        done.append(compute(chunks[index]))
-        if path is not None:
+    for first in range(len(done), len(chunks), group.size):
+        own, index = [], first + group.rank
+        if index < len(chunks):
+            pyro.set_rng_seed(stream_seed(seed, index))
+            own = [compute(chunks[index])]
+        done += [part for parts in group.all_gather(own) for part in parts]
+        if path is not None and not group.rank:
             path.parent.mkdir(parents=True, exist_ok=True)
             tensors = {
                 f"{i}.{name}": value.contiguous()
@@ -56,8 +63,9 @@ def in_chunks(
 
 @contextmanager
 def progress_bar(total: int, progress: bool | None, name: str) -> Iterator[tqdm]:
-    """A progress bar on stderr. If ``progress`` is ``None``, it is shown only if stderr is a terminal."""
-    with tqdm(total=total, desc=name, disable=None if progress is None else not progress) as bar:
+    """The progress bar of an estimator, see :func:`pyro_vae.progress.progress_bar`."""
+    group = Group.dividing()  # each rank computes a part of the total, and the first shows its part
+    with bar_of(-(-total // group.size), progress, rank=group.rank, desc=name) as bar:
         yield bar
 
 

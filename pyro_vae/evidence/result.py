@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyro_vae.html import notebook, paragraph, table
 from pyro_vae.numerics import is_reliable
 
 Bound = Literal["lower", "upper", "none"]
@@ -80,17 +81,18 @@ class Evidence:
             raise ValueError(f"margin: expected a probability between 0 and 1 but got {probability}")
         return math.inf if self.bound == "none" else -math.log(probability) / len(self.log_evidence)
 
-    def __str__(self) -> str:
+    def rows(self) -> dict[str, str]:
+        """The lines of a table of the estimate: name and text."""
         n, sign = len(self.log_evidence), _sign(self.bound)
         unit, truth = f"{_plus_minus(self.mean_se)}nats per datum, {n} data", "the true mean"
         if self.joint:
             unit, truth = "nats, all data together", "the true value"
-        lines = [f"log p({'x₁…x_N' if self.joint else 'x'}) {sign} {self.mean:.3f} {unit}; {self.method}"]
+        rows = {f"log p({'x₁…x_N' if self.joint else 'x'}) {sign}": f"{self.mean:.3f} {unit}"}
+        rows["method"] = self.method
         if self.bound != "none":
             side = "above" if self.bound == "lower" else "below"
-            lines.append(
-                f"{self.bound} bound: it is {side} {truth} by more than {self.margin():.2g} nats with "
-                "probability at most 1e-6"
+            rows[f"{self.bound} bound"] = (
+                f"it is {side} {truth} by more than {self.margin():.2g} nats with probability at most 1e-6"
             )
         ess = self.ess.double()
         error = f"{self.noise:.2g}"
@@ -98,19 +100,30 @@ class Evidence:
             error = "unknown (only one independent weight)"
         elif not self.is_reliable:
             error += " (not reliable: a few weights dominate)"
+        rows["Monte Carlo error"] = error
         spread = "" if self.joint else f" (median; minimum {ess.min():.1f})"
-        lines.append(
-            f"Monte Carlo error {error}; effective sample size {ess.median():.1f} of "
-            f"{self.num_particles}{spread}"
-        )
+        rows["effective sample size"] = f"{ess.median():.1f} of {self.num_particles}{spread}"
         if self.pareto_k is not None and not self.pareto_k.isnan().all():
             k = self.pareto_k[~self.pareto_k.isnan()]
             unknown = f", unknown for {len(self.pareto_k) - len(k)}" if len(k) < len(self.pareto_k) else ""
             share = f" (median), above 0.7 for {(k > 0.7).double().mean():.0%} of the data{unknown}"
-            lines.append(f"Pareto k {k.median():.2f}{'' if self.joint else share}")
+            rows["Pareto k"] = f"{k.median():.2f}{'' if self.joint else share}"
         if self.acceptance is not None:
-            lines.append(f"accepted {self.acceptance.double().mean():.0%} of the moves")
-        return "\n".join(lines)
+            rows["accepted"] = f"{self.acceptance.double().mean():.0%} of the moves"
+        return rows
+
+    def __str__(self) -> str:
+        (first, mean), (_, method), *others = self.rows().items()
+        rows = dict(others)
+        lines = [f"{first} {mean}; {method}"]
+        if self.bound != "none":
+            lines.append(f"{self.bound} bound: {rows.pop(f'{self.bound} bound')}")
+        error, size = (rows.pop(key) for key in ("Monte Carlo error", "effective sample size"))
+        lines.append(f"Monte Carlo error {error}; effective sample size {size}")
+        return "\n".join(lines + [f"{key} {text}" for key, text in rows.items()])
+
+    def _repr_html_(self) -> str:
+        return notebook(table(self.rows().items()))
 
 
 def _mean_se(values: Tensor) -> float:
@@ -162,6 +175,11 @@ class Sandwich:
         mean = f"gap {self.mean:.3f} {_plus_minus(self.mean_se)}nats per datum"
         gap = f"{mean}, on {n} data simulated from the model"
         return f"{gap}\n{self.lower}\n{self.upper}"
+
+    def _repr_html_(self) -> str:
+        gap, *_ = str(self).splitlines()
+        parts = (table(bound.rows().items()) for bound in (self.lower, self.upper))
+        return notebook(paragraph(gap), *parts)
 
 
 def _plus_minus(error: float) -> str:

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from pyro_vae.infer.distributed import Group
 from pyro_vae.infer.resume import Epoch
 from pyro_vae.pairs.latents import mutual_information
 from pyro_vae.pairs.structure import Structure
+from pyro_vae.processes import Group
 
 _PATIENCE = 5  # epochs
 

@@ -7,7 +7,7 @@ import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
 from torch import Tensor
 
-from pyro_vae.data.batches import Batch, Batches, as_ordered_batches, fitting
+from pyro_vae.data.batches import Batch, Batches, as_ordered_batches, check_same_data, fitting
 from pyro_vae.infer.losses import check_loss, kind_of, reports_bound
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.signals import poll
@@ -15,11 +15,12 @@ from pyro_vae.pairs.check import check_observed, inspect_checked, refuse
 from pyro_vae.pairs.elbo import CollectedTerms, ElboTerms, Reweighted, elbo_terms
 from pyro_vae.pairs.enumeration import is_enumerated
 from pyro_vae.pairs.log_weights import check_particles
-from pyro_vae.pairs.preserve import untouched
+from pyro_vae.pairs.preserve import restored_random_states, untouched
 from pyro_vae.pairs.probe import probe_particles
 from pyro_vae.pairs.problems import dividing_problems, outside_of_plates, rows_problem, subsample_problems
 from pyro_vae.pairs.structure import Structure, row_dim
 from pyro_vae.pairs.traces import Program, prior_of, run_pair
+from pyro_vae.processes import Group
 
 
 def evaluate(
@@ -58,7 +59,7 @@ def evaluate(
         ELBO is not finite.
 
     The parameters of plain functions are in the param store of their fit: evaluate these in ``with
-    history.scope():``.
+    history.scope():``. :func:`~pyro_vae.infer.across_processes` divides the batches among processes.
     """
     check_particles("evaluate", num_particles)
     if not reports_bound(loss):
@@ -82,14 +83,18 @@ def evaluate_batches(
     seed: int = 0,
     check: bool = True,
     verb: str = "evaluate",
+    group: Group | None = None,
 ) -> ElboTerms:
-    """:func:`evaluate` on minibatches."""
-    collected = CollectedTerms()
+    """:func:`evaluate` on minibatches, which the ranks of ``group`` compute in turn. Each minibatch has its
+    own seed, so that the numbers do not depend on the number of ranks."""
+    group = group or Group.dividing()
+    collected, sizes, num_seen = CollectedTerms(), [], 0
     with untouched(training=False, seed=seed), torch.no_grad():
         pair: Structure | None = None
-        for batch in batches.epoch(shuffle=False):
+        for index, batch in enumerate(batches.epoch(shuffle=False)):
             poll()
             if pair is None:
+                check_same_data(group, batch)
                 pair = inspect_checked(model, guide, batch, verb=verb, check=check, whole=False)
                 _check_enumeration(pair, loss, verb)
                 check_minibatch(pair, batches.num_rows, verb=verb, check=check)
@@ -101,30 +106,43 @@ def evaluate_batches(
                     check_independent_rows(pair, batches.num_rows, verb=verb)
                 batches.cast(pair.dtype)
             batch = fitting(batch.cast(pair.dtype), model, guide)
-            num_evaluated = len(collected)
-            if isinstance(loss, Objective) and not loss.linear:
-                terms = _objective_terms(pair, batch, loss, num_particles)
-            elif isinstance(loss, TraceEnum_ELBO):
-                terms = _enumerated_terms(pair, batch, loss, batches.num_rows, num_particles)
-            else:
-                check_draws = check and num_evaluated > 0  # the first batch is checked above
-                terms = _sampled_terms(
-                    pair,
-                    batch,
-                    batches.num_rows,
-                    num_particles,
-                    check=check_draws,
-                    verb=verb,
-                    rows=batches.rows,
-                )
+            first_row, num_seen = num_seen, num_seen + batch.num_rows
+            if index % group.size != group.rank:
+                continue
+            with restored_random_states(seed, index):  # a loader draws its own random numbers
+                if isinstance(loss, Objective) and not loss.linear:
+                    terms = _objective_terms(pair, batch, loss, num_particles)
+                elif isinstance(loss, TraceEnum_ELBO):
+                    terms = _enumerated_terms(pair, batch, loss, batches.num_rows, num_particles)
+                else:
+                    check_draws = check and index > 0  # the first batch is checked above
+                    terms = _sampled_terms(
+                        pair,
+                        batch,
+                        batches.num_rows,
+                        num_particles,
+                        check=check_draws,
+                        verb=verb,
+                        rows=batches.rows,
+                    )
             if check and not terms.elbo.isfinite().all():
                 bad = int((~terms.elbo.isfinite()).nonzero()[0])
                 raise ValueError(
-                    f"{verb}: the ELBO of row {num_evaluated + bad} is {float(terms.elbo[bad])}; expected "
+                    f"{verb}: the ELBO of row {first_row + bad} is {float(terms.elbo[bad])}; expected "
                     "finite log-probabilities: check this row of the data, and the parameters of the pair"
                 )
             collected.append(terms)
-    return collected.all  # of no rows if the other ranks have all
+            sizes.append(len(terms.elbo))
+    return collected.all if group.size == 1 else _gathered(group, collected.all, sizes)
+
+
+def _gathered(group: Group, terms: ElboTerms, sizes: list[int]) -> ElboTerms:
+    """The terms of all batches in order. Rank r passes those of batches r, r + size, …, of these sizes."""
+    own = list(zip(*(part.cpu().split(sizes) for part in terms), strict=True))
+    of_ranks = group.all_gather(own)
+    num_batches = sum(map(len, of_ranks))
+    in_order = [of_ranks[i % group.size][i // group.size] for i in range(num_batches)]
+    return ElboTerms(*(torch.cat(part).to(terms.elbo.device) for part in zip(*in_order, strict=True)))
 
 
 def _check_enumeration(pair: Structure, loss: ELBO | None, verb: str) -> None:

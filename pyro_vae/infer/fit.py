@@ -9,7 +9,7 @@ from functools import wraps
 from inspect import signature
 from numbers import Real
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import pyro
@@ -17,7 +17,6 @@ import torch
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.optim import Adam, PyroLRScheduler, PyroOptim
 from torch import Tensor
-from tqdm import tqdm
 
 from pyro_vae.checkpoint import Checkpoints
 from pyro_vae.data.batches import (
@@ -31,8 +30,8 @@ from pyro_vae.data.batches import (
     fitting,
 )
 from pyro_vae.data.datasets import Data
+from pyro_vae.html import note, notebook, paragraph
 from pyro_vae.infer.aggressive import AggressiveInference
-from pyro_vae.infer.distributed import Group
 from pyro_vae.infer.early_stopping import EarlyStopping, PairState
 from pyro_vae.infer.evaluate import check_independent_rows, check_minibatch, evaluate_batches
 from pyro_vae.infer.losses import check_loss, kind_of, name_of, scale_problem
@@ -41,6 +40,7 @@ from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.resume import CheckpointManager, Epoch, Position
 from pyro_vae.infer.snapshot import configuration
 from pyro_vae.infer.svi import Compile
+from pyro_vae.infer.tracking import Tracker, log_epoch
 from pyro_vae.pairs.check import refuse
 from pyro_vae.pairs.elbo import MeanElbo
 from pyro_vae.pairs.graphs import can_compile
@@ -56,6 +56,11 @@ from pyro_vae.pairs.structure import (
 )
 from pyro_vae.pairs.threads import training
 from pyro_vae.pairs.traces import Program, enough_memory
+from pyro_vae.processes import Group
+from pyro_vae.progress import progress_bar
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -102,6 +107,23 @@ class History(WithParamStore):
         means = [f"{name}: {mean}" for name, mean in parts.items() if mean is not None]
         return "\n".join([f"{len(self.epochs)} epochs of {self.objective}, {self.bound}", *means])
 
+    def plot(self) -> "Axes":
+        """Plot the curves, see :func:`~pyro_vae.plots.plot_history`."""
+        from pyro_vae.plots import plot_history  # matplotlib is imported when it is needed
+
+        return plot_history(self.epochs, objective=self.objective)
+
+    def _repr_html_(self) -> str:
+        from pyro_vae.plots import embedded
+
+        best = self.best
+        return notebook(
+            paragraph(f"{len(self.epochs)} epochs of {self.objective}: {self.bound}"),
+            embedded(self.plot(), "ELBO of each epoch"),
+            note(f"Means of the best epoch, {best.epoch}, in nats per datum, ± their standard error"),
+            best.to_html(self.objective),
+        )
+
 
 @contextmanager
 def _exclusive(checkpoints: Checkpoints | None, group: Group) -> Iterator[None]:
@@ -133,6 +155,7 @@ def train(
     every: int | None = None,
     resume: Path | str | None = None,
     progress: bool | None = None,
+    tracker: Tracker | None = None,
     check: bool = True,
     param_store: dict | None = None,
 ) -> Generator[Epoch, None, History]:
@@ -156,9 +179,12 @@ def train(
             checkpoints,
             every,
             resume,
+            tracker,
         )
         batches = as_batches(data, batch_size, num_data=num_data, steps_per_epoch=steps_per_epoch)
         held_out = _held_out_batches(validation, batch_size, batches.num_rows)
+        if group.size > 1:
+            batches.share(group)
         store, state = pyro.get_param_store(), empty_store() if param_store is None else param_store
         with store.scope(state.copy()):
             pair = inspect_for_training(
@@ -186,10 +212,10 @@ def train(
             if isinstance(loss, Objective):
                 loss.prepare(svi.model, svi.guide, pair.batch, check=check)
         has_checkpoints = checkpoints is not None or resume is not None
-        config = configuration(batches, held_out, loss, optim, group, settings) if has_checkpoints else {}
+        config = configuration(batches, held_out, loss, optim, settings) if has_checkpoints else {}
         manager = CheckpointManager(checkpoints, every, at, stopping, svi, batches, config)
         with store.scope(state):
-            manager.start(resume, pair.batch, held_out)
+            manager.start(resume, pair.batch)
         _check_resumed(at, num_epochs)
         yield from at.history
         compile_usual, compile_last = (
@@ -200,25 +226,28 @@ def train(
             if autocast is None
             else torch.autocast(pair.batch.leaves()[0].device.type, autocast)
         )
-        with _progress_bar(progress, num_epochs * batches.num_batches, group) as bar:
+        num_steps = num_epochs * batches.num_batches
+        with progress_bar(num_steps, progress, rank=group.rank, unit="step") as bar:
             bar.update(at.num_steps)
             while at.epoch <= num_epochs and not stopping.should_stop():
                 with store.scope(state), manager.save_before_signals(), enough_memory(LESS_MEMORY):
                     for batch in at.remaining_batches(batches):
                         at.beta = _beta_at(beta, at.epoch - 1 + at.batch_index / batches.num_batches)
-                        batch, weight = batch.like(pair.batch), group.gradient_weight(batches, at.batch_index)
+                        batch = batch.like(pair.batch)
                         is_last = at.batch_index >= batches.num_batches - 1
                         is_short = is_last and batch.num_rows < pair.num_rows // group.size
                         svi.compile = compile_last if is_short else compile_usual
                         svi.not_updated = aggressive.not_updated(at.history, at.num_steps)
                         with precision:
-                            at.terms.append(svi.minibatch_step(batch, at.beta, weight, at))
+                            at.terms.append(svi.minibatch_step(batch, at.beta, at))
                         manager.after_step()
                         bar.update()
                     held_out_elbo = _validation_elbo(stopping.state, held_out, loss, group, check=check)
                     record = at.end_epoch(held_out_elbo, group, aggressive.measure(at.history, group))
                     step_scheduler(optim, -(record.validation or record.train).objective)
                     stopping.update(held_out_elbo)
+                    if tracker is not None and not group.rank:
+                        log_epoch(tracker, record, at.num_steps)
                     manager.save()
                 bar.set_postfix(_postfix(record))
                 yield record
@@ -266,15 +295,7 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
         copied: a thread reads the rows of the next minibatch while a step runs, and each row is validated
         before the step that uses it. A *stream* is an ``IterableDataset``, a loader of one, or an iterable of
         batches that can be read again: an object whose ``__iter__`` starts anew, or a generator function. Its
-        order is not changed. For a Parquet file::
-
-            def batches():
-                for part in pyarrow.parquet.ParquetFile(path).iter_batches(256):
-                    yield np.stack([column.to_numpy() for column in part.columns], 1)
-
-            fit(model, guide, batches, num_data=pyarrow.parquet.read_metadata(path).num_rows)
-
-        and for an HDF5 file, ``yield file["x"][start : start + 256]`` for blocks in random order.
+        order is not changed. :class:`~pyro_vae.data.FileStream` reads Parquet and HDF5 files.
     :param loss: one of Pyro's ELBO objects, by default ``Trace_ELBO()``, or an
         :class:`~pyro_vae.infer.Objective`, such as ``infer.IWAE(5)``.
     :param optim: one of Pyro's optimizers, by default Adam with learning rate 1e-3. A scheduler steps once an
@@ -283,10 +304,14 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
     :param batch_size: rows of a minibatch; ``None`` for all data at once. Sites in the data plate are scaled
         by N/B, unless the model subsamples. The loss of a minibatch is then an unbiased estimate also for
         latents that all data share. A pair must not multiply ``pyro.factor`` by N/B itself: unlike
-        ``poutine.scale`` this cannot be recognized. With a process group of torch each rank computes some of
-        the rows; this needs tensors, arrays or ``Data``. A guide with parameters for each datum, such as an
+        ``poutine.scale`` this cannot be recognized. A guide with parameters for each datum, such as an
         autoguide of a local latent, needs ``None``.
-    :param num_data: the number N of rows of a stream that has no length.
+
+        With a process group of torch, ``batch_size`` is that of all ranks together, and each rank computes
+        some of the rows of each minibatch. All ranks pass all data, and rank 0 draws the order. There are two
+        exceptions: a loader with a ``DistributedSampler``, and a stream, of which each rank must read other
+        rows. The batch size of these is that of one rank. The parts of a stream may differ in length.
+    :param num_data: the number N of rows of a stream that has no length and no attribute ``num_data``.
     :param steps_per_epoch: the number of steps in an epoch of a stream; by default an epoch is one pass over
         it. The next epoch continues where the last one ended, and a stream that ends is read again. For an
         endless stream ``num_data`` is the N of the loss.
@@ -318,7 +343,10 @@ def fit(epochs: Generator[Epoch, None, History]) -> History:
         uninterrupted fit, bit for bit. A loader or stream with the methods ``state_dict`` and
         ``load_state_dict``, as the ``StatefulDataLoader`` of torchdata, continues at its position; a stream
         without them is read from its start, so the interrupted epoch begins anew.
-    :param progress: show a bar on stderr; by default only if that is a terminal.
+    :param progress: show a bar on stderr; by default only if that is a terminal, or in a notebook.
+    :param tracker: an experiment tracker, see :class:`~pyro_vae.infer.Tracker`, such as
+        :class:`~pyro_vae.infer.TensorBoard`. It gets the metrics of each epoch. A resumed fit continues with
+        the next epoch. If the tracker fails, a warning is logged and training goes on.
     :param check: ``False`` trains a pair that is judged wrong, see :func:`~pyro_vae.check_pair`.
     :param param_store: ``history.param_store`` of an earlier fit to continue it; by default parameters of
         plain functions start anew.
@@ -444,7 +472,13 @@ def _check_options(
     checkpoint: Checkpoints | None,
     every: int | None,
     resume: Any,
+    tracker: Any,
 ) -> None:
+    if tracker is not None and not isinstance(tracker, Tracker):
+        raise ValueError(
+            f"fit: tracker is a {type(tracker).__name__}; expected an object with the methods log, figure "
+            "and close, such as infer.TensorBoard(folder)"
+        )
     counts = {
         "num_epochs": num_epochs,
         "patience": patience,
@@ -541,20 +575,13 @@ def _held_out_batches(validation: Any, batch_size: int | None, num_data: int) ->
 def _validation_elbo(
     state: PairState, held_out: Batches | None, loss: ELBO, group: Group, *, check: bool
 ) -> MeanElbo | None:
-    """The ELBO of the validation data of all ranks, at the parameters and buffers of rank 0."""
+    """The ELBO of the validation data, which the ranks divide, at the parameters and buffers of rank 0."""
     if held_out is None:
         return None
     group.broadcast_(state.buffers().values())
-    terms = evaluate_batches(
-        state.model, state.guide, held_out, loss=loss, seed=group.rank, check=check, verb="validation"
-    )
-    return group.gather_terms(terms).mean()
-
-
-def _progress_bar(progress: bool | None, num_steps: int, group: Group) -> tqdm:
-    """A bar on stderr. By default only rank 0 shows it, and only on a terminal."""
-    disable = not progress if progress is not None else None if group.rank == 0 else True
-    return tqdm(total=num_steps, unit="step", disable=disable)
+    return evaluate_batches(
+        state.model, state.guide, held_out, loss=loss, check=check, verb="validation", group=group
+    ).mean()
 
 
 def _postfix(record: Epoch) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from pyro_vae.data.batches import Batch, InMemory, as_whole, check_count
 from pyro_vae.evidence import HMC, Path
 from pyro_vae.evidence.chunks import progress_bar
-from pyro_vae.infer.distributed import Group
 from pyro_vae.infer.fit import (
     WithParamStore,
     empty_store,
@@ -30,6 +29,7 @@ from pyro_vae.pairs.preserve import KeepFrozen, make_parameters, restored_random
 from pyro_vae.pairs.structure import LESS_MEMORY, Structure, first_line, remember_trained
 from pyro_vae.pairs.threads import training
 from pyro_vae.pairs.traces import Program, enough_memory, prior_of, sampled, subsampling_scale
+from pyro_vae.processes import Group
 
 _GAIN = 0.3  # of the adaptation of step sizes
 _FIRST_GAIN = 1.0  # in the first half of the warm-up, where step sizes are far off

@@ -14,7 +14,6 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.data.batches import Batch, Batches, InMemory
-from pyro_vae.infer.distributed import Group
 from pyro_vae.infer.losses import kind_of, scaled_sites
 from pyro_vae.infer.objectives import Objective, Step
 from pyro_vae.infer.svi import SVI
@@ -24,6 +23,7 @@ from pyro_vae.pairs.preserve import untouched
 from pyro_vae.pairs.problems import has_fixed_support, improbable_rows
 from pyro_vae.pairs.structure import Structure
 from pyro_vae.pairs.traces import Program, prior_of, sampled, subsampling_scale
+from pyro_vae.processes import Group
 
 
 class MinibatchSVI(SVI):
@@ -48,7 +48,7 @@ class MinibatchSVI(SVI):
     ) -> None:
         self.pair, self.plates, self.num_data, self.clip_norm = pair, pair.plates, batches.num_rows, clip_norm
         self.scales_objective = kind_of(loss).factor == "objective"  # else sites are scaled by N/B
-        self.batches, self.group, self.weight = batches, group, 1.0
+        self.batches, self.group = batches, group
         self.not_updated: frozenset[str] = frozenset()  # parameters that the next step leaves unchanged
         # data in memory are validated before the first step, unless the support depends on the batch
         is_checked = isinstance(batches, InMemory) and not batches.on_disk
@@ -117,7 +117,8 @@ class MinibatchSVI(SVI):
     ) -> Sequence[Tensor | None]:
         """Average the gradients over ranks, raise ``FloatingPointError`` if they are not finite, and clip
         them. Returns them, ``None`` for parameters that are not updated."""
-        self.group.average_gradients(params, gradients, self.weight)
+        num_rows = 0 if self.batches.idle else self.batch.num_rows
+        self.group.average_gradients(params, gradients, num_rows)
         total = _sum_of_entries(gradients) if self._extra is None or self.group.size > 1 else self._extra[-1]
         if not cmath.isfinite(total.item()) and (bad := nonfinite_parameters(params, gradients)):
             raise FloatingPointError(
@@ -153,15 +154,13 @@ class MinibatchSVI(SVI):
                 check_observed(self.pair, trace, self.batch, f"fit: {self.position}", self.batches.rows)
                 return
 
-    def minibatch_step(self, batch: Batch, beta: float, weight: float, position: object) -> ElboTerms:
+    def minibatch_step(self, batch: Batch, beta: float, position: object) -> ElboTerms:
         """Take one step of the optimizer on the loss annealed by β. Returns the ELBO terms of the rows, which
-        do not contain β.
+        do not contain β; of no rows if this rank is idle.
 
-        :param weight: of this rank's gradient in the mean over ranks; 0 for a rank without rows, whose batch
-            is a stand-in.
         :param position: its ``str`` names the step in errors.
         """
-        self.batch, self.weight, self.position = batch, weight, position
+        self.batch, self.position = batch, position
         if self.beta is not None:
             self.beta.fill_(beta)
         num_rows = batch.num_rows
@@ -176,7 +175,7 @@ class MinibatchSVI(SVI):
             pyro.infer.util.zero_grads(p for _, p in pyro.get_param_store().named_parameters())
             raise
         terms = self.terms if self._extra is None else ElboTerms(*self._extra[:-1])
-        return terms if weight else ElboTerms(*(part[:0] for part in terms))
+        return ElboTerms(*(part[:0] for part in terms)) if self.batches.idle else terms
 
     def _extra_outputs(self, step: Step, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if isinstance(self._elbo, TraceEnum_ELBO):

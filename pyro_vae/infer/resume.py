@@ -5,7 +5,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
+from markupsafe import Markup
 
 from pyro_vae.checkpoint import Checkpoints, MismatchError, copy_all, read_checkpoint
 from pyro_vae.data.batches import Batch, Batches, Streamed
-from pyro_vae.infer.distributed import Group
+from pyro_vae.html import plus_minus, table
 from pyro_vae.infer.early_stopping import EarlyStopping
 from pyro_vae.infer.minibatch import MinibatchSVI
 from pyro_vae.infer.signals import Interrupted, deferred, waiting
@@ -31,6 +32,7 @@ from pyro_vae.infer.snapshot import (
 )
 from pyro_vae.pairs.elbo import CollectedTerms, ElboTerms, MeanElbo
 from pyro_vae.pairs.preserve import make_parameters, untouched
+from pyro_vae.processes import Group
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,20 @@ class Epoch(NamedTuple):
     validation: MeanElbo | None
     seconds: float
     mutual_information: float | None = None
+
+    def to_html(self, objective: str = "bound") -> Markup:
+        """The means of training and held-out data as a table for a page, see :mod:`pyro_vae.html`.
+
+        :param objective: the name of the bound of an objective other than the ELBO.
+        """
+        rows = []
+        for name, mean in (("held out", self.validation), ("train", self.train)):
+            if mean is not None:
+                bound = () if mean.bound is None else (plus_minus(mean.bound, mean.bound_se),)
+                elbo = plus_minus(mean.elbo, mean.elbo_se)
+                rows.append((name, *bound, elbo, f"{mean.reconstruction:.2f}", f"{mean.kl:.2f}"))
+        names = () if self.train.bound is None else (objective,)
+        return table(rows, ("", *names, "ELBO", "reconstruction", "KL"))
 
     @classmethod
     def of(cls, record: Any) -> "Epoch":
@@ -94,6 +110,7 @@ class Position:
             set_random_state(self.random_before_epoch, batches)
         else:
             self.random_before_epoch = random_state(batches)
+        batches.set_epoch(self.epoch - 1)
         remaining = batches.remaining(self.batch_index)
         if self.random_after_step is not None:
             # a loader that is at its position has drawn its order, and others draw it at their first batch
@@ -104,7 +121,8 @@ class Position:
         self, validation: MeanElbo | None, group: Group, mutual_information: float | None = None
     ) -> Epoch:
         """Append the record of the current epoch, with the mean over all ranks, and begin the next epoch."""
-        terms = group.gather_terms(self.terms.all)
+        of_ranks = group.all_gather([part.cpu() for part in self.terms.all])
+        terms = ElboTerms(*map(torch.cat, zip(*of_ranks, strict=True)))
         seconds = time.perf_counter() - self.start_time
         record = Epoch(self.epoch, self.beta, terms.mean(), validation, seconds, mutual_information)
         self.history.append(record)
@@ -137,13 +155,12 @@ class CheckpointManager:
                 stacklevel=3,
             )
 
-    def start(self, resume: str | Path | None, first: Batch, held_out: Batches | None) -> None:
-        """Divide the data among the ranks, copy the parameters of rank 0 to all ranks, and restore the
-        checkpoint that ``resume`` names, if any."""
+    def start(self, resume: str | Path | None, first: Batch) -> None:
+        """Copy the parameters of rank 0 to all ranks, and restore the checkpoint that ``resume`` names, if
+        any. Each rank draws other random numbers."""
         if self.group.size > 1:
-            self.group.shard(self.batches)
-            if held_out is not None:
-                self.group.shard(held_out)
+            seed = int(self.group.broadcast(torch.randint(2**31, (1,))).item())
+            pyro.set_rng_seed((seed + self.group.rank) % 2**32)
             make_parameters(self.state.model, self.state.guide, first)
             self.group.broadcast_(self.state.tensors().values())
         if resume is not None:
@@ -244,18 +261,7 @@ class CheckpointManager:
         at.planned_epochs, at.batch_index, at.num_steps, at.beta, at.seconds = (
             content[key] for key in ("planned", "batch", "steps", "beta", "seconds")
         )
-        of_rank = content["ranks"][self.group.rank]
-        device = first.leaves()[0].device
-        terms = [part.to(device) for part in of_rank["terms"]]
-        if len(terms) == 3:  # checkpoints of earlier versions have no bound and ESS
-            terms = list(ElboTerms.of_elbo(*terms))
-        if terms:
-            at.terms.append(ElboTerms(*terms))
-        at.random_before_epoch = random_state_from_tensors(of_rank["began"])
-        at.random_after_step = random_state_from_tensors(of_rank["now"])
-        at.data_state = of_rank.get("data")
-        if at.data_state is None and not self.batches.reproducible:
-            self._begin_epoch_anew()
+        self._restore_position(content["ranks"], first.leaves()[0].device)
         self.stopping.best_elbo, self.stopping.epochs_since_best = best["elbo"], best["epochs_since"]
         self.stopping.best_tensors = best["weights"]
         if self.checkpoints is not None and not self.group.rank:
@@ -265,9 +271,32 @@ class CheckpointManager:
         self.svi._elbo.max_plate_nesting = content["max_plate_nesting"]
         logger.info("resume: continuing from %s, after step %d", path, at.num_steps)
 
-    def _begin_epoch_anew(self) -> None:
-        """Read a stream from its start, since its position at the checkpoint is not known."""
+    def _restore_position(self, of_ranks: Sequence[Any], device: torch.device) -> None:
+        """Restore the position in the data and the random states of this rank, or begin the epoch anew if
+        they are not known."""
         at, batches = self.position, self.batches
+        if len(of_ranks) != self.group.size:
+            if not self.group.rank:
+                logger.warning(
+                    "resume: %d processes continue a fit of %d: each draws new random numbers, so the result "
+                    "has the same distribution as that of an uninterrupted fit, but not the same bits%s",
+                    self.group.size,
+                    len(of_ranks),
+                    f"; epoch {at.epoch} begins anew" if at.batch_index else "",
+                )
+            at.batch_index, at.seconds = 0, 0.0
+            return
+        of_rank = of_ranks[self.group.rank]
+        terms = [part.to(device) for part in of_rank["terms"]]
+        if len(terms) == 3:  # checkpoints of earlier versions have no bound and ESS
+            terms = list(ElboTerms.of_elbo(*terms))
+        if terms:
+            at.terms.append(ElboTerms(*terms))
+        at.random_before_epoch = random_state_from_tensors(of_rank["began"])
+        at.random_after_step = random_state_from_tensors(of_rank["now"])
+        at.data_state = of_rank.get("data")
+        if at.data_state is not None or batches.reproducible:
+            return
         if at.batch_index or (isinstance(batches, Streamed) and batches.steps_per_epoch is not None):
             logger.warning(
                 "resume: the stream or its loader has no methods state_dict and load_state_dict, so it is "
@@ -282,14 +311,16 @@ class CheckpointManager:
     def _check_content(self, path: Path, content: Any) -> None:
         """Raise ``MismatchError`` if entries are missing or the configuration differs. Warn if the versions
         of torch or Pyro differ."""
-        missing = [name for name in _required_entries(self.group.size) if not _has(content, name)]
+        missing = [name for name in _required_entries(content) if not _has(content, name)]
         if missing:
             raise MismatchError(
                 f"resume: {path} lacks {', '.join(missing[:5])}, which this version of pyro_vae "
                 "requires; start a new fit in another folder"
             )
+        # the number of processes may change, and with it that of the batches of each
+        may_change = ["num_processes"] + ["num_batches"] * (len(content["ranks"]) != self.group.size)
         for key, saved in content["config"].items():
-            if self.config.get(key) != saved:
+            if self.config.get(key) != saved and key not in may_change:
                 raise MismatchError(
                     f"resume: {key} is {self.config.get(key)!r} but was {saved!r} in {path}; pass the same "
                     "value, or start a new fit in another folder"
@@ -342,8 +373,9 @@ class CheckpointManager:
         return best
 
 
-def _required_entries(num_ranks: int) -> list[str]:
+def _required_entries(content: Any) -> list[str]:
     """The names of the entries that :meth:`CheckpointManager.save` writes. Dots separate nested keys."""
+    num_ranks = len(content["ranks"]) if _has(content, "ranks.0") else 1
     return [
         "config",
         "weights",

@@ -9,7 +9,6 @@ import torch
 from pyro.infer import ELBO
 
 from pyro_vae.data.batches import Batches, InMemory, bytes_of
-from pyro_vae.infer.distributed import Group
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.svi import OneOptimizer
 
@@ -93,14 +92,13 @@ def _is_scheduler(optim: Any) -> bool:
 
 
 def configuration(
-    batches: Batches, held_out: Batches | None, loss: ELBO, optim: Any, group: Group, settings: dict[str, Any]
+    batches: Batches, held_out: Batches | None, loss: ELBO, optim: Any, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """The settings that must be the same when a fit is resumed. Functions cannot be compared, so each
     is recorded as ``"a function"``."""
     names = "num_particles", "vectorize_particles", "alpha"
     options = loss.options() if isinstance(loss, Objective) else _attributes(loss, names)
     return {
-        "num_processes": group.size,
         "num_data": batches.num_rows,
         "batch_size": batches.batch_size if isinstance(batches, InMemory) else None,
         "drawn": isinstance(batches, InMemory) and batches.drawn,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.data.batches import Batch, check_count, slices
+from pyro_vae.data.batches import Batch, check_count, rows_per_chunk, slices
 from pyro_vae.numerics import effective_sample_size, log_mean_exp, log_mean_exp_se, pareto_k
 from pyro_vae.pairs.check import inspect_checked
 from pyro_vae.pairs.enumeration import PARTICLES, sum_out, values_of
@@ -305,8 +305,8 @@ class Weigher:
         min_particles = min(num_particles, _MIN_PARTICLES_PER_RUN) if self.vectorized else 1
         # the second limit is for the log-weights of all particles of a chunk and their copies
         max_rows = min(size // min_particles, 4 * self.max_bytes // (32 * num_particles))
-        if max_rows < rows and self.particles.rows_independent:
-            rows = max(1, min(max_rows, rows // 2))
+        if self.particles.rows_independent:
+            rows = min(rows, rows_per_chunk(rows, max(1, max_rows)))
         return rows, min(num_particles, max(1, size // rows)) if self.vectorized else 1
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 
-from pyro_vae.data.batches import Batch, as_whole
+from pyro_vae.data.batches import Batch, as_whole, check_same_data
 from pyro_vae.pairs.threads import exclusive
 from pyro_vae.pairs.traces import Program, run_pair
+from pyro_vae.processes import Group
 
 
 def stream_seed(seed: int, index: int = 0) -> int:
@@ -45,14 +46,14 @@ def untouched(*, training: bool | None = None, seed: int | None = None) -> Itera
 
 
 @contextmanager
-def restored_random_states(seed: int | None = None) -> Iterator[None]:
+def restored_random_states(seed: int | None = None, index: int = 0) -> Iterator[None]:
     """Restore the random states of torch, Python and numpy after the block, which starts at ``seed`` if it is
     given, see :func:`stream_seed`."""
     state = pyro.util.get_rng_state()
     try:
         with torch.random.fork_rng():
             if seed is not None:
-                pyro.set_rng_seed(stream_seed(seed))
+                pyro.set_rng_seed(stream_seed(seed, index))
             yield
     finally:
         pyro.util.set_rng_state(state)
@@ -115,7 +116,9 @@ def read_whole(data: Any, *, seed: int, num_data: int | None = None) -> Batch:
     """All data as one batch, see :func:`~pyro_vae.data.batches.as_whole`. A loader draws its random numbers
     with ``seed``, and the caller's random states are unchanged."""
     with untouched(seed=seed):
-        return as_whole(data, num_data)
+        batch = as_whole(data, num_data)
+    check_same_data(Group.dividing(), batch)
+    return batch
 
 
 class _TransformModules(Messenger):

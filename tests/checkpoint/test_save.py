@@ -15,7 +15,7 @@ from torch.distributions import constraints
 import pyro_vae as pv
 from pyro_vae import checkpoint, conditionals, flows, nets, priors
 from pyro_vae.checkpoint import folder as stored
-from pyro_vae.checkpoint.tree import flatten, unflatten
+from pyro_vae.tree import flatten, unflatten
 
 
 def make_pair(decoder=conditionals.Normal, encoder=conditionals.Normal, prior=None, trunk=None, **options):

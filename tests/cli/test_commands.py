@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 from typing import get_args
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from matplotlib.image import imread
 from pyro_vae.cli import app, build, runs
 from pyro_vae.cli.defaults import DEFAULTS
 from pyro_vae.data import datasets
+from tests.support import pages
 from tests.support.runs import PAIR, weights_file, weights_of
 
 
@@ -46,6 +48,7 @@ def test_train_writes_a_run_folder(run, tmp_path):
         assert mean["elbo"] == pytest.approx(mean["reconstruction"] - mean["kl"], rel=1e-4)
     assert result["validation"] == lines[-1]["validation"]
     assert all(torch.isfinite(tensor).all() for tensor in weights_of(folder).values())
+    assert (folder / "plots" / "latent_map.html").is_file()
     pictures = {file.stem: imread(file) for file in (folder / "plots").glob("*.png")}
     assert pictures.keys() == {"curve", "reconstructions", "samples", "latent", "manifold"}
     assert all(picture[..., :3].std() > 0.02 for picture in pictures.values())  # not blank
@@ -81,9 +84,14 @@ def test_report_has_all_pictures_and_texts_escaped(run, tmp_path):
     page = (folder / "report.html").read_text()
     shown = re.findall(r'src="([^"]+)"', page)
     assert sorted(shown) == sorted(str(file.relative_to(folder)) for file in folder.rglob("*.png"))
-    assert (folder / "evaluation" / "evaluation.txt").read_text().rstrip() in html.unescape(page)
+    (elbo,) = json.loads((folder / "evaluation" / "evaluation.json").read_text()).values()
+    assert f"<td>{elbo['log_evidence']:.3f} ± {elbo['mean_se']:.3f}</td>" in page
+    assert elbo["method"] in html.unescape(page)
     assert "<h1>a&amp;b</h1>" in page
-    assert "held out: ELBO" in page
+    for file in folder.rglob("*.*"):
+        if "checkpoints" not in file.parts and "weights" not in file.parts and not file.name.startswith("."):
+            assert f'href="{quote(str(file.relative_to(folder)))}"' in page or file.name == "report.html"
+    pages.check(page)
     assert run("train", "-n", 1, "--out", "a&b", "--overwrite")[0] == 0
     assert "evaluation" not in (folder / "report.html").read_text()
 

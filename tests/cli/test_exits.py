@@ -154,6 +154,7 @@ def test_prints_of_a_factory_go_to_stderr(run, tmp_path):
     assert "again" in err
 
 
+@pytest.mark.slow
 def test_closed_stdout_and_full_stderr_are_not_errors():
     script = f"{sys.executable} -m pyro_vae data | true; exit ${{PIPESTATUS[0]}}"
     assert subprocess.run(["bash", "-c", script], capture_output=True).returncode == 0

@@ -6,6 +6,7 @@ import pytest
 
 from pyro_vae import data
 from pyro_vae.cli import build
+from tests.faults.processes import torchrun
 
 
 @pytest.fixture
@@ -46,6 +47,28 @@ def test_evaluate_prints_and_writes_a_row_per_estimate(run, trained, tmp_path):
     assert not (trained / ".evidence").exists()
 
 
+@pytest.mark.slow
+def test_two_processes_evaluate_and_diagnose_as_one(run, trained, tmp_path):
+    """They write the same files once."""
+    estimators = "elbo,importance,prior,ais,smc,bdmc"
+    sizes = "--num-particles", 20, "--num-temperatures", 4, "--num-chains", 2, "--data", "test[:130]"
+    commands = {
+        "evaluation.json": ["evaluate", trained, "--estimator", estimators, *sizes],
+        "diagnosis.txt": ["diagnose", trained, "--num-particles", 20, "--num-simulations", 100],
+    }
+    for name, words in commands.items():
+        code, _, err = run(*words, "--out", tmp_path / f"one {name}")
+        assert code == 0, err
+        assert torchrun([*words, "--out", tmp_path / f"two {name}"], tmp_path / "log").wait(120) == 0
+        one, two = ((tmp_path / f"{size} {name}" / name).read_text() for size in ("one", "two"))
+        if name.endswith("json"):
+            one, two = (
+                {key: {**row, "seconds": 0.0} for key, row in json.loads(text).items()} for text in (one, two)
+            )
+        assert one == two
+        assert not (trained / ".evidence").exists()
+
+
 def test_diagnose_prints_and_writes_the_diagnosis(run, trained, tmp_path):
     code, out, err = run(
         "diagnose",
@@ -63,6 +86,7 @@ def test_diagnose_prints_and_writes_the_diagnosis(run, trained, tmp_path):
     assert (tmp_path / "d" / "diagnosis.txt").read_text() in out
     assert {file.name for file in (tmp_path / "d").iterdir()} == {
         ".written.json",
+        "diagnosis.json",
         "diagnosis.txt",
         "pareto-k.png",
         "worst.png",

@@ -171,7 +171,7 @@ def test_missing_file_and_missing_library_have_exit_codes(run, tmp_path, monkeyp
     own_files.csv(tmp_path / "x.csv")
     monkeypatch.setattr("builtins.__import__", missing)
     with pytest.raises(ModuleNotFoundError, match="pip install pyarrow"):
-        readers._import("pyarrow", ".csv")
+        readers.import_library("pyarrow", ".csv")
 
 
 # malformed files: each function writes one, and returns what the command line gets

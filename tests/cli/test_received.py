@@ -250,6 +250,7 @@ def test_invalid_mean_in_metrics_is_an_error(run, ring, change):
     assert run("plot", "a")[0] == 65
 
 
+@pytest.mark.slow
 def test_evaluate_runs_in_an_ascii_locale(ring):
     env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = "evaluate a --estimator elbo --num-particles 2 --data test[:5] --out é"

@@ -139,6 +139,7 @@ def two_site_guide(x):
         pyro.sample("tau", dist.Gamma(x.new_tensor(4.0), 1.5))
 
 
+@pytest.mark.slow
 def test_function_pair_is_compared_with_a_grid():
     x = 0.5 * seeded(4, 6)
     report = pv.compare(exact.Grid(two_site_model), two_site_guide, x, num_particles=5000)

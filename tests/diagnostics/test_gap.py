@@ -73,6 +73,7 @@ def test_split_between_gaussians_is_in_closed_form():
 
 
 @pytest.mark.parametrize("name", ["Funnel", "Banana", "GammaPoisson", "LinearGaussianStateSpace"])
+@pytest.mark.slow
 def test_closed_form_of_exact_models_equals_the_optimized_split(name):
     """The optimum of the family has no amortization gap, and the optimization reaches the same ELBO."""
     model = MODELS[name]
@@ -109,6 +110,7 @@ def encoder(kind, **options):
     return pv.Guide(kind(nets.MLP(6, (8,)), event_shape=3, **options)).double()
 
 
+@pytest.mark.slow
 def test_family_with_restricted_scale_is_optimized():
     """A fixed scale, or a ``min_scale`` above the optimal scale, belongs to the family. With a fixed
     covariance S the approximation gap is KL(q‖p) at the optimal mean."""
@@ -151,6 +153,7 @@ def test_approximation_is_nan_without_log_evidence():
     ],
     ids=["Laplace", "StudentT", "MultivariateNormal", "LowRank"],
 )
+@pytest.mark.slow
 def test_optimization_of_every_supported_family_reduces_the_gap(q):
     x = FA.sample(4)
     split = pv.split_gap(FA, guide_of(q), x)
@@ -197,6 +200,7 @@ def chain_guide(loc=0.0, scale=1.0):
     return guide
 
 
+@pytest.mark.slow
 def test_split_keeps_the_dependence_between_sites():
     """The family contains the exact posterior, so the gap is amortization: the sum of the divergences of
     the two sites."""
@@ -223,6 +227,7 @@ def test_family_with_restricted_location_is_optimized():
     ].all()
 
 
+@pytest.mark.slow
 def test_scale_of_the_guide_outside_of_its_encoder_is_unchanged():
     """The guide sets its scale itself, so the split optimizes the location only."""
     x, network = FA.sample(4), conditionals.Normal(nets.MLP(6, (8,)), event_shape=3, scale=0.5).double()
@@ -346,6 +351,7 @@ def test_invalid_input_raises(options, message):
         pv.split_gap(FA, diagonal(), FA.sample(3), **options)
 
 
+@pytest.mark.slow
 def test_split_of_a_flow_optimizes_its_readouts():
     model = oracles.make_models()["factor analysis"].float()
     x = model.sample(4)

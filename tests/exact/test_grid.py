@@ -180,6 +180,7 @@ def test_evidence_of_a_trained_vae_is_converged_and_above_iwae_bounds(trained):
     assert all(parameter.dtype == torch.float32 for parameter in vae.parameters())
 
 
+@pytest.mark.slow
 def test_max_points_does_not_change_the_result(trained):
     vae, x = trained
     whole, parts = (exact.Grid(vae.model, max_points=m).log_evidence(x) for m in (2**21, 2**17))

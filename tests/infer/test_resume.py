@@ -190,7 +190,7 @@ CASES = {
 }
 
 
-TRACED_CASES = {"some buffers in some steps", "a DataLoader"}  # in the default run; the others are slow
+TRACED_CASES = {"some buffers in some steps"}  # in the default run; the others are slow
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_under_the_exact_posterior_each_joint_weight_is_the_log_evidence_of_all_
 
 
 @exactly
-@pytest.mark.parametrize("start", ["prior", "guide"])
+@pytest.mark.parametrize("start", ["prior", pytest.param("guide", marks=pytest.mark.slow)])
 def test_joint_ais_is_within_its_error_of_the_log_evidence(name, start):
     model, guide, data, truth = EXACT[name]
     found = evidence.ais(
@@ -247,6 +247,7 @@ def eight_schools_evidence():
 
 @pytest.mark.parametrize("autoguide", [AutoNormal, AutoMultivariateNormal])
 @pytest.mark.parametrize("model", [eight_schools, eight_schools_from_the_right])
+@pytest.mark.slow
 def test_eight_schools_without_a_plate(model, autoguide):
     guide = autoguide(model, init_scale=0.5)
     pv.fit(
@@ -387,6 +388,7 @@ def test_enumerated_sites_of_each_datum_are_summed_out(model):
     torch.testing.assert_close(found.log_weights, expected.detach(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_joint_ais_sums_enumerated_sites_out():
     """Against the integral over both locs on a grid."""
     axis = torch.linspace(-15, 15, 601, dtype=torch.double)

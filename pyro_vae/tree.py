@@ -1,11 +1,14 @@
-"""Convert nested values to JSON and named tensors, and back."""
+"""Convert nested values to JSON and named tensors, or to bytes, and back."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from safetensors.torch import load as read_tensors
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 
@@ -67,6 +70,19 @@ def unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tuple(unflatten(item, tensors) for item in content)
     items = {unflatten(key, {}): unflatten(item, tensors) for key, item in content}
     return {"$items": dict, "$counts": Counter}[kind](items)
+
+
+def pack(content: Any) -> bytes:
+    """Serialize any content that :func:`flatten` accepts to bytes."""
+    tensors: dict[str, Tensor] = {}
+    tree = flatten(content, tensors)
+    return to_bytes(tensors, {"content": json.dumps(tree)})
+
+
+def unpack(packed: bytes) -> Any:
+    """The inverse of :func:`pack`."""
+    header = json.loads(packed[8 : 8 + int.from_bytes(packed[:8], "little")])
+    return unflatten(json.loads(header["__metadata__"]["content"]), read_tensors(packed))
 
 
 def _join(name: str, key: Any) -> str:
