@@ -15,6 +15,8 @@ exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = f"pyro_vae {release}"
+html_static_path = ["_static"]
+html_css_files = ["page.css"]
 html_show_sphinx = False
 pygments_style = "friendly"
 

@@ -4,6 +4,7 @@
 import importlib
 import inspect
 import re
+import zlib
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,22 @@ def test_every_public_module_has_a_page_on_which_all_its_names_have_an_entry(nam
         if inspect.isclass(value) or inspect.isfunction(value):
             assert value.__doc__, f"pyro_vae.{name}.{each} has no docstring, so autodoc leaves it out"
         else:
-            assert f".. py:data:: pyro_vae.{name}.{each}" in page
+            assert f".. py:data:: {each}" in page
+
+
+def test_every_public_name_is_in_the_inventory_of_the_site():
+    """After ``make -C docs html``."""
+    inventory = DOCS / "_build" / "html" / "objects.inv"
+    if not inventory.is_file():
+        pytest.skip("the site is not built")
+    content = inventory.read_bytes().split(b"\n", 4)[4]  # after four lines of header
+    entries = {line.split()[0] for line in zlib.decompress(content).decode().splitlines()}
+    assert [
+        f"pyro_vae.{module}.{name}"
+        for module in MODULES
+        for name in public_names(importlib.import_module(f"pyro_vae.{module}"))
+        if f"pyro_vae.{module}.{name}" not in entries
+    ] == []
 
 
 def test_every_name_at_the_top_level_is_in_the_table_of_the_reference():
@@ -74,7 +90,8 @@ def headings(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_internal_links_lead_to_pages_and_headings_that_are_there(page):
     text = re.sub(r"^(```|~~~).*?^\1", "", read(page), flags=re.MULTILINE | re.DOTALL)  # no code
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for words, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", text):
+        assert words, f"the link to {target} has no text, which only the site would fill in"
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
