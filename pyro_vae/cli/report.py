@@ -135,7 +135,7 @@ def _warnings(
 ) -> Iterator[tuple[str, str]]:
     """A remedy and a cause for each fault that the files of the run show."""
     if unfinished := run.unfinished():
-        yield f"Resume the training: {resume_command(run.path)}", f"{unfinished}."
+        yield f"Resume the training: {_resume(run)}", f"{unfinished}."
     yield from _training_warnings(run, epochs, saved)
     for result in results["diagnosis"][:1]:
         record = result.diagnosis()
@@ -186,12 +186,16 @@ def _training_warnings(run: Run, epochs: Sequence[Epoch], saved: Epoch) -> Itera
             f"and is {values[-1]:.2f} at the end: the model overfits.",
         )
     if len(values) > 1 and max(values[start:]) - max(values[:start]) > error:
-        more = f"{resume_command(run.path)} --num-epochs {2 * run.config.num_epochs}"
         yield (
-            f"Train for more epochs: {more}",
+            f"Train for more epochs: {_resume(run)} --num-epochs {2 * run.config.num_epochs}",
             f"The held-out objective still rises: by {max(values[start:]) - max(values[:start]):.2f} nats in "
             "the last tenth of the training.",
         )
+
+
+def _resume(run: Run) -> str:
+    """The command that resumes the training."""
+    return resume_command(run.path, () if run.config.pair is None else ("--pair", run.config.pair))
 
 
 def _settings(run: Run) -> Iterator[Markup]:
