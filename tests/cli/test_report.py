@@ -72,6 +72,8 @@ CURVES = [
     ([*range(-50, -10), *[-10.2] * 10], 5.0, []),  # lower by less than the standard error
     ([*range(-50, -10), *[-12.0] * 10], 5.0, ["--patience"]),
     (list(range(-50, -10)), 5.0, ["--num-epochs 2"]),
+    ([*STEADY[:-1], -9.5], 5.0, []),  # higher by less than 2 % of the whole rise
+    ([*STEADY[:-1], -9.1], 5.0, ["--num-epochs 2"]),
     (STEADY, 0.01, ["--warm-up"]),
     ([-10.0, float("nan")], 5.0, ["--learning-rate"]),
     ([-10.0], 5.0, []),
