@@ -32,7 +32,7 @@ _TEMPLATE = """\
   .pyro-vae th, .pyro-vae td { text-align: left; vertical-align: top; padding: .3rem 1.2rem .3rem 0;
     border-bottom: 1px solid rgba(128, 128, 128, .3) }
   .pyro-vae th { font-weight: 600 }
-  .pyro-vae .numbers tbody th { font-weight: 400; min-width: 8rem }
+  .pyro-vae .numbers tbody th { font-weight: 400 }
   .pyro-vae .numbers td, .pyro-vae .numbers th + th { text-align: right; white-space: nowrap }
   .pyro-vae .option { white-space: nowrap }
   .pyro-vae pre { font-size: .85em; line-height: 1.5; padding: .75rem 1rem; border-radius: 6px;
