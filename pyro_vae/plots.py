@@ -421,11 +421,14 @@ _MAP_BODY = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).f
   #plane { position: relative; flex: 1 1 20rem; max-width: 36rem; aspect-ratio: 1; cursor: crosshair;
     touch-action: none; outline-offset: 4px; border: 1px solid rgba(128, 128, 128, .4) }
   #points { position: absolute; width: 100%; height: 100% }
-  #cell { position: absolute; box-sizing: border-box; outline: 2px solid currentColor; pointer-events: none }
+  #cell { position: absolute; box-sizing: border-box; outline: 2px solid currentColor;
+    pointer-events: none;
+    box-shadow: 0 0 0 4px var(--paper), inset 0 0 0 2px var(--paper) }
   .map aside { flex: 0 1 14rem; display: flex; flex-wrap: wrap; gap: 0 1rem; align-content: start }
   .map aside p { margin: .6rem 0; flex: 1 1 9rem }
   #image { width: min(14rem, 40vw); height: auto; align-self: start; image-rendering: pixelated;
     border: 1px solid rgba(128, 128, 128, .4) }
+  @media (max-width: 45rem) { .map aside { flex-basis: 100% } }
   #where { white-space: pre; font-variant-numeric: tabular-nums }
   .key span { display: inline-block; margin: 0 1rem .2rem 0; white-space: nowrap }
   .key i { display: inline-block; width: .7em; height: .7em; margin-right: .4em; border-radius: 50% }
