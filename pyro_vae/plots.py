@@ -71,7 +71,7 @@ def figure_of(ax: Axes) -> Figure:
 
 
 def embedded(drawn: Axes | Figure, name: str, caption: str = "") -> Markup:
-    """A figure, or that of Axes, as a part of a page, see :mod:`pyro_vae.html`. The figure is closed."""
+    """A figure, or that of Axes, as a part of a page, see ``pyro_vae.html``. The figure is closed."""
     figure, buffer = drawn if isinstance(drawn, Figure) else figure_of(drawn), io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)

@@ -111,7 +111,7 @@ class Diagnosis:
 
 
 def summary_table(record: Mapping[str, Any]) -> Markup:
-    """The result of :meth:`Diagnosis.to_dict` as a table for a page, see :mod:`pyro_vae.html`. In a record
+    """The result of :meth:`Diagnosis.to_dict` as a table for a page, see ``pyro_vae.html``. In a record
     from JSON, NaN is ``None``.
 
     :raises KeyError: if an entry is missing; ``TypeError`` or ``ValueError`` if one is invalid.

@@ -55,7 +55,7 @@ class Epoch(NamedTuple):
     mutual_information: float | None = None
 
     def to_html(self, objective: str = "bound") -> Markup:
-        """The means of training and held-out data as a table for a page, see :mod:`pyro_vae.html`.
+        """The means of training and held-out data as a table for a page, see ``pyro_vae.html``.
 
         :param objective: the name of the bound of an objective other than the ELBO.
         """
