@@ -169,7 +169,9 @@ class Group:
         """Replace the values of the tensors on all ranks by those on rank 0, in place."""
         if self.size > 1:
             for tensor in tensors:
-                tensor.copy_(self.broadcast(tensor))
+                value = self.broadcast(tensor)
+                if not torch.equal(tensor, value):  # copy_() raises for an expanded tensor
+                    tensor.copy_(value)
 
     def sum(self, number: int) -> int:
         """The sum of the numbers that the ranks pass."""

@@ -41,6 +41,8 @@ def in_chunks(
     :raises ValueError: if the file at ``resume`` has another fingerprint or is damaged.
     """
     path, group = None if resume is None else Path(resume), Group.dividing()
+    settings = [seed, *((chunk.start, chunk.stop) for chunk in chunks)]
+    group.check_equal(settings, "the processes have different arguments; expected the same seed and settings")
     done = _read(path, fingerprint) if path is not None and path.exists() else []
     group.check_equal(len(done), "resume: the processes have different files; expected the same file")
     bar.update(int(bar.total * len(done) / len(chunks)))
