@@ -43,7 +43,7 @@ function draw() {
   for (const [x, y, label] of map.points) {
     pen.fillStyle = map.colours[label];
     pen.beginPath();
-    pen.arc(place(x, 0), place(y, 1), 2.4, 0, 7);
+    pen.arc(place(x, 0), place(y, 1), map.points.length > 2000 ? 1.6 : 2.4, 0, 7);
     pen.fill();
   }
 }

@@ -376,7 +376,7 @@ def plot_latent(
     ax = ax or _new_axes(5.5, 4.8)
     for label, (rows, colour) in _by_label(labels, len(x)).items():
         ax.scatter(z[rows, 0], z[rows, 1], s=14, alpha=0.85, label=label, color=colour, linewidths=0)
-    if labels is not None:
+    if labels is not None and len(ax.collections) <= _MAX_LABELS:
         ax.legend(title="label", markerscale=2, bbox_to_anchor=(1, 1), loc="upper left")
     xlabel, ylabel = (f"$z_{{{dim + 1}}}$" for dim in plane)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=f"{kind} of q(z|x), held-out data")
@@ -390,8 +390,8 @@ def _by_label(labels: Tensor | None, n: int) -> dict[str, tuple[np.ndarray, str]
         return {"data": (np.ones(n, dtype=bool), BLUE)}
     array = labels.cpu().numpy()
     return {
-        str(int(label)): (array == label, COLOURS[i % len(COLOURS)])
-        for i, label in enumerate(np.unique(array))
+        str(label): (array == label, COLOURS[i % len(COLOURS)])
+        for i, label in enumerate(np.unique(array).tolist())
     }
 
 
@@ -413,6 +413,7 @@ def _two_dims(dims: tuple[int, int] | None, points: Tensor) -> list[int]:
 
 _MAX_SHEET = 2 * 10**6  # bytes of the images of a latent map, before they are compressed
 _MAX_POINTS = 20_000
+_MAX_LABELS = 20  # in a legend
 _MAP_BODY = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
     """\
 <style>
@@ -420,11 +421,14 @@ _MAP_BODY = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).f
   #plane { position: relative; flex: 1 1 20rem; max-width: 36rem; aspect-ratio: 1; cursor: crosshair;
     touch-action: none; outline-offset: 4px; border: 1px solid rgba(128, 128, 128, .4) }
   #points { position: absolute; width: 100%; height: 100% }
-  #cell { position: absolute; box-sizing: border-box; outline: 2px solid currentColor; pointer-events: none }
+  #cell { position: absolute; box-sizing: border-box; outline: 2px solid currentColor;
+    pointer-events: none;
+    box-shadow: 0 0 0 4px var(--paper), inset 0 0 0 2px var(--paper) }
   .map aside { flex: 0 1 14rem; display: flex; flex-wrap: wrap; gap: 0 1rem; align-content: start }
   .map aside p { margin: .6rem 0; flex: 1 1 9rem }
   #image { width: min(14rem, 40vw); height: auto; align-self: start; image-rendering: pixelated;
     border: 1px solid rgba(128, 128, 128, .4) }
+  @media (max-width: 45rem) { .map aside { flex-basis: 100% } }
   #where { white-space: pre; font-variant-numeric: tabular-nums }
   .key span { display: inline-block; margin: 0 1rem .2rem 0; white-space: nowrap }
   .key i { display: inline-block; width: .7em; height: .7em; margin-right: .4em; border-radius: 50% }
@@ -472,8 +476,8 @@ def latent_map(
     :param x: images, ``(n, height, width)`` or ``(n, channels, height, width)``.
     :param dims: the dimensions of z, counted from 0. The default are the two in which the points vary most.
     :param mask: false at missing entries of x.
-    :raises ValueError: if x are not images, z does not have these dimensions, or an image is so large that a
-        grid of four of them exceeds the size of a page.
+    :raises ValueError: if x are not images, z does not have these dimensions, E[x|z] is not finite, or an
+        image is so large that a grid of four of them exceeds the size of a page.
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import conditionals, nets, priors
@@ -507,6 +511,8 @@ def latent_map(
     grid = points.mean(0).repeat(steps**2, 1)
     grid[:, plane] = cells.reshape(-1, 2)
     images = torch.cat([vae.decode(rows).mean for rows in grid.split(1000)]).double()
+    if not (images.isfinite().all() and z.isfinite().all()):
+        raise ValueError("latent_map: q(z|x) or E[x|z] is not finite; train again with a lower learning rate")
     darkest, brightest = min(0.0, images.min().item()), max(1.0, images.max().item())
     sheet = _tiled((images - darkest) / (brightest - darkest), steps)
     key = _by_label(None if labels is None else labels[: len(x)], len(x))
@@ -524,7 +530,7 @@ def latent_map(
         about += f" Grey levels are from {darkest:.3g} (black) to {brightest:.3g} (white)."
     body = _MAP_BODY.render(
         about=about,
-        key=[(name, colour) for name, (_, colour) in key.items()] if labels is not None else (),
+        key=[(name, colour) for name, (_, colour) in key.items()] if 1 < len(key) <= _MAX_LABELS else (),
         map={
             "dims": [dim + 1 for dim in plane],
             "low": low.tolist(),

@@ -222,6 +222,23 @@ def test_latent_map_of_images_that_are_too_large_raises():
         plots.latent_map(map_vae((1000, 1000), 2), torch.zeros(3, 1000, 1000))
 
 
+def test_latent_map_of_a_model_that_is_not_finite_raises(monkeypatch):
+    vae = map_vae((9, 11), 2)
+    monkeypatch.setattr(vae, "decode", lambda z: dist.Delta(torch.full((len(z), 9, 11), torch.inf)))
+    with pytest.raises(ValueError, match="not finite; train again with a lower learning rate"):
+        plots.latent_map(vae, torch.rand(3, 9, 11))
+
+
+@pytest.mark.parametrize("labels", [torch.arange(30) / 8, torch.arange(30) % 3, torch.arange(30)], ids=str)
+def test_all_points_are_drawn_whatever_the_labels(labels):
+    vae, x = map_vae((9, 11), 2), torch.rand(30, 9, 11)
+    ax = plots.plot_latent(vae, x, labels)
+    assert sum(len(points.get_offsets()) for points in ax.collections) == 30
+    assert (ax.get_legend() is None) == (len(labels.unique()) > 20)
+    indices = maps.read(plots.latent_map(vae, x, labels)).points[:, 2]
+    assert indices.tolist() == labels.unique(return_inverse=True)[1].tolist()
+
+
 @pytest.mark.parametrize("shape", [(5,), (5, 2, 3, 3)], ids=str)
 def test_latent_map_of_other_data_raises(shape):
     with pytest.raises(ValueError, match="latent_map: expected"):

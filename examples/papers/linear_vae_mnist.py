@@ -13,11 +13,11 @@ images in turn to 10 files, shuffled each file in turn with numpy's RandomState(
 side; grey values 0 … 1. Subtracting their mean moves b only.
 
 Adam trains decoder and encoder, by :func:`pyro_vae.train` with the "sticking the landing" gradient, whose
-noise vanishes where the guide is exact. It comes near, but slowly: gradients hardly turn z (Bao et al. 2020),
-and p(x) is the same for W and WR, though only where the columns of W are orthogonal does its posterior have
-independent units. So L-BFGS goes on in double precision with the decoder alone: for each decoder the best
-encoder of the family is known, V = (WᵀW + σ²I)⁻¹Wᵀ and sⱼ² = σ² / (‖wⱼ‖² + σ²), and so is the ELBO there:
-E_q‖x − Wz‖² = ‖x − WVx‖² + Σⱼ sⱼ² ‖wⱼ‖².
+noise vanishes where the guide is exact. It is slow: gradients hardly turn z (Bao et al. 2020), and p(x) is
+the same for W and WR, though only where the columns of W are orthogonal does its posterior have independent
+units. So L-BFGS goes on in double precision with the decoder alone: for each decoder the best encoder of the
+family is known, V = (WᵀW + σ²I)⁻¹Wᵀ and sⱼ² = σ² / (‖wⱼ‖² + σ²), and so is the ELBO there:
+E_q‖x − Wz‖² = ‖x − WVx‖² + Σⱼ sⱼ² ‖wⱼ‖². `docs/papers.md` says how near both come.
 
     python examples/papers/linear_vae_mnist.py --data-dir DIR --out FOLDER     # writes linear_vae_mnist.png
 """

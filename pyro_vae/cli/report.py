@@ -14,6 +14,7 @@ from markupsafe import Markup
 from pyro_vae import html
 from pyro_vae.cli import output
 from pyro_vae.cli.build import Config, build_loss
+from pyro_vae.cli.defaults import LINEAR_OBJECTIVES
 from pyro_vae.cli.runs import RESULT_FOLDERS, Run, resume_command, train_command
 from pyro_vae.data.datasets import SOURCES
 from pyro_vae.diagnostics.report import summary_table
@@ -135,7 +136,7 @@ def _warnings(
 ) -> Iterator[tuple[str, str]]:
     """A remedy and a cause for each fault that the files of the run show."""
     if unfinished := run.unfinished():
-        yield f"Resume the training: {resume_command(run.path)}", f"{unfinished}."
+        yield f"Resume the training: {_resume(run)}", f"{unfinished}."
     yield from _training_warnings(run, epochs, saved)
     for result in results["diagnosis"][:1]:
         record = result.diagnosis()
@@ -162,7 +163,8 @@ def _warnings(
 
 
 def _training_warnings(run: Run, epochs: Sequence[Epoch], saved: Epoch) -> Iterator[tuple[str, str]]:
-    """Faults that the curves show. A difference counts if it exceeds the standard error over data."""
+    """Faults that the curves show. A fall of the held-out objective counts if it exceeds the standard error
+    over data, and a rise at the end if it is more than 2 % of the whole rise."""
     mean = saved.validation or saved.train
     if not math.isfinite(mean.objective):
         yield (
@@ -170,8 +172,10 @@ def _training_warnings(run: Run, epochs: Sequence[Epoch], saved: Epoch) -> Itera
             f"The objective is not finite after epoch {saved.epoch}.",
         )
     if mean.kl < 0.1:
+        objective = "" if run.config.objective in LINEAR_OBJECTIVES else "--objective elbo "
+        warm_up = f"{objective}--warm-up {max(1, len(epochs) // 4)}"
         yield (
-            f"Train again with --warm-up {max(1, len(epochs) // 4)}, so that the KL weight rises from 0.",
+            f"Train again with {warm_up}, so that the KL weight rises from 0.",
             f"The KL from guide to prior is only {mean.kl:.2f} nats: z carries almost no information on x.",
         )
     values = [epoch.validation.objective for epoch in epochs if epoch.validation is not None]
@@ -185,13 +189,18 @@ def _training_warnings(run: Run, epochs: Sequence[Epoch], saved: Epoch) -> Itera
             f"The held-out objective was highest after epoch {epochs[values.index(best)].epoch}, {best:.2f}, "
             f"and is {values[-1]:.2f} at the end: the model overfits.",
         )
-    if len(values) > 1 and max(values[start:]) - max(values[:start]) > error:
-        more = f"{resume_command(run.path)} --num-epochs {2 * run.config.num_epochs}"
+    rise = best - max(values[:start], default=best)
+    is_stopped_early = len(epochs) < run.config.num_epochs
+    if best - values[0] > error and rise > 0.02 * (best - values[0]) and not is_stopped_early:
         yield (
-            f"Train for more epochs: {more}",
-            f"The held-out objective still rises: by {max(values[start:]) - max(values[:start]):.2f} nats in "
-            "the last tenth of the training.",
+            f"Train for more epochs: {_resume(run)} --num-epochs {2 * run.config.num_epochs}",
+            f"The held-out objective still rises: by {rise:.2f} nats in the last tenth of the training.",
         )
+
+
+def _resume(run: Run) -> str:
+    """The command that resumes the training."""
+    return resume_command(run.path, () if run.config.pair is None else ("--pair", run.config.pair))
 
 
 def _settings(run: Run) -> Iterator[Markup]:

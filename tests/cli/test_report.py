@@ -72,6 +72,8 @@ CURVES = [
     ([*range(-50, -10), *[-10.2] * 10], 5.0, []),  # lower by less than the standard error
     ([*range(-50, -10), *[-12.0] * 10], 5.0, ["--patience"]),
     (list(range(-50, -10)), 5.0, ["--num-epochs 2"]),
+    ([*STEADY[:-1], -9.5], 5.0, []),  # higher by less than 2 % of the whole rise
+    ([*STEADY[:-1], -9.1], 5.0, ["--num-epochs 2"]),
     (STEADY, 0.01, ["--warm-up"]),
     ([-10.0, float("nan")], 5.0, ["--learning-rate"]),
     ([-10.0], 5.0, []),
@@ -88,11 +90,17 @@ def test_warnings_state_the_fault_of_the_curve(ring):
             assert cause
 
 
-def test_unfinished_run_says_how_to_resume(ring):
+@pytest.mark.parametrize("options", [("ring",), ("digits", "--pair", "mine.py:functions")], ids=len)
+def test_unfinished_run_says_how_to_resume(run, options):
+    Path("mine.py").write_text(PAIR)
+    trained(run, *options, "-n", 1, "--out", "a")
     config = json.loads(Path("a/config.json").read_text())
-    Path("a/config.json").write_text(json.dumps(config | {"num_epochs": 3}))
-    page = Path(report.write_report(runs.open_run(Path("a")))).read_text()
-    assert "Resume the training: pyro-vae train --out a --resume last" in text_of(page)
+    Path("a/config.json").write_text(json.dumps(config | {"num_epochs": 2}))
+    page = text_of(Path(report.write_report(runs.read_run(Path("a")))).read_text())
+    command = re.search("Resume the training: (pyro-vae .*)", page)[1]
+    trained(run, *shlex.split(command.split("a is not finished")[0])[2:])
+    assert "Resume the training" not in text_of(Path("a/report.html").read_text())
+    assert len(runs.read_run(Path("a")).history()) == 2
 
 
 def test_diagnosis_shows_its_numbers_and_warnings(run, ring):
