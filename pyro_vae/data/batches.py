@@ -458,7 +458,7 @@ def _share(rows: Any, group: Group) -> tuple[Any, bool]:
 
 
 def _check_equal_counts(group: Group, num_rows: int) -> None:
-    group.check_equal(num_rows, f"data: this process has {num_rows} rows; expected all rows of the data")
+    group.check_equal(num_rows, f"data: this process has {num_rows} rows; all rows must be passed")
 
 
 def check_same_data(group: Group, batch: Batch, num_rows: int | None = None) -> None:

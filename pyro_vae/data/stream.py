@@ -33,10 +33,11 @@ class FileStream:
 
     :param columns: names of the columns of a Parquet file; default all.
     :param key: name of the dataset of an HDF5 file; default ``"x"``, or the only one.
-    :param shuffle: false for the order of the file, which ``evaluate`` and other functions that return
-        results per datum need, in which each process reads all rows.
+    :param shuffle: ``False`` reads the rows in the order of the file, and all of them in each process.
+        Functions that return results per datum, such as ``evaluate``, need this.
     :param dtype: of the rows.
     :raises ValueError: for a file that is damaged, has no rows, or has columns that are not numbers.
+    :raises OSError: if there is no such file.
     :raises ModuleNotFoundError: if ``pyarrow`` or ``h5py`` is missing.
     """
 

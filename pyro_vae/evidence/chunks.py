@@ -66,7 +66,7 @@ def in_chunks(
 @contextmanager
 def progress_bar(total: int, progress: bool | None, name: str) -> Iterator[tqdm]:
     """The progress bar of an estimator, see :func:`pyro_vae.progress.progress_bar`."""
-    group = Group.dividing()  # each rank computes a part of the total, and the first shows its part
+    group = Group.dividing()  # rank 0 shows the progress of its own part
     with bar_of(-(-total // group.size), progress, rank=group.rank, desc=name) as bar:
         yield bar
 

@@ -66,7 +66,7 @@ def test_results_per_datum_do_not_depend_on_the_number_of_processes(results, siz
 MESSAGES = {
     "same stream": "same first batch in each of the {size} processes",
     "same endless stream": "same first batch in each of the {size} processes",
-    "rows of a rank": "expected all rows of the data in each of the {size} processes",
+    "rows of a rank": "all rows must be passed in each of the {size} processes",
     "parts of equal size": "different data; expected all rows, in order, in each of the {size} processes",
     "loader of a part": "different data; expected all rows, in order, in each of the {size} processes",
     "sampler of a part": "the loader's sampler has other items on rank 1 than on rank 0",
