@@ -1124,12 +1124,13 @@ def bytes_of(tensor: Tensor) -> np.ndarray:
 def rows_per_chunk(num_rows: int, limit: int) -> int:
     """The number of rows in a chunk of the data, at most ``limit``, the rows that fit in memory.
 
-    There are six chunks or more of at least 50 rows, if there are enough rows, so that several processes can
-    divide them. The number does not depend on that of the processes, so neither does the noise. Chunks are of
-    equal size if possible, since each size has its own graph.
+    There are six chunks or more, so that several processes can divide them, unless a chunk would then be so
+    small, less than 1/64 of ``limit``, that its time is mostly overhead. The number does not depend on that
+    of the processes, so neither does the noise. Chunks are of equal size if possible, since each size has its
+    own graph.
     """
     num_chunks = next((k for k in range(6, 13) if num_rows % k == 0), 6)
-    return min(limit, max(50, -(-num_rows // num_chunks)))
+    return min(limit, num_rows, max(limit // 64, 50, -(-num_rows // num_chunks)))
 
 
 def slices(num_rows: int, at_once: int) -> list[slice]:

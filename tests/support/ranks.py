@@ -168,8 +168,8 @@ def divided():
             "importance in small chunks": evidence.importance(
                 *pair, x, num_particles=7, max_bytes=50_000
             ).log_evidence,
-            "ais": evidence.ais(vae.model, x, annealing=annealing).log_evidence,
-            "smc": evidence.smc(vae.model, x, annealing=annealing).log_evidence,
+            "ais": evidence.ais(vae.model, x, annealing=annealing, max_bytes=50_000).log_evidence,
+            "smc": evidence.smc(vae.model, x, annealing=annealing, max_bytes=50_000).log_evidence,
             "diagnose": pv.diagnose(*pair, x, num_particles=20, num_simulations=0).importance.ess,
         }
     return results | {"importance alone": evidence.importance(*pair, x, num_particles=7).log_evidence}
