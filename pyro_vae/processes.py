@@ -145,8 +145,8 @@ class Group:
             # the ranks would start it at different values, and one rank may have it alone
             new = min({*names} ^ {*self._names})
             raise ValueError(
-                f"fit: the parameter {new!r} appeared or vanished after the first step, which {self.size} "
-                "processes cannot agree on; expected a pair that makes all its parameters at its first run"
+                f"fit: the parameter {new!r} appeared or vanished after the first step, so it may differ "
+                f"between the {self.size} processes; expected a pair that makes all parameters at its first run"
             )
         return [by_name[name] for name in names]
 
@@ -169,7 +169,9 @@ class Group:
         """Replace the values of the tensors on all ranks by those on rank 0, in place."""
         if self.size > 1:
             for tensor in tensors:
-                tensor.copy_(self.broadcast(tensor))
+                value = self.broadcast(tensor)
+                if not torch.equal(tensor, value):  # copy_() raises for an expanded tensor
+                    tensor.copy_(value)
 
     def sum(self, number: int) -> int:
         """The sum of the numbers that the ranks pass."""

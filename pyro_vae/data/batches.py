@@ -20,6 +20,7 @@ from numbers import Integral
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import pyro
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -430,6 +431,7 @@ class InMemory(Batches):
                 "processes; pad them to one tensor"
             )
         _check_equal_counts(group, self.num_rows)
+        check_same_data(group, self.source.first(_NUM_COMPARED))
         super().share(group)
         seed = int(group.broadcast(torch.randint(2**31, (1,))).item())
         self._order_generator = torch.Generator().manual_seed(seed)
@@ -440,6 +442,9 @@ class InMemory(Batches):
     @property
     def num_batches(self) -> int:
         return -(-self.num_rows // self.batch_size)
+
+
+_NUM_COMPARED = 1000  # rows of data in memory or on disk that ranks compare
 
 
 def _index_rows(part: Tensor | Rows, rows: Tensor) -> Tensor:
@@ -453,14 +458,17 @@ def _share(rows: Any, group: Group) -> tuple[Any, bool]:
 
 
 def _check_equal_counts(group: Group, num_rows: int) -> None:
-    group.check_equal(num_rows, f"data: this process has {num_rows} rows; expected all rows of the data")
+    group.check_equal(num_rows, f"data: this process has {num_rows} rows; all rows must be passed")
 
 
-def check_same_data(group: Group, batch: Batch) -> None:
-    """Raise ``ValueError`` unless all ranks have the same batch."""
+def check_same_data(group: Group, batch: Batch, num_rows: int | None = None) -> None:
+    """Raise ``ValueError`` unless all ranks have the same batch, and the same number of rows in all."""
     if group.size > 1:
-        checksums = [zlib.crc32(bytes_of(leaf)) for leaf in batch.leaves()]
-        group.check_equal(checksums, "data: the processes have different data; expected all rows, in order,")
+        checksums = [num_rows, *(zlib.crc32(bytes_of(leaf)) for leaf in batch.leaves())]
+        group.check_equal(checksums, _DIFFERENT_DATA)
+
+
+_DIFFERENT_DATA = "data: the processes have different data; expected all rows, in order,"
 
 
 def prefetched(items: Iterator[T]) -> Iterator[T]:
@@ -549,11 +557,12 @@ class Loaded(Received):
 
     def __init__(self, loader: DataLoader) -> None:
         batching: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-        sampler = getattr(batching, "sampler", batching)
+        self._sampler = sampler = getattr(batching, "sampler", batching)
         super().__init__(loader, _count_rows(loader, batching, sampler))
         self.shuffled, self.ordered = loader, loader
         self._batching, self._own_generators = batching, _generators(loader)
         self._plan: _Plan | None = None  # the batches of this rank, if the loader is divided among ranks
+        self._is_compared = False  # whether the ranks are known to have the same data set and sampler
         self.persistent = loader.persistent_workers
         self._must_match_length = not isinstance(batching, BatchSampler)
         self._num_batches = _length(loader, "the loader and its batch sampler have no length")
@@ -577,7 +586,7 @@ class Loaded(Received):
     def share(self, group: Group) -> None:
         """Each rank loads its part of each batch. Rank 0 draws the items of all batches of an epoch. A
         ``DistributedSampler`` has divided the data set already, and is used unchanged."""
-        sampler = getattr(self._batching, "sampler", self._batching)
+        sampler = self._sampler
         super().share(group)
         if (num_replicas := getattr(sampler, "num_replicas", None)) is not None:
             if (num_replicas, sampler.rank) != (group.size, group.rank):
@@ -617,9 +626,8 @@ class Loaded(Received):
         num_batches, num_seen = (0, 0) if items is None else (self._num_batches_seen, self._num_seen)
         plan = self._plan if shuffle else None
         if plan is not None:
-            of_batches = self.group.from_first(lambda: [list(items) for items in self._batching])
+            of_batches = self._of_batches(plan)
             plan.shares = [_share(items, self.group) for items in of_batches]
-            self._check_planned(sum(map(len, of_batches)))
         sizes = _batch_sizes(loader, num_batches) if plan is None else map(len, plan)
         is_moved = self.ordered is self.shuffled
         unmoved = self._unmoved() if is_moved else _kept(self.generators())
@@ -650,6 +658,58 @@ class Loaded(Received):
             if shuffle:
                 self._num_batches_seen = self._num_seen = 0
             self._check_ranges()
+
+    def _of_batches(self, plan: "_Plan") -> list[list[Any]]:
+        """The items of all batches of an epoch, as rank 0 draws them."""
+        if self._is_compared:
+            of_batches = self.group.from_first(self._drawn)
+            self._check_planned(sum(map(len, of_batches)))
+            return of_batches
+        self._is_compared = True
+        with _kept_random(self.generators()) if self.group.rank else nullcontext():
+            drawn = self._drawn()
+        of_ranks = self.group.all_gather(drawn)
+        self._check_planned(sum(map(len, of_ranks[0])))
+        sets = [{str(item) for items in of_batches for item in items} for of_batches in of_ranks]
+        # random samplers with few draws may have none in common, but these take from all of the data set
+        if not isinstance(self._sampler, RandomSampler | WeightedRandomSampler):
+            for rank, own in enumerate(sets[1:], 1):
+                if not own & sets[0]:
+                    raise ValueError(
+                        f"data: the loader's sampler has other items on rank {rank} than on rank 0, but rank "
+                        "0 draws the items of all ranks; expected the sampler of one process, or "
+                        "DistributedSampler(dataset)"
+                    )
+        self._check_same_rows(of_ranks[0][0], plan)
+        return of_ranks[0]
+
+    def _drawn(self) -> list[list[Any]]:
+        """The items of all batches of an epoch. A batch sampler without an end is stopped."""
+        of_batches: list[list[Any]] = []
+        num_drawn = 0
+        for items in self._batching:
+            of_batches.append(list(items))
+            num_drawn += len(of_batches[-1])
+            if self._must_match_length and num_drawn > self.num_rows:
+                break
+        return of_batches
+
+    def _check_same_rows(self, items: list[Any], plan: "_Plan") -> None:
+        """Raise ``ValueError`` if the ranks load different rows for the same items. A data set that draws
+        its rows at random, by a generator of its own, yields different ones when they are loaded twice, and
+        is not compared."""
+        plan.shares = [(items, False)] * 2
+        with _kept_random(self.generators()):
+            pyro.set_rng_seed(0)
+            for generator in self.generators():
+                generator.manual_seed(0)
+            first, second = (
+                [zlib.crc32(bytes_of(leaf)) for leaf in self._validated(item, "data, batch 0").leaves()]
+                for item in _iterate(self.shuffled)
+            )
+        of_ranks = self.group.all_gather([first, second])
+        if all(one == other for one, other in of_ranks) and any(one != first for one, _ in of_ranks):
+            raise ValueError(f"{_DIFFERENT_DATA} in each of the {self.group.size} processes")
 
     def _check_planned(self, num_seen: int) -> None:
         """Check the number of rows in an epoch."""
@@ -705,8 +765,10 @@ class Streamed(Received):
         self.persistent = isinstance(source, DataLoader) and source.persistent_workers
         self._pass: Iterator[Batch] | None = None  # the pass of training that the next epoch continues
         self._first: Batch | None = None  # a row of the first batch, whose shape all rows have
+        self._own_first: Batch  # the first batch of this rank, if there are several
         self._is_checked = False  # whether the ranks are known to read different rows
         self._num_batches = steps_per_epoch
+        self._next_pass = 0  # the number of the next pass, at least that of the epoch in which it starts
         if not isinstance(source, DataLoader) and self._open() is self._open():
             raise ValueError(
                 f"data: a {type(source).__name__} can be read once only, but each epoch reads the stream "
@@ -737,9 +799,31 @@ class Streamed(Received):
         self._pass = rest or self._pass
         return self._steps(self.steps_per_epoch - num_used)
 
+    def share(self, group: Group) -> None:
+        """Each rank reads its own part. The number of batches is the same on all ranks, since β depends on
+        it."""
+        super().share(group)
+        with self._unmoved():
+            item = next(self._open(), None)
+        if item is not None:
+            self._own_first = self._validated(item, "data, batch 0")
+        sizes = group.all_gather(0 if item is None else self._own_first.num_rows)
+        if not all(sizes):
+            raise ValueError(
+                f"data: the stream has no batches on rank {sizes.index(0)}; expected one batch of rows or "
+                f"more in each of the {group.size} processes"
+            )
+        self._num_batches = self._num_batches or -(-self.num_rows // sum(sizes))
+
     def set_epoch(self, epoch: int) -> None:
+        if self.steps_per_epoch is None:
+            self._set_pass(epoch)
+        else:  # an epoch may have several passes, and each has an order of its own
+            self._next_pass = max(self._next_pass, epoch)
+
+    def _set_pass(self, number: int) -> None:
         dataset = self.source.dataset if isinstance(self.source, DataLoader) else self.source
-        _set_epoch(epoch, dataset)
+        _set_epoch(number, dataset)
 
     def _until_all_end(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """A pass of training in which each rank reads its part, and repeats its last batch when this has
@@ -749,19 +833,24 @@ class Streamed(Received):
             batch = next(batches, None)
             if not self.group.sum(batch is not None):
                 break
-            self.idle, last = batch is None, batch or last
-            if last is None:  # a resumed pass that had ended on this rank
-                first = self._read(training=False)
-                last = next(first)
-                first.close()  # type: ignore[attr-defined]
+            # a pass that is resumed may have ended on this rank, and then the first batch is repeated
+            self.idle, last = batch is None, batch or last or self._prepare(self._own_first)
             self._check_different(last)
             yield last
-        if (num_seen := self.group.sum(self._num_seen)) != self.num_rows:
+        num_seen = self.group.sum(self._num_seen)
+        if not self.num_rows - self._max_dropped() <= num_seen <= self.num_rows:
             raise ValueError(
                 f"data: expected {self.num_rows} rows in a pass over the stream but got {num_seen} on all "
                 f"{self.group.size} processes together; {_SHARD_REMEDY}, or correct num_data"
             )
         self._num_batches_seen = self._num_seen = 0
+
+    def _max_dropped(self) -> int:
+        """The most rows that a loader with ``drop_last=True`` drops on all ranks."""
+        if not isinstance(self.source, DataLoader) or not self.source.drop_last:
+            return 0
+        num_loading = self.group.size * max(1, self.source.num_workers)
+        return num_loading * ((self.source.batch_size or 1) - 1)
 
     def _check_different(self, first: Batch) -> None:
         """Raise ``ValueError`` if all ranks read the same first batch."""
@@ -780,6 +869,8 @@ class Streamed(Received):
         for _ in range(num_steps):
             batch = None if self._pass is None else next(self._pass, None)
             if batch is None:
+                self._set_pass(self._next_pass)
+                self._next_pass += 1
                 self._pass = self._read()
                 batch = next(self._pass)
             if self.group.size > 1:
@@ -836,8 +927,7 @@ class Streamed(Received):
 
     def _check_shapes(self, batch: Batch, index: int) -> None:
         """Raise ``ValueError`` if a batch has other arguments, or rows of another shape, than the first."""
-        num_rows = batch.num_rows * self.group.size
-        self._num_batches = self._num_batches or -(-self.num_rows // num_rows)
+        self._num_batches = self._num_batches or -(-self.num_rows // batch.num_rows)
         if not batch.divisible:
             return
         row = batch.first(1)
@@ -897,6 +987,17 @@ def _kept(generators: list[torch.Generator]) -> Iterator[None]:
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+@contextmanager
+def _kept_random(generators: list[torch.Generator]) -> Iterator[None]:
+    """Leave the states of the generators, and of the global ones, unchanged."""
+    state = pyro.util.get_rng_state()
+    try:
+        with _kept(generators):
+            yield
+    finally:
+        pyro.util.set_rng_state(state)
 
 
 def _generators(*loaders: DataLoader) -> list[torch.Generator]:

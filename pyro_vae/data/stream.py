@@ -33,10 +33,11 @@ class FileStream:
 
     :param columns: names of the columns of a Parquet file; default all.
     :param key: name of the dataset of an HDF5 file; default ``"x"``, or the only one.
-    :param shuffle: false for the order of the file, which ``evaluate`` and other functions that return
-        results per datum need, in which each process reads all rows.
+    :param shuffle: ``False`` reads the rows in the order of the file, and all of them in each process.
+        Functions that return results per datum, such as ``evaluate``, need this.
     :param dtype: of the rows.
     :raises ValueError: for a file that is damaged, has no rows, or has columns that are not numbers.
+    :raises OSError: if there is no such file.
     :raises ModuleNotFoundError: if ``pyarrow`` or ``h5py`` is missing.
     """
 
@@ -116,9 +117,13 @@ def _parquet_blocks(path: Path, columns: list[str] | None) -> Blocks:
         raise damaged(path, ".parquet", error) from error
     schema = file.schema_arrow
     names = schema.names if columns is None else columns
+    if not names:
+        raise ValueError(f"{path}: expected one column or more, but got none")
     for name in names:
         if name not in schema.names:
             raise ValueError(f"{path} has no column {name!r}; it has {', '.join(schema.names[:8])}")
+        if schema.names.count(name) > 1:
+            raise ValueError(f"{path} has several columns with the name {name!r}; expected different names")
         kind = schema.field(name).type
         is_number = (types.is_integer, types.is_floating, types.is_boolean)
         if not any(check(kind) for check in is_number):
@@ -130,7 +135,8 @@ def _parquet_blocks(path: Path, columns: list[str] | None) -> Blocks:
 
     def read(index: int, start: int, stop: int) -> np.ndarray:  # noqa: ARG001
         table = file.read_row_group(index, columns=names)
-        return np.stack([table.column(name).to_numpy() for name in names], 1)
+        rows = np.stack([table.column(name).to_numpy() for name in names], 1)
+        return rows.astype(float) if rows.dtype == object else rows  # booleans, some of which are null
 
     return _ranges(sizes), read
 
@@ -151,7 +157,7 @@ def _hdf5_blocks(path: Path, key: str | None) -> Blocks:
             + ("" if key is None else f", but got {key!r}")
         )
     dataset: Any = file[name]
-    if dataset.dtype.kind not in "fiub" or not dataset.shape:
+    if dataset.dtype.kind not in "fiub" or dataset.dtype.itemsize > 8 or not dataset.shape:
         raise ValueError(
             f"{path}: {name!r} has shape {dataset.shape} and type {dataset.dtype}; expected numbers (n, "
             "*event)"

@@ -18,9 +18,10 @@ from pyro_vae.evidence.path import Path
 from pyro_vae.evidence.result import Bound, Evidence, Sandwich
 from pyro_vae.evidence.simulate import Simulated, check_simulated, simulate
 from pyro_vae.numerics import log_mean_exp
-from pyro_vae.pairs.preserve import read_whole, untouched
+from pyro_vae.pairs.preserve import check_same_pair, read_whole, untouched
 from pyro_vae.pairs.structure import counted_bytes
 from pyro_vae.pairs.traces import Program
+from pyro_vae.processes import Group
 
 Schedule = Literal["uniform", "sigmoid", "fitted"] | Tensor
 Walk = Callable[[Path, Tensor, Transition, tqdm], dict[str, Tensor]]
@@ -332,6 +333,7 @@ def run_chains(
     num_moves = num_chains * annealing.num_temperatures
     with untouched(training=False, seed=seed), torch.no_grad():
         path = Path(model, start, batch, verb=name, check=check, joint=joint)
+        check_same_pair(Group.dividing(), path.pair.modules)
         batch = path.batch
         chunks = _chunks(path, num_chains, max_bytes)
         digest = ""

@@ -41,6 +41,8 @@ def in_chunks(
     :raises ValueError: if the file at ``resume`` has another fingerprint or is damaged.
     """
     path, group = None if resume is None else Path(resume), Group.dividing()
+    settings = [seed, *((chunk.start, chunk.stop) for chunk in chunks)]
+    group.check_equal(settings, "the processes have different arguments; expected the same seed and settings")
     done = _read(path, fingerprint) if path is not None and path.exists() else []
     group.check_equal(len(done), "resume: the processes have different files; expected the same file")
     bar.update(int(bar.total * len(done) / len(chunks)))
@@ -64,7 +66,7 @@ def in_chunks(
 @contextmanager
 def progress_bar(total: int, progress: bool | None, name: str) -> Iterator[tqdm]:
     """The progress bar of an estimator, see :func:`pyro_vae.progress.progress_bar`."""
-    group = Group.dividing()  # each rank computes a part of the total, and the first shows its part
+    group = Group.dividing()  # rank 0 shows the progress of its own part
     with bar_of(-(-total // group.size), progress, rank=group.rank, desc=name) as bar:
         yield bar
 

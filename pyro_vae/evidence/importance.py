@@ -14,8 +14,9 @@ from pyro_vae.evidence.result import Bound, Evidence
 from pyro_vae.evidence.simulate import Simulated, check_simulated
 from pyro_vae.numerics import effective_sample_size, log_mean_exp, log_mean_exp_se, pareto_k
 from pyro_vae.pairs.log_weights import MAX_BYTES, Weigher, check_particles, weigh
-from pyro_vae.pairs.preserve import read_whole, untouched
+from pyro_vae.pairs.preserve import check_same_pair, read_whole, untouched
 from pyro_vae.pairs.traces import Program, prior_of
+from pyro_vae.processes import Group
 
 
 def importance(
@@ -206,6 +207,7 @@ def _estimate(
     batch = read_whole(data, seed=seed, num_data=num_data)
     with untouched(training=False, seed=seed), torch.no_grad():
         weigher = weigh(model, guide, batch, verb=name, check=check, max_bytes=max_bytes, joint=joint)
+        check_same_pair(Group.dividing(), weigher.pair.modules)
         batch = weigher.batch
         chunks = weigher.chunks(num_particles)
         settings = {"name": name, "particles": num_particles, "seed": seed, "chunks": len(chunks)}

@@ -15,7 +15,7 @@ from pyro_vae.pairs.check import check_observed, inspect_checked, refuse
 from pyro_vae.pairs.elbo import CollectedTerms, ElboTerms, Reweighted, elbo_terms
 from pyro_vae.pairs.enumeration import is_enumerated
 from pyro_vae.pairs.log_weights import check_particles
-from pyro_vae.pairs.preserve import restored_random_states, untouched
+from pyro_vae.pairs.preserve import check_same_pair, restored_random_states, untouched
 from pyro_vae.pairs.probe import probe_particles
 from pyro_vae.pairs.problems import dividing_problems, outside_of_plates, rows_problem, subsample_problems
 from pyro_vae.pairs.structure import Structure, row_dim
@@ -87,15 +87,17 @@ def evaluate_batches(
 ) -> ElboTerms:
     """:func:`evaluate` on minibatches, which the ranks of ``group`` compute in turn. Each minibatch has its
     own seed, so that the numbers do not depend on the number of ranks."""
-    group = group or Group.dividing()
+    is_trained_here, group = group is not None, group or Group.dividing()
     collected, sizes, num_seen = CollectedTerms(), [], 0
     with untouched(training=False, seed=seed), torch.no_grad():
         pair: Structure | None = None
         for index, batch in enumerate(batches.epoch(shuffle=False)):
             poll()
             if pair is None:
-                check_same_data(group, batch)
+                check_same_data(group, batch, batches.num_rows)
                 pair = inspect_checked(model, guide, batch, verb=verb, check=check, whole=False)
+                if not is_trained_here:  # fit keeps the ranks equal
+                    check_same_pair(group, pair.modules)
                 _check_enumeration(pair, loss, verb)
                 check_minibatch(pair, batches.num_rows, verb=verb, check=check)
                 if isinstance(loss, Objective):

@@ -242,6 +242,8 @@ def train(
                             at.terms.append(svi.minibatch_step(batch, at.beta, at))
                         manager.after_step()
                         bar.update()
+                    # each rank's rows change its buffers, such as running means
+                    group.broadcast_(stopping.state.buffers().values())
                     held_out_elbo = _validation_elbo(stopping.state, held_out, loss, group, check=check)
                     record = at.end_epoch(held_out_elbo, group, aggressive.measure(at.history, group))
                     step_scheduler(optim, -(record.validation or record.train).objective)
@@ -575,10 +577,9 @@ def _held_out_batches(validation: Any, batch_size: int | None, num_data: int) ->
 def _validation_elbo(
     state: PairState, held_out: Batches | None, loss: ELBO, group: Group, *, check: bool
 ) -> MeanElbo | None:
-    """The ELBO of the validation data, which the ranks divide, at the parameters and buffers of rank 0."""
+    """The ELBO of the validation data, which the ranks divide."""
     if held_out is None:
         return None
-    group.broadcast_(state.buffers().values())
     return evaluate_batches(
         state.model, state.guide, held_out, loss=loss, check=check, verb="validation", group=group
     ).mean()

@@ -113,7 +113,7 @@ class Position:
         batches.set_epoch(self.epoch - 1)
         remaining = batches.remaining(self.batch_index)
         if self.random_after_step is not None:
-            # a loader that is at its position has drawn its order, and others draw it at their first batch
+            # a loader that is at its position has drawn its order; other loaders draw it at the first batch
             set_random_state(self.random_after_step, batches if is_restored else None)
         return remaining
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Tracker(Protocol):
-    """What ``fit(tracker=…)`` needs of an experiment tracker, and what it offers to the caller of ``fit``.
+    """The interface of an experiment tracker for ``fit(tracker=…)``.
 
     ``examples/trackers.py`` has trackers for Weights & Biases and MLflow, of about 20 lines each.
     """
@@ -45,12 +46,19 @@ class TensorBoard:
 
     def __init__(self, folder: Path | str) -> None:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            import torch.utils.tensorboard  # noqa: F401
         except ImportError as error:
             raise ModuleNotFoundError(
                 "infer.TensorBoard needs the package tensorboard; install it: pip install tensorboard"
             ) from error
-        self.writer = SummaryWriter(str(folder))
+        self.folder = folder
+
+    @cached_property
+    def writer(self) -> Any:
+        """The writer of torch. It is made when it is first used, so that only rank 0 makes a file."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.folder))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():

@@ -6,7 +6,7 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae import infer
-from pyro_vae.data import FileStream
+from pyro_vae.data import FileStream, as_batches
 from tests.faults import small
 
 N = 1010  # the rows of ``small.make_data``, with another one as the first column
@@ -102,6 +102,26 @@ def test_ranks_read_different_blocks(path, monkeypatch):
     assert sorted(row for rows in seen for row in rows) == list(range(N))
 
 
+def test_each_pass_of_an_epoch_has_an_order_of_its_own(path):
+    """The stream has 3 batches, so 2 epochs of 4 steps need 3 passes."""
+    batches = as_batches(FileStream(path, 400), None, steps_per_epoch=4)
+    seen = []
+    for epoch in range(2):
+        batches.set_epoch(epoch)
+        seen += [batch.args[0][:, 0].tolist() for batch in batches.epoch(shuffle=True)]
+    passes = [[*seen[start], *seen[start + 1], *seen[start + 2]] for start in (0, 3)]
+    assert all(sorted(rows) == list(range(N)) for rows in passes)
+    assert passes[0] != passes[1] != seen[6] + seen[7]
+    assert seen[6] != seen[0]
+
+
+def test_columns_with_nulls_become_nan(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"a": [1, None], "b": [None, True]}), tmp_path / "nulls.parquet")
+    (rows,) = FileStream(tmp_path / "nulls.parquet", shuffle=False)
+    assert rows.isnan().tolist() == [[False, True], [True, False]]
+
+
 def test_invalid_files_raise(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     h5py = pytest.importorskip("h5py")
@@ -112,6 +132,16 @@ def test_invalid_files_raise(tmp_path):
     assert [batch.tolist() for batch in FileStream(text, columns=["a"], shuffle=False)] == [[[1.0], [2.0]]]
     with pytest.raises(ValueError, match="no column 'z'; it has a, b"):
         FileStream(text, columns=["z"])
+    with pytest.raises(ValueError, match="one column or more, but got none"):
+        FileStream(text, columns=[])
+    twice = pyarrow.Table.from_arrays([pyarrow.array([1.0])] * 2, names=["a", "a"])
+    parquet.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match="several columns with the name 'a'"):
+        FileStream(tmp_path / "twice.parquet")
+    with h5py.File(tmp_path / "long.h5", "w") as file:
+        file["x"] = np.ones((2, 2), np.longdouble)
+    with pytest.raises(ValueError, match=f"type {np.dtype(np.longdouble)}; expected numbers"):
+        FileStream(tmp_path / "long.h5")
     (tmp_path / "cut.parquet").write_bytes(text.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"not a complete \.parquet file"):
         FileStream(tmp_path / "cut.parquet")

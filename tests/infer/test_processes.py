@@ -66,7 +66,17 @@ def test_results_per_datum_do_not_depend_on_the_number_of_processes(results, siz
 MESSAGES = {
     "same stream": "same first batch in each of the {size} processes",
     "same endless stream": "same first batch in each of the {size} processes",
-    "rows of a rank": "expected all rows of the data in each of the {size} processes",
+    "rows of a rank": "all rows must be passed in each of the {size} processes",
+    "parts of equal size": "different data; expected all rows, in order, in each of the {size} processes",
+    "loader of a part": "different data; expected all rows, in order, in each of the {size} processes",
+    "sampler of a part": "the loader's sampler has other items on rank 1 than on rank 0",
+    "batches of a part": "the loader's sampler has other items on rank 1 than on rank 0",
+    "endless batch sampler": "expected 61 rows in an epoch, by the loader's length, but got more",
+    "no rows on a rank": "the stream has no batches on rank",
+    "evaluate more rows": "different data; expected all rows, in order, in each of the {size} processes",
+    "evaluate another pair": "different parameters or buffers",
+    "importance of another pair": "different parameters or buffers",
+    "ais of another pair": "different parameters or buffers",
     "other sampler": "process has rank {rank} of {size}",
     "evaluate": "different data; expected all rows, in order, in each of the {size} processes",
 }
@@ -77,6 +87,19 @@ MESSAGES = {
 def test_data_that_the_ranks_cannot_divide_raise(results, size, case):
     for rank, result in enumerate(results[size]):
         assert MESSAGES[case].format(rank=rank, size=size) in result["errors"][case]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_all_ranks_have_the_same_parameters_buffers_and_beta(results, size):
+    for rank in results[size]:
+        for name, value in rank["equal"].items():
+            assert torch.equal(value, results[size][0]["equal"][name]), name
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_each_rank_of_a_stream_may_drop_its_last_batch(results, size):
+    for rank in results[size]:
+        assert rank["drop_last"]["elbos"].isfinite().all()
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
 from torch.utils.data import (
     BatchSampler,
@@ -19,7 +20,9 @@ from torch.utils.data import (
     Dataset,
     DistributedSampler,
     IterableDataset,
+    Sampler,
     SequentialSampler,
+    SubsetRandomSampler,
     TensorDataset,
 )
 
@@ -47,6 +50,13 @@ class Parts:
 
 class PartsOfRows(IterableDataset):
     """A stream of rows, which a loader collects in batches."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.length = length
+
+    def __len__(self):
+        return self.length
 
     def __iter__(self):
         rank, size = rank_and_size()
@@ -144,12 +154,7 @@ def shuffled():
 
 def divided():
     """Results per datum of functions that divide their rows."""
-    torch.manual_seed(0)
-    vae = pv.VAE(
-        prior=priors.StandardNormal(2),
-        decoder=conditionals.Normal(nets.MLP(2, (8,)), event_shape=3),
-        encoder=conditionals.Normal(nets.MLP(3, (8,)), event_shape=2),
-    )
+    vae = make_vae()
     x = torch.randn(131, 3)
     pair = vae.model, vae.guide
     annealing = evidence.Annealing(num_temperatures=4, num_chains=3)
@@ -180,6 +185,18 @@ def errors():
             lambda: itertools.cycle(zip(*(part.split(B) for part in rows), strict=True)), steps_per_epoch=3
         ),
         "rows of a rank": error_of(tuple(part[: 40 + rank] for part in rows), num_epochs=1),
+        "parts of equal size": error_of(tuple(part[:60][rank::size] for part in rows)),
+        "loader of a part": error_of(
+            DataLoader(TensorDataset(*(part[:60][rank::size] for part in rows)), batch_size=B, shuffle=True)
+        ),
+        "sampler of a part": error_of(
+            loader(batch_size=B, sampler=SubsetRandomSampler(range(rank, 60, size)))
+        ),
+        "batches of a part": error_of(
+            loader(batch_sampler=[list(range(start + rank, start + 12, size)) for start in range(0, 60, 12)])
+        ),
+        "endless batch sampler": error_of(loader(batch_sampler=Endless())),
+        "no rows on a rank": error_of(NoneOnTheLast()),
         "other sampler": error_of(
             loader(batch_size=B, sampler=DistributedSampler(range(61), size + 1, rank))
         ),
@@ -190,7 +207,99 @@ def errors():
             pv.evaluate(model, guide, tuple(part + rank for part in rows))
     except ValueError as error:
         found["evaluate"] = str(error)
+    pair, x = make_vae(seed=rank), torch.ones(60, 3)
+    with infer.across_processes():
+        for name, compute in {
+            "evaluate more rows": lambda: pv.evaluate(model, guide, [part[: 40 + rank] for part in rows]),
+            "evaluate another pair": lambda: pv.evaluate(pair.model, pair.guide, x),
+            "importance of another pair": lambda: evidence.importance(pair.model, pair.guide, x),
+            "ais of another pair": lambda: evidence.ais(pair.model, x),
+        }.items():
+            try:
+                found[name] = compute()
+            except ValueError as error:
+                found[name] = str(error)
     return found
+
+
+def make_vae(seed=0):
+    torch.manual_seed(seed)
+    return pv.VAE(
+        prior=priors.StandardNormal(2),
+        decoder=conditionals.Normal(nets.MLP(2, (8,)), event_shape=3),
+        encoder=conditionals.Normal(nets.MLP(3, (8,)), event_shape=2),
+    )
+
+
+class Endless(Sampler):
+    """A batch sampler that does not stop at its length."""
+
+    def __init__(self):
+        pass
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        return itertools.cycle([list(range(start, start + B)) for start in (0, 20, 40)])
+
+
+class NoneOnTheLast:
+    """A stream without rows on the last rank."""
+
+    num_data = 61
+
+    def __iter__(self):
+        rank, size = rank_and_size()
+        return iter(()) if rank == size - 1 else zip(*(part.split(B) for part in make_rows()), strict=True)
+
+
+class Uneven:
+    """A stream of 60 rows with smaller batches on rank 0."""
+
+    num_data = 60
+
+    def __iter__(self):
+        rank, size = rank_and_size()
+        own = [part[:60][rank::size] for part in make_rows()]
+        return zip(*(part.split(B if rank else 5) for part in own), strict=True)
+
+
+class Centered(torch.nn.Module):
+    """A guide with buffers: running means of the rows that it has seen, and one that is expanded."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.loc = torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)
+        self.register_buffer("zero", torch.zeros(1).expand(2))
+
+    def forward(self, x):
+        pyro.module("centered", self)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.loc(self.norm(x)) + self.zero, 1.0).to_event(1))
+
+
+def equal_on_all_ranks():
+    """What must be the same on all ranks: β at each step of a stream whose batches differ in size, and
+    parameters and buffers after a fit."""
+    betas = []
+
+    def beta(t):
+        betas.append(t)
+        return 1.0
+
+    fit(Uneven(), beta=beta)
+    torch.manual_seed(0)
+    decoder, guide = torch.nn.Linear(2, 3), Centered()
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    pv.fit(model, guide, torch.randn(60, 3), batch_size=B, num_epochs=2, check=False, compile=False)
+    return {"betas": torch.tensor(betas)} | guide.state_dict()
 
 
 class Kept(logging.Handler):
@@ -256,4 +365,6 @@ def compute(folder):
     results = {"forms": trained_forms(folder), "shuffled": shuffled(), "divided": divided()}
     if size > 1:
         results["errors"] = errors()
+        results["equal"] = equal_on_all_ranks()
+        results["drop_last"] = fit(DataLoader(PartsOfRows(61), batch_size=B, drop_last=True))
     torch.save(results, Path(folder, f"{size}-{rank}.pt"))
