@@ -146,7 +146,8 @@ class Group:
             new = min({*names} ^ {*self._names})
             raise ValueError(
                 f"fit: the parameter {new!r} appeared or vanished after the first step, so it may differ "
-                f"between the {self.size} processes; expected a pair that makes all parameters at its first run"
+                f"between the {self.size} processes; expected a pair that makes all parameters at its first "
+                "run"
             )
         return [by_name[name] for name in names]
 
