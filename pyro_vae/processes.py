@@ -145,8 +145,9 @@ class Group:
             # the ranks would start it at different values, and one rank may have it alone
             new = min({*names} ^ {*self._names})
             raise ValueError(
-                f"fit: the parameter {new!r} appeared or vanished after the first step, so it may differ between "
-                f"the {self.size} processes; expected a pair that makes all its parameters at its first run"
+                f"fit: the parameter {new!r} appeared or vanished after the first step, so it may differ "
+                f"between the {self.size} processes; expected a pair that makes all parameters at its first "
+                "run"
             )
         return [by_name[name] for name in names]
 
