@@ -199,7 +199,13 @@ def test_compare_ranks_guides_by_their_gap(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["normal-normal", "regression", "two-modes", "relu", "funnel", "banana", "state-space"]
+    "name",
+    [
+        "normal-normal",
+        "banana",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("regression", "two-modes", "relu", "funnel")),
+        pytest.param("state-space", marks=pytest.mark.slow),
+    ],
 )
 def test_compare_runs_on_each_model(run, name):
     code, _, err = run("compare", name, "--guide", "normal", "-n", 1, "--num-data", 3)

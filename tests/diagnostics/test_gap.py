@@ -23,7 +23,14 @@ diagonal = partial(oracles.diagonal, FA)
 
 
 @pytest.mark.parametrize(
-    "name", ["factor analysis", "BayesianLinearRegression", "Funnel", "Banana", "LinearGaussianStateSpace"]
+    "name",
+    [
+        "factor analysis",
+        "Funnel",
+        pytest.param("BayesianLinearRegression", marks=pytest.mark.slow),
+        pytest.param("Banana", marks=pytest.mark.slow),
+        pytest.param("LinearGaussianStateSpace", marks=pytest.mark.slow),
+    ],
 )
 def test_optimized_family_reaches_the_closed_form(name):
     """A diagonal Gaussian optimized per datum is within 1e-3 nats of the closed form."""

@@ -41,11 +41,11 @@ def trained(model, x, family):
     "name",
     [
         "factor analysis",
-        "BayesianLinearRegression",
-        "LinearGaussianStateSpace",
         "Funnel",
-        "Banana",
-        "GammaPoisson",
+        pytest.param("BayesianLinearRegression", marks=pytest.mark.slow),
+        pytest.param("LinearGaussianStateSpace", marks=pytest.mark.slow),
+        pytest.param("Banana", marks=pytest.mark.slow),
+        pytest.param("GammaPoisson", marks=pytest.mark.slow),
     ],
 )
 def test_gap_of_trained_guide_is_the_closed_form_of_its_family(name):

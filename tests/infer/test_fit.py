@@ -255,10 +255,10 @@ def ramp(epoch):
     ("loss", "beta"),
     [
         (Trace_ELBO, 1.0),
-        (Trace_ELBO, 0.5),
+        pytest.param(Trace_ELBO, 0.5, marks=pytest.mark.slow),
         (Trace_ELBO, ramp),
         (TraceMeanField_ELBO, ramp),
-        (lambda: Trace_ELBO(num_particles=3), ramp),
+        pytest.param(lambda: Trace_ELBO(num_particles=3), ramp, marks=pytest.mark.slow),
         (lambda: Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1), ramp),
     ],
     ids=["ELBO", "beta", "annealed", "mean field", "particles", "vectorized particles"],

@@ -190,13 +190,31 @@ CASES = {
 }
 
 
-TRACED_CASES = {"some buffers in some steps"}  # in the default run; the others are slow
+# in the default run; the others are slow
+DEFAULT = {
+    ("importance-weighted", False),
+    ("plain functions", False),
+    ("some parameters in some steps", False),
+    ("a batch sampler", False),
+    ("enumerated", False),
+    ("early stopping", False),
+    ("a DataLoader", False),
+    ("a Dataset that draws", False),
+    ("a loader with a state", False),
+    ("epochs of a stream with a state", False),
+    ("in bfloat16", False),
+    ("plateau", False),
+    ("some buffers in some steps", "trace"),
+}
 
 
 @pytest.mark.parametrize(
     ("compile", "name"),
-    [(False, name) for name in CASES]
-    + [pytest.param("trace", name, marks=[] if name in TRACED_CASES else pytest.mark.slow) for name in CASES],
+    [
+        pytest.param(compile, name, marks=[] if (name, compile) in DEFAULT else pytest.mark.slow)
+        for compile in (False, "trace")
+        for name in CASES
+    ],
 )
 def test_a_resumed_fit_equals_the_uninterrupted_fit_bitwise(tmp_path, monkeypatch, name, compile):
     options = CASES[name] | {"compile": compile}
