@@ -7,8 +7,10 @@ import pytest
 import torch
 
 mpl.use("Agg")
-# as many threads in all as there are processors
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+# as many threads in all as there are processors, also in the processes that tests start
+_NUM_THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+torch.set_num_threads(_NUM_THREADS)
+os.environ.setdefault("OMP_NUM_THREADS", str(_NUM_THREADS))
 
 
 @pytest.fixture(autouse=True)
