@@ -128,9 +128,9 @@ def _results(run: runs.Run) -> dict[str, str]:
         result["bound of the objective"] = html.plus_minus(mean.bound, mean.bound_se)
     result["KL"] = f"{mean.kl:.2f}"
     for estimate in report.estimates_of(run.path):
-        result[f"log p(x) {estimate.sign} {estimate.name}"] = html.plus_minus(
-            estimate.log_evidence, estimate.mean_se
-        )
+        data = ", simulated data" if estimate.name.startswith("bdmc") else ""
+        name = f"log p(x) {estimate.sign} {estimate.name}{data}"
+        result[name] = html.plus_minus(estimate.log_evidence, estimate.mean_se)
     return result | {
         "epoch of the parameters": f"{saved.epoch} of {len(epochs)}",
         "seconds of training": f"{sum(epoch.seconds for epoch in epochs):.0f}",

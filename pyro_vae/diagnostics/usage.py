@@ -89,7 +89,7 @@ def latent_usage(
         if len(latents.sites) != 1:
             raise ValueError(
                 "latent_usage: expected one latent site but the model has "
-                f"{', '.join(latents.sites) or 'none'}"
+                f"{', '.join(latents.sites) or 'none'}; posterior_draws has the draws of each site"
             )
         z, log_q = latents.draw(guide, batch, _NUM_DRAWS)
         first = z[0]

@@ -21,7 +21,8 @@ class Simulated:
     The result of :func:`simulate`; or construct it from given pairs: ``Simulated(x, {"z": z})``.
 
     :param data: the arguments of model and guide, with simulated observations: a tensor, a tuple for
-        positional arguments, or a dict for keyword arguments.
+        positional arguments, or a dict for keyword arguments. After :func:`simulate` it is a tuple or a
+        dict: for ``model(x)``, ``(x,) = simulated.data``.
     :param latents: z* by site name, in the shapes of the sites, ``(batch, *event)``.
     """
 

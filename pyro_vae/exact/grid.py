@@ -56,7 +56,9 @@ class Grid:
     :param tolerance: target of the estimated error of log p(x) for each datum, in nats. Cells are bisected
         until two successive error estimates are below it. A warning is logged if this would take too many
         points.
-    :param max_points: number of points at which the model is evaluated at once; it bounds the memory.
+    :param max_points: number of points at which the model is evaluated at once. The points of all data are
+        kept, up to 2²¹ for each datum if there are two latent dimensions, and the datum that needs most of
+        them sets the number for all. So the memory grows with the number of data: try a few rows first.
     :raises ValueError: if a latent is discrete or shared by the data, the latents have no or more than two
         dimensions, or the tails of the posterior are too heavy.
 
