@@ -344,7 +344,7 @@ def train(
     if not is_first:
         return
     epochs = run.history()
-    with run.loaded(*test.arguments(slice(2))) as trained:
+    with run.loaded(runs.first_rows(test)) as trained:
         pictures = runs.pictures(run, trained, test)
         output.write_pictures(runs.replaceable_or_new(run.path / "plots"), pictures, format)
     epoch, seconds = run.saved_epoch(), sum(epoch.seconds for epoch in epochs)
@@ -418,13 +418,13 @@ def reconstruct(
     import torch
 
     from pyro_vae import plots
-    from pyro_vae.cli import build, report
+    from pyro_vae.cli import build, report, runs
 
     opened = _open_run(run, pair)
     folder = output.reserve_folder(context, out, run / "reconstructions", overwrite)
     test = build.build_data(opened.config, data_dir)[1].head(n)
     x, *given = test.arguments(slice(None))
-    with opened.loaded(x, *given) as trained:
+    with opened.loaded(runs.first_rows(test)) as trained:
         vae = _vae(trained, "reconstruct")
         torch.manual_seed(seed)
         y = vae.reconstruct(x, *given, mask=test.mask)
@@ -463,7 +463,7 @@ def plot(
     opened = _open_run(run, pair)
     folder = output.reserve_folder(context, out, run / "plots", overwrite)
     _, test = build.build_data(opened.config, data_dir)
-    with opened.loaded(*test.arguments(slice(2))) as trained:
+    with opened.loaded(runs.first_rows(test)) as trained:
         if chosen is not None:
             options.check_dims(chosen, _vae(trained, "plot --dims").model.prior.event_shape)
         files = output.write_pictures(folder, runs.pictures(opened, trained, test, chosen), format)
@@ -511,7 +511,7 @@ def evaluate(
         return f"{saved}; resume with the same command\n  {output.current_command()}"
 
     with (
-        opened.loaded(*selected.arguments(slice(2))) as trained,
+        opened.loaded(runs.first_rows(selected)) as trained,
         options.threads(threads),
         infer.process_group("cpu"),
         infer.across_processes(),
@@ -583,7 +583,7 @@ def diagnose(
         folder = output.reserve_folder(context, out, run / "diagnosis", overwrite)
     selected = build.select_rows(data, *build.build_data(opened.config, data_dir))
     with (
-        opened.loaded(*selected.arguments(slice(2))) as trained,
+        opened.loaded(runs.first_rows(selected)) as trained,
         options.threads(threads),
         infer.process_group("cpu"),
         infer.across_processes(),

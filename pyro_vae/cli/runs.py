@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pyro_vae import __version__, checkpoint, infer, plots
 from pyro_vae.cli.build import NOT_OPTIONS, Config, Pair, build_loss, build_pair
+from pyro_vae.data.batches import Batch, as_batch
 from pyro_vae.data.datasets import Data
 from pyro_vae.files import (
     LOCK,
@@ -141,17 +142,18 @@ class Run(NamedTuple):
         note = "" if saved == epochs[-1] else f", parameters of epoch {saved.epoch}"
         return f"{len(epochs)} epochs in {seconds:.0f} s{note}; held out: {saved.validation}"
 
-    def save(self, pair: Pair, rows: tuple[Tensor, ...], epoch: Epoch) -> None:
+    def save(self, pair: Pair, rows: Batch, epoch: Epoch) -> None:
         """Save the parameters, including those in Pyro's param store, with their epoch. See
         :func:`~pyro_vae.checkpoint.save`.
 
         :param rows: two rows of each argument, on which the pair is run to collect its parameters.
         """
         programs = pair.vae or (pair.model, pair.guide)
-        checkpoint.save_pair(self.subpath("weights"), programs, rows, {}, about={"epoch": tuple(epoch)})
+        about = {"epoch": tuple(epoch)}
+        checkpoint.save_pair(self.subpath("weights"), programs, rows.args, rows.kwargs, about=about)
 
     @contextmanager
-    def loaded(self, *rows: Tensor) -> Iterator[Pair]:
+    def loaded(self, rows: Batch | None = None) -> Iterator[Pair]:
         """Load the trained pair on the CPU, in evaluation mode. Within the block, Pyro's param store has the
         parameters of the pair.
 
@@ -168,7 +170,7 @@ class Run(NamedTuple):
             )
         with nullcontext() if self.config.pair else checkpoint.within(weights):
             pair = build_pair(self.config)
-        if not rows and pair.vae is None:
+        if rows is None and pair.vae is None:
             raise ValueError(
                 f"{self.path}: the run was trained with a model and a guide of your own, so samples and "
                 "reconstructions are not defined; expected a run whose --pair returns a pyro_vae.VAE"
@@ -176,12 +178,12 @@ class Run(NamedTuple):
         for program in (pair.model, pair.guide):
             if isinstance(program, torch.nn.Module):
                 program.eval()
-        if not rows:
+        if rows is None:
             dtype, size = getattr(torch, self.config.dtype), self.config.condition_size
-            rows = (torch.zeros(2, *self.config.event_shape, dtype=dtype),)
-            rows += () if size is None else (torch.zeros(2, size, dtype=dtype),)
+            x = torch.zeros(2, *self.config.event_shape, dtype=dtype)
+            rows = Batch((x,) if size is None else (x, torch.zeros(2, size, dtype=dtype)), {})
         with pyro.get_param_store().scope():
-            checkpoint.load(weights, lambda: pair, *rows)
+            checkpoint.load(weights, lambda: pair, *rows.args, **rows.kwargs)
             yield pair
 
 
@@ -195,7 +197,7 @@ class _RunCheckpoints(checkpoint.Checkpoints):
     """
 
     def __init__(
-        self, path: Path, pair: Pair, rows: tuple[Tensor, ...], create_run: Callable[[], Run], resumes: bool
+        self, path: Path, pair: Pair, rows: Batch, create_run: Callable[[], Run], resumes: bool
     ) -> None:
         super().__init__(path / "checkpoints")
         self.pair, self.rows, self.create_run, self.resumes = pair, rows, create_run, resumes
@@ -252,7 +254,7 @@ def train(
     checkpoints = _RunCheckpoints(
         path,
         pair,
-        test.arguments(slice(2)),
+        first_rows(test),
         lambda: create(path, config, device, overwrite=overwrite, resumes=resumes),
         resumes,
     )
@@ -565,6 +567,11 @@ def pictures(
         return draw_with_seed
 
     return {name: seeded(draw) for name, draw in drawings.items()}
+
+
+def first_rows(data: Data) -> Batch:
+    """Two rows of each argument of the model, by name if entries are missing."""
+    return as_batch(data[:2])
 
 
 def draw_conditions(data: Data, n: int) -> tuple[Tensor, ...]:

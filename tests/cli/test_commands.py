@@ -16,6 +16,7 @@ from matplotlib.image import imread
 from pyro_vae.cli import app, build, runs
 from pyro_vae.cli.defaults import DEFAULTS
 from pyro_vae.data import datasets
+from pyro_vae.data.batches import as_batch
 from tests.support import pages
 from tests.support.runs import PAIR, weights_file, weights_of
 
@@ -232,7 +233,7 @@ def test_loaded_parameters_are_the_trained_ones(run, tmp_path):
 
     with torch.no_grad():
         mine.encoder[0].weight.zero_()
-    with runs.open_run(tmp_path / "f", "mine:functions").loaded(torch.zeros(2, 8, 8)) as pair:
+    with runs.open_run(tmp_path / "f", "mine:functions").loaded(as_batch(torch.zeros(2, 8, 8))) as pair:
         assert pair.model is mine.model
         assert torch.equal(mine.encoder[0].weight, weights_of("f")["store.encoder$$$0.weight"])
 

@@ -162,6 +162,50 @@ def test_wrong_usage(run, tmp_path, arguments, message):
     assert (code, message in err) == (2, True), err
 
 
+OWN_PAIR = """
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import nn
+
+
+def factory():
+    network = nn.Linear(3, 4)
+
+    def model(x, mask):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = torch.cat([z, z.sum(-1, keepdim=True)], -1)
+            pyro.sample("x", dist.Normal(loc, 1.0).mask(mask).to_event(1), obs=x)
+
+    def guide(x, mask):
+        pyro.module("network", network)
+        loc, s = network(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, s.exp()).to_event(1))
+
+    return model, guide
+"""
+
+
+def test_a_pair_of_ones_own_gets_the_mask_in_all_commands(run, tmp_path):
+    rows = np.random.default_rng(0).normal(size=(60, 3)).round(3).astype(str)
+    rows[::7, 1] = ""
+    (tmp_path / "x.csv").write_text("\n".join(map(",".join, [["a", "b", "c"], *rows])))
+    (tmp_path / "mine.py").write_text(OWN_PAIR)
+    own = "--pair", tmp_path / "mine.py:factory"
+    commands = [
+        ("train", tmp_path / "x.csv", *own, "-n", 2, "--out", "run"),
+        ("evaluate", "run", *own, "--num-particles", 5),
+        ("diagnose", "run", *own, "--num-particles", 20, "--num-simulations", 0),
+        ("plot", "run", *own),
+        ("train", "--out", "run", *own, "--resume", "last", "-n", 3),
+    ]
+    for command in commands:
+        code, _, err = run(*command)
+        assert code == 0, err
+
+
 def test_missing_file_and_missing_library_have_exit_codes(run, tmp_path, monkeypatch):
     assert run("train", "nowhere.npy")[0] == 66
 
