@@ -50,7 +50,7 @@ def test_evaluate_prints_and_writes_a_row_per_estimate(run, trained, tmp_path):
 @pytest.mark.slow
 def test_two_processes_evaluate_and_diagnose_as_one(run, trained, tmp_path):
     """They write the same files once."""
-    estimators = "elbo,importance,prior,ais,smc,bdmc"
+    estimators = "elbo,importance,ais"
     sizes = "--num-particles", 20, "--num-temperatures", 4, "--num-chains", 2, "--data", "test[:130]"
     commands = {
         "evaluation.json": ["evaluate", trained, "--estimator", estimators, *sizes],
