@@ -84,9 +84,10 @@ if __name__ == "__main__":
     mpl.use("Agg")
 
     pyro.set_rng_seed(0)
-    num_epochs, rows, widths = args.num_epochs, args.rows, args.widths
+    num_epochs, rows, widths, options = args.num_epochs, args.rows, args.widths, {}
     if args.smoke_test:
         num_epochs, rows, widths = 2, 3, WIDTHS[:2]
+        options = {"tolerance": 10.0, "num_particles": 20}
     train, test = pv.load("digits", binarize="threshold")
     model = train_model(train, num_epochs)
     sets = {"data it was trained on": train.fixed().x[:rows], "new data": test.fixed().x[:rows]}
@@ -96,7 +97,7 @@ if __name__ == "__main__":
     for name, x in sets.items():
         print(f"{name}: log p(x) = {evidence[name].mean():.2f} nats per datum")
         for width, guide in guides.items():
-            split = pv.split_gap(model, guide, x, log_evidence=evidence[name])
+            split = pv.split_gap(model, guide, x, log_evidence=evidence[name], **options)
             splits[name, width] = split
             parts = (f"{part} {mean_of(getattr(split, part))}" for part in ("approximation", "amortization"))
             print(f"  {width:4} units: {', '.join(parts)}")
