@@ -190,7 +190,20 @@ CASES = {
 }
 
 
-# in the default run; the others are slow
+# DEFAULT are in the default run; the others are slow
+TRACED_CASES = (
+    "importance-weighted",
+    "plain functions",
+    "some parameters in some steps",
+    "some buffers in some steps",
+    "enumerated",
+    "early stopping",
+    "a DataLoader",
+    "stochastic pixels",
+    "annealed",
+    "in bfloat16",
+    "plateau",
+)
 DEFAULT = {
     ("importance-weighted", False),
     ("plain functions", False),
@@ -212,8 +225,8 @@ DEFAULT = {
     ("compile", "name"),
     [
         pytest.param(compile, name, marks=[] if (name, compile) in DEFAULT else pytest.mark.slow)
-        for compile in (False, "trace")
-        for name in CASES
+        for compile, names in ((False, CASES), ("trace", TRACED_CASES))
+        for name in names
     ],
 )
 def test_a_resumed_fit_equals_the_uninterrupted_fit_bitwise(tmp_path, monkeypatch, name, compile):
