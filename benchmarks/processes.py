@@ -28,10 +28,10 @@ def _rank(rank, port, rounds, num_data):
     torch.manual_seed(0)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     vae, x = make_vae(), torch.bernoulli(torch.rand(num_data, PIXELS))
-    annealing = evidence.Annealing(num_temperatures=50, num_chains=4)
+    annealing = evidence.Annealing(num_temperatures=20, num_chains=4)
     methods = {
         "`importance`, 100 draws": lambda x: evidence.importance(vae.model, vae.guide, x, num_particles=100),
-        "`ais`, 50 temperatures": lambda x: evidence.ais(vae.model, x[: len(x) // 6], annealing=annealing),
+        "`ais`, 20 temperatures": lambda x: evidence.ais(vae.model, x[: len(x) // 6], annealing=annealing),
     }
     for name, compute in methods.items():
         ratios = []
