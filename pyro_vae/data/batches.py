@@ -464,8 +464,7 @@ def _check_equal_counts(group: Group, num_rows: int) -> None:
 def check_same_data(group: Group, batch: Batch, num_rows: int | None = None) -> None:
     """Raise ``ValueError`` unless all ranks have the same batch, and the same number of rows in all."""
     if group.size > 1:
-        checksums = [num_rows, *(zlib.crc32(bytes_of(leaf)) for leaf in batch.leaves())]
-        group.check_equal(checksums, _DIFFERENT_DATA)
+        group.check_equal([num_rows, *checksums(batch.leaves())], _DIFFERENT_DATA)
 
 
 _DIFFERENT_DATA = "data: the processes have different data; expected all rows, in order,"
@@ -704,8 +703,7 @@ class Loaded(Received):
             for generator in self.generators():
                 generator.manual_seed(0)
             first, second = (
-                [zlib.crc32(bytes_of(leaf)) for leaf in self._validated(item, "data, batch 0").leaves()]
-                for item in _iterate(self.shuffled)
+                checksums(self._validated(item, "data, batch 0").leaves()) for item in _iterate(self.shuffled)
             )
         of_ranks = self.group.all_gather([first, second])
         if all(one == other for one, other in of_ranks) and any(one != first for one, _ in of_ranks):
@@ -857,8 +855,8 @@ class Streamed(Received):
         if self._is_checked:
             return
         self._is_checked = True
-        checksums = self.group.all_gather([zlib.crc32(bytes_of(leaf)) for leaf in first.leaves()])
-        if all(other == checksums[0] for other in checksums):
+        of_ranks = self.group.all_gather(checksums(first.leaves()))
+        if all(other == of_ranks[0] for other in of_ranks):
             raise ValueError(
                 f"data: the stream has the same first batch in each of the {self.group.size} processes; "
                 f"{_SHARD_REMEDY}"
@@ -1131,6 +1129,11 @@ def rows_per_chunk(num_rows: int, limit: int) -> int:
     """
     num_chunks = next((k for k in range(6, 13) if num_rows % k == 0), 6)
     return min(limit, num_rows, max(limit // 64, 50, -(-num_rows // num_chunks)))
+
+
+def checksums(tensors: Iterable[Tensor]) -> list[int]:
+    """A checksum of each tensor, to compare the tensors of ranks."""
+    return [zlib.crc32(bytes_of(tensor)) for tensor in tensors]
 
 
 def slices(num_rows: int, at_once: int) -> list[slice]:

@@ -1,6 +1,5 @@
 """Run a pair without side effects: parameters, buffers, flags and random states are restored."""
 
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 
-from pyro_vae.data.batches import Batch, as_whole, bytes_of, check_same_data
+from pyro_vae.data.batches import Batch, as_whole, check_same_data, checksums
 from pyro_vae.pairs.threads import exclusive
 from pyro_vae.pairs.traces import Program, run_pair
 from pyro_vae.processes import Group
@@ -131,9 +130,8 @@ def check_same_pair(group: Group, modules: Iterable[nn.Module]) -> None:
         return
     tensors = [p for _, p in sorted(pyro.get_param_store().named_parameters(), key=lambda item: item[0])]
     tensors += [part for module in modules for part in (*module.parameters(), *module.buffers())]
-    checksums = [zlib.crc32(bytes_of(tensor)) for tensor in {id(part): part for part in tensors}.values()]
     error = "model and guide: the processes have different parameters or buffers; expected the same values"
-    group.check_equal(checksums, error)
+    group.check_equal(checksums({id(part): part for part in tensors}.values()), error)
 
 
 class _TransformModules(Messenger):
