@@ -1,6 +1,7 @@
-"""Training on a memory-mapped file: anonymous memory on a file larger than memory, and throughput against the
-same rows in memory."""
+"""Training on a memory-mapped file: anonymous memory on a file larger than memory, on one and on two processes,
+and throughput against the same rows in memory."""
 
+import gc
 import statistics
 import tempfile
 import threading
@@ -8,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 import pyro_vae as pv
 from benchmarks.aevb import PIXELS, make_vae
+from benchmarks.processes import free_port, join
 
 BATCH_SIZE = 256
 _ROW_BYTES = 4 * PIXELS
@@ -19,7 +23,7 @@ _NUM_ROWS = 25_600  # of an epoch when throughput is measured
 
 def print_memory(gigabytes, rounds, folder=None):
     """Train on rows of a file of 1 GB (or ``gigabytes``, if this is less) and on the same rows in memory, in
-    turns of an epoch. Then train on a sparse file of ``gigabytes``."""
+    turns of an epoch. Then train on a sparse file of ``gigabytes``, on one process and on two."""
     print(f"\nMemory maps: AEVB's network, batch {BATCH_SIZE}\n")
     with tempfile.TemporaryDirectory(dir=folder) as name:
         path = Path(name, "x.npy")
@@ -43,8 +47,32 @@ def print_memory(gigabytes, rounds, folder=None):
             (epoch,) = _epochs(large, 1)
         print(
             f"{gigabytes:g} GB, one epoch in {epoch.seconds:.0f} s: at most {peak.value:.2f} GB of anonymous "
-            f"memory, {before:.2f} GB before it (asked: below 2 GB)"
+            f"memory, {before:.2f} GB before it (asked: below 2 GB)",
+            flush=True,
         )
+        del large
+        gc.collect()  # the file is unmapped here, so that two processes share its pages, not three
+        print("2 processes on the same file:", flush=True)
+        mp.spawn(_rank, (free_port(), path), nprocs=2)
+
+
+def _rank(rank, port, path):
+    """An epoch on one of two processes. Each maps the file; a page that both have read is in memory once, which
+    the proportional share (PSS) counts half for each."""
+    join(rank, port)
+    x = np.load(path, mmap_mode="r")
+    with _Peak() as peak:
+        (epoch,) = _epochs(x, 1)
+    dist.barrier()
+    resident, share = _mapped_gigabytes(path)
+    dist.barrier()
+    print(
+        f"rank {rank}, {epoch.seconds:.0f} s: at most {peak.value:.2f} GB of anonymous memory; {resident:.2f} GB of "
+        f"the file resident, of which its share is {share:.2f} GB\n",
+        end="",
+        flush=True,
+    )
+    dist.destroy_process_group()
 
 
 def _create(path, gigabytes, density):
@@ -104,3 +132,15 @@ def _anonymous_gigabytes():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024 / 1e9
     raise OSError("/proc/self/status has no RssAnon; expected Linux")
+
+
+def _mapped_gigabytes(path):
+    """What this process has of a mapped file in memory: all of it (RSS) and its proportional share (PSS)."""
+    sizes, inside = {"Rss:": 0.0, "Pss:": 0.0}, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            inside = bool(rest) and rest[-1] == str(path)
+        elif inside and first in sizes:
+            sizes[first] += int(rest[0]) * 1024 / 1e9
+    return sizes["Rss:"], sizes["Pss:"]

@@ -15,18 +15,26 @@ from pyro_vae import evidence, infer
 
 def print_efficiency(rounds, num_data=1200):
     """Time both in turns, each process with one thread."""
+    print(f"\nEvidence of {num_data} data on 2 processes, AEVB's network\n")
+    mp.spawn(_rank, (free_port(), rounds, num_data), nprocs=2)
+
+
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    print(f"\nEvidence of {num_data} data on 2 processes, AEVB's network\n")
-    mp.spawn(_rank, (port, rounds, num_data), nprocs=2)
+        return probe.getsockname()[1]
 
 
-def _rank(rank, port, rounds, num_data):
+def join(rank, port):
+    """Make this process one of two, with one thread."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo", rank=rank, world_size=2)
+
+
+def _rank(rank, port, rounds, num_data):
+    join(rank, port)
     vae, x = make_vae(), torch.bernoulli(torch.rand(num_data, PIXELS))
     annealing = evidence.Annealing(num_temperatures=20, num_chains=4)
     methods = {
