@@ -8,6 +8,7 @@ modes of the posterior.
 
 import logging
 import math
+from collections.abc import Iterator
 from copy import copy, deepcopy
 from typing import Any, ClassVar, NamedTuple
 
@@ -36,7 +37,8 @@ class Solution(NamedTuple):
     error: estimated error of ``log_evidence`` in nats, ``(batch,)``: the sum of the errors of the cells plus
         the mass at the edges of the box. A mode that is narrower than the spacing of the points may be
         missed; the error does not include it.
-    points: in unconstrained space, ``(batch, G, d)``.
+    points: in unconstrained space, ``(batch, G, d)``, without points that have less than 1e-12 of the mass
+        together.
     weights: posterior mass of each point, ``(batch, G)``; they sum to 1.
     spacing: side lengths of the volume element of each point, ``(batch, G, d)``.
     """
@@ -56,9 +58,8 @@ class Grid:
     :param tolerance: target of the estimated error of log p(x) for each datum, in nats. Cells are bisected
         until two successive error estimates are below it. A warning is logged if this would take too many
         points.
-    :param max_points: number of points at which the model is evaluated at once. The points of all data are
-        kept, up to 2²¹ for each datum if there are two latent dimensions, and the datum that needs most of
-        them sets the number for all. So the memory grows with the number of data: try a few rows first.
+    :param max_points: number of points at which the model is evaluated at once. Data that need more than four
+        times as many together are divided.
     :raises ValueError: if a latent is discrete or shared by the data, the latents have no or more than two
         dimensions, or the tails of the posterior are too heavy.
 
@@ -88,7 +89,8 @@ class Grid:
 
     def log_evidence(self, data: Any) -> Tensor:
         """log p(x) in nats, ``(batch,)``."""
-        return self.solve(data).log_evidence
+        parts = self._solve_parts(_Joint(self.model, as_whole(data)))
+        return torch.cat([part.log_evidence for part in parts])
 
     def posterior(self, data: Any) -> "GridPosterior":
         """p(z|x), with ``batch_shape`` ``(batch,)``. Two scalar latents form one vector in the order of
@@ -100,20 +102,36 @@ class Grid:
         """The evidence, an estimate of its error, and the points of the quadrature."""
         return self._solve(_Joint(self.model, as_whole(data)))
 
-    @torch.no_grad()
     def _solve(self, joint: "_Joint") -> Solution:
-        chunk = max(1, self.max_points // (4 * (_INITIAL_CELLS[joint.dim] * _NODES) ** joint.dim))
-        parts = [self._solve_rows(joint.rows(i, i + chunk)) for i in range(0, joint.num_rows, chunk)]
+        parts = list(self._solve_parts(joint))
         largest = max(part.points.shape[1] for part in parts)
         padded = [_padded(part, largest) for part in parts]
         return Solution(*(torch.cat(column) for column in zip(*padded, strict=True)))
 
-    def _solve_rows(self, joint: "_Joint") -> Solution:
+    def _solve_parts(self, joint: "_Joint") -> Iterator[Solution]:
+        """Solutions of consecutive rows. Rows that need too many points together are halved."""
+        chunk = max(1, self.max_points // (4 * (_INITIAL_CELLS[joint.dim] * _NODES) ** joint.dim))
+        pending = [joint.rows(i, i + chunk) for i in range(0, joint.num_rows, chunk)][::-1]
+        while pending:
+            rows = pending.pop()
+            solution = self._solve_rows(rows)
+            if solution is None:
+                middle = rows.num_rows // 2
+                pending += [rows.rows(middle, rows.num_rows), rows.rows(0, middle)]
+            else:
+                yield solution
+
+    @torch.no_grad()
+    def _solve_rows(self, joint: "_Joint") -> Solution | None:
+        """The solution, or ``None`` if several rows need more than ``4 * max_points`` points together."""
         draws = joint.prior_draws(1000).clamp(-700.0, 700.0)  # draws that underflow are infinite
         centre, scale = draws.mean(0), draws.std(0).clamp_min(1e-6)
         half_width = torch.full_like(scale, 10.0)  # of the box, in standard deviations of the prior
         while (half_width <= 160).all():
-            solution, edge_mass = self._refine(_Box(joint, centre, half_width * scale, self.max_points))
+            refined = self._refine(_Box(joint, centre, half_width * scale, self.max_points))
+            if refined is None:
+                return None
+            solution, edge_mass = refined
             # the mass beyond an edge may be much larger than the mass at its nodes
             truncated = edge_mass > 1e-6 * self.tolerance
             if not truncated.any():
@@ -123,15 +141,16 @@ class Grid:
                         solution.error.max(),
                         solution.points.shape[1],
                     )
-                return solution._replace(error=solution.error + edge_mass.sum(1))
+                return _with_mass(solution._replace(error=solution.error + edge_mass.sum(1)))
             half_width = torch.where(truncated, 2 * half_width, half_width)
         raise ValueError(
             "Grid: the posterior has mass beyond 160 prior standard deviations; expected a posterior with "
             "exponential tails in the unconstrained space of its latents"
         )
 
-    def _refine(self, box: "_Box") -> tuple[Solution, Tensor]:
-        """The quadrature over a box, and the mass at its edges along each axis, ``(batch, d)``."""
+    def _refine(self, box: "_Box") -> tuple[Solution, Tensor] | None:
+        """The quadrature over a box, and the mass at its edges along each axis, ``(batch, d)``; ``None`` as
+        in :meth:`_solve_rows`."""
         cells, max_cells = box.initial_cells(), _MAX_POINTS[box.dim] // _NODES**box.dim
         while True:
             log_evidence = cells.log_mass.logsumexp((1, 2))
@@ -143,6 +162,8 @@ class Grid:
                 break
             parts = [cells.select(~split & cells.has_mass), *box.bisect(cells.select(split))]
             cells = _Cells(*(torch.cat(column, 1) for column in zip(*parts, strict=True)))
+            if box.joint.num_rows > 1 and cells.log_mass.numel() > 4 * self.max_points:
+                return None
         points, spacing = box.nodes(cells.low, cells.width)
         weights = (cells.log_mass - log_evidence[:, None, None]).exp().flatten(1)
         outermost = (points - box.centre).abs() + spacing / 2 >= box.scale
@@ -193,7 +214,7 @@ class _Cells(NamedTuple):
 
     def select(self, mask: Tensor) -> "_Cells":
         """The cells in the mask, padded to the same number for each datum."""
-        first = mask.byte().sort(dim=1, descending=True, stable=True).indices[:, : int(mask.sum(1).max())]
+        first = _selected(mask)
         parts = (part.gather(1, first.unsqueeze(-1).expand(-1, -1, part.shape[-1])) for part in self)
         return _Cells(*parts).masked(mask.gather(1, first))
 
@@ -277,6 +298,22 @@ def _cells_to_split(error: Tensor, tolerance: float) -> Tensor:
     totals = ascending.values.cumsum(1)
     selected = (totals > tolerance / 2) & (totals[:, -1:] > tolerance)
     return torch.zeros_like(selected).scatter(1, ascending.indices, selected)
+
+
+def _selected(mask: Tensor) -> Tensor:
+    """Indices of the elements in a mask ``(batch, n)``, padded to the same number for each datum."""
+    return mask.byte().sort(dim=1, descending=True, stable=True).indices[:, : int(mask.sum(1).max())]
+
+
+def _with_mass(solution: Solution) -> Solution:
+    """The points without those of negligible mass, which are most of them if the posterior is narrow."""
+    kept = _selected(solution.weights > 1e-12 / solution.weights.shape[1])
+    of_points = kept.unsqueeze(-1).expand(-1, -1, solution.points.shape[2])
+    return solution._replace(
+        points=solution.points.gather(1, of_points),
+        weights=solution.weights.gather(1, kept),
+        spacing=solution.spacing.gather(1, of_points),
+    )
 
 
 def _padded(part: Solution, size: int) -> Solution:

@@ -328,6 +328,28 @@ def test_a_datum_at_the_limit_of_points_does_not_affect_others(monkeypatch, capl
     assert error[0] > 1e-7 >= error[1]
 
 
+def test_rows_that_need_many_points_are_divided(monkeypatch):
+    """With few points at once, rows are halved, and their results are those of each row alone."""
+    model = exact.Banana(scale=2.0).double()
+    x = torch.zeros(2, 1, dtype=torch.double)
+    together = exact.Grid(model).solve(x)
+    num_points = []
+    refine = exact.Grid._refine
+
+    def counted(self, box):
+        refined = refine(self, box)
+        num_points.append(None if refined is None else refined[0].weights.numel())
+        return refined
+
+    monkeypatch.setattr(exact.Grid, "_refine", counted)
+    grid = exact.Grid(model, max_points=2**17)
+    parts = grid.solve(x)
+    assert None in num_points
+    assert all(n is None or n <= 4 * 2**17 for n in num_points)
+    torch.testing.assert_close(parts.log_evidence, together.log_evidence, rtol=0, atol=2e-7)
+    torch.testing.assert_close(grid.posterior(x).mean, model.posterior(x).mean, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("model", "max_points"), [(exact.Funnel(1, scale=1.0), 200_000), (exact.Banana(scale=2.0), 400_000)]
 )
