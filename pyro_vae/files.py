@@ -246,6 +246,15 @@ def put(path: Path, content: bytes) -> None:
     write_whole(path.parent / LIST, (json.dumps(listed, indent=1) + "\n").encode())
 
 
+def discard(path: Path) -> None:
+    """Delete a file that pyro-vae wrote and that is unchanged, and take it off the list of these files."""
+    listed = written(path.parent)
+    if is_listed(path, listed):
+        path.unlink()
+        del listed[path.name]
+        write_whole(path.parent / LIST, (json.dumps(listed, indent=1) + "\n").encode())
+
+
 def written(folder: Path) -> dict[str, str]:
     """Names and SHA-256 of the files that pyro-vae wrote to a folder, read from its list of these files.
 

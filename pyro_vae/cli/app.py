@@ -45,7 +45,6 @@ Guide = Literal["normal", "full", "low-rank", "laplace", "student-t", "flow", "s
 Prior = Literal["standard-normal", "normal", "mixture", "vamp"]
 Objective = Literal["elbo", "stl", "iwae", "dreg", "renyi", "vimco", "wake-sleep", "rws"]
 Binarize = Literal["none", "threshold", "stochastic"]
-PictureFormat = Literal["png", "svg", "pdf"]
 
 RunFolder = Annotated[Path, Argument(metavar="RUN", help="A folder that `pyro-vae train` wrote.")]
 DataDir = Annotated[
@@ -76,7 +75,8 @@ Out = Annotated[Path | None, Option(help="Output folder.  [default: a new one]")
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace the files that pyro-vae wrote to --out.")]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
 Format = Annotated[
-    PictureFormat, Option("--format", **one_of(PictureFormat), help="File format of the pictures.")
+    output.PictureFormat,
+    Option("--format", **one_of(output.PictureFormat), help="File format of the pictures."),
 ]
 Seed = Annotated[int, Option(min=0, max=2**32 - 1, help="Random seed.")]
 Threads = Annotated[
@@ -413,7 +413,8 @@ def reconstruct(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Reconstruct held-out x as E[x'|z] at z ~ q(z|x). Writes x.npy, reconstructions.npy and a picture.
+    """Reconstruct held-out x as E[x'|z] at z ~ q(z|x). A --pair must return a pyro_vae.VAE. Writes x.npy,
+    reconstructions.npy and a picture.
     The default output folder is the first unused one of RUN/reconstructions, RUN/reconstructions-2, …"""
     import torch
 

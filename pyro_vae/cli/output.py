@@ -9,9 +9,9 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
-from pyro_vae.files import LOCK, check_no_link, is_listed, put, reserved, written
+from pyro_vae.files import LOCK, check_no_link, discard, is_listed, put, reserved, written
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from typer import Context
 
     Pictures = Mapping[str, Callable[[], Axes | Figure | str]]  # a call draws a figure, or returns a page
+
+PictureFormat = Literal["png", "svg", "pdf"]
 
 
 def points(**sets: "Tensor") -> "Pictures":
@@ -63,7 +65,7 @@ def reserve_folder(
 
 
 def write_results(
-    folder: Path, arrays: "dict[str, Tensor]", pictures: "Pictures", format: str = "png"
+    folder: Path, arrays: "dict[str, Tensor]", pictures: "Pictures", format: PictureFormat = "png"
 ) -> list[Path]:
     """Write arrays and pictures to a folder. Returns the paths of the files."""
     import numpy as np
@@ -78,7 +80,7 @@ def write_results(
     return files + write_pictures(folder, pictures, format)
 
 
-def write_pictures(folder: Path, pictures: "Pictures", format: str = "png") -> list[Path]:
+def write_pictures(folder: Path, pictures: "Pictures", format: PictureFormat = "png") -> list[Path]:
     """Draw pictures and write them to a folder. Returns the paths of the files. A picture that fails is
     skipped with a warning.
 
@@ -114,6 +116,8 @@ def write_pictures(folder: Path, pictures: "Pictures", format: str = "png") -> l
                 plt.close(number)
         files.append(file)
         put(file, content)
+        for other in set(get_args(PictureFormat)) - {file.suffix[1:]}:  # of a call with another --format
+            discard(folder / f"{name}.{other}")
     return files
 
 

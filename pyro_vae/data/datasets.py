@@ -285,6 +285,28 @@ def locate(name: str | os.PathLike, data_dir: str | os.PathLike | None = None) -
     return other
 
 
+def split_rows(num_rows: int, holdout: float = 0.1, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The row numbers, counted from 0 and in ascending order, of training and held-out data, as :func:`load`
+    draws them: row ``i`` of the held-out data is row ``held_out[i]`` of the file.
+
+    >>> train, held_out = split_rows(20, 0.2)
+    >>> held_out.tolist()
+    [4, 5, 13, 19]
+
+    :param holdout: the fraction of rows that are held out, at least one row.
+    :raises ValueError: if this leaves no rows to one side.
+    """
+    num_held_out = max(1, round(holdout * num_rows)) if 0 < holdout < 1 else 0
+    if not 0 < num_held_out < num_rows:
+        raise ValueError(
+            f"holdout: {holdout:g} of {num_rows} rows leaves no rows to one side; expected a fraction "
+            "between 0 and 1, and 2 rows or more"
+        )
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
+    held_out, train = (part.sort().values for part in order.split([num_held_out, num_rows - num_held_out]))
+    return train, held_out
+
+
 def from_tables(
     table: Table,
     validation: Table | None = None,
@@ -305,14 +327,7 @@ def from_tables(
     """
     name = Path(table.path).name
     if validation is None:
-        fraction = 0.1 if holdout is None else holdout
-        n = len(table)
-        num_held_out = max(1, round(fraction * n)) if 0 < fraction < 1 else 0
-        if not 0 < num_held_out < n:
-            raise ValueError(
-                f"holdout: {fraction:g} of the {n} rows of {table.path} leaves no rows to one side; expected "
-                "a fraction between 0 and 1, and 2 rows or more"
-            )
+        split = split_rows(len(table), 0.1 if holdout is None else holdout, seed=seed)
         whole = Data(
             table.x,
             labels=_codes(table.labels),
@@ -321,10 +336,7 @@ def from_tables(
             num_levels=table.num_levels,
             mask=table.mask,
         )
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-        test, train = (
-            whole.rows(rows.sort().values) for rows in order.split([num_held_out, n - num_held_out])
-        )
+        train, test = (whole.rows(rows) for rows in split)
         return replace(train, binarize=binarize), replace(test, binarize=binarize).fixed()
     if holdout is not None:
         raise ValueError("holdout: the held-out rows are those of validation; leave one of the two out")

@@ -90,7 +90,8 @@ class Table:
         }
 
     def summary(self) -> str:
-        """What was read, as text: shape, dtype, range, missing entries, columns."""
+        """What was read, as text: shape, dtype, range, missing entries, columns, values of
+        labels and condition."""
         lines = [
             f"{self.path}: {self.format}, {tuple(self.x.shape)} {self.dtype} in [{self.low:g}, "
             f"{self.high:g}], {self.kind} ({KINDS[self.kind]})"
@@ -100,6 +101,11 @@ class Table:
             lines.append(f"missing: {self.num_missing} entries ({share:.1%}), masked")
         if self.columns:
             lines.append(f"columns: {_listed(self.columns)}")
+        for name, values in (("labels", self.labels), ("condition", self.condition)):
+            if values is not None:
+                counts = Counter(map(str, values.tolist())).most_common()
+                rows = _listed(f"{value} × {count}" for value, count in counts)
+                lines.append(f"{name}: {len(counts)} values: {rows}")
         if self.left_out:
             lines.append(f"left out: {_listed(self.left_out)}")
         return "\n".join(lines)

@@ -101,6 +101,8 @@ def test_changed_result_is_not_overwritten(run, ring):
     assert run("sample", "a", "-n", 3, "--out", "s")[0] == 0
     assert run("sample", "a", "-n", 3, "--out", "s")[0] == 2
     assert run("sample", "a", "-n", 3, "--out", "s", "--overwrite")[0] == 0
+    assert run("sample", "a", "-n", 3, "--out", "s", "--format", "svg", "--overwrite")[0] == 0
+    assert {path.suffix for path in Path("s").glob("points.*")} == {".svg"}
     Path("s", "samples.npy").write_text("mine")
     assert run("sample", "a", "-n", 3, "--out", "s", "--overwrite")[0] == 2
     assert Path("s", "samples.npy").read_text() == "mine"
