@@ -14,7 +14,7 @@ PACKAGE = Path(pyro_vae.__file__).parent
 LAYERS = (
     # parts: distributions given something; tools
     (
-        *("files", "tree", "progress", "processes", "numerics", "html", "plots"),
+        *("files", "tree", "progress", "processes", "numerics", "random_states", "html", "plots"),
         *("nets", "conditionals", "priors", "flows"),
     ),
     ("data",),  # what pairs are trained on

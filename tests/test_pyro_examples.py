@@ -12,7 +12,7 @@ from pyro.infer import SVI
 
 import pyro_vae as pv
 from pyro_vae import evidence
-from pyro_vae.pairs.preserve import stream_seed
+from pyro_vae.random_states import stream_seed
 from tests.support.pyro_examples import EXAMPLES, build
 
 OK = None  # the verb works

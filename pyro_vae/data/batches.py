@@ -8,6 +8,7 @@ A stream of batches is read in its order.
 
 import inspect
 import logging
+import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -52,6 +53,7 @@ from pyro_vae.data.arrays import (
 )
 from pyro_vae.data.datasets import Data
 from pyro_vae.processes import Group
+from pyro_vae.random_states import restored_random_states
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -178,8 +180,13 @@ class Batch(NamedTuple):
         batch = self._fill_missing()
         parts = {key: part for key, part in batch.named.items() if _has_rows(part)}
         if not parts and batch.divisible:
+            remedy = ""
+            if any(isinstance(part, str | os.PathLike) for part in self.args):
+                remedy = "; pv.load reads files"
+            elif any(hasattr(part, "data") for part in self.args):  # such as evidence.Simulated
+                remedy = "; pass its field data"
             raise ValueError(
-                f"{name}: expected tensors or arrays of shape (n, *event) but got {self.describe()}"
+                f"{name}: expected tensors or arrays of shape (n, *event) but got {self.describe()}{remedy}"
             )
         for key, part in parts.items():
             label = f"{name}, {key}" if len(parts) > 1 else name
@@ -695,7 +702,7 @@ class Loaded(Received):
 
     def _check_same_rows(self, items: list[Any], plan: "_Plan") -> None:
         """Raise ``ValueError`` if the ranks load different rows for the same items. A data set that draws
-        its rows at random, by a generator of its own, yields different ones when they are loaded twice, and
+        its rows at random, by its own generator, yields different ones when they are loaded twice, and
         is not compared."""
         plan.shares = [(items, False)] * 2
         with _kept_random(self.generators()):
@@ -816,7 +823,7 @@ class Streamed(Received):
     def set_epoch(self, epoch: int) -> None:
         if self.steps_per_epoch is None:
             self._set_pass(epoch)
-        else:  # an epoch may have several passes, and each has an order of its own
+        else:  # an epoch may have several passes, and each has its own order
             self._next_pass = max(self._next_pass, epoch)
 
     def _set_pass(self, number: int) -> None:
@@ -990,12 +997,8 @@ def _kept(generators: list[torch.Generator]) -> Iterator[None]:
 @contextmanager
 def _kept_random(generators: list[torch.Generator]) -> Iterator[None]:
     """Leave the states of the generators, and of the global ones, unchanged."""
-    state = pyro.util.get_rng_state()
-    try:
-        with _kept(generators):
-            yield
-    finally:
-        pyro.util.set_rng_state(state)
+    with restored_random_states(), _kept(generators):
+        yield
 
 
 def _generators(*loaders: DataLoader) -> list[torch.Generator]:

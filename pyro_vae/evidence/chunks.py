@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from pyro_vae.data.batches import Batch, bytes_of
 from pyro_vae.files import write_whole
-from pyro_vae.pairs.preserve import stream_seed
 from pyro_vae.processes import Group
 from pyro_vae.progress import progress_bar as bar_of
+from pyro_vae.random_states import stream_seed
 
 
 def in_chunks(

@@ -10,8 +10,9 @@ from pyro_vae.data.batches import Batch, as_batch
 from pyro_vae.pairs.check import inspect_checked
 from pyro_vae.pairs.latents import Latents
 from pyro_vae.pairs.observed import check_generative, observed_arguments, simulate_once
-from pyro_vae.pairs.preserve import read_whole, stream_seed, untouched
+from pyro_vae.pairs.preserve import read_whole, untouched
 from pyro_vae.pairs.traces import Program, prior_of
+from pyro_vae.random_states import stream_seed
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ from pyro_vae.pairs.check import check_observed, inspect_checked, refuse
 from pyro_vae.pairs.elbo import CollectedTerms, ElboTerms, Reweighted, elbo_terms
 from pyro_vae.pairs.enumeration import is_enumerated
 from pyro_vae.pairs.log_weights import check_particles
-from pyro_vae.pairs.preserve import check_same_pair, restored_random_states, untouched
+from pyro_vae.pairs.preserve import check_same_pair, untouched
 from pyro_vae.pairs.probe import probe_particles
 from pyro_vae.pairs.problems import dividing_problems, outside_of_plates, rows_problem, subsample_problems
 from pyro_vae.pairs.structure import Structure, row_dim
 from pyro_vae.pairs.traces import Program, prior_of, run_pair
 from pyro_vae.processes import Group
+from pyro_vae.random_states import restored_random_states
 
 
 def evaluate(

@@ -25,11 +25,12 @@ from pyro_vae.infer.fit import (
 )
 from pyro_vae.infer.minibatch import nonfinite_parameters
 from pyro_vae.infer.svi import check_optimizer
-from pyro_vae.pairs.preserve import KeepFrozen, make_parameters, restored_random_states, untouched
+from pyro_vae.pairs.preserve import KeepFrozen, make_parameters, untouched
 from pyro_vae.pairs.structure import LESS_MEMORY, Structure, first_line, remember_trained
 from pyro_vae.pairs.threads import training
 from pyro_vae.pairs.traces import Program, enough_memory, prior_of, sampled, subsampling_scale
 from pyro_vae.processes import Group
+from pyro_vae.random_states import restored_random_states
 
 _GAIN = 0.3  # of the adaptation of step sizes
 _FIRST_GAIN = 1.0  # in the first half of the warm-up, where step sizes are far off

@@ -15,16 +15,7 @@ from pyro_vae.data.batches import Batch, as_whole, check_same_data, checksums
 from pyro_vae.pairs.threads import exclusive
 from pyro_vae.pairs.traces import Program, run_pair
 from pyro_vae.processes import Group
-
-
-def stream_seed(seed: int, index: int = 0) -> int:
-    """The seed of torch's generator for the ``index``-th part of the draws of a function with argument
-    ``seed``.
-
-    It differs from ``seed``. Otherwise a function with ``seed=0`` would have the same noise as data drawn
-    after ``torch.manual_seed(0)``, and its first draws would be the latents that generated the data.
-    """
-    return ((seed ^ 0x9E3779B9) + 1_000_003 * index) % 2**32
+from pyro_vae.random_states import restored_random_states
 
 
 @contextmanager
@@ -35,7 +26,7 @@ def untouched(*, training: bool | None = None, seed: int | None = None) -> Itera
     Yields a mapping from each module that ran to whether gradients were enabled.
 
     :param training: run the modules in training or in evaluation mode; ``None`` keeps their own mode.
-    :param seed: seed of the random state within the block, see :func:`stream_seed`; ``None`` continues the
+    :param seed: seed of the random state within the block, see ``stream_seed``; ``None`` continues the
         random state of the caller.
     :raises RuntimeError: if another thread trains. Other threads that run a pair wait until the block ends.
     """
@@ -43,20 +34,6 @@ def untouched(*, training: bool | None = None, seed: int | None = None) -> Itera
         raise ValueError(f"seed: expected a whole number from 0 to 2³² − 1 but got {seed!r}")
     with exclusive(), _restored(training, seed) as ran:
         yield ran
-
-
-@contextmanager
-def restored_random_states(seed: int | None = None, index: int = 0) -> Iterator[None]:
-    """Restore the random states of torch, Python and numpy after the block, which starts at ``seed`` if it is
-    given, see :func:`stream_seed`."""
-    state = pyro.util.get_rng_state()
-    try:
-        with torch.random.fork_rng():
-            if seed is not None:
-                pyro.set_rng_seed(stream_seed(seed, index))
-            yield
-    finally:
-        pyro.util.set_rng_state(state)
 
 
 @contextmanager
