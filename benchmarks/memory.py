@@ -1,5 +1,5 @@
-"""Training on a memory-mapped file: anonymous memory on a file larger than memory, on one and on two processes,
-and throughput against the same rows in memory."""
+"""Training on a memory-mapped file: anonymous memory on a file larger than memory, on one process and on
+two, and throughput against the same rows in memory."""
 
 import gc
 import statistics
@@ -57,8 +57,8 @@ def print_memory(gigabytes, rounds, folder=None):
 
 
 def _rank(rank, port, path):
-    """An epoch on one of two processes. Each maps the file; a page that both have read is in memory once, which
-    the proportional share (PSS) counts half for each."""
+    """An epoch on one of two processes, each of which maps the file. A page that both have read is in memory
+    once, and half of it counts for each in the proportional share (PSS)."""
     join(rank, port)
     x = np.load(path, mmap_mode="r")
     with _Peak() as peak:
@@ -67,8 +67,8 @@ def _rank(rank, port, path):
     resident, share = _mapped_gigabytes(path)
     dist.barrier()
     print(
-        f"rank {rank}, {epoch.seconds:.0f} s: at most {peak.value:.2f} GB of anonymous memory; {resident:.2f} GB of "
-        f"the file resident, of which its share is {share:.2f} GB\n",
+        f"rank {rank}, {epoch.seconds:.0f} s: at most {peak.value:.2f} GB of anonymous memory; "
+        f"{resident:.2f} GB of the file resident, of which its share is {share:.2f} GB\n",
         end="",
         flush=True,
     )

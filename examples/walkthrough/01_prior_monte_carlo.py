@@ -73,14 +73,13 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", default="01_prior_monte_carlo.png")
-    parser.add_argument("--smoke-test", action="store_true", help="fewer samples")
     args = parser.parse_args()
     mpl.use("Agg")
 
     torch.manual_seed(0)
     train, test = digits()
     x = test[:50]
-    counts = (10, 100) if args.smoke_test else (100, 10_000)
+    counts = (100, 10_000)
     truth, shares, estimates, sizes = [], [], {n: [] for n in counts}, {n: [] for n in counts}
     print(
         f"{'dim':>4} {'log p(x)':>10}"

@@ -84,11 +84,10 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", default="03_free_energy.png")
-    parser.add_argument("--smoke-test", action="store_true", help="fewer samples")
     args = parser.parse_args()
     mpl.use("Agg")
 
-    model, num_particles = make_model(), 100 if args.smoke_test else 10_000
+    model, num_particles = make_model(), 10_000
     shifts, factors = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5), (0.3, 0.5, 0.75, 1.0, 1.4, 1.8)
     members = [(shift, 1.0) for shift in shifts] + [(0.0, factor) for factor in factors]
     measured = {

@@ -134,14 +134,12 @@ if __name__ == "__main__":
     parser.add_argument("-n", "--num-epochs", type=int, default=3000, help="of the linear VAE")
     parser.add_argument("--rows", type=int, help="digits that the linear VAE is trained on; all by default")
     parser.add_argument("--out", default="04_restricted_family.png")
-    parser.add_argument("--smoke-test", action="store_true", help="few epochs")
     args = parser.parse_args()
     mpl.use("Agg")
 
     pyro.set_rng_seed(0)
-    sigma_epochs, num_epochs = (20, 20) if args.smoke_test else (3000, args.num_epochs)
     x = exact.LinearGaussian(WEIGHT, noise_scale=0.4).sample(500)
-    trained = {name: train_sigma(x, family, sigma_epochs) for name, family in FAMILIES.items()}
+    trained = {name: train_sigma(x, family, 3000) for name, family in FAMILIES.items()}
     sigmas = torch.linspace(0.1, 1.2, 2201, dtype=torch.double)
     best = dict(zip(("full covariance", "mean-field"), curves(x, sigmas), strict=True))
     for name, sigma in trained.items():
@@ -153,7 +151,7 @@ if __name__ == "__main__":
 
     x_digits = digits(args.rows)
     eigenvalues = torch.linalg.eigvalsh(torch.cov(x_digits.mT, correction=0)).flip(0)
-    norms = {beta: column_norms(train_linear(x_digits, beta, num_epochs)) for beta in BETAS}
+    norms = {beta: column_norms(train_linear(x_digits, beta, args.num_epochs)) for beta in BETAS}
     for beta, values in norms.items():
         count = int((eigenvalues > beta).sum())
         print(f"β = {beta:g}: {int((values > ACTIVE).sum())} active units of {UNITS}, #{{λ > βσ²}} = {count}")

@@ -100,14 +100,15 @@ if __name__ == "__main__":
     )
     parser.add_argument("--rounds", type=int, default=8, help="turns of 100 epochs of guide and of model")
     parser.add_argument("--out", default="05_in_turn.png")
-    parser.add_argument("--smoke-test", action="store_true", help="few turns")
     args = parser.parse_args()
     mpl.use("Agg")
 
-    rounds = 1 if args.smoke_test else args.rounds
     x, runs = digits(), {}
     best = exact.LinearGaussian.ppca(x, UNITS).log_evidence(x).mean().item()
-    for name, turns in {"in turn": ["guide", "model"] * rounds, "at once": ["both"] * (2 * rounds)}.items():
+    for name, turns in {
+        "in turn": ["guide", "model"] * args.rounds,
+        "at once": ["both"] * (2 * args.rounds),
+    }.items():
         pyro.set_rng_seed(0)
         runs[name] = climb(make_vae(), x, turns, epochs_each=100)
         epochs, elbo, evidence, _ = runs[name][-1]

@@ -94,12 +94,11 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", default="06_single_sample.png")
-    parser.add_argument("--smoke-test", action="store_true", help="fewer samples")
     args = parser.parse_args()
     mpl.use("Agg")
 
     pyro.set_rng_seed(0)
-    model, shift, n = make_model(), 0.2, 1000 if args.smoke_test else 100_000
+    model, shift, n = make_model(), 0.2, 100_000
     x, guide = model.sample(1000), make_guide(model, shift)
 
     def posterior(x):
@@ -121,7 +120,6 @@ if __name__ == "__main__":
     print(f"standard deviation in closed form {variance(model, shift) ** 0.5:.4f}")
 
     between, within = report.elbo.var(correction=0).item(), variance(model, shift)
-    repeats = 50 if args.smoke_test else 1000
-    errors = {(b, k): minibatch_errors(model, guide, x, b, k, repeats) for b in BATCHES for k in DRAWS}
+    errors = {(b, k): minibatch_errors(model, guide, x, b, k, 1000) for b in BATCHES for k in DRAWS}
     print(f"minibatches of 100: 1 sample ± {errors[100, 1]:.3f}, 100 samples ± {errors[100, 100]:.3f}")
     draw(singles, elbo, evidence, errors, between, within).savefig(args.out, dpi=150)

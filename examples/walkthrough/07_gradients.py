@@ -105,12 +105,11 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", default="07_gradients.png")
-    parser.add_argument("--smoke-test", action="store_true", help="fewer samples")
     args = parser.parse_args()
     mpl.use("Agg")
 
     pyro.set_rng_seed(0)
-    n, spread = 1000 if args.smoke_test else 20_000, {}
+    n, spread = 20_000, {}
     print("one-sample gradients, in nats: standard deviation (largest error of the mean in standard errors)")
     for k in DIMENSIONS:
         model, x = make_model(k)

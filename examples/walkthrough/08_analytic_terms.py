@@ -83,12 +83,11 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", default="08_analytic_terms.png")
-    parser.add_argument("--smoke-test", action="store_true", help="fewer samples")
     args = parser.parse_args()
     mpl.use("Agg")
 
     pyro.set_rng_seed(0)
-    (model, x), n, spread = make_model(), 1000 if args.smoke_test else 100_000, {}
+    (model, x), n, spread = make_model(), 100_000, {}
     print("mean ± standard error of one-sample estimates, nats per datum")
     for factor in FACTORS:
         values, gradients = single_draws(model, x, factor, n)

@@ -79,15 +79,11 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, default=50, help="data of each set to split the gap of")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="hidden units of each encoder")
     parser.add_argument("--out", default="09_amortization.png")
-    parser.add_argument("--smoke-test", action="store_true", help="few epochs, few data")
     args = parser.parse_args()
     mpl.use("Agg")
 
     pyro.set_rng_seed(0)
-    num_epochs, rows, widths, options = args.num_epochs, args.rows, args.widths, {}
-    if args.smoke_test:
-        num_epochs, rows, widths = 2, 3, WIDTHS[:2]
-        options = {"tolerance": 10.0, "num_particles": 20}
+    num_epochs, rows, widths = args.num_epochs, args.rows, args.widths
     train, test = pv.load("digits", binarize="threshold")
     model = train_model(train, num_epochs)
     sets = {"data it was trained on": train.fixed().x[:rows], "new data": test.fixed().x[:rows]}
@@ -97,7 +93,7 @@ if __name__ == "__main__":
     for name, x in sets.items():
         print(f"{name}: log p(x) = {evidence[name].mean():.2f} nats per datum")
         for width, guide in guides.items():
-            split = pv.split_gap(model, guide, x, log_evidence=evidence[name], **options)
+            split = pv.split_gap(model, guide, x, log_evidence=evidence[name])
             splits[name, width] = split
             parts = (f"{part} {mean_of(getattr(split, part))}" for part in ("approximation", "amortization"))
             print(f"  {width:4} units: {', '.join(parts)}")
