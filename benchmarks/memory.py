@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 
 import pyro_vae as pv
 from benchmarks.aevb import PIXELS, make_vae
-from benchmarks.processes import free_port, join
+from benchmarks.processes import free_port, join_group
 
 BATCH_SIZE = 256
 _ROW_BYTES = 4 * PIXELS
@@ -59,7 +59,7 @@ def print_memory(gigabytes, rounds, folder=None):
 def _rank(rank, port, path):
     """An epoch on one of two processes, each of which maps the file. A page that both have read is in memory
     once, and half of it counts for each in the proportional share (PSS)."""
-    join(rank, port)
+    join_group(rank, port)
     x = np.load(path, mmap_mode="r")
     with _Peak() as peak:
         (epoch,) = _epochs(x, 1)
@@ -140,7 +140,9 @@ def _mapped_gigabytes(path):
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *rest = line.split()
         if not first.endswith(":"):
-            inside = bool(rest) and rest[-1] == str(path)
+            inside = line.split(maxsplit=5)[-1] == str(path.resolve())
         elif inside and first in sizes:
             sizes[first] += int(rest[0]) * 1024 / 1e9
+    if not sizes["Rss:"]:
+        raise OSError(f"/proc/self/smaps does not have {path}")
     return sizes["Rss:"], sizes["Pss:"]

@@ -25,7 +25,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def join(rank, port):
+def join_group(rank, port):
     """Make this process one of two, with one thread."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -34,7 +34,7 @@ def join(rank, port):
 
 
 def _rank(rank, port, rounds, num_data):
-    join(rank, port)
+    join_group(rank, port)
     vae, x = make_vae(), torch.bernoulli(torch.rand(num_data, PIXELS))
     annealing = evidence.Annealing(num_temperatures=20, num_chains=4)
     methods = {

@@ -242,8 +242,7 @@ def put(path: Path, content: bytes) -> None:
     if os.path.lexists(path) and not is_listed(path, listed):
         raise FileExistsError(f"{path} was not written by pyro-vae, so it is not overwritten; move it away")
     write_whole(path, content)
-    listed[path.name] = hashlib.sha256(content).hexdigest()
-    write_whole(path.parent / LIST, (json.dumps(listed, indent=1) + "\n").encode())
+    _write_list(path.parent, listed | {path.name: hashlib.sha256(content).hexdigest()})
 
 
 def discard(path: Path) -> None:
@@ -252,7 +251,11 @@ def discard(path: Path) -> None:
     if is_listed(path, listed):
         path.unlink()
         del listed[path.name]
-        write_whole(path.parent / LIST, (json.dumps(listed, indent=1) + "\n").encode())
+        _write_list(path.parent, listed)
+
+
+def _write_list(folder: Path, listed: dict[str, str]) -> None:
+    write_whole(folder / LIST, (json.dumps(listed, indent=1) + "\n").encode())
 
 
 def written(folder: Path) -> dict[str, str]:

@@ -81,8 +81,8 @@ def write_results(
 
 
 def write_pictures(folder: Path, pictures: "Pictures", format: PictureFormat = "png") -> list[Path]:
-    """Draw pictures and write them to a folder. Returns the paths of the files. A picture that fails is
-    skipped with a warning.
+    """Draw pictures and write them to a folder, and delete the pictures of an earlier call. Returns the paths
+    of the files. A picture that fails is skipped with a warning.
 
     :param format: png, svg or pdf. A page is an HTML file in any case.
     """
@@ -116,8 +116,9 @@ def write_pictures(folder: Path, pictures: "Pictures", format: PictureFormat = "
                 plt.close(number)
         files.append(file)
         put(file, content)
-        for other in set(get_args(PictureFormat)) - {file.suffix[1:]}:  # of a call with another --format
-            discard(folder / f"{name}.{other}")
+    for name in written(folder).keys() - {file.name for file in files}:
+        if Path(name).suffix[1:] in get_args(PictureFormat):
+            discard(folder / name)
     return files
 
 

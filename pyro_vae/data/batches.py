@@ -180,10 +180,10 @@ class Batch(NamedTuple):
         batch = self._fill_missing()
         parts = {key: part for key, part in batch.named.items() if _has_rows(part)}
         if not parts and batch.divisible:
-            remedy = ""
-            if any(isinstance(part, str | os.PathLike) for part in self.args):
+            remedy, others = "", [part for part in self.named.values() if not isinstance(part, Tensor)]
+            if any(isinstance(part, str | os.PathLike) for part in others):
                 remedy = "; pv.load reads files"
-            elif any(hasattr(part, "data") for part in self.args):  # such as evidence.Simulated
+            elif any(hasattr(part, "data") for part in others):  # such as evidence.Simulated
                 remedy = "; pass its field data"
             raise ValueError(
                 f"{name}: expected tensors or arrays of shape (n, *event) but got {self.describe()}{remedy}"

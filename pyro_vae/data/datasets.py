@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import resources
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 from zipfile import ZipFile
@@ -294,13 +295,18 @@ def split_rows(num_rows: int, holdout: float = 0.1, *, seed: int = 0) -> tuple[T
     [4, 5, 13, 19]
 
     :param holdout: the fraction of rows that are held out, at least one row.
-    :raises ValueError: if this leaves no rows to one side.
+    :param seed: seed of the draw.
+    :raises ValueError: for fewer than two rows, a fraction that is not between 0 and 1, or one that leaves no
+        rows for training.
     """
-    num_held_out = max(1, round(holdout * num_rows)) if 0 < holdout < 1 else 0
-    if not 0 < num_held_out < num_rows:
+    if not 0 < holdout < 1:
+        raise ValueError(f"holdout: expected a fraction between 0 and 1 but got {holdout!r}")
+    if isinstance(num_rows, bool) or not isinstance(num_rows, Integral) or num_rows < 2:
+        raise ValueError(f"num_rows: expected 2 rows or more but got {num_rows!r}")
+    num_held_out = max(1, round(holdout * num_rows))
+    if num_held_out == num_rows:
         raise ValueError(
-            f"holdout: {holdout:g} of {num_rows} rows leaves no rows to one side; expected a fraction "
-            "between 0 and 1, and 2 rows or more"
+            f"holdout: {holdout:g} of {num_rows} rows leaves none for training; expected a smaller fraction"
         )
     order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
     held_out, train = (part.sort().values for part in order.split([num_held_out, num_rows - num_held_out]))
@@ -322,7 +328,7 @@ def from_tables(
 
     :param validation: the held-out rows. Otherwise a fraction ``holdout`` (0.1 by default) of the rows of
         ``table`` is held out, drawn by ``seed``.
-    :raises ValueError: if ``holdout`` leaves no rows to one side, or if ``validation`` has other columns or
+    :raises ValueError: as :func:`split_rows` does, or if ``validation`` has other columns or
         conditions than ``table``.
     """
     name = Path(table.path).name

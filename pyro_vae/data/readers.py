@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal, NamedTuple
 from zipfile import BadZipFile, ZipFile
 
@@ -103,9 +104,7 @@ class Table:
             lines.append(f"columns: {_listed(self.columns)}")
         for name, values in (("labels", self.labels), ("condition", self.condition)):
             if values is not None:
-                counts = Counter(map(str, values.tolist())).most_common()
-                rows = _listed(f"{value} × {count}" for value, count in counts)
-                lines.append(f"{name}: {len(counts)} values: {rows}")
+                lines.append(f"{name}: {_counted(values)}")
         if self.left_out:
             lines.append(f"left out: {_listed(self.left_out)}")
         return "\n".join(lines)
@@ -293,7 +292,10 @@ def _per_row(part: Any, num_rows: int, name: str, *, may_be_missing: bool) -> np
         array[missing] = "missing"
         array = array.astype(str)
     if array.dtype.kind == "S":
-        array = array.astype(str)
+        try:
+            array = np.char.decode(array, "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}: expected text in UTF-8 ({error})") from error
     if array.dtype.kind not in "biufU":
         raise ValueError(f"{name}: expected numbers or text but got dtype {array.dtype}")
     if array.dtype.kind == "f" and not may_be_missing and not np.isfinite(array).all():
@@ -753,6 +755,14 @@ def _checked_objects(path: Path, load: Callable[[], Any]) -> Any:
         if isinstance(error, MemoryError):
             raise
         raise damaged(path, path.suffix, error) from error
+
+
+def _counted(values: np.ndarray) -> str:
+    """Each value and its number of rows, most frequent first; for many different numbers their range."""
+    counts = Counter(values.tolist()).most_common()
+    if values.dtype.kind in "iuf" and len(counts) > 20:
+        return f"{len(counts)} values in [{np.nanmin(values):g}, {np.nanmax(values):g}]"
+    return _listed(f"{shorten(repr(value), 40)} × {count}" for value, count in counts)
 
 
 def _listed(names: Iterable[str], most: int = 8) -> str:

@@ -16,8 +16,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
+from torch.nn.utils.rnn import pad_sequence
 
-from pyro_vae.data.batches import Batch, as_whole
+from pyro_vae.data.batches import Batch, as_whole, check_count
 from pyro_vae.pairs.enumeration import values_of
 from pyro_vae.pairs.latents import Site, inspect_latents
 from pyro_vae.pairs.preserve import untouched
@@ -37,8 +38,7 @@ class Solution(NamedTuple):
     error: estimated error of ``log_evidence`` in nats, ``(batch,)``: the sum of the errors of the cells plus
         the mass at the edges of the box. A mode that is narrower than the spacing of the points may be
         missed; the error does not include it.
-    points: in unconstrained space, ``(batch, G, d)``, without points that have less than 1e-12 of the mass
-        together.
+    points: in unconstrained space, ``(batch, G, d)``. Points with a mass below about 1e-30 are left out.
     weights: posterior mass of each point, ``(batch, G)``; they sum to 1.
     spacing: side lengths of the volume element of each point, ``(batch, G, d)``.
     """
@@ -58,8 +58,10 @@ class Grid:
     :param tolerance: target of the estimated error of log p(x) for each datum, in nats. Cells are bisected
         until two successive error estimates are below it. A warning is logged if this would take too many
         points.
-    :param max_points: number of points at which the model is evaluated at once. Data that need more than four
-        times as many together are divided.
+    :param max_points: number of points at which the model is evaluated at once. :meth:`log_evidence` solves a
+        few data at a time, so that they have at most four times as many points together. A posterior keeps
+        the points of all data: its memory grows with their number, and with the points of the datum that
+        has most of them. If the posteriors are narrow ridges, that is up to 60 MB for each datum.
     :raises ValueError: if a latent is discrete or shared by the data, the latents have no or more than two
         dimensions, or the tails of the posterior are too heavy.
 
@@ -82,7 +84,10 @@ class Grid:
     """
 
     def __init__(self, model: Program, *, tolerance: float = 1e-7, max_points: int = 2**21) -> None:
-        self.model, self.tolerance, self.max_points = model, tolerance, max_points
+        if not tolerance >= 0:
+            raise ValueError(f"Grid: expected a tolerance in nats, 0 or more, but got {tolerance!r}")
+        self.model, self.tolerance = model, tolerance
+        self.max_points = check_count("max_points", max_points)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -103,10 +108,11 @@ class Grid:
         return self._solve(_Joint(self.model, as_whole(data)))
 
     def _solve(self, joint: "_Joint") -> Solution:
-        parts = list(self._solve_parts(joint))
-        largest = max(part.points.shape[1] for part in parts)
-        padded = [_padded(part, largest) for part in parts]
-        return Solution(*(torch.cat(column) for column in zip(*padded, strict=True)))
+        columns = list(zip(*self._solve_parts(joint), strict=True))
+        per_datum = [torch.cat(column) for column in columns[:2]]
+        # data with fewer points than others are padded with points of weight 0
+        of_points = [pad_sequence([row for part in column for row in part], True) for column in columns[2:]]
+        return Solution(*per_datum, *of_points)
 
     def _solve_parts(self, joint: "_Joint") -> Iterator[Solution]:
         """Solutions of consecutive rows. Rows that need too many points together are halved."""
@@ -139,7 +145,7 @@ class Grid:
                     logger.warning(
                         "Grid: the estimated error of log p(x) is still %.1e nats with %d points",
                         solution.error.max(),
-                        solution.points.shape[1],
+                        (solution.weights > 0).sum(1).max(),
                     )
                 return _with_mass(solution._replace(error=solution.error + edge_mass.sum(1)))
             half_width = torch.where(truncated, 2 * half_width, half_width)
@@ -307,23 +313,13 @@ def _selected(mask: Tensor) -> Tensor:
 
 def _with_mass(solution: Solution) -> Solution:
     """The points without those of negligible mass, which are most of them if the posterior is narrow."""
-    kept = _selected(solution.weights > 1e-12 / solution.weights.shape[1])
+    # a heavy tail that the latent's transform stretches may have its moments where the mass is tiny
+    kept = _selected(solution.weights > 1e-30)
     of_points = kept.unsqueeze(-1).expand(-1, -1, solution.points.shape[2])
     return solution._replace(
         points=solution.points.gather(1, of_points),
         weights=solution.weights.gather(1, kept),
         spacing=solution.spacing.gather(1, of_points),
-    )
-
-
-def _padded(part: Solution, size: int) -> Solution:
-    """Pad a solution to ``size`` points per datum with points of weight 0."""
-    batch, num_points, dim = part.points.shape
-    missing = size - num_points
-    return part._replace(
-        points=torch.cat([part.points, part.points[:, :1].expand(batch, missing, dim)], 1),
-        weights=torch.nn.functional.pad(part.weights, (0, missing)),
-        spacing=torch.nn.functional.pad(part.spacing, (0, 0, 0, missing)),
     )
 
 

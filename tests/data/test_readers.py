@@ -84,7 +84,7 @@ def test_columns_of_a_table(tmp_path):
     text = table.summary()
     assert "(3, 3) float64 in [0, 4], real" in text
     assert "missing: 2 entries (22.2%)" in text
-    assert "labels: 3 values: u × 1, v × 1, w,x × 1" in text
+    assert "labels: 'u' × 1, 'v' × 1, 'w,x' × 1" in text
     assert data.read(tmp_path / "x.csv").left_out == (" (an index)", "name (text)")
 
 

@@ -130,8 +130,9 @@ def test_data_in_an_invalid_form_raise():
         evidence.simulate(model, ())
     with pytest.raises(ValueError, match="got argument 0: a Simulated; pass its field data"):
         evidence.importance(model, guide, evidence.simulate(model, (X, SHIFT)))
-    with pytest.raises(ValueError, match=r"a str; pv\.load reads files"):
-        evidence.importance(model, guide, "x.csv")
+    for data in ("x.csv", {"x": "x.csv"}):
+        with pytest.raises(ValueError, match=r"a str; pv\.load reads files"):
+            evidence.importance(model, guide, data)
     with pytest.raises(
         ValueError, match=r"importance_upper: expected simulated data with their latents.*got tuple"
     ):

@@ -401,3 +401,24 @@ def test_samples_have_the_moments_and_weights_of_narrow_modes():
         mean, variance = component.mean[0, k], component.variance[0, k]
         assert ((part.mean(0) - mean).abs() < 5 * (variance / len(part)) ** 0.5).all()
         assert ((part.var(0) / variance - 1).abs() < 5 * (2 / len(part)) ** 0.5).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_moments_of_heavy_tails(scale):
+    """The variance of LogNormal(0, 3²) is made six standard deviations out in log z, where the mass is tiny."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LogNormal(x.new_zeros(()), scale))
+            pyro.sample("x", dist.Normal(0 * z, 1.0), obs=x)
+
+    posterior = exact.Grid(model).posterior(torch.zeros(1, dtype=torch.double))
+    prior = dist.LogNormal(torch.zeros((), dtype=torch.double), scale)
+    torch.testing.assert_close(posterior.mean[0], prior.mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(posterior.variance[0], prior.variance, rtol=2e-5, atol=0)
+
+
+def test_invalid_options_raise():
+    for options, message in (({"max_points": 0}, "max_points"), ({"tolerance": -1.0}, "tolerance")):
+        with pytest.raises(ValueError, match=message):
+            exact.Grid(MODELS["NormalNormal"], **options)
