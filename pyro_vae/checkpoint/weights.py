@@ -12,39 +12,37 @@ from torch import Tensor, nn
 from pyro_vae.checkpoint.blueprint import build, describe
 from pyro_vae.checkpoint.budget import bounded
 from pyro_vae.checkpoint.folder import read, read_manifest, write
-from pyro_vae.data.batches import as_arguments
+from pyro_vae.data.batches import as_whole
 from pyro_vae.files import is_file
 from pyro_vae.pairs.preserve import closed_over, make_parameters
+from pyro_vae.pairs.structure import inspect
 from pyro_vae.pairs.traces import Program
 
 _KIND = "pair"
 
 
-def save(
-    path: Path | str, pair: Any, *args: Any, param_store: dict[str, Any] | None = None, **kwargs: Any
-) -> None:
+def save(path: Path | str, pair: Any, data: Any = None, *, param_store: dict[str, Any] | None = None) -> None:
     """Save a trained pair to the folder ``path``, atomically. An earlier pair in that folder is replaced.
 
     :param pair: a :class:`~pyro_vae.VAE`, an object with ``.model`` and ``.guide``, or ``(model, guide)``.
-    :param args: with ``kwargs``, the arguments of model and guide, such as two rows of the data; all data if
-        the guide has parameters for each datum. They are needed if the pair has other parts than modules of
+    :param data: data as for :func:`~pyro_vae.fit`, of which two rows are enough; all data if the guide has
+        parameters for each datum. They are needed if the pair has other parts than modules of
         pyro_vae and torch. :func:`save` then runs the pair, to find the parameters of plain functions and of
         the networks that these functions close over and call. If a function calls only a method of a
         network, and not the network itself, the buffers of the network are not found.
     :param param_store: the state of the param store that has the parameters, ``history.param_store`` of a
         fit. The default is Pyro's global store; parameters in it that the pair does not use are not saved.
-    :raises ValueError: if arguments are needed and missing; if parameters of the pair are not in the store;
+    :raises ValueError: if data are needed and missing; if parameters of the pair are not in the store;
         if the pair does not use a parameter of ``param_store``.
     :raises OSError: if writing fails, such as on a full disk. The earlier pair is unchanged.
     """
-    save_pair(path, pair, args, kwargs, param_store=param_store)
+    save_pair(path, pair, data, param_store=param_store)
 
 
 def save_pair(
     path: Path | str,
     pair: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    data: Any = None,
     *,
     param_store: dict[str, Any] | None = None,
     about: dict[str, Any] | None = None,
@@ -52,16 +50,16 @@ def save_pair(
     """As :func:`save`. The entries ``about`` are also stored; :func:`read_about` returns them."""
     model, guide = _programs(pair)
     plan, weights = describe(pair), _tensors(model, guide, {}, [])
-    if plan is None and not (args or kwargs):
+    if plan is None and data is None:
         raise ValueError(
             "pair: it has modules that are not of pyro_vae or torch, or that were changed after "
-            "construction, so save must run the pair to find its parameters and buffers; expected the "
-            "arguments of model and guide: save(path, (model, guide), x[:2])"
+            "construction, so save must run the pair to find its parameters and buffers; expected rows of "
+            "the data: save(path, (model, guide), x[:2])"
         )
     if plan is None:
         params = (pyro.get_param_store().get_state() if param_store is None else param_store)["params"]
         with pyro.get_param_store().scope():  # run the pair with an empty store, as load does
-            modules = make_parameters(model, guide, as_arguments(args, kwargs))
+            modules = _make_parameters(model, guide, data)
             in_modules = {id(tensor) for tensor in weights.values()}
             created = pyro.get_param_store().get_state()["params"]
             used = {name for name, value in created.items() if id(value) not in in_modules}
@@ -75,7 +73,7 @@ def save_pair(
         if unused and param_store is not None:
             raise ValueError(
                 f"param_store: the pair does not use parameter {unused[0]!r} with these arguments, so load "
-                "could not restore it; pass arguments, such as labels, with which all parameters are used"
+                "could not restore it; pass data, such as labels, with which all parameters are used"
             )
         weights = _tensors(model, guide, {name: params[name] for name in params if name in used}, modules)
     write(Path(path), _KIND, {"plan": plan, "weights": weights}, **about or {})
@@ -89,14 +87,14 @@ def read_about(path: Path | str) -> dict[str, Any]:
     return about
 
 
-def load(path: Path | str, factory: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+def load(path: Path | str, factory: Callable[[], Any] | None = None, data: Any = None) -> Any:
     """Load the pair saved at ``path``, on the CPU.
 
     :param factory: a function that builds the pair with the architecture that was trained. It is needed
         unless model and guide consist of modules of pyro_vae and torch, not changed after their construction.
-    :param args: with ``kwargs``, the arguments of model and guide. They are needed if :func:`save` needed
-        them, and for lazy modules, which create their parameters at the first call. Parameters of plain
-        functions are loaded into Pyro's global param store.
+    :param data: rows of the data. They are needed if :func:`save` needed them, and for lazy modules, which
+        create their parameters at the first call. Parameters of plain functions are loaded into Pyro's global
+        param store.
     :return: the result of ``factory``, or the rebuilt pair.
     :raises FileNotFoundError: if nothing is stored at ``path``.
     :raises ValueError: if the files are damaged or a newer version of pyro_vae wrote them, or if they have
@@ -129,9 +127,17 @@ def load(path: Path | str, factory: Callable[[], Any] | None = None, *args: Any,
     pair = _rebuild(plan, weights, str(path)) if factory is None else factory()
     store = pyro.get_param_store()
     with store.scope():
-        modules = make_parameters(*_programs(pair), as_arguments(args, kwargs)) if args or kwargs else []
+        modules = [] if data is None else _make_parameters(*_programs(pair), data)
         state = store.get_state()
-        copy_all(weights, _tensors(*_programs(pair), state["params"], modules), str(path))
+        own = _tensors(*_programs(pair), state["params"], modules)
+        if data is None and any(
+            name.startswith(("store.", "closed.")) for name in weights.keys() - own.keys()
+        ):
+            raise ValueError(
+                f"{path}: parameters of plain functions are made when the functions run, so load must run "
+                "the pair; expected rows of the data: load(path, factory, x[:2])"
+            )
+        copy_all(weights, own, str(path))
     store.set_state(state)
     return pair
 
@@ -186,6 +192,11 @@ def _programs(pair: Any) -> tuple[Program, Program]:
     if hasattr(pair, "model") and hasattr(pair, "guide"):
         return pair.model, pair.guide
     raise ValueError(f"pair: expected (model, guide), or an object with both, but got {type(pair).__name__}")
+
+
+def _make_parameters(model: Program, guide: Program, data: Any) -> list[nn.Module]:
+    """Run a pair on the data, in the dtype of its parameters, see :func:`make_parameters`."""
+    return make_parameters(model, guide, inspect(model, guide, as_whole(data)).batch)
 
 
 def _tensors(

@@ -150,7 +150,7 @@ class Run(NamedTuple):
         """
         programs = pair.vae or (pair.model, pair.guide)
         about = {"epoch": tuple(epoch)}
-        checkpoint.save_pair(self.subpath("weights"), programs, rows.args, rows.kwargs, about=about)
+        checkpoint.save_pair(self.subpath("weights"), programs, rows, about=about)
 
     @contextmanager
     def loaded(self, rows: Batch | None = None) -> Iterator[Pair]:
@@ -183,7 +183,7 @@ class Run(NamedTuple):
             x = torch.zeros(2, *self.config.event_shape, dtype=dtype)
             rows = Batch((x,) if size is None else (x, torch.zeros(2, size, dtype=dtype)), {})
         with pyro.get_param_store().scope():
-            checkpoint.load(weights, lambda: pair, *rows.args, **rows.kwargs)
+            checkpoint.load(weights, lambda: pair, rows)
             yield pair
 
 

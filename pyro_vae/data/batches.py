@@ -1191,12 +1191,6 @@ def as_whole(data: Any, num_data: int | None = None) -> Batch:
     return parts[0].with_leaves(torch.cat(column) for column in columns)
 
 
-def as_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
-    """The arguments of a call as a validated batch. Raises ``ValueError`` as :meth:`Batch.checked` does."""
-    batch = Batch(as_batch(args).args, as_batch(kwargs).kwargs).checked("data")
-    return batch.map(_dense)
-
-
 def check_count(name: str, value: Any, *, expected: str = "a whole number, 1 or more,") -> int:
     """Validate a count. Raises ``ValueError`` for anything but an integer ≥ 1."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:

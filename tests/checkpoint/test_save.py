@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from torch import nn
 from torch.distributions import constraints
+from torch.utils.data import DataLoader
 
 import pyro_vae as pv
 from pyro_vae import checkpoint, conditionals, flows, nets, priors
@@ -101,7 +102,7 @@ def test_pair_that_was_changed_after_construction_needs_a_factory(tmp_path):
         return vae
 
     vae = perturb(make_changed())
-    with pytest.raises(ValueError, match="expected the arguments of model and guide"):
+    with pytest.raises(ValueError, match="expected rows of the data"):
         checkpoint.save(tmp_path / "a", vae)
     checkpoint.save(tmp_path / "a", vae, torch.rand(2, 4, 3))
     with pytest.raises(ValueError, match="factory"):
@@ -150,9 +151,39 @@ def test_parameters_and_constraints_of_plain_functions_are_restored(tmp_path):
         trained = pyro.param("scale").item()
     checkpoint.save(tmp_path / "a", (model, guide), x[:2], param_store=history.param_store)
     assert len(pyro.get_param_store()) == 0
+    with pytest.raises(ValueError, match=r"made when the functions run.*load\(path, factory, x"):
+        checkpoint.load(tmp_path / "a", lambda: (model, guide))
     assert checkpoint.load(tmp_path / "a", lambda: (model, guide), x[:2]) == (model, guide)
     assert pyro.param("scale").item() == trained != 1.0
     assert pyro.get_param_store()._constraints["scale"] is constraints.positive
+
+
+def test_data_are_in_every_form_and_dtype(tmp_path):
+    """Data in double precision with missing entries, for a pair in single precision."""
+    x = torch.randn(20, 3, dtype=torch.double)
+    mask = torch.rand(20, 3) > 0.2
+    table = pv.data.Data(x, mask=mask)
+    decoder, encoder = nn.Linear(2, 3), nn.Linear(3, 2)
+
+    def model(x, mask=True):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).mask(mask).to_event(1), obs=x)
+
+    def guide(x, mask=True):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 1.0).to_event(1))
+
+    history = pv.fit(model, guide, table, num_epochs=1)
+    trained = encoder.weight.detach().clone()
+    for form in (table, table[:2], {"x": x, "mask": mask}, DataLoader(table, 5)):
+        checkpoint.save(tmp_path, (model, guide), form, param_store=history.param_store)
+        nn.init.zeros_(encoder.weight)
+        with pyro.get_param_store().scope():
+            checkpoint.load(tmp_path, lambda: (model, guide), form)
+        assert torch.equal(encoder.weight, trained)
 
 
 def make_closure():
@@ -221,14 +252,14 @@ def test_param_store_that_does_not_match_the_pair_raises(tmp_path):
     with pyro.get_param_store().scope() as store:
         pair[0](x, x)
         pair[1](x, x)
-    with pytest.raises(ValueError, match=r"'network.*pass arguments, such as labels"):
+    with pytest.raises(ValueError, match=r"'network.*pass data, such as labels"):
         checkpoint.save(tmp_path / "a", pair, x, param_store=store)
     with pytest.raises(ValueError, match=r"parameters that are not in it.*param_store=history\.param_store"):
         checkpoint.save(tmp_path / "a", pair, x)
     assert not (tmp_path / "a").exists()
-    checkpoint.save(tmp_path / "a", pair, x, x, param_store=store)
+    checkpoint.save(tmp_path / "a", pair, (x, x), param_store=store)
     with pyro.get_param_store().scope():
-        checkpoint.load(tmp_path / "a", make_semi_supervised, x, x)
+        checkpoint.load(tmp_path / "a", make_semi_supervised, (x, x))
         loaded = dict(pyro.get_param_store().get_state()["params"])
     assert loaded.keys() == {"scale", "slope", "network$$$weight", "network$$$bias"}
     torch.testing.assert_close(loaded, dict(store["params"]), rtol=0, atol=0)

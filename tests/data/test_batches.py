@@ -23,7 +23,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from pyro_vae.data.arrays import SparseRows
-from pyro_vae.data.batches import Batch, as_arguments, as_batches, as_whole, fitting
+from pyro_vae.data.batches import Batch, as_batches, as_whole, fitting
 from pyro_vae.data.datasets import Data, load
 
 N = 23
@@ -109,7 +109,7 @@ def test_batches_of_every_container_equal_the_rows_of_the_tensor(make, batch_siz
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float64])
 def test_scipy_arguments_are_dense_and_keep_their_dtype(kind, dtype):
     x = (sparse_normal(7, 5) > 0).to(dtype)
-    (dense,) = as_arguments((scipy_matrix(x, kind),), {}).args
+    (dense,) = as_whole((scipy_matrix(x, kind),)).args
     expected = (
         x.to(torch.get_default_dtype()) if dtype == torch.float64 and dense.dtype == torch.float32 else x
     )
@@ -129,7 +129,7 @@ def test_sparse_rows_equal_dense_rows(shape, dense_dims):
 
 def test_duplicate_sparse_entries_are_added():
     x = torch.sparse_coo_tensor([[1, 1, 0], [2, 2, 0]], [1.0, 2.0, 5.0], (3, 4), check_invariants=True)
-    assert torch.equal(as_arguments((x,), {}).args[0], x.to_dense())
+    assert torch.equal(as_whole((x,)).args[0], x.to_dense())
 
 
 def test_non_finite_sparse_rows_raise_with_the_row():
@@ -143,8 +143,8 @@ def test_non_finite_sparse_rows_raise_with_the_row():
 def test_frames_and_series_can_be_mixed_with_tensors(library):
     frame = library.DataFrame({"a": [1.0, 2.0, 3.0], "b": [True, False, True], "c": [4, 5, 6]})
     expected = torch.tensor([[1.0, 1.0, 4.0], [2.0, 0.0, 5.0], [3.0, 1.0, 6.0]])
-    batch = as_arguments((frame,), {"y": frame["c"]})
-    torch.testing.assert_close(batch.args[0].float(), expected)
+    batch = as_whole({"x": frame, "y": frame["c"]})
+    torch.testing.assert_close(batch.kwargs["x"].float(), expected)
     assert batch.kwargs["y"].tolist() == [4, 5, 6]
     assert [b.num_rows for b in as_batches((frame, torch.ones(3)), 2).epoch(shuffle=False)] == [2, 1]
 
@@ -175,7 +175,7 @@ def test_masked_arrays_raise_with_a_remedy_that_works():
         with pytest.raises(ValueError, match=remedy):
             list(as_batches(data, 2).epoch(shuffle=False))
     with pytest.raises(ValueError, match=remedy):
-        as_arguments((x,), {})
+        as_whole((x,))
     with pytest.raises(ValueError, match=remedy):
         Data(x)
     batch = as_batches({"x": x.filled(0), "mask": ~np.ma.getmaskarray(x)}, None).whole
@@ -282,7 +282,7 @@ def test_cast_raises_if_rows_become_equal(transform, message):
     message += r".*\.double\(\)"
     x = transform(normal_doubles())
     with pytest.raises(ValueError, match=message):
-        as_arguments((x,), {}).check_cast(torch.float32)
+        as_whole((x,)).check_cast(torch.float32)
     for data in (x, TensorDataset(x), Data(x), x.to_sparse()):
         batches = as_batches(data, 50)
         with pytest.raises(ValueError, match=message):
@@ -484,14 +484,14 @@ def test_nested_arguments_are_allowed_in_full_batches_only():
             assert next(iter(batch.named.values())) in (packed, sequences)
         with pytest.raises(ValueError, match=r"batch_size=None.*pad"):
             as_batches(data, 2)
-    batch = as_arguments((packed, torch.ones(3), 5), {"lengths": [torch.tensor(4), torch.tensor(3)]})
+    batch = as_whole((packed, torch.ones(3), 5, [torch.tensor(4), torch.tensor(3)]))
     assert batch.args[0] is packed
     assert batch.args[2] == 5
     assert batch.rows(slice(0, 3)) is batch
     with pytest.raises(ValueError, match="a PackedSequence of 3"):
         batch.first(2)
     with pytest.raises(ValueError, match="NaN"):
-        as_arguments((pack_sequence([torch.tensor([1.0, torch.nan])]),), {})
+        as_whole((pack_sequence([torch.tensor([1.0, torch.nan])]),))
 
 
 def test_arguments_without_rows_are_in_every_minibatch():
@@ -528,10 +528,10 @@ def test_mask_may_have_the_first_dimensions_only():
     x[1, 2] = torch.nan
     mask = torch.ones(3, 4, dtype=torch.bool)
     mask[1, 2] = False
-    assert as_arguments((x,), {"mask": mask}).args[0][1, 2].tolist() == [0, 0]
+    assert as_whole({"x": x, "mask": mask}).kwargs["x"][1, 2].tolist() == [0, 0]
     for other in ({"seen": mask}, {"mask": mask.float()}, {"mask": mask[:, :2]}, {}):
         with pytest.raises(ValueError, match="row 1 of 3"):
-            as_arguments((x,), other)
+            as_whole({"x": x} | other)
 
 
 # --- arguments of programs ---

@@ -405,7 +405,7 @@ def test_samples_have_the_moments_and_weights_of_narrow_modes():
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_moments_of_heavy_tails(scale):
-    """The variance of LogNormal(0, 3²) is made six standard deviations out in log z, where the mass is tiny."""
+    """The variance of LogNormal(0, 3²) is made where log z = 18, at six standard deviations."""
 
     def model(x):
         with pyro.plate("data", len(x)):
