@@ -141,10 +141,7 @@ def calibration(
     with untouched(training=False, seed=seed + 1), torch.no_grad():
         latents, given = inspect_latents(model, guide, simulated.batch, verb="calibration", check=check)
         true = latents.flat(simulated.latents, 1, num_simulations)[0]
-        names = []
-        for name, site in latents.sites.items():
-            size = site.shape.numel()
-            names += [name] if size == 1 else [f"{name}[{i}]" for i in range(size)]
+        names = latents.dim_names
         reference = _reference_points(given, true)
         ranks = []
         for rows in slices(num_simulations, _CHUNK_ROWS):

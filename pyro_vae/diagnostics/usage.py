@@ -19,13 +19,15 @@ _NUM_DRAWS = 100  # for each datum
 class LatentUsage:
     """Activity, KL and mutual information of the latents. KL and mutual information are in nats.
 
-    activity: Var_x E_q[z_j], ``(dim,)``. kl: KL(q(z_j|x)‖p(z_j)), ``(batch, dim)``, ``nan`` unless the
-    dimensions of guide and prior are independent. correlation: correlation matrix of the aggregate posterior
+    names: the dimensions, such as ``("a", "z[0]", "z[1]")`` for a scalar site a and a vector z.
+    activity: Var_x E_q[z_j], ``(dim,)``. kl: KL(q(z_j|x)‖p(z_j)), ``(batch, dim)``, ``nan`` unless there is one
+    site and the dimensions of guide and prior are independent. correlation: correlation matrix of the aggregate posterior
     q(z), the mean of q(z|x) over data, ``(dim, dim)``. mean_kl: mean of KL(q(z|x)‖p(z)) over data. It
     is the sum of mutual_information, I_q(x; z), and marginal_kl, KL(q(z)‖p(z)) (Hoffman & Johnson 2016). I_q
     is at most log N for N data.
     """
 
+    names: tuple[str, ...]
     activity: Tensor
     kl: Tensor
     correlation: Tensor
@@ -51,7 +53,9 @@ class LatentUsage:
 
     def __str__(self) -> str:
         n, dim = self.kl.shape
-        lines = [f"{int(self.active.sum())} of {dim} latent dimensions active"]
+        inactive = [name for name, active in zip(self.names, self.active, strict=True) if not active]
+        others = f" (not {', '.join(inactive[:8])}{', …' if len(inactive) > 8 else ''})" if inactive else ""
+        lines = [f"{int(self.active.sum())} of {dim} latent dimensions active{others}"]
         if not self.kl.isnan().any():
             largest = self.kl.mean(0).sort(descending=True).values.tolist()[:12]
             numbers = ", ".join(f"{value:.2f}" for value in largest)
@@ -72,13 +76,13 @@ class LatentUsage:
 def latent_usage(
     model: Program, guide: Program, data: Any, *, seed: int = 0, check: bool = True
 ) -> LatentUsage:
-    """Use of the latent dimensions of a pair with a single latent site.
+    """Use of the latent dimensions of a pair, those of all its sites.
 
     The aggregate posterior is the mixture of q(z|x_n) over the N data. It is evaluated at one draw for each
     datum, so N² densities are computed.
 
     :param data: as for :func:`~pyro_vae.fit`.
-    :raises ValueError: if the model has several latent sites, or there are fewer than two data.
+    :raises ValueError: if the model has no latents, or there are fewer than two data.
     """
     batch = read_whole(data, seed=seed)
     n = batch.num_rows
@@ -86,21 +90,20 @@ def latent_usage(
         raise ValueError(f"latent_usage: expected two data or more but got {n}")
     with untouched(training=False, seed=seed), torch.no_grad():
         latents, batch = inspect_latents(model, guide, batch, verb="latent_usage", check=check)
-        if len(latents.sites) != 1:
-            raise ValueError(
-                "latent_usage: expected one latent site but the model has "
-                f"{', '.join(latents.sites) or 'none'}; posterior_draws has the draws of each site"
-            )
+        if not latents.sites:
+            raise ValueError("latent_usage: the model has no latent sites; expected one or more")
         z, log_q = latents.draw(guide, batch, _NUM_DRAWS)
         first = z[0]
         log_prior, _ = latents.log_prior_and_joint(model, batch, first.unsqueeze(0))
         log_marginal = latents.log_aggregate(guide, batch, first)
-        (site,) = latents.sites.values()
-        kl = _kl(latents.distribution(guide, batch), site.fn, n, latents.dim)
+        q = latents.distribution(guide, batch)
+        prior = next(iter(latents.sites.values())).fn
+        kl = torch.full((n, latents.dim), math.nan).double() if q is None else _kl(q, prior, n, latents.dim)
     pooled = z.reshape(-1, latents.dim).double()
     log_conditional, log_prior = log_q[0].double(), log_prior[0].double()
     noise = z.double().var(0).mean(0) / _NUM_DRAWS  # Monte Carlo variance of the means
     return LatentUsage(
+        names=latents.dim_names,
         activity=(z.double().mean(0).var(0) - noise).clamp_min(0),
         kl=kl,
         correlation=torch.corrcoef(pooled.mT).reshape(latents.dim, latents.dim),

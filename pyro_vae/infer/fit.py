@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
@@ -85,6 +85,7 @@ class History(WithParamStore):
 
     - objective: the loss, such as ``"IWAE(num_particles=5, estimator='iwae')"``
     - bound: what its value estimates, such as ``"the ELBO"``
+    - kept: the epoch whose parameters the pair has: the last one, or with ``patience`` the best one
 
     Modules are trained in place. Parameters of plain functions are in Pyro's param store, and each fit has a
     separate store: ``with history.scope():`` makes it Pyro's current one.
@@ -94,17 +95,20 @@ class History(WithParamStore):
     param_store: Any
     objective: str
     bound: str
+    kept: Epoch
 
     @property
     def best(self) -> Epoch:
         """The epoch with the highest objective on the validation data, or on the training data without
         these."""
-        return max(self.epochs, key=lambda epoch: (epoch.validation or epoch.train).objective)
+        return _best(self.epochs)
 
     def __str__(self) -> str:
         last = self.epochs[-1]
         parts = {"train": last.train, "validation": last.validation}
         means = [f"{name}: {mean}" for name, mean in parts.items() if mean is not None]
+        if self.kept.epoch != last.epoch:
+            means.append(f"parameters of epoch {self.kept.epoch}, validation: {self.kept.validation}")
         return "\n".join([f"{len(self.epochs)} epochs of {self.objective}, {self.bound}", *means])
 
     def plot(self) -> "Axes":
@@ -123,6 +127,10 @@ class History(WithParamStore):
             note(f"Means of the best epoch, {best.epoch}, in nats per datum, ± their standard error"),
             best.to_html(self.objective),
         )
+
+
+def _best(epochs: Sequence[Epoch]) -> Epoch:
+    return max(epochs, key=lambda epoch: (epoch.validation or epoch.train).objective)
 
 
 @contextmanager
@@ -258,7 +266,8 @@ def train(
             with store.scope(state):
                 stopping.restore_best()
         remember_trained(pair, state["params"])
-        return History(tuple(at.history), state, name_of(loss), kind_of(loss).bound)
+        kept = at.history[-1] if patience is None else _best(at.history)
+        return History(tuple(at.history), state, name_of(loss), kind_of(loss).bound, kept)
 
 
 def _with_options_of(train: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:

@@ -132,6 +132,32 @@ def test_latent_usage_of_linear_vae_is_its_closed_form():
     assert result.mutual_information < math.log(500)
 
 
+def test_latent_usage_of_several_sites_is_that_of_each():
+    """A guide with q(a|x) = N(2x, 1), q(v|x) = N(0, I), so that KL(q(a, v|x)‖p(a, v)) is 2x²."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("v", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(a, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Normal(2 * x, 1.0))
+            pyro.sample("v", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+
+    x = seeded(400)
+    result = latent_usage(model, guide, x)
+    assert result.names == ("a", "v[0]", "v[1]")
+    assert result.active.tolist() == [True, False, False]
+    assert "1 of 3 latent dimensions active (not v[0], v[1])" in str(result)
+    assert result.activity[0].item() == pytest.approx(4 * x.var().item(), rel=0.05)
+    standard_error = 2 * (x.square().mean() / len(x)).sqrt().item()
+    assert result.mean_kl == pytest.approx(2 * x.square().mean().item(), abs=4 * standard_error)
+    assert result.mean_kl == pytest.approx(result.mutual_information + result.marginal_kl)
+    assert result.kl.isnan().all()
+
+
 def test_prior_as_guide_has_collapsed_dimensions():
     result = latent_usage(MODEL, PRIOR, X)
     assert result.collapsed().all()

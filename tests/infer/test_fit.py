@@ -183,6 +183,9 @@ def test_early_stopping_restores_the_parameters_of_the_best_epoch():
     history = pv.fit(vae.model, vae.guide, x[:10], validation=x[10:], num_epochs=60, patience=3, optim=optim)
     assert len(history.epochs) < 60
     assert pv.evaluate(vae.model, vae.guide, x[10:]).mean().elbo == history.best.validation.elbo
+    assert history.kept == history.best != history.epochs[-1]
+    last = str(history).splitlines()[-1]
+    assert last == f"parameters of epoch {history.best.epoch}, validation: {history.best.validation}"
 
 
 @pytest.mark.parametrize(
