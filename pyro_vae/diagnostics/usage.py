@@ -19,12 +19,14 @@ _NUM_DRAWS = 100  # for each datum
 class LatentUsage:
     """Activity, KL and mutual information of the latents. KL and mutual information are in nats.
 
-    names: the dimensions, such as ``("a", "z[0]", "z[1]")`` for a scalar site a and a vector z.
-    activity: Var_x E_q[z_j], ``(dim,)``. kl: KL(q(z_j|x)‖p(z_j)), ``(batch, dim)``, ``nan`` unless there is one
-    site and the dimensions of guide and prior are independent. correlation: correlation matrix of the aggregate posterior
-    q(z), the mean of q(z|x) over data, ``(dim, dim)``. mean_kl: mean of KL(q(z|x)‖p(z)) over data. It
-    is the sum of mutual_information, I_q(x; z), and marginal_kl, KL(q(z)‖p(z)) (Hoffman & Johnson 2016). I_q
-    is at most log N for N data.
+    - names: the dimensions, such as ``("a", "z[0]", "z[1]")`` for a scalar site a and a vector z
+    - activity: Var_x E_q[z_j], ``(dim,)``
+    - kl: KL(q(z_j|x)‖p(z_j)), ``(batch, dim)``, ``nan`` unless there is one site and the dimensions of guide
+      and prior are independent
+    - correlation: correlation matrix of the aggregate posterior q(z), the mean of q(z|x) over data,
+      ``(dim, dim)``
+    - mean_kl: mean of KL(q(z|x)‖p(z)) over data. It is the sum of mutual_information, I_q(x; z), and
+      marginal_kl, KL(q(z)‖p(z)) (Hoffman & Johnson 2016). I_q is at most log N for N data.
     """
 
     names: tuple[str, ...]
