@@ -83,7 +83,7 @@ class Grid:
     [0.0, 0.5]
     """
 
-    def __init__(self, model: Program, *, tolerance: float = 1e-7, max_points: int = 2**21) -> None:
+    def __init__(self, model: Program, *, tolerance: float = 1e-7, max_points: int = 2**19) -> None:
         if not tolerance >= 0:
             raise ValueError(f"Grid: expected a tolerance in nats, 0 or more, but got {tolerance!r}")
         self.model, self.tolerance = model, tolerance
