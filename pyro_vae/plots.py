@@ -88,29 +88,29 @@ def plot_history(epochs: "Sequence[Epoch]", ax: Axes | None = None, *, objective
     """Plot the ELBO on training and held-out data, in nats per datum, against the epoch, and the bound of an
     objective other than the ELBO. A ring marks the epoch with the highest held-out objective, whose
     parameters early stopping restores. Training values are means over the steps of an epoch, and the
-    parameters change during the epoch.
+    parameters change during the epoch. If the first tenth of the epochs would take more than half of the
+    height, the curves begin below the axis, and the label of the axis says so.
 
     :param objective: the name of that bound in the legend.
     """
-    ax = ax or _new_axes()
     has_bound = epochs[0].train.bound is not None
+    ax = ax or _new_axes(height=4.4 if has_bound else 4.0)
     marker = "o" if len(epochs) < 10 else None
+    curves = []
     for part, colour, means in _by_part(epochs):
         numbers, values = [epoch.epoch for epoch in epochs], np.array([mean.objective for mean in means])
         elbos = np.array([mean.elbo for mean in means])
         label = f"{part}, {objective}" if has_bound else part
         if part == "held out":
             label += _mark_best(ax, numbers, values, colour)
-            _cut_off_start(ax, elbos)
         ax.plot(numbers, values, label=label, color=colour, marker=marker)
+        curves += [values, elbos]
         if has_bound:
             ax.plot(numbers, elbos, label=f"{part}, ELBO", color=colour, marker=marker, linestyle="--")
     ylabel, title = "ELBO (nats per datum)", "Evidence lower bound"
     if has_bound:
         ylabel, title = "nats per datum", "Objective and evidence lower bound"
-    ax.set(xlabel="epoch", ylabel=ylabel, title=title)
-    ax.legend(loc="lower right", frameon=True, framealpha=0.8, edgecolor="none")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _finish_curves(ax, curves, ylabel, title)
     return ax
 
 
@@ -124,11 +124,23 @@ def _mark_best(ax: Axes, numbers: Sequence[int], values: np.ndarray, colour: str
     return f", best {values[best]:.2f} in epoch {numbers[best]}"
 
 
-def _cut_off_start(ax: Axes, *curves: np.ndarray) -> None:
-    """Leave the first epochs, whose ELBO is far lower, outside of the limits."""
-    lows = [np.nanquantile(curve, 0.1) for curve in curves if len(curve) >= 10 and np.isfinite(curve).any()]
-    if lows:
-        ax.set_ylim(bottom=min(lows) - 0.1 * abs(min(lows)))
+def _finish_curves(ax: Axes, curves: Sequence[np.ndarray], ylabel: str, title: str) -> None:
+    """Labels, a legend below the axes, and limits that contain all values, except for those of the first
+    tenth of the epochs if these would take more than half of the height."""
+    ax.set(xlabel="epoch", ylabel=ylabel, title=title)
+    ax.legend(loc="upper left", bbox_to_anchor=(0, 0), borderaxespad=3.8)  # below the label of the axis
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    finite = [curve[np.isfinite(curve)] for curve in curves if np.isfinite(curve).any()]
+    if not finite:
+        return
+    lowest, highest = min(curve.min() for curve in finite), max(curve.max() for curve in finite)
+    late = min(np.quantile(curve, 0.1) if len(curve) >= 10 else curve.min() for curve in finite)
+    low = max(lowest, late - (highest - late))
+    if low > lowest:
+        num_below = max(int((curve < low).sum()) for curve in finite)
+        ax.set_xlabel(f"epoch ({num_below} of them below the axis)")
+    if low < highest:
+        ax.set_ylim(low - 0.05 * (highest - low), highest + 0.05 * (highest - low))
 
 
 @style()
@@ -138,7 +150,7 @@ def plot_runs(runs: "Mapping[str, Sequence[Epoch]]", ax: Axes | None = None) -> 
 
     :param runs: the epochs of each run, by its name.
     """
-    ax = ax or _new_axes()
+    ax = ax or _new_axes(height=3.6 + 0.2 * len(runs))
     curves = []
     for i, (name, epochs) in enumerate(runs.items()):
         numbers = [epoch.epoch for epoch in epochs]
@@ -149,10 +161,7 @@ def plot_runs(runs: "Mapping[str, Sequence[Epoch]]", ax: Axes | None = None) -> 
         best = _mark_best(ax, numbers, elbos, colour)
         ax.plot(numbers, elbos, label=f"{name}{part}{best}", color=colour, marker=marker)
         curves.append(elbos)
-    _cut_off_start(ax, *curves)
-    ax.set(xlabel="epoch", ylabel="ELBO (nats per datum)", title="ELBO of held-out data")
-    ax.legend(loc="lower right", frameon=True, framealpha=0.8, edgecolor="none")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _finish_curves(ax, curves, "ELBO (nats per datum)", "ELBO of held-out data")
     return ax
 
 

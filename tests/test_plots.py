@@ -99,6 +99,26 @@ def test_history_of_an_objective_shows_its_bound_beside_the_elbo():
     assert ax.get_ylim() == (1, 5)
 
 
+def test_no_curve_is_hidden_by_the_legend_or_by_the_limits():
+    """If the first epochs are far lower, the others take at least half of the height."""
+    for elbos in (np.linspace(-60, -20, 30), -100 - 450 * np.exp(-np.arange(40.0)), np.array([-9.0, -5.0])):
+        train, held_out = ([mean(e)._replace(bound=e + 2) for e in elbos - shift] for shift in (0, 1))
+        parts = zip(range(1, 100), train, held_out, strict=False)
+        epochs = [infer.Epoch(i, 1.0, a, b, 0.1) for i, a, b in parts]
+        for ax in (plots.plot_history(epochs), plots.plot_runs({"a": epochs, "b": epochs})):
+            ax.figure.draw_without_rendering()
+            assert not ax.get_legend().get_window_extent().overlaps(ax.get_window_extent())
+            low, high = ax.get_ylim()
+            values = np.concatenate([line.get_ydata() for line in ax.lines])
+            late = min(np.quantile(line.get_ydata(), 0.1) for line in ax.lines)
+            assert high - values.max() == pytest.approx((high - low) / 22)
+            if low > values.min():
+                assert values.max() - late > 0.45 * (high - low)
+                assert "below the axis" in ax.get_xlabel()
+            else:
+                assert ax.get_xlabel() == "epoch"
+
+
 def test_latent_shows_the_posterior_means():
     vae, x = make_vae((9, 11)), torch.rand(20, 9, 11)
     ax = plots.plot_latent(vae, x, torch.arange(20) % 3)
