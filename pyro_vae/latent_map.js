@@ -17,7 +17,7 @@ function show(i, j) {
   cell.style.left = `${(100 * column) / steps}%`;
   cell.style.bottom = `${(100 * row) / steps}%`;
   const at = (k) => (map.low[k] + ([column, row][k] + 0.5) * (map.size / steps)).toFixed(2).replace("-", "−");
-  where.textContent = map.dims.map((dim, k) => `z${dim} = ${at(k)}`).join("\n");
+  where.textContent = map.dims.map((dim, k) => `z[${dim}] = ${at(k)}`).join("\n");
 }
 
 function draw() {

@@ -338,7 +338,7 @@ def plot_points(sets: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
     for colour, (name, points) in zip((BLUE, RED, *COLOURS[3:]), sets.items(), strict=False):
         first, second = points.detach().cpu().numpy().T
         ax.scatter(first, second, s=6, alpha=0.5, label=name, color=colour)
-    ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
+    ax.set(xlabel="x[0]", ylabel="x[1]", aspect="equal")
     ax.legend(markerscale=2)
     return ax
 
@@ -355,7 +355,7 @@ def plot_manifold(vae: "VAE", ax: Axes | None = None, *, steps: int = 20) -> Axe
     ax = ax or _new_axes(5.5, 5.5 * sheet.shape[0] / sheet.shape[1])
     ax.imshow(sheet, cmap="gray", extent=(0, 1, 0, 1), aspect="auto")
     ax.grid(visible=False)
-    ax.set(xlabel="quantile of $z_1$", ylabel="quantile of $z_2$", title="E[x|z] over the latent plane")
+    ax.set(xlabel="quantile of z[0]", ylabel="quantile of z[1]", title="E[x|z] over the latent plane")
     return ax
 
 
@@ -367,6 +367,7 @@ def plot_latent(
     labels: Tensor | None = None,
     ax: Axes | None = None,
     *,
+    label_names: Sequence[str] | None = None,
     dims: tuple[int, int] | None = None,
     given: tuple[Tensor, ...] = (),
     mask: Tensor | None = None,
@@ -374,6 +375,7 @@ def plot_latent(
     """Plot two dimensions of the means of q(z|x), coloured by label. If q(z|x) does not implement its mean,
     such as a flow, plot one draw for each datum instead.
 
+    :param label_names: the names of the labels 0, 1, …, as in ``Data.label_names``.
     :param dims: the dimensions of z, counted from 0. The default are the two in which the points vary most.
     :param given: the conditions of a conditional VAE.
     :param mask: false at missing entries of x.
@@ -383,23 +385,26 @@ def plot_latent(
     plane = _two_dims(dims, points)
     z = points[:, plane].cpu().numpy()
     ax = ax or _new_axes(5.5, 4.8)
-    for label, (rows, colour) in _by_label(labels, len(x)).items():
-        ax.scatter(z[rows, 0], z[rows, 1], s=14, alpha=0.85, label=label, color=colour, linewidths=0)
+    for label, (rows, colour) in _by_label(labels, label_names, len(x)).items():
+        name = label if len(label) <= 24 else f"{label[:23]}…"  # a longer legend leaves no room for the axes
+        ax.scatter(z[rows, 0], z[rows, 1], s=14, alpha=0.85, label=name, color=colour, linewidths=0)
     if labels is not None and len(ax.collections) <= _MAX_LABELS:
         ax.legend(title="label", markerscale=2, bbox_to_anchor=(1, 1), loc="upper left")
-    xlabel, ylabel = (f"$z_{{{dim + 1}}}$" for dim in plane)
+    xlabel, ylabel = (f"z[{dim}]" for dim in plane)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=f"{kind} of q(z|x), held-out data")
     ax.set_aspect("equal", adjustable="datalim")
     return ax
 
 
-def _by_label(labels: Tensor | None, n: int) -> dict[str, tuple[np.ndarray, str]]:
+def _by_label(
+    labels: Tensor | None, names: Sequence[str] | None, n: int
+) -> dict[str, tuple[np.ndarray, str]]:
     """The rows, bool ``(n,)``, and the colour of each label."""
     if labels is None:
         return {"data": (np.ones(n, dtype=bool), BLUE)}
     array = labels.cpu().numpy()
     return {
-        str(label): (array == label, COLOURS[i % len(COLOURS)])
+        names[label] if names else str(label): (array == label, COLOURS[i % len(COLOURS)])
         for i, label in enumerate(np.unique(array).tolist())
     }
 
@@ -472,6 +477,7 @@ def latent_map(
     x: Tensor,
     labels: Tensor | None = None,
     *,
+    label_names: Sequence[str] | None = None,
     dims: tuple[int, int] | None = None,
     mask: Tensor | None = None,
     title: str = "Latent map",
@@ -483,6 +489,7 @@ def latent_map(
     dimensions of z are at their mean over the points. At most 20,000 data are shown, the first.
 
     :param x: images, ``(n, height, width)`` or ``(n, channels, height, width)``.
+    :param label_names: the names of the labels 0, 1, …, as in ``Data.label_names``.
     :param dims: the dimensions of z, counted from 0. The default are the two in which the points vary most.
     :param mask: false at missing entries of x.
     :raises ValueError: if x are not images, z does not have these dimensions, E[x|z] is not finite, or an
@@ -524,13 +531,13 @@ def latent_map(
         raise ValueError("latent_map: q(z|x) or E[x|z] is not finite; train again with a lower learning rate")
     darkest, brightest = min(0.0, images.min().item()), max(1.0, images.max().item())
     sheet = _tiled((images - darkest) / (brightest - darkest), steps)
-    key = _by_label(None if labels is None else labels[: len(x)], len(x))
+    key = _by_label(None if labels is None else labels[: len(x)], label_names, len(x))
     index = np.zeros(len(x), dtype=int)
     for i, (rows, _) in enumerate(key.values()):
         index[rows] = i
     others = points.shape[1] - 2
     about = (
-        f"{kind} of q(z|x) of {len(x)} data, with z{plane[0] + 1} horizontal and z{plane[1] + 1} vertical. "
+        f"{kind} of q(z|x) of {len(x)} data, with z[{plane[0]}] horizontal and z[{plane[1]}] vertical. "
         "The image is E[x|z] at the centre of the marked cell: move the pointer, or press the arrow keys."
     )
     if others > 0:
@@ -541,7 +548,7 @@ def latent_map(
         about=about,
         key=[(name, colour) for name, (_, colour) in key.items()] if 1 < len(key) <= _MAX_LABELS else (),
         map={
-            "dims": [dim + 1 for dim in plane],
+            "dims": plane,
             "low": low.tolist(),
             "size": size.item(),
             "steps": steps,

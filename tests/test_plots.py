@@ -55,7 +55,7 @@ def test_empty_cells_and_gaps_are_white():
 
 
 def test_manifold_is_the_decoded_grid_of_quantiles():
-    """The first tile is decoded at the lowest quantile of z₁ and the highest quantile of z₂, as in figure 4
+    """The first tile is decoded at the lowest quantile of z[0] and the highest quantile of z[1], as in figure 4
     of Kingma & Welling (2013)."""
     vae = make_vae((9, 11))
     sheet = np.asarray(plots.plot_manifold(vae, steps=4).images[0].get_array())
@@ -185,7 +185,7 @@ def test_latent_draws_the_dimensions_that_vary_most():
     first, second = sorted(means.var(0).argsort()[-2:].tolist())
     ax = plots.plot_latent(vae, x)
     np.testing.assert_allclose(ax.collections[0].get_offsets(), means[:, [first, second]], rtol=1e-5)
-    assert (ax.get_xlabel(), ax.get_ylabel()) == (f"$z_{{{first + 1}}}$", f"$z_{{{second + 1}}}$")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == (f"z[{first}]", f"z[{second}]")
     ax = plots.plot_latent(vae, x, dims=(3, 0))
     np.testing.assert_allclose(ax.collections[0].get_offsets(), means[:, [3, 0]], rtol=1e-5)
     for dims in ((0, 0), (0, 4), (-1, 0)):
@@ -257,6 +257,16 @@ def test_all_points_are_drawn_whatever_the_labels(labels):
     assert (ax.get_legend() is None) == (len(labels.unique()) > 20)
     indices = maps.read(plots.latent_map(vae, x, labels)).points[:, 2]
     assert indices.tolist() == labels.unique(return_inverse=True)[1].tolist()
+
+
+def test_the_key_has_the_names_of_the_labels():
+    vae, names = map_vae((9, 11), 2), ("rod", "cone", "a<b")
+    test = pv.Data(torch.rand(30, 9, 11), labels=torch.arange(30) % 3, label_names=names)
+    ax = plots.plot_latent(vae, test.x, test.labels, label_names=test.label_names)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(names)
+    page = plots.latent_map(vae, test.x, test.labels, label_names=test.label_names)
+    assert re.findall(r"</i>(.+)</span>", page) == ["rod", "cone", "a&lt;b"]
+    assert "with z[0] horizontal and z[1] vertical" in page
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 2, 3, 3)], ids=str)

@@ -549,12 +549,11 @@ def pictures(
         )
     latent_shape = vae.model.prior.event_shape
     if len(latent_shape) == 1 and latent_shape[0] > 1:
-        drawings["latent"] = lambda: plots.plot_latent(
-            vae, test.x, test.labels, dims=dims, given=given, mask=test.mask
-        )
+        shown: dict[str, Any] = {"label_names": test.label_names, "dims": dims, "mask": test.mask}
+        drawings["latent"] = lambda: plots.plot_latent(vae, test.x, test.labels, given=given, **shown)
         if is_image and not given:
             drawings["latent_map"] = lambda: plots.latent_map(
-                vae, test.x, test.labels, dims=dims, mask=test.mask, title=f"Latent map of {run.path.name}"
+                vae, test.x, test.labels, title=f"Latent map of {run.path.name}", **shown
             )
     if is_image and not given and latent_shape == (2,) and isinstance(vae.model.prior, StandardNormal):
         drawings["manifold"] = lambda: plots.plot_manifold(vae)

@@ -79,6 +79,7 @@ class Data(Dataset):
 
     :param x: ``(n, *event)``, a tensor, array or data frame of numbers; for images, grey values in [0, 1].
     :param labels: ``(n,)``, integers for plots, which are not passed to the model.
+    :param label_names: the names of the labels 0, 1, …, for plots.
     :param condition: ``(n, *event)``, a second argument of model and guide: see :meth:`given`.
     :param binarize: ``"stochastic"`` draws x ~ Bernoulli(grey) at every access, and so anew in every epoch
         (Salakhutdinov & Murray 2008); :meth:`fixed` draws once. ``"threshold"`` sets x once: to 1 where grey
@@ -97,6 +98,7 @@ class Data(Dataset):
     name: str = "data"
     num_levels: int | None = None
     mask: Tensor | None = None
+    label_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.binarize not in get_args(Binarize):
@@ -126,6 +128,13 @@ class Data(Dataset):
             if part is not None and (not part.dim() or len(part) != len(self.x)):
                 raise ValueError(
                     f"{self.name}: x has {len(self.x)} rows but labels or condition has {len(part)}"
+                )
+        if self.label_names is not None and self.labels is not None:
+            low, high = self.labels.aminmax()
+            if low < 0 or high >= len(self.label_names):
+                raise ValueError(
+                    f"{self.name}: there are {len(self.label_names)} label_names but labels in [{low:g}, "
+                    f"{high:g}]; expected a name for each of 0, 1, …"
                 )
         if self.binarize == "none":
             return
@@ -324,7 +333,8 @@ def from_tables(
     """``(train, test)`` of the contents of a file.
 
     The condition of each row becomes a vector: text, and whole numbers of at most 20 different values, are
-    one-hot; other numbers are standardized by mean and standard deviation. Labels become integers.
+    one-hot; other numbers are standardized by mean and standard deviation. Labels become integers; the names
+    of labels that are no whole numbers are ``label_names``.
 
     :param validation: the held-out rows. Otherwise a fraction ``holdout`` (0.1 by default) of the rows of
         ``table`` is held out, drawn by ``seed``.
@@ -334,9 +344,11 @@ def from_tables(
     name = Path(table.path).name
     if validation is None:
         split = split_rows(len(table), 0.1 if holdout is None else holdout, seed=seed)
+        labels, label_names = _codes(table.labels)
         whole = Data(
             table.x,
-            labels=_codes(table.labels),
+            labels=labels,
+            label_names=label_names,
             condition=_vectors(table.condition, table.condition, name),
             name=name,
             num_levels=table.num_levels,
@@ -357,15 +369,16 @@ def from_tables(
         raise ValueError(
             f"{validation.path}: its columns are not those of {table.path}: {what}; expected the same columns"
         )
-    labels = None
+    labels, label_names = None, None
     if table.labels is not None and validation.labels is not None:
-        labels = _codes(np.concatenate([table.labels, validation.labels]))
+        labels, label_names = _codes(np.concatenate([table.labels, validation.labels]))
     parts = []
     for part, rows in ((table, slice(len(table))), (validation, slice(len(table), None))):
         parts.append(
             Data(
                 part.x.to(table.x.dtype),
                 labels=None if labels is None else labels[rows],
+                label_names=label_names,
                 condition=_vectors(part.condition, table.condition, part.path),
                 binarize=binarize,
                 name=Path(part.path).name,
@@ -376,13 +389,14 @@ def from_tables(
     return parts[0], parts[1].fixed()
 
 
-def _codes(labels: np.ndarray | None) -> Tensor | None:
-    """Labels as integers: whole numbers as they are, others by their rank."""
+def _codes(labels: np.ndarray | None) -> tuple[Tensor | None, tuple[str, ...] | None]:
+    """Labels as integers: whole numbers as they are, others by their rank, with their names in this order."""
     if labels is None:
-        return None
+        return None, None
     if labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and (labels == labels.round()).all()):
-        return torch.from_numpy(labels.astype(np.int64))
-    return torch.from_numpy(np.unique(labels, return_inverse=True)[1].astype(np.int64))
+        return torch.from_numpy(labels.astype(np.int64)), None
+    names, codes = np.unique(labels, return_inverse=True)
+    return torch.from_numpy(codes.astype(np.int64)), tuple(map(str, names.tolist()))
 
 
 _MAX_LEVELS = 20  # whole numbers with more different values are not one-hot

@@ -259,7 +259,7 @@ sheet.decode().then(() => {
             z[dims] = torch.tensor(read.centre(column, row), dtype=z.dtype)
             expected = pair.vae.decode(z).mean.numpy()
             assert abs(np.array(pixels).reshape(8, 8) / 255 - expected).max() <= 2 / 255
-            numbers = re.findall(r"z(\d) = ([−\d.]+)", where)
-            assert [int(dim) - 1 for dim, _ in numbers] == dims
+            numbers = re.findall(r"z\[(\d)\] = ([−\d.]+)", where)
+            assert [int(dim) for dim, _ in numbers] == dims
             at = [float(value.replace("−", "-")) for _, value in numbers]
             np.testing.assert_allclose(at, read.centre(column, row), atol=0.006)

@@ -153,6 +153,20 @@ def test_held_out_rows_are_drawn_by_the_seed(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_labels_that_are_no_whole_numbers_keep_their_names(tmp_path):
+    kinds = np.array(["rod", "cone", "rod", "gap"] * 5)
+    path = save(tmp_path / "x.npz", x=np.ones((20, 1)), kind=kinds, half=np.arange(20) / 2, y=np.arange(20))
+    for binarize in ("none", "stochastic"):
+        for part in pv.load(path, key="x", label="kind", binarize=binarize):
+            rows = part.given(part.x).to(dtype=torch.double).fixed().head(9).rows(torch.tensor([0, 1]))
+            assert rows.label_names == ("cone", "gap", "rod")
+    train, test = pv.load(path, validation=path, key="x", label="kind")
+    assert [test.label_names[code] for code in test.labels] == kinds.tolist()
+    assert train.label_names == test.label_names
+    assert pv.load(path, key="x", label="half")[0].label_names[:2] == ("0.0", "0.5")
+    assert pv.load(path, key="x", label="y")[0].label_names is None
+
+
 def test_conditions_are_one_hot_or_standardized(tmp_path):
     path = save(tmp_path / "x.npz", x=np.ones((6, 1)), text=np.array(list("uvwuvw")), age=np.arange(6) * 7.5)
     whole = torch.cat([part.condition for part in pv.load(path, condition="text", key="x")])
