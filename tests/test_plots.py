@@ -55,8 +55,8 @@ def test_empty_cells_and_gaps_are_white():
 
 
 def test_manifold_is_the_decoded_grid_of_quantiles():
-    """The first tile is decoded at the lowest quantile of z[0] and the highest quantile of z[1], as in figure 4
-    of Kingma & Welling (2013)."""
+    """The first tile is decoded at the lowest quantile of z[0] and the highest quantile of z[1], as in
+    figure 4 of Kingma & Welling (2013)."""
     vae = make_vae((9, 11))
     sheet = np.asarray(plots.plot_manifold(vae, steps=4).images[0].get_array())
     low, high = (torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(q)) for q in (0.125, 0.875))

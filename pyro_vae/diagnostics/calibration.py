@@ -141,7 +141,7 @@ def calibration(
     with untouched(training=False, seed=seed + 1), torch.no_grad():
         latents, given = inspect_latents(model, guide, simulated.batch, verb="calibration", check=check)
         true = latents.flat(simulated.latents, 1, num_simulations)[0]
-        names = latents.dim_names
+        names = latents.names
         reference = _reference_points(given, true)
         ranks = []
         for rows in slices(num_simulations, _CHUNK_ROWS):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ class Comparison:
     evaluated at draws of p. mean_error: ‖E_q z − E_p z‖. covariance_error: Frobenius norm of the difference
     of covariances. w2: W₂(q, p), ``nan`` unless q and p are Gaussian. coverage: ``(batch, 3)``, probability
     under p of the guide's central 50, 90 and 95 % intervals, averaged over latent dimensions. split: the gap
-    as a sum of approximation and amortization gap, or ``None``.
+    as a sum of approximation and amortization gap, or ``None``; its amortization is this gap minus the
+    approximation, while :func:`split_gap` estimates it from draws of its own.
     """
 
     elbo: Tensor
@@ -90,8 +91,8 @@ class Comparison:
         )
 
     def plot(self, num_data: int = 4) -> Figure:
-        """Contours of the exact posterior and the guide for the first ``num_data`` data; a scatter plot of
-        the first two latent dimensions if there are more than two."""
+        """Contours of the exact posterior and the guide, which enclose 50 and 95 % of the mass, for the first
+        ``num_data`` data; a scatter plot of the first two latent dimensions if there are more than two."""
         exact_model, guide, batch = self._pair
         return draw_posteriors(exact_model, {"guide": guide}, batch.first(num_data))
 
@@ -113,10 +114,13 @@ class GuideComparison:
         return {key: [column.get(key, (math.nan, math.nan)) for column in columns] for key in names}
 
     def __str__(self) -> str:
-        widths = [max(len(name), 10) for name in self.comparisons]
+        widths = [max(len(name), 17) for name in self.comparisons]
         lines = [[f"{name:>{width}}" for name, width in zip(self.comparisons, widths, strict=True)]]
         for cells in self.rows().values():
-            lines.append([f"{mean:>{width}.4f}" for (mean, _), width in zip(cells, widths, strict=True)])
+            texts = (
+                f"{mean:.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}") for mean, error in cells
+            )
+            lines.append([f"{text:>{width}}" for text, width in zip(texts, widths, strict=True)])
         return "\n".join(
             f"{key:24}" + "  ".join(line) for key, line in zip(["", *self.rows()], lines, strict=True)
         )
@@ -133,8 +137,9 @@ class GuideComparison:
         )
 
     def plot(self, num_data: int = 3) -> Figure:
-        """Contours of the guides over the exact posterior, and a bar chart of the gaps of the guides. A bar
-        is split into approximation and amortization gap if these are known."""
+        """Contours of the guides over the exact posterior, which enclose 50 and 95 % of the mass, and a bar
+        chart of the mean gaps of all data with the standard errors of the table. A bar is split into
+        approximation and amortization gap if these are known."""
         exact_model, _, batch = next(iter(self.comparisons.values()))._pair
         guides = {name: comparison._pair[1] for name, comparison in self.comparisons.items()}
         gaps = {name: (comparison.gap, comparison.split) for name, comparison in self.comparisons.items()}
@@ -224,6 +229,13 @@ def _compare_rows(
         moments = [(g.loc, g.covariance_matrix) for g in (q, p)]
         w2 = wasserstein(q, p)
     gap, forward_kl, w2 = (part.to(log_evidence) for part in (gap, forward_kl, w2))
+    parts = _split(exact_model, guide, given, log_evidence, num_particles, seed) if split else None
+    if parts is not None:  # one estimate of the gap, so that its parts add up to it
+        parts = replace(
+            parts,
+            amortization=gap - parts.approximation,
+            amortization_se=torch.hypot(gap_se.to(gap), parts.approximation_se),
+        )
     return {
         "elbo": log_evidence - gap,
         "elbo_se": gap_se,
@@ -236,7 +248,7 @@ def _compare_rows(
         "covariance_error": (moments[0][1] - moments[1][1]).flatten(1).norm(dim=-1),
         "w2": w2,
         "coverage": torch.stack([_coverage(z_q, z_p, level) for level in LEVELS], -1),
-        "split": _split(exact_model, guide, given, log_evidence, num_particles, seed) if split else None,
+        "split": parts,
     }
 
 

@@ -11,11 +11,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_vae.data.batches import Batch
+from pyro_vae.diagnostics.tables import over_data
 from pyro_vae.exact.grid import posterior_of
 from pyro_vae.pairs.latents import inspect_latents
 from pyro_vae.pairs.preserve import untouched
 from pyro_vae.pairs.traces import Program
-from pyro_vae.plots import BLUE, COLOURS, GREY, RED, style
+from pyro_vae.plots import BLUE, COLOURS, GREY, RED, figure_of, style
 
 _MASSES = (0.95, 0.5)
 _COLOURS = (BLUE, RED, *(colour for colour in COLOURS if colour not in (BLUE, RED, GREY)))  # of guides
@@ -23,9 +24,9 @@ _COLOURS = (BLUE, RED, *(colour for colour in COLOURS if colour not in (BLUE, RE
 
 @style()
 def draw_posteriors(exact_model: Any, guides: Mapping[str, Program], batch: Batch) -> Figure:
-    """One panel for each datum, with p(z|x) and every q(z|x)."""
+    """One panel for each datum, with p(z|x) and every q(z|x). Contours enclose 50 and 95 % of the mass."""
     n = batch.num_rows
-    fig, axes = plt.subplots(1, n, figsize=(3.2 * n, 3.4), squeeze=False)
+    fig, axes = plt.subplots(1, n, figsize=(3.2 * n, 3.7), squeeze=False)
     _draw_row(list(axes[0]), exact_model, guides, batch)
     return fig
 
@@ -34,28 +35,33 @@ def draw_posteriors(exact_model: Any, guides: Mapping[str, Program], batch: Batc
 def draw_ranking(
     exact_model: Any, guides: Mapping[str, Program], batch: Batch, gaps: Mapping[str, Any]
 ) -> Figure:
-    """The panels of :func:`draw_posteriors`, and a bar chart of the mean gap of each guide."""
+    """The panels of :func:`draw_posteriors`, and a bar chart of the mean gap of each guide with its
+    standard error over data."""
     n = batch.num_rows + 1
-    fig, axes = plt.subplots(1, n, figsize=(3.2 * n, 3.4), squeeze=False)
+    fig, axes = plt.subplots(1, n, figsize=(3.2 * n, 3.7), squeeze=False)
     _draw_row(list(axes[0][:-1]), exact_model, guides, batch)
     ax = axes[0][-1]
     for i, (gap, split) in enumerate(gaps.values()):
+        mean, error = over_data(gap)
         if split is None:
-            ax.barh(i, float(gap.mean()), color="0.6", label="gap" if i == 0 else None)
-            continue
-        approximation = max(float(split.approximation.mean()), 0.0)
-        ax.barh(i, approximation, color=GREY, label="approximation" if i == 0 else None)
-        ax.barh(
-            i,
-            float(split.amortization.mean()),
-            left=approximation,
-            color=BLUE,
-            label="amortization" if i == 0 else None,
-        )
+            ax.barh(i, mean, color="0.6", label="gap")
+        else:
+            approximation = split.approximation.mean().item()
+            ax.barh(i, approximation, color=GREY, label="approximation")
+            ax.barh(i, mean - approximation, left=approximation, color=BLUE, label="amortization")
+        ax.errorbar(mean, i, xerr=error, color="black", capsize=3)
     ax.set_yticks(range(len(gaps)), list(gaps))
     ax.invert_yaxis()
-    ax.set(xlabel="gap (nats per datum)", title="log p(x) − ELBO")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
+    ax.set(xlabel="nats per datum,\n± standard error", title="mean gap KL(q‖p)")
+    handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))  # one for each label
+    ax.legend(
+        list(handles.values()),
+        list(handles),
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        borderaxespad=5,
+        ncols=2,
+    )
     return fig
 
 
@@ -64,16 +70,18 @@ def _draw_row(axes: list[Axes], exact_model: Any, guides: Mapping[str, Program],
     n, posterior = 4000, posterior_of(exact_model, batch)
     with untouched(training=False, seed=0):
         latents, batch = inspect_latents(exact_model, None, batch, verb="plot")
-        z = posterior.sample((n,)).reshape(n, batch.num_rows, -1)
+        exact = posterior.sample((5 * n,))
+        z = exact.reshape(5 * n, batch.num_rows, -1)
         draws = {name: latents.draw(guide, batch, n)[0] for name, guide in guides.items()}
         if latents.dim > 2:
-            return _draw_scatter(axes, z, draws)
-        grid, shape = _grid([z, *draws.values()], 200 if latents.dim == 1 else 70)
+            return _draw_scatter(axes, z, draws, latents.names)
+        log_p = posterior.log_prob(exact)
+        grid, shape = _grid(z, log_p, list(draws.values()), 200 if latents.dim == 1 else 100)
         densities = {"exact": posterior.log_prob(grid.reshape(*grid.shape[:2], *posterior.event_shape))}
         try:
             densities |= {name: latents.log_q(guide, batch, grid) for name, guide in guides.items()}
         except (KeyError, NotImplementedError):  # a transform without an inverse, such as a planar flow
-            return _draw_scatter(axes, z, draws)
+            return _draw_scatter(axes, z, draws, latents.names)
     for i, ax in enumerate(axes):
         at = grid[:, i].double().cpu().numpy()
         for j, (name, log_density) in enumerate(densities.items()):
@@ -91,13 +99,12 @@ def _draw_row(axes: list[Axes], exact_model: Any, guides: Mapping[str, Program],
             else:
                 ax.contour(first, second, field, levels=levels, colors=colour, linewidths=1.2)
             ax.plot([], [], color=colour, label=name)
-        ax.set(xlabel="$z_1$" if latents.dim == 2 else "$z$", title=f"datum {i}")
-        if latents.dim == 2:
-            ax.set_ylabel("$z_2$")
-    _legend(axes)
+        ylabel = latents.names[1] if latents.dim == 2 else "density"
+        ax.set(xlabel=latents.names[0], ylabel=ylabel, title=f"datum {i}")
+    _legend(axes, "contours of 50 % and 95 % of the mass" if latents.dim == 2 else None)
 
 
-def _draw_scatter(axes: list[Axes], exact: Tensor, guides: Mapping[str, Tensor]) -> None:
+def _draw_scatter(axes: list[Axes], exact: Tensor, guides: Mapping[str, Tensor], names: list[str]) -> None:
     """Scatter plot of the first two dimensions of the draws. If there is only one dimension, plot the
     empirical CDF."""
     for i, ax in enumerate(axes):
@@ -108,27 +115,30 @@ def _draw_scatter(axes: list[Axes], exact: Tensor, guides: Mapping[str, Tensor])
             )
             colour = _COLOURS[(j - 1) % len(_COLOURS)] if j else "0.7"
             ax.scatter(first, second, s=4, alpha=0.4 if j else 1.0, color=colour, label=name)
-        ax.set(xlabel="$z_1$", ylabel="$z_2$", title=f"datum {i}")
+        ylabel = names[1] if len(names) > 1 else "empirical CDF"
+        ax.set(xlabel=names[0], ylabel=ylabel, title=f"datum {i}")
     _legend(axes)
 
 
-def _legend(axes: list[Axes]) -> None:
+def _legend(axes: list[Axes], title: str | None = None) -> None:
     """A shared legend below the row."""
     handles, labels = axes[0].get_legend_handles_labels()
-    axes[0].get_figure().legend(handles, labels, loc="outside lower center", ncols=len(labels))  # type: ignore[union-attr]
+    figure_of(axes[0]).legend(handles, labels, loc="outside lower center", ncols=len(labels), title=title)
 
 
-def _grid(draws: list[Tensor], steps: int) -> tuple[Tensor, tuple[int, ...]]:
-    """Grid over the range of the draws of each datum, ``(points, batch, d)``, and the number of points along
-    each dimension."""
-    ends = [[z.double().quantile(q, 0) for z in draws] for q in (0.001, 0.999)]
-    low, high = torch.stack(ends[0]).amin(0), torch.stack(ends[1]).amax(0)
+def _grid(exact: Tensor, log_p: Tensor, guides: list[Tensor], steps: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Grid for each datum, ``(points, batch, d)``, and the number of points along each dimension. It covers
+    the region of highest density p(z|x) with a mass of 0.999, and 0.998 of each dimension of each guide."""
+    is_inside = (log_p >= log_p.kthvalue(len(log_p) // 1000 + 1, 0).values).unsqueeze(-1)
+    lows = [exact.where(is_inside, torch.inf).amin(0), *(z.double().quantile(0.001, 0) for z in guides)]
+    highs = [exact.where(is_inside, -torch.inf).amax(0), *(z.double().quantile(0.999, 0) for z in guides)]
+    low, high = torch.stack(lows).double().amin(0), torch.stack(highs).double().amax(0)
     dim = low.shape[-1]
     unit = torch.stack(
         torch.meshgrid(*[torch.linspace(0, 1, steps, dtype=low.dtype)] * dim, indexing="ij"), -1
     )
     points = low + unit.reshape(-1, 1, dim) * (high - low)
-    return points.to(draws[0].dtype), (steps,) * dim
+    return points.to(exact.dtype), (steps,) * dim
 
 
 def _levels(density: np.ndarray) -> list[float]:

@@ -105,7 +105,7 @@ def latent_usage(
     log_conditional, log_prior = log_q[0].double(), log_prior[0].double()
     noise = z.double().var(0).mean(0) / _NUM_DRAWS  # Monte Carlo variance of the means
     return LatentUsage(
-        names=latents.dim_names,
+        names=latents.names,
         activity=(z.double().mean(0).var(0) - noise).clamp_min(0),
         kl=kl,
         correlation=torch.corrcoef(pooled.mT).reshape(latents.dim, latents.dim),

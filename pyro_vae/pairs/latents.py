@@ -200,17 +200,17 @@ class Latents:
         latent, observed = self._sums(trace, proposal)
         return z, (latent + observed).expand(shape)
 
-    def by_site(self, z: Tensor) -> dict[str, Tensor]:
-        """Split draws z ``(particles, batch, dim)`` by site, ``(particles, batch, *shape)`` each."""
-        return {name: part.to(site.dtype) for name, site, part in self.split(z)}
-
     @property
-    def dim_names(self) -> tuple[str, ...]:
-        """The name of each dimension of z: that of a scalar site, ``name[i]`` for the elements of others."""
+    def names(self) -> tuple[str, ...]:
+        """The names of the dimensions of z: that of the site, or ``"z[0]", "z[1]", …`` if it has several."""
         sizes = {name: site.shape.numel() for name, site in self.sites.items()}
         return tuple(
             name if size == 1 else f"{name}[{i}]" for name, size in sizes.items() for i in range(size)
         )
+
+    def by_site(self, z: Tensor) -> dict[str, Tensor]:
+        """Split draws z ``(particles, batch, dim)`` by site, ``(particles, batch, *shape)`` each."""
+        return {name: part.to(site.dtype) for name, site, part in self.split(z)}
 
     def distribution(self, guide: Program, batch: Batch) -> Any:
         """The distribution q(z|x) of a guide with one site; ``None`` for several sites, which may depend on

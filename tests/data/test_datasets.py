@@ -225,7 +225,10 @@ def test_mutated_idx_files_raise_with_the_path(tmp_path):
         (lambda: Data(torch.zeros(0, 3)), "no data"),
         (lambda: Data(torch.tensor([[0.0], [torch.nan]])), "row 1 of 2"),
         (lambda: Data(torch.zeros(3, 2), labels=torch.zeros(4)), "3 rows but labels"),
-        (lambda: Data(torch.zeros(3, 2), torch.arange(3), label_names=("a", "b")), "2 label_names but labels"),
+        (
+            lambda: Data(torch.zeros(3, 2), torch.arange(3), label_names=("a", "b")),
+            "2 label_names but labels",
+        ),
         (lambda: Data(torch.full((3, 2), 1.7), binarize="stochastic"), "cannot be binarized"),
         (lambda: Data(torch.zeros(3, 2)).levels(), "num_levels"),
         (lambda: load("digits", binarize="stochastic")[0].levels(), "binarized"),
