@@ -104,7 +104,9 @@ def _draw_row(axes: list[Axes], exact_model: Any, guides: Mapping[str, Program],
     _legend(axes, "contours of 50 % and 95 % of the mass" if latents.dim == 2 else None)
 
 
-def _draw_scatter(axes: list[Axes], exact: Tensor, guides: Mapping[str, Tensor], names: tuple[str, ...]) -> None:
+def _draw_scatter(
+    axes: list[Axes], exact: Tensor, guides: Mapping[str, Tensor], names: tuple[str, ...]
+) -> None:
     """Scatter plot of the first two dimensions of the draws. If there is only one dimension, plot the
     empirical CDF."""
     for i, ax in enumerate(axes):
