@@ -211,16 +211,18 @@ def _lift_captured(module: fx.GraphModule) -> list[Tensor]:
     return [value for _, value in lifted.values()]
 
 
-_TORCH, *_PACKAGES = (str(Path(str(module.__file__)).parent) for module in (torch, pyro, np))
-_PACKAGES.append(str(Path(__file__).parent.parent))
+_TORCH, _PYRO, _NUMPY = (str(Path(str(module.__file__)).parent) for module in (torch, pyro, np))
+_PACKAGE = str(Path(__file__).parent.parent)
 _STDLIB = sysconfig.get_path("stdlib")
 
 
 def _location(frames: traceback.StackSummary) -> str:
-    """The innermost line of code outside of libraries. If there is none, the innermost line outside of
-    torch."""
-    for skip in (_is_library, lambda filename: filename.startswith(_TORCH)):
-        for frame in reversed(frames):
+    """The innermost line of the traced function outside of libraries. If there is none, as in a pair of this
+    package, the innermost line outside of torch and Pyro."""
+    own = [i for i, frame in enumerate(frames) if frame.filename == __file__ and frame.name == "_record"]
+    inside = [frame for frame in frames[own[-1] if own else 0 :] if frame.filename != __file__]
+    for skip in (_is_library, lambda filename: filename.startswith((_TORCH, _PYRO))):
+        for frame in reversed(inside):
             if not skip(frame.filename):
                 line = f", {frame.line}" if frame.line else ""
                 return f" at {Path(frame.filename).name}:{frame.lineno}{line}"
@@ -232,4 +234,4 @@ def _is_library(filename: str) -> bool:
         return True
     # site-packages is in the folder of the standard library, but a package there may contain the pair
     in_stdlib = filename.startswith(_STDLIB) and "-packages" not in filename
-    return in_stdlib or filename.startswith((_TORCH, *_PACKAGES))
+    return in_stdlib or filename.startswith((_TORCH, _PYRO, _NUMPY, _PACKAGE))

@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyro_vae.data.arrays import check_rows
 from pyro_vae.nets import Shape, as_shape
@@ -129,15 +130,21 @@ class ExactModel(nn.Module, ABC):
     def checked(self, x: Tensor) -> Tensor:
         """``x``, validated.
 
-        :raises ValueError: if the shape is not ``(batch, *event_shape)`` or a row is not finite.
+        :raises ValueError: if the shape is not ``(batch, *event_shape)`` or a row is not finite. Rows are not
+            checked if validation of distributions is turned off.
         """
         name = type(self).__name__
         if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[1:] != self.event_shape:
             actual = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             expected = ", ".join(["batch", *map(str, self.event_shape)])
             raise ValueError(f"{name}: expected x of shape ({expected}) but got {actual}")
-        check_rows(x, name)
+        if Distribution._validate_args:  # not while a step is traced, since a graph cannot read values
+            self.check_values(x)
         return x
+
+    def check_values(self, x: Tensor) -> None:
+        """Raise ``ValueError`` if a row is not finite."""
+        check_rows(x, type(self).__name__)
 
     def extra_repr(self) -> str:
         return f"latent_shape={tuple(self.latent_shape)}, event_shape={tuple(self.event_shape)}"

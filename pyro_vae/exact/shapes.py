@@ -98,12 +98,12 @@ class _PriorOnlyModel(ExactModel):
     def log_evidence(self, x: Tensor) -> Tensor:
         return self.checked(x).sum(-1) * 0.0
 
-    def checked(self, x: Tensor) -> Tensor:
-        if isinstance(x, Tensor) and (x != 0).any():
+    def check_values(self, x: Tensor) -> None:
+        super().check_values(x)
+        if (x != 0).any():
             raise ValueError(
                 f"{type(self).__name__}: the model has no data; expected x = torch.zeros(batch, 1)"
             )
-        return super().checked(x)
 
 
 class Funnel(_PriorOnlyModel):

@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from torch.distributions import biject_to, constraints
 
 import pyro_vae as pv
 from pyro_vae import exact
@@ -60,6 +61,28 @@ def test_log_weights_under_the_exact_guide_equal_log_evidence(name):
         if site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample"
     )
     torch.testing.assert_close(log_weights, model.log_evidence(x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - DISCRETE))
+def test_a_step_of_svi_runs_as_a_graph(name):
+    model = MODELS[name]
+    x = model.sample(7)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            prior = model.prior()
+            support = prior.support
+            if isinstance(support, constraints.MixtureSameFamilyConstraint):
+                support = support.base_constraint
+            scale = pyro.param("scale", torch.ones(prior.event_shape, dtype=x.dtype))
+            q = dist.Normal(0.5 + 0 * scale, scale.exp()).expand((len(x), *prior.event_shape))
+            pyro.sample("z", dist.TransformedDistribution(q, biject_to(support)))
+
+    with pyro.get_param_store().scope():
+        svi = pv.SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO(), compile="trace")
+        for _ in range(3):
+            svi.step(x)
+        assert ": traced" in svi.explain(), svi.explain()
 
 
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - DISCRETE))
