@@ -336,6 +336,8 @@ def with_option_names(message: str, names: Collection[str]) -> str:
     pattern = rf"(?<![\w./-])(?<!\.json: )(?P<name>{known})(?![\w(/]){value}"
     # an objective has an option here, and a class in Python
     message = message.replace('estimator="iwae"', "--objective iwae")
+    message = message.replace("VIMCO, or TraceEnum_ELBO", "--objective vimco, rws or wake-sleep")
+    message = message.replace(", or TraceEnum_ELBO", "")
     message = re.sub(r"\b(expected|or) (VIMCO|Trace_ELBO)\b", _as_objective, message)
     message = message.replace("batch_size=None", "a --batch-size of all data")
     # remove advice about min_scale, for which the command line has no option
