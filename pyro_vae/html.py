@@ -34,6 +34,12 @@ _TEMPLATE = """\
   .pyro-vae th { font-weight: 600 }
   .pyro-vae .numbers tbody th { font-weight: 400 }
   .pyro-vae .numbers td, .pyro-vae .numbers th + th { text-align: right; white-space: nowrap }
+  @media (max-width: 40rem) {
+    .pyro-vae table { font-size: .85em }
+    .pyro-vae th, .pyro-vae td { padding-right: .6rem }
+    .pyro-vae .numbers th + th { white-space: normal }
+    .pyro-vae .wide { display: none }
+  }
   .pyro-vae .option { white-space: nowrap }
   .pyro-vae pre { font-size: .85em; line-height: 1.5; padding: .75rem 1rem; border-radius: 6px;
     overflow-x: auto; background: rgba(128, 128, 128, .12) }
@@ -103,14 +109,18 @@ _TEMPLATE = """\
 <p{% if kind %} class="{{ kind }}"{% endif %}>{{ text }}</p>
 {% endmacro %}
 
-{% macro table(rows, header) %}
+{% macro table(rows, header, narrow) %}
+{% macro cell(tag, text, i) %}
+<{{ tag }}{% if narrow and i >= narrow %} class="wide"{% endif %}>{{ text }}</{{ tag }}>
+{% endmacro %}
 <div class="scroll"><table{% if header %} class="numbers"{% endif %}>
 {% if header %}
-<thead><tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
+<thead><tr>{% for text in header %}{{ cell("th", text, loop.index0) }}{% endfor %}</tr></thead>
 {% endif %}
 <tbody>
 {% for row in rows %}
-<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+<tr><th scope="row">{{ row[0] }}</th>
+{% for text in row[1:] %}{{ cell("td", text, loop.index) }}{% endfor %}</tr>
 {% endfor %}
 </tbody>
 </table></div>
@@ -181,10 +191,15 @@ def note(text: str) -> Markup:
     return _parts.paragraph(text, "note")
 
 
-def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> Markup:
+def table(
+    rows: Iterable[Sequence[object]], header: Sequence[str] = (), *, narrow: int | None = None
+) -> Markup:
     """A table. The first cell of each row is its name. With a header, the other cells are aligned to the
-    right, as numbers."""
-    return _parts.table(list(rows), header)
+    right, as numbers.
+
+    :param narrow: the number of columns that a narrow page shows. The default is all.
+    """
+    return _parts.table(list(rows), header, narrow)
 
 
 def warning(remedy: str, cause: str) -> Markup:

@@ -1,5 +1,7 @@
 """Parts of pages."""
 
+import re
+
 import pytest
 from markupsafe import Markup
 
@@ -36,3 +38,9 @@ def test_texts_are_escaped_once(part):
 def test_plus_minus():
     assert html.plus_minus(-1.234, 0.056) == "-1.23 ± 0.06"
     assert html.plus_minus(-1.234, float("nan"), 1) == html.plus_minus(-1.234, None, 1) == "-1.2"
+
+
+def test_narrow_page_hides_the_columns_after_the_given_number():
+    table = html.table([("a", 1, 2, 3)], ("", "x", "y", "z"), narrow=2)
+    assert re.findall('<t. class="wide">(.)</t.>', table) == ["y", "z", "2", "3"]
+    assert 'class="wide"' not in html.table([("a", 1, 2)])
