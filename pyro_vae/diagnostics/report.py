@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,13 +30,15 @@ _JOINT_NOTES = (
 @dataclass(frozen=True)
 class Diagnosis:
     """Result of :func:`diagnose`. ``usage`` and ``calibration`` are ``None`` if they are not computed;
-    ``notes`` gives the reasons."""
+    ``notes`` gives the reasons. ``first_row`` is added to the numbers of rows where they are printed, and
+    in :meth:`to_dict`, if the data are a slice of a larger set."""
 
     elbo: Evidence
     importance: Evidence
     usage: LatentUsage | None
     calibration: Calibration | None
     notes: tuple[str, ...]
+    first_row: int = 0
 
     @property
     def pareto_k(self) -> Tensor:
@@ -70,7 +73,8 @@ class Diagnosis:
             lines += [
                 f"Pareto k: good (below 0.5) {good:.0%}, usable (below 0.7) {usable:.0%}, bad {bad:.0%}; "
                 f"median {k.nanmedian():.2f}",
-                "worst data: " + ", ".join(f"{i} ({k[i]:.2f})" for i in self.worst(8).tolist()),
+                "worst data: "
+                + ", ".join(f"{i + self.first_row} ({k[i]:.2f})" for i in self.worst(8).tolist()),
             ]
         if self.usage is not None:
             lines += ["LATENT DIMENSIONS", str(self.usage)]
@@ -92,7 +96,7 @@ class Diagnosis:
             "pareto_k_median": k.nanmedian().item(),
             "pareto_k_above_0.5": (k > 0.5).double().mean().item(),
             "pareto_k_above_0.7": (k > 0.7).double().mean().item(),
-            "worst": self.worst(8).tolist(),
+            "worst": (self.worst(8) + self.first_row).tolist(),
             "num_active": None if usage is None else int(usage.active.sum()),
             "latent_dim": None if usage is None else len(usage.activity),
             "kl": None if usage is None else usage.mean_kl,
@@ -197,12 +201,18 @@ def diagnose(
     try:
         usage = latent_usage(model, guide, batch, seed=seed, check=check)
     except Exception as error:  # an unsupported pair; the other diagnostics are still computed
-        notes.append(f"latent dimensions: not computed: {type(error).__name__}: {error}")
+        notes.append(f"latent dimensions: not computed: {_reason(error)}")
     if num_simulations:
         try:
             calibrated = calibration(
                 model, guide, batch, num_simulations=num_simulations, seed=seed, check=check
             )
         except Exception as error:
-            notes.append(f"calibration: not computed: {type(error).__name__}: {error}")
+            notes.append(f"calibration: not computed: {_reason(error)}")
     return Diagnosis(lower, weighted, usage, calibrated, tuple(notes))
+
+
+def _reason(error: Exception) -> str:
+    """The cause in an error text: its first line, without the verb in front and the remedy at the end."""
+    line = next(iter(str(error).splitlines()), "") or "an error without a message"
+    return re.sub(r"^\w+: ", "", line).split("; ")[0]

@@ -9,6 +9,7 @@ import torch
 
 from pyro_vae import diagnostics, exact
 from pyro_vae.diagnostics import calibration, diagnose, latent_usage, two_sample_test
+from pyro_vae.diagnostics.report import _reason
 from pyro_vae.numerics import pareto_k
 from pyro_vae.pairs.log_weights import log_weights
 from tests.support.oracles import seeded
@@ -190,8 +191,19 @@ def test_diagnosis_notes_the_reason_for_a_missing_calibration():
 
     result = diagnose(model, EXACT, X, num_particles=50)
     assert result.calibration is None
-    reason = "ValueError: simulate: the value that the model observes at 'x'"
+    reason = "the value that the model observes at 'x'"
     assert f"calibration: not computed: {reason}" in str(result)
+
+
+def test_part_that_is_not_computed_has_a_plain_line():
+    (note,) = diagnose(MODEL, EXACT, X[:1], num_particles=50, num_simulations=0).notes
+    assert note == "latent dimensions: not computed: expected two data or more but got 1"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("simulate: a cause; a remedy\nmore"), ValueError("a cause")])
+def test_reason_is_a_plain_line(error):
+    assert _reason(error) == "a cause"
+    assert _reason(KeyError())
 
 
 @pytest.mark.parametrize("distance", [0.0, 1.0, 2.0])
