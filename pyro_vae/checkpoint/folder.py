@@ -72,7 +72,7 @@ def is_ours(path: Path) -> bool:
     """
     if path.is_symlink() or not path.is_dir():
         return False
-    if _tensor_file_in_manifest(path) is not None:
+    if tensor_file(path) is not None:
         return True
     names = os.listdir(path)
     tensor_files = [name for name in names if _TENSOR_FILE.fullmatch(meant_for(name) or name)]
@@ -94,7 +94,7 @@ def remove(path: Path) -> None:
 def _our_files(path: Path) -> list[Path]:
     """The files that :func:`write` made in a folder: the manifest, the tensor file that it names, tensor
     files whose name is their SHA-256, and temporary files that a crash left behind."""
-    named, ours = _tensor_file_in_manifest(path), is_ours(path)
+    named, ours = tensor_file(path), is_ours(path)
 
     def is_our_file(file: Path) -> bool:
         target = meant_for(file.name)
@@ -110,9 +110,9 @@ def _our_files(path: Path) -> list[Path]:
     return [file for file in path.iterdir() if is_file(file) and is_our_file(file)]
 
 
-def _tensor_file_in_manifest(path: Path) -> str | None:
-    """The name of the tensor file in the manifest; ``""`` if the manifest has none. ``None`` if the manifest
-    is invalid or missing."""
+def tensor_file(path: Path) -> str | None:
+    """The name of the tensor file in the manifest, which depends on its content only; ``""`` if the manifest
+    has none. ``None`` if the manifest is invalid or missing."""
     try:
         record = parse_json(read_bytes(path / MANIFEST))
         if record["sha256"] != _checksum(record["manifest"]):

@@ -346,7 +346,9 @@ def train(
     epochs = run.history()
     with run.loaded(runs.first_rows(test)) as trained:
         pictures = runs.pictures(run, trained, test)
-        output.write_pictures(runs.replaceable_or_new(run.path / "plots"), pictures, format)
+        folder = runs.replaceable_or_new(run.path / "plots")
+        output.write_pictures(folder, pictures, format)
+        _put_record(folder / "plots.json", run.source())
     epoch, seconds = run.saved_epoch(), sum(epoch.seconds for epoch in epochs)
     result = {
         "run": str(run.path),
@@ -357,7 +359,7 @@ def train(
     }
     page = report.write_report(run)
     output.print_result(result, f"{run.path}: {run.summary()}", as_json)
-    output.print_next(page, "evaluate", run.path, *_repeated_options(pair, data_dir))
+    _print_next("train", run, page, data_dir)
 
 
 @app.command()
@@ -394,8 +396,9 @@ def sample(
         pictures = image if x.dim() > 2 else output.points(samples=x)
         files = output.write_results(folder, {"samples": x}, pictures, format)
     output.print_files(files, as_json)
+    _put_record(folder / "samples.json", opened.source())
     page = report.write_report(opened, folder)
-    output.print_next(page, "reconstruct", run, *_repeated_options(pair))
+    _print_next("sample", opened, page, data_dir)
 
 
 @app.command()
@@ -433,8 +436,9 @@ def reconstruct(
     pictures = image if x.dim() > 2 else output.points(x=x, reconstructions=y)
     files = output.write_results(folder, {"x": x, "reconstructions": y}, pictures, format)
     output.print_files(files, as_json)
+    _put_record(folder / "reconstructions.json", opened.source(f"test[:{n}]"))
     page = report.write_report(opened, folder)
-    output.print_next(page, "diagnose", run, *_repeated_options(pair, data_dir))
+    _print_next("reconstruct", opened, page, data_dir)
 
 
 @app.command()
@@ -469,8 +473,9 @@ def plot(
             options.check_dims(chosen, _vae(trained, "plot --dims").model.prior.event_shape)
         files = output.write_pictures(folder, runs.pictures(opened, trained, test, chosen), format)
     output.print_files(files, as_json)
+    _put_record(folder / "plots.json", opened.source())
     page = report.write_report(opened, folder)
-    output.print_next(page, "evaluate", run, *_repeated_options(pair, data_dir))
+    _print_next("plot", opened, page, data_dir)
 
 
 @app.command()
@@ -503,7 +508,8 @@ def evaluate(
     is_first = infer.rank_and_world_size()[0] == 0  # only rank 0 writes and prints
     if is_first:
         folder = output.reserve_folder(context, out, run / "evaluation", overwrite, ignore=".evidence")
-    selected = build.select_rows(data, *build.build_data(opened.config, data_dir))
+    selected, first_row = build.select_rows(data, *build.build_data(opened.config, data_dir))
+    source = opened.source(data)
     resume_folder = opened.subpath(".evidence") if out is None else out / ".evidence"
     rungs = []
 
@@ -512,6 +518,7 @@ def evaluate(
         return f"{saved}; resume with the same command\n  {output.current_command()}"
 
     with (
+        build.rows_numbered_from(first_row),
         opened.loaded(runs.first_rows(selected)) as trained,
         options.threads(threads),
         infer.process_group("cpu"),
@@ -539,13 +546,13 @@ def evaluate(
     by_estimator: dict[str, list[Evidence]] = {}
     for rung in rungs:
         by_estimator.setdefault(rung.estimator, []).append(rung.estimate)
-    text, rows = ladder.table(rungs), {rung.name: rung.row() for rung in rungs}
+    text, rows = ladder.table(rungs, data), {rung.name: rung.row() | source for rung in rungs}
     output.write_pictures(folder, {"ladder": lambda: plots.plot_ladder(by_estimator)}, format)
     put(folder / "evaluation.txt", f"{text}\n".encode())
-    put(folder / "evaluation.json", (json.dumps(runs.to_json(rows), indent=2) + "\n").encode())
+    _put_record(folder / "evaluation.json", rows)
     page = report.write_report(opened, folder)
     output.print_result(rows, f"{text}\n{folder}", as_json)
-    output.print_next(page, "diagnose", run, *_repeated_options(pair, data_dir))
+    _print_next("evaluate", opened, page, data_dir)
 
 
 @app.command()
@@ -582,8 +589,10 @@ def diagnose(
     is_first = infer.rank_and_world_size()[0] == 0  # only rank 0 writes and prints
     if is_first:
         folder = output.reserve_folder(context, out, run / "diagnosis", overwrite)
-    selected = build.select_rows(data, *build.build_data(opened.config, data_dir))
+    selected, first_row = build.select_rows(data, *build.build_data(opened.config, data_dir))
+    source = opened.source(data)
     with (
+        build.rows_numbered_from(first_row),
         opened.loaded(runs.first_rows(selected)) as trained,
         options.threads(threads),
         infer.process_group("cpu"),
@@ -601,13 +610,15 @@ def diagnose(
     if not is_first:
         return
     output.write_pictures(folder, plots.plot_diagnosis(diagnosis, selected.x), format)
-    put(folder / "diagnosis.txt", f"{diagnosis}\n".encode())
-    put(folder / "diagnosis.json", (json.dumps(runs.to_json(diagnosis.to_dict()), indent=2) + "\n").encode())
+    diagnosis = replace(diagnosis, first_row=first_row)
+    text = f"DATA\n{data}\n{diagnosis}"
+    put(folder / "diagnosis.txt", f"{text}\n".encode())
+    _put_record(folder / "diagnosis.json", diagnosis.to_dict() | source)
     page = report.write_report(opened, folder)
-    result = {"pareto_k": diagnosis.pareto_k.tolist(), "worst": diagnosis.worst().tolist()}
-    output.print_result(result, f"{diagnosis}\n{folder}", as_json)
-    following = "reconstruct" if opened.config.pair is None else "plot"
-    output.print_next(page, following, run, *_repeated_options(pair, data_dir))
+    worst = (diagnosis.worst() + first_row).tolist()
+    result = {"data": data, "pareto_k": diagnosis.pareto_k.tolist(), "worst": worst}
+    output.print_result(result, f"{text}\n{folder}", as_json)
+    _print_next("diagnose", opened, page, data_dir)
 
 
 @app.command()
@@ -636,7 +647,7 @@ def compare(
     """With a MODEL, whose posterior is known: train guides on it, and write a table and a figure of their
     gaps, log p(x) − ELBO. With RUN folders: write a table and a page of the settings that differ, the curves
     and the bounds."""
-    from pyro_vae.cli import comparison, exact_models, runs
+    from pyro_vae.cli import comparison, exact_models, report, runs
 
     if list_models or not names:
         descriptions = {name: text for name, (_, text) in exact_models.MODELS.items()}
@@ -649,10 +660,13 @@ def compare(
         compared = comparison.compare(map(Path, names))
         files = output.write_pictures(folder, {"curves": compared.plot}, format)
         put(folder / "comparison.txt", f"{compared}\n".encode())
-        put(folder / "comparison.json", (json.dumps(compared.to_dict(), indent=2) + "\n").encode())
+        _put_record(folder / "comparison.json", compared.to_dict())
         put(folder / "comparison.html", compared.page(folder, [file.name for file in files]).encode())
         output.print_result(compared.to_dict(), f"{compared}\n{folder}", as_json)
-        return output.print_next(folder / "comparison.html", "evaluate", names[0])
+        opened = map(runs.read_run, map(Path, names))
+        lacking = next((run for run in opened if "evaluate" in report.missing_verbs(run)), None)
+        following = lacking and ("evaluate", lacking.path, *_repeated_options(lacking.config.pair))
+        return output.print_next(folder / "comparison.html", *following or ())
     (model,) = names
     families = options.comma_separated("--guide", guide, get_args(Guide))
     folder = output.reserve_folder(context, out, Path("runs") / f"compare-{model}", overwrite)
@@ -663,7 +677,7 @@ def compare(
     output.write_pictures(folder, {"guides": ranking.plot}, format)
     put(folder / "comparison.txt", f"{ranking}\n".encode())
     result = {name: dict(guide.rows()) for name, guide in ranking.comparisons.items()}
-    put(folder / "comparison.json", (json.dumps(runs.to_json(result), indent=2) + "\n").encode())
+    _put_record(folder / "comparison.json", result)
     output.print_result(result, f"{ranking}\n{folder}", as_json)
     return output.print_next(None, "compare", "--list")
 
@@ -721,6 +735,23 @@ def _open_run(run: Path, pair: str | None) -> "Run":
         command = runs.resume_command(run, _repeated_options(pair))
         output.print_progress(f"warning: {unfinished}; resume with\n  {command}")
     return opened
+
+
+def _print_next(verb: str, run: "Run", page: Path | None, data_dir: Path | None) -> None:
+    """Print the last lines of ``verb``: the path of the report, and a command whose result the run lacks, if
+    there is one."""
+    from pyro_vae.cli import report
+
+    following = [other for other in report.missing_verbs(run) if other != verb][:1]
+    options_ = _repeated_options(run.config.pair, data_dir)
+    output.print_next(page, *(word for other in following for word in (other, run.path, *options_)))
+
+
+def _put_record(file: Path, record: Any) -> None:
+    """Write a result as a JSON file."""
+    from pyro_vae.cli.runs import to_json
+
+    put(file, (json.dumps(to_json(record), indent=2) + "\n").encode())
 
 
 def _repeated_options(pair: str | None, data_dir: Path | None = None, **others: object) -> list[object]:

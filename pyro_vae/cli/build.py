@@ -258,9 +258,10 @@ def build_data(config: Config, data_dir: Path | None, tables: Tables | None = No
     return train.to(dtype=dtype), test.to(dtype=dtype)
 
 
-def select_rows(selection: str, train: Data, test: Data) -> Data:
-    """The data that ``selection`` names: ``test``, ``train`` or a slice such as ``test[:1000]``. Pixels with
-    stochastic binarization are drawn once, and are then fixed.
+def select_rows(selection: str, train: Data, test: Data) -> tuple[Data, int]:
+    """The data that ``selection`` names: ``test``, ``train`` or a slice such as ``test[:1000]``; and the
+    number of its first row in the whole set. Pixels with stochastic binarization are drawn once, and are then
+    fixed.
 
     :raises ValueError: for an invalid or empty selection.
     """
@@ -274,7 +275,17 @@ def select_rows(selection: str, train: Data, test: Data) -> Data:
     rows = slice(int(start) if start else None, int(stop) if stop else None)
     if not len(whole.x[rows]):
         raise ValueError(f"--data: {selection} has no rows; {name} has {len(whole)}")
-    return whole.rows(rows)
+    return whole.rows(rows), rows.start or 0
+
+
+@contextmanager
+def rows_numbered_from(first: int) -> Iterator[None]:
+    """Add ``first`` to the numbers of rows in errors of the block, which are those of a selection."""
+    try:
+        yield
+    except (ValueError, FloatingPointError) as error:
+        error.args = (re.sub(r"\brow (\d+)", lambda row: f"row {int(row[1]) + first}", str(error)),)
+        raise
 
 
 def build_pair(config: Config, train: Data | None = None) -> Pair:

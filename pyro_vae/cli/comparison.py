@@ -1,6 +1,7 @@
 """Comparison of run folders, for ``pyro-vae compare RUN RUN…``: settings that differ, curves, bounds."""
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,10 +90,12 @@ class RunComparison:
 
 _REMEDY = "Compare runs on the same data."
 _CAUSE = "The data of these runs differ, so their ELBOs and bounds do not rank the models."
+_OF_TRAINING = ", recorded in training"
 _ABOUT = (
     "Held-out means in nats per datum, ± their standard error over data. On the same data, differences "
     "between runs are more accurate than these errors. log p(x) ≥ marks a lower bound, ≤ an upper bound, "
-    "from the newest evaluation of each run."
+    "from the newest evaluation of the parameters of each run, on held-out data if there is one. Values "
+    "recorded in training use fewer draws of z than those of evaluate."
 )
 
 
@@ -109,7 +112,7 @@ def compare(paths: Iterable[Path]) -> RunComparison:
     columns = [_results(run) for run in opened.values()]
     is_split = any(run.config.holdout is not None for run in opened.values())
     data_fields = (*_DATA_FIELDS, "seed") if is_split else _DATA_FIELDS
-    names = dict.fromkeys(key for column in columns for key in column)
+    names = sorted(dict.fromkeys(key for column in columns for key in column), key=_place)
     return RunComparison(
         tuple(opened),
         settings,
@@ -119,17 +122,27 @@ def compare(paths: Iterable[Path]) -> RunComparison:
     )
 
 
+def _place(name: str) -> int:
+    """The place of a row: bounds come first, those of the training, of ELBO and objective, and the others."""
+    if name.endswith(_OF_TRAINING):
+        return 0
+    if name.startswith("log p(x)"):
+        return 1 if re.search(r" (elbo|objective),", name) else 2
+    return 3
+
+
 def _results(run: runs.Run) -> dict[str, str]:
     """The numbers of a run, as text."""
     epochs, saved = run.history(), run.saved_epoch()
     mean = saved.validation or saved.train
-    result = {"ELBO": html.plus_minus(mean.elbo, mean.elbo_se)}
+    result = {f"ELBO{_OF_TRAINING}": html.plus_minus(mean.elbo, mean.elbo_se)}
     if mean.bound is not None:
-        result["bound of the objective"] = html.plus_minus(mean.bound, mean.bound_se)
+        result[f"bound of the objective{_OF_TRAINING}"] = html.plus_minus(mean.bound, mean.bound_se)
     result["KL"] = f"{mean.kl:.2f}"
-    for estimate in report.estimates_of(run.path):
-        data = ", simulated data" if estimate.name.startswith("bdmc") else ""
-        name = f"log p(x) {estimate.sign} {estimate.name}{data}"
+    data, estimates = report.estimates_of(run)
+    for estimate in estimates:
+        where = "simulated data" if estimate.name.startswith("bdmc") else data
+        name = f"log p(x) {estimate.sign} {estimate.name}, evaluated on {where}"
         result[name] = html.plus_minus(estimate.log_evidence, estimate.mean_se)
     return result | {
         "epoch of the parameters": f"{saved.epoch} of {len(epochs)}",

@@ -157,8 +157,8 @@ def _objective_bound(
     )
 
 
-def table(rungs: Sequence[Rung]) -> str:
-    """A text table with one line for each estimate."""
+def table(rungs: Sequence[Rung], data: str) -> str:
+    """A text table with one line for each estimate on the rows ``data``, such as ``test[:100]``."""
     lines = [f"{'':52}{'nats':>9}{'±':>7}{'noise':>8}{'ESS':>8}{'k > 0.7':>9}{'cost':>9}{'s':>7}"]
     for rung in rungs:
         row, estimate = rung.row(), rung.estimate
@@ -171,7 +171,7 @@ def table(rungs: Sequence[Rung]) -> str:
         )
     first = rungs[0].estimate
     lines.append(
-        f"{len(first.log_evidence)} data; ±: standard error over data; noise: Monte Carlo error; "
+        f"{len(first.log_evidence)} data, {data}; ±: standard error over data; noise: Monte Carlo error; "
         "cost: evaluations of the model per datum.\n"
         f"The mean of a lower bound exceeds the true value by more than {first.margin():.2g} nats with "
         "probability at most 1e-6."

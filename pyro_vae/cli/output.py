@@ -183,10 +183,11 @@ def report_interruption(describe_saved: "Callable[[], str]", enabled: bool = Tru
 
 
 def print_next(report: Path | None, *command: object) -> None:
-    """Print the last lines of a command: the path of the report, and a command to run next."""
+    """Print the last lines of a command: the path of the report, and a command to run next, if any."""
     if report is not None:
         print_progress(f"report: {report}")
-    print_progress(f"next: {shell_command(*command)}")
+    if command:
+        print_progress(f"next: {shell_command(*command)}")
 
 
 def print_files(files: list[Path], as_json: bool) -> None:

@@ -74,7 +74,7 @@ def write_report(run: Run, changed: Path | None = None) -> Path | None:
 
 def _parts(run: Run) -> Iterator[Markup]:
     """The parts of the page, from the top."""
-    epochs, saved, results = run.history(), run.saved_epoch(), _results(run.path)
+    epochs, saved, results = run.history(), run.saved_epoch(), _results(run)
     seconds = sum(epoch.seconds for epoch in epochs)
     yield html.paragraph(f"{_what(run.config)}: {_count(len(epochs), 'epoch')} in {seconds:.0f} s.")
     for remedy, cause in _warnings(run, epochs, saved, results):
@@ -82,7 +82,7 @@ def _parts(run: Run) -> Iterator[Markup]:
     yield html.section("Result", *_numbers(run, epochs, saved))
     curves = [
         picture
-        for result in results["plots"][:1]
+        for result in _valid(results["plots"])[:1]
         for picture in result.pictures()
         if picture.stem in ("curve", "ess")
     ]
@@ -91,9 +91,12 @@ def _parts(run: Run) -> Iterator[Markup]:
     for kind, title in _TITLES.items():
         for i, result in enumerate(results[kind]):
             if parts := result.parts(without=curves):
-                is_newest = i == 0
-                name = title if is_newest else f"earlier: {result.folder.name}"
-                yield html.section(name, *parts) if is_newest else html.details(name, *parts)
+                name = title + (f", on {result.data}" if result.data else "")
+                if i == 0 and not result.other:
+                    yield html.section(name, *parts)
+                else:
+                    of = f", of {result.other}" if result.other else ""
+                    yield html.details(f"{name} ({result.folder.name}{of})", *parts)
     yield html.section("What was trained", *_settings(run))
     yield html.section("Files", _files(run.path, results))
 
@@ -138,28 +141,50 @@ def _warnings(
     if unfinished := run.unfinished():
         yield f"Resume the training: {_resume(run)}", f"{unfinished}."
     yield from _training_warnings(run, epochs, saved)
-    for result in results["diagnosis"][:1]:
+    for verb, kind in (("evaluate", "evaluation"), ("diagnose", "diagnosis")):
+        if results[kind] and not _valid(results[kind]):
+            yield (
+                f"Repeat the {kind}: {_command(run, verb)}",
+                f"The {kind} is of {results[kind][0].other}, so the advice on this page leaves it out.",
+            )
+    for result in _valid(results["diagnosis"])[:1]:
         record = result.diagnosis()
         if record.get("pareto_k_above_0.7", 0.0) > 0.1:
             yield (
-                "Train a guide of a richer family, such as --guide full or --guide flow.",
-                f"Pareto k is above 0.7 for {record['pareto_k_above_0.7']:.0%} of the data: the guide is far "
-                "from the posterior there.",
+                f"Train {_richer_guide(run.config)}.",
+                f"Pareto k is above 0.7 for {record['pareto_k_above_0.7']:.0%} of the data ({result.data}): "
+                "the guide is far from the posterior there.",
             )
         if record.get("not_calibrated"):
             yield (
-                "Do not read intervals of the guide as those of the posterior; a richer --guide may help.",
+                "Do not read intervals of the guide as those of the posterior. It may help to train "
+                f"{_richer_guide(run.config)}.",
                 f"On simulated data the guide is not calibrated: {', '.join(record['not_calibrated'])}.",
             )
-    for result in results["evaluation"][:1]:
-        unreliable = [e for e in result.estimates() if e.k_share is not None and e.k_share > 0.1]
+    for result in _valid(results["evaluation"])[:1]:
+        estimates = result.estimates()
+        unreliable = [e for e in estimates if e.k_share is not None and e.k_share > 0.1]
         if unreliable:
-            last = unreliable[-1]
+            last, selection = unreliable[-1], ("--data", result.data) if result.data else ()
+            command = _command(run, "evaluate", "--estimator", "elbo,importance,ais", *selection)
+            condition = "" if run.config.pair is None else ", if all latents are continuous"
             yield (
-                "Add --estimator ais to evaluate: it depends on the guide less.",
-                f"For {last.k_share:.0%} of the data Pareto k is above 0.7 ({last.method}): the bound is "
-                "valid but loose, and its Monte Carlo error is not accurate.",
+                "Prefer the estimate of AIS: it depends on the guide less."
+                if any(estimate.name.startswith("ais") for estimate in estimates)
+                else f"Add the estimate of AIS{condition}: it depends on the guide less. {command}",
+                f"For {last.k_share:.0%} of the data ({result.data}) Pareto k is above 0.7 ({last.method}): "
+                "the bound is valid but loose, and its Monte Carlo error is not accurate.",
             )
+
+
+def _richer_guide(config: Config) -> str:
+    """A guide to try when the one of the run is too far from the posterior, as text."""
+    if config.pair is not None:
+        return "a guide of a richer family, or with more parameters"
+    if config.guide in ("flow", "spline", "mixture"):
+        return "with wider layers, --hidden"
+    families = ("flow",) if config.guide == "full" else ("full", "flow")
+    return f"a guide of a richer family, such as {' or '.join(f'--guide {name}' for name in families)}"
 
 
 def _training_warnings(run: Run, epochs: Sequence[Epoch], saved: Epoch) -> Iterator[tuple[str, str]]:
@@ -200,7 +225,16 @@ def _training_warnings(run: Run, epochs: Sequence[Epoch], saved: Epoch) -> Itera
 
 def _resume(run: Run) -> str:
     """The command that resumes the training."""
-    return resume_command(run.path, () if run.config.pair is None else ("--pair", run.config.pair))
+    return resume_command(run.path, _pair_option(run.config))
+
+
+def _command(run: Run, verb: str, *options: str) -> str:
+    """The command that runs ``verb`` on the run."""
+    return output.shell_command(verb, run.path, *options, *_pair_option(run.config))
+
+
+def _pair_option(config: Config) -> tuple[str, ...]:
+    return () if config.pair is None else ("--pair", config.pair)
 
 
 def _settings(run: Run) -> Iterator[Markup]:
@@ -259,7 +293,8 @@ def _files(run: Path, results: "Mapping[str, Sequence[_Result]]") -> Markup:
         for name, text in _FILES.items()
         if is_file(run / name) or is_folder(run / name)
     ]
-    for result in (result for kind in RESULT_FOLDERS for result in reversed(results[kind])):
+    listed = [result for kind in RESULT_FOLDERS for result in results[kind]]
+    for result in sorted(listed, key=lambda result: (RESULT_FOLDERS.index(result.kind), result.number)):
         links = Markup(", ").join(html.link(_url(file), file.name) for file in result.files)
         if links:
             rows.append((html.link(quote(result.folder.name), result.folder.name), links))
@@ -301,10 +336,40 @@ class Estimate(NamedTuple):
 
 
 class _Result(NamedTuple):
-    """A result folder of a run, and the regular files in it by name. Symbolic links are ignored."""
+    """A result folder of a run, and the regular files in it by name. Symbolic links are ignored.
+
+    data: the selection that the result is on, if known. other: empty if the result is of the parameters of
+    the run, else which it is of.
+    """
 
     folder: Path
+    kind: str
     files: list[Path]
+    data: str | None = None
+    other: str = ""
+
+    @property
+    def number(self) -> int:
+        """The number at the end of the name: 10 for ``plots-10``, 1 for ``plots``."""
+        match = re.search(r"-(\d+)$", self.folder.name)
+        return int(match[1]) if match else 1
+
+    def of_run(self, weights: str | None) -> "_Result":
+        """The result with ``data`` and ``other`` as its JSON file records them, see
+        :meth:`~pyro_vae.cli.runs.Run.source`.
+
+        :param weights: the name of the file of the parameters of the run.
+        """
+        record = self.record(f"{self.kind}.json")
+        if self.kind == "evaluation":  # the same in each row
+            record = next(iter(record.values()), {})
+        record = record if isinstance(record, dict) else {}
+        known = isinstance(record.get("weights"), str)
+        other = "" if known and record["weights"] == weights else "earlier parameters"
+        data = record.get("data")
+        return self._replace(
+            data=data if isinstance(data, str) else None, other=other if known else "unknown parameters"
+        )
 
     def pictures(self) -> list[Path]:
         return [file for file in self.files if file.suffix in (".png", ".svg", ".pdf")]
@@ -354,20 +419,34 @@ class _Result(NamedTuple):
         return [*parts, html.pictures(*pictures)] if pictures else parts
 
 
-def _results(run: Path) -> dict[str, list[_Result]]:
-    """The result folders of a run by kind, newest first."""
+def _results(run: Run) -> dict[str, list[_Result]]:
+    """The result folders of a run by kind: those of its parameters first, of these those on held-out data
+    first, and of these the newest first."""
+    weights = run.source()["weights"]
 
-    def folders(kind: str) -> list[Path]:
-        entries = (entry for entry in run.iterdir() if re.fullmatch(rf"{kind}(-\d+)?", entry.name))
-        return sorted(filter(is_folder, entries), key=_folder_number, reverse=True)
-
-    return {
-        kind: [
-            _Result(folder, [file for file in sorted(folder.iterdir()) if is_shown(file)])
-            for folder in folders(kind)
+    def results(kind: str) -> list[_Result]:
+        entries = (entry for entry in run.path.iterdir() if re.fullmatch(rf"{kind}(-\d+)?", entry.name))
+        found = [
+            _Result(folder, kind, list(filter(is_shown, sorted(folder.iterdir())))).of_run(weights)
+            for folder in filter(is_folder, entries)
         ]
-        for kind in RESULT_FOLDERS
-    }
+        return sorted(found, key=lambda r: (bool(r.other), (r.data or "").startswith("train"), -r.number))
+
+    return {kind: results(kind) for kind in RESULT_FOLDERS}
+
+
+def _valid(results: Sequence[_Result]) -> list[_Result]:
+    """The results that are of the parameters of the run."""
+    return [result for result in results if not result.other]
+
+
+def missing_verbs(run: Run) -> list[str]:
+    """The commands that have no result for the parameters of the run, in the order to run them."""
+    results = _results(run)
+    kinds = {"evaluate": "evaluation", "diagnose": "diagnosis"}
+    if run.config.pair is None:
+        kinds |= {"sample": "samples", "reconstruct": "reconstructions"}
+    return [verb for verb, kind in kinds.items() if not _valid(results[kind])]
 
 
 def is_shown(file: Path) -> bool:
@@ -375,9 +454,12 @@ def is_shown(file: Path) -> bool:
     return is_file(file) and not file.name.startswith(".")
 
 
-def estimates_of(run: Path) -> list[Estimate]:
-    """The estimates of the newest evaluation of a run; none if there is none."""
-    return [estimate for result in _results(run)["evaluation"][:1] for estimate in result.estimates()]
+def estimates_of(run: Run) -> tuple[str | None, list[Estimate]]:
+    """The data and the estimates of the newest evaluation of the parameters of a run; no estimates if there
+    is none."""
+    for result in _valid(_results(run)["evaluation"])[:1]:
+        return result.data, result.estimates()
+    return None, []
 
 
 def _estimate(name: str, row: dict[str, Any]) -> Estimate:
@@ -411,6 +493,7 @@ def _estimates(estimates: Sequence[Estimate]) -> Iterator[Markup]:
             for e in estimates
         ],
         header,
+        narrow=3,
     )
     yield html.note(
         f"Means over {estimates[0].num_data} data, ± their standard error over data. log p(x) ≥ marks a "
@@ -425,9 +508,3 @@ def _read_or_error(file: Path) -> str:
         return read_bytes(file, max_bytes=2**20).decode("utf-8", "replace").rstrip()
     except ValueError as error:
         return str(error)
-
-
-def _folder_number(path: Path) -> int:
-    """The number at the end of a name: 10 for ``plots-10``, 1 for ``plots``."""
-    match = re.search(r"-(\d+)$", path.name)
-    return int(match[1]) if match else 1

@@ -117,6 +117,12 @@ class Run(NamedTuple):
         """A folder of the run. Raises ``ValueError`` if it is a symbolic link."""
         return check_no_link(self.path / name)
 
+    def source(self, data: str | None = None) -> dict[str, str | None]:
+        """What a result is of: the name of the file of the saved parameters, which depends on its content,
+        and the selection of ``data``. It is stored with the result, so that a report can tell whether the
+        parameters have changed since."""
+        return {"weights": checkpoint.tensor_file(self.subpath("weights")), "data": data}
+
     def unfinished(self) -> str | None:
         """A warning if the training is not finished, else ``None``."""
         try:
@@ -359,7 +365,8 @@ def check_free(path: Path, *, overwrite: bool) -> None:
     ]
     if entries and not overwrite:
         raise FileExistsError(
-            f"{path} exists already; pass another folder as --out, or pass --overwrite to replace it"
+            f"{path} exists already; pass another folder as --out, --overwrite to replace it, or "
+            "--resume last to train it further"
         )
     if entries and not _is_from_run(path / "config.json"):
         raise FileExistsError(

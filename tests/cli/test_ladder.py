@@ -111,8 +111,33 @@ def test_invalid_options_of_evaluate_are_errors(run, trained, options, expected_
 
 def test_select_rows_slices_data_with_one_binarization():
     train, test = data.load("digits", binarize="stochastic")
-    selected = build.select_rows("test[10:30]", train, test)
+    selected, first_row = build.select_rows("test[10:30]", train, test)
+    assert first_row == 10
     assert len(selected) == 20
     assert selected.x.unique().tolist() == [0, 1]
-    assert selected.x.equal(build.select_rows("test", train, test).x[10:30])
-    assert len(build.select_rows("train[:7]", train, test)) == 7
+    assert selected.x.equal(build.select_rows("test", train, test)[0].x[10:30])
+    assert len(build.select_rows("train[:7]", train, test)[0]) == 7
+
+
+def test_rows_are_numbered_within_the_whole_set(run, trained, tmp_path):
+    """The worst datum of a slice, evaluated alone, is the worst datum of that slice."""
+
+    def worst(selection, name):
+        words = "--num-particles", 20, "--num-simulations", 0, "--out", tmp_path / name
+        code, out, err = run("diagnose", trained, "--data", selection, *words, "--json")
+        assert code == 0, err
+        record = json.loads((tmp_path / name / "diagnosis.json").read_text())
+        assert record["data"] == json.loads(out)["data"] == selection
+        assert record["worst"] == json.loads(out)["worst"][:8]
+        text = (tmp_path / name / "diagnosis.txt").read_text()
+        assert text.startswith(f"DATA\n{selection}\n")
+        assert f"worst data: {record['worst'][0]} (" in text
+        return record["worst"]
+
+    assert sorted(worst("test[20:26]", "a")) == [20, 21, 22, 23, 24, 25]
+    assert sorted(worst("train[7:9]", "b")) == [7, 8]
+
+
+def test_errors_number_rows_within_the_whole_set():
+    with pytest.raises(ValueError, match="row 23 is nan, row 24 too"), build.rows_numbered_from(20):
+        raise ValueError("row 3 is nan, row 4 too")

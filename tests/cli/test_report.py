@@ -5,6 +5,7 @@ import html
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def command_of(page):
 
 
 def text_of(page):
-    return html.unescape(re.sub("<[^>]*>", "", page))
+    return html.unescape(re.sub("<[^>]*>", "", page.replace("<br>", "\n")))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_pictures_have_the_format(run, suffix):
     trained(run, "-n", 1, "--out", "a", "--format", suffix)
     files = {file.name for file in Path("a/plots").iterdir() if not file.name.startswith(".")}
     names = ("curve", "latent", "manifold", "reconstructions", "samples")
-    assert files == {f"{name}.{suffix}" for name in names} | {"latent_map.html"}
+    assert files == {f"{name}.{suffix}" for name in names} | {"latent_map.html", "plots.json"}
     start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]
     assert all(Path("a/plots", f"{name}.{suffix}").read_bytes().startswith(start) for name in names)
     page = Path("a/report.html").read_text()
@@ -173,10 +174,12 @@ def test_runs_are_compared_side_by_side(run):
     assert result["b&c"]["settings"] == {"latent_dim": 3, "hidden": [20, 10]}
     for name in ("a", "b&c"):
         mean = runs.open_run(Path(name)).saved_epoch().validation
-        assert result[name]["results"]["ELBO"] == f"{mean.elbo:.2f} ± {mean.elbo_se:.2f}"
+        assert (
+            result[name]["results"]["ELBO, recorded in training"] == f"{mean.elbo:.2f} ± {mean.elbo_se:.2f}"
+        )
         rung = json.loads(Path(name, "evaluation/evaluation.json").read_text())["importance-10"]
         expected = f"{rung['log_evidence']:.2f} ± {rung['mean_se']:.2f}"
-        assert result[name]["results"]["log p(x) ≥ importance-10"] == expected
+        assert result[name]["results"]["log p(x) ≥ importance-10, evaluated on test"] == expected
     folder = Path("runs/comparison")
     files = {file.name for file in folder.iterdir()} - {".written.json"}
     assert files == {"comparison.html", "comparison.json", "comparison.txt", "curves.png"}
@@ -197,6 +200,127 @@ def test_runs_on_other_data_are_not_ranked(run):
     assert "Compare runs on the same data" in run("compare", "a", "b", "--out", "ab")[1]
     assert "Compare runs on the same data" in Path("ab/comparison.html").read_text()
     assert "Compare runs on the same data" not in run("compare", "b", "c", "--out", "bc")[1]
+
+
+def command_after(text, phrase):
+    """The words of the command that follows a phrase on a page."""
+    return shlex.split(re.search(f"{re.escape(phrase)} ?pyro-vae (.*)", text)[1])
+
+
+def test_results_of_earlier_parameters_give_no_numbers_and_no_advice(run):
+    """Training further makes them so, until they are made again."""
+    trained(run, "ring", "-n", 1, "--out", "a")
+    trained(run, "ring", "-n", 2, "--out", "b")
+    small = {"evaluate": ("--num-particles", 10), "diagnose": ("--num-simulations", 0)}
+
+    def repeat():
+        for verb, options in small.items():
+            assert run(verb, "a", *options)[0] == 0
+
+    def state():
+        compared = json.loads(run("compare", "a", "b", "--out", "c", "--overwrite", "--json")[1])["a"]
+        page = text_of(Path("a/report.html").read_text())
+        return "of earlier parameters" in page, any("evaluated on" in name for name in compared["results"])
+
+    repeat()
+    assert state() == (False, True)
+    trained(run, "--out", "a", "--resume", "last", "-n", 2)
+    assert state() == (True, False)
+    opened = runs.read_run(Path("a"))
+    assert report.missing_verbs(opened) == ["evaluate", "diagnose", "sample", "reconstruct"]
+    diagnosis = json.loads(Path("a/diagnosis/diagnosis.json").read_text()) | {"pareto_k_above_0.7": 0.5}
+    Path("a/diagnosis/diagnosis.json").write_text(json.dumps(diagnosis))
+    page = text_of(Path(report.write_report(opened)).read_text())
+    assert "Pareto k is above 0.7 for" not in page
+    assert command_after(page, "Repeat the evaluation:") == ["evaluate", "a"]
+    repeat()
+    assert state()[1]
+    page = text_of(Path("a/report.html").read_text())
+    assert "Repeat the" not in page
+    assert "(evaluation, of earlier parameters)" in page
+
+
+def test_results_without_a_record_are_of_unknown_parameters(ring, run):
+    assert run("diagnose", "a", "--num-simulations", 0)[0] == 0
+    record = json.loads(Path("a/diagnosis/diagnosis.json").read_text()) | {"pareto_k_above_0.7": 0.5}
+    del record["weights"]
+    Path("a/diagnosis/diagnosis.json").write_text(json.dumps(record))
+    page = text_of(Path(report.write_report(ring)).read_text())
+    assert "(diagnosis, of unknown parameters)" in page
+    assert "Pareto k is above 0.7 for" not in page
+
+
+def test_report_says_which_data_and_prefers_held_out_data(ring, run):
+    for selection in ("train", "test[:100]", "train[20:40]"):
+        assert run("diagnose", "a", "--num-simulations", 0, "--data", selection)[0] == 0
+        assert run("evaluate", "a", "--num-particles", 10, "--data", selection)[0] == 0
+    page = Path("a/report.html").read_text()
+    assert "<h2>Diagnosis of the guide, on test[:100]</h2>" in page
+    assert "<h2>Evidence: estimates of log p(x), on test[:100]</h2>" in page
+    assert "<summary>Diagnosis of the guide, on train[20:40] (diagnosis-3)</summary>" in page
+
+
+def test_advice_of_a_report_works_as_printed(run):
+    Path("mine.py").write_text(PAIR)
+    trained(run, "digits", "--pair", "mine.py:functions", "-n", 1, "--out", "a")
+    few = "--pair", "mine.py:functions", "--num-particles", 10, "--num-temperatures", 2
+    for verb in ("evaluate", "diagnose"):
+        options = few if verb == "evaluate" else (*few[:4], "--num-simulations", 0)
+        assert run(verb, "a", "--data", "test[:9]", *options)[0] == 0
+    opened, path = runs.read_run(Path("a")), Path("a/diagnosis/diagnosis.json")
+    found = {"pareto_k_above_0.7": 0.5, "not_calibrated": ["z"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | found))
+    path = Path("a/evaluation/evaluation.json")
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps({key: row | {"pareto_k_above_0.7": 0.5} for key, row in rows.items()}))
+    page = text_of(Path(report.write_report(opened)).read_text())
+    assert "--guide" not in page  # refused together with --pair
+    command = command_after(page, "it depends on the guide less.")
+    code, _, err = run(*command, "--num-particles", 10, "--num-temperatures", 2)
+    assert code == 0, err
+    path = Path("a/evaluation-2/evaluation.json")
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps({key: row | {"pareto_k_above_0.7": 0.5} for key, row in rows.items()}))
+    assert "Prefer the estimate of AIS" in text_of(Path(report.write_report(opened)).read_text())
+
+
+def test_advice_on_the_guide_names_another_family(ring):
+    for guide, expected in {"normal": "full", "full": "flow", "flow": "--hidden"}.items():
+        text = report._richer_guide(replace(ring.config, guide=guide))
+        assert expected in text
+        assert f"--guide {guide}" not in text
+
+
+def test_next_command_of_compare_is_for_a_run_without_evaluation(run):
+    Path("mine.py").write_text(PAIR)
+    trained(run, "ring", "-n", 1, "--out", "a")
+    trained(run, "digits", "--pair", "mine.py:functions", "-n", 1, "--out", "b")
+    assert run("evaluate", "a", "--num-particles", 2)[0] == 0
+    err = run("compare", "a", "b", "--out", "c")[2]
+    command = command_after(err, "next:")
+    assert command[:2] == ["evaluate", "b"]
+    code, _, err = run(*command, "--num-particles", 2)
+    assert code == 0, err
+    assert "next:" not in run("compare", "a", "b", "--out", "d")[2]
+
+
+def test_bounds_of_all_runs_are_side_by_side(run):
+    """Those that only the second run has are not at the end of the table."""
+    trained(run, "ring", "-n", 1, "--out", "a")
+    trained(run, "ring", "-n", 1, "--out", "b", "--objective", "iwae", "--num-particles", 2)
+    for name in "ab":
+        assert run("evaluate", name, "--num-particles", 10)[0] == 0
+    names = list(json.loads(run("compare", "a", "b", "--json")[1])["b"]["results"])
+    assert names == [
+        "ELBO, recorded in training",
+        "bound of the objective, recorded in training",
+        "log p(x) ≥ elbo, evaluated on test",
+        "log p(x) ≥ objective, evaluated on test",
+        "log p(x) ≥ importance-10, evaluated on test",
+        "KL",
+        "epoch of the parameters",
+        "seconds of training",
+    ]
 
 
 REFUSED = {
